@@ -1,0 +1,117 @@
+"""What each op accepts. Shared by the fake and the CUDA kernels; csrc/ states the same for the CPU kernels."""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _fail(message: str) -> NoReturn:
+    raise RuntimeError(message)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def floating(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        _fail(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {_dtype(t)}")
+
+
+def rank(op: str, name: str, t: Tensor, ndim: int, shape: str) -> None:
+    if t.ndim != ndim:
+        _fail(f"{op}: {name} must have shape {shape}, got {_shape(t)}")
+
+
+def index(op: str, name: str, t: Tensor) -> None:
+    if t.dtype != torch.int64:
+        _fail(f"{op}: {name} must be int64, got {_dtype(t)}")
+
+
+def same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        _fail(f"{op}: {name} must be on the same device as the other tensors, {device}, got {t.device}")
+
+
+def counts(op: str, n: int, num_keep: int, num_prefix: int) -> None:
+    if not 0 <= num_prefix <= n:
+        _fail(f"{op}: num_prefix must be in [0, N] = [0, {n}], got {num_prefix}")
+    if not num_prefix <= num_keep <= n:
+        _fail(f"{op}: num_keep must be in [num_prefix, N] = [{num_prefix}, {n}], got {num_keep}")
+
+
+def tokens_and_query(op: str, x: Tensor, query: Tensor) -> None:
+    same_device(op, "query", query, x.device)
+    rank(op, "x", x, 3, "(B, N, D)")
+    floating(op, "x", x)
+    if query.ndim not in (1, 2):
+        _fail(f"{op}: query must have shape (D,) or (M, D), got {_shape(query)}")
+    floating(op, "query", query)
+    if query.shape[-1] != x.shape[2]:
+        _fail(f"{op}: query must have the width of x, D = {x.shape[2]}, got shape {_shape(query)}")
+
+
+def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int) -> None:
+    tokens_and_query("prune", x, query)
+    counts("prune", x.shape[1], num_keep, num_prefix)
+
+
+def select(scores: Tensor, num_keep: int, num_prefix: int) -> None:
+    rank("select", "scores", scores, 2, "(B, N)")
+    floating("select", "scores", scores)
+    counts("select", scores.shape[1], num_keep, num_prefix)
+
+
+def gather(x: Tensor, idx: Tensor) -> None:
+    same_device("gather", "idx", idx, x.device)
+    rank("gather", "x", x, 3, "(B, N, D)")
+    floating("gather", "x", x)
+    rank("gather", "idx", idx, 2, "(B, K)")
+    index("gather", "idx", idx)
+    if idx.shape[0] != x.shape[0]:
+        _fail(f"gather: idx must have the batch size of x, B = {x.shape[0]}, got shape {_shape(idx)}")
+
+
+def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> None:
+    for name, part, idx in (("kept", kept, kept_idx), ("pruned", pruned, pruned_idx)):
+        same_device("restore", name, part, kept.device)
+        same_device("restore", f"{name}_idx", idx, kept.device)
+        rank("restore", name, part, 3, "(B, tokens, D)")
+        floating("restore", name, part)
+        rank("restore", f"{name}_idx", idx, 2, "(B, tokens)")
+        index("restore", f"{name}_idx", idx)
+        if idx.shape != part.shape[:2]:
+            _fail(f"restore: {name}_idx must have the first two sizes of {name}, {_shape(part)}, got {_shape(idx)}")
+        if part.shape[0] != kept.shape[0] or part.shape[2] != kept.shape[2]:
+            _fail(f"restore: {name} must have the batch and width of kept, {_shape(kept)}, got {_shape(part)}")
+        if part.dtype != kept.dtype:
+            _fail(f"restore: {name} must have the dtype of kept, {_dtype(kept)}, got {_dtype(part)}")
+
+
+def attend(op: str, x: Tensor, queries: Tensor) -> None:
+    same_device(op, "queries", queries, x.device)
+    rank(op, "x", x, 3, "(B, N, D)")
+    floating(op, "x", x)
+    rank(op, "queries", queries, 2, "(M, D)")
+    floating(op, "queries", queries)
+    if queries.shape[1] != x.shape[2]:
+        _fail(f"{op}: queries must have the width of x, D = {x.shape[2]}, got shape {_shape(queries)}")
+    if x.shape[1] == 0:
+        _fail(f"{op}: x must have at least one token, got shape {_shape(x)}")
+
+
+def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor) -> None:
+    attend("attend_backward", x, queries)
+    same_device("attend_backward", "grad_out", grad_out, x.device)
+    rank("attend_backward", "grad_out", grad_out, 3, "(B, M, D)")
+    floating("attend_backward", "grad_out", grad_out)
+    expected = (x.shape[0], queries.shape[0], x.shape[2])
+    if tuple(grad_out.shape) != expected:
+        _fail(f"attend_backward: grad_out must have shape (B, M, D) = {expected}, got {_shape(grad_out)}")

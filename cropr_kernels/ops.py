@@ -1,0 +1,220 @@
+"""The ops of namespace ``cropr``: schemas, fake kernels, gradients and FLOP formulas.
+
+The only file that registers anything in Python. CPU kernels register when ``_C`` is imported; CUDA kernels are
+the Triton launchers of ``kernels/``, imported at their first call.
+
+Shapes: B images, N tokens in, K kept, R = N - K pruned, D width, M queries, P prefix tokens.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _checks
+
+try:
+    from . import _C  # noqa: F401  (its import registers the CPU kernels)
+except ImportError as error:
+    raise ImportError(
+        "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "
+        f"({error}). Build it with 'pip install --no-build-isolation .' or, in the source tree, "
+        "'python setup.py build_ext --inplace'."
+    ) from error
+
+_SCHEMAS = (
+    "scores(Tensor x, Tensor query) -> Tensor",
+    "select(Tensor scores, SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx)",
+    "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0)"
+    " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
+    "gather(Tensor x, Tensor idx) -> Tensor",
+    "restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor",
+    "attend(Tensor x, Tensor queries, float scale) -> Tensor",
+    "attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
+)
+
+
+def _cuda_launcher(name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        try:
+            kernels = importlib.import_module("cropr_kernels.kernels")
+        except ImportError as error:
+            raise ImportError(f"cropr::{name}: CUDA tensors need triton: pip install triton ({error})") from error
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+_library = torch.library.Library("cropr", "DEF")
+for _schema in _SCHEMAS:
+    _name = _schema.partition("(")[0]
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _cuda_launcher(_name), "CUDA")
+
+
+# Fake kernels: shapes and dtypes, and the same refusals as the real ones.
+
+
+@torch.library.register_fake("cropr::scores", lib=_library)
+def _(x: Tensor, query: Tensor) -> Tensor:
+    _checks.tokens_and_query("scores", x, query)
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("cropr::select", lib=_library)
+def _(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    _checks.select(scores, num_keep, num_prefix)
+    batch, n = scores.shape
+    indices = (scores.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, n - num_keep))
+    kept_idx, pruned_idx = indices
+    return kept_idx, pruned_idx
+
+
+@torch.library.register_fake("cropr::prune", lib=_library)
+def _(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.prune(x, query, num_keep, num_prefix)
+    batch, n, dim = x.shape
+    return (
+        x.new_empty((batch, num_keep, dim)),
+        x.new_empty((batch, num_keep), dtype=torch.int64),
+        x.new_empty((batch, n - num_keep, dim)),
+        x.new_empty((batch, n - num_keep), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("cropr::gather", lib=_library)
+def _(x: Tensor, idx: Tensor) -> Tensor:
+    _checks.gather(x, idx)
+    return x.new_empty((x.shape[0], idx.shape[1], x.shape[2]))
+
+
+@torch.library.register_fake("cropr::restore", lib=_library)
+def _(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
+    _checks.restore(kept, kept_idx, pruned, pruned_idx)
+    return kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))
+
+
+@torch.library.register_fake("cropr::attend", lib=_library)
+def _(x: Tensor, queries: Tensor, scale: float) -> Tensor:
+    _checks.attend("attend", x, queries)
+    return x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
+
+
+@torch.library.register_fake("cropr::attend_backward", lib=_library)
+def _(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
+    _checks.attend_backward(grad_out, x, queries)
+    return queries.new_empty(queries.shape)
+
+
+# Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the ops' own.
+
+
+def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def _nothing(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    return (None,) * len(ctx.needs_input_grad)
+
+
+def _prune_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    kept, kept_idx, pruned, pruned_idx = output
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(kept_idx, pruned_idx)
+        ctx.mark_non_differentiable(kept_idx, pruned_idx)
+    else:
+        ctx.mark_non_differentiable(kept, kept_idx, pruned, pruned_idx)
+
+
+def _prune_backward(ctx: Any, grad_kept: Tensor, _a: Any, grad_pruned: Tensor, _b: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    kept_idx, pruned_idx = ctx.saved_tensors
+    return torch.ops.cropr.restore(grad_kept, kept_idx, grad_pruned, pruned_idx), None, None, None
+
+
+def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, kept_idx, _, pruned_idx = inputs
+    ctx.save_for_backward(kept_idx, pruned_idx)
+
+
+def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kept_idx, pruned_idx = ctx.saved_tensors
+    needs_kept, _, needs_pruned, _ = ctx.needs_input_grad
+    return (
+        torch.ops.cropr.gather(grad, kept_idx) if needs_kept else None,
+        None,
+        torch.ops.cropr.gather(grad, pruned_idx) if needs_pruned else None,
+        None,
+    )
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, idx = inputs
+    ctx.num_tokens = x.shape[1]
+    ctx.save_for_backward(idx)
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (idx,) = ctx.saved_tensors
+    # Unlike those of prune, these positions may repeat, so rows add up.
+    zeros = grad.new_zeros((grad.shape[0], ctx.num_tokens, grad.shape[2]))
+    return zeros.scatter_add(1, idx.unsqueeze(-1).expand_as(grad), grad), None
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, queries, ctx.scale = inputs
+    if ctx.needs_input_grad[1]:
+        ctx.save_for_backward(x, queries)
+    else:
+        ctx.mark_non_differentiable(output)
+
+
+def _attend_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    if not ctx.needs_input_grad[1]:
+        return None, None, None
+    x, queries = ctx.saved_tensors
+    return None, torch.ops.cropr.attend_backward(grad, x, queries, ctx.scale), None
+
+
+for _name, _backward, _setup in (
+    ("scores", _nothing, _no_gradient),
+    ("select", _nothing, _no_gradient),
+    ("prune", _prune_backward, _prune_setup),
+    ("gather", _gather_backward, _gather_setup),
+    ("restore", _restore_backward, _restore_setup),
+    ("attend", _attend_backward, _attend_setup),
+    ("attend_backward", _nothing, _no_gradient),
+):
+    torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
+
+
+# FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter.
+
+
+@register_flop_formula([torch.ops.cropr.scores, torch.ops.cropr.prune])
+def _score_flops(x_shape: tuple[int, ...], query_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    batch, n, dim = x_shape
+    return 2 * batch * n * dim
+
+
+@register_flop_formula([torch.ops.cropr.select, torch.ops.cropr.gather, torch.ops.cropr.restore])
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.cropr.attend)
+def _attend_flops(x_shape: tuple[int, ...], queries_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    batch, n, dim = x_shape
+    return 4 * batch * queries_shape[0] * n * dim  # logits and weighted sum
+
+
+@register_flop_formula(torch.ops.cropr.attend_backward)
+def _attend_backward_flops(
+    grad_shape: tuple[int, ...], x_shape: tuple[int, ...], queries_shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    batch, n, dim = x_shape
+    return 6 * batch * queries_shape[0] * n * dim  # logits again, their gradient, and that of the queries

@@ -1,0 +1,209 @@
+// CPU kernels of cropr::attend and its gradient for the queries.
+//
+// One query streams the tokens past itself. Many queries are matrix products: those run in the BLAS behind
+// aten::matmul, one image at a time, so that nothing larger than (M, N) ever exists.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+#include "tensor.h"
+
+namespace cropr {
+namespace {
+
+using torch::stable::parallel_for;
+
+void check_attend(const char* op, const Tensor& x, const Tensor& queries) {
+  check_cpu(op, "queries", queries);
+  check_dim(op, "x", x, 3, "(B, N, D)");
+  check_float(op, "x", x);
+  check_dim(op, "queries", queries, 2, "(M, D)");
+  check_float(op, "queries", queries);
+  if (queries.size(1) != x.size(2))
+    fail(op, ": queries must have the width of x, D = ", x.size(2), ", got shape ", shape_of(queries));
+  if (x.size(1) == 0) fail(op, ": x must have at least one token, got shape ", shape_of(x));
+}
+
+template <typename A>
+constexpr ScalarType acc_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+// Contiguous copy in the accumulation type; no copy where the tensor already is that.
+template <typename A>
+Tensor as_acc(const Tensor& t) {
+  const Tensor cast = t.scalar_type() == acc_dtype<A> ? t : torch::stable::to(t, acc_dtype<A>);
+  return torch::stable::contiguous(cast);
+}
+
+Tensor as_dtype(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// In-place softmax over rows of (rows, n).
+template <typename A>
+void softmax_rows(A* logits, int64_t rows, int64_t n) {
+  parallel_for(0, rows, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A* row = logits + i * n;
+      const A top = *std::max_element(row, row + n);
+      A sum = 0;
+      for (int64_t j = 0; j < n; ++j) sum += row[j] = std::exp(row[j] - top);
+      for (int64_t j = 0; j < n; ++j) row[j] /= sum;
+    }
+  });
+}
+
+template <typename A>
+void scaled(const A* from, A factor, int64_t count, A* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+}
+
+// weight (N,) = softmax(query . x), for one image and one already scaled query.
+template <typename T>
+void attention_row(const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T>* weight) {
+  dot_rows<T>(x, stride, n, dim, query, weight);
+  const acc_t<T> top = *std::max_element(weight, weight + n);
+  acc_t<T> sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += weight[i] = std::exp(weight[i] - top);
+  for (int64_t i = 0; i < n; ++i) weight[i] /= sum;
+}
+
+template <typename T>
+void attend_one(const Tensor& x, const std::vector<acc_t<T>>& query, const Tensor& out) {
+  using A = acc_t<T>;
+  const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> weight(n), sum(dim);
+    for (int64_t b = begin; b < end; ++b) {
+      const T* image = data<T>(x) + b * x.stride(0);
+      attention_row<T>(image, stride, n, dim, query.data(), weight.data());
+      std::fill(sum.begin(), sum.end(), A(0));
+      weighted_sum<T>(image, stride, n, dim, weight.data(), sum.data());
+      T* row = mutable_data<T>(out) + b * dim;
+      for (int64_t d = 0; d < dim; ++d) store_one(row + d, sum[d]);
+    }
+  });
+}
+
+Tensor transposed(const Tensor& t) {
+  return torch::stable::transpose(t, 0, 1);
+}
+
+// The softmax (M, N) of one image, from scaled queries (M, D) and tokens (N, D).
+template <typename A>
+Tensor attention(const Tensor& queries, const Tensor& tokens) {
+  const Tensor logits = torch::stable::contiguous(torch::stable::matmul(queries, transposed(tokens)));
+  softmax_rows(mutable_data<A>(logits), logits.size(0), logits.size(1));
+  return logits;
+}
+
+template <typename A>
+Tensor scaled_queries(const Tensor& queries, double scale) {
+  const Tensor wide = as_acc<A>(queries);
+  Tensor out = empty({queries.size(0), queries.size(1)}, acc_dtype<A>);
+  scaled<A>(data<A>(wide), static_cast<A>(scale), queries.numel(), mutable_data<A>(out));
+  return out;
+}
+
+Tensor attend(const Tensor& x, const Tensor& queries, double scale) {
+  check_attend("attend", x, queries);
+  const int64_t batch = x.size(0), count = queries.size(0), dim = x.size(2);
+  const Tensor dense = with_dense_rows(x);
+  Tensor out = empty({batch, count, dim}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Tensor query = scaled_queries<A>(queries, scale);
+    if (count == 1) {
+      attend_one<T>(dense, std::vector<A>(data<A>(query), data<A>(query) + dim), out);
+      return;
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
+      Tensor target = torch::stable::select(out, 0, b);
+      torch::stable::copy_(target, torch::stable::matmul(attention<A>(query, tokens), tokens));
+    }
+  });
+  return out;
+}
+
+// With p = softmax(scale q.x): dq = scale * sum_n p_n (g.x_n - g.out) x_n, and out = sum_n p_n x_n.
+template <typename T>
+void attend_one_backward(
+    const Tensor& x, const std::vector<acc_t<T>>& query, const acc_t<T>* grad, double scale, acc_t<T>* grad_query) {
+  using A = acc_t<T>;
+  const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
+  std::vector<A> per_image(batch * dim, A(0));  // summed in order afterwards: the same bits on any thread count
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> weight(n), slope(n);
+    for (int64_t b = begin; b < end; ++b) {
+      const T* image = data<T>(x) + b * x.stride(0);
+      attention_row<T>(image, stride, n, dim, query.data(), weight.data());
+      dot_rows<T>(image, stride, n, dim, grad + b * dim, slope.data());
+      A mean = 0;
+      for (int64_t i = 0; i < n; ++i) mean += weight[i] * slope[i];
+      for (int64_t i = 0; i < n; ++i) weight[i] *= slope[i] - mean;
+      weighted_sum<T>(image, stride, n, dim, weight.data(), per_image.data() + b * dim);
+    }
+  });
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t d = 0; d < dim; ++d) grad_query[d] += per_image[b * dim + d];
+  scaled<A>(grad_query, static_cast<A>(scale), dim, grad_query);
+}
+
+Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& queries, double scale) {
+  check_attend("attend_backward", x, queries);
+  check_cpu("attend_backward", "grad_out", grad_out);
+  check_dim("attend_backward", "grad_out", grad_out, 3, "(B, M, D)");
+  check_float("attend_backward", "grad_out", grad_out);
+  const int64_t batch = x.size(0), n = x.size(1), count = queries.size(0), dim = x.size(2);
+  if (grad_out.size(0) != batch || grad_out.size(1) != count || grad_out.size(2) != dim)
+    fail("attend_backward: grad_out must have shape (B, M, D) = (", batch, ", ", count, ", ", dim, "), got ",
+         shape_of(grad_out));
+  const Tensor dense = with_dense_rows(x);
+  return with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Tensor query = scaled_queries<A>(queries, scale);
+    const Tensor grad = as_acc<A>(grad_out);
+    Tensor sum = empty({count, dim}, acc_dtype<A>);
+    A* total = mutable_data<A>(sum);
+    std::fill_n(total, count * dim, A(0));
+    if (count == 1) {
+      const std::vector<A> only(data<A>(query), data<A>(query) + dim);
+      attend_one_backward<T>(dense, only, data<A>(grad), scale, total);
+      return as_dtype(sum, queries.scalar_type());
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
+      const Tensor weight = attention<A>(query, tokens);
+      const Tensor slope = torch::stable::contiguous(
+          torch::stable::matmul(torch::stable::select(grad, 0, b), transposed(tokens)));
+      A* p = mutable_data<A>(weight);
+      const A* s = data<A>(slope);
+      parallel_for(0, count, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) {
+          A mean = 0;
+          for (int64_t i = 0; i < n; ++i) mean += p[m * n + i] * s[m * n + i];
+          for (int64_t i = 0; i < n; ++i) p[m * n + i] *= static_cast<A>(scale) * (s[m * n + i] - mean);
+        }
+      });
+      const Tensor part = torch::stable::contiguous(torch::stable::matmul(weight, tokens));
+      const A* values = data<A>(part);
+      for (int64_t i = 0; i < count * dim; ++i) total[i] += values[i];
+    }
+    return as_dtype(sum, queries.scalar_type());
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cropr, CPU, library) {
+  library.impl("attend", TORCH_BOX(&attend));
+  library.impl("attend_backward", TORCH_BOX(&attend_backward));
+}
+
+}  // namespace cropr

@@ -1,0 +1,328 @@
+// CPU kernels of cropr::scores, select, prune, gather and restore.
+#include <algorithm>
+#include <vector>
+
+#include "select.h"
+#include "simd.h"
+#include "tensor.h"
+
+namespace cropr {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Elements a thread should have at least: below this, waking it costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+int64_t row_grain(int64_t dim) {
+  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, dim));
+}
+
+// The dense (B, N, D) view a kernel works on; element strides.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t batch, count, dim, stride_b, stride_n;
+
+  explicit Rows(const Tensor& x)
+      : data(cropr::data<T>(x)),
+        batch(x.size(0)),
+        count(x.size(1)),
+        dim(x.size(2)),
+        stride_b(x.stride(0)),
+        stride_n(x.stride(1)) {}
+
+  const T* image(int64_t b) const {
+    return data + b * stride_b;
+  }
+};
+
+// sum_m query[m]: the score is linear in the queries, so all of them act as one vector.
+template <typename A>
+std::vector<A> fold_query(const Tensor& query) {
+  const Tensor dense = with_dense_rows(query);
+  const int64_t dim = dense.size(dense.dim() - 1);
+  const int64_t count = dense.dim() == 2 ? dense.size(0) : 1;
+  const int64_t stride = dense.dim() == 2 ? dense.stride(0) : 0;
+  return with_float_type(dense.scalar_type(), [&](auto tag) {
+    using Q = decltype(tag);
+    const std::vector<acc_t<Q>> ones(count, acc_t<Q>(1));
+    std::vector<acc_t<Q>> sum(dim, acc_t<Q>(0));
+    weighted_sum<Q>(data<Q>(dense), stride, count, dim, ones.data(), sum.data());
+    return std::vector<A>(sum.begin(), sum.end());
+  });
+}
+
+void check_tokens_and_query(const char* op, const Tensor& x, const Tensor& query) {
+  check_cpu(op, "query", query);
+  check_dim(op, "x", x, 3, "(B, N, D)");
+  check_float(op, "x", x);
+  if (query.dim() != 1 && query.dim() != 2)
+    fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
+  check_float(op, "query", query);
+  if (query.size(query.dim() - 1) != x.size(2))
+    fail(op, ": query must have the width of x, D = ", x.size(2), ", got shape ", shape_of(query));
+}
+
+// float32 whatever the input: in bfloat16 scores tie often.
+template <typename T>
+void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
+  if constexpr (std::is_same_v<acc_t<T>, float>) {
+    dot_rows<T>(x, stride, rows, dim, query, out);
+  } else {
+    std::vector<acc_t<T>> wide(rows);
+    dot_rows<T>(x, stride, rows, dim, query, wide.data());
+    std::copy(wide.begin(), wide.end(), out);
+  }
+}
+
+// Calls body(b, first, last) so that flat rows [begin, end) of (B, rows_per_image) are each visited once.
+template <typename Body>
+void for_each_image_range(int64_t begin, int64_t end, int64_t rows_per_image, const Body& body) {
+  while (begin < end) {
+    const int64_t b = begin / rows_per_image, first = begin % rows_per_image;
+    const int64_t last = std::min(rows_per_image, first + (end - begin));
+    body(b, first, last);
+    begin += last - first;
+  }
+}
+
+template <typename T>
+void score_batch(const Rows<T>& x, const acc_t<T>* query, float* out) {
+  parallel_for(0, x.batch * x.count, row_grain(x.dim), [&](int64_t begin, int64_t end) {
+    for_each_image_range(begin, end, x.count, [&](int64_t b, int64_t first, int64_t last) {
+      const T* rows = x.image(b) + first * x.stride_n;
+      score_rows<T>(rows, x.stride_n, last - first, x.dim, query, out + b * x.count + first);
+    });
+  });
+}
+
+// Length of the run of consecutive positions that starts at idx[i]: such rows are copied in one go.
+int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
+  int64_t length = 1;
+  while (i + length < count && idx[i + length] == idx[i] + length) ++length;
+  return length;
+}
+
+// out[i] = x[idx[i]] for i in [first, last)
+template <typename T>
+void gather_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
+  for (int64_t i = first; i < last;) {
+    const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
+    std::copy_n(x + idx[i] * stride_n, rows * dim, out + i * dim);
+    i += rows;
+  }
+}
+
+// out[idx[i]] = x[i] for i in [first, last)
+template <typename T>
+void scatter_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
+  for (int64_t i = first; i < last;) {
+    const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
+    std::copy_n(x + i * stride_n, rows * dim, out + idx[i] * dim);
+    i += rows;
+  }
+}
+
+// Rows [first, last) of the N that the two index lists hold together: kept first, then pruned.
+template <typename Body>
+void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body) {
+  if (first < num_keep) body(true, first, std::min(last, num_keep));
+  if (last > num_keep) body(false, std::max<int64_t>(first - num_keep, 0), last - num_keep);
+}
+
+Tensor scores(const Tensor& x, const Tensor& query) {
+  check_tokens_and_query("scores", x, query);
+  const Tensor dense = with_dense_rows(x);
+  Tensor out = empty({x.size(0), x.size(1)}, ScalarType::Float);
+  with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto folded = fold_query<acc_t<T>>(query);
+    score_batch(Rows<T>(dense), folded.data(), mutable_data<float>(out));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> select(const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
+  check_dim("select", "scores", scores, 2, "(B, N)");
+  check_float("select", "scores", scores);
+  const int64_t batch = scores.size(0), n = scores.size(1);
+  check_counts("select", n, num_keep, num_prefix);
+  const Tensor dense = with_dense_rows(scores);
+  Tensor kept_idx = empty({batch, num_keep}, ScalarType::Long);
+  Tensor pruned_idx = empty({batch, n - num_keep}, ScalarType::Long);
+  with_float_type(scores.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const T* values = data<T>(dense);
+    const int64_t stride = dense.stride(0);
+    int64_t* kept = mutable_data<int64_t>(kept_idx);
+    int64_t* pruned = mutable_data<int64_t>(pruned_idx);
+    parallel_for(0, batch, row_grain(16 * n), [&](int64_t begin, int64_t end) {
+      std::vector<select_key_t<acc_t<T>>> keys;
+      for (int64_t b = begin; b < end; ++b)
+        select_image(
+            values + b * stride, n, num_keep, num_prefix, keys, kept + b * num_keep, pruned + b * (n - num_keep));
+    });
+  });
+  return {kept_idx, pruned_idx};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
+    const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix) {
+  check_tokens_and_query("prune", x, query);
+  const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
+  check_counts("prune", n, num_keep, num_prefix);
+  const Tensor dense = with_dense_rows(x);
+  Tensor kept = empty({batch, num_keep, dim}, x.scalar_type());
+  Tensor kept_idx = empty({batch, num_keep}, ScalarType::Long);
+  Tensor pruned = empty({batch, num_prune, dim}, x.scalar_type());
+  Tensor pruned_idx = empty({batch, num_prune}, ScalarType::Long);
+  with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Rows<T> rows(dense);
+    const auto folded = fold_query<acc_t<T>>(query);
+    T* kept_out = mutable_data<T>(kept);
+    T* pruned_out = mutable_data<T>(pruned);
+    int64_t* kept_pos = mutable_data<int64_t>(kept_idx);
+    int64_t* pruned_pos = mutable_data<int64_t>(pruned_idx);
+
+    const auto copy = [&](int64_t b, int64_t first, int64_t last) {
+      split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
+        const int64_t count = stays ? num_keep : num_prune;
+        gather_rows(
+            rows.image(b), rows.stride_n, dim, (stays ? kept_pos : pruned_pos) + b * count, from, to,
+            (stays ? kept_out : pruned_out) + b * count * dim);
+      });
+    };
+    const auto select_from = [&](int64_t b, const float* values, std::vector<select_key_t<float>>& keys) {
+      select_image(values, n, num_keep, num_prefix, keys, kept_pos + b * num_keep, pruned_pos + b * num_prune);
+    };
+
+    if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+      // An image at a time: its rows are still in the cache when they are copied.
+      parallel_for(0, batch, row_grain(n * dim), [&](int64_t begin, int64_t end) {
+        std::vector<float> values(n);
+        std::vector<select_key_t<float>> keys;
+        for (int64_t b = begin; b < end; ++b) {
+          score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
+          select_from(b, values.data(), keys);
+          copy(b, 0, n);
+        }
+      });
+    } else {
+      std::vector<float> values(batch * n);
+      std::vector<select_key_t<float>> keys;
+      score_batch(rows, folded.data(), values.data());
+      for (int64_t b = 0; b < batch; ++b) select_from(b, values.data() + b * n, keys);
+      parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
+        for_each_image_range(begin, end, n, copy);
+      });
+    }
+  });
+  return {kept, kept_idx, pruned, pruned_idx};
+}
+
+// Every index in [0, n), so that no kernel leaves its buffers.
+void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i)
+    if (idx[i] < 0 || idx[i] >= n)
+      fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
+}
+
+Tensor gather(const Tensor& x, const Tensor& idx) {
+  check_cpu("gather", "idx", idx);
+  check_dim("gather", "x", x, 3, "(B, N, D)");
+  check_float("gather", "x", x);
+  check_dim("gather", "idx", idx, 2, "(B, K)");
+  check_index("gather", "idx", idx);
+  if (idx.size(0) != x.size(0))
+    fail("gather: idx must have the batch size of x, B = ", x.size(0), ", got shape ", shape_of(idx));
+  const Tensor dense = with_dense_rows(x), positions = torch::stable::contiguous(idx);
+  const int64_t batch = x.size(0), count = idx.size(1), dim = x.size(2);
+  check_positions("gather", "idx", data<int64_t>(positions), batch * count, x.size(1));
+  Tensor out = empty({batch, count, dim}, x.scalar_type());
+  with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Rows<T> rows(dense);
+    T* written = mutable_data<T>(out);
+    parallel_for(0, batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
+      for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
+        gather_rows(
+            rows.image(b), rows.stride_n, dim, data<int64_t>(positions) + b * count, first, last,
+            written + b * count * dim);
+      });
+    });
+  });
+  return out;
+}
+
+void check_restore_part(
+    const char* name, const char* idx_name, const Tensor& part, const Tensor& idx, const Tensor& kept) {
+  check_cpu("restore", name, part);
+  check_cpu("restore", idx_name, idx);
+  check_dim("restore", name, part, 3, "(B, tokens, D)");
+  check_float("restore", name, part);
+  check_dim("restore", idx_name, idx, 2, "(B, tokens)");
+  check_index("restore", idx_name, idx);
+  if (idx.size(0) != part.size(0) || idx.size(1) != part.size(1))
+    fail("restore: ", idx_name, " must have the first two sizes of ", name, ", ", shape_of(part), ", got ",
+         shape_of(idx));
+  if (part.size(0) != kept.size(0) || part.size(2) != kept.size(2))
+    fail("restore: ", name, " must have the batch and width of kept, ", shape_of(kept), ", got ", shape_of(part));
+  if (part.scalar_type() != kept.scalar_type())
+    fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ",
+         dtype_of(part));
+}
+
+// Together the two lists must hold every position of an image exactly once, or rows would stay unwritten.
+void check_partition(const int64_t* kept, int64_t num_keep, const int64_t* pruned, int64_t num_prune, int64_t batch) {
+  const int64_t n = num_keep + num_prune;
+  std::vector<int64_t> owner(n, -1);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t position = i < num_keep ? kept[b * num_keep + i] : pruned[b * num_prune + i - num_keep];
+      if (position < 0 || position >= n || owner[position] == b)
+        fail("restore: kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
+             position < 0 || position >= n ? "" : " twice", " in image ", b);
+      owner[position] = b;
+    }
+  }
+}
+
+Tensor restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
+  check_restore_part("kept", "kept_idx", kept, kept_idx, kept);
+  check_restore_part("pruned", "pruned_idx", pruned, pruned_idx, kept);
+  const int64_t batch = kept.size(0), num_keep = kept.size(1), num_prune = pruned.size(1), dim = kept.size(2);
+  const int64_t n = num_keep + num_prune;
+  const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
+  const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
+  check_partition(data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch);
+  Tensor out = empty({batch, n, dim}, kept.scalar_type());
+  with_float_type(kept.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Rows<T> kept_in(kept_rows), pruned_in(pruned_rows);
+    T* written = mutable_data<T>(out);
+    parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
+      for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
+        split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
+          const Rows<T>& rows = stays ? kept_in : pruned_in;
+          const int64_t* idx = data<int64_t>(stays ? kept_pos : pruned_pos) + b * rows.count;
+          scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim);
+        });
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cropr, CPU, library) {
+  library.impl("scores", TORCH_BOX(&scores));
+  library.impl("select", TORCH_BOX(&select));
+  library.impl("prune", TORCH_BOX(&prune));
+  library.impl("gather", TORCH_BOX(&gather));
+  library.impl("restore", TORCH_BOX(&restore));
+}
+
+}  // namespace cropr

@@ -1,0 +1,157 @@
+#include "simd.h"
+
+#include <vector>
+
+namespace cropr {
+namespace {
+
+// The order of load_group within each whole group: even elements, then odd ones.
+template <typename T>
+CROPR_INLINE void pack_groups(const acc_t<T>* plain, int64_t dim, acc_t<T>* packed) {
+  constexpr int group = kGroup<T>;
+  const int64_t whole = dim - dim % group;
+  for (int64_t d = 0; d < whole; ++d) {
+    const int64_t i = d % group;
+    packed[d - i + (i % 2) * (group / 2) + i / 2] = plain[d];
+  }
+  for (int64_t d = whole; d < dim; ++d) packed[d] = plain[d];
+}
+
+template <typename T>
+CROPR_INLINE void unpack_groups(const acc_t<T>* packed, int64_t dim, acc_t<T>* plain) {
+  constexpr int group = kGroup<T>;
+  const int64_t whole = dim - dim % group;
+  for (int64_t d = 0; d < whole; ++d) {
+    const int64_t i = d % group;
+    plain[d] = packed[d - i + (i % 2) * (group / 2) + i / 2];
+  }
+  for (int64_t d = whole; d < dim; ++d) plain[d] = packed[d];
+}
+
+// Sum over lanes as a tree of shuffles: a chain of scalar additions would cost more than a short row's products.
+template <typename A, typename V>
+CROPR_INLINE A horizontal_sum(V v) {
+  if constexpr (kLanes<A> == 8) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else if constexpr (kLanes<A> == 4) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else {
+    v += __builtin_shufflevector(v, v, 1, 0);
+  }
+  return v[0];
+}
+
+// One row at a time: memory then sees one forward stream, which the hardware prefetcher follows across rows.
+template <typename T>
+CROPR_INLINE acc_t<T> dot_row(const T* x, int64_t dim, const acc_t<T>* query) {
+  using A = acc_t<T>;
+  using V = typename Pack<A>::type;
+  constexpr int lanes = kLanes<A>;
+  V sums[4] = {};
+  int64_t d = 0;
+  for (; d + 2 * kGroup<T> <= dim; d += 2 * kGroup<T>) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + d) + 1024);
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      V first, second;
+      load_group(x + d + u * kGroup<T>, first, second);
+      sums[2 * u] += first * load_pack(query + d + 2 * u * lanes);
+      sums[2 * u + 1] += second * load_pack(query + d + (2 * u + 1) * lanes);
+    }
+  }
+  if (d + kGroup<T> <= dim) {
+    V first, second;
+    load_group(x + d, first, second);
+    sums[0] += first * load_pack(query + d);
+    sums[1] += second * load_pack(query + d + lanes);
+    d += kGroup<T>;
+  }
+  A sum = horizontal_sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; d < dim; ++d) sum += load_one(x + d) * query[d];
+  return sum;
+}
+
+template <typename T>
+CROPR_INLINE void dot_rows_body(
+    const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {
+  std::vector<acc_t<T>> packed;
+  if constexpr (kInterleaved<T>) {
+    packed.resize(dim);
+    pack_groups<T>(query, dim, packed.data());
+    query = packed.data();
+  }
+  for (int64_t i = 0; i < rows; ++i) out[i] = dot_row(x + i * stride, dim, query);
+}
+
+// Columns in strips that stay in registers while the rows stream past.
+template <typename T>
+CROPR_INLINE void weighted_sum_body(
+    const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {
+  using A = acc_t<T>;
+  using V = typename Pack<A>::type;
+  constexpr int lanes = kLanes<A>;
+  constexpr int groups = 2;
+  std::vector<A> packed(dim);
+  if constexpr (kInterleaved<T>)
+    pack_groups<T>(out, dim, packed.data());
+  else
+    std::memcpy(packed.data(), out, dim * sizeof(A));
+  int64_t d = 0;
+  for (; d + kGroup<T> <= dim;) {
+    const int strip = d + groups * kGroup<T> <= dim ? groups : 1;
+    V sums[2 * groups];
+    for (int u = 0; u < 2 * strip; ++u) sums[u] = load_pack(packed.data() + d + u * lanes);
+    for (int64_t i = 0; i < rows; ++i) {
+      V first, second;
+      load_group(x + i * stride + d, first, second);
+      sums[0] += weight[i] * first;
+      sums[1] += weight[i] * second;
+      if (strip == groups) {
+        load_group(x + i * stride + d + kGroup<T>, first, second);
+        sums[2] += weight[i] * first;
+        sums[3] += weight[i] * second;
+      }
+    }
+    for (int u = 0; u < 2 * strip; ++u) std::memcpy(packed.data() + d + u * lanes, &sums[u], sizeof(V));
+    d += strip * kGroup<T>;
+  }
+  for (; d < dim; ++d)
+    for (int64_t i = 0; i < rows; ++i) packed[d] += weight[i] * load_one(x + i * stride + d);
+  if constexpr (kInterleaved<T>)
+    unpack_groups<T>(packed.data(), dim, out);
+  else
+    std::memcpy(out, packed.data(), dim * sizeof(A));
+}
+
+}  // namespace
+
+// target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
+#define CROPR_ROW_KERNELS(T, suffix)                                                                          \
+  CROPR_CLONES void dot_rows_##suffix(                                                                        \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {          \
+    dot_rows_body<T>(x, stride, rows, dim, query, out);                                                       \
+  }                                                                                                           \
+  CROPR_CLONES void weighted_sum_##suffix(                                                                    \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {         \
+    weighted_sum_body<T>(x, stride, rows, dim, weight, out);                                                  \
+  }                                                                                                           \
+  template <>                                                                                                 \
+  void dot_rows<T>(                                                                                           \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {          \
+    dot_rows_##suffix(x, stride, rows, dim, query, out);                                                      \
+  }                                                                                                           \
+  template <>                                                                                                 \
+  void weighted_sum<T>(                                                                                       \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {         \
+    weighted_sum_##suffix(x, stride, rows, dim, weight, out);                                                 \
+  }
+
+CROPR_ROW_KERNELS(float, f32)
+CROPR_ROW_KERNELS(double, f64)
+CROPR_ROW_KERNELS(bfloat16, bf16)
+CROPR_ROW_KERNELS(float16, f16)
+
+}  // namespace cropr

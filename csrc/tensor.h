@@ -1,0 +1,120 @@
+// What the kernels need from libtorch, through its stable ABI: views, outputs, checks, dtype dispatch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "simd.h"
+
+namespace cropr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return toString(t.scalar_type());
+  }
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the same device as the other tensors, cpu");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
+  if (t.dim() != dim) fail(op, ": ", name, " must have shape ", shape, ", got ", shape_of(t));
+}
+
+inline bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+      type == ScalarType::Half;
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  if (!is_float(t.scalar_type()))
+    fail(op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_of(t));
+}
+
+inline void check_index(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Long)
+    fail(op, ": ", name, " must be int64, got ", dtype_of(t));
+}
+
+inline void check_counts(const char* op, int64_t n, int64_t num_keep, int64_t num_prefix) {
+  if (num_prefix < 0 || num_prefix > n)
+    fail(op, ": num_prefix must be in [0, N] = [0, ", n, "], got ", num_prefix);
+  if (num_keep < num_prefix || num_keep > n)
+    fail(op, ": num_keep must be in [num_prefix, N] = [", num_prefix, ", ", n, "], got ", num_keep);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  int64_t strides[4];
+  int64_t step = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Rows must be dense; every other stride is taken as it comes.
+inline Tensor with_dense_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) > 1 && x.stride(last) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls body(T{}) with the kernel's own type for a floating dtype that check_float has let through.
+template <typename Body>
+auto with_float_type(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(bfloat16{});
+    case ScalarType::Half: return body(float16{});
+    default: return body(float{});
+  }
+}
+
+}  // namespace cropr

@@ -1,0 +1,48 @@
+"""Builds the C++ extension by driving CMakeLists.txt; everything else is in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install one CMake project into setuptools' build folder."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+            import torch
+        except ImportError as error:
+            raise SystemExit(
+                f"building cropr_kernels needs {error.name}: install torch (2.10 or newer), pybind11, cmake and "
+                "ninja, then run 'pip install --no-build-isolation .'"
+            ) from error
+
+        source = Path(__file__).parent.resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [
+                "cmake",
+                "-G",
+                "Ninja",
+                "-S",
+                str(source),
+                "-B",
+                str(build),
+                f"-DTORCH_DIR={Path(torch.__file__).parent}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DCMAKE_INSTALL_PREFIX={target.parent}",
+            ],
+            check=True,
+        )
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("cropr_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

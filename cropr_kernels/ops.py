@@ -25,22 +25,26 @@ except ImportError as error:
         "'python setup.py build_ext --inplace'."
     ) from error
 
-_SCHEMAS = (
-    "scores(Tensor x, Tensor query) -> Tensor",
-    "select(Tensor scores, SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx)",
-    "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0)"
-    " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
-    "gather(Tensor x, Tensor idx) -> Tensor",
-    "restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor",
-    "attend(Tensor x, Tensor queries, float scale) -> Tensor",
-    "attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
+# Schema of each op, and the file of kernels/ that holds its CUDA launcher.
+_OPS = (
+    ("scores(Tensor x, Tensor query) -> Tensor", "scores"),
+    ("select(Tensor scores, SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx)", "select"),
+    (
+        "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0)"
+        " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
+        "rows",
+    ),
+    ("gather(Tensor x, Tensor idx) -> Tensor", "rows"),
+    ("restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor", "rows"),
+    ("attend(Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
+    ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
 )
 
 
-def _cuda_launcher(name: str) -> Callable[..., Any]:
+def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         try:
-            kernels = importlib.import_module("cropr_kernels.kernels")
+            kernels = importlib.import_module(f"cropr_kernels.kernels.{module}")
         except ImportError as error:
             raise ImportError(f"cropr::{name}: CUDA tensors need triton: pip install triton ({error})") from error
         return getattr(kernels, name)(*args)
@@ -49,10 +53,10 @@ def _cuda_launcher(name: str) -> Callable[..., Any]:
 
 
 _library = torch.library.Library("cropr", "DEF")
-for _schema in _SCHEMAS:
+for _schema, _module in _OPS:
     _name = _schema.partition("(")[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _cuda_launcher(_name), "CUDA")
+    _library.impl(_name, _cuda_launcher(_name, _module), "CUDA")
 
 
 # Fake kernels: shapes and dtypes, and the same refusals as the real ones.

@@ -1,0 +1,25 @@
+"""What every launcher shares: block shapes and dense rows."""
+
+import torch
+import triton
+from torch import Tensor
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return x with a stride of one in the last dimension; every other stride stays as it is."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def width_block(dim: int, limit: int) -> int:
+    """Choose a power-of-two block for a row of `dim` elements.
+
+    Widths are 2^k or 3 * 2^k: a block that divides them leaves no lane idle, where the next power of two
+    would waste a quarter of them.
+    """
+    divisor = dim & -dim
+    return min(divisor if divisor >= 64 else max(triton.next_power_of_2(dim), 16), limit)

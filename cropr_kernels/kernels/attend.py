@@ -1,0 +1,245 @@
+"""cropr::attend and its gradient on CUDA.
+
+One query (classification): a program per image streams the tokens once, with an online softmax, forward and
+backward. Many queries (dense tasks): tiled matrix products with head_dim = D of any size. The logits of a few
+images at a time live in a scratch buffer that is gone when the op returns; nothing of shape (B, M, N) is saved.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks
+from ._launch import acc_dtype, dense_rows
+
+_SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
+
+
+# One query: everything of a row fits a program.
+
+
+@triton.jit(do_not_specialize=["n"])
+def attend_one_kernel(
+    x_ptr, query_ptr, grad_ptr, out_ptr, stride_xb, stride_xn, n, dim,
+    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[b] = softmax(q.x) x, or with BACKWARD this image's share of the gradient of q.
+
+    With p = softmax(q.x) and s_n = g.x_n: dq = sum p s x - (sum p s) sum p x. All three sums run in one pass.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    acc_type: tl.constexpr = query_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK_D)
+    q = tl.load(query_ptr + cols, mask=cols < dim, other=0.0)
+    if BACKWARD:
+        g = tl.load(grad_ptr + b * dim + cols, mask=cols < dim, other=0.0).to(acc_type)
+    top = tl.full([], float("-inf"), acc_type)
+    total = tl.zeros([], acc_type)
+    mean = tl.zeros([], acc_type)
+    out = tl.zeros([BLOCK_D], acc_type)
+    weighted = tl.zeros([BLOCK_D], acc_type)
+    for start in range(0, n, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        x_tile_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn + cols[None, :]
+        x = tl.load(x_tile_ptr, mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0).to(acc_type)
+        logits = tl.where(rows < n, tl.sum(x * q[None, :], axis=1), float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=0))
+        rescale = tl.exp(top - new_top)
+        p = tl.exp(logits - new_top)
+        total = total * rescale + tl.sum(p, axis=0)
+        out = out * rescale + tl.sum(p[:, None] * x, axis=0)
+        if BACKWARD:
+            slope = tl.sum(x * g[None, :], axis=1)
+            mean = mean * rescale + tl.sum(p * slope, axis=0)
+            weighted = weighted * rescale + tl.sum((p * slope)[:, None] * x, axis=0)
+        top = new_top
+    result = out / total
+    if BACKWARD:
+        result = (weighted - mean * result) / total
+    tl.store(out_ptr + b * dim + cols, result.to(out_ptr.dtype.element_ty), mask=cols < dim)
+
+
+# Many queries: products tiled over both sides and over the inner dimension.
+
+
+@triton.jit(do_not_specialize=["m", "n"])
+def rows_dot_rows_kernel(
+    a_ptr, stride_ab, stride_am, x_ptr, stride_xb, stride_xn, out_ptr, m, n, dim,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, stride_ab = 0) and their slopes."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    b = (pid // (tiles_m * tiles_n)).to(tl.int64)
+    rows = (pid // tiles_n) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_ptr += b * stride_ab + rows.to(tl.int64)[:, None] * stride_am
+    x_ptr += b * stride_xb + tokens.to(tl.int64)[:, None] * stride_xn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty)
+    for start in range(0, dim, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)[None, :]
+        a = tl.load(a_ptr + cols, mask=(rows[:, None] < m) & (cols < dim), other=0.0)
+        x = tl.load(x_ptr + cols, mask=(tokens[:, None] < n) & (cols < dim), other=0.0)
+        acc = tl.dot(a, tl.trans(x), acc, input_precision="ieee", out_dtype=acc.dtype)
+    out_ptr += (b * m + rows[:, None]) * n + tokens[None, :]
+    tl.store(out_ptr, acc, mask=(rows[:, None] < m) & (tokens[None, :] < n))
+
+
+@triton.jit(do_not_specialize=["n"])
+def softmax_kernel(logits_ptr, slope_ptr, n, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In place over one row: p = softmax(logits), or with BACKWARD p * (slope - sum p slope)."""
+    row = tl.program_id(0).to(tl.int64) * n
+    acc_type: tl.constexpr = logits_ptr.dtype.element_ty
+    top = tl.full([BLOCK_N], float("-inf"), acc_type)
+    for start in range(0, n, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        top = tl.maximum(top, tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")))
+    highest = tl.max(top, axis=0)
+    total = tl.zeros([BLOCK_N], acc_type)
+    mean = tl.zeros([BLOCK_N], acc_type)
+    for start in range(0, n, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest)
+        total += p
+        if BACKWARD:
+            mean += p * tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
+    norm = 1.0 / tl.sum(total, axis=0)
+    average = tl.sum(mean, axis=0) * norm
+    for start in range(0, n, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest) * norm
+        if BACKWARD:
+            slope = tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
+            p = p * (slope - average)
+        tl.store(logits_ptr + row + cols, p, mask=cols < n)
+
+
+@triton.jit(do_not_specialize=["m", "n", "batch"])
+def weighted_rows_kernel(
+    weight_ptr, x_ptr, stride_xb, stride_xn, out_ptr, m, n, dim, batch,
+    SUM_BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[b, i] = sum_j weight[b, i, j] x[b, j]; with SUM_BATCH out[i] += the sum of that over all images."""
+    tiles_m, tiles_d = tl.cdiv(m, BLOCK_M), tl.cdiv(dim, BLOCK_D)
+    pid = tl.program_id(0)
+    b = (pid // (tiles_m * tiles_d)).to(tl.int64)
+    rows = ((pid // tiles_d) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = pid % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], weight_ptr.dtype.element_ty)
+    images = batch if SUM_BATCH else 1
+    for image in range(images):
+        at = b + image
+        for start in range(0, n, BLOCK_K):
+            tokens = start + tl.arange(0, BLOCK_K)
+            w_ptr = weight_ptr + (at * m + rows[:, None]) * n + tokens[None, :]
+            w = tl.load(w_ptr, mask=(rows[:, None] < m) & (tokens[None, :] < n), other=0.0)
+            x_tile_ptr = x_ptr + at * stride_xb + tokens.to(tl.int64)[:, None] * stride_xn + cols[None, :]
+            x = tl.load(x_tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
+            acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee", out_dtype=acc.dtype)
+    out_ptr += (rows[:, None] if SUM_BATCH else b * m + rows[:, None]) * dim + cols[None, :]
+    mask = (rows[:, None] < m) & (cols[None, :] < dim)
+    if SUM_BATCH:
+        acc += tl.load(out_ptr, mask=mask, other=0.0)
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch_one(x: Tensor, query: Tensor, grad: Tensor | None, out: Tensor) -> None:
+    batch, n, dim = x.shape
+    with torch.cuda.device_of(x):
+        attend_one_kernel[(batch,)](
+            x, query, out if grad is None else grad, out, x.stride(0), x.stride(1), n, dim,
+            BACKWARD=grad is not None, BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8,
+        )  # fmt: skip
+
+
+def _tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Tile edges that fit the shared memory of every architecture from sm_80 on."""
+    small = dtype in (torch.float32, torch.float64)
+    return {"edge": 64, "inner": 16 if dtype == torch.float64 else 32, "num_warps": 4 if small else 8}
+
+
+def _launch_dot(a: Tensor, stride_ab: int, x: Tensor, out: Tensor) -> None:
+    count, m, n = out.shape
+    tiles = _tiles(x.dtype)
+    edge = tiles["edge"]
+    with torch.cuda.device_of(x):
+        rows_dot_rows_kernel[(count * triton.cdiv(m, edge) * triton.cdiv(n, edge),)](
+            a, stride_ab, a.stride(-2), x, x.stride(0), x.stride(1), out, m, n, x.shape[2],
+            BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+        )  # fmt: skip
+
+
+def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
+    count, m, n = logits.shape
+    with torch.cuda.device_of(logits):
+        softmax_kernel[(count * m,)](
+            logits, logits if slope is None else slope, n,
+            BACKWARD=slope is not None, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4,
+        )  # fmt: skip
+
+
+def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool) -> None:
+    count, m, n = weight.shape
+    dim = x.shape[2]
+    tiles = _tiles(x.dtype)
+    edge = tiles["edge"]
+    grid = triton.cdiv(m, edge) * triton.cdiv(dim, edge) * (1 if sum_batch else count)
+    with torch.cuda.device_of(x):
+        weighted_rows_kernel[(grid,)](
+            weight, x, x.stride(0), x.stride(1), out, m, n, dim, count,
+            SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+        )  # fmt: skip
+
+
+def _chunk(x: Tensor, m: int) -> int:
+    """How many images' logits fit the scratch buffer, at least one."""
+    return max(1, _SCRATCH_BYTES // (m * x.shape[1] * acc_dtype(x.dtype).itemsize))
+
+
+def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (queries.to(acc_dtype(dtype)) * scale).contiguous()
+
+
+def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
+    """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in float32."""
+    _checks.attend("attend", x, queries)
+    x, queries = dense_rows(x), _scaled(queries, scale, x.dtype)
+    (batch, n, dim), m = x.shape, queries.shape[0]
+    out = x.new_empty((batch, m, dim))
+    if not out.numel():
+        return out
+    if m == 1:
+        _launch_one(x, queries, None, out)
+        return out
+    queries = queries.to(x.dtype)
+    for start in range(0, batch, step := _chunk(x, m)):
+        part = x[start : start + step]
+        logits = x.new_empty((part.shape[0], m, n), dtype=acc_dtype(x.dtype))
+        _launch_dot(queries, 0, part, logits)
+        _launch_softmax(logits, None)
+        _launch_weighted(logits, part, out[start : start + step], sum_batch=False)
+    return out
+
+
+def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
+    """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
+    _checks.attend_backward(grad_out, x, queries)
+    x, scaled, acc = dense_rows(x), _scaled(queries, scale, x.dtype), acc_dtype(x.dtype)
+    (batch, n, dim), m = x.shape, queries.shape[0]
+    if not grad_out.numel():
+        return torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    if m == 1:
+        per_image = x.new_empty((batch, dim), dtype=acc)
+        _launch_one(x, scaled, grad_out.contiguous(), per_image)
+        return (per_image.sum(0, keepdim=True) * scale).to(queries.dtype)
+    scaled, grad = scaled.to(x.dtype), grad_out.to(x.dtype).contiguous()
+    total = x.new_zeros((m, dim), dtype=acc)
+    for start in range(0, batch, step := _chunk(x, m)):
+        part = x[start : start + step]
+        logits, slope = (x.new_empty((part.shape[0], m, n), dtype=acc) for _ in range(2))
+        _launch_dot(scaled, 0, part, logits)
+        _launch_dot(grad[start : start + step], m * dim, part, slope)
+        _launch_softmax(logits, slope)
+        _launch_weighted(logits, part, total, sum_batch=True)
+    return (total * scale).to(queries.dtype)

@@ -1,0 +1,135 @@
+"""cropr::prune, gather and restore on CUDA: whole rows move once, bit for bit.
+
+A program moves a tile of rows that all belong to one side, kept or pruned, so the choice of pointers is uniform.
+Positions are checked against the buffer: a wrong index moves nothing rather than writing elsewhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks
+from ._launch import dense_rows, width_block
+from .scores import launch_scores
+from .select import launch_select
+
+_BLOCK_R = 8
+_NUM_WARPS = 4
+
+
+@triton.jit
+def move_tile(from_ptr, from_rows, stride_from, to_ptr, to_rows, stride_to, valid, dim, BLOCK_D: tl.constexpr):
+    from_ptr += from_rows[:, None] * stride_from
+    to_ptr += to_rows[:, None] * stride_to
+    for start in range(0, dim, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)[None, :]
+        mask = valid[:, None] & (cols < dim)
+        tl.store(to_ptr + cols, tl.load(from_ptr + cols, mask=mask), mask=mask)
+
+
+@triton.jit
+def move_side(
+    whole_ptr, stride_wb, stride_wn, part_ptr, stride_pb, stride_pn, idx_ptr, b, tile, count, n, dim,
+    SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of one part: part[i] = whole[idx[i]], or the other way round with SCATTER."""
+    rows = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    positions = tl.load(idx_ptr + b * count + rows, mask=rows < count, other=-1)
+    valid = (positions >= 0) & (positions < n)
+    whole_ptr += b * stride_wb
+    part_ptr += b * stride_pb
+    if SCATTER:
+        move_tile(part_ptr, rows, stride_pn, whole_ptr, positions, stride_wn, valid, dim, BLOCK_D)
+    else:
+        move_tile(whole_ptr, positions, stride_wn, part_ptr, rows, stride_pn, valid, dim, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["n", "num_keep"])
+def split_kernel(
+    whole_ptr, stride_wb, stride_wn, kept_ptr, stride_kb, stride_kn, kept_idx_ptr,
+    pruned_ptr, stride_pb, stride_pn, pruned_idx_ptr, n, num_keep, dim,
+    SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    kept_tiles = tl.cdiv(num_keep, BLOCK_R)
+    tiles = kept_tiles + tl.cdiv(n - num_keep, BLOCK_R)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    tile = pid % tiles
+    if tile < kept_tiles:
+        move_side(
+            whole_ptr, stride_wb, stride_wn, kept_ptr, stride_kb, stride_kn, kept_idx_ptr,
+            b, tile, num_keep, n, dim, SCATTER, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    else:
+        move_side(
+            whole_ptr, stride_wb, stride_wn, pruned_ptr, stride_pb, stride_pn, pruned_idx_ptr,
+            b, tile - kept_tiles, n - num_keep, n, dim, SCATTER, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+
+
+def _launch_split(
+    whole: Tensor, kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor, *, scatter: bool
+) -> None:
+    batch, n, dim = whole.shape
+    num_keep = kept.shape[1]
+    tiles = triton.cdiv(num_keep, _BLOCK_R) + triton.cdiv(n - num_keep, _BLOCK_R)
+    if not whole.numel():
+        return
+    with torch.cuda.device_of(whole):
+        split_kernel[(batch * tiles,)](
+            whole, whole.stride(0), whole.stride(1),
+            kept, kept.stride(0), kept.stride(1), kept_idx,
+            pruned, pruned.stride(0), pruned.stride(1), pruned_idx,
+            n, num_keep, dim,
+            SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+        )  # fmt: skip
+
+
+def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch cropr::prune: scores, selection, and one pass that moves every row."""
+    _checks.prune(x, query, num_keep, num_prefix)
+    x = dense_rows(x)
+    batch, n, dim = x.shape
+    kept_idx, pruned_idx = launch_select(launch_scores(x, query), num_keep, num_prefix)
+    kept, pruned = x.new_empty((batch, num_keep, dim)), x.new_empty((batch, n - num_keep, dim))
+    _launch_split(x, kept, kept_idx, pruned, pruned_idx, scatter=False)
+    return kept, kept_idx, pruned, pruned_idx
+
+
+def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
+    """Launch cropr::restore. Positions outside [0, N) move nothing: they are not checked on the device."""
+    _checks.restore(kept, kept_idx, pruned, pruned_idx)
+    kept, pruned = dense_rows(kept), dense_rows(pruned)
+    out = kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))
+    _launch_split(out, kept, kept_idx.contiguous(), pruned, pruned_idx.contiguous(), scatter=True)
+    return out
+
+
+@triton.jit(do_not_specialize=["n", "count"])
+def gather_kernel(
+    x_ptr, stride_xb, stride_xn, idx_ptr, out_ptr, n, count, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    tiles = tl.cdiv(count, BLOCK_R)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    move_side(
+        x_ptr, stride_xb, stride_xn, out_ptr, count.to(tl.int64) * dim, dim, idx_ptr,
+        b, pid % tiles, count, n, dim, False, BLOCK_R, BLOCK_D,
+    )  # fmt: skip
+
+
+def gather(x: Tensor, idx: Tensor) -> Tensor:
+    """Launch cropr::gather. Positions must lie in [0, N): they are not checked on the device."""
+    _checks.gather(x, idx)
+    x, idx = dense_rows(x), idx.contiguous()
+    batch, n, dim = x.shape
+    count = idx.shape[1]
+    out = x.new_empty((batch, count, dim))
+    if out.numel():
+        with torch.cuda.device_of(x):
+            gather_kernel[(batch * triton.cdiv(count, _BLOCK_R),)](
+                x, x.stride(0), x.stride(1), idx, out, n, count, dim,
+                BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+            )  # fmt: skip
+    return out

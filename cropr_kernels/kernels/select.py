@@ -1,0 +1,142 @@
+"""cropr::select on CUDA: exact top-k of each image in one launch, both index lists ascending.
+
+One program per image. Scores become integers of the same order; the threshold, the K-th largest key, is found
+two bits at a time by counting; equal keys are settled by position. Every step is an integer operation, so the
+result is the same on every run. Up to _MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks
+from ._launch import dense_rows
+
+_MAX_BLOCK = 16384
+_COUNT_BITS = 21  # three counts travel through one 64-bit sum
+
+
+@triton.jit
+def load_keys(scores_ptr, offs, n, num_prefix, BITS: tl.constexpr):
+    """Monotone keys: -0.0 equals +0.0, NaN and prefix positions are the maximum, positions past n the minimum."""
+    value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0)
+    if BITS == 32:
+        value = value.to(tl.float32)
+        value = tl.where(value == 0.0, 0.0, value)
+        bits = value.to(tl.uint32, bitcast=True)
+        sign: tl.constexpr = 0x80000000
+        top: tl.constexpr = 0xFFFFFFFF
+    else:
+        value = tl.where(value == 0.0, 0.0, value)
+        bits = value.to(tl.uint64, bitcast=True)
+        sign: tl.constexpr = 0x8000000000000000
+        top: tl.constexpr = 0xFFFFFFFFFFFFFFFF
+    keys = tl.where((bits & sign) != 0, bits ^ top, bits ^ sign)
+    highest = tl.full(keys.shape, top, keys.dtype)
+    keys = tl.where((value != value) | (offs < num_prefix), highest, keys)
+    return tl.where(offs < n, keys, tl.zeros_like(keys))
+
+
+@triton.jit
+def count_three(keys, threshold, shift, COUNT_BITS: tl.constexpr):
+    """Per key, whether it reaches each of the three candidates above `threshold`, packed into one int64."""
+    one = threshold * 0 + 1
+    first = (keys >= (threshold | (one << shift))).to(tl.int64)
+    second = (keys >= (threshold | ((one + 1) << shift))).to(tl.int64)
+    third = (keys >= (threshold | ((one + 2) << shift))).to(tl.int64)
+    return first + (second << COUNT_BITS) + (third << (2 * COUNT_BITS))
+
+
+@triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
+def select_kernel(
+    scores_ptr,
+    kept_idx_ptr,
+    pruned_idx_ptr,
+    stride_sb,
+    n,
+    num_keep,
+    num_prefix,
+    BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    scores_ptr += b * stride_sb
+    kept_idx_ptr += b * num_keep
+    pruned_idx_ptr += b * (n - num_keep)
+    lanes = tl.arange(0, BLOCK_N)
+    keys = load_keys(scores_ptr, lanes, n, num_prefix, BITS)
+
+    # The largest threshold that at least num_keep keys reach.
+    threshold = tl.min(keys, axis=0) * 0
+    mask: tl.constexpr = (1 << COUNT_BITS) - 1
+    shift = threshold + BITS
+    for _ in range(BITS // 2):
+        shift -= 2
+        counts = count_three(keys, threshold, shift, COUNT_BITS)
+        if not IN_REGISTERS:
+            for start in range(BLOCK_N, n, BLOCK_N):
+                chunk = load_keys(scores_ptr, start + lanes, n, num_prefix, BITS)
+                counts += count_three(chunk, threshold, shift, COUNT_BITS)
+        packed = tl.sum(counts, axis=0)
+        digit = (
+            ((packed & mask) >= num_keep).to(tl.int32)
+            + (((packed >> COUNT_BITS) & mask) >= num_keep).to(tl.int32)
+            + (((packed >> (2 * COUNT_BITS)) & mask) >= num_keep).to(tl.int32)
+        )
+        threshold = threshold | (digit.to(threshold.dtype) << shift)
+
+    above = (keys > threshold).to(tl.int32)
+    if not IN_REGISTERS:
+        for start in range(BLOCK_N, n, BLOCK_N):
+            above += (load_keys(scores_ptr, start + lanes, n, num_prefix, BITS) > threshold).to(tl.int32)
+    ties_left = num_keep - tl.sum(above, axis=0)
+
+    kept_before = tl.zeros_like(ties_left)
+    for start in range(0, n, BLOCK_N):
+        offs = start + lanes
+        if not IN_REGISTERS:
+            keys = load_keys(scores_ptr, offs, n, num_prefix, BITS)
+        tied = (keys == threshold).to(tl.int32)
+        keep = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, axis=0) <= ties_left))
+        keep = keep & (offs < n)
+        rank = kept_before + tl.cumsum(keep.to(tl.int32), axis=0)  # kept tokens up to and with this one
+        tl.store(kept_idx_ptr + rank - 1, offs.to(tl.int64), mask=keep)
+        tl.store(pruned_idx_ptr + offs - rank, offs.to(tl.int64), mask=(offs < n) & (keep == 0))
+        kept_before += tl.sum(keep.to(tl.int32), axis=0)
+        ties_left -= tl.sum(tied, axis=0)
+
+
+def launch_select(scores: Tensor, num_keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    scores = dense_rows(scores)
+    batch, n = scores.shape
+    if n >= 1 << _COUNT_BITS:
+        raise RuntimeError(f"select: N must be below {1 << _COUNT_BITS} on CUDA, got {n}")
+    kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
+    pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
+    if batch and n:
+        block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
+        with torch.cuda.device_of(scores):
+            select_kernel[(batch,)](
+                scores,
+                kept_idx,
+                pruned_idx,
+                scores.stride(0),
+                n,
+                num_keep,
+                num_prefix,
+                BLOCK_N=block,
+                BITS=64 if scores.dtype == torch.float64 else 32,
+                IN_REGISTERS=n <= block,
+                COUNT_BITS=_COUNT_BITS,
+                num_warps=min(max(block // 256, 1), 16),
+            )
+    return kept_idx, pruned_idx
+
+
+def select(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Launch cropr::select; shapes as in the op's contract."""
+    _checks.select(scores, num_keep, num_prefix)
+    return launch_select(scores, num_keep, num_prefix)

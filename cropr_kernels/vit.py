@@ -1,0 +1,349 @@
+"""The reference Vision Transformer, plain and EVA-02, with timm's parameter names.
+
+State dicts of timm's ``vit_*``, ``deit_*`` (class token, registers, average pooling, LayerScale) and ``eva02_*``
+(rotary positions, SwiGLU, sub-norms) load unchanged; timm itself is not needed. Sources: Dosovitskiy et al. 2021,
+Darcet et al. 2024 (registers), Fang et al. 2023 (EVA-02).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What a Vision Transformer is made of; names and defaults as in timm."""
+
+    img_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    init_values: float | None = None  # LayerScale
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False  # position embedding covers the patches only
+    pre_norm: bool = False
+    global_pool: Literal["token", "avg"] = "token"
+    fc_norm: bool | None = None  # the last norm sits behind the pooling; None: with average pooling
+    drop_path_rate: float = 0.0
+    # EVA-02
+    qkv: Literal["joint", "joint_eva", "split"] = "joint"
+    swiglu: bool = False
+    scale_mlp: bool = False
+    scale_attn_inner: bool = False
+    rope: bool = False
+    rope_ref_grid: int | None = None  # grid side the rotary frequencies were trained at
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers: tokens that are not patches."""
+        return int(self.class_token) + self.reg_tokens
+
+    @property
+    def norm_after_pool(self) -> bool:
+        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+
+
+def _layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=_NORM_EPS)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the residual branch of whole images with probability ``drop_prob`` in training."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU, or SwiGLU: packed in one matrix, or split with a norm between (scale_mlp)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        self.swiglu, self.split = config.swiglu, config.swiglu and config.scale_mlp
+        if self.split:
+            self.fc1_g, self.fc1_x = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        else:
+            self.fc1 = nn.Linear(dim, 2 * hidden if self.swiglu else hidden)
+        self.norm = _layer_norm(hidden) if config.scale_mlp else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split:
+            hidden = F.silu(self.fc1_g(x)) * self.fc1_x(x)
+        elif self.swiglu:
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(self.fc1(x))
+        return self.fc2(self.norm(hidden))
+
+
+def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, device: torch.device) -> Tensor:
+    """Sines and cosines of 2-D rotary positions, one row per patch: (height * width, 2 * head_dim) float32.
+
+    Frequencies 10000^(-4 i / head_dim), the first half of the channels for the row, the second for the column;
+    coordinates are stretched to the grid the frequencies were trained at.
+    """
+    bands = 10000.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    axes = []
+    for size in (height, width):
+        axis = torch.arange(size, device=device, dtype=torch.float32)
+        axes.append(axis if ref_grid is None else axis / size * ref_grid)
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    angles = (grid.unsqueeze(-1) * bands).reshape(height * width, -1).repeat_interleave(2, dim=-1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def rotate(x: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
+    """Apply rotary positions to the patches of x (B, heads, N, head_dim); prefix tokens pass unchanged.
+
+    rope: (patches, 2 * head_dim), or (B, 1, patches, 2 * head_dim) where images hold different patches.
+    """
+    prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
+    sin, cos = rope.chunk(2, dim=-1)
+    turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through SDPA; the three ways timm names and biases its projections."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        dim = config.embed_dim
+        self.num_heads, self.num_prefix = config.num_heads, config.num_prefix_tokens
+        head_dim = dim // config.num_heads
+        self.style = config.qkv
+        if self.style == "split":
+            self.q_proj = nn.Linear(dim, dim)
+            self.k_proj = nn.Linear(dim, dim, bias=False)
+            self.v_proj = nn.Linear(dim, dim)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and self.style == "joint")
+        if self.style == "joint_eva":
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.q_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
+        self.norm = _layer_norm(dim) if config.scale_attn_inner else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, heads, N, head_dim)."""
+        if self.style == "split":
+            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        elif self.style == "joint_eva":
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        else:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x)
+        if rope is not None:
+            q, k = rotate(q, rope, self.num_prefix), rotate(k, rope, self.num_prefix)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.norm(out))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ViTConfig, drop_path: float):
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = _layer_norm(dim)
+        self.attn = Attention(config)
+        self.ls1 = nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = _layer_norm(dim)
+        self.mlp = Mlp(config)
+        self.ls2 = nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope=rope)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.patch_size = (config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(
+            config.in_chans, config.embed_dim, config.patch_size, config.patch_size, bias=not config.pre_norm
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H / patch, W / patch, D)."""
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class ViT(nn.Module):
+    """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the patch size.
+
+    The position embedding is resized (bicubic) to the grid of the images at hand. Rotary positions follow it.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        if config.global_pool == "token" and not config.class_token:
+            raise ValueError("ViT: global_pool='token' needs class_token=True")
+        if config.embed_dim % config.num_heads:
+            raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {config.embed_dim}")
+        self.config = config
+        dim, self.grid = config.embed_dim, config.img_size // config.patch_size
+        self.num_prefix_tokens, self.num_classes, self.embed_dim = config.num_prefix_tokens, config.num_classes, dim
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        embedded_prefix = 0 if config.no_embed_class else self.num_prefix_tokens
+        self.pos_embed = nn.Parameter(torch.zeros(1, embedded_prefix + self.grid**2, dim))
+        self.norm_pre = _layer_norm(dim) if config.pre_norm else nn.Identity()
+        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
+        self.norm = nn.Identity() if config.norm_after_pool else _layer_norm(dim)
+        self.fc_norm = _layer_norm(dim) if config.norm_after_pool else nn.Identity()
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.pos_embed, self.cls_token, self.reg_token):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def _resized_pos_embed(self, height: int, width: int) -> Tensor:
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        prefix = self.pos_embed.shape[1] - self.grid**2
+        fixed, table = self.pos_embed[:, :prefix], self.pos_embed[:, prefix:]
+        table = table.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=(height, width), mode="bicubic", antialias=True)
+        return torch.cat([fixed, table.permute(0, 2, 3, 1).flatten(1, 2).to(fixed.dtype)], dim=1)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, P + patches, D) and, for rotary models, the rotary table (patches, 2 * head_dim)."""
+        patch = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(
+                f"ViT: images must have shape (B, {self.config.in_chans}, H, W), got {tuple(images.shape)}"
+            )
+        if images.shape[2] % patch or images.shape[3] % patch or not images.shape[2] or not images.shape[3]:
+            raise ValueError(f"ViT: image height and width must be multiples of {patch}, got {tuple(images.shape[2:])}")
+        x = self.patch_embed(images)
+        batch, height, width, _ = x.shape
+        x, pos_embed = x.flatten(1, 2), self._resized_pos_embed(height, width)
+        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.config.no_embed_class:
+            x = torch.cat([*prefix, x + pos_embed], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + pos_embed
+        rope = None
+        if self.config.rope:
+            head_dim = self.embed_dim // self.config.num_heads
+            rope = rotary_table(height, width, head_dim, self.config.rope_ref_grid, x.device)
+        return self.norm_pre(x), rope
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the last block, (B, P + patches, D)."""
+        x, rope = self.embed(images)
+        for block in self.blocks:
+            x = block(x, rope=rope)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Pool tokens (class token, or mean of the patches) and classify: (B, classes)."""
+        pooled = x[:, 0] if self.config.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        return self.head(self.fc_norm(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def _sizes(width: int, depth: int = 12) -> dict[str, Any]:
+    return {"embed_dim": width, "depth": depth, "num_heads": width // 64}
+
+
+_EVA02 = {"global_pool": "avg", "mlp_ratio": 4 * 2 / 3, "swiglu": True, "rope": True, "patch_size": 14}
+_EVA02_SMALL = {**_EVA02, "qkv": "joint_eva", "rope_ref_grid": 16}
+_EVA02_LARGE = {**_EVA02, "qkv": "split", "scale_mlp": True, "rope_ref_grid": 16, "img_size": 448}
+_REGISTERS_GAP = {"class_token": False, "no_embed_class": True, "reg_tokens": 4, "global_pool": "avg", "img_size": 256}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{
+        f"{family}_{name}_patch16_{size}": {**_sizes(width, depth), "img_size": size}
+        for family, names in (("vit", ("tiny", "small", "base", "large")), ("deit", ("tiny", "small", "base")))
+        for name, width, depth in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
+        if name in names
+        for size in (224, 384)
+    },
+    "vit_medium_patch16_gap_256": {
+        **_sizes(512), "class_token": False, "global_pool": "avg", "qkv_bias": False, "init_values": 1e-6,
+        "fc_norm": False, "img_size": 256,
+    },
+    "vit_base_patch16_reg4_gap_256": {**_sizes(768), **_REGISTERS_GAP},
+    "vit_small_patch14_reg4_dinov2": {
+        **_sizes(384), "patch_size": 14, "img_size": 518, "init_values": 1e-5, "reg_tokens": 4,
+        "no_embed_class": True, "num_classes": 0,
+    },
+    "deit3_small_patch16_224": {**_sizes(384), "no_embed_class": True, "init_values": 1e-6},
+    "eva02_tiny_patch14_224": {**_sizes(192), **_EVA02_SMALL},
+    "eva02_small_patch14_224": {**_sizes(384), **_EVA02_SMALL},
+    "eva02_base_patch14_448": {**_sizes(768), **_EVA02_LARGE},
+    "eva02_large_patch14_448": {**_sizes(1024, 24), **_EVA02_LARGE},
+}  # fmt: skip
+
+
+def create_vit(name: str, **overrides: Any) -> ViT:
+    """Build a reference ViT by timm's name, with random weights.
+
+    Args:
+        name: a key of ``PRESETS``, such as ``vit_small_patch16_224``.
+        overrides: fields of ``ViTConfig`` to change, such as ``num_classes=10``.
+
+    Raises:
+        ValueError: the name or a field is unknown.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"create_vit: name must be one of {', '.join(PRESETS)}; got {name!r}")
+    fields = {field.name for field in dataclasses.fields(ViTConfig)}
+    unknown = sorted(set(overrides) - fields)
+    if unknown:
+        raise ValueError(f"create_vit: no such option {', '.join(unknown)}; options are {', '.join(sorted(fields))}")
+    return ViT(ViTConfig(**{**PRESETS[name], **overrides}))

@@ -1,1 +1,26 @@
+"""Token Cropr for PyTorch: Vision Transformers that drop the tokens their task does not need.
+
+Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend}``.
+
+    import cropr_kernels as cropr
+
+    cropr.apply(model, rate=8, llf=True)      # in place; training returns (output, auxiliary predictions)
+    loss = cropr.loss(criterion, *model(images), target)
+    fast = cropr.deploy(model)                # a copy for inference
+"""
+
 from . import ops as ops
+from . import schedule as schedule
+from .modules import Cropr as Cropr
+from .modules import Split as Split
+from .modules import loss as loss
+from .patch import apply as apply
+from .patch import deploy as deploy
+from .patch import pruning_map as pruning_map
+from .patch import remove as remove
+from .patch import set_rate as set_rate
+from .vit import ViT as ViT
+from .vit import ViTConfig as ViTConfig
+from .vit import create_vit as create_vit
+
+__version__ = "0.1.0"

@@ -1,0 +1,121 @@
+"""The Cropr module: scorer, aggregator and auxiliary head (paper section 3.1)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Split(NamedTuple):
+    """Tokens split in two: kept (B, K, D) and pruned (B, R, D), with their positions, int64, ascending."""
+
+    kept: Tensor
+    kept_idx: Tensor
+    pruned: Tensor
+    pruned_idx: Tensor
+
+
+class Aggregator(nn.Module):
+    """What a query learns from: cross-attention over the tokens, an MLP and the auxiliary head.
+
+        out = softmax(Q x^T / sqrt(D)) x;   out = out + MLP(LayerNorm(out));   prediction = Linear(LayerNorm(out))
+
+    Stop-gradient: `cropr::attend` reads x as detached, so the auxiliary loss reaches the queries, never the backbone.
+    """
+
+    def __init__(self, dim: int, num_outputs: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_outputs)
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
+        """Predict from x (B, N, D) with queries (M, D): (B, M, outputs)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = torch.ops.cropr.attend(x, queries, x.shape[-1] ** -0.5)
+        out = out + self.mlp(self.norm1(out))
+        return self.head(self.norm2(out))
+
+
+def fold_queries(queries: Tensor) -> Tensor:
+    """Sum queries (M, D) into the vector (D,), float32, that gives every token the same score."""
+    return queries.detach().float().sum(0)
+
+
+class Cropr(nn.Module):
+    """Score tokens with learned queries and split them into kept and pruned.
+
+    Args:
+        dim: D, width of the tokens.
+        num_outputs: width of the auxiliary prediction (classes); 0 leaves the training path out.
+        num_queries: M, 1 for classification, one per patch for dense tasks.
+        mlp_ratio: hidden width of the aggregator's MLP over D.
+
+    The learned parameter is `queries` (M, D), truncated normal with std D^-0.5.
+    """
+
+    def __init__(self, dim: int, num_outputs: int = 0, num_queries: int = 1, mlp_ratio: float = 4.0):
+        super().__init__()
+        if dim < 1 or num_queries < 1 or num_outputs < 0:
+            raise ValueError(
+                "Cropr: dim and num_queries must be >= 1 and num_outputs >= 0, got "
+                f"dim={dim}, num_queries={num_queries}, num_outputs={num_outputs}"
+            )
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        nn.init.trunc_normal_(self.queries, std=dim**-0.5)
+        self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
+
+    def query(self) -> Tensor:
+        """The folded query (D,), float32, without gradient."""
+        return fold_queries(self.queries)
+
+    def predict(self, x: Tensor) -> Tensor | None:
+        """Auxiliary prediction from x (B, N, D): (B, outputs) with one query, else (B, M, outputs).
+
+        None where the module has no aggregator. Gradient for the module's own parameters only.
+        """
+        if self.aggregator is None:
+            return None
+        prediction = self.aggregator(x, self.queries)
+        return prediction.squeeze(1) if self.queries.shape[0] == 1 else prediction
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0) -> Split:
+        """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`."""
+        return Split(*torch.ops.cropr.prune(x, self.query(), num_keep, num_prefix))
+
+
+class FoldedCropr(nn.Module):
+    """A Cropr module for inference: one folded query (D,), nothing to train."""
+
+    def __init__(self, module: Cropr):
+        super().__init__()
+        self.register_buffer("folded", module.query().clone())
+
+    def query(self) -> Tensor:
+        return self.folded
+
+    def predict(self, x: Tensor) -> None:
+        return None
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0) -> Split:
+        """Split x (B, N, D) exactly as the module it was folded from."""
+        return Split(*torch.ops.cropr.prune(x, self.folded, num_keep, num_prefix))
+
+
+def loss(criterion: Callable[..., Tensor], output: Tensor, aux: list[Tensor], target: Any) -> Tensor:
+    """Main loss plus the unweighted sum of all auxiliary losses (paper section 3.1).
+
+    Args:
+        criterion: called as criterion(prediction, target) for the output and for each auxiliary prediction.
+        output: the network's output.
+        aux: auxiliary predictions, one per Cropr module.
+        target: whatever the criterion takes.
+    """
+    total = criterion(output, target)
+    for prediction in aux:
+        total = total + criterion(prediction, target)
+    return total

@@ -1,0 +1,205 @@
+"""apply, remove, set_rate, deploy: put Cropr into a model that exists, in place, and take it out again."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schedule as schedules
+from .adapters import find_adapter
+from .modules import Cropr, FoldedCropr
+from .stream import Departures, run_blocks
+
+
+class CroprModules(nn.ModuleList):
+    """`model.cropr`: the Cropr modules in order, the schedule they follow, and whether LLF ends it."""
+
+    def __init__(self, modules: Sequence[nn.Module], schedule: schedules.Bound, llf: bool):
+        super().__init__(modules)
+        self.schedule, self.llf = schedule, llf
+        self.last_drop_path: list[tuple[nn.Module, float]] = []  # what LLF switched off, for remove
+
+    def extra_repr(self) -> str:
+        return f"{self.schedule}, llf={self.llf}"
+
+
+class Pruned:
+    """Mixed into a model's class by `apply`: the same forward, through the pruned stream.
+
+    In training the model returns (output, auxiliary predictions), in eval the output alone.
+    """
+
+    def cropr_features(self: Any, images: Tensor, departures: Departures | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the last norm and auxiliary predictions (empty in eval)."""
+        x, rope = find_adapter(self).embed(self, images)
+        stack: CroprModules = self.cropr
+        counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
+        x, aux = run_blocks(
+            self.blocks,
+            stack,
+            counts,
+            x,
+            num_prefix=self.num_prefix_tokens,
+            llf=stack.llf,
+            rope=rope,
+            training=self.training,
+            recompute=self.training and getattr(self, "grad_checkpointing", False),
+            departures=departures,
+        )
+        return self.norm(x), aux
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens after the last norm: those kept, or all in original order with LLF."""
+        return self.cropr_features(images)[0]
+
+    def forward(self: Any, images: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        x, aux = self.cropr_features(images)
+        output = self.forward_head(x)
+        return (output, aux) if self.training else output
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("forward_intermediates would run the blocks unpruned; call cropr.remove(model) first")
+
+
+_pruned_classes: dict[type, type] = {}
+
+
+def _pruned_class(base: type) -> type:
+    if base not in _pruned_classes:
+        _pruned_classes[base] = type(f"Cropr{base.__name__}", (Pruned, base), {"__module__": __name__})
+    return _pruned_classes[base]
+
+
+def _require_pruned(model: nn.Module, caller: str) -> CroprModules:
+    if not isinstance(model, Pruned):
+        raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
+    return model.cropr
+
+
+def apply(
+    model: nn.Module,
+    *,
+    rate: int | None = None,
+    keep: Sequence[int] | None = None,
+    ratio: float | None = None,
+    llf: bool = False,
+    num_queries: int = 1,
+    num_outputs: int | None = None,
+    mlp_ratio: float = 4.0,
+) -> nn.Module:
+    """Put Cropr modules between the blocks of a model, in place.
+
+    The backbone's parameters, names and weights stay as they are; `model.cropr` is added, one module per pruned
+    block. Afterwards model(images) returns (output, auxiliary predictions) in training and the output in eval.
+
+    Args:
+        model: `cropr_kernels.vit.ViT`, timm VisionTransformer or timm Eva.
+        rate, keep, ratio: the schedule; exactly one, see `cropr_kernels.schedule`.
+        llf: Last Layer Fusion: all tokens return before the last block.
+        num_queries: M, 1 for classification, one per patch for dense tasks.
+        num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
+        mlp_ratio: hidden width of the aggregators' MLP over D.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model's family is not known.
+        ValueError: the model is pruned already, or the schedule does not fit it.
+    """
+    if isinstance(model, Pruned):
+        raise ValueError("cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes")
+    find_adapter(model)
+    schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio)
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    count = schedules.num_modules(depth, llf)
+    schedule(_default_tokens(model), depth, prefix, llf)  # refuse now what could only fail later
+    outputs = model.num_classes if num_outputs is None else num_outputs
+    example = next(model.parameters())
+    modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio).to(example.device) for _ in range(count)]
+    model.cropr = CroprModules(modules, schedule, llf).train(model.training)
+    if llf:
+        # All tokens meet again in the last block: dropping it for some images would drop the fusion.
+        for module in model.blocks[-1].modules():
+            if getattr(module, "drop_prob", 0.0):
+                model.cropr.last_drop_path.append((module, module.drop_prob))
+                module.drop_prob = 0.0
+    model.__class__ = _pruned_class(type(model))
+    return model
+
+
+def _default_tokens(model: Any) -> int:
+    """Tokens at the model's own image size."""
+    grid = getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
+    return model.num_prefix_tokens + grid[0] * grid[1]
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo `apply` in place: class, parameters and stochastic depth are those of before.
+
+    Raises:
+        TypeError: the model is not pruned.
+    """
+    stack = _require_pruned(model, "cropr.remove")
+    for module, drop_prob in stack.last_drop_path:
+        module.drop_prob = drop_prob
+    del model.cropr
+    model.__class__ = type(model).__mro__[2]
+    return model
+
+
+def set_rate(model: nn.Module, rate: int) -> nn.Module:
+    """Prune with another constant rate from now on, in place: one model serves many rates.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: the rate drops more tokens than there are at the model's image size.
+    """
+    stack = _require_pruned(model, "cropr.set_rate")
+    schedule = schedules.resolve(rate=rate)
+    schedule(_default_tokens(model), len(model.blocks), model.num_prefix_tokens, stack.llf)
+    stack.schedule = schedule
+    return model
+
+
+def deploy(model: nn.Module) -> nn.Module:
+    """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
+
+    Its logits are those of model.eval(), bit for bit. The argument stays as it was.
+
+    Raises:
+        TypeError: the model is not pruned.
+    """
+    stack = _require_pruned(model, "cropr.deploy")
+    folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
+    light = CroprModules(folded, stack.schedule, stack.llf)
+    deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
+    return deployed.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def pruning_map(model: nn.Module, images: Tensor) -> Tensor:
+    """When each patch left: (B, grid height, grid width) int64, the number of blocks it went through.
+
+    Patches that were never pruned hold the depth of the network.
+
+    Args:
+        model: pruned by `apply`; it is read in its current mode.
+        images: (B, C, H, W).
+
+    Raises:
+        TypeError: the model is not pruned.
+    """
+    _require_pruned(model, "cropr.pruning_map")
+    patch = model.patch_embed.patch_size
+    height, width = images.shape[2] // patch[0], images.shape[3] // patch[1]
+    prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    left = torch.full((images.shape[0], height * width), depth, dtype=torch.int64, device=images.device)
+
+    def record(layer: int, positions: Tensor) -> None:
+        left.scatter_(1, positions - prefix, layer + 1)
+
+    model.cropr_features(images, departures=record)
+    return left.unflatten(1, (height, width))

@@ -1,0 +1,131 @@
+"""Pruning schedules: how many tokens are kept after each block.
+
+A schedule gives the list of kept counts, one per Cropr module, for a number of tokens and a depth. Modules sit
+after every block but the last; with Last Layer Fusion after every block but the last two, since what the module
+before the last block drops would come straight back (paper section 3.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def num_modules(depth: int, llf: bool) -> int:
+    """Return how many Cropr modules a network of `depth` blocks holds.
+
+    Raises:
+        ValueError: the network is too shallow to prune.
+    """
+    modules = depth - (2 if llf else 1)
+    if modules < 1:
+        needed = 3 if llf else 2
+        raise ValueError(f"schedule: depth must be at least {needed} {'with' if llf else 'without'} LLF, got {depth}")
+    return modules
+
+
+def _check(counts: list[int], num_tokens: int, num_prefix: int, what: str) -> list[int]:
+    before = num_tokens
+    for module, count in enumerate(counts):
+        if not num_prefix + 1 <= count <= before:
+            raise ValueError(
+                f"schedule: {what} keeps {count} of {before} tokens in module {module}; it must keep at least one "
+                f"patch beside the {num_prefix} prefix tokens and at most the {before} there are"
+            )
+        before = count
+    return counts
+
+
+def rate(num_tokens: int, depth: int, rate: int, num_prefix: int = 1, llf: bool = False) -> list[int]:
+    """Drop `rate` tokens in every module, and P mod 4 more in the first, so that counts stay multiples of 4.
+
+    ViT-L/16 at 224 px with rate 8: 197 -> 188, 180, ..., 20. Rate 0 drops nothing.
+
+    Args:
+        num_tokens: tokens that enter the network, prefix included.
+        depth: blocks of the network.
+        rate: R, tokens dropped per module, >= 0.
+        num_prefix: P, tokens that are never dropped (class token, registers).
+        llf: whether Last Layer Fusion follows.
+
+    Returns:
+        Kept tokens after each module.
+
+    Raises:
+        ValueError: more tokens would be dropped than there are, or the rate is negative.
+    """
+    if rate < 0:
+        raise ValueError(f"schedule: rate must be >= 0, got {rate}")
+    first = num_tokens - rate - (num_prefix % 4 if rate else 0)
+    counts = [first - rate * module for module in range(num_modules(depth, llf))]
+    return _check(counts, num_tokens, num_prefix, f"rate {rate}")
+
+
+def keep(num_tokens: int, depth: int, keep: Sequence[int], num_prefix: int = 1, llf: bool = False) -> list[int]:
+    """Keep exactly the listed counts; a count equal to the one before drops nothing in that module.
+
+    Args:
+        keep: kept tokens after each module, prefix included, never rising.
+        num_tokens, depth, num_prefix, llf: as in `rate`.
+
+    Returns:
+        The same counts.
+
+    Raises:
+        ValueError: the list has the wrong length, rises, or keeps less than one patch.
+    """
+    modules = num_modules(depth, llf)
+    if len(keep) != modules:
+        raise ValueError(f"schedule: keep must list {modules} counts for {depth} blocks (llf={llf}), got {len(keep)}")
+    return _check(list(keep), num_tokens, num_prefix, f"keep {list(keep)}")
+
+
+def ratio(num_tokens: int, depth: int, ratio: float, num_prefix: int = 1, llf: bool = False) -> list[int]:
+    """Keep the share `ratio` of the patches each module receives, rounded up.
+
+    Args:
+        ratio: in (0, 1].
+        num_tokens, depth, num_prefix, llf: as in `rate`.
+
+    Returns:
+        Kept tokens after each module.
+
+    Raises:
+        ValueError: the ratio is outside (0, 1].
+    """
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"schedule: ratio must be in (0, 1], got {ratio}")
+    patches, counts = num_tokens - num_prefix, []
+    for _ in range(num_modules(depth, llf)):
+        patches = -int(-ratio * patches // 1)  # ceiling
+        counts.append(num_prefix + patches)
+    return _check(counts, num_tokens, num_prefix, f"ratio {ratio}")
+
+
+_KINDS = {"rate": rate, "keep": keep, "ratio": ratio}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A schedule with its option filled in, such as rate=8."""
+
+    kind: str
+    value: Any
+
+    def __call__(self, num_tokens: int, depth: int, num_prefix: int, llf: bool) -> list[int]:
+        return _KINDS[self.kind](num_tokens, depth, self.value, num_prefix, llf)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value}"
+
+
+def resolve(**options: Any) -> Bound:
+    """Turn exactly one of rate=, keep= and ratio= into a schedule; the others must be None.
+
+    Raises:
+        ValueError: none or several are given.
+    """
+    given = {kind: value for kind, value in options.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"schedule: give exactly one of rate, keep and ratio, got {', '.join(given) or 'none'}")
+    [(kind, value)] = given.items()
+    return Bound(kind, value)

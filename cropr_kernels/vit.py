@@ -231,8 +231,8 @@ class ViT(nn.Module):
         embedded_prefix = 0 if config.no_embed_class else self.num_prefix_tokens
         self.pos_embed = nn.Parameter(torch.zeros(1, embedded_prefix + self.grid**2, dim))
         self.norm_pre = _layer_norm(dim) if config.pre_norm else nn.Identity()
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
-        self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
+        step = config.drop_path_rate / max(config.depth - 1, 1)  # stochastic depth rises linearly with the layer
+        self.blocks = nn.ModuleList([Block(config, step * layer) for layer in range(config.depth)])
         self.norm = nn.Identity() if config.norm_after_pool else _layer_norm(dim)
         self.fc_norm = _layer_norm(dim) if config.norm_after_pool else nn.Identity()
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()

@@ -1,0 +1,77 @@
+"""Pictures of what was pruned when."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("cropr_kernels.viz needs matplotlib: pip install 'cropr_kernels[viz]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_pruning_maps(path: Any, images: Tensor, maps: Tensor, depth: int, titles: list[str] | None = None) -> None:
+    """Write one PNG: each image above its pruning map laid over it.
+
+    Args:
+        path: file to write.
+        images: (B, C, H, W), C = 1 or 3, values in [0, 1].
+        maps: (B, grid height, grid width) from `pruning_map`: the number of blocks each patch went through.
+        depth: blocks of the network; a patch that holds this number was never pruned.
+        titles: one line above each image.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the batch sizes differ.
+    """
+    if len(images) != len(maps):
+        raise ValueError(f"save_pruning_maps: images and maps must have one batch size, got {len(images)}, {len(maps)}")
+    plt = _pyplot()
+    count = len(images)
+    figure, axes = plt.subplots(2, count, figsize=(1.9 * count + 0.9, 4.2), squeeze=False, layout="constrained")
+    height, width = images.shape[2:]
+    picture = None
+    for column in range(count):
+        pixels = images[column].permute(1, 2, 0).clamp(0, 1).cpu()
+        for row in range(2):
+            axis = axes[row][column]
+            axis.set_axis_off()
+            axis.imshow(pixels.expand(-1, -1, 3), extent=(0, width, height, 0))
+        if titles:
+            axes[0][column].set_title(titles[column], fontsize=8)
+        picture = axes[1][column].imshow(
+            maps[column].cpu(), extent=(0, width, height, 0), cmap="viridis", vmin=1, vmax=depth, alpha=0.7
+        )
+    bar = figure.colorbar(picture, ax=axes[1].tolist(), ticks=[1, depth], shrink=0.9)
+    bar.set_ticklabels(["left after block 1", "never pruned"])
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def load_photo(path: Any, size: int = 224) -> Tensor:
+    """Read a photo, resize its shorter side to 8/7 of `size`, crop the centre: (3, size, size) in [0, 1].
+
+    Raises:
+        ImportError: Pillow is not installed.
+        FileNotFoundError, PIL.UnidentifiedImageError: the file is missing or no image.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("cropr_kernels.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    shorter = round(size * 8 / 7)
+    scale = shorter / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    return pixels.permute(2, 0, 1).float() / 255

@@ -1,0 +1,158 @@
+"""Run ViTs over photos, unpruned and with Cropr, and compare speed in one table."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import cropr_kernels as cropr
+from cropr_kernels.viz import load_photo
+
+PHOTOS = Path(__file__).parent / "photos"
+RATE = 8
+
+
+@dataclass
+class Row:
+    model: str
+    method: str
+    images_per_s: float
+    speed_up: float
+    gflops: float  # multiply-adds of one image, as papers count them
+    flop_ratio: float
+    pruning_share: float  # of the forward's time, in cropr ops
+
+
+def load_photos(device: torch.device) -> tuple[list[str], Tensor]:
+    """Names and images (B, 3, 224, 224) in [0, 1]."""
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    if not paths:
+        raise FileNotFoundError(f"no photos in {PHOTOS}")
+    return [path.stem for path in paths], torch.stack([load_photo(path) for path in paths]).to(device)
+
+
+def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
+    """The model as it is, and deployed with Cropr, without and with Last Layer Fusion."""
+    made = {"no pruning": model}
+    for name, llf in ((f"Cropr, R = {rate}", False), (f"Cropr, R = {rate}, LLF", True)):
+        cropr.apply(model, rate=rate, llf=llf)
+        made[name] = cropr.deploy(model)
+        cropr.remove(model)
+    return made
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gflops(model: nn.Module, image: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() / 2e9
+
+
+def pruning_share(model: nn.Module, images: Tensor) -> float:
+    """Time inside cropr ops over the time of the whole forward, by the profiler."""
+    on_gpu = images.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        model(images)
+        synchronize(images.device)
+    total = ours = 0.0
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        total += own
+        if event.key.startswith("cropr::"):
+            ours += event.device_time_total if on_gpu else event.cpu_time_total
+    return ours / total
+
+
+@torch.inference_mode()
+def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
+    """Time every variant of every model, interleaved, and return one row each; the median counts."""
+    rows, device = [], images.device
+    pixels = (images - 0.5) / 0.5
+    with tqdm(total=len(names) * (repeats + 1) * 3, desc="photos", leave=False, mininterval=1) as bar:
+        for name in names:
+            torch.manual_seed(0)
+            base = cropr.create_vit(name).eval().to(device)
+            made = variants(base)
+            expected = base(pixels[:1])
+            cropr.apply(base, rate=0)
+            if not torch.equal(base(pixels[:1]), expected):
+                raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
+            cropr.remove(base)
+            times: dict[str, list[float]] = {method: [] for method in made}
+            for repeat in range(repeats + 1):
+                for method, model in made.items():
+                    synchronize(device)
+                    start = time.perf_counter()
+                    model(pixels)
+                    synchronize(device)
+                    if repeat:  # the first round warms up
+                        times[method].append(time.perf_counter() - start)
+                    bar.update()
+            first_time = statistics.median(times["no pruning"])
+            first_flops = gflops(base, pixels[:1])
+            for method, model in made.items():
+                seconds, flops = statistics.median(times[method]), gflops(model, pixels[:1])
+                rows.append(
+                    Row(
+                        model=name,
+                        method=method,
+                        images_per_s=len(images) / seconds,
+                        speed_up=first_time / seconds,
+                        gflops=flops,
+                        flop_ratio=first_flops / flops,
+                        pruning_share=0.0 if model is base else pruning_share(model, pixels),
+                    )
+                )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one line each."""
+    head = ("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning")
+    lines = [head] + [
+        (
+            row.model,
+            row.method,
+            f"{row.images_per_s:.1f}",
+            f"{row.speed_up:.2f}x",
+            f"{row.gflops:.1f}",
+            f"{row.flop_ratio:.2f}x",
+            f"{100 * row.pruning_share:.1f} %" if row.pruning_share else "-",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def save_plot(path: Path, rows: list[Row], device: str) -> None:
+    """Bars of images/s per model and method, each with its speed-up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.2), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models):
+        own = [row for row in rows if row.model == model]
+        bars = axis.bar([row.method for row in own], [row.images_per_s for row in own], color=["0.6", "C0", "C2"])
+        axis.bar_label(bars, [f"{row.speed_up:.2f}x" for row in own])
+        axis.set_title(model, fontsize=10)
+        axis.set_ylabel("images/s")
+        axis.tick_params(axis="x", labelsize=8)
+        axis.margins(y=0.15)
+    figure.suptitle(f"Throughput on {device}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

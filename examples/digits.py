@@ -67,4 +67,6 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
                 optimizer.step()
                 scheduler.step()
                 bar.update()
-    return Result(model.eval(), accuracy(model.eval(), test_images, test_labels), share)
+    if rate:
+        cropr.set_rate(model, rate)
+    return Result(model.eval(), accuracy(model, test_images, test_labels), share)

@@ -1,0 +1,111 @@
+"""Backends, data and devices the tests run on.
+
+Every op test runs once per backend: the plain PyTorch definition, the C++ kernels, CUDA where there is a GPU, and in
+a process of its own (TRITON_INTERPRET=1) the Triton kernels interpreted on CPU tensors.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cropr_kernels  # noqa: F401  (registers the ops)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = ("scores", "select", "prune", "gather", "restore", "attend", "attend_backward")
+FILES = {"prune": "rows", "gather": "rows", "restore": "rows", "attend_backward": "attend"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+    ops: dict[str, Callable[..., Any]]
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        try:
+            return self.ops[op]
+        except KeyError:
+            raise AttributeError(op) from None
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton"
+
+
+def _reference_attend_backward(grad: Any, x: Any, queries: Any, scale: float) -> Any:
+    from cropr_kernels import reference
+
+    queries = queries.detach().requires_grad_()
+    reference.attend(x, queries, scale).backward(grad)
+    return queries.grad
+
+
+def make_backend(name: str) -> Backend:
+    if name == "reference":
+        module = importlib.import_module("cropr_kernels.reference")
+        ops = {op: getattr(module, op) for op in OPS if op != "attend_backward"}
+        return Backend(name, "cpu", {**ops, "attend_backward": _reference_attend_backward})
+    if name == "triton":
+        return Backend(
+            name,
+            "cpu",
+            {op: getattr(importlib.import_module(f"cropr_kernels.kernels.{FILES.get(op, op)}"), op) for op in OPS},
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return Backend(name, "cuda" if name == "cuda" else "cpu", {op: getattr(torch.ops.cropr, op) for op in OPS})
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    made = make_backend(request.param)
+    if made.interpreted:
+        poison_empty(monkeypatch)
+    return made
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpp", "cuda"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A backend with kernels of its own: everything but the definition."""
+    made = make_backend(request.param)
+    if made.interpreted:
+        poison_empty(monkeypatch)
+    return made
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what launchers allocate with NaN (or an impossible index), so that an unwritten element shows."""
+    plain = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = plain(self, *args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else -(2**40))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data that CROPR_DATA names."""
+    folder = os.environ.get("CROPR_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real data: set CROPR_DATA to its folder")
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

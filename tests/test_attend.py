@@ -1,0 +1,111 @@
+"""cropr::attend and its gradient, against float64."""
+
+import pytest
+import torch
+from cases import DTYPES, odd_layouts, tokens
+
+from cropr_kernels import reference
+
+pytestmark = pytest.mark.kernels
+
+# (B, M, N, D)
+SHAPES = [(2, 1, 17, 33), (1, 1, 1, 1), (3, 1, 50, 64), (2, 5, 17, 40), (1, 70, 66, 96), (2, 2, 1, 8), (0, 3, 4, 8)]
+WIDE = [(1, 1, 197, 1536), (1, 65, 40, 1536)]
+
+
+def make(shape, dtype, device):
+    batch, count, n, dim = shape
+    x = tokens(batch, n, dim, dtype, device)
+    queries = torch.randn(count, dim, device=device).to(dtype)
+    grad = torch.randn(batch, count, dim, device=device).to(dtype)
+    return x, queries, grad, dim**-0.5
+
+
+def exact(x, queries, grad, scale):
+    queries = queries.detach().double().requires_grad_()
+    out = reference.attend(x.double(), queries, scale)
+    out.backward(grad.double())
+    return out.detach(), queries.grad
+
+
+def pytorch(x, queries, grad, scale):
+    """PyTorch's own attention and gradient, in the dtype of the inputs."""
+    queries = queries.detach().requires_grad_()
+    out = torch.softmax(scale * (queries @ x.transpose(1, 2)), -1) @ x
+    out.backward(grad)
+    return out.detach(), queries.grad
+
+
+def skip_if_uninterpretable(backend, dtype, shape):
+    if backend.interpreted and dtype == torch.bfloat16 and shape[1] > 1:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + WIDE)
+def test_attend_is_at_most_twice_as_wrong_as_pytorch(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype, shape)
+    x, queries, grad, scale = make(shape, dtype, backend.device)
+    out, dq = backend.attend(x, queries, scale), backend.attend_backward(grad, x, queries, scale)
+    assert out.dtype == dtype and out.shape == grad.shape and dq.dtype == queries.dtype
+    for got, own, true in zip((out, dq), pytorch(x, queries, grad, scale), exact(x, queries, grad, scale)):
+        if true.numel() == 0:
+            continue
+        error, own_error = ((value.double() - true).abs().max().item() for value in (got, own))
+        rounding = torch.finfo(dtype).eps * true.abs().max().item()
+        assert error <= 2 * own_error + (64 if dtype == torch.float64 else 1) * rounding  # the oracle is float64 too
+
+
+def test_huge_logits_do_not_overflow(backend):
+    x = 100 * tokens(1, 20, 64, torch.float32, backend.device)
+    queries = torch.randn(3, 64, device=backend.device)
+    for q in (queries, queries[:1]):
+        torch.testing.assert_close(backend.attend(x, q, 1.0), reference.attend(x.double(), q, 1.0).float())
+
+
+def test_float32_queries_over_half_precision_tokens(backend):
+    for dtype in (torch.bfloat16, torch.float16):
+        for count in (1, 4):
+            skip_if_uninterpretable(backend, dtype, (1, 1 if backend.interpreted and count == 1 else count))
+            x, queries, grad, scale = make((2, count, 30, 48), dtype, backend.device)
+            out = backend.attend(x, queries.float(), scale)
+            dq = backend.attend_backward(grad, x, queries.float(), scale)
+            assert out.dtype == dtype and dq.dtype == torch.float32
+            true_out, true_dq = exact(x, queries, grad, scale)
+            torch.testing.assert_close(out.double(), true_out, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(dq.double(), true_dq, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_layout_gives_the_same_values(kernels, count):
+    x, queries, grad, scale = make((2, count, 21, 34), torch.float32, kernels.device)
+    expected = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    for name, view in odd_layouts(x).items():
+        got = kernels.attend(view, queries, scale), kernels.attend_backward(grad, view, queries, scale)
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, msg=name)
+    strided = kernels.attend(x, queries.t().contiguous().t(), scale)
+    torch.testing.assert_close(strided, expected[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_run_gives_the_same_bits(kernels, count):
+    x, queries, grad, scale = make((4, count, 33, 40), torch.float32, kernels.device)
+    first = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    for _ in range(2 if kernels.interpreted else 20):
+        assert torch.equal(first[0], kernels.attend(x, queries, scale))
+        assert torch.equal(first[1], kernels.attend_backward(grad, x, queries, scale))
+
+
+def test_small_scratch_gives_the_same_result(kernels, monkeypatch):
+    """Images go through the scratch buffer a few at a time; how many must not matter."""
+    if kernels.name == "cpp":
+        pytest.skip("the C++ kernel always takes one image at a time")
+    from cropr_kernels.kernels import attend as module
+
+    x, queries, grad, scale = make((3, 4, 20, 32), torch.float32, kernels.device)
+    whole = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    monkeypatch.setattr(module, "_SCRATCH_BYTES", 1)
+    parts = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    for a, b in zip(parts, whole):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,112 @@
+"""cropr::select: exact, ascending, deterministic, whatever the scores."""
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.kernels
+
+
+def by_hand(scores, num_keep, num_prefix):
+    """Sort in Python: prefix, then NaN, then value, then position."""
+
+    def rank(row, position):
+        value = row[position]
+        return (position >= num_prefix, not math.isnan(value), 0.0 if math.isnan(value) else -value, position)
+
+    kept = [sorted(sorted(range(len(row)), key=lambda i: rank(row, i))[:num_keep]) for row in scores.tolist()]
+    pruned = [sorted(set(range(scores.shape[1])) - set(row)) for row in kept]
+    shape = scores.shape[0]
+    return (
+        torch.tensor(kept, dtype=torch.int64).view(shape, num_keep),
+        torch.tensor(pruned, dtype=torch.int64).view(shape, scores.shape[1] - num_keep),
+    )
+
+
+def check(backend, scores, num_keep, num_prefix=0):
+    kept, pruned = backend.select(scores.to(backend.device), num_keep, num_prefix)
+    expected_kept, expected_pruned = by_hand(scores, num_keep, num_prefix)
+    assert kept.dtype == pruned.dtype == torch.int64
+    assert torch.equal(kept.cpu(), expected_kept)
+    assert torch.equal(pruned.cpu(), expected_pruned)
+
+
+INF, NAN = float("inf"), float("nan")
+HARD = {
+    "all equal": [1.0] * 9,
+    "all zero, mixed signs of zero": [0.0, -0.0, 0.0, -0.0, -0.0],
+    "zeros among values": [-0.0, 1.0, 0.0, -1.0, -0.0, 0.0],
+    "mixed signs": [-3.0, 2.0, -1.0, 0.0, 5.0, -8.0, 2.0],
+    "infinities": [INF, -INF, 0.0, INF, -INF, 1.0],
+    "only infinities": [-INF, INF, -INF, INF],
+    "NaN": [NAN, 1.0, NAN, INF, -1.0, NAN],
+    "only NaN": [NAN] * 5,
+    "NaN of either sign": [math.copysign(NAN, -1.0), 1.0, NAN, INF],
+    "one ulp apart": [1.0, math.nextafter(1.0, 2.0), 1.0, math.nextafter(1.0, 0.0)],
+    "smallest float32 steps": [1e-45, 0.0, -1e-45, 1e-45],
+    "largest": [3.4e38, -3.4e38, 3.39e38, INF],
+    "ascending": [float(i) for i in range(12)],
+    "descending": [float(-i) for i in range(12)],
+    "ties in pairs": [1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_scores_keep_exactly_the_top(backend, name):
+    scores = torch.tensor([HARD[name], HARD[name][::-1]])
+    for num_keep in range(scores.shape[1] + 1):
+        for num_prefix in range(min(num_keep, 2) + 1):
+            check(backend, scores, num_keep, num_prefix)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 197, 1024, 1025, 4097, 9216, 16385, 20000])
+def test_any_number_of_tokens(backend, n):
+    scores = torch.randint(-n // 3 - 1, n // 3 + 1, (2, n)).float()  # with ties
+    for num_keep in {0, 1, n // 3, n - 1, n}:
+        check(backend, scores, num_keep, min(num_keep, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_float_dtype_at_its_own_precision(backend, dtype):
+    scores = torch.randn(3, 130, dtype=torch.float64).to(dtype)
+    if dtype == torch.float64:
+        scores[:, 1] = scores[:, 0] + 1e-15  # a difference float32 does not have
+    check(backend, scores, 51, 1)
+
+
+def test_strided_expanded_and_empty_scores(backend):
+    scores = torch.randn(6, 80)
+    check(backend, scores[::2, ::2], 11, 1)
+    check(backend, scores.t(), 3)
+    check(backend, scores[:1].expand(3, -1), 11)
+    check(backend, scores[:0], 11)
+    check(backend, scores[:, :0], 0)
+
+
+def test_scores_stay_as_they_were(kernels):
+    scores = torch.tensor([[-0.0, NAN, 1.0]], device=kernels.device)
+    before = scores.clone()
+    kernels.select(scores, 2, 1)
+    assert same_bits(scores, before)
+
+
+def test_every_run_gives_the_same_bits(kernels):
+    scores = torch.randint(0, 4, (5, 300)).float().to(kernels.device)
+    first = kernels.select(scores, 100, 1)
+    for _ in range(2 if kernels.interpreted else 50):
+        assert all(torch.equal(a, b) for a, b in zip(first, kernels.select(scores, 100, 1)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_shapes_and_values(backend, data):
+    n = data.draw(st.integers(1, 70))
+    num_keep = data.draw(st.integers(0, n))
+    num_prefix = data.draw(st.integers(0, num_keep))
+    values = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, INF, -INF, NAN])
+    scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n))])
+    check(backend, scores, num_keep, num_prefix)

@@ -4,6 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
+# Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
+PINNED = {"enable_fp_fusion": True}
+
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import acc_dtype, dense_rows
+from ._launch import PINNED, acc_dtype, dense_rows
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -149,24 +149,26 @@ def _launch_one(x: Tensor, query: Tensor, grad: Tensor | None, out: Tensor) -> N
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](
             x, query, out if grad is None else grad, out, x.stride(0), x.stride(1), n, dim,
-            BACKWARD=grad is not None, BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8,
+            BACKWARD=grad is not None, BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
         )  # fmt: skip
 
 
-def _tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Tile edges that fit the shared memory of every architecture from sm_80 on."""
-    small = dtype in (torch.float32, torch.float64)
-    return {"edge": 64, "inner": 16 if dtype == torch.float64 else 32, "num_warps": 4 if small else 8}
+def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Edge and inner length of the product tiles, and warps, that no architecture from sm_80 on spills with."""
+    if dtype == torch.float64:
+        return {"edge": 64, "inner": 16, "num_warps": 8}
+    return {"edge": 64, "inner": 16 if dtype == torch.float32 else 64, "num_warps": 4}
 
 
 def _launch_dot(a: Tensor, stride_ab: int, x: Tensor, out: Tensor) -> None:
     count, m, n = out.shape
-    tiles = _tiles(x.dtype)
+    tiles = matrix_tiles(x.dtype)
     edge = tiles["edge"]
     with torch.cuda.device_of(x):
         rows_dot_rows_kernel[(count * triton.cdiv(m, edge) * triton.cdiv(n, edge),)](
             a, stride_ab, a.stride(-2), x, x.stride(0), x.stride(1), out, m, n, x.shape[2],
             BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+            **PINNED,
         )  # fmt: skip
 
 
@@ -175,20 +177,21 @@ def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
     with torch.cuda.device_of(logits):
         softmax_kernel[(count * m,)](
             logits, logits if slope is None else slope, n,
-            BACKWARD=slope is not None, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4,
+            BACKWARD=slope is not None, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4, **PINNED,
         )  # fmt: skip
 
 
 def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool) -> None:
     count, m, n = weight.shape
     dim = x.shape[2]
-    tiles = _tiles(x.dtype)
+    tiles = matrix_tiles(x.dtype)
     edge = tiles["edge"]
     grid = triton.cdiv(m, edge) * triton.cdiv(dim, edge) * (1 if sum_batch else count)
     with torch.cuda.device_of(x):
         weighted_rows_kernel[(grid,)](
             weight, x, x.stride(0), x.stride(1), out, m, n, dim, count,
             SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+            **PINNED,
         )  # fmt: skip
 
 

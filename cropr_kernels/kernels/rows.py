@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import dense_rows, width_block
+from ._launch import PINNED, dense_rows, width_block
 from .scores import launch_scores
 from .select import launch_select
 
@@ -82,7 +82,7 @@ def _launch_split(
             kept, kept.stride(0), kept.stride(1), kept_idx,
             pruned, pruned.stride(0), pruned.stride(1), pruned_idx,
             n, num_keep, dim,
-            SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+            SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
         )  # fmt: skip
 
 
@@ -130,6 +130,6 @@ def gather(x: Tensor, idx: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             gather_kernel[(batch * triton.cdiv(count, _BLOCK_R),)](
                 x, x.stride(0), x.stride(1), idx, out, n, count, dim,
-                BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+                BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import acc_dtype, dense_rows, width_block
+from ._launch import PINNED, acc_dtype, dense_rows, width_block
 
 # Fixed, never autotuned: the order of a float32 sum depends on them, and a near-tie must not flip with the tuner.
 _BLOCK_N = 16
@@ -63,7 +63,7 @@ def launch_scores(x: Tensor, query: Tensor) -> Tensor:
                 dim,
                 BLOCK_N=_BLOCK_N,
                 BLOCK_D=width_block(dim, 256),
-                num_warps=_NUM_WARPS,
+                num_warps=_NUM_WARPS, **PINNED,
             )
     return out
 

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import dense_rows
+from ._launch import PINNED, dense_rows
 
-_MAX_BLOCK = 16384
+_MAX_BLOCK = 4096
 _COUNT_BITS = 21  # three counts travel through one 64-bit sum
 
 
@@ -131,7 +131,8 @@ def launch_select(scores: Tensor, num_keep: int, num_prefix: int) -> tuple[Tenso
                 BITS=64 if scores.dtype == torch.float64 else 32,
                 IN_REGISTERS=n <= block,
                 COUNT_BITS=_COUNT_BITS,
-                num_warps=min(max(block // 256, 1), 16),
+                num_warps=min(max(block // 128, 1), 16),  # more tokens a thread would spill
+                **PINNED,
             )
     return kept_idx, pruned_idx
 

@@ -1,0 +1,251 @@
+"""What the dispatcher promises: opcheck, fakes, gradients, compilation, FLOPs, autocast, and every refusal."""
+
+import pytest
+import torch
+from cases import DTYPES, tokens
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+ops = torch.ops.cropr
+
+
+def split_inputs(dtype=torch.float32, grad=False):
+    x = tokens(2, 9, 6, dtype, "cpu").requires_grad_(grad)
+    with torch.no_grad():
+        kept, kept_idx, pruned, pruned_idx = ops.prune(x, torch.randn(6), 4, 1)
+    return x, [kept.requires_grad_(grad), kept_idx, pruned.requires_grad_(grad), pruned_idx]
+
+
+def samples(dtype=torch.float32, grad=False):
+    """One legal call of every op."""
+    x, parts = split_inputs(dtype, grad)
+    query, queries = torch.randn(6, dtype=dtype), torch.randn(3, 6, dtype=dtype).requires_grad_(grad)
+    return {
+        "scores": (x, queries),
+        "select": (torch.randn(2, 9, dtype=dtype).requires_grad_(grad), 4, 1),
+        "prune": (x, query, 4, 1),
+        "gather": (x, parts[1]),
+        "restore": tuple(parts),
+        "attend": (x.detach(), queries, 0.4),
+        "attend_backward": (torch.randn(2, 3, 6, dtype=dtype), x.detach(), queries.detach(), 0.4),
+    }
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name, grad):
+    torch.library.opcheck(getattr(ops, name).default, samples(grad=grad)[name])
+
+
+def test_opcheck_on_permuted_and_empty_inputs():
+    x = torch.randn(6, 9, 2).permute(2, 1, 0).requires_grad_()
+    torch.library.opcheck(ops.prune.default, (x, torch.randn(6), 4, 1))
+    torch.library.opcheck(ops.prune.default, (torch.randn(0, 9, 6), torch.randn(6), 4, 1))
+    torch.library.opcheck(ops.prune.default, (torch.randn(2, 9, 6), torch.randn(6), 9, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", samples())
+def test_fake_result_looks_like_the_real_one(name, dtype):
+    args = samples(dtype)[name]
+    real = getattr(ops, name)(*args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake_args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        fake = getattr(ops, name)(*fake_args)
+    pair = (real, fake) if isinstance(real, tuple) else ((real,), (fake,))
+    for a, b in zip(*pair):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+# Gradients
+
+
+def test_prune_passes_gradient_to_the_rows_only():
+    x, query = tokens(2, 7, 5, torch.float64, "cpu").requires_grad_(), torch.randn(5, dtype=torch.float64)
+    query.requires_grad_()
+    kept, kept_idx, pruned, pruned_idx = ops.prune(x, query, 3, 1)
+    (kept.sum() + 2 * pruned.sum()).backward()
+    expected = torch.full_like(x, 2.0).scatter(1, kept_idx.unsqueeze(-1).expand_as(kept), 1.0)
+    assert torch.equal(x.grad, expected)
+    assert query.grad is None
+    assert not kept_idx.requires_grad
+
+
+def test_outputs_without_gradient_do_not_ask_for_it():
+    x, query = torch.randn(2, 7, 5), torch.randn(5, requires_grad=True)
+    assert not ops.prune(x, query, 3)[0].requires_grad
+    assert not ops.scores(x.requires_grad_(), query).requires_grad
+    assert not ops.attend(x, query.detach().unsqueeze(0), 1.0).requires_grad
+
+
+def test_attend_reads_tokens_as_detached():
+    x, queries = torch.randn(2, 7, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    ops.attend(x, queries, 0.5).sum().backward()
+    assert x.grad is None
+    assert queries.grad.abs().sum() > 0
+
+
+def test_gradients_match_finite_differences():
+    x, parts = split_inputs(torch.float64, grad=True)
+    query = torch.randn(6, dtype=torch.float64)
+    prune = lambda x: ops.prune(x, query, 4, 1)[::2]  # noqa: E731
+    restore = lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3])  # noqa: E731
+    gather = lambda x: ops.gather(x, torch.tensor([[1, 1], [0, 8]]))  # noqa: E731
+    kept, pruned = parts[0].detach().requires_grad_(), parts[2].detach().requires_grad_()
+    for check in (gradcheck, gradgradcheck):
+        assert check(prune, (x,))
+        assert check(restore, (kept, pruned))
+        assert check(gather, (x,))
+    for count in (1, 3):
+        queries = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda q: ops.attend(x.detach(), q, 0.4), (queries,))
+
+
+# torch.compile
+
+
+def test_compiles_whole_with_dynamic_shapes_and_without_recompiling():
+    torch._dynamo.reset()
+
+    def step(x, query, num_keep):
+        kept, kept_idx, pruned, pruned_idx = ops.prune(x * 2, query, num_keep, 1)
+        return ops.restore(kept + 1, kept_idx, pruned, pruned_idx)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    query = torch.randn(16)
+
+    def compare(batch, n, num_keep):
+        x = torch.randn(batch, n, 16, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        plain, fast = step(x, query, num_keep), compiled(y, query, num_keep)
+        torch.testing.assert_close(plain, fast)
+        plain.square().sum().backward()
+        fast.square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+
+    compare(2, 20, 11)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compare(3, 31, 17)
+        compare(5, 44, 40)
+
+
+def test_autocast_leaves_scores_in_float32_and_rows_in_their_dtype():
+    x, query = torch.randn(2, 9, 6), torch.randn(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.scores(x, query), ops.scores(x, query))
+        assert ops.scores(x, query).dtype == torch.float32
+        assert ops.prune(x, query, 4)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("scores", 2 * 2 * 9 * 6),
+        ("prune", 2 * 2 * 9 * 6),
+        ("select", 0),
+        ("gather", 0),
+        ("restore", 0),
+        ("attend", 4 * 2 * 3 * 9 * 6),
+        ("attend_backward", 6 * 2 * 3 * 9 * 6),
+    ],
+)
+def test_flops(name, flops):
+    args = samples()[name]
+    with FlopCounterMode(display=False) as counter:
+        getattr(ops, name)(*args)
+    assert counter.get_total_flops() == flops
+
+
+# Refusals
+
+
+def bad_calls():
+    x, query = torch.zeros(2, 9, 6), torch.zeros(6)
+    idx4, idx5 = torch.arange(4).expand(2, -1), torch.arange(4, 9).expand(2, -1)
+    kept, pruned, queries = x[:, :4], x[:, 4:], torch.zeros(3, 6)
+    return [
+        ("prune", (x, query, 10, 1), r"prune: num_keep must be in \[num_prefix, N\] = \[1, 9\], got 10"),
+        ("prune", (x, query, 0, 1), r"prune: num_keep must be in \[num_prefix, N\] = \[1, 9\], got 0"),
+        ("prune", (x, query, 4, -1), r"prune: num_prefix must be in \[0, N\] = \[0, 9\], got -1"),
+        ("prune", (x, query, 9, 10), r"prune: num_prefix must be in \[0, N\] = \[0, 9\], got 10"),
+        ("prune", (x[0], query, 4), r"prune: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("prune", (x, query[:5], 4), r"prune: query must have the width of x, D = 6, got shape \(5,\)"),
+        ("prune", (x, x, 4), r"prune: query must have shape \(D,\) or \(M, D\), got \(2, 9, 6\)"),
+        ("prune", (x.long(), query, 4), r"prune: x must be float32, float64, bfloat16 or float16, got int64"),
+        ("prune", (x, query.int(), 4), r"prune: query must be float32, float64, bfloat16 or float16, got int32"),
+        ("scores", (x[0], query), r"scores: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("scores", (x, query[:2]), r"scores: query must have the width of x, D = 6, got shape \(2,\)"),
+        ("select", (x, 4), r"select: scores must have shape \(B, N\), got \(2, 9, 6\)"),
+        ("select", (x[0].bool(), 4), r"select: scores must be float32, float64, bfloat16 or float16, got bool"),
+        ("select", (x[0], 7), r"select: num_keep must be in \[num_prefix, N\] = \[0, 6\], got 7"),
+        ("gather", (x[0], idx4), r"gather: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("gather", (x, idx4[0]), r"gather: idx must have shape \(B, K\), got \(4,\)"),
+        ("gather", (x, idx4.int()), r"gather: idx must be int64, got int32"),
+        ("gather", (x, idx4[:1]), r"gather: idx must have the batch size of x, B = 2, got shape \(1, 4\)"),
+        ("restore", (kept[0], idx4, pruned, idx5), r"restore: kept must have shape \(B, tokens, D\), got \(4, 6\)"),
+        ("restore", (kept, idx4.float(), pruned, idx5), r"restore: kept_idx must be int64, got float32"),
+        (
+            "restore",
+            (kept, idx4[:, :3], pruned, idx5),
+            r"restore: kept_idx must have the first two sizes of kept, \(2, 4, 6\), got \(2, 3\)",
+        ),
+        (
+            "restore",
+            (kept, idx4, pruned[..., :5], idx5),
+            r"restore: pruned must have the batch and width of kept, \(2, 4, 6\), got \(2, 5, 5\)",
+        ),
+        (
+            "restore",
+            (kept, idx4, pruned.half(), idx5),
+            r"restore: pruned must have the dtype of kept, float32, got float16",
+        ),
+        ("attend", (x[0], queries, 1.0), r"attend: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("attend", (x, query, 1.0), r"attend: queries must have shape \(M, D\), got \(6,\)"),
+        ("attend", (x, queries[:, :2], 1.0), r"attend: queries must have the width of x, D = 6, got shape \(3, 2\)"),
+        ("attend", (x[:, :0], queries, 1.0), r"attend: x must have at least one token, got shape \(2, 0, 6\)"),
+        (
+            "attend_backward",
+            (x, x, queries, 1.0),
+            r"attend_backward: grad_out must have shape \(B, M, D\) = \(2, 3, 6\), got \(2, 9, 6\)",
+        ),
+    ]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("name", "args", "message"), bad_calls())
+def test_bad_input_is_refused_in_the_same_words_everywhere(kernels, name, args, message):
+    args = [arg.to(kernels.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(kernels, name)(*args)
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(*[mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
+
+
+def test_positions_that_do_not_exist_or_repeat_are_refused():
+    x, parts = split_inputs()
+    kept, kept_idx, pruned, pruned_idx = parts
+    with pytest.raises(RuntimeError, match=r"gather: idx must hold positions in \[0, 9\), got 9"):
+        ops.gather(x, torch.full((2, 1), 9))
+    with pytest.raises(RuntimeError, match=r"gather: idx must hold positions in \[0, 9\), got -1"):
+        ops.gather(x, torch.full((2, 1), -1))
+    with pytest.raises(RuntimeError, match=r"restore: .* each position in \[0, 9\) once, got 9 in image 0"):
+        ops.restore(kept, kept_idx.clone().fill_(9), pruned, pruned_idx)
+    twice = kept_idx.clone()
+    twice[1, 1] = twice[1, 0]
+    with pytest.raises(RuntimeError, match=r"once, got \d twice in image 1"):
+        ops.restore(kept, twice, pruned, pruned_idx)
+
+
+def test_tensors_on_different_devices_are_refused():
+    x, query = torch.zeros(2, 9, 6), torch.zeros(6)
+    with pytest.raises(RuntimeError, match="query must be on the same device as the other tensors, meta, got cpu"):
+        ops.prune(x.to("meta"), query, 4)
+    with pytest.raises(RuntimeError, match="queries must be on the same device"):
+        ops.attend(x.to("meta"), query.unsqueeze(0), 1.0)
+
+
+def test_wrong_argument_types_are_refused_by_the_dispatcher():
+    with pytest.raises((TypeError, RuntimeError), match="num_keep"):
+        ops.prune(torch.zeros(1, 3, 2), torch.zeros(2), 1.5)
+    with pytest.raises((TypeError, RuntimeError), match="num_keep"):
+        ops.prune(torch.zeros(1, 3, 2), torch.zeros(2))

@@ -1,0 +1,130 @@
+"""Every Triton kernel compiles ahead of time, without spilling, for the GPUs it is meant for. Needs no GPU."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("this process interprets kernels", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cropr_kernels.kernels import attend, rows, scores, select  # noqa: E402
+from cropr_kernels.kernels._launch import PINNED  # noqa: E402
+
+ARCHITECTURES = [80, 90, 100]
+TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
+# Arguments that are multiples of 16 in every real model: pointers, widths and strides.
+ALIGNED = re.compile(r"_ptr$|^dim$|^stride_")
+
+
+def variants(dtype):
+    """(kernel, constants, num_warps) in the shapes the launchers choose for D = 768 and D = 1536."""
+    tiles = attend.matrix_tiles(getattr(torch, dtype))
+    edge, inner, warps = tiles["edge"], tiles["inner"], tiles["num_warps"]
+    yield scores.scores_kernel, {"BLOCK_N": 16, "BLOCK_D": 256}, 4
+    for block, in_registers, num_warps in ((32, True, 1), (256, True, 2), (1024, True, 8), (4096, True, 16), (4096, False, 16)):
+        yield (
+            select.select_kernel,
+            {
+                "BLOCK_N": block,
+                "BITS": 64 if dtype == "float64" else 32,
+                "IN_REGISTERS": in_registers,
+                "COUNT_BITS": 21,
+            },
+            num_warps,
+        )
+    yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
+    for flag in (False, True):
+        yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
+        yield attend.attend_one_kernel, {"BACKWARD": flag, "BLOCK_N": 8, "BLOCK_D": 2048}, 8
+        yield attend.softmax_kernel, {"BACKWARD": flag, "BLOCK_N": 1024}, 4
+        yield (
+            attend.weighted_rows_kernel,
+            {"SUM_BATCH": flag, "BLOCK_M": edge, "BLOCK_D": edge, "BLOCK_K": inner},
+            warps,
+        )
+    yield attend.rows_dot_rows_kernel, {"BLOCK_M": edge, "BLOCK_N": edge, "BLOCK_K": inner}, warps
+
+
+def signature(kernel, dtype, constants):
+    acc = "*fp64" if dtype == "float64" else "*fp32"
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("idx_ptr"):
+            types[name] = "*i64"
+        elif name in ("query_ptr", "logits_ptr", "slope_ptr", "weight_ptr"):
+            types[name] = acc
+        elif kernel is scores.scores_kernel and name == "scores_ptr":
+            types[name] = "*fp32"
+        elif name == "out_ptr" and (
+            kernel is attend.rows_dot_rows_kernel or constants.get("SUM_BATCH") or constants.get("BACKWARD")
+        ):
+            types[name] = acc
+        elif name.endswith("_ptr"):
+            types[name] = TYPES[dtype]
+        else:
+            types[name] = "i32"
+    return types
+
+
+def compile_kernel(kernel, constants, num_warps, dtype, architecture):
+    types = signature(kernel, dtype, constants)
+    names = kernel.arg_names
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind != "constexpr" and ALIGNED.search(name)
+    }
+    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    options = {"num_warps": num_warps, **PINNED}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def tool(name):
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources(cubin, folder):
+    """Registers, stack and shared memory in bytes, as the assembler reports them."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run(
+        [tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
+    for kernel, constants, num_warps in variants(dtype):
+        compiled = compile_kernel(kernel, constants, num_warps, dtype, architecture)
+        usage = resources(compiled.asm["cubin"], tmp_path)
+        where = f"{kernel.__name__} {constants} sm_{architecture} {dtype}: {usage}"
+        assert usage["REG"] <= 255, where
+        assert usage["LOCAL"] == 0, where
+        assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
+        assert usage["STACK"] == 0, where
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scatter", [False, True])
+def test_rows_move_sixteen_bytes_at_a_time(dtype, scatter, tmp_path):
+    constants = {"SCATTER": scatter, "BLOCK_R": 8, "BLOCK_D": 256}
+    compiled = compile_kernel(rows.split_kernel, constants, 4, dtype, 90)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    stores = re.findall(r"STG\.[\w.]+", sass)
+    assert stores
+    assert all(".128" in store for store in stores), stores
+    assert any(".128" in load for load in re.findall(r"LDG\.[\w.]+", sass))

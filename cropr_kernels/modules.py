@@ -21,7 +21,7 @@ class Aggregator(nn.Module):
 
         out = softmax(Q x^T / sqrt(D)) x;   out = out + MLP(LayerNorm(out));   prediction = Linear(LayerNorm(out))
 
-    Stop-gradient: `cropr::attend` reads x as detached, so the auxiliary loss reaches the queries, never the backbone.
+    Stop-gradient: x is detached, so the auxiliary loss reaches this module and its queries, never the backbone.
     """
 
     def __init__(self, dim: int, num_outputs: int, mlp_ratio: float = 4.0):
@@ -34,6 +34,7 @@ class Aggregator(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor) -> Tensor:
         """Predict from x (B, N, D) with queries (M, D): (B, M, outputs)."""
+        x = x.detach()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = torch.ops.cropr.attend(x, queries, x.shape[-1] ** -0.5)

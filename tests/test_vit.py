@@ -1,0 +1,148 @@
+"""The reference ViT against timm's own forward, and on its own."""
+
+import io
+import json
+
+import pytest
+import torch
+
+import cropr_kernels as cropr
+from cropr_kernels.vit import PRESETS, ViT, ViTConfig
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+
+def randomise(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "large" not in name and "384" not in name])
+def test_equals_timm_with_the_same_weights(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    options = {"num_classes": 10, "depth": 3}
+    theirs, ours = randomise(timm.create_model(name, **options)), cropr.create_vit(name, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, ours.config.img_size, ours.config.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"])
+def test_parameters_of_larger_models_are_timms(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        ours = {key: value.shape for key, value in cropr.create_vit(name).state_dict().items()}
+        theirs = {key: value.shape for key, value in timm.create_model(name, num_classes=1000).state_dict().items()}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", (192, 256)), ("eva02_tiny_patch14_224", (140, 252))])
+def test_other_image_sizes_equal_timm(name, size):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    options = {"num_classes": 10, "depth": 2}
+    theirs = randomise(timm.create_model(name, dynamic_img_size=True, **options))
+    ours = cropr.create_vit(name, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+def read_photos(data, count):
+    """The first validation photos of Tiny-ImageNet as the pretrained model wants them, and their labels."""
+    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    archive = np.load(data / "tinyimagenet100_64.npz")
+    buffer, offsets = archive["buf"], archive["offsets"]
+    classes = [str(name).split()[0] for name in archive["classes"]]  # WordNet ids
+    chosen = np.flatnonzero(archive["split"] == 1)[:: 5000 // count][:count]
+    pixels, labels = [], []
+    for i in chosen:
+        photo = image.open(io.BytesIO(buffer[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")
+        photo = photo.resize((256, 256), image.Resampling.BICUBIC).crop((16, 16, 240, 240))
+        pixels.append(torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 127.5 - 1)
+        labels.append(classes[int(archive["labels"][i])])
+    return torch.stack(pixels), labels
+
+
+@torch.inference_mode()
+def test_pretrained_weights_classify_real_photos_as_timm_does(data):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from safetensors.torch import load_file
+
+    from cropr_kernels.weights import load_weights
+
+    path = data / "vit_tiny_p16_224_tin200_fp16.safetensors"
+    ours, metadata = load_weights(path)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=200).eval()
+    theirs.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    images, labels = read_photos(data, 100)
+    logits = ours(images)
+    torch.testing.assert_close(logits, theirs(images), rtol=1e-4, atol=1e-4)
+    names = metadata["classes"].split()
+    accuracy = sum(names[i] == label for i, label in zip(logits.argmax(1).tolist(), labels)) / len(labels)
+    assert accuracy > 0.55, json.dumps({"accuracy": accuracy})
+
+
+def test_drop_path_is_the_identity_in_eval_and_unbiased_in_training():
+    from cropr_kernels.vit import DropPath
+
+    layer, x = DropPath(0.3), torch.ones(20000, 1, 1)
+    assert torch.equal(layer.eval()(x), x)
+    dropped = layer.train()(x)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cropr.create_vit("resnet50"), "name must be one of vit_tiny_patch16_224"),
+        (lambda: cropr.create_vit("vit_tiny_patch16_224", widht=3), "no such option widht; options are"),
+        (lambda: ViT(ViTConfig(class_token=False)), "global_pool='token' needs class_token=True"),
+        (lambda: ViT(ViTConfig(embed_dim=100, num_heads=3)), "embed_dim must be a multiple of num_heads = 3, got 100"),
+        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 3, 30, 32)), "must be multiples of 8, got \\(30, 32\\)"),
+        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(3, 32, 32)), r"images must have shape \(B, 3, H, W\)"),
+        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 1, 32, 32)), r"images must have shape \(B, 3, H, W\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_load_weights_finds_the_architecture(tmp_path):
+    from safetensors.torch import save_file
+
+    from cropr_kernels.weights import load_weights
+
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3).eval()
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"classes": "a b c"})
+    torch.save({"model": model.state_dict()}, tmp_path / "b.pth")
+    image = torch.randn(1, 3, 224, 224)
+    for name in ("a.safetensors", "b.pth"):
+        loaded, metadata = load_weights(tmp_path / name)
+        assert torch.equal(loaded(image), model(image))
+        assert metadata["name"] in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+
+
+def test_bad_weight_files_get_one_clear_sentence(tmp_path):
+    from cropr_kernels.weights import load_weights
+
+    with pytest.raises(FileNotFoundError, match="load_weights: no weight file at"):
+        load_weights(tmp_path / "missing.safetensors")
+    for name in ("a.safetensors", "b.pth"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ValueError, match=r"is not a readable (safetensors file|PyTorch checkpoint)"):
+            load_weights(tmp_path / name)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="no architecture has these 1 tensors"):
+        load_weights(tmp_path / "c.pth")
+    torch.save([1, 2], tmp_path / "d.pth")
+    with pytest.raises(ValueError, match="must hold a state dict of tensors"):
+        load_weights(tmp_path / "d.pth")

@@ -1,7 +1,9 @@
 """Builds the C++ extension by driving CMakeLists.txt; everything else is in pyproject.toml."""
 
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,6 +27,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # cmake and ninja from this environment come first, also where it is not activated.
+        environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")}
         subprocess.run(
             [
                 "cmake",
@@ -40,9 +44,10 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_INSTALL_PREFIX={target.parent}",
             ],
             check=True,
+            env=environment,
         )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+        subprocess.run(["cmake", "--install", str(build)], check=True, env=environment)
 
 
 setup(ext_modules=[Extension("cropr_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

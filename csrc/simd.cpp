@@ -53,7 +53,6 @@ CROPR_INLINE acc_t<T> dot_row(const T* x, int64_t dim, const acc_t<T>* query) {
   V sums[4] = {};
   int64_t d = 0;
   for (; d + 2 * kGroup<T> <= dim; d += 2 * kGroup<T>) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + d) + 1024);
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
       V first, second;

@@ -1,0 +1,36 @@
+# make demo   set everything up, train, time and draw          make test    set everything up, run all tests
+# make bench  op throughput on this device                     make lint    formatters and type checks
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUILD_DEPS := "torch>=2.10,<2.16" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.done
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels $(ARGS)
+
+bench: $(VENV)/test.done
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+lint: $(VENV)/dev.done
+	$(BIN)/pre-commit run --all-files
+
+$(VENV)/torch.done:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(BUILD_DEPS)
+	touch $@
+
+$(VENV)/%.done: $(VENV)/torch.done $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf build dist out *.egg-info cropr_kernels/*.so $(VENV)

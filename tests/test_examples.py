@@ -1,0 +1,99 @@
+"""The demo's parts, the pictures, and every snippet of the README."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cropr_kernels as cropr
+from cropr_kernels import viz
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    for package in ("sklearn", "matplotlib", "PIL", "tqdm"):
+        pytest.importorskip(package, reason=f"the demo extra is not installed: {package}")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import demo
+    import digits
+    import photos
+
+    yield demo, digits, photos
+    for name in ("demo", "digits", "photos"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
+    """A real model, trained end to end: half the tokens, the same digits. Three seeds: benchmarks/digits.py."""
+    _, digits, _ = examples
+    plain = digits.train(seed=0, rate=0, show=False)
+    pruned = digits.train(seed=0, rate=digits.RATE, show=False)
+    assert pruned.token_share < 0.55
+    assert plain.accuracy > 93
+    assert pruned.accuracy > plain.accuracy - 2
+
+
+def test_demo_writes_its_pictures_and_table(examples, tmp_path, monkeypatch, capsys):
+    demo, _, photos = examples
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs", "1", "--out", str(tmp_path)])
+    plain = photos.compare
+    monkeypatch.setattr(photos, "compare", lambda names, images: plain(["vit_tiny_patch16_224"], images[:2], repeats=1))
+    demo.main()
+    text = capsys.readouterr().out
+    for column in ("images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"):
+        assert column in text
+    assert text.count("vit_tiny_patch16_224") == 3
+    for name in ("digits.png", "speed.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_refuses_a_missing_weight_file(examples, monkeypatch, capsys):
+    demo, *_ = examples
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--weights", "nowhere.safetensors"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "--weights: no file at nowhere.safetensors" in capsys.readouterr().err
+
+
+def test_demo_draws_maps_of_a_local_model(examples, tmp_path, capsys):
+    demo, *_ = examples
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    demo.run_pretrained(tmp_path, torch.device("cpu"), str(tmp_path / "weights.pth"))
+    assert "class " in capsys.readouterr().out
+    assert (tmp_path / "photos.png").stat().st_size > 10_000
+
+
+def test_every_photo_has_a_credit():
+    credits = (ROOT / "examples" / "photos" / "CREDITS.md").read_text()
+    names = [path.name for path in (ROOT / "examples" / "photos").glob("*.jpg")]
+    assert names
+    assert all(name in credits for name in names)
+
+
+def test_pruning_maps_need_one_map_per_image(tmp_path):
+    with pytest.raises(ValueError, match="must have one batch size, got 2, 1"):
+        viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'cropr_kernels\[viz\]'"):
+        viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
+
+
+def snippets():
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(snippets())))
+def test_readme_snippets_run(index):
+    pytest.importorskip("timm", reason="timm is not installed")
+    source = snippets()[index].replace("pretrained=True", "pretrained=False")  # no internet in tests
+    exec(compile(source, f"README snippet {index}", "exec"), {})

@@ -1,0 +1,103 @@
+"""The package as a whole: layers, the wheel, the missing extension, the command."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cropr_kernels
+from cropr_kernels import cli
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cropr_kernels"
+# Each file imports only from those named before it.
+LAYERS = [
+    "reference", "_C", "_checks", "kernels._launch", "kernels.scores", "kernels.select", "kernels.rows",
+    "kernels.attend", "ops", "schedule", "modules", "stream", "vit", "adapters", "patch", "weights", "viz",
+    "__init__", "cli",
+]  # fmt: skip
+
+
+def imported(path):
+    """Modules of this package that a file imports, relative to the package."""
+    package = list(path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                dotted = ".".join([*base, name])
+                yield dotted if dotted in LAYERS else "__init__"
+
+
+def test_each_layer_imports_only_from_those_above_it():
+    files = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    files.pop("kernels.__init__")
+    assert set(files) | {"_C"} == set(LAYERS)
+    for name, path in files.items():
+        for other in imported(path):
+            assert LAYERS.index(other) < LAYERS.index(name), f"{name} imports {other}"
+
+
+def test_no_file_outgrows_its_reader():
+    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
+    for path in sources:
+        assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_info_names_every_op_and_its_kernels(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and cropr_kernels.__version__ in text
+    for op in ("scores", "select", "prune", "gather", "restore", "attend"):
+        assert f"cropr::{op}" in text
+    assert text.count("CPU (C++), CUDA (Triton)") == 6
+
+
+def test_command_without_arguments_says_how_to_use_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "usage: cropr" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_source_tree(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT],
+        check=True,
+        cwd=tmp_path,
+    )
+    [wheel] = tmp_path.glob("cropr_kernels-*.whl")
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel], check=True
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import torch, cropr_kernels as cropr\n"
+        f"assert cropr.__file__.startswith({str(target)!r}), cropr.__file__\n"
+        "model = cropr.create_vit('vit_tiny_patch16_224', depth=3)\n"
+        "print(cropr.deploy(cropr.apply(model, rate=8))(torch.zeros(1, 3, 224, 224)).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "torch.Size([1, 1000])" in done.stdout
+
+
+def test_missing_extension_names_the_command_that_builds_it(tmp_path):
+    copy = tmp_path / "cropr_kernels"
+    copy.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        (copy / path.name).write_text(path.read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cropr_kernels"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ImportError: cropr_kernels: the C++ extension cropr_kernels._C is missing" in last
+    assert "pip install --no-build-isolation ." in last

@@ -93,7 +93,9 @@ def main() -> None:
         rows.append(measure(shape, dtype, options.seconds, options.compile))
         save(options.out, env, rows)
     for row in rows:
-        ratios = "  ".join(f"{name} {value:.2f}" for name, value in row.items() if " / " in name and "spread" not in name)
+        ratios = "  ".join(
+            f"{name} {value:.2f}" for name, value in row.items() if " / " in name and "spread" not in name
+        )
         print(f"{row['dtype']:9}{row['shape']!s:17}{ratios}")
     print(f"goals: prune / copy of x <= 2.5, published / prune >= 4, sort + index_select / prune >= 1.5\n{options.out}")
 

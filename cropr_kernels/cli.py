@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import _C, __version__
+from . import __version__, ops
 
 
 def info() -> str:
@@ -18,7 +18,7 @@ def info() -> str:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
-        **{name.replace("_", " "): value for name, value in _C.build_info().items()},
+        **{name.replace("_", " "): value for name, value in ops.build_info().items()},
         "cpu threads": torch.get_num_threads(),
         "cuda": "no GPU in reach",
     }

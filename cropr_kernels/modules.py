@@ -92,6 +92,8 @@ class Cropr(nn.Module):
 class FoldedCropr(nn.Module):
     """A Cropr module for inference: one folded query (D,), nothing to train."""
 
+    folded: Tensor
+
     def __init__(self, module: Cropr):
         super().__init__()
         self.register_buffer("folded", module.query().clone())

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import _checks
 
 try:
-    from . import _C  # noqa: F401  (its import registers the CPU kernels)
+    from ._C import build_info as build_info  # importing _C registers the CPU kernels
 except ImportError as error:
     raise ImportError(
         "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "

@@ -19,7 +19,7 @@ class CroprModules(nn.ModuleList):
     def __init__(self, modules: Sequence[nn.Module], schedule: schedules.Bound, llf: bool):
         super().__init__(modules)
         self.schedule, self.llf = schedule, llf
-        self.last_drop_path: list[tuple[nn.Module, float]] = []  # what LLF switched off, for remove
+        self.last_drop_path: list[tuple[Any, float]] = []  # what LLF switched off, for remove
 
     def extra_repr(self) -> str:
         return f"{self.schedule}, llf={self.llf}"
@@ -30,6 +30,8 @@ class Pruned:
 
     In training the model returns (output, auxiliary predictions), in eval the output alone.
     """
+
+    cropr: CroprModules
 
     def cropr_features(self: Any, images: Tensor, departures: Departures | None = None) -> tuple[Tensor, list[Tensor]]:
         """Tokens after the last norm and auxiliary predictions (empty in eval)."""
@@ -72,14 +74,14 @@ def _pruned_class(base: type) -> type:
     return _pruned_classes[base]
 
 
-def _require_pruned(model: nn.Module, caller: str) -> CroprModules:
+def _require_pruned(model: Any, caller: str) -> CroprModules:
     if not isinstance(model, Pruned):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
     return model.cropr
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     *,
     rate: int | None = None,
     keep: Sequence[int] | None = None,
@@ -88,7 +90,7 @@ def apply(
     num_queries: int = 1,
     num_outputs: int | None = None,
     mlp_ratio: float = 4.0,
-) -> nn.Module:
+) -> Any:
     """Put Cropr modules between the blocks of a model, in place.
 
     The backbone's parameters, names and weights stay as they are; `model.cropr` is added, one module per pruned
@@ -110,7 +112,9 @@ def apply(
         ValueError: the model is pruned already, or the schedule does not fit it.
     """
     if isinstance(model, Pruned):
-        raise ValueError("cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes")
+        raise ValueError(
+            "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
+        )
     find_adapter(model)
     schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio)
     depth, prefix = len(model.blocks), model.num_prefix_tokens
@@ -136,7 +140,7 @@ def _default_tokens(model: Any) -> int:
     return model.num_prefix_tokens + grid[0] * grid[1]
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: Any) -> Any:
     """Undo `apply` in place: class, parameters and stochastic depth are those of before.
 
     Raises:
@@ -150,7 +154,7 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def set_rate(model: nn.Module, rate: int) -> nn.Module:
+def set_rate(model: Any, rate: int) -> Any:
     """Prune with another constant rate from now on, in place: one model serves many rates.
 
     Raises:
@@ -164,7 +168,7 @@ def set_rate(model: nn.Module, rate: int) -> nn.Module:
     return model
 
 
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: Any) -> Any:
     """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
 
     Its logits are those of model.eval(), bit for bit. The argument stays as it was.
@@ -180,7 +184,7 @@ def deploy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def pruning_map(model: nn.Module, images: Tensor) -> Tensor:
+def pruning_map(model: Any, images: Tensor) -> Tensor:
     """When each patch left: (B, grid height, grid width) int64, the number of blocks it went through.
 
     Patches that were never pruned hold the depth of the network.

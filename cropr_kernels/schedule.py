@@ -5,7 +5,7 @@ after every block but the last; with Last Layer Fusion after every block but the
 before the last block drops would come straight back (paper section 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def ratio(num_tokens: int, depth: int, ratio: float, num_prefix: int = 1, llf: b
     return _check(counts, num_tokens, num_prefix, f"ratio {ratio}")
 
 
-_KINDS = {"rate": rate, "keep": keep, "ratio": ratio}
+_KINDS: dict[str, Callable[..., list[int]]] = {"rate": rate, "keep": keep, "ratio": ratio}
 
 
 @dataclass(frozen=True)

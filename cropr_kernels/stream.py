@@ -4,12 +4,11 @@ Positions travel with the tokens, so that rotary tables, Last Layer Fusion and m
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from .modules import Cropr, FoldedCropr
 
 Departures = Callable[[int, Tensor], None]
 
@@ -20,8 +19,8 @@ def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module],
-    modules: Sequence[Cropr | FoldedCropr],
+    blocks: Any,
+    modules: Any,
     counts: Sequence[int],
     x: Tensor,
     *,
@@ -37,8 +36,8 @@ def run_blocks(
     With LLF every pruned token, as it was when it left, returns to its position before the last block.
 
     Args:
-        blocks: called as block(x), or block(x, rope=...) where there is a rotary table.
-        modules: one Cropr module per count; block l is followed by module l.
+        blocks: a sequence of modules, called as block(x), or block(x, rope=...) where there is a rotary table.
+        modules: a sequence of Cropr modules, one per count; block l is followed by module l.
         counts: kept tokens after each module.
         num_prefix: P, first tokens that are never pruned.
         rope: (patches, C), rows by patch position.
@@ -59,7 +58,7 @@ def run_blocks(
         if llf and layer == last and positions is not None:
             x = torch.ops.cropr.restore(x, positions, torch.cat(gone, 1), torch.cat(gone_positions, 1))
             rope = full_rope
-        kwargs = {} if rope is None else {"rope": rope}
+        kwargs: dict[str, Any] = {} if rope is None else {"rope": rope}
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         if layer >= len(modules):
             continue

@@ -160,7 +160,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, heads, N, head_dim)."""
         if self.style == "split":
-            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            parts: tuple[Tensor, ...] = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         elif self.style == "joint_eva":
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
@@ -221,7 +221,9 @@ class ViT(nn.Module):
         if config.global_pool == "token" and not config.class_token:
             raise ValueError("ViT: global_pool='token' needs class_token=True")
         if config.embed_dim % config.num_heads:
-            raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {config.embed_dim}")
+            raise ValueError(
+                f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {config.embed_dim}"
+            )
         self.config = config
         dim, self.grid = config.embed_dim, config.img_size // config.patch_size
         self.num_prefix_tokens, self.num_classes, self.embed_dim = config.num_prefix_tokens, config.num_classes, dim

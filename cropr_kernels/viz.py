@@ -66,8 +66,8 @@ def load_photo(path: Any, size: int = 224) -> Tensor:
         from PIL import Image
     except ImportError as error:
         raise ImportError("cropr_kernels.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     shorter = round(size * 8 / 7)
     scale = shorter / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

@@ -16,7 +16,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ImportError("load_weights: .safetensors files need safetensors: pip install safetensors") from error
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"load_weights: {path} is not a readable safetensors file: {error}") from error
     try:
@@ -41,9 +41,7 @@ def _match(state: dict[str, Tensor]) -> tuple[str, int]:
             candidate = create_vit(name, num_classes=classes).state_dict()
         if {key: value.shape for key, value in candidate.items() if not key.startswith("head.")} == shapes:
             return name, classes
-    raise ValueError(
-        f"load_weights: no architecture has these {len(state)} tensors; known are {', '.join(PRESETS)}"
-    )
+    raise ValueError(f"load_weights: no architecture has these {len(state)} tensors; known are {', '.join(PRESETS)}")
 
 
 def load_weights(path: str | Path) -> tuple[ViT, dict[str, str]]:

@@ -161,8 +161,9 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
   check_float("attend_backward", "grad_out", grad_out);
   const int64_t batch = x.size(0), n = x.size(1), count = queries.size(0), dim = x.size(2);
   if (grad_out.size(0) != batch || grad_out.size(1) != count || grad_out.size(2) != dim)
-    fail("attend_backward: grad_out must have shape (B, M, D) = (", batch, ", ", count, ", ", dim, "), got ",
-         shape_of(grad_out));
+    fail(
+        "attend_backward: grad_out must have shape (B, M, D) = (", batch, ", ", count, ", ", dim, "), got ",
+        shape_of(grad_out));
   const Tensor dense = with_dense_rows(x);
   return with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -180,8 +181,8 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
     for (int64_t b = 0; b < batch; ++b) {
       const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
       const Tensor weight = attention<A>(query, tokens);
-      const Tensor slope = torch::stable::contiguous(
-          torch::stable::matmul(torch::stable::select(grad, 0, b), transposed(tokens)));
+      const Tensor slope =
+          torch::stable::contiguous(torch::stable::matmul(torch::stable::select(grad, 0, b), transposed(tokens)));
       A* p = mutable_data<A>(weight);
       const A* s = data<A>(slope);
       parallel_for(0, count, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {

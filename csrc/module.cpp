@@ -33,9 +33,8 @@ PYBIND11_MODULE(_C, m) {
       [] {
         pybind11::dict info;
         info["compiler"] = compiler();
-        info["torch_headers"] =
-            std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
-            std::to_string(TORCH_VERSION_PATCH);
+        info["torch_headers"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
+                                std::to_string(TORCH_VERSION_PATCH);
         info["torch_abi"] = CROPR_TORCH_ABI;
         info["cpu_instruction_set"] = instruction_set();
         return info;

@@ -57,8 +57,7 @@ void check_tokens_and_query(const char* op, const Tensor& x, const Tensor& query
   check_cpu(op, "query", query);
   check_dim(op, "x", x, 3, "(B, N, D)");
   check_float(op, "x", x);
-  if (query.dim() != 1 && query.dim() != 2)
-    fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
+  if (query.dim() != 1 && query.dim() != 2) fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
   check_float(op, "query", query);
   if (query.size(query.dim() - 1) != x.size(2))
     fail(op, ": query must have the width of x, D = ", x.size(2), ", got shape ", shape_of(query));
@@ -214,9 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
       std::vector<select_key_t<float>> keys;
       score_batch(rows, folded.data(), values.data());
       for (int64_t b = 0; b < batch; ++b) select_from(b, values.data() + b * n, keys);
-      parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
-        for_each_image_range(begin, end, n, copy);
-      });
+      parallel_for(
+          0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
     }
   });
   return {kept, kept_idx, pruned, pruned_idx};
@@ -225,8 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
 // Every index in [0, n), so that no kernel leaves its buffers.
 void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; ++i)
-    if (idx[i] < 0 || idx[i] >= n)
-      fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
+    if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
 }
 
 Tensor gather(const Tensor& x, const Tensor& idx) {
@@ -265,13 +262,13 @@ void check_restore_part(
   check_dim("restore", idx_name, idx, 2, "(B, tokens)");
   check_index("restore", idx_name, idx);
   if (idx.size(0) != part.size(0) || idx.size(1) != part.size(1))
-    fail("restore: ", idx_name, " must have the first two sizes of ", name, ", ", shape_of(part), ", got ",
-         shape_of(idx));
+    fail(
+        "restore: ", idx_name, " must have the first two sizes of ", name, ", ", shape_of(part), ", got ",
+        shape_of(idx));
   if (part.size(0) != kept.size(0) || part.size(2) != kept.size(2))
     fail("restore: ", name, " must have the batch and width of kept, ", shape_of(kept), ", got ", shape_of(part));
   if (part.scalar_type() != kept.scalar_type())
-    fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ",
-         dtype_of(part));
+    fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ", dtype_of(part));
 }
 
 // Together the two lists must hold every position of an image exactly once, or rows would stay unwritten.
@@ -282,8 +279,9 @@ void check_partition(const int64_t* kept, int64_t num_keep, const int64_t* prune
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = i < num_keep ? kept[b * num_keep + i] : pruned[b * num_prune + i - num_keep];
       if (position < 0 || position >= n || owner[position] == b)
-        fail("restore: kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
-             position < 0 || position >= n ? "" : " twice", " in image ", b);
+        fail(
+            "restore: kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
+            position < 0 || position >= n ? "" : " twice", " in image ", b);
       owner[position] = b;
     }
   }

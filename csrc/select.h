@@ -39,8 +39,8 @@ CROPR_INLINE auto select_key(const T* scores, int64_t position) {
 // Split positions 0..n-1 of one image into kept (num_keep) and pruned, both ascending.
 template <typename T>
 void select_image(
-    const T* scores, int64_t n, int64_t num_keep, int64_t num_prefix,
-    std::vector<select_key_t<acc_t<T>>>& keys, int64_t* kept, int64_t* pruned) {
+    const T* scores, int64_t n, int64_t num_keep, int64_t num_prefix, std::vector<select_key_t<acc_t<T>>>& keys,
+    int64_t* kept, int64_t* pruned) {
   const int64_t wanted = num_keep - num_prefix;
   std::iota(kept, kept + num_prefix, int64_t(0));
   kept += num_prefix;

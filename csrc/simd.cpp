@@ -128,24 +128,22 @@ CROPR_INLINE void weighted_sum_body(
 }  // namespace
 
 // target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
-#define CROPR_ROW_KERNELS(T, suffix)                                                                          \
-  CROPR_CLONES void dot_rows_##suffix(                                                                        \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {          \
-    dot_rows_body<T>(x, stride, rows, dim, query, out);                                                       \
-  }                                                                                                           \
-  CROPR_CLONES void weighted_sum_##suffix(                                                                    \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {         \
-    weighted_sum_body<T>(x, stride, rows, dim, weight, out);                                                  \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  void dot_rows<T>(                                                                                           \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {          \
-    dot_rows_##suffix(x, stride, rows, dim, query, out);                                                      \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  void weighted_sum<T>(                                                                                       \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {         \
-    weighted_sum_##suffix(x, stride, rows, dim, weight, out);                                                 \
+#define CROPR_ROW_KERNELS(T, suffix)                                                                                   \
+  CROPR_CLONES void dot_rows_##suffix(                                                                                 \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {                   \
+    dot_rows_body<T>(x, stride, rows, dim, query, out);                                                                \
+  }                                                                                                                    \
+  CROPR_CLONES void weighted_sum_##suffix(                                                                             \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {                  \
+    weighted_sum_body<T>(x, stride, rows, dim, weight, out);                                                           \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void dot_rows<T>(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {      \
+    dot_rows_##suffix(x, stride, rows, dim, query, out);                                                               \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void weighted_sum<T>(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) { \
+    weighted_sum_##suffix(x, stride, rows, dim, weight, out);                                                          \
   }
 
 CROPR_ROW_KERNELS(float, f32)

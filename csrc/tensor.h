@@ -35,14 +35,22 @@ inline std::string shape_of(const Tensor& t) {
 
 inline const char* dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return toString(t.scalar_type());
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return toString(t.scalar_type());
   }
 }
 
@@ -56,7 +64,7 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
 
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-      type == ScalarType::Half;
+         type == ScalarType::Half;
 }
 
 inline void check_float(const char* op, const char* name, const Tensor& t) {
@@ -65,13 +73,11 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_index(const char* op, const char* name, const Tensor& t) {
-  if (t.scalar_type() != ScalarType::Long)
-    fail(op, ": ", name, " must be int64, got ", dtype_of(t));
+  if (t.scalar_type() != ScalarType::Long) fail(op, ": ", name, " must be int64, got ", dtype_of(t));
 }
 
 inline void check_counts(const char* op, int64_t n, int64_t num_keep, int64_t num_prefix) {
-  if (num_prefix < 0 || num_prefix > n)
-    fail(op, ": num_prefix must be in [0, N] = [0, ", n, "], got ", num_prefix);
+  if (num_prefix < 0 || num_prefix > n) fail(op, ": num_prefix must be in [0, N] = [0, ", n, "], got ", num_prefix);
   if (num_keep < num_prefix || num_keep > n)
     fail(op, ": num_keep must be in [num_prefix, N] = [", num_prefix, ", ", n, "], got ", num_keep);
 }
@@ -110,10 +116,14 @@ T* mutable_data(const Tensor& t) {
 template <typename Body>
 auto with_float_type(ScalarType type, const Body& body) {
   switch (type) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::BFloat16: return body(bfloat16{});
-    case ScalarType::Half: return body(float16{});
-    default: return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    case ScalarType::Half:
+      return body(float16{});
+    default:
+      return body(float{});
   }
 }
 

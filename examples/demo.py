@@ -20,7 +20,7 @@ from cropr_kernels.weights import load_weights
 def run_digits(out: Path, epochs: int) -> None:
     plain = digits.train(seed=0, rate=0, epochs=epochs)
     pruned = digits.train(seed=0, rate=digits.RATE, epochs=epochs)
-    _, _, images, labels = digits.load()
+    _, _, images, _labels = digits.load()
     deployed = cropr.deploy(pruned.model)
     if not torch.equal(deployed(images), pruned.model(images)):
         raise RuntimeError("the deployed model's logits differ from the trained one's")

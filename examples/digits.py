@@ -11,9 +11,7 @@ from tqdm import tqdm
 import cropr_kernels as cropr
 
 EPOCHS, BATCH, RATE, TEST = 20, 64, 20, 360
-MODEL = dict(
-    img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0
-)
+MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
 
 
 @dataclass

@@ -82,9 +82,7 @@ def test_wheel_works_away_from_the_source_tree(tmp_path):
         "model = cropr.create_vit('vit_tiny_patch16_224', depth=3)\n"
         "print(cropr.deploy(cropr.apply(model, rate=8))(torch.zeros(1, 3, 224, 224)).shape)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "torch.Size([1, 1000])" in done.stdout
 
 

@@ -106,7 +106,9 @@ def slow_cropr(image, state, queries, config, llf):
         projected = (state["patch_embed.proj.weight"] * window).flatten(1).sum(1) + state["patch_embed.proj.bias"]
         tokens.append(projected)
         positions.append(index)
-    prefix = [state[name][0, i] for name in ("cls_token", "reg_token") if name in state for i in range(state[name].shape[1])]
+    prefix = [
+        state[name][0, i] for name in ("cls_token", "reg_token") if name in state for i in range(state[name].shape[1])
+    ]
     num_prefix, table = len(prefix), state["pos_embed"][0]
     if config.no_embed_class:
         tokens = prefix + [t + p for t, p in zip(tokens, table)]

@@ -256,9 +256,9 @@ def test_models_that_cannot_be_pruned_are_refused():
     with pytest.raises(TypeError, match=r"no adapter for torch.nn.modules.linear.Linear; supported are"):
         cropr.apply(nn.Linear(2, 2), rate=8)
     model = cropr.apply(reference_vit(), rate=8)
-    with pytest.raises(ValueError, match="the model is pruned already; cropr.set_rate changes the rate"):
+    with pytest.raises(ValueError, match=r"the model is pruned already; cropr.set_rate changes the rate"):
         cropr.apply(model, rate=8)
-    with pytest.raises(ValueError, match="rate 30 keeps 4 of 34 tokens|rate 40 keeps"):
+    with pytest.raises(ValueError, match="rate 40 keeps"):
         cropr.apply(reference_vit(), rate=40)
     with pytest.raises(ValueError, match="exactly one of rate, keep and ratio"):
         cropr.apply(reference_vit())
@@ -269,7 +269,7 @@ def test_models_that_cannot_be_pruned_are_refused():
     with pytest.raises(RuntimeError, match="forward_intermediates would run the blocks unpruned"):
         cropr.apply(timm_vit(), rate=8).forward_intermediates(torch.randn(1, 3, 64, 64))
     for function in (cropr.remove, cropr.deploy, lambda m: cropr.set_rate(m, 2), lambda m: cropr.pruning_map(m, None)):
-        with pytest.raises(TypeError, match="the model is not pruned; call cropr.apply"):
+        with pytest.raises(TypeError, match=r"the model is not pruned; call cropr.apply"):
             function(reference_vit())
     with pytest.raises(ValueError, match="dim and num_queries must be >= 1"):
         cropr.Cropr(dim=0)

@@ -29,7 +29,13 @@ def variants(dtype):
     tiles = attend.matrix_tiles(getattr(torch, dtype))
     edge, inner, warps = tiles["edge"], tiles["inner"], tiles["num_warps"]
     yield scores.scores_kernel, {"BLOCK_N": 16, "BLOCK_D": 256}, 4
-    for block, in_registers, num_warps in ((32, True, 1), (256, True, 2), (1024, True, 8), (4096, True, 16), (4096, False, 16)):
+    for block, in_registers, num_warps in (
+        (32, True, 1),
+        (256, True, 2),
+        (1024, True, 8),
+        (4096, True, 16),
+        (4096, False, 16),
+    ):
         yield (
             select.select_kernel,
             {

@@ -28,9 +28,7 @@ def test_equals_timm_with_the_same_weights(name):
     images = torch.randn(2, 3, ours.config.img_size, ours.config.img_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"])
@@ -42,7 +40,9 @@ def test_parameters_of_larger_models_are_timms(name):
     assert ours == theirs
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", (192, 256)), ("eva02_tiny_patch14_224", (140, 252))])
+@pytest.mark.parametrize(
+    ("name", "size"), [("vit_tiny_patch16_224", (192, 256)), ("eva02_tiny_patch14_224", (140, 252))]
+)
 def test_other_image_sizes_equal_timm(name, size):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     options = {"num_classes": 10, "depth": 2}

@@ -63,7 +63,8 @@ def launch_scores(x: Tensor, query: Tensor) -> Tensor:
                 dim,
                 BLOCK_N=_BLOCK_N,
                 BLOCK_D=width_block(dim, 256),
-                num_warps=_NUM_WARPS, **PINNED,
+                num_warps=_NUM_WARPS,
+                **PINNED,
             )
     return out
 

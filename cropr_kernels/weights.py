@@ -16,7 +16,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ImportError("load_weights: .safetensors files need safetensors: pip install safetensors") from error
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"load_weights: {path} is not a readable safetensors file: {error}") from error
     try:

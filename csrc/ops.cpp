@@ -46,6 +46,11 @@ std::vector<A> fold_query(const Tensor& query) {
   const int64_t stride = dense.dim() == 2 ? dense.stride(0) : 0;
   return with_float_type(dense.scalar_type(), [&](auto tag) {
     using Q = decltype(tag);
+    if (count == 1) {
+      std::vector<A> only(dim);
+      for (int64_t d = 0; d < dim; ++d) only[d] = static_cast<A>(load_one(data<Q>(dense) + d));
+      return only;
+    }
     const std::vector<acc_t<Q>> ones(count, acc_t<Q>(1));
     std::vector<acc_t<Q>> sum(dim, acc_t<Q>(0));
     weighted_sum<Q>(data<Q>(dense), stride, count, dim, ones.data(), sum.data());
@@ -130,32 +135,32 @@ void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body
   if (last > num_keep) body(false, std::max<int64_t>(first - num_keep, 0), last - num_keep);
 }
 
-Tensor scores(const Tensor& x, const Tensor& query) {
+Returned scores(const Tensor& x, const Tensor& query) {
   check_tokens_and_query("scores", x, query);
   const Tensor dense = with_dense_rows(x);
-  Tensor out = empty({x.size(0), x.size(1)}, ScalarType::Float);
+  Output out({x.size(0), x.size(1)}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const auto folded = fold_query<acc_t<T>>(query);
-    score_batch(Rows<T>(dense), folded.data(), mutable_data<float>(out));
+    score_batch(Rows<T>(dense), folded.data(), out.data<float>());
   });
-  return out;
+  return out.release();
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
+std::tuple<Returned, Returned> select(const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
   check_dim("select", "scores", scores, 2, "(B, N)");
   check_float("select", "scores", scores);
   const int64_t batch = scores.size(0), n = scores.size(1);
   check_counts("select", n, num_keep, num_prefix);
   const Tensor dense = with_dense_rows(scores);
-  Tensor kept_idx = empty({batch, num_keep}, ScalarType::Long);
-  Tensor pruned_idx = empty({batch, n - num_keep}, ScalarType::Long);
+  Output kept_idx({batch, num_keep}, ScalarType::Long);
+  Output pruned_idx({batch, n - num_keep}, ScalarType::Long);
   with_float_type(scores.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* values = data<T>(dense);
     const int64_t stride = dense.stride(0);
-    int64_t* kept = mutable_data<int64_t>(kept_idx);
-    int64_t* pruned = mutable_data<int64_t>(pruned_idx);
+    int64_t* kept = kept_idx.data<int64_t>();
+    int64_t* pruned = pruned_idx.data<int64_t>();
     parallel_for(0, batch, row_grain(16 * n), [&](int64_t begin, int64_t end) {
       std::vector<select_key_t<acc_t<T>>> keys;
       for (int64_t b = begin; b < end; ++b)
@@ -163,27 +168,27 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores, int64_t num_keep, int64_
             values + b * stride, n, num_keep, num_prefix, keys, kept + b * num_keep, pruned + b * (n - num_keep));
     });
   });
-  return {kept_idx, pruned_idx};
+  return {kept_idx.release(), pruned_idx.release()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
+std::tuple<Returned, Returned, Returned, Returned> prune(
     const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix) {
   check_tokens_and_query("prune", x, query);
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
   check_counts("prune", n, num_keep, num_prefix);
   const Tensor dense = with_dense_rows(x);
-  Tensor kept = empty({batch, num_keep, dim}, x.scalar_type());
-  Tensor kept_idx = empty({batch, num_keep}, ScalarType::Long);
-  Tensor pruned = empty({batch, num_prune, dim}, x.scalar_type());
-  Tensor pruned_idx = empty({batch, num_prune}, ScalarType::Long);
+  Output kept({batch, num_keep, dim}, x.scalar_type());
+  Output kept_idx({batch, num_keep}, ScalarType::Long);
+  Output pruned({batch, num_prune, dim}, x.scalar_type());
+  Output pruned_idx({batch, num_prune}, ScalarType::Long);
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
     const auto folded = fold_query<acc_t<T>>(query);
-    T* kept_out = mutable_data<T>(kept);
-    T* pruned_out = mutable_data<T>(pruned);
-    int64_t* kept_pos = mutable_data<int64_t>(kept_idx);
-    int64_t* pruned_pos = mutable_data<int64_t>(pruned_idx);
+    T* kept_out = kept.data<T>();
+    T* pruned_out = pruned.data<T>();
+    int64_t* kept_pos = kept_idx.data<int64_t>();
+    int64_t* pruned_pos = pruned_idx.data<int64_t>();
 
     const auto copy = [&](int64_t b, int64_t first, int64_t last) {
       split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
@@ -217,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
           0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
     }
   });
-  return {kept, kept_idx, pruned, pruned_idx};
+  return {kept.release(), kept_idx.release(), pruned.release(), pruned_idx.release()};
 }
 
 // Every index in [0, n), so that no kernel leaves its buffers.
@@ -226,7 +231,7 @@ void check_positions(const char* op, const char* name, const int64_t* idx, int64
     if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
 }
 
-Tensor gather(const Tensor& x, const Tensor& idx) {
+Returned gather(const Tensor& x, const Tensor& idx) {
   check_cpu("gather", "idx", idx);
   check_dim("gather", "x", x, 3, "(B, N, D)");
   check_float("gather", "x", x);
@@ -237,11 +242,11 @@ Tensor gather(const Tensor& x, const Tensor& idx) {
   const Tensor dense = with_dense_rows(x), positions = torch::stable::contiguous(idx);
   const int64_t batch = x.size(0), count = idx.size(1), dim = x.size(2);
   check_positions("gather", "idx", data<int64_t>(positions), batch * count, x.size(1));
-  Tensor out = empty({batch, count, dim}, x.scalar_type());
+  Output out({batch, count, dim}, x.scalar_type());
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
-    T* written = mutable_data<T>(out);
+    T* written = out.data<T>();
     parallel_for(0, batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
@@ -250,7 +255,7 @@ Tensor gather(const Tensor& x, const Tensor& idx) {
       });
     });
   });
-  return out;
+  return out.release();
 }
 
 void check_restore_part(
@@ -287,7 +292,7 @@ void check_partition(const int64_t* kept, int64_t num_keep, const int64_t* prune
   }
 }
 
-Tensor restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
+Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
   check_restore_part("kept", "kept_idx", kept, kept_idx, kept);
   check_restore_part("pruned", "pruned_idx", pruned, pruned_idx, kept);
   const int64_t batch = kept.size(0), num_keep = kept.size(1), num_prune = pruned.size(1), dim = kept.size(2);
@@ -295,11 +300,11 @@ Tensor restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned,
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
   const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
   check_partition(data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch);
-  Tensor out = empty({batch, n, dim}, kept.scalar_type());
+  Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> kept_in(kept_rows), pruned_in(pruned_rows);
-    T* written = mutable_data<T>(out);
+    T* written = out.data<T>();
     parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
         split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
@@ -310,7 +315,7 @@ Tensor restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned,
       });
     });
   });
-  return out;
+  return out.release();
 }
 
 }  // namespace

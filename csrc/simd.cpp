@@ -5,27 +5,29 @@
 namespace cropr {
 namespace {
 
-// The order of load_group within each whole group: even elements, then odd ones.
+// A row in the order of load_group: where types come apart, the even elements of each whole group stand before the
+// odd ones.
 template <typename T>
-CROPR_INLINE void pack_groups(const acc_t<T>* plain, int64_t dim, acc_t<T>* packed) {
-  constexpr int group = kGroup<T>;
-  const int64_t whole = dim - dim % group;
-  for (int64_t d = 0; d < whole; ++d) {
-    const int64_t i = d % group;
-    packed[d - i + (i % 2) * (group / 2) + i / 2] = plain[d];
+CROPR_INLINE void pack_row(const acc_t<T>* row, int64_t dim, acc_t<T>* packed) {
+  constexpr int group = kGroup<T>, half = group / 2;
+  int64_t d = 0;
+  for (; d + group <= dim; d += group) {
+    for (int i = 0; i < half; ++i) packed[d + i] = row[d + 2 * i];
+    for (int i = 0; i < half; ++i) packed[d + half + i] = row[d + 2 * i + 1];
   }
-  for (int64_t d = whole; d < dim; ++d) packed[d] = plain[d];
+  for (; d < dim; ++d) packed[d] = row[d];
 }
 
+// The inverse, added to `row`.
 template <typename T>
-CROPR_INLINE void unpack_groups(const acc_t<T>* packed, int64_t dim, acc_t<T>* plain) {
-  constexpr int group = kGroup<T>;
-  const int64_t whole = dim - dim % group;
-  for (int64_t d = 0; d < whole; ++d) {
-    const int64_t i = d % group;
-    plain[d] = packed[d - i + (i % 2) * (group / 2) + i / 2];
+CROPR_INLINE void add_unpacked(const acc_t<T>* packed, int64_t dim, acc_t<T>* row) {
+  constexpr int group = kGroup<T>, half = group / 2;
+  int64_t d = 0;
+  if constexpr (kInterleaved<T>) {
+    for (; d + group <= dim; d += group)
+      for (int i = 0; i < group; ++i) row[d + i] += packed[d + (i % 2) * half + i / 2];
   }
-  for (int64_t d = whole; d < dim; ++d) plain[d] = packed[d];
+  for (; d < dim; ++d) row[d] += packed[d];
 }
 
 // Sum over lanes as a tree of shuffles: a chain of scalar additions would cost more than a short row's products.
@@ -79,7 +81,7 @@ CROPR_INLINE void dot_rows_body(
   std::vector<acc_t<T>> packed;
   if constexpr (kInterleaved<T>) {
     packed.resize(dim);
-    pack_groups<T>(query, dim, packed.data());
+    pack_row<T>(query, dim, packed.data());
     query = packed.data();
   }
   for (int64_t i = 0; i < rows; ++i) out[i] = dot_row(x + i * stride, dim, query);
@@ -93,11 +95,7 @@ CROPR_INLINE void weighted_sum_body(
   using V = typename Pack<A>::type;
   constexpr int lanes = kLanes<A>;
   constexpr int groups = 2;
-  std::vector<A> packed(dim);
-  if constexpr (kInterleaved<T>)
-    pack_groups<T>(out, dim, packed.data());
-  else
-    std::memcpy(packed.data(), out, dim * sizeof(A));
+  std::vector<A> packed(dim, A(0));
   int64_t d = 0;
   for (; d + kGroup<T> <= dim;) {
     const int strip = d + groups * kGroup<T> <= dim ? groups : 1;
@@ -119,10 +117,7 @@ CROPR_INLINE void weighted_sum_body(
   }
   for (; d < dim; ++d)
     for (int64_t i = 0; i < rows; ++i) packed[d] += weight[i] * load_one(x + i * stride + d);
-  if constexpr (kInterleaved<T>)
-    unpack_groups<T>(packed.data(), dim, out);
-  else
-    std::memcpy(out, packed.data(), dim * sizeof(A));
+  add_unpacked<T>(packed.data(), dim, out);
 }
 
 }  // namespace

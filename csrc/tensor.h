@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "simd.h"
 
@@ -82,19 +83,47 @@ inline void check_counts(const char* op, int64_t n, int64_t num_keep, int64_t nu
     fail(op, ": num_keep must be in [num_prefix, N] = [", num_prefix, ", ", n, "], got ", num_keep);
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const int64_t dim = static_cast<int64_t>(sizes.size());
-  int64_t strides[4];
-  int64_t step = 1;
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    strides[i] = step;
-    step *= std::max<int64_t>(sizes.begin()[i], 1);
+// A tensor on its way out of a kernel, in the form the dispatcher's stack holds it.
+using Returned = StableIValue;
+
+// A new contiguous CPU tensor. release() hands it to the dispatcher as it is, where returning a Tensor would
+// allocate a second handle: for a small op that is a good part of its time.
+class Output {
+ public:
+  Output(std::initializer_list<int64_t> sizes, ScalarType type) {
+    const int64_t dim = static_cast<int64_t>(sizes.size());
+    int64_t strides[4];
+    int64_t step = 1;
+    for (int64_t i = dim - 1; i >= 0; --i) {
+      strides[i] = step;
+      step *= std::max<int64_t>(sizes.begin()[i], 1);
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dim, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+        aoti_torch_device_type_cpu(), 0, &handle_));
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+  ~Output() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  template <typename T>
+  T* data() const {
+    void* pointer;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &pointer));
+    return static_cast<T*>(pointer);
+  }
+  Returned release() {
+    return torch::stable::detail::from(std::exchange(handle_, nullptr));
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::detail::to<Tensor>(Output(sizes, type).release());
 }
 
 // Rows must be dense; every other stride is taken as it comes.

@@ -85,6 +85,14 @@ def copy(x: Tensor, query: Tensor, keep: int) -> Tensor:
     return x.clone()
 
 
+RIVALS: dict[str, Callable[..., Any]] = {
+    "prune": ours,
+    "copy of x": copy,
+    "published": published,
+    "sort + index_select": sort_and_index_select,
+}
+
+
 def check(x: Tensor, query: Tensor, keep: int) -> None:
     """Refuse to time a wrong result: exact rows, exact order, a selection that float64 agrees with.
 

@@ -15,28 +15,18 @@ import torch
 from common import (
     GPU_SHAPES,
     RESULTS,
+    RIVALS,
     check,
     compiled,
-    copy,
     environment,
     make_inputs,
     name_of,
     num_keep,
-    ours,
-    published,
     quantile,
     save,
-    sort_and_index_select,
     topk_and_index_select,
 )
 
-RIVALS: dict[str, Callable[..., Any]] = {
-    "prune": ours,
-    "copy of x": copy,
-    "published": published,
-    "sort + index_select": sort_and_index_select,
-    "top-k + index_select": topk_and_index_select,
-}
 COLD_BYTES = 400 << 20
 
 
@@ -77,9 +67,8 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, *, cold: bool) -> d
     check(x, query, keep)
     copies = min(max(2, COLD_BYTES // x.nbytes), 64) if cold else 8
     inputs = [x.clone() for _ in range(copies)] if cold else [x] * copies
-    functions = dict(RIVALS) | {
-        f"compiled {name}": compiled(RIVALS[name]) for name in ("published", "sort + index_select")
-    }
+    functions = RIVALS | {"top-k + index_select": topk_and_index_select}
+    functions |= {f"compiled {name}": compiled(RIVALS[name]) for name in ("published", "sort + index_select")}
     row: dict[str, Any] = {"shape": list(shape), "model": GPU_SHAPES[shape], "dtype": name_of(dtype), "keep": keep}
     row["L2"] = "cold" if cold else "hot"
     graphs = {}

@@ -45,7 +45,10 @@ def cpu_ops() -> str:
         [row["model"], "x".join(map(str, row["shape"])), row["dtype"], *(f"{row[name]:.2f}" for name in columns)]
         for row in rows
     ]
-    return grid(["", "x", "dtype", *columns], body) + f"\n\n{where(env)}; medians of interleaved runs, turns shuffled."
+    return (
+        grid(["", "x", "dtype", *columns], body)
+        + f"\n\n{where(env)}; medians; the rivals take turns of 2 ms in shuffled order."
+    )
 
 
 def end_to_end(device: str) -> str:

@@ -14,6 +14,10 @@
 
 #include "simd.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its older name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace cropr {
 
 using torch::headeronly::ScalarType;

@@ -87,6 +87,14 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
         viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
 
 
+def test_readme_says_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+
+    text = report.README.read_text()
+    assert report.render(text) == text, "run python benchmarks/report.py"
+
+
 def snippets():
     text = (ROOT / "README.md").read_text()
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -46,14 +46,15 @@ std::vector<A> fold_query(const Tensor& query) {
   const int64_t stride = dense.dim() == 2 ? dense.stride(0) : 0;
   return with_float_type(dense.scalar_type(), [&](auto tag) {
     using Q = decltype(tag);
+    const Q* rows = data<Q>(dense);
     if (count == 1) {
       std::vector<A> only(dim);
-      for (int64_t d = 0; d < dim; ++d) only[d] = static_cast<A>(load_one(data<Q>(dense) + d));
+      for (int64_t d = 0; d < dim; ++d) only[d] = static_cast<A>(load_one(rows + d));
       return only;
     }
     const std::vector<acc_t<Q>> ones(count, acc_t<Q>(1));
     std::vector<acc_t<Q>> sum(dim, acc_t<Q>(0));
-    weighted_sum<Q>(data<Q>(dense), stride, count, dim, ones.data(), sum.data());
+    weighted_sum<Q>(rows, stride, count, dim, ones.data(), sum.data());
     return std::vector<A>(sum.begin(), sum.end());
   });
 }

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -22,7 +21,7 @@ CROPR_INLINE auto ordered_bits(F value) {
   value += F(0);  // -0.0 + 0.0 = +0.0
   U bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return bits & sign ? U(~bits) : U(bits | sign);
+  return bits ^ (U(-(bits >> (8 * sizeof(U) - 1))) | sign);  // negative: all bits flip; positive: only the sign
 }
 
 // The score's bits above the inverted position: one integer comparison decides value and tie.
@@ -54,10 +53,11 @@ void select_image(
   }
   keys.resize(n - num_prefix);
   for (int64_t i = num_prefix; i < n; ++i) keys[i - num_prefix] = select_key(scores, i);
-  std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end(), std::greater<>());
-  const auto threshold = keys[wanted - 1];
+  const auto last = keys.begin() + (n - num_keep - 1);  // the largest key that leaves
+  std::nth_element(keys.begin(), last, keys.end());
+  const auto limit = *last;
   for (int64_t i = num_prefix; i < n; ++i) {
-    if (select_key(scores, i) >= threshold)
+    if (select_key(scores, i) > limit)
       *kept++ = i;
     else
       *pruned++ = i;

@@ -114,13 +114,15 @@ def test_gather_takes_repeated_positions(backend):
     assert same_bits(backend.gather(x, idx), reference.gather(x, idx))
 
 
-def test_thread_count_does_not_change_bits():
-    x, query = tokens(3, 257, 96, torch.float32, "cpu"), torch.randn(5, 96)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 257, 96), (1, 1031, 101)])
+def test_thread_count_does_not_change_bits(shape, dtype):
+    x, query = tokens(*shape, dtype, "cpu"), torch.randn(5, shape[2])
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 4):
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
-            results.append(torch.ops.cropr.prune(x, query, 100, 1))
+            results.append((torch.ops.cropr.scores(x, query), *torch.ops.cropr.prune(x, query, 100, 1)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -39,23 +39,22 @@ struct Rows {
 
 // sum_m query[m]: the score is linear in the queries, so all of them act as one vector.
 template <typename A>
-std::vector<A> fold_query(const Tensor& query) {
+void fold_query(const Tensor& query, A* folded) {
   const Tensor dense = with_dense_rows(query);
   const int64_t dim = dense.size(dense.dim() - 1);
   const int64_t count = dense.dim() == 2 ? dense.size(0) : 1;
   const int64_t stride = dense.dim() == 2 ? dense.stride(0) : 0;
-  return with_float_type(dense.scalar_type(), [&](auto tag) {
+  with_float_type(dense.scalar_type(), [&](auto tag) {
     using Q = decltype(tag);
     const Q* rows = data<Q>(dense);
     if (count == 1) {
-      std::vector<A> only(dim);
-      for (int64_t d = 0; d < dim; ++d) only[d] = static_cast<A>(load_one(rows + d));
-      return only;
+      for (int64_t d = 0; d < dim; ++d) folded[d] = static_cast<A>(load_one(rows + d));
+      return;
     }
     const std::vector<acc_t<Q>> ones(count, acc_t<Q>(1));
     std::vector<acc_t<Q>> sum(dim, acc_t<Q>(0));
     weighted_sum<Q>(rows, stride, count, dim, ones.data(), sum.data());
-    return std::vector<A>(sum.begin(), sum.end());
+    std::copy(sum.begin(), sum.end(), folded);
   });
 }
 
@@ -75,9 +74,9 @@ void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc
   if constexpr (std::is_same_v<acc_t<T>, float>) {
     dot_rows<T>(x, stride, rows, dim, query, out);
   } else {
-    std::vector<acc_t<T>> wide(rows);
+    Scratch<acc_t<T>> wide(rows);
     dot_rows<T>(x, stride, rows, dim, query, wide.data());
-    std::copy(wide.begin(), wide.end(), out);
+    std::copy_n(wide.data(), rows, out);
   }
 }
 
@@ -142,7 +141,8 @@ Returned scores(const Tensor& x, const Tensor& query) {
   Output out({x.size(0), x.size(1)}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const auto folded = fold_query<acc_t<T>>(query);
+    Scratch<acc_t<T>> folded(x.size(2));
+    fold_query(query, folded.data());
     score_batch(Rows<T>(dense), folded.data(), out.data<float>());
   });
   return out.release();
@@ -163,10 +163,11 @@ std::tuple<Returned, Returned> select(const Tensor& scores, int64_t num_keep, in
     int64_t* kept = kept_idx.data<int64_t>();
     int64_t* pruned = pruned_idx.data<int64_t>();
     parallel_for(0, batch, row_grain(16 * n), [&](int64_t begin, int64_t end) {
-      std::vector<select_key_t<acc_t<T>>> keys;
+      Scratch<select_key_t<T>> keys(n);
       for (int64_t b = begin; b < end; ++b)
         select_image(
-            values + b * stride, n, num_keep, num_prefix, keys, kept + b * num_keep, pruned + b * (n - num_keep));
+            values + b * stride, n, num_keep, num_prefix, keys.data(), kept + b * num_keep,
+            pruned + b * (n - num_keep));
     });
   });
   return {kept_idx.release(), pruned_idx.release()};
@@ -185,7 +186,8 @@ std::tuple<Returned, Returned, Returned, Returned> prune(
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
-    const auto folded = fold_query<acc_t<T>>(query);
+    Scratch<acc_t<T>> folded(dim);
+    fold_query(query, folded.data());
     T* kept_out = kept.data<T>();
     T* pruned_out = pruned.data<T>();
     int64_t* kept_pos = kept_idx.data<int64_t>();
@@ -199,26 +201,26 @@ std::tuple<Returned, Returned, Returned, Returned> prune(
             (stays ? kept_out : pruned_out) + b * count * dim);
       });
     };
-    const auto select_from = [&](int64_t b, const float* values, std::vector<select_key_t<float>>& keys) {
+    const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
       select_image(values, n, num_keep, num_prefix, keys, kept_pos + b * num_keep, pruned_pos + b * num_prune);
     };
 
     if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
       // An image at a time: its rows are still in the cache when they are copied.
       parallel_for(0, batch, row_grain(n * dim), [&](int64_t begin, int64_t end) {
-        std::vector<float> values(n);
-        std::vector<select_key_t<float>> keys;
+        Scratch<float> values(n);
+        Scratch<select_key_t<float>> keys(n);
         for (int64_t b = begin; b < end; ++b) {
           score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
-          select_from(b, values.data(), keys);
+          select_from(b, values.data(), keys.data());
           copy(b, 0, n);
         }
       });
     } else {
-      std::vector<float> values(batch * n);
-      std::vector<select_key_t<float>> keys;
+      Scratch<float> values(batch * n);
+      Scratch<select_key_t<float>> keys(n);
       score_batch(rows, folded.data(), values.data());
-      for (int64_t b = 0; b < batch; ++b) select_from(b, values.data() + b * n, keys);
+      for (int64_t b = 0; b < batch; ++b) select_from(b, values.data() + b * n, keys.data());
       parallel_for(
           0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
     }

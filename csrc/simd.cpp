@@ -112,7 +112,7 @@ CROPR_INLINE void dot_rows_body(
     const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {
   int64_t i = 0;
   if constexpr (kInterleaved<T>) {
-    std::vector<acc_t<T>> packed(dim);
+    Scratch<acc_t<T>> packed(dim);
     pack_row<T>(query, dim, packed.data());
     for (; i + 4 <= rows; i += 4) dot_block<T, 4>(x + i * stride, stride, dim, packed.data(), out + i);
     for (; i < rows; ++i) dot_block<T, 1>(x + i * stride, stride, dim, packed.data(), out + i);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
 #define CROPR_INLINE inline __attribute__((always_inline))
@@ -28,6 +29,22 @@ struct float16 {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Working memory, not initialised. On the stack where it is small: in a call for one image the heap would take as
+// long as several rows.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : heap_(count > kOnStack ? new T[count] : nullptr) {}
+  T* data() {
+    return heap_ ? heap_.get() : stack_;
+  }
+
+ private:
+  static constexpr int64_t kOnStack = 8192 / sizeof(T);
+  std::unique_ptr<T[]> heap_;
+  alignas(64) T stack_[kOnStack];
+};
+
 // The widest vector that lives in one register of every clone; wider ones would be kept in memory.
 #if defined(__x86_64__)
 constexpr int kPackBytes = 32;
@@ -42,6 +59,7 @@ struct Pack {
   typedef A type __attribute__((vector_size(kPackBytes)));
 };
 typedef uint32_t PackU32 __attribute__((vector_size(kPackBytes)));
+typedef PackU32 UnalignedPackU32 __attribute__((aligned(1), may_alias));
 
 // Half bits in the low 16 of each 32-bit lane, as float bits: the multiplication rebiases the exponent, which
 // also normalises subnormals; infinity and NaN get their exponent back.
@@ -92,8 +110,8 @@ constexpr bool kInterleaved = sizeof(T) == 2;
 template <typename T>
 CROPR_INLINE void load_group(const T* p, typename Pack<acc_t<T>>::type& first, typename Pack<acc_t<T>>::type& second) {
   if constexpr (kInterleaved<T>) {
-    PackU32 raw;
-    std::memcpy(&raw, p, sizeof(raw));
+    // volatile: one load. Folded into the shift and again into the mask it would be two, and loads are the limit.
+    const PackU32 raw = *reinterpret_cast<const volatile UnalignedPackU32*>(p);
     if constexpr (std::is_same_v<T, bfloat16>) {
       const PackU32 even = raw << 16, odd = raw & 0xffff0000;
       std::memcpy(&first, &even, sizeof(first));

@@ -1,0 +1,96 @@
+#include "select.h"
+
+#include <cstring>
+#include <numeric>
+
+namespace cropr {
+namespace {
+
+// -0.0 equals +0.0, every NaN is the maximum.
+template <typename F>
+CROPR_INLINE select_key_t<F> ordered_bits(F value) {
+  using U = select_key_t<F>;
+  constexpr U sign = U(1) << (8 * sizeof(U) - 1);
+  const bool is_nan = value != value;
+  value += F(0);  // -0.0 + 0.0 = +0.0
+  U bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits ^= U(-(bits >> (8 * sizeof(U) - 1))) | sign;  // negative: all bits flip; positive: only the sign
+  return is_nan ? ~U(0) : bits;
+}
+
+template <typename U>
+struct Threshold {
+  U key;         // keys above it stay
+  int64_t ties;  // and so many of those that equal it, lowest positions first
+};
+
+// The wanted-th largest of n keys, 0 < wanted <= n, one bit after the other from the top: each pass counts what a
+// larger threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each
+// comparison wrong half of the time. A threshold that keeps just as many as wanted needs no further bits.
+template <typename U>
+CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t wanted) {
+  U threshold = 0;
+  for (int bit = 8 * sizeof(U) - 1; bit >= 0; --bit) {
+    const U candidate = threshold | U(1) << bit;
+    U count = 0;
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= candidate;
+    const int64_t stay = static_cast<int64_t>(count);
+    if (stay >= wanted) threshold = candidate;
+    if (stay == wanted) return {threshold - 1, 0};
+  }
+  U above = 0;
+  for (int64_t i = 0; i < n; ++i) above += keys[i] > threshold;
+  return {threshold, wanted - static_cast<int64_t>(above)};
+}
+
+template <typename T, typename U>
+CROPR_INLINE Threshold<U> order_body(const T* scores, int64_t n, int64_t wanted, U* keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = ordered_bits(load_one(scores + i));
+  return find_threshold(keys, n, wanted);
+}
+
+// target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
+#define CROPR_ORDER(T)                                                                                               \
+  CROPR_CLONES Threshold<select_key_t<T>> order(const T* scores, int64_t n, int64_t wanted, select_key_t<T>* keys) { \
+    return order_body(scores, n, wanted, keys);                                                                      \
+  }
+CROPR_ORDER(float)
+CROPR_ORDER(double)
+CROPR_ORDER(bfloat16)
+CROPR_ORDER(float16)
+
+}  // namespace
+
+template <typename T>
+void select_image(
+    const T* scores, int64_t n, int64_t num_keep, int64_t num_prefix, select_key_t<T>* keys, int64_t* kept,
+    int64_t* pruned) {
+  const int64_t wanted = num_keep - num_prefix, candidates = n - num_prefix;
+  std::iota(kept, kept + num_prefix, int64_t(0));
+  kept += num_prefix;
+  if (wanted == candidates) {
+    std::iota(kept, kept + wanted, num_prefix);
+    return;
+  }
+  if (wanted == 0) {
+    std::iota(pruned, pruned + candidates, num_prefix);
+    return;
+  }
+  auto [threshold, ties] = order(scores + num_prefix, candidates, wanted, keys);
+  for (int64_t i = 0; i < candidates; ++i) {
+    if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0))
+      *kept++ = num_prefix + i;
+    else
+      *pruned++ = num_prefix + i;
+  }
+}
+
+#define CROPR_SELECT(T) \
+  template void select_image<T>(const T*, int64_t, int64_t, int64_t, select_key_t<T>*, int64_t*, int64_t*);
+CROPR_SELECT(float)
+CROPR_SELECT(double)
+CROPR_SELECT(bfloat16)
+CROPR_SELECT(float16)
+
+}  // namespace cropr

@@ -1,6 +1,6 @@
 """Prune on the CPU against its rivals, one thread, taking turns: ratios within one run.
 
-python benchmarks/cpu.py [--seconds 3] [--threads 1] [--compile] [--out benchmarks/results/cpu_ops.json]
+python benchmarks/cpu.py [--seconds 6] [--threads 1] [--compile] [--out benchmarks/results/cpu_ops.json]
 """
 
 import argparse
@@ -27,71 +27,83 @@ from common import (
 from tqdm import tqdm
 
 TURN = 2e-3  # seconds
+PASSES = 6
 
 
-def time_turns(
-    functions: dict[str, Callable[..., Any]], args: tuple[Any, ...], seconds: float
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of a call, the functions taking turns in an order that changes every round.
+class Turns:
+    """Calls of rivals that take turns, in an order that changes every round.
 
-    A turn lasts at least TURN. Its first call finds the caches as the others left them; the rest run back to back.
-
-    Returns:
-        Per function the calls that ran back to back (a turn's mean), and the first calls of each turn.
+    A turn lasts at least TURN. Its first call finds the caches as the others left them (`first`); the rest run back to
+    back (`steady` holds their mean). Times in seconds.
     """
-    steady: dict[str, list[float]] = {name: [] for name in functions}
-    first: dict[str, list[float]] = {name: [] for name in functions}
-    turns, shuffler = list(functions), random.Random(0)
-    deadline, rounds = time.perf_counter() + seconds, 0
-    while rounds < 7 or time.perf_counter() < deadline:
-        shuffler.shuffle(turns)
-        for name in turns:
-            calls: list[float] = []
-            while len(calls) < 2 or sum(calls) < TURN:
-                start = time.perf_counter()
-                result = functions[name](*args)
-                calls.append(time.perf_counter() - start)
-                del result
-            if rounds > 1:
-                first[name].append(calls[0])
-                steady[name].append(sum(calls[1:]) / len(calls[1:]))
-        rounds += 1
-    return steady, first
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        self.functions = functions
+        self.steady: dict[str, list[float]] = {name: [] for name in functions}
+        self.first: dict[str, list[float]] = {name: [] for name in functions}
+        self.shuffler = random.Random(0)
+
+    def run(self, args: tuple[Any, ...], seconds: float) -> None:
+        """Add turns for about so long; the first two rounds only warm up."""
+        turns, deadline, rounds = list(self.functions), time.perf_counter() + seconds, 0
+        while rounds < 4 or time.perf_counter() < deadline:
+            self.shuffler.shuffle(turns)
+            for name in turns:
+                calls: list[float] = []
+                while len(calls) < 2 or sum(calls) < TURN:
+                    start = time.perf_counter()
+                    result = self.functions[name](*args)
+                    calls.append(time.perf_counter() - start)
+                    del result
+                if rounds > 1:
+                    self.first[name].append(calls[0])
+                    self.steady[name].append(sum(calls[1:]) / len(calls[1:]))
+            rounds += 1
+
+
+class Cell:
+    """One shape and dtype: inputs, a result that has been checked, and the times so far."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, with_compile: bool) -> None:
+        x, query = make_inputs(shape, dtype, "cpu")
+        self.shape, self.dtype, self.args = shape, dtype, (x, query, num_keep(shape[1]))
+        check(*self.args)
+        functions = dict(RIVALS)
+        if with_compile:
+            functions |= {f"compiled {name}": compiled(RIVALS[name]) for name in ("published", "sort + index_select")}
+        self.turns = Turns(functions)
+
+    def row(self) -> dict[str, Any]:
+        steady, first = self.turns.steady, self.turns.first
+        median = {name: quantile(values, 0.5) for name, values in steady.items()}
+        row: dict[str, Any] = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
+        row |= {"keep": self.args[2], "turns": len(steady["prune"])}
+        row["prune / copy of x"] = median["prune"] / median["copy of x"]
+        for name in steady:
+            if name not in ("prune", "copy of x"):
+                row[f"{name} / prune"] = median[name] / median["prune"]
+        row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(first["copy of x"], 0.5)
+        row["spread of prune (p90 / p10)"] = quantile(steady["prune"], 0.9) / quantile(steady["prune"], 0.1)
+        return row
 
 
 @torch.inference_mode()
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, seconds: float, with_compile: bool) -> dict[str, Any]:
-    x, query = make_inputs(shape, dtype, "cpu")
-    keep = num_keep(shape[1])
-    check(x, query, keep)
-    functions = dict(RIVALS)
-    if with_compile:
-        functions |= {f"compiled {name}": compiled(RIVALS[name]) for name in ("published", "sort + index_select")}
-    steady, first = time_turns(functions, (x, query, keep), seconds)
-    median = {name: quantile(values, 0.5) for name, values in steady.items()}
-    row: dict[str, Any] = {"shape": list(shape), "model": CPU_SHAPES[shape], "dtype": name_of(dtype), "keep": keep}
-    row["turns"] = len(steady["prune"])
-    row["prune / copy of x"] = median["prune"] / median["copy of x"]
-    for name in functions:
-        if name not in ("prune", "copy of x"):
-            row[f"{name} / prune"] = median[name] / median["prune"]
-    row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(first["copy of x"], 0.5)
-    row["spread of prune (p90 / p10)"] = quantile(steady["prune"], 0.9) / quantile(steady["prune"], 0.1)
-    return row
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="time per cell (default: 3)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time per cell (default: 6)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of both rivals")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_ops.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    env, rows = environment("cpu"), []
-    cells = [(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
-    for shape, dtype in tqdm(cells, desc="cpu ops", mininterval=1):
-        rows.append(measure(shape, dtype, options.seconds, options.compile))
+    env = environment("cpu")
+    cells = [
+        Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in tqdm(CPU_SHAPES)
+    ]
+    # Every cell comes up in every pass: a busy minute of the machine then falls on all of them, not on one.
+    for cell in tqdm(cells * PASSES, desc="cpu ops", mininterval=1):
+        cell.turns.run(cell.args, options.seconds / PASSES)
+        rows = [done.row() for done in cells if done.turns.steady["prune"]]
         save(options.out, env, rows)
     for row in rows:
         ratios = "  ".join(

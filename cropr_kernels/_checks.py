@@ -115,3 +115,81 @@ def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor) -> None:
     expected = (x.shape[0], queries.shape[0], x.shape[2])
     if tuple(grad_out.shape) != expected:
         _fail(f"attend_backward: grad_out must have shape (B, M, D) = {expected}, got {_shape(grad_out)}")
+
+
+def stream(op: str, x: Tensor, idx: Tensor | None, *, in_place: bool) -> tuple[int, int, int]:
+    """The residual stream and the tokens alive in it: (B, K, D)."""
+    rank(op, "x", x, 3, "(B, N, D)")
+    floating(op, "x", x)
+    if in_place and not x.is_contiguous():
+        _fail(f"{op}: x must be contiguous, as it changes in place, got strides {tuple(x.stride())}")
+    if idx is None:
+        return x.shape[0], x.shape[1], x.shape[2]
+    same_device(op, "idx", idx, x.device)
+    rank(op, "idx", idx, 2, "(B, K)")
+    index(op, "idx", idx)
+    if idx.shape[0] != x.shape[0]:
+        _fail(f"{op}: idx must have the batch size of x, B = {x.shape[0]}, got shape {_shape(idx)}")
+    return x.shape[0], idx.shape[1], x.shape[2]
+
+
+def channels(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """Vectors over the width of x, each of them optional."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        same_device(op, name, vector, x.device)
+        floating(op, name, vector)
+        if tuple(vector.shape) != (x.shape[-1],):
+            _fail(f"{op}: {name} must have shape (D,) = ({x.shape[-1]},), got {_shape(vector)}")
+
+
+def update(op: str, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
+    expected = stream(op, x, idx, in_place=True)
+    same_device(op, "update", update, x.device)
+    floating(op, "update", update)
+    if tuple(update.shape) != expected:
+        _fail(f"{op}: update must have shape (B, K, D) = {expected}, got {_shape(update)}")
+    channels(op, x, gamma=gamma)
+
+
+def add_select(
+    x: Tensor,
+    idx: Tensor | None,
+    update_: Tensor,
+    gamma: Tensor | None,
+    query: Tensor,
+    tickets: Tensor,
+    num_keep: int,
+    num_prefix: int,
+) -> None:
+    op = "add_select_"
+    update(op, x, idx, update_, gamma)
+    tokens_and_query(op, x, query)
+    same_device(op, "tickets", tickets, x.device)
+    if tickets.dtype != torch.int32 or tuple(tickets.shape) != (x.shape[0],):
+        _fail(f"{op}: tickets must be int32 of shape (B,) = ({x.shape[0]},), got {_dtype(tickets)} {_shape(tickets)}")
+    counts(op, update_.shape[1], num_keep, num_prefix)
+
+
+def rotate(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int) -> None:
+    op = "rotate_"
+    rank(op, "x", x, 4, "(B, K, H, C)")
+    floating(op, "x", x)
+    batch, count, _, width = x.shape
+    if width % 2:
+        _fail(f"{op}: x must have an even number of channels, got {width}")
+    same_device(op, "table", table, x.device)
+    floating(op, "table", table)
+    if table.ndim != 2 or table.shape[1] != 2 * width:
+        _fail(f"{op}: table must have shape (patches, 2 C) = (patches, {2 * width}), got {_shape(table)}")
+    if not 0 <= num_prefix <= count:
+        _fail(f"{op}: num_prefix must be in [0, K] = [0, {count}], got {num_prefix}")
+    if idx is None:
+        if table.shape[0] < count - num_prefix:
+            _fail(f"{op}: table must have a row for each of the {count - num_prefix} patches, got {table.shape[0]}")
+        return
+    same_device(op, "idx", idx, x.device)
+    index(op, "idx", idx)
+    if tuple(idx.shape) != (batch, count):
+        _fail(f"{op}: idx must have shape (B, K) = ({batch}, {count}), got {_shape(idx)}")

@@ -38,6 +38,23 @@ _OPS = (
     ("restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor", "rows"),
     ("attend(Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
     ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
+    # The residual stream of the engine: x stays in place, idx names the tokens still alive (None: all).
+    ("gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor", "stream"),
+    ("add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", "stream"),
+    (
+        "add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? bias, float eps)"
+        " -> Tensor",
+        "stream",
+    ),
+    (
+        "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, Tensor(b!) tickets,"
+        " SymInt num_keep, SymInt num_prefix=0) -> Tensor",
+        "stream",
+    ),
+    (
+        "rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
+        "stream",
+    ),
 )
 
 
@@ -111,6 +128,53 @@ def _(x: Tensor, queries: Tensor, scale: float) -> Tensor:
 def _(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
     _checks.attend_backward(grad_out, x, queries)
     return queries.new_empty(queries.shape)
+
+
+@torch.library.register_fake("cropr::gather_norm", lib=_library)
+def _(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    shape = _checks.stream("gather_norm", x, idx, in_place=False)
+    _checks.channels("gather_norm", x, weight=weight, bias=bias)
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("cropr::add_", lib=_library)
+def _(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
+    _checks.update("add_", x, idx, update, gamma)
+
+
+@torch.library.register_fake("cropr::add_norm_", lib=_library)
+def _(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _checks.update("add_norm_", x, idx, update, gamma)
+    _checks.channels("add_norm_", x, weight=weight, bias=bias)
+    return x.new_empty(update.shape)
+
+
+@torch.library.register_fake("cropr::add_select_", lib=_library)
+def _(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    query: Tensor,
+    tickets: Tensor,
+    num_keep: int,
+    num_prefix: int = 0,
+) -> Tensor:
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix)
+    return x.new_empty((x.shape[0], num_keep), dtype=torch.int64)
+
+
+@torch.library.register_fake("cropr::rotate_", lib=_library)
+def _(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+    _checks.rotate(x, table, idx, num_prefix)
 
 
 # Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the ops' own.
@@ -208,6 +272,21 @@ def _score_flops(x_shape: tuple[int, ...], query_shape: tuple[int, ...], *args: 
 @register_flop_formula([torch.ops.cropr.select, torch.ops.cropr.gather, torch.ops.cropr.restore])
 def _no_flops(*args: Any, **kwargs: Any) -> int:
     return 0
+
+
+@register_flop_formula(
+    [torch.ops.cropr.gather_norm, torch.ops.cropr.add_, torch.ops.cropr.add_norm_, torch.ops.cropr.rotate_]
+)
+def _elementwise_flops(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.cropr.add_select_)
+def _add_select_flops(
+    x_shape: tuple[int, ...], idx_shape: Any, update_shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    batch, count, dim = update_shape
+    return 2 * batch * count * dim
 
 
 @register_flop_formula(torch.ops.cropr.attend)

@@ -64,3 +64,74 @@ def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     tokens = x.detach().to(acc)
     logits = scale * (queries.to(acc) @ tokens.transpose(1, 2))
     return (logits.softmax(-1) @ tokens).to(x.dtype)
+
+
+# The residual stream: x (B, N, D) stays where it is, idx (B, K) names the tokens still alive; None: all of them.
+
+
+def _rows(x: Tensor, idx: Tensor | None) -> Tensor:
+    return (x if idx is None else gather(x, idx)).to(accumulation_dtype(x.dtype))
+
+
+def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm of the rows at idx, (B, K, D)."""
+    rows = _rows(x, idx)
+    affine = [None if part is None else part.to(rows.dtype) for part in (weight, bias)]
+    return torch.nn.functional.layer_norm(rows, rows.shape[-1:], affine[0], affine[1], eps).to(x.dtype)
+
+
+def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
+    """x[b, idx[b, i]] += gamma * update[b, i], in place, rounded once."""
+    rows, step = _rows(x, idx), update.to(accumulation_dtype(x.dtype))
+    rows = (rows + (step if gamma is None else step * gamma.to(step.dtype))).to(x.dtype)
+    if idx is None:
+        x.copy_(rows)
+    else:
+        x.scatter_(1, idx.unsqueeze(-1).expand_as(rows), rows)
+
+
+def add_norm_(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """add_, then the LayerNorm of the rows it wrote."""
+    add_(x, idx, update, gamma)
+    return gather_norm(x, idx, weight, bias, eps)
+
+
+def add_select_(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    query: Tensor,
+    tickets: Tensor,
+    num_keep: int,
+    num_prefix: int = 0,
+) -> Tensor:
+    """add_, then the positions in x of the num_keep rows that stay, ascending: (B, K'), int64."""
+    add_(x, idx, update, gamma)
+    kept, _ = select(scores(x if idx is None else gather(x, idx), query), num_keep, num_prefix)
+    return kept if idx is None else idx.gather(1, kept)
+
+
+def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+    """Rotary positions, in place, on queries or keys x (B, K, H, C); the first num_prefix tokens have none.
+
+    table (patches, 2 C) holds sines, then cosines; token i of image b is patch idx[b, i] - num_prefix (i - num_prefix
+    without idx). Channels pair up as (0, 1), (2, 3), ..., or with `half` as (0, C / 2), (1, C / 2 + 1), ...
+    """
+    patches = x[:, num_prefix:].to(accumulation_dtype(x.dtype))
+    angles = table[: patches.shape[1]] if idx is None else table[idx[:, num_prefix:] - num_prefix]
+    sin, cos = angles.to(patches.dtype).unsqueeze(-2).chunk(2, dim=-1)
+    if half:
+        low, high = patches.chunk(2, dim=-1)
+        turned = torch.cat([-high, low], dim=-1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    x[:, num_prefix:] = (patches * cos + turned * sin).to(x.dtype)

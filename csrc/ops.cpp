@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "rows.h"
 #include "select.h"
 #include "simd.h"
 #include "tensor.h"
@@ -10,103 +11,6 @@ namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-
-// Elements a thread should have at least: below this, waking it costs more than it saves.
-constexpr int64_t kGrainElements = 16384;
-
-int64_t row_grain(int64_t dim) {
-  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, dim));
-}
-
-// The dense (B, N, D) view a kernel works on; element strides.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t batch, count, dim, stride_b, stride_n;
-
-  explicit Rows(const Tensor& x)
-      : data(cropr::data<T>(x)),
-        batch(x.size(0)),
-        count(x.size(1)),
-        dim(x.size(2)),
-        stride_b(x.stride(0)),
-        stride_n(x.stride(1)) {}
-
-  const T* image(int64_t b) const {
-    return data + b * stride_b;
-  }
-};
-
-// sum_m query[m]: the score is linear in the queries, so all of them act as one vector.
-template <typename A>
-void fold_query(const Tensor& query, A* folded) {
-  const Tensor dense = with_dense_rows(query);
-  const int64_t dim = dense.size(dense.dim() - 1);
-  const int64_t count = dense.dim() == 2 ? dense.size(0) : 1;
-  const int64_t stride = dense.dim() == 2 ? dense.stride(0) : 0;
-  with_float_type(dense.scalar_type(), [&](auto tag) {
-    using Q = decltype(tag);
-    const Q* rows = data<Q>(dense);
-    if (count == 1) {
-      for (int64_t d = 0; d < dim; ++d) folded[d] = static_cast<A>(load_one(rows + d));
-      return;
-    }
-    const std::vector<acc_t<Q>> ones(count, acc_t<Q>(1));
-    std::vector<acc_t<Q>> sum(dim, acc_t<Q>(0));
-    weighted_sum<Q>(rows, stride, count, dim, ones.data(), sum.data());
-    std::copy(sum.begin(), sum.end(), folded);
-  });
-}
-
-void check_tokens_and_query(const char* op, const Tensor& x, const Tensor& query) {
-  check_cpu(op, "query", query);
-  check_dim(op, "x", x, 3, "(B, N, D)");
-  check_float(op, "x", x);
-  if (query.dim() != 1 && query.dim() != 2) fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
-  check_float(op, "query", query);
-  if (query.size(query.dim() - 1) != x.size(2))
-    fail(op, ": query must have the width of x, D = ", x.size(2), ", got shape ", shape_of(query));
-}
-
-// float32 whatever the input: in bfloat16 scores tie often.
-template <typename T>
-void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
-  if constexpr (std::is_same_v<acc_t<T>, float>) {
-    dot_rows<T>(x, stride, rows, dim, query, out);
-  } else {
-    Scratch<acc_t<T>> wide(rows);
-    dot_rows<T>(x, stride, rows, dim, query, wide.data());
-    std::copy_n(wide.data(), rows, out);
-  }
-}
-
-// Calls body(b, first, last) so that flat rows [begin, end) of (B, rows_per_image) are each visited once.
-template <typename Body>
-void for_each_image_range(int64_t begin, int64_t end, int64_t rows_per_image, const Body& body) {
-  while (begin < end) {
-    const int64_t b = begin / rows_per_image, first = begin % rows_per_image;
-    const int64_t last = std::min(rows_per_image, first + (end - begin));
-    body(b, first, last);
-    begin += last - first;
-  }
-}
-
-template <typename T>
-void score_batch(const Rows<T>& x, const acc_t<T>* query, float* out) {
-  parallel_for(0, x.batch * x.count, row_grain(x.dim), [&](int64_t begin, int64_t end) {
-    for_each_image_range(begin, end, x.count, [&](int64_t b, int64_t first, int64_t last) {
-      const T* rows = x.image(b) + first * x.stride_n;
-      score_rows<T>(rows, x.stride_n, last - first, x.dim, query, out + b * x.count + first);
-    });
-  });
-}
-
-// Length of the run of consecutive positions that starts at idx[i]: such rows are copied in one go.
-int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
-  int64_t length = 1;
-  while (i + length < count && idx[i + length] == idx[i] + length) ++length;
-  return length;
-}
 
 // out[i] = x[idx[i]] for i in [first, last)
 template <typename T>
@@ -226,12 +130,6 @@ std::tuple<Returned, Returned, Returned, Returned> prune(
     }
   });
   return {kept.release(), kept_idx.release(), pruned.release(), pruned_idx.release()};
-}
-
-// Every index in [0, n), so that no kernel leaves its buffers.
-void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
-  for (int64_t i = 0; i < count; ++i)
-    if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {

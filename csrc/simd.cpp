@@ -1,5 +1,6 @@
 #include "simd.h"
 
+#include <cmath>
 #include <vector>
 
 namespace cropr {
@@ -154,6 +155,53 @@ CROPR_INLINE void weighted_sum_body(
   add_unpacked<T>(packed.data(), dim, out);
 }
 
+template <typename T>
+CROPR_INLINE void widen_body(const T* from, int64_t dim, acc_t<T>* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = load_one(from + d);
+}
+
+template <typename T>
+CROPR_INLINE void add_body(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {
+  if (gamma == nullptr) {
+    for (int64_t d = 0; d < dim; ++d) wide[d] = load_one(x + d) + update[d];
+  } else {
+    for (int64_t d = 0; d < dim; ++d) wide[d] = load_one(x + d) + gamma[d] * update[d];
+  }
+  for (int64_t d = 0; d < dim; ++d) store_one(x + d, wide[d]);
+  if constexpr (kInterleaved<T>) widen_body(x, dim, wide);
+}
+
+// Sum of f(row[d]) in vectors: the compiler may not reorder a scalar chain.
+template <typename A, typename F>
+CROPR_INLINE A sum_of(const A* row, int64_t dim, const F& f) {
+  using V = typename Pack<A>::type;
+  constexpr int lanes = kLanes<A>;
+  V sums[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+    sums[0] += f(load_pack(row + d));
+    sums[1] += f(load_pack(row + d + lanes));
+  }
+  A sum = horizontal_sum<A>(sums[0] + sums[1]);
+  for (; d < dim; ++d) sum += f(row[d]);
+  return sum;
+}
+
+template <typename T>
+CROPR_INLINE void norm_body(
+    const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {
+  using A = acc_t<T>;
+  const A mean = sum_of(row, dim, [](auto v) { return v; }) / static_cast<A>(dim);
+  const A variance = sum_of(row, dim, [mean](auto v) { return (v - mean) * (v - mean); }) / static_cast<A>(dim);
+  const A scale = A(1) / std::sqrt(variance + static_cast<A>(eps));
+  if (weight != nullptr && bias != nullptr) {
+    for (int64_t d = 0; d < dim; ++d) store_one(out + d, (row[d] - mean) * scale * weight[d] + bias[d]);
+  } else {
+    for (int64_t d = 0; d < dim; ++d)
+      store_one(out + d, (row[d] - mean) * scale * (weight ? weight[d] : A(1)) + (bias ? bias[d] : A(0)));
+  }
+}
+
 }  // namespace
 
 // target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
@@ -173,6 +221,30 @@ CROPR_INLINE void weighted_sum_body(
   template <>                                                                                                          \
   void weighted_sum<T>(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) { \
     weighted_sum_##suffix(x, stride, rows, dim, weight, out);                                                          \
+  }                                                                                                                    \
+  CROPR_CLONES void add_row_##suffix(                                                                                  \
+      T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                              \
+    add_body<T>(x, update, gamma, dim, wide);                                                                          \
+  }                                                                                                                    \
+  CROPR_CLONES void norm_row_##suffix(                                                                                 \
+      const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {            \
+    norm_body<T>(row, weight, bias, eps, dim, out);                                                                    \
+  }                                                                                                                    \
+  CROPR_CLONES void widen_row_##suffix(const T* from, int64_t dim, acc_t<T>* to) {                                     \
+    widen_body<T>(from, dim, to);                                                                                      \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void add_row<T>(T * x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                 \
+    add_row_##suffix(x, update, gamma, dim, wide);                                                                     \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void norm_row<T>(                                                                                                    \
+      const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {            \
+    norm_row_##suffix(row, weight, bias, eps, dim, out);                                                               \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  void widen_row<T>(const T* from, int64_t dim, acc_t<T>* to) {                                                        \
+    widen_row_##suffix(from, dim, to);                                                                                 \
   }
 
 CROPR_ROW_KERNELS(float, f32)

@@ -17,8 +17,11 @@ import torch
 import cropr_kernels  # noqa: F401  (registers the ops)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPS = ("scores", "select", "prune", "gather", "restore", "attend", "attend_backward")
-FILES = {"prune": "rows", "gather": "rows", "restore": "rows", "attend_backward": "attend"}
+STREAM = ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_")
+OPS = ("scores", "select", "prune", "gather", "restore", "attend", "attend_backward", *STREAM)
+FILES = {"prune": "rows", "gather": "rows", "restore": "rows", "attend_backward": "attend"} | dict.fromkeys(
+    STREAM, "stream"
+)
 
 
 @dataclass(frozen=True)

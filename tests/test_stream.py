@@ -1,0 +1,171 @@
+"""The engine's residual stream: cropr::gather_norm, add_, add_norm_, add_select_, rotate_."""
+
+import pytest
+import torch
+from cases import DTYPES, odd_layouts, same_bits, tokens
+
+from cropr_kernels import reference
+
+pytestmark = pytest.mark.kernels
+
+# (B, N, D, K); K = None: no idx
+STREAMS = [
+    (1, 1, 1, None),
+    (2, 5, 8, 3),
+    (3, 17, 33, 9),
+    (2, 50, 96, None),
+    (2, 40, 100, 40),
+    (1, 197, 192, 120),
+    (2, 9, 6, 0),
+    (0, 10, 16, 4),
+]
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+}
+
+
+def alive(batch, n, count, device):
+    """Random ascending positions, (B, K), or None."""
+    if count is None:
+        return None
+    order = torch.stack([torch.randperm(n)[:count] for _ in range(batch)]) if batch else torch.empty(0, count).long()
+    return order.sort(1).values.to(device)
+
+
+def stream(shape, dtype, device):
+    """x, idx, update, gamma, weight, bias."""
+    batch, n, dim, count = shape
+    gamma, weight, bias = (torch.randn(dim, device=device).to(dtype) for _ in range(3))
+    x, update = tokens(batch, n, dim, dtype, device), tokens(batch, n if count is None else count, dim, dtype, device)
+    return x, alive(batch, n, count, device), update, gamma, weight, bias
+
+
+def rounded_once(backend, dtype):
+    """Whether sums must come out in the same bits: the interpreter rounds 16-bit sums its own way."""
+    return not (backend.interpreted and dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", STREAMS)
+def test_gather_norm_is_layer_norm_of_the_rows(backend, shape, dtype):
+    x, idx, _, _, weight, bias = stream(shape, dtype, backend.device)
+    for parts in ((weight, bias), (weight, None), (None, bias), (None, None)):
+        got = backend.gather_norm(x, idx, *parts, 1e-6)
+        assert got.dtype == dtype and got.is_contiguous()
+        torch.testing.assert_close(got, reference.gather_norm(x, idx, *parts, 1e-6), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch inside", "every other column", "odd storage offset"])
+def test_gather_norm_takes_any_layout(backend, layout):
+    x, idx, *_ = stream((2, 50, 96, 20), torch.float32, backend.device)
+    odd = odd_layouts(x)[layout]
+    flipped = idx.t().contiguous().t()
+    assert same_bits(backend.gather_norm(odd, flipped, None, None, 1e-6), backend.gather_norm(x, idx, None, None, 1e-6))
+
+
+def test_norm_of_large_and_constant_rows(backend):
+    x = torch.full((1, 3, 64), 7.0, device=backend.device)
+    x[0, 1] = 100 + torch.randn(64, device=backend.device)
+    x[0, 2, 5] = float("nan")
+    got = backend.gather_norm(x, None, None, None, 1e-6)
+    assert (got[0, 0] == 0).all() and got[0, 2].isnan().all()
+    torch.testing.assert_close(got[0, 1], reference.gather_norm(x.double(), None, None, None, 1e-6)[0, 1].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", STREAMS)
+def test_add_changes_the_rows_at_idx_and_no_other(backend, shape, scaled, dtype):
+    x, idx, update, gamma, weight, bias = stream(shape, dtype, backend.device)
+    gamma = gamma if scaled else None
+    expected, got, normed = x.clone(), x.clone(), x.clone()
+    reference.add_(expected, idx, update, gamma)
+    assert backend.add_(got, idx, update, gamma) is None
+    if idx is not None:
+        untouched = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, idx, False)
+        assert same_bits(got[untouched], x[untouched])
+    if rounded_once(backend, dtype) and not scaled:
+        assert same_bits(got, expected)
+    torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+    out = backend.add_norm_(normed, idx, update, gamma, weight, bias, 1e-6)
+    assert same_bits(normed, got)
+    torch.testing.assert_close(out, reference.gather_norm(got, idx, weight, bias, 1e-6), **TOLERANCE[dtype])
+
+
+def test_updates_of_another_width_are_added_in_full(backend):
+    x, idx, update, gamma, *_ = stream((2, 17, 40, 9), torch.float32, backend.device)
+    got, expected = x.clone(), x.clone()
+    half = update.bfloat16()
+    backend.add_(got, idx, half, gamma.double())
+    reference.add_(expected, idx, half.float(), gamma)
+    torch.testing.assert_close(got, expected)
+    flipped = update.transpose(1, 2).contiguous().transpose(1, 2)
+    plain = x.clone()
+    backend.add_(plain, idx, update, None)
+    backend.add_(x, idx, flipped, None)
+    assert same_bits(x, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 5), (3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7)])
+def test_add_select_composes_positions(backend, shape, prefix, dtype):
+    x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
+    query = torch.randn(shape[2], device=backend.device)
+    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
+    count = update.shape[1]
+    for keep in {count, (count + prefix) // 2, prefix}:
+        added, got = x.clone(), x.clone()
+        backend.add_(added, idx, update, gamma)
+        kept = backend.add_select_(got, idx, update, gamma, query, tickets, keep, prefix)
+        assert same_bits(got, added)
+        assert not tickets.any()
+        rows = got if idx is None else reference.gather(got, idx)
+        kept_idx, _ = backend.select(backend.scores(rows, query), keep, prefix)
+        assert torch.equal(kept, kept_idx if idx is None else idx.gather(1, kept_idx))
+
+
+def test_add_select_with_ties_nan_and_many_queries(backend):
+    x = torch.zeros(2, 70, 16, device=backend.device)
+    x[1, 40, 3] = float("nan")
+    idx = alive(2, 70, 60, backend.device)
+    update, query = torch.zeros(2, 60, 16, device=backend.device), torch.randn(3, 16, device=backend.device)
+    tickets = torch.zeros(2, dtype=torch.int32, device=backend.device)
+    kept = backend.add_select_(x, idx, update, None, query, tickets, 20, 1)
+    assert torch.equal(kept[0], idx[0, :20])  # all tied: the lower positions stay
+    assert (40 in idx[1]) == (40 in kept[1])  # NaN ranks highest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 9, 3, 16, 1), (1, 20, 2, 64, 0), (3, 5, 1, 2, 5), (0, 4, 2, 8, 1), (2, 7, 3, 24, 2)],
+)
+def test_rotate_turns_the_patches_by_their_position(backend, shape, half, dtype):
+    batch, count, heads, width, prefix = shape
+    table = torch.randn(30, 2 * width, device=backend.device)
+    prefixes = torch.arange(prefix, device=backend.device).expand(batch, -1)
+    idx = torch.cat([prefixes, prefix + alive(batch, 30, count - prefix, backend.device)], 1)
+    for positions in (None, idx):
+        qkv = tokens(batch * count, 3 * heads, width, dtype, backend.device).view(batch, count, 3 * heads, width)
+        before, expected = qkv.clone(), qkv.clone()
+        backend.rotate_(qkv[:, :, : 2 * heads], table, positions, prefix, half)
+        reference.rotate_(expected[:, :, : 2 * heads], table, positions, prefix, half)
+        assert same_bits(qkv[:, :, 2 * heads :], before[:, :, 2 * heads :])
+        assert same_bits(qkv[:, :prefix], before[:, :prefix])
+        torch.testing.assert_close(qkv, expected, **TOLERANCE[dtype])
+
+
+def test_rotate_by_zero_and_by_a_quarter(backend):
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=backend.device).view(1, 1, 1, 4)
+    none, quarter = torch.tensor([[0.0] * 4 + [1.0] * 4, [1.0] * 4 + [0.0] * 4], device=backend.device)[:, None]
+    for half, expected in ((False, [-2.0, 1.0, -4.0, 3.0]), (True, [-3.0, -4.0, 1.0, 2.0])):
+        turned = x.clone()
+        backend.rotate_(turned, none, None, 0, half)
+        assert torch.equal(turned, x)
+        backend.rotate_(turned, quarter, None, 0, half)
+        assert turned.flatten().tolist() == expected

@@ -88,7 +88,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = plain(self, *args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else -(2**40))
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min // 2)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 

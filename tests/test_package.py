@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
-    "reference", "_C", "_checks", "kernels._launch", "kernels.scores", "kernels.select", "kernels.rows",
-    "kernels.attend", "ops", "schedule", "modules", "stream", "vit", "adapters", "patch", "weights", "viz",
-    "__init__", "cli",
+    "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
+    "kernels.attend", "kernels.stream", "ops", "schedule", "modules", "stream", "vit", "adapters", "patch",
+    "viz", "__init__", "cli",
 ]  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._launch import PINNED, dense_rows, width_block
-from .scores import launch_scores
-from .select import launch_select
+from .scores import launch_scores_select
 
 _BLOCK_R = 8
 _NUM_WARPS = 4
@@ -87,11 +86,11 @@ def _launch_split(
 
 
 def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch cropr::prune: scores, selection, and one pass that moves every row."""
+    """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
     _checks.prune(x, query, num_keep, num_prefix)
     x = dense_rows(x)
     batch, n, dim = x.shape
-    kept_idx, pruned_idx = launch_select(launch_scores(x, query), num_keep, num_prefix)
+    kept_idx, pruned_idx = launch_scores_select(x, query, num_keep, num_prefix)
     kept, pruned = x.new_empty((batch, num_keep, dim)), x.new_empty((batch, n - num_keep, dim))
     _launch_split(x, kept, kept_idx, pruned, pruned_idx, scatter=False)
     return kept, kept_idx, pruned, pruned_idx

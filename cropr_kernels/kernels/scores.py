@@ -1,4 +1,6 @@
-"""cropr::scores on CUDA: one dot product per token, accumulated in float32."""
+"""cropr::scores on CUDA: one dot product per token, accumulated in float32; and the scores of prune, whose last
+program of an image selects.
+"""
 
 import torch
 import triton
@@ -6,70 +8,107 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows, width_block
-
-# Fixed, never autotuned: the order of a float32 sum depends on them, and a near-tie must not flip with the tuner.
-_BLOCK_N = 16
-_NUM_WARPS = 4
+from ._launch import PINNED, acc_dtype, dense_rows, tickets, width_block
+from .select import NO_SELECTION, is_last, select_blocks, select_image
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
 def scores_kernel(
     x_ptr,
     query_ptr,
     scores_ptr,
     stride_xb,
     stride_xn,
+    tickets_ptr,
+    kept_idx_ptr,
+    pruned_idx_ptr,
     n,
+    num_keep,
+    num_prefix,
     dim,
-    BLOCK_N: tl.constexpr,
+    SELECT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
 ):
-    tiles = tl.cdiv(n, BLOCK_N)
+    tiles = tl.cdiv(n, BLOCK_R)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
-    rows = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn
-    acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=query_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=query_ptr.dtype.element_ty)
     for start in range(0, dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         q = tl.load(query_ptr + cols, mask=cols < dim, other=0.0)
         x = tl.load(x_row_ptr + cols[None, :], mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0)
         acc += x.to(acc.dtype) * q[None, :]
     tl.store(scores_ptr + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
+    if SELECT:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
+        if is_last(tickets_ptr + b, tiles):
+            select_image(
+                scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
+                n, num_keep, num_prefix, kept_idx_ptr, False, True, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+            )  # fmt: skip
+
+
+def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows a program scores and columns it takes at a time: 64 bytes of sums a thread."""
+    return {"BLOCK_R": 4 * num_warps, "BLOCK_D": width_block(dim, 512 // acc_dtype(dtype).itemsize)}
 
 
 def fold_query(query: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum (M, D) queries into the one vector (D,) that gives the same scores."""
-    wide = query.to(acc_dtype(query.dtype))
-    folded = wide.sum(0) if wide.ndim == 2 else wide
-    return folded.to(dtype).contiguous()
+    """Sum (M, D) queries into the one vector (D,) that gives the same scores; no launch for a folded one."""
+    if query.ndim == 1:
+        return query.to(dtype).contiguous()
+    return query.to(acc_dtype(query.dtype)).sum(0).to(dtype)
 
 
-def launch_scores(x: Tensor, query: Tensor) -> Tensor:
+def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tensor | None, num_prefix: int) -> Tensor:
     x = dense_rows(x)
     batch, n, dim = x.shape
     out = x.new_empty((batch, n), dtype=torch.float32)
-    if out.numel():
-        folded = fold_query(query, acc_dtype(x.dtype))
-        with torch.cuda.device_of(x):
-            scores_kernel[(batch * triton.cdiv(n, _BLOCK_N),)](
-                x,
-                folded,
-                out,
-                x.stride(0),
-                x.stride(1),
-                n,
-                dim,
-                BLOCK_N=_BLOCK_N,
-                BLOCK_D=width_block(dim, 256),
-                num_warps=_NUM_WARPS,
-                **PINNED,
-            )
+    if not out.numel():
+        return out
+    # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
+    # tuner, and the same with selection as without, or prune would disagree with scores.
+    blocks, num_warps = select_blocks(n, torch.float32)
+    num_warps = max(num_warps, 4)
+    with torch.cuda.device_of(x):
+        scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
+            x,
+            fold_query(query, acc_dtype(x.dtype)),
+            out,
+            x.stride(0),
+            x.stride(1),
+            out if kept_idx is None else tickets(batch, x.device),
+            kept_idx,
+            pruned_idx,
+            n,
+            0 if kept_idx is None else kept_idx.shape[1],
+            num_prefix,
+            dim,
+            SELECT=kept_idx is not None,
+            **row_blocks(dim, num_warps, x.dtype),
+            **(NO_SELECTION if kept_idx is None else blocks),
+            num_warps=num_warps,
+            **PINNED,
+        )
     return out
+
+
+def launch_scores_select(x: Tensor, query: Tensor, num_keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Positions that stay and that leave, in one launch."""
+    batch, n, _ = x.shape
+    kept_idx = x.new_empty((batch, num_keep), dtype=torch.int64)
+    pruned_idx = x.new_empty((batch, n - num_keep), dtype=torch.int64)
+    _launch(x, query, kept_idx, pruned_idx, num_prefix)
+    return kept_idx, pruned_idx
 
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
     """Launch cropr::scores; shapes as in the op's contract."""
     _checks.tokens_and_query("scores", x, query)
-    return launch_scores(x, query)
+    return _launch(x, query, None, None, 0)

@@ -1,9 +1,12 @@
 """cropr::select on CUDA: exact top-k of each image in one launch, both index lists ascending.
 
-One program per image. Scores become integers of the same order; the threshold, the K-th largest key, is found
-two bits at a time by counting; equal keys are settled by position. Every step is an integer operation, so the
-result is the same on every run. Up to _MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
+One program per image: its own here, elsewhere the last of those that wrote the image's scores (`is_last`). Scores
+become integers of the same order; the threshold, the K-th largest key, is found two bits at a time by counting; equal
+keys are settled by position. Every step is an integer operation, so the result is the same on every run. Up to
+_MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -15,12 +18,13 @@ from ._launch import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
 _COUNT_BITS = 21  # three counts travel through one 64-bit sum
+NO_SELECTION: dict[str, Any] = {"BLOCK_N": 1, "BITS": 32, "IN_REGISTERS": True, "COUNT_BITS": 1}
 
 
 @triton.jit
 def load_keys(scores_ptr, offs, n, num_prefix, BITS: tl.constexpr):
     """Monotone keys: -0.0 equals +0.0, NaN and prefix positions are the maximum, positions past n the minimum."""
-    value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0)
+    value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")  # past L1: others wrote them
     if BITS == 32:
         value = value.to(tl.float32)
         value = tl.where(value == 0.0, 0.0, value)
@@ -48,24 +52,23 @@ def count_three(keys, threshold, shift, COUNT_BITS: tl.constexpr):
     return first + (second << COUNT_BITS) + (third << (2 * COUNT_BITS))
 
 
-@triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
-def select_kernel(
+@triton.jit
+def select_image(
     scores_ptr,
     kept_idx_ptr,
     pruned_idx_ptr,
-    stride_sb,
     n,
     num_keep,
     num_prefix,
+    from_idx_ptr,
+    COMPOSE: tl.constexpr,
+    WRITE_PRUNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BITS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     COUNT_BITS: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    scores_ptr += b * stride_sb
-    kept_idx_ptr += b * num_keep
-    pruned_idx_ptr += b * (n - num_keep)
+    """Split one image's positions; with COMPOSE into the positions from_idx that the tokens came from."""
     lanes = tl.arange(0, BLOCK_N)
     keys = load_keys(scores_ptr, lanes, n, num_prefix, BITS)
 
@@ -103,21 +106,74 @@ def select_kernel(
         keep = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, axis=0) <= ties_left))
         keep = keep & (offs < n)
         rank = kept_before + tl.cumsum(keep.to(tl.int32), axis=0)  # kept tokens up to and with this one
-        tl.store(kept_idx_ptr + rank - 1, offs.to(tl.int64), mask=keep)
-        tl.store(pruned_idx_ptr + offs - rank, offs.to(tl.int64), mask=(offs < n) & (keep == 0))
+        positions = offs.to(tl.int64)
+        if COMPOSE:
+            positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
+        tl.store(kept_idx_ptr + rank - 1, positions, mask=keep)
+        if WRITE_PRUNED:
+            tl.store(pruned_idx_ptr + offs - rank, positions, mask=(offs < n) & (keep == 0))
         kept_before += tl.sum(keep.to(tl.int32), axis=0)
         ties_left -= tl.sum(tied, axis=0)
 
 
-def launch_select(scores: Tensor, num_keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    scores = dense_rows(scores)
-    batch, n = scores.shape
+@triton.jit
+def is_last(ticket_ptr, programs):
+    """Whether all other programs of this image have called this before; what they stored is then visible here.
+
+    The barrier orders this program's stores before its ticket, the ticket (release, acquire) orders programs. The
+    last one puts the ticket back to zero.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
+def select_kernel(
+    scores_ptr,
+    kept_idx_ptr,
+    pruned_idx_ptr,
+    stride_sb,
+    n,
+    num_keep,
+    num_prefix,
+    BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    COUNT_BITS: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    select_image(
+        scores_ptr + b * stride_sb, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
+        n, num_keep, num_prefix, kept_idx_ptr, False, True, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+    )  # fmt: skip
+
+
+def select_blocks(n: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
+    """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling."""
     if n >= 1 << _COUNT_BITS:
         raise RuntimeError(f"select: N must be below {1 << _COUNT_BITS} on CUDA, got {n}")
+    block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
+    constants = {
+        "BLOCK_N": block,
+        "BITS": 64 if dtype == torch.float64 else 32,
+        "IN_REGISTERS": n <= block,
+        "COUNT_BITS": _COUNT_BITS,
+    }
+    return constants, min(max(block // 128, 1), 16)
+
+
+def select(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Launch cropr::select; shapes as in the op's contract."""
+    _checks.select(scores, num_keep, num_prefix)
+    scores = dense_rows(scores)
+    batch, n = scores.shape
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
+        constants, num_warps = select_blocks(n, scores.dtype)
         with torch.cuda.device_of(scores):
             select_kernel[(batch,)](
                 scores,
@@ -127,17 +183,8 @@ def launch_select(scores: Tensor, num_keep: int, num_prefix: int) -> tuple[Tenso
                 n,
                 num_keep,
                 num_prefix,
-                BLOCK_N=block,
-                BITS=64 if scores.dtype == torch.float64 else 32,
-                IN_REGISTERS=n <= block,
-                COUNT_BITS=_COUNT_BITS,
-                num_warps=min(max(block // 128, 1), 16),  # more tokens a thread would spill
+                **constants,
+                num_warps=num_warps,
                 **PINNED,
             )
     return kept_idx, pruned_idx
-
-
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """Launch cropr::select; shapes as in the op's contract."""
-    _checks.select(scores, num_keep, num_prefix)
-    return launch_select(scores, num_keep, num_prefix)

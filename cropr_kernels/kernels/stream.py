@@ -1,0 +1,295 @@
+"""The engine's residual stream on CUDA: rows are read and written where they are, in one pass each.
+
+A program holds a tile of whole rows in registers: it adds the update, stores the row, and takes the LayerNorm or the
+score from what it just stored. The last program of an image to finish selects the tokens that stay.
+
+A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks
+from ._launch import PINNED, acc_dtype, dense_rows
+from .scores import fold_query
+from .select import NO_SELECTION, is_last, select_blocks, select_image
+
+
+@triton.jit
+def load_vector(ptr, cols, dim, GIVEN: tl.constexpr, default: tl.constexpr, ACC: tl.constexpr):
+    value = tl.full(cols.shape, default, ACC)
+    if GIVEN:
+        value = tl.load(ptr + cols, mask=cols < dim, other=0.0).to(ACC)
+    return value
+
+
+@triton.jit
+def load_rows(
+    x_ptr, update_ptr, gamma_ptr, cols, valid, dim,
+    HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
+    mask = valid[:, None] & (cols < dim)[None, :]
+    x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
+    if HAS_UPDATE:
+        step = tl.load(update_ptr + cols[None, :], mask=mask, other=0.0).to(ACC)
+        if HAS_GAMMA:
+            step = step * load_vector(gamma_ptr, cols, dim, True, 1.0, ACC)[None, :]
+        x = (x.to(ACC) + step).to(x.dtype)
+        tl.store(x_ptr + cols[None, :], x, mask=mask)
+    return x.to(ACC)
+
+
+@triton.jit
+def store_norm(
+    out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, valid, dim,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    weight = load_vector(weight_ptr, cols, dim, HAS_WEIGHT, 1.0, ACC)
+    bias = load_vector(bias_ptr, cols, dim, HAS_BIAS, 0.0, ACC)
+    out = (value - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols < dim)[None, :])
+
+
+@triton.jit
+def squares(value, mean, cols, dim):
+    """Sum of the squared distances to the mean, one per row."""
+    distance = tl.where((cols < dim)[None, :], value - mean[:, None], 0.0)
+    return tl.sum(distance * distance, axis=1)
+
+
+@triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
+def stream_kernel(
+    x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr,
+    weight_ptr, bias_ptr, eps, out_ptr,
+    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr,
+    n, count, num_keep, num_prefix, dim,
+    HAS_IDX: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D); then their LayerNorm (B, K, D), or who of them stays."""
+    tiles = tl.cdiv(count, BLOCK_R)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    flat = b * count + rows
+    valid = rows < count
+    position = rows.to(tl.int64)
+    if HAS_IDX:
+        position = tl.load(idx_ptr + flat, mask=valid, other=-1)
+        valid = (position >= 0) & (position < n)
+    x_ptr += b * stride_xb + position[:, None] * stride_xn
+    update_ptr += flat[:, None] * dim
+    cols = tl.arange(0, BLOCK_A)
+    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, HAS_UPDATE, HAS_GAMMA, ACC)
+    if BLOCK_B > 0:
+        more_cols = BLOCK_A + tl.arange(0, BLOCK_B)
+        more = load_rows(x_ptr, update_ptr, gamma_ptr, more_cols, valid, dim, HAS_UPDATE, HAS_GAMMA, ACC)
+    if NORM:
+        total = tl.sum(value, axis=1)
+        if BLOCK_B > 0:
+            total += tl.sum(more, axis=1)
+        mean = total / dim
+        spread = squares(value, mean, cols, dim)
+        if BLOCK_B > 0:
+            spread += squares(more, mean, more_cols, dim)
+        scale = 1.0 / tl.sqrt(spread / dim + eps)
+        out_ptr += flat[:, None] * dim
+        inside = rows < count
+        store_norm(
+            out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, HAS_WEIGHT, HAS_BIAS, ACC
+        )  # fmt: skip
+        if BLOCK_B > 0:
+            store_norm(
+                out_ptr, more, mean, scale, weight_ptr, bias_ptr, more_cols, inside, dim, HAS_WEIGHT, HAS_BIAS, ACC
+            )  # fmt: skip
+    if SELECT:
+        score = tl.sum(value * load_vector(query_ptr, cols, dim, True, 0.0, ACC)[None, :], axis=1)
+        if BLOCK_B > 0:
+            score += tl.sum(more * load_vector(query_ptr, more_cols, dim, True, 0.0, ACC)[None, :], axis=1)
+        tl.store(scores_ptr + flat, score.to(tl.float32), mask=rows < count)
+        if is_last(tickets_ptr + b, tiles):
+            select_image(
+                scores_ptr + b * count, kept_idx_ptr + b * num_keep, kept_idx_ptr, count, num_keep, num_prefix,
+                idx_ptr + b * count, HAS_IDX, False, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+            )  # fmt: skip
+
+
+def split_width(dim: int) -> tuple[int, int]:
+    """Two blocks that cover a row: the largest power of two in it, and the next power of two over the rest, or 0."""
+    first = max(1 << (dim.bit_length() - 1), 16)
+    rest = dim - first
+    return first, max(triton.next_power_of_2(rest), 16) if rest > 0 else 0
+
+
+def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows a program holds, about 64 bytes a thread, and the two blocks of their width."""
+    block_a, block_b = split_width(dim)
+    rows = max(1, 2048 // acc_dtype(dtype).itemsize * num_warps // (block_a + block_b))
+    return {"BLOCK_R": 1 << (rows.bit_length() - 1), "BLOCK_A": block_a, "BLOCK_B": block_b}
+
+
+_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _launch(
+    x: Tensor,
+    idx: Tensor | None,
+    *,
+    update: Tensor | None = None,
+    gamma: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    query: Tensor | None = None,
+    tickets: Tensor | None = None,
+    kept_idx: Tensor | None = None,
+    num_prefix: int = 0,
+) -> None:
+    batch, n, dim = x.shape
+    count = n if idx is None else idx.shape[1]
+    if not (batch and count and dim):
+        return
+    constants, scores, num_keep, num_warps = NO_SELECTION, x, 0, 4
+    if kept_idx is not None:
+        constants, warps = select_blocks(count, torch.float32)
+        num_warps = max(num_warps, warps)
+        scores, num_keep = x.new_empty((batch, count), dtype=torch.float32), kept_idx.shape[1]
+    blocks = row_blocks(dim, num_warps, x.dtype)
+    with torch.cuda.device_of(x):
+        stream_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
+            x, x.stride(0), x.stride(1), x if idx is None else idx.contiguous(),
+            x if update is None else update.contiguous(), x if gamma is None else gamma,
+            x if weight is None else weight, x if bias is None else bias, eps, x if out is None else out,
+            x if query is None else query, scores,
+            x if tickets is None else tickets, x if kept_idx is None else kept_idx,
+            n, count, num_keep, num_prefix, dim,
+            HAS_IDX=idx is not None, HAS_UPDATE=update is not None, HAS_GAMMA=gamma is not None,
+            NORM=out is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            SELECT=kept_idx is not None,
+            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], **blocks, **constants, num_warps=num_warps, **PINNED,
+        )  # fmt: skip
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
+    shape = _checks.stream("gather_norm", x, idx, in_place=False)
+    _checks.channels("gather_norm", x, weight=weight, bias=bias)
+    out = x.new_empty(shape)
+    _launch(dense_rows(x), idx, weight=_dense(weight), bias=_dense(bias), eps=eps, out=out)
+    return out
+
+
+def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
+    """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
+    _checks.update("add_", x, idx, update, gamma)
+    _launch(x, idx, update=update, gamma=_dense(gamma))
+
+
+def add_norm_(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Launch cropr::add_norm_; positions as in add_."""
+    _checks.update("add_norm_", x, idx, update, gamma)
+    _checks.channels("add_norm_", x, weight=weight, bias=bias)
+    out = x.new_empty(update.shape)
+    _launch(
+        x, idx, update=update, gamma=_dense(gamma), weight=_dense(weight), bias=_dense(bias), eps=eps, out=out
+    )  # fmt: skip
+    return out
+
+
+def add_select_(
+    x: Tensor,
+    idx: Tensor | None,
+    update: Tensor,
+    gamma: Tensor | None,
+    query: Tensor,
+    tickets: Tensor,
+    num_keep: int,
+    num_prefix: int = 0,
+) -> Tensor:
+    """Launch cropr::add_select_; positions as in add_."""
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix)
+    kept_idx = x.new_empty((x.shape[0], num_keep), dtype=torch.int64)
+    folded = fold_query(query, acc_dtype(x.dtype))
+    _launch(
+        x, idx, update=update, gamma=_dense(gamma),
+        query=folded, tickets=tickets, kept_idx=kept_idx, num_prefix=num_prefix,
+    )  # fmt: skip
+    return kept_idx
+
+
+@triton.jit(do_not_specialize=["count", "num_prefix"])
+def rotate_kernel(
+    x_ptr, stride_xb, stride_xn, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads, width,
+    HAS_IDX: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One token a program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
+    patches = count - num_prefix
+    pid = tl.program_id(0)
+    b = (pid // patches).to(tl.int64)
+    token = num_prefix + pid % patches
+    position = token.to(tl.int64)
+    if HAS_IDX:
+        position = tl.load(idx_ptr + b * count + token)
+    table_ptr += (position - num_prefix) * 2 * width
+    head = tl.arange(0, BLOCK_H)
+    x_ptr += b * stride_xb + token.to(tl.int64) * stride_xn + head[:, None] * stride_xh
+    if HALF:
+        low = tl.arange(0, BLOCK_W // 2)
+        distance = width // 2
+        inside = low < distance
+        mask = (head < heads)[:, None] & inside[None, :]
+        a = tl.load(x_ptr + low[None, :], mask=mask, other=0.0)
+        c = tl.load(x_ptr + low[None, :] + distance, mask=mask, other=0.0)
+        sin_a = tl.load(table_ptr + low, mask=inside, other=0.0).to(ACC)[None, :]
+        sin_c = tl.load(table_ptr + low + distance, mask=inside, other=0.0).to(ACC)[None, :]
+        cos_a = tl.load(table_ptr + width + low, mask=inside, other=0.0).to(ACC)[None, :]
+        cos_c = tl.load(table_ptr + width + low + distance, mask=inside, other=0.0).to(ACC)[None, :]
+        tl.store(x_ptr + low[None, :], (a.to(ACC) * cos_a - c.to(ACC) * sin_a).to(a.dtype), mask=mask)
+        tl.store(x_ptr + low[None, :] + distance, (c.to(ACC) * cos_c + a.to(ACC) * sin_c).to(a.dtype), mask=mask)
+    else:
+        cols = tl.arange(0, BLOCK_W)
+        mask = (head < heads)[:, None] & (cols < width)[None, :]
+        x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
+        sin = tl.load(table_ptr + cols, mask=cols < width, other=0.0).to(ACC)
+        cos = tl.load(table_ptr + width + cols, mask=cols < width, other=0.0).to(ACC)
+        a, c = tl.split(tl.reshape(x.to(ACC), (BLOCK_H, BLOCK_W // 2, 2)))
+        sin_a, sin_c = tl.split(tl.reshape(sin, (BLOCK_W // 2, 2)))
+        cos_a, cos_c = tl.split(tl.reshape(cos, (BLOCK_W // 2, 2)))
+        turned = tl.join(a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :])
+        tl.store(x_ptr + cols[None, :], tl.reshape(turned, (BLOCK_H, BLOCK_W)).to(x.dtype), mask=mask)
+
+
+def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+    """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the device."""
+    _checks.rotate(x, table, idx, num_prefix)
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise RuntimeError("rotate_: x must have a stride of 1 in the last dimension")
+    batch, count, heads, width = x.shape
+    if not x.numel() or count == num_prefix:
+        return
+    with torch.cuda.device_of(x):
+        rotate_kernel[(batch * (count - num_prefix),)](
+            x, x.stride(0), x.stride(1), x.stride(2), table.contiguous(), x if idx is None else idx.contiguous(),
+            count, num_prefix, heads, width,
+            HAS_IDX=idx is not None, HALF=half,
+            BLOCK_H=triton.next_power_of_2(heads), BLOCK_W=max(triton.next_power_of_2(width), 2),
+            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=4, **PINNED,
+        )  # fmt: skip

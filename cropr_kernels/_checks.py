@@ -179,6 +179,8 @@ def rotate(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int) -> Non
     batch, count, _, width = x.shape
     if width % 2:
         _fail(f"{op}: x must have an even number of channels, got {width}")
+    if width > 1 and x.stride(-1) != 1:
+        _fail(f"{op}: x must have a stride of 1 in the last dimension, as it changes in place")
     same_device(op, "table", table, x.device)
     floating(op, "table", table)
     if table.ndim != 2 or table.shape[1] != 2 * width:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import schedule as schedules
-from .adapters import find_adapter
+from .adapters import find_adapter, fuse_blocks
+from .engine import FusedBlock, Graphs, run_stream
 from .modules import Cropr, FoldedCropr
 from .stream import Departures, run_blocks
 
@@ -20,9 +21,13 @@ class CroprModules(nn.ModuleList):
         super().__init__(modules)
         self.schedule, self.llf = schedule, llf
         self.last_drop_path: list[tuple[Any, float]] = []  # what LLF switched off, for remove
+        # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
+        self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
+        self.graphs: Graphs | None = None
 
-    def extra_repr(self) -> str:
-        return f"{self.schedule}, llf={self.llf}"
+    def __repr__(self) -> str:
+        engine = f"off ({self.engine})" if isinstance(self.engine, str) else "on"
+        return super().__repr__().replace("(", f"({self.schedule}, llf={self.llf}, engine {engine}", 1)
 
 
 class Pruned:
@@ -38,6 +43,13 @@ class Pruned:
         x, rope = find_adapter(self).embed(self, images)
         stack: CroprModules = self.cropr
         counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
+        functional = isinstance(stack.engine, str) or self.training or departures or torch.compiler.is_exporting()
+        if not (functional or _needs_gradient(x)):
+            prefix = self.num_prefix_tokens
+            x = x.contiguous()
+            return run_stream(
+                stack.engine, stack, counts, x, self.norm, num_prefix=prefix, llf=stack.llf, rope=rope
+            ), []
         x, aux = run_blocks(
             self.blocks,
             stack,
@@ -57,12 +69,32 @@ class Pruned:
         return self.cropr_features(images)[0]
 
     def forward(self: Any, images: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        graphs = self.cropr.graphs
+        if graphs is not None and not self.training and not torch.compiler.is_compiling() and images.is_cuda:
+            with torch.no_grad():
+                return graphs(self.cropr_output, images, self.cropr_key(images))
         x, aux = self.cropr_features(images)
         output = self.forward_head(x)
         return (output, aux) if self.training else output
 
+    def cropr_output(self: Any, images: Tensor) -> Tensor:
+        """The output alone, whatever the mode."""
+        return self.forward_head(self.cropr_features(images)[0])
+
+    def cropr_key(self: Any, images: Tensor) -> tuple[Any, ...]:
+        """All that decides what a captured graph computes: shapes, schedule, precision, where the weights are."""
+        weight = next(self.parameters())
+        device = images.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        placed = (images.shape, images.dtype, images.device, weight.data_ptr(), weight.dtype)
+        return *placed, str(self.cropr.schedule), self.cropr.llf, autocast
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("forward_intermediates would run the blocks unpruned; call cropr.remove(model) first")
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 _pruned_classes: dict[type, type] = {}
@@ -168,18 +200,32 @@ def set_rate(model: Any, rate: int) -> Any:
     return model
 
 
-def deploy(model: Any) -> Any:
+def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
 
-    Its logits are those of model.eval(), bit for bit. The argument stays as it was.
+    The argument stays as it was. A rate of 0 gives the unpruned model on the same engine.
+
+    Args:
+        model: pruned by `apply`.
+        engine: run the blocks on the zero-copy engine (`cropr_kernels.engine`) where it knows them; the logits are then
+            those of model.eval() up to rounding. Blocks it does not know use the functional ops; `cropr info MODEL`
+            and the repr of `model.cropr` say so and why. False: functional ops, logits of model.eval() bit for bit.
+            Inputs that require a gradient, and `pruning_map`, take the functional ops too.
+        cuda_graphs: capture forward in a CUDA graph per (shape, schedule, precision), at most so many at a time, and
+            replay it; 0 for none. Each graph holds the memory of one forward. CPU inputs and torch.compile ignore it.
 
     Raises:
         TypeError: the model is not pruned.
+        ValueError: cuda_graphs is negative.
     """
     stack = _require_pruned(model, "cropr.deploy")
+    if cuda_graphs < 0:
+        raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
     light = CroprModules(folded, stack.schedule, stack.llf)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
+    light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
+    light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
     return deployed.eval().requires_grad_(False)
 
 

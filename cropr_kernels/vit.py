@@ -169,12 +169,16 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the heads and the output projection: (B, N, D)."""
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.norm(out))
+
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x)
         if rope is not None:
             q, k = rotate(q, rope, self.num_prefix), rotate(k, rope, self.num_prefix)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(self.norm(out))
+        return self.mix(q, k, v)
 
 
 class Block(nn.Module):

@@ -242,7 +242,8 @@ void rotate_(Tensor x, const Tensor& table, const OptionalTensor& idx, int64_t n
   check_float("rotate_", "x", x);
   const int64_t batch = x.size(0), count = x.size(1), heads = x.size(2), width = x.size(3);
   if (width % 2) fail("rotate_: x must have an even number of channels, got ", width);
-  if (x.stride(3) != 1 && width > 1) fail("rotate_: x must have a stride of 1 in the last dimension");
+  if (x.stride(3) != 1 && width > 1)
+    fail("rotate_: x must have a stride of 1 in the last dimension, as it changes in place");
   check_cpu("rotate_", "table", table);
   check_float("rotate_", "table", table);
   if (table.dim() != 2 || table.size(1) != 2 * width)

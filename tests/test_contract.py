@@ -28,6 +28,21 @@ def samples(dtype=torch.float32, grad=False):
         "restore": tuple(parts),
         "attend": (x.detach(), queries, 0.4),
         "attend_backward": (torch.randn(2, 3, 6, dtype=dtype), x.detach(), queries.detach(), 0.4),
+        **stream_samples(dtype),
+    }
+
+
+def stream_samples(dtype=torch.float32):
+    """The engine's ops have no gradient: inference only."""
+    x, idx = tokens(2, 9, 6, dtype, "cpu"), torch.tensor([[0, 2, 3, 5], [0, 1, 7, 8]])
+    gamma, weight, bias = torch.randn(3, 6, dtype=dtype)
+    update = torch.randn(2, 4, 6, dtype=dtype)
+    return {
+        "gather_norm": (x, idx, weight, bias, 1e-6),
+        "add_": (x, idx, update, gamma),
+        "add_norm_": (x, None, torch.randn(2, 9, 6, dtype=dtype), None, weight, None, 1e-6),
+        "add_select_": (x, idx, update, gamma, torch.randn(6), torch.zeros(2, dtype=torch.int32), 3, 1),
+        "rotate_": (torch.randn(2, 4, 3, 6, dtype=dtype), torch.randn(8, 12), idx, 1),
     }
 
 
@@ -52,7 +67,10 @@ def test_fake_result_looks_like_the_real_one(name, dtype):
     with torch._subclasses.FakeTensorMode() as mode:
         fake_args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         fake = getattr(ops, name)(*fake_args)
+    assert (real is None) == (fake is None)
     pair = (real, fake) if isinstance(real, tuple) else ((real,), (fake,))
+    if real is None:
+        return
     for a, b in zip(*pair):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
@@ -147,6 +165,11 @@ def test_autocast_leaves_scores_in_float32_and_rows_in_their_dtype():
         ("restore", 0),
         ("attend", 4 * 2 * 3 * 9 * 6),
         ("attend_backward", 6 * 2 * 3 * 9 * 6),
+        ("gather_norm", 0),
+        ("add_", 0),
+        ("add_norm_", 0),
+        ("add_select_", 2 * 2 * 4 * 6),
+        ("rotate_", 0),
     ],
 )
 def test_flops(name, flops):
@@ -208,6 +231,74 @@ def bad_calls():
             (x, x, queries, 1.0),
             r"attend_backward: grad_out must have shape \(B, M, D\) = \(2, 3, 6\), got \(2, 9, 6\)",
         ),
+        *bad_stream_calls(),
+    ]
+
+
+def bad_stream_calls():
+    x, query, vector = torch.zeros(2, 9, 6), torch.zeros(6), torch.zeros(5)
+    idx, update, tickets = torch.arange(4).expand(2, -1), torch.zeros(2, 4, 6), torch.zeros(2, dtype=torch.int32)
+    qk, table = torch.zeros(2, 4, 3, 6), torch.zeros(8, 12)
+    choose = (x, idx, update, None, query, tickets)
+    return [
+        ("gather_norm", (x[0], None, None, None, 1e-6), r"gather_norm: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("gather_norm", (x, idx.int(), None, None, 1e-6), r"gather_norm: idx must be int64, got int32"),
+        ("gather_norm", (x, idx[0], None, None, 1e-6), r"gather_norm: idx must have shape \(B, K\), got \(4,\)"),
+        (
+            "gather_norm",
+            (x, None, vector, None, 1e-6),
+            r"gather_norm: weight must have shape \(D,\) = \(6,\), got \(5,\)",
+        ),
+        (
+            "gather_norm",
+            (x, None, None, query.int(), 1e-6),
+            r"gather_norm: bias must be float32, float64, bfloat16 or float16, got int32",
+        ),
+        ("add_", (x.transpose(0, 1), None, x, None), r"add_: x must be contiguous, as it changes in place"),
+        ("add_", (x, idx[:1], update, None), r"add_: idx must have the batch size of x, B = 2, got shape \(1, 4\)"),
+        (
+            "add_",
+            (x, idx, x, None),
+            r"add_: update must have shape \(B, K, D\) = \(2, 4, 6\), got \(2, 9, 6\)",
+        ),
+        ("add_", (x, idx, update, vector), r"add_: gamma must have shape \(D,\) = \(6,\), got \(5,\)"),
+        (
+            "add_norm_",
+            (x, idx, update.long(), None, None, None, 1e-6),
+            r"add_norm_: update must be float32, float64, bfloat16 or float16, got int64",
+        ),
+        ("add_norm_", (x, idx, update, None, vector, None, 1e-6), r"add_norm_: weight must have shape \(D,\) = \(6,\)"),
+        ("add_select_", (*choose, 5), r"add_select_: num_keep must be in \[num_prefix, N\] = \[0, 4\], got 5"),
+        ("add_select_", (*choose, 1, 2), r"add_select_: num_keep must be in \[num_prefix, N\] = \[2, 4\], got 1"),
+        (
+            "add_select_",
+            (*choose[:4], vector, tickets, 3),
+            r"add_select_: query must have the width of x, D = 6, got shape \(5,\)",
+        ),
+        (
+            "add_select_",
+            (*choose[:5], tickets.long(), 3),
+            r"add_select_: tickets must be int32 of shape \(B,\) = \(2,\), got int64 \(2,\)",
+        ),
+        ("rotate_", (x, table, idx), r"rotate_: x must have shape \(B, K, H, C\), got \(2, 9, 6\)"),
+        ("rotate_", (qk[..., :5], table, idx), r"rotate_: x must have an even number of channels, got 5"),
+        (
+            "rotate_",
+            (qk, table[:, :6], idx),
+            r"rotate_: table must have shape \(patches, 2 C\) = \(patches, 12\), got \(8, 6\)",
+        ),
+        ("rotate_", (qk, table, idx, 5), r"rotate_: num_prefix must be in \[0, K\] = \[0, 4\], got 5"),
+        ("rotate_", (qk, table[:2], None, 1), r"rotate_: table must have a row for each of the 3 patches, got 2"),
+        (
+            "rotate_",
+            (qk, table, idx[:, :3]),
+            r"rotate_: idx must have shape \(B, K\) = \(2, 4\), got \(2, 3\)",
+        ),
+        (
+            "rotate_",
+            (qk.transpose(2, 3).contiguous().transpose(2, 3), table, idx),
+            r"rotate_: x must have a stride of 1 in the last dimension",
+        ),
     ]
 
 
@@ -230,6 +321,10 @@ def test_positions_that_do_not_exist_or_repeat_are_refused():
         ops.gather(x, torch.full((2, 1), -1))
     with pytest.raises(RuntimeError, match=r"restore: .* each position in \[0, 9\) once, got 9 in image 0"):
         ops.restore(kept, kept_idx.clone().fill_(9), pruned, pruned_idx)
+    with pytest.raises(RuntimeError, match=r"gather_norm: idx must hold positions in \[0, 9\), got 9"):
+        ops.gather_norm(x.detach(), torch.full((2, 1), 9), None, None, 1e-6)
+    with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) behind the prefix, got 4"):
+        ops.rotate_(torch.zeros(1, 2, 1, 2), torch.zeros(3, 4), torch.tensor([[0, 4]]), 1)
     twice = kept_idx.clone()
     twice[1, 1] = twice[1, 0]
     with pytest.raises(RuntimeError, match=r"once, got \d twice in image 1"):

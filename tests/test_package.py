@@ -16,8 +16,8 @@ PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
-    "kernels.attend", "kernels.stream", "ops", "schedule", "modules", "stream", "vit", "adapters", "patch",
-    "viz", "__init__", "cli",
+    "kernels.attend", "kernels.stream", "ops", "schedule", "modules", "stream", "engine", "vit", "adapters", "patch",
+    "weights", "viz", "__init__", "cli",
 ]  # fmt: skip
 
 

@@ -280,8 +280,6 @@ def rotate_kernel(
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
     """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the device."""
     _checks.rotate(x, table, idx, num_prefix)
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise RuntimeError("rotate_: x must have a stride of 1 in the last dimension")
     batch, count, heads, width = x.shape
     if not x.numel() or count == num_prefix:
         return

@@ -1,0 +1,293 @@
+"""The zero-copy engine against the functional ops, on every family of blocks it knows."""
+
+import copy
+import pickle
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cropr_kernels as cropr
+from cropr_kernels.engine import Captured, Graphs
+
+ENGINE_MODELS = {
+    **MODELS,
+    "reference, qk-norm, LayerScale": lambda: reference_vit(qk_norm=True, init_values=0.5),
+    "reference, large EVA-02": lambda: reference_vit(
+        rope=True, swiglu=True, scale_mlp=True, qkv="split", global_pool="avg", rope_ref_grid=4
+    ),
+    "timm ViT, qk-norm": lambda: timm_vit(qk_norm=True, init_values=0.5),
+    "timm EVA-02, LayerScale, qk-norm": lambda: timm_eva(init_values=0.5, qk_norm=True),
+    "timm EVA-02, half rotation": lambda: timm_eva(rope_rotate_half=True),
+    "timm EVA-02, rope attention": lambda: timm_eva(attn_type="rope"),
+    "timm EVA-02, registers": lambda: timm_eva(num_reg_tokens=3),
+}
+BLOCK_OPS = ("add_norm_", "add_select_")
+
+
+def both(kind, dtype=torch.float64, **schedule):
+    """The same model on the functional ops and on the engine."""
+    model = cropr.apply(randomise(ENGINE_MODELS[kind]()).eval().to(dtype), **schedule)
+    functional, engine = cropr.deploy(model, engine=False), cropr.deploy(model)
+    assert isinstance(engine.cropr.engine, list), engine.cropr.engine
+    return functional, engine
+
+
+def called_ops(function):
+    """Names of the ops of this package that a call dispatches, in order."""
+    names = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "cropr":
+                names.append(func._schema.name.removeprefix("cropr::"))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        function()
+    return names
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("kind", ENGINE_MODELS)
+def test_engine_equals_the_functional_ops(kind, llf):
+    functional, engine = both(kind, rate=8, llf=llf)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
+    features = engine.forward_features(images), functional.forward_features(images)
+    torch.testing.assert_close(*features, rtol=1e-9, atol=1e-9)
+    assert features[0].shape[1] == (engine.num_prefix_tokens + 64 if llf else features[1].shape[1])
+
+
+@pytest.mark.parametrize("kind", ENGINE_MODELS)
+def test_engine_unpruned_equals_the_model_itself(kind):
+    model = randomise(ENGINE_MODELS[kind]()).eval().double()
+    engine = cropr.deploy(cropr.apply(copy.deepcopy(model), rate=0))
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(engine(images), model(images), rtol=1e-9, atol=1e-9)
+    assert "add_select_" not in called_ops(lambda: engine(images))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("kind", ["reference", "reference, rotary", "timm ViT, registers", "timm EVA-02"])
+def test_engine_in_lower_precision(kind, dtype, tolerance):
+    # Unpruned, so that a score within rounding of another cannot send the two down different roads.
+    for schedule in ({"rate": 0}, {"rate": 8, "llf": True}) if dtype == torch.float32 else ({"rate": 0},):
+        functional, engine = both(kind, dtype, **schedule)
+        images = torch.randn(2, 3, 64, 64, dtype=dtype)
+        got, expected = engine(images), functional(images)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_one_selection_a_layer_and_no_row_moves():
+    functional, engine = both("timm EVA-02", rate=8, llf=True)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    names = called_ops(lambda: engine(images))
+    assert names.count("add_select_") == len(engine.cropr) == 2
+    assert not {"prune", "restore", "gather"} & set(names)
+    assert "prune" in called_ops(lambda: functional(images))
+
+
+@pytest.mark.parametrize("schedule", [{"keep": [40, 40, 9]}, {"ratio": 0.5}, {"keep": [65, 65, 65]}, {"rate": 16}])
+def test_other_schedules_and_sizes(schedule):
+    functional, engine = both("timm ViT, any size", **schedule)
+    size = (64, 64) if "keep" in schedule else (72, 96)
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
+
+
+def test_one_engine_serves_many_rates():
+    functional, engine = both("reference, rotary", rate=8)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for rate in (4, 12, 0):
+        for model in (functional, engine):
+            cropr.set_rate(model, rate)
+        torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
+
+
+def test_engine_under_autocast():
+    functional, engine = both("timm ViT", torch.float32, rate=0)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(engine(images), functional(images), rtol=5e-2, atol=5e-2)
+
+
+def test_copies_pickles_and_new_weights():
+    _, engine = both("timm EVA-02", rate=8)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = engine(images)
+    twin = copy.deepcopy(engine)
+    assert torch.equal(twin(images), expected)
+    assert twin.cropr.engine[0].block is twin.blocks[0]
+    with torch.no_grad():
+        for parameter in engine.blocks.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(images), expected)
+    assert not torch.equal(engine(images), expected)
+    engine.load_state_dict(twin.state_dict(), assign=True)
+    assert torch.equal(engine(images), expected)
+    fused = pickle.loads(pickle.dumps(reference := cropr.deploy(cropr.apply(reference_vit(), rate=8)).cropr.engine))
+    assert type(fused[0]) is type(reference[0])
+
+
+def test_inputs_that_need_a_gradient_take_the_functional_ops():
+    _, engine = both("reference", torch.float32, rate=8)
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    names = called_ops(lambda: engine(images))
+    assert "prune" in names and "add_select_" not in names
+    engine(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert "add_select_" in called_ops(lambda: engine(images))
+
+
+def test_maps_of_a_deployed_model_are_those_of_the_model():
+    model = cropr.apply(reference_vit().eval(), rate=8, llf=True)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(cropr.pruning_map(cropr.deploy(model), images), cropr.pruning_map(model, images))
+
+
+def test_what_the_engine_does_not_know_runs_on_the_functional_ops_and_says_why():
+    class Odd(nn.LayerNorm):
+        pass
+
+    def hooked():
+        model = reference_vit()
+        model.blocks[2].register_forward_hook(lambda *args: None)
+        return model
+
+    def norm_replaced():
+        model = reference_vit()
+        model.blocks[1].norm2 = Odd(64)
+        return model
+
+    def block_replaced():
+        model = reference_vit()
+        model.blocks[3] = nn.TransformerEncoderLayer(64, 2, batch_first=True)
+        return model
+
+    for make, reason in (
+        (hooked, "block 2: forward hooks on the block"),
+        (norm_replaced, "block 1: norm2 is Odd, not LayerNorm over the width"),
+        (block_replaced, "block 3: torch.nn.modules.transformer.TransformerEncoderLayer is not a block it knows"),
+        (lambda: timm_eva(use_post_norm=True), "block 0: timm.models.eva.EvaBlockPostNorm is not a block it knows"),
+    ):
+        model = cropr.apply(make().eval(), rate=0)
+        model.cropr.schedule = cropr.schedule.resolve(rate=8)
+        deployed = cropr.deploy(model)
+        assert deployed.cropr.engine == reason
+        assert f"engine off ({reason})" in repr(deployed.cropr)
+        if make is not block_replaced:
+            images = torch.randn(1, 3, 64, 64)
+            assert torch.equal(deployed(images), model(images))
+    assert "engine on" in repr(cropr.deploy(cropr.apply(reference_vit(), rate=8)).cropr)
+    switched_off = cropr.deploy(cropr.apply(reference_vit(), rate=8), engine=False)
+    assert "switched off by deploy(engine=False)" in repr(switched_off.cropr)
+
+
+def test_engine_counts_the_flops_of_the_functional_ops():
+    counts = []
+    for model in both("timm ViT", torch.float32, rate=8):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 3, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+# torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reference, rotary", "timm ViT", "timm EVA-02"])
+def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
+    torch._dynamo.reset()
+    _, engine = both(kind, torch.float32, rate=8, llf=True)
+    images = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(engine, fullgraph=True)
+    with torch.no_grad():
+        got, codes = torch._inductor.utils.run_and_get_code(compiled, images)
+        torch.testing.assert_close(got, engine(images), rtol=1e-4, atol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(torch.randn(2, 3, 64, 64))
+    # Functionalised and put back in place: every layer works on the one buffer, not on a copy of it.
+    calls = re.findall(r"torch\.ops\.cropr\.(add_norm_|add_select_|add_)\.default\((\w+), ", "\n".join(codes))
+    assert len(calls) == 2 * len(engine.blocks)
+    assert len({buffer for _, buffer in calls}) == 1
+
+
+# CUDA graphs
+
+
+class CountingGraphs(Graphs):
+    """Graphs whose capture needs no GPU: replay runs the function again."""
+
+    def capture(self, run, images):
+        self.captures = getattr(self, "captures", 0) + 1
+        static, output = images.clone(), run(images)
+
+        class Replay:
+            def replay(self):
+                output.copy_(run(static))
+
+        return Captured(Replay(), static, output)
+
+
+def test_graphs_are_bounded_and_results_are_the_callers_own():
+    graphs = CountingGraphs(2)
+    double = lambda x: x * 2  # noqa: E731
+    first = graphs(double, torch.ones(3), "a")
+    second = graphs(double, torch.full((3,), 5.0), "a")
+    assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3
+    assert graphs.captures == 1
+    graphs(double, torch.ones(1), "b")
+    graphs(double, torch.ones(3), "a")
+    graphs(double, torch.ones(2), "c")  # "b" is the least recently used
+    assert list(graphs.captured) == ["a", "c"] and graphs.captures == 3
+    assert copy.deepcopy(graphs).captured == OrderedDict()
+    with pytest.raises(ValueError, match="capacity must be >= 1, got 0"):
+        Graphs(0)
+
+
+def test_the_key_of_a_graph_holds_all_that_changes_its_result():
+    model = cropr.deploy(cropr.apply(reference_vit(), rate=8), cuda_graphs=4)
+    images = torch.randn(1, 3, 64, 64)
+    keys = {model.cropr_key(images), model.cropr_key(images.double()), model.cropr_key(images.repeat(2, 1, 1, 1))}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        keys.add(model.cropr_key(images))
+    keys.add(cropr.set_rate(model, 4).cropr_key(images))
+    keys.add(model.bfloat16().cropr_key(images))
+    assert len(keys) == 6
+    assert model(images.bfloat16()).shape == (1, 5)  # CPU inputs ignore graphs
+    with pytest.raises(ValueError, match="cuda_graphs must be >= 0, got -1"):
+        cropr.deploy(model, cuda_graphs=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ENGINE_MODELS)
+def test_replayed_graphs_give_the_eager_result(kind, dtype):
+    _, engine = both(kind, dtype, rate=8, llf=True)
+    engine = engine.cuda()
+    graphed = copy.deepcopy(engine)
+    graphed.cropr.graphs = Graphs(2)
+    for batch in (1, 2, 3, 1):
+        images = torch.randn(batch, 3, 64, 64, dtype=dtype, device="cuda")
+        with torch.no_grad():
+            assert torch.equal(graphed(images), engine(images))
+    assert len(graphed.cropr.graphs.captured) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ENGINE_MODELS)
+def test_engine_on_cuda_gives_the_cpu_result(kind):
+    functional, engine = both(kind, torch.float32, rate=8, llf=True)
+    images = torch.randn(2, 3, 64, 64)
+    expected = functional(images)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -63,6 +63,17 @@ def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int) -> None:
     counts("prune", x.shape[1], num_keep, num_prefix)
 
 
+def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> None:
+    same_device("split", "scores", scores, x.device)
+    rank("split", "x", x, 3, "(B, N, D)")
+    floating("split", "x", x)
+    if scores.dtype != torch.float32:
+        _fail(f"split: scores must be float32, got {_dtype(scores)}")
+    if scores.shape != x.shape[:2]:
+        _fail(f"split: scores must have shape (B, N) = {tuple(x.shape[:2])}, got {_shape(scores)}")
+    counts("split", x.shape[1], num_keep, num_prefix)
+
+
 def select(scores: Tensor, num_keep: int, num_prefix: int) -> None:
     rank("select", "scores", scores, 2, "(B, N)")
     floating("select", "scores", scores)

@@ -32,14 +32,14 @@ class Aggregator(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_outputs)
 
-    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
-        """Predict from x (B, N, D) with queries (M, D): (B, M, outputs)."""
+    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions (B, M, outputs) from x (B, N, D) with queries (M, D), and the tokens' scores (B, N)."""
         x = x.detach()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = torch.ops.cropr.attend(x, queries, x.shape[-1] ** -0.5)
+        out, scores = torch.ops.cropr.attend_scores(x, queries, x.shape[-1] ** -0.5)
         out = out + self.mlp(self.norm1(out))
-        return self.head(self.norm2(out))
+        return self.head(self.norm2(out)), scores
 
 
 def fold_queries(queries: Tensor) -> Tensor:
@@ -74,18 +74,25 @@ class Cropr(nn.Module):
         """The folded query (D,), float32, without gradient."""
         return fold_queries(self.queries)
 
-    def predict(self, x: Tensor) -> Tensor | None:
-        """Auxiliary prediction from x (B, N, D): (B, outputs) with one query, else (B, M, outputs).
+    def predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
 
-        None where the module has no aggregator. Gradient for the module's own parameters only.
+        The prediction is (B, outputs) with one query, else (B, M, outputs), with gradient for the module's own
+        parameters only. Both are None where the module has no aggregator. Under autocast the tokens are read, and
+        scored, in the autocast dtype.
         """
         if self.aggregator is None:
-            return None
-        prediction = self.aggregator(x, self.queries)
-        return prediction.squeeze(1) if self.queries.shape[0] == 1 else prediction
+            return None, None
+        prediction, scores = self.aggregator(x, self.queries)
+        return prediction.squeeze(1) if self.queries.shape[0] == 1 else prediction, scores
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0) -> Split:
-        """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`."""
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
+        """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.
+
+        With scores (B, N) from `predict` x is not read a second time to score it.
+        """
+        if scores is not None:
+            return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix))
         return Split(*torch.ops.cropr.prune(x, self.query(), num_keep, num_prefix))
 
 
@@ -101,11 +108,11 @@ class FoldedCropr(nn.Module):
     def query(self) -> Tensor:
         return self.folded
 
-    def predict(self, x: Tensor) -> None:
-        return None
+    def predict(self, x: Tensor) -> tuple[None, None]:
+        return None, None
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0) -> Split:
-        """Split x (B, N, D) exactly as the module it was folded from."""
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
+        """Split x (B, N, D) exactly as the module it was folded from; it has no scores to be given."""
         return Split(*torch.ops.cropr.prune(x, self.folded, num_keep, num_prefix))
 
 

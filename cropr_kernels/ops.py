@@ -34,9 +34,15 @@ _OPS = (
         " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
         "rows",
     ),
+    (
+        "split(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix=0)"
+        " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
+        "rows",
+    ),
     ("gather(Tensor x, Tensor idx) -> Tensor", "rows"),
     ("restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor", "rows"),
     ("attend(Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
+    ("attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", "attend"),
     ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
     # The residual stream of the engine: x stays in place, idx names the tokens still alive (None: all).
     ("gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor", "stream"),
@@ -97,6 +103,16 @@ def _(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tenso
 @torch.library.register_fake("cropr::prune", lib=_library)
 def _(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _checks.prune(x, query, num_keep, num_prefix)
+    return _fake_split(x, num_keep)
+
+
+@torch.library.register_fake("cropr::split", lib=_library)
+def _(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.split(x, scores, num_keep, num_prefix)
+    return _fake_split(x, num_keep)
+
+
+def _fake_split(x: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n, dim = x.shape
     return (
         x.new_empty((batch, num_keep, dim)),
@@ -122,6 +138,13 @@ def _(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Ten
 def _(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     _checks.attend("attend", x, queries)
     return x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
+
+
+@torch.library.register_fake("cropr::attend_scores", lib=_library)
+def _(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _checks.attend("attend_scores", x, queries)
+    out = x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
+    return out, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("cropr::attend_backward", lib=_library)
@@ -233,15 +256,17 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return zeros.scatter_add(1, idx.unsqueeze(-1).expand_as(grad), grad), None
 
 
-def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, queries, ctx.scale = inputs
+    out, *scores = output if isinstance(output, tuple) else (output,)
     if ctx.needs_input_grad[1]:
         ctx.save_for_backward(x, queries)
+        ctx.mark_non_differentiable(*scores)
     else:
-        ctx.mark_non_differentiable(output)
+        ctx.mark_non_differentiable(out, *scores)
 
 
-def _attend_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+def _attend_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[None, Tensor | None, None]:
     if not ctx.needs_input_grad[1]:
         return None, None, None
     x, queries = ctx.saved_tensors
@@ -252,9 +277,11 @@ for _name, _backward, _setup in (
     ("scores", _nothing, _no_gradient),
     ("select", _nothing, _no_gradient),
     ("prune", _prune_backward, _prune_setup),
+    ("split", _prune_backward, _prune_setup),
     ("gather", _gather_backward, _gather_setup),
     ("restore", _restore_backward, _restore_setup),
     ("attend", _attend_backward, _attend_setup),
+    ("attend_scores", _attend_backward, _attend_setup),
     ("attend_backward", _nothing, _no_gradient),
 ):
     torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
@@ -269,7 +296,7 @@ def _score_flops(x_shape: tuple[int, ...], query_shape: tuple[int, ...], *args: 
     return 2 * batch * n * dim
 
 
-@register_flop_formula([torch.ops.cropr.select, torch.ops.cropr.gather, torch.ops.cropr.restore])
+@register_flop_formula([torch.ops.cropr.select, torch.ops.cropr.split, torch.ops.cropr.gather, torch.ops.cropr.restore])
 def _no_flops(*args: Any, **kwargs: Any) -> int:
     return 0
 
@@ -289,7 +316,7 @@ def _add_select_flops(
     return 2 * batch * count * dim
 
 
-@register_flop_formula(torch.ops.cropr.attend)
+@register_flop_formula([torch.ops.cropr.attend, torch.ops.cropr.attend_scores])
 def _attend_flops(x_shape: tuple[int, ...], queries_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     batch, n, dim = x_shape
     return 4 * batch * queries_shape[0] * n * dim  # logits and weighted sum

@@ -43,19 +43,18 @@ class Pruned:
         x, rope = find_adapter(self).embed(self, images)
         stack: CroprModules = self.cropr
         counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
-        functional = isinstance(stack.engine, str) or self.training or departures or torch.compiler.is_exporting()
-        if not (functional or _needs_gradient(x)):
-            prefix = self.num_prefix_tokens
+        engine, prefix = stack.engine, self.num_prefix_tokens
+        functional = self.training or departures or torch.compiler.is_exporting() or _needs_gradient(x)
+        if not (functional or isinstance(engine, str)):
             x = x.contiguous()
-            return run_stream(
-                stack.engine, stack, counts, x, self.norm, num_prefix=prefix, llf=stack.llf, rope=rope
-            ), []
+            x = run_stream(engine, stack, counts, x, self.norm, num_prefix=prefix, llf=stack.llf, rope=rope)
+            return x, []
         x, aux = run_blocks(
             self.blocks,
             stack,
             counts,
             x,
-            num_prefix=self.num_prefix_tokens,
+            num_prefix=prefix,
             llf=stack.llf,
             rope=rope,
             training=self.training,

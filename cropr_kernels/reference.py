@@ -48,7 +48,12 @@ def gather(x: Tensor, idx: Tensor) -> Tensor:
 
 def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Split the tokens into the num_keep that stay and the others, with their positions."""
-    kept_idx, pruned_idx = select(scores(x, query), num_keep, num_prefix)
+    return split(x, scores(x, query), num_keep, num_prefix)
+
+
+def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prune by scores (B, N) that are known already."""
+    kept_idx, pruned_idx = select(scores, num_keep, num_prefix)
     return gather(x, kept_idx), kept_idx, gather(x, pruned_idx), pruned_idx
 
 
@@ -64,6 +69,11 @@ def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     tokens = x.detach().to(acc)
     logits = scale * (queries.to(acc) @ tokens.transpose(1, 2))
     return (logits.softmax(-1) @ tokens).to(x.dtype)
+
+
+def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The attention together with the scores that prune would compute from the same tokens and queries."""
+    return attend(x, queries, scale), scores(x, queries)
 
 
 # The residual stream: x (B, N, D) stays where it is, idx (B, K) names the tokens still alive; None: all of them.

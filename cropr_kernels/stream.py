@@ -62,11 +62,12 @@ def run_blocks(
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         if layer >= len(modules):
             continue
-        if training and (prediction := modules[layer].predict(x)) is not None:
+        prediction, scores = modules[layer].predict(x) if training else (None, None)
+        if prediction is not None:
             aux.append(prediction)
         if counts[layer] == x.shape[1]:
             continue
-        x, kept_idx, pruned, pruned_idx = modules[layer](x, counts[layer], num_prefix)
+        x, kept_idx, pruned, pruned_idx = modules[layer](x, counts[layer], num_prefix, scores)
         left = pruned_idx if positions is None else positions.gather(1, pruned_idx)
         positions = kept_idx if positions is None else positions.gather(1, kept_idx)
         if llf:

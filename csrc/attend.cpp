@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "rows.h"
 #include "simd.h"
 #include "tensor.h"
 
@@ -60,25 +61,29 @@ void scaled(const A* from, A factor, int64_t count, A* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
 }
 
-// weight (N,) = softmax(query . x), for one image and one already scaled query.
+// weight (N,) = softmax(scale * query . x), for one image and one query; the products alone go to raw, if not null.
 template <typename T>
-void attention_row(const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T>* weight) {
+void attention_row(
+    const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T> scale, acc_t<T>* weight,
+    float* raw) {
   dot_rows<T>(x, stride, n, dim, query, weight);
-  const acc_t<T> top = *std::max_element(weight, weight + n);
+  if (raw != nullptr) std::copy_n(weight, n, raw);
+  const auto [low, high] = std::minmax_element(weight, weight + n);
+  const acc_t<T> top = scale * (scale < 0 ? *low : *high);
   acc_t<T> sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += weight[i] = std::exp(weight[i] - top);
+  for (int64_t i = 0; i < n; ++i) sum += weight[i] = std::exp(scale * weight[i] - top);
   for (int64_t i = 0; i < n; ++i) weight[i] /= sum;
 }
 
 template <typename T>
-void attend_one(const Tensor& x, const std::vector<acc_t<T>>& query, const Tensor& out) {
+void attend_one(const Tensor& x, const acc_t<T>* query, acc_t<T> scale, const Tensor& out, float* raw) {
   using A = acc_t<T>;
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
   parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> weight(n), sum(dim);
     for (int64_t b = begin; b < end; ++b) {
       const T* image = data<T>(x) + b * x.stride(0);
-      attention_row<T>(image, stride, n, dim, query.data(), weight.data());
+      attention_row<T>(image, stride, n, dim, query, scale, weight.data(), raw ? raw + b * n : nullptr);
       std::fill(sum.begin(), sum.end(), A(0));
       weighted_sum<T>(image, stride, n, dim, weight.data(), sum.data());
       T* row = mutable_data<T>(out) + b * dim;
@@ -107,20 +112,26 @@ Tensor scaled_queries(const Tensor& queries, double scale) {
   return out;
 }
 
-Tensor attend(const Tensor& x, const Tensor& queries, double scale) {
-  check_attend("attend", x, queries);
+// Writes the scores (B, N) of cropr::scores too, if asked for: one query has them at hand.
+Tensor attend_all(const char* op, const Tensor& x, const Tensor& queries, double scale, float* scores) {
+  check_attend(op, x, queries);
   const int64_t batch = x.size(0), count = queries.size(0), dim = x.size(2);
   const Tensor dense = with_dense_rows(x);
   Tensor out = empty({batch, count, dim}, x.scalar_type());
-  if (out.numel() == 0) return out;
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Tensor query = scaled_queries<A>(queries, scale);
     if (count == 1) {
-      attend_one<T>(dense, std::vector<A>(data<A>(query), data<A>(query) + dim), out);
+      attend_one<T>(dense, data<A>(as_acc<A>(queries)), static_cast<A>(scale), out, scores);
       return;
     }
+    if (scores != nullptr) {
+      Scratch<A> folded(dim);
+      fold_query(queries, folded.data());
+      score_batch(Rows<T>(dense), folded.data(), scores);
+    }
+    if (out.numel() == 0) return;
+    const Tensor query = scaled_queries<A>(queries, scale);
     for (int64_t b = 0; b < batch; ++b) {
       const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
       Tensor target = torch::stable::select(out, 0, b);
@@ -130,10 +141,21 @@ Tensor attend(const Tensor& x, const Tensor& queries, double scale) {
   return out;
 }
 
+Tensor attend(const Tensor& x, const Tensor& queries, double scale) {
+  return attend_all("attend", x, queries, scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor> attend_scores(const Tensor& x, const Tensor& queries, double scale) {
+  check_attend("attend_scores", x, queries);
+  Tensor scores = empty({x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor out = attend_all("attend_scores", x, queries, scale, mutable_data<float>(scores));
+  return {out, scores};
+}
+
 // With p = softmax(scale q.x): dq = scale * sum_n p_n (g.x_n - g.out) x_n, and out = sum_n p_n x_n.
 template <typename T>
 void attend_one_backward(
-    const Tensor& x, const std::vector<acc_t<T>>& query, const acc_t<T>* grad, double scale, acc_t<T>* grad_query) {
+    const Tensor& x, const acc_t<T>* query, const acc_t<T>* grad, double scale, acc_t<T>* grad_query) {
   using A = acc_t<T>;
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
   std::vector<A> per_image(batch * dim, A(0));  // summed in order afterwards: the same bits on any thread count
@@ -141,7 +163,7 @@ void attend_one_backward(
     std::vector<A> weight(n), slope(n);
     for (int64_t b = begin; b < end; ++b) {
       const T* image = data<T>(x) + b * x.stride(0);
-      attention_row<T>(image, stride, n, dim, query.data(), weight.data());
+      attention_row<T>(image, stride, n, dim, query, static_cast<A>(scale), weight.data(), nullptr);
       dot_rows<T>(image, stride, n, dim, grad + b * dim, slope.data());
       A mean = 0;
       for (int64_t i = 0; i < n; ++i) mean += weight[i] * slope[i];
@@ -168,16 +190,15 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
   return with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Tensor query = scaled_queries<A>(queries, scale);
     const Tensor grad = as_acc<A>(grad_out);
     Tensor sum = empty({count, dim}, acc_dtype<A>);
     A* total = mutable_data<A>(sum);
     std::fill_n(total, count * dim, A(0));
     if (count == 1) {
-      const std::vector<A> only(data<A>(query), data<A>(query) + dim);
-      attend_one_backward<T>(dense, only, data<A>(grad), scale, total);
+      attend_one_backward<T>(dense, data<A>(as_acc<A>(queries)), data<A>(grad), scale, total);
       return as_dtype(sum, queries.scalar_type());
     }
+    const Tensor query = scaled_queries<A>(queries, scale);
     for (int64_t b = 0; b < batch; ++b) {
       const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
       const Tensor weight = attention<A>(query, tokens);
@@ -204,6 +225,7 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
 
 STABLE_TORCH_LIBRARY_IMPL(cropr, CPU, library) {
   library.impl("attend", TORCH_BOX(&attend));
+  library.impl("attend_scores", TORCH_BOX(&attend_scores));
   library.impl("attend_backward", TORCH_BOX(&attend_backward));
 }
 

@@ -77,11 +77,12 @@ std::tuple<Returned, Returned> select(const Tensor& scores, int64_t num_keep, in
   return {kept_idx.release(), pruned_idx.release()};
 }
 
-std::tuple<Returned, Returned, Returned, Returned> prune(
-    const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix) {
-  check_tokens_and_query("prune", x, query);
+using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
+
+// Kept and pruned rows with their positions, by the scores of the query or, if that is null, by given ones (B, N).
+SplitOutputs split_rows(
+    const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix) {
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
-  check_counts("prune", n, num_keep, num_prefix);
   const Tensor dense = with_dense_rows(x);
   Output kept({batch, num_keep, dim}, x.scalar_type());
   Output kept_idx({batch, num_keep}, ScalarType::Long);
@@ -91,7 +92,7 @@ std::tuple<Returned, Returned, Returned, Returned> prune(
     using T = decltype(tag);
     const Rows<T> rows(dense);
     Scratch<acc_t<T>> folded(dim);
-    fold_query(query, folded.data());
+    if (query != nullptr) fold_query(*query, folded.data());
     T* kept_out = kept.data<T>();
     T* pruned_out = pruned.data<T>();
     int64_t* kept_pos = kept_idx.data<int64_t>();
@@ -115,21 +116,40 @@ std::tuple<Returned, Returned, Returned, Returned> prune(
         Scratch<float> values(n);
         Scratch<select_key_t<float>> keys(n);
         for (int64_t b = begin; b < end; ++b) {
-          score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
-          select_from(b, values.data(), keys.data());
+          if (query != nullptr) score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
+          select_from(b, query != nullptr ? values.data() : given + b * n, keys.data());
           copy(b, 0, n);
         }
       });
     } else {
-      Scratch<float> values(batch * n);
+      Scratch<float> values(query != nullptr ? batch * n : 0);
       Scratch<select_key_t<float>> keys(n);
-      score_batch(rows, folded.data(), values.data());
-      for (int64_t b = 0; b < batch; ++b) select_from(b, values.data() + b * n, keys.data());
+      if (query != nullptr) score_batch(rows, folded.data(), values.data());
+      const float* scores = query != nullptr ? values.data() : given;
+      for (int64_t b = 0; b < batch; ++b) select_from(b, scores + b * n, keys.data());
       parallel_for(
           0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
     }
   });
   return {kept.release(), kept_idx.release(), pruned.release(), pruned_idx.release()};
+}
+
+SplitOutputs prune(const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix) {
+  check_tokens_and_query("prune", x, query);
+  check_counts("prune", x.size(1), num_keep, num_prefix);
+  return split_rows(x, &query, nullptr, num_keep, num_prefix);
+}
+
+SplitOutputs split(const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
+  check_cpu("split", "scores", scores);
+  check_dim("split", "x", x, 3, "(B, N, D)");
+  check_float("split", "x", x);
+  if (scores.scalar_type() != ScalarType::Float) fail("split: scores must be float32, got ", dtype_of(scores));
+  if (scores.dim() != 2 || scores.size(0) != x.size(0) || scores.size(1) != x.size(1))
+    fail("split: scores must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(scores));
+  check_counts("split", x.size(1), num_keep, num_prefix);
+  const Tensor dense = torch::stable::contiguous(scores);
+  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix);
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {
@@ -225,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(cropr, CPU, library) {
   library.impl("scores", TORCH_BOX(&scores));
   library.impl("select", TORCH_BOX(&select));
   library.impl("prune", TORCH_BOX(&prune));
+  library.impl("split", TORCH_BOX(&split));
   library.impl("gather", TORCH_BOX(&gather));
   library.impl("restore", TORCH_BOX(&restore));
 }

@@ -18,10 +18,15 @@ import cropr_kernels  # noqa: F401  (registers the ops)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STREAM = ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_")
-OPS = ("scores", "select", "prune", "gather", "restore", "attend", "attend_backward", *STREAM)
-FILES = {"prune": "rows", "gather": "rows", "restore": "rows", "attend_backward": "attend"} | dict.fromkeys(
-    STREAM, "stream"
-)
+OPS = ("scores", "select", "prune", "split", "gather", "restore", "attend", "attend_scores", "attend_backward", *STREAM)
+FILES = {
+    "prune": "rows",
+    "split": "rows",
+    "attend_scores": "attend",
+    "gather": "rows",
+    "restore": "rows",
+    "attend_backward": "attend",
+} | dict.fromkeys(STREAM, "stream")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,18 @@ def test_attend_is_at_most_twice_as_wrong_as_pytorch(backend, shape, dtype):
         assert error <= 2 * own_error + (64 if dtype == torch.float64 else 1) * rounding  # the oracle is float64 too
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend_scores_are_those_of_prune(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype, shape)
+    x, queries, _, scale = make(shape, dtype, backend.device)
+    for factor in (scale, -scale, 0.0):
+        out, raw = backend.attend_scores(x, queries, factor)
+        assert torch.equal(out, backend.attend(x, queries, factor))
+        assert raw.dtype == torch.float32 and raw.shape == x.shape[:2]
+        torch.testing.assert_close(raw, backend.scores(x, queries), rtol=1e-5, atol=1e-4)
+
+
 def test_huge_logits_do_not_overflow(backend):
     x = 100 * tokens(1, 20, 64, torch.float32, backend.device)
     queries = torch.randn(3, 64, device=backend.device)

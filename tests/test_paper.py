@@ -165,7 +165,7 @@ def test_auxiliary_prediction_is_the_aggregator_of_the_paper():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    state, got = {name: p.detach() for name, p in module.named_parameters()}, module.predict(x).detach()
+    state, got = {name: p.detach() for name, p in module.named_parameters()}, module.predict(x)[0].detach()
     for b in range(2):
         for m in range(3):
             weights = torch.stack([state["queries"][m] @ t / 4.0 for t in x[b]]).softmax(0)

@@ -145,3 +145,15 @@ def test_more_than_two_billion_elements_are_addressed(kernels):
     query = torch.randn(dim, device=kernels.device)
     for a, b in zip(kernels.prune(x, query, 4, 1), kernels.prune(values, query, 4, 1)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_split_is_prune_with_known_scores(backend, shape, dtype):
+    batch, n, dim, keep, prefix = shape
+    x, query = tokens(batch, n, dim, dtype, backend.device), torch.randn(dim, device=backend.device)
+    known = backend.scores(x, query)
+    for scores in (known, known.t().contiguous().t()):
+        got = backend.split(x, scores, keep, prefix)
+        for a, b in zip(got, backend.prune(x, query, keep, prefix)):
+            assert same_bits(a, b) if a.is_floating_point() else torch.equal(a, b)

@@ -53,7 +53,8 @@ def variants(dtype):
     yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
     for flag in (False, True):
         yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
-        yield attend.attend_one_kernel, {"BACKWARD": flag, "BLOCK_N": 8, "BLOCK_D": 2048}, 8
+        one = {"BACKWARD": flag, "RAW": not flag, "SCALE": 0.03, "BLOCK_N": 8, "BLOCK_D": 2048}
+        yield attend.attend_one_kernel, one, 8
         yield attend.softmax_kernel, {"BACKWARD": flag, "BLOCK_N": 1024}, 4
         yield (
             attend.weighted_rows_kernel,
@@ -73,6 +74,8 @@ def signature(kernel, dtype, constants):
             types[name] = "*i64"
         elif name == "tickets_ptr":
             types[name] = "*i32"
+        elif name == "raw_ptr":
+            types[name] = "*fp32"
         elif name == "eps":
             types[name] = "fp32"
         elif name in ("query_ptr", "logits_ptr", "slope_ptr") or (

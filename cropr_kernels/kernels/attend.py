@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._launch import PINNED, acc_dtype, dense_rows
+from .scores import scores
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -21,12 +22,12 @@ _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an
 
 @triton.jit(do_not_specialize=["n"])
 def attend_one_kernel(
-    x_ptr, query_ptr, grad_ptr, out_ptr, stride_xb, stride_xn, n, dim,
-    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, query_ptr, grad_ptr, out_ptr, raw_ptr, stride_xb, stride_xn, n, dim,
+    SCALE: tl.constexpr, BACKWARD: tl.constexpr, RAW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = softmax(q.x) x, or with BACKWARD this image's share of the gradient of q.
+    """out[b] = softmax(scale q.x) x, or with BACKWARD this image's share of the gradient of q. With RAW q.x as well.
 
-    With p = softmax(q.x) and s_n = g.x_n: dq = sum p s x - (sum p s) sum p x. All three sums run in one pass.
+    With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three sums in one pass.
     """
     b = tl.program_id(0).to(tl.int64)
     acc_type: tl.constexpr = query_ptr.dtype.element_ty
@@ -43,7 +44,10 @@ def attend_one_kernel(
         rows = start + tl.arange(0, BLOCK_N)
         x_tile_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn + cols[None, :]
         x = tl.load(x_tile_ptr, mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0).to(acc_type)
-        logits = tl.where(rows < n, tl.sum(x * q[None, :], axis=1), float("-inf"))
+        raw = tl.sum(x * q[None, :], axis=1)
+        if RAW:
+            tl.store(raw_ptr + b * n + rows, raw.to(tl.float32), mask=rows < n)
+        logits = tl.where(rows < n, raw * SCALE, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=0))
         rescale = tl.exp(top - new_top)
         p = tl.exp(logits - new_top)
@@ -144,12 +148,15 @@ def weighted_rows_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_one(x: Tensor, query: Tensor, grad: Tensor | None, out: Tensor) -> None:
+def _launch_one(
+    x: Tensor, query: Tensor, scale: float, out: Tensor, *, grad: Tensor | None = None, raw: Tensor | None = None
+) -> None:
     batch, n, dim = x.shape
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](
-            x, query, out if grad is None else grad, out, x.stride(0), x.stride(1), n, dim,
-            BACKWARD=grad is not None, BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
+            x, query.to(acc_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
+            SCALE=scale, BACKWARD=grad is not None, RAW=raw is not None,  # a constant of the model: one variant
+            BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
         )  # fmt: skip
 
 
@@ -207,15 +214,28 @@ def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in float32."""
     _checks.attend("attend", x, queries)
-    x, queries = dense_rows(x), _scaled(queries, scale, x.dtype)
+    return _attend(x, queries, scale, None)
+
+
+def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Launch cropr::attend_scores: one query has the scores at hand, many are folded into one more pass."""
+    _checks.attend("attend_scores", x, queries)
+    if queries.shape[0] != 1:
+        return _attend(x, queries, scale, None), scores(x, queries)
+    raw = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return _attend(x, queries, scale, raw), raw
+
+
+def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Tensor:
+    x = dense_rows(x)
     (batch, n, dim), m = x.shape, queries.shape[0]
     out = x.new_empty((batch, m, dim))
     if not out.numel():
         return out
     if m == 1:
-        _launch_one(x, queries, None, out)
+        _launch_one(x, queries, scale, out, raw=raw)
         return out
-    queries = queries.to(x.dtype)
+    queries = _scaled(queries, scale, x.dtype).to(x.dtype)
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]
         logits = x.new_empty((part.shape[0], m, n), dtype=acc_dtype(x.dtype))
@@ -228,15 +248,15 @@ def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
 def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
     _checks.attend_backward(grad_out, x, queries)
-    x, scaled, acc = dense_rows(x), _scaled(queries, scale, x.dtype), acc_dtype(x.dtype)
+    x, acc = dense_rows(x), acc_dtype(x.dtype)
     (batch, n, dim), m = x.shape, queries.shape[0]
     if not grad_out.numel():
         return torch.zeros_like(queries, memory_format=torch.contiguous_format)
     if m == 1:
         per_image = x.new_empty((batch, dim), dtype=acc)
-        _launch_one(x, scaled, grad_out.contiguous(), per_image)
+        _launch_one(x, queries, scale, per_image, grad=grad_out.contiguous())
         return (per_image.sum(0, keepdim=True) * scale).to(queries.dtype)
-    scaled, grad = scaled.to(x.dtype), grad_out.to(x.dtype).contiguous()
+    scaled, grad = _scaled(queries, scale, x.dtype).to(x.dtype), grad_out.to(x.dtype).contiguous()
     total = x.new_zeros((m, dim), dtype=acc)
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]

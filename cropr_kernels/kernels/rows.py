@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ._launch import PINNED, dense_rows, width_block
 from .scores import launch_scores_select
+from .select import select
 
 _BLOCK_R = 8
 _NUM_WARPS = 4
@@ -88,10 +89,18 @@ def _launch_split(
 def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
     _checks.prune(x, query, num_keep, num_prefix)
+    return _split(x, *launch_scores_select(x, query, num_keep, num_prefix))
+
+
+def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch cropr::split in two: the selection, and one pass that moves every row."""
+    _checks.split(x, scores, num_keep, num_prefix)
+    return _split(x, *select(scores, num_keep, num_prefix))
+
+
+def _split(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = dense_rows(x)
-    batch, n, dim = x.shape
-    kept_idx, pruned_idx = launch_scores_select(x, query, num_keep, num_prefix)
-    kept, pruned = x.new_empty((batch, num_keep, dim)), x.new_empty((batch, n - num_keep, dim))
+    kept, pruned = (x.new_empty((x.shape[0], idx.shape[1], x.shape[2])) for idx in (kept_idx, pruned_idx))
     _launch_split(x, kept, kept_idx, pruned, pruned_idx, scatter=False)
     return kept, kept_idx, pruned, pruned_idx
 

@@ -1,0 +1,73 @@
+"""Races: many launches with random sizes and ties on two streams at once. The full number runs on a GPU only."""
+
+import random
+
+import pytest
+import torch
+
+from cropr_kernels import reference
+
+ops = torch.ops.cropr
+
+
+def launch(generator, device):
+    """One random call of prune and of add_select_, with scores that tie often; results and what they should be."""
+    batch, n, dim = generator.randint(1, 9), generator.choice([generator.randint(1, 300), 1025, 4097]), 16
+    prefix = generator.randint(0, min(n, 5))
+    keep = generator.randint(prefix, n)
+    x = torch.zeros(batch, n, dim, device=device)
+    x[..., 0] = torch.randint(-3, 4, (batch, n), device=device).float()
+    x[..., 1] = torch.arange(n, device=device)  # rows tell themselves apart
+    query = torch.zeros(dim, device=device)
+    query[0] = 1.0
+    kept, kept_idx, pruned, pruned_idx = ops.prune(x, query, keep, prefix)
+    idx, update = kept_idx, torch.zeros(batch, keep, dim, device=device)
+    again = generator.randint(min(prefix, keep), keep)
+    composed = ops.add_select_(
+        x.clone(), idx, update, None, query, torch.zeros(batch, dtype=torch.int32, device=device), again, prefix
+    )
+    return x, (kept, kept_idx, pruned, pruned_idx), composed, (keep, prefix, again)
+
+
+def verify(x, split, composed, counts):
+    kept, kept_idx, pruned, pruned_idx = split
+    keep, prefix, again = counts
+    expected = reference.select(x[..., 0], keep, prefix)
+    assert torch.equal(kept_idx, expected[0]) and torch.equal(pruned_idx, expected[1])
+    assert torch.equal(ops.restore(kept, kept_idx, pruned, pruned_idx), x)
+    assert torch.equal(composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0]))
+
+
+def test_random_calls_with_ties():
+    generator = random.Random(0)
+    for _ in range(150):
+        verify(*launch(generator, "cpu"))
+
+
+@pytest.mark.gpu
+def test_ten_thousand_launches_on_two_streams():
+    generator = random.Random(0)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(625):  # 16 launches of two ops before each look at the results
+        pending = []
+        for i in range(8):
+            with torch.cuda.stream(streams[i % 2]):
+                pending.append(launch(generator, "cuda"))
+        torch.cuda.synchronize()
+        for results in pending:
+            verify(*results)
+
+
+@pytest.mark.gpu
+def test_one_graph_replayed_many_times():
+    x, query = torch.randn(64, 577, 256, device="cuda"), torch.randn(256, device="cuda")
+    for _ in range(3):
+        ops.prune(x, query, 500, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.prune(x, query, 500, 1)
+    for _ in range(200):
+        x.normal_()
+        graph.replay()
+        expected = reference.select(ops.scores(x, query), 500, 1)
+        assert torch.equal(results[1], expected[0]) and torch.equal(results[3], expected[1])

@@ -11,6 +11,7 @@ stops at its minutes goes on where it stopped when started again. Weights are ra
 import argparse
 import copy
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,9 +168,11 @@ def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> 
     once = max(seconds_of(method, images, 1) for method in ready.values())
     calls = max(1, min(20, int(0.02 / once)))
     times: dict[str, list[float]] = {name: [] for name in ready}
+    order, shuffler = list(ready), random.Random(0)
     for _ in range(rounds):
-        for name, method in ready.items():
-            times[name].append(seconds_of(method, images, calls))
+        shuffler.shuffle(order)
+        for name in order:
+            times[name].append(seconds_of(ready[name], images, calls))
     median = {name: quantile(values, 0.5) for name, values in times.items()}
     if images.is_cuda:  # absolute times from a GPU only
         for name, values in times.items():

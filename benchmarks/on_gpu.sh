@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine that already has torch, triton, cmake, ninja, pybind11 and pytest: build
-# in place, tests, compute-sanitizer on small shapes, op sweep. Results go to $OUT after every cell.
-#   bash benchmarks/on_gpu.sh [tests|sanitize|ops|demo ...]     default: all of them
+# Everything that needs a GPU, on a machine that already has torch, triton, cmake, ninja, pybind11 and pytest. Builds in
+# place, then runs the named steps, each under ten minutes; results go to $OUT after every cell, so a run that is cut
+# off loses nothing, and the network sweep goes on where it stopped.
+#   bash benchmarks/on_gpu.sh [tests|sanitize|ops|kernels|networks|compiled|staircase|training|demo ...]    default: all
+# Afterwards copy $OUT/*.json to benchmarks/results/ and run benchmarks/report.py and benchmarks/roofline.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu}
@@ -9,17 +11,31 @@ mkdir -p "$OUT"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python3 setup.py build_ext --inplace > "$OUT/build.log" 2>&1 || { tail -30 "$OUT/build.log"; exit 1; }
 status=0
-for step in "${@:-tests sanitize ops demo}"; do for part in $step; do
+logged() {  # logged NAME COMMAND...
+  local name=$1
+  shift
+  "$@" 2>&1 | tee "$OUT/$name.log" || status=1
+}
+for step in "${@:-tests sanitize ops kernels networks compiled staircase training demo}"; do for part in $step; do
+  echo "== $part"
   case $part in
-    tests) python3 -m pytest tests -q -p no:cacheprovider --junitxml="$OUT/tests.xml" 2>&1 | tee "$OUT/tests.log" || status=1 ;;
+    tests) logged tests python3 -m pytest tests -q -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
     sanitize)
       for check in memcheck racecheck; do
         compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/test_rows.py \
-          tests/test_select.py tests/test_attend.py -k "cuda and (shape0 or shape2 or hard or layout)" \
+          tests/test_select.py tests/test_attend.py tests/test_stream.py \
+          -k "cuda and (shape0 or shape2 or hard or layout)" \
           > "$OUT/$check.log" 2>&1 || { status=1; tail -20 "$OUT/$check.log"; }
       done ;;
-    ops) python3 benchmarks/gpu.py --out "$OUT/gpu_ops.json" 2>&1 | tee "$OUT/ops.log" || status=1 ;;
-    demo) python3 examples/demo.py --out "$OUT" 2>&1 | tee "$OUT/demo.log" || status=1 ;;
+    ops) logged ops python3 benchmarks/gpu.py --out "$OUT/gpu_ops.json" ;;
+    kernels) logged kernels python3 benchmarks/gpu_kernels.py --out "$OUT/gpu_kernels.json" ;;
+    networks) logged networks python3 benchmarks/networks.py --out "$OUT/cuda_networks.json" ;;
+    compiled)
+      logged compiled python3 benchmarks/networks.py --modes compiled --models vit_small_patch16_224 \
+        vit_large_patch16_224 --batches 1 64 --out "$OUT/cuda_networks.json" ;;
+    staircase) logged staircase python3 benchmarks/staircase.py --out "$OUT/cuda_staircase.json" ;;
+    training) logged training python3 benchmarks/training.py --out "$OUT/cuda_training.json" ;;
+    demo) logged demo python3 examples/demo.py --out "$OUT" ;;
     *) echo "unknown step: $part"; exit 2 ;;
   esac
 done; done

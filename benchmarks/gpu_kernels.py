@@ -1,0 +1,174 @@
+"""Every other kernel on a CUDA GPU: selection, the engine's stream, restore, attend. A file after every cell.
+
+python benchmarks/gpu_kernels.py [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
+
+Replayed graphs taking turns, medians, as in gpu.py; cold inputs are copies that exceed the L2 together. The marginal
+cost of pruning is add_select_ and gather_norm together, less the add_norm_ that a block without pruning would run.
+With --device cpu the same calls are checked and timed by the clock: that tests this script, and measures nothing.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import GPU_SHAPES, RESULTS, environment, name_of, num_keep, quantile, save
+from gpu import COLD_BYTES, capture, replay
+from torch import Tensor
+
+from cropr_kernels import reference
+
+ops = torch.ops.cropr
+Calls = dict[str, Callable[[Tensor], Any]]
+
+
+def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
+    """Microseconds of one call of each, medians with p10 and p90."""
+    if inputs[0].is_cuda:
+        times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
+    else:
+        times = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for x in inputs:
+                    call(x)
+                times[name].append(1e6 * (time.perf_counter() - start) / len(inputs))
+    row: dict[str, Any] = {}
+    for name, values in times.items():
+        row[f"{name}, us"] = round(quantile(values, 0.5), 3)
+        row[f"{name}, us p10 p90"] = [round(quantile(values, q), 3) for q in (0.1, 0.9)]
+    return row
+
+
+def copies(x: Tensor, cold: bool) -> list[Tensor]:
+    if not cold:
+        return [x] * 4
+    return [x.clone() for _ in range(min(max(2, COLD_BYTES // max(x.nbytes, 1)), 64) if x.is_cuda else 2)]
+
+
+def require(fine: bool, what: str) -> None:
+    if not fine:
+        raise RuntimeError(f"{what} gives a wrong result: not timed")
+
+
+def selection(shape: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
+    scores, keep = torch.randn(shape, device=device), num_keep(shape[1])
+    got, expected = ops.select(scores, keep, 1), reference.select(scores, keep, 1)
+    require(all(torch.equal(a, b) for a, b in zip(got, expected)), "select")
+    calls: Calls = {
+        "select": lambda s: ops.select(s, keep, 1),
+        "topk": lambda s: s.topk(keep, dim=1).indices,
+        "argsort": lambda s: s.argsort(dim=1, descending=True),
+    }
+    return {"kernel": "select", "shape": list(shape)} | timed(calls, [scores] * 4, rounds)
+
+
+def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> dict[str, Any]:
+    """One block's end, with and without pruning, on the residual stream; LLF and its concatenation."""
+    batch, n, dim = shape
+    keep = num_keep(n)
+    x = torch.randn(shape, device=device).to(dtype)
+    update, weight, bias = (torch.randn(s, device=device).to(dtype) for s in (shape, dim, dim))
+    query = torch.randn(dim, device=device)
+    tickets = torch.zeros(batch, dtype=torch.int32, device=device)
+    update *= 1e-3  # the stream is updated again and again
+    mine, plain = x.clone(), x.clone()
+    idx = ops.add_select_(mine, None, update, None, query, tickets, keep, 1)
+    reference.add_(plain, None, update, None)
+    require((mine.float() - plain.float()).abs().max().item() < 0.1, "add_select_")
+    require(torch.equal(idx, ops.select(ops.scores(mine, query), keep, 1)[0]) or dtype != torch.float64, "add_select_")
+    normed = ops.gather_norm(mine, idx, weight, bias, 1e-6)
+    expected = reference.gather_norm(mine, idx, weight, bias, 1e-6)
+    require((normed.float() - expected.float()).abs().max().item() < 0.1, "gather_norm")
+    split = ops.prune(x, query, keep, 1)
+    require(torch.equal(ops.restore(*split), x), "restore")
+
+    def pruning(y: Tensor) -> Tensor:
+        chosen = ops.add_select_(y, None, update, None, query, tickets, keep, 1)
+        return ops.gather_norm(y, chosen, weight, bias, 1e-6)
+
+    calls: Calls = {
+        "add_norm_": lambda y: ops.add_norm_(y, None, update, None, weight, bias, 1e-6),
+        "add_select_": lambda y: ops.add_select_(y, None, update, None, query, tickets, keep, 1),
+        "gather_norm": lambda y: ops.gather_norm(y, idx, weight, bias, 1e-6),
+        "add_select_ + gather_norm": pruning,
+        "torch add + layer_norm": lambda y: torch.layer_norm(y.add_(update), (dim,), weight, bias, 1e-6),
+        "copy of x": lambda y: y.clone(),
+        "restore": lambda y: ops.restore(*split),
+        "concatenation": lambda y: torch.cat([split[0], split[2]], 1),
+    }
+    row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
+    row |= timed(calls, copies(x, cold), rounds)
+    row["marginal cost of pruning, us"] = round(row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3)
+    row["marginal cost / copy of x"] = round(row["marginal cost of pruning, us"] / row["copy of x, us"], 4)
+    return row
+
+
+def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    """The training aggregator, forward and backward, and the memory it saves for backward."""
+    x = torch.randn(batch, n, dim, device=device).to(dtype)
+    queries = torch.randn(m, dim, device=device).to(dtype).requires_grad_()
+    grad, scale = torch.randn(batch, m, dim, device=device).to(dtype), dim**-0.5
+
+    def torch_attend(tokens: Tensor) -> Tensor:
+        return torch.softmax(scale * (queries @ tokens.transpose(1, 2)), -1) @ tokens
+
+    def sdpa(tokens: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(queries.expand(batch, -1, -1), tokens, tokens)
+
+    def both_ways(attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: torch.autograd.grad(attend(tokens), queries, grad)[0]
+
+    mine = both_ways(lambda tokens: ops.attend_scores(tokens, queries, scale)[0])
+    theirs = both_ways(torch_attend)
+    got, expected = mine(x).float(), theirs(x).float()
+    require(((got - expected).norm() / expected.norm()).item() < 0.05, "attend")
+    calls: Calls = {"attend": mine, "torch": theirs, "SDPA": both_ways(sdpa)}
+    row = {"kernel": "attend", "shape": [batch, m, n, dim], "dtype": name_of(dtype)} | timed(calls, [x] * 2, rounds)
+    row["torch / attend"] = round(row["torch, us"] / row["attend, us"], 3)
+    row["SDPA / attend"] = round(row["SDPA, us"] / row["attend, us"], 3)
+    if x.is_cuda:
+        for name, attend in (("attend", lambda t: ops.attend_scores(t, queries, scale)[0]), ("torch", torch_attend)):
+            before = torch.cuda.memory_allocated()
+            kept = attend(x)
+            row[f"{name}, saved MiB"] = round((torch.cuda.memory_allocated() - before - kept.nbytes) / 2**20, 1)
+            del kept
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.json")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    device, rounds, small = options.device, options.rounds, options.device == "cpu"
+    shapes = [(2, 197, 384)] if small else list(GPU_SHAPES)
+    cells: list[Callable[[], dict[str, Any]]] = []
+    for choice in ((4, 197),) if small else ((256, 197), (64, 1025), (8, 9216), (1, 197)):
+        cells.append(lambda choice=choice: selection(choice, device, rounds))
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for cold in (True, False):
+                cells.append(lambda s=shape, d=dtype, c=cold: stream(s, d, device, c, rounds))
+    attends = (
+        ((2, 1, 50, 64), (2, 40, 50, 64))
+        if small
+        else ((256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024))
+    )
+    for sizes in attends:
+        cells.append(lambda sizes=sizes: attention(*sizes, torch.bfloat16, device, rounds))
+    env, rows = environment(device), []
+    for cell in cells:
+        rows.append(cell())
+        save(options.out, env, rows)
+        print({key: value for key, value in rows[-1].items() if "p10" not in key}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -91,6 +91,22 @@ def digits() -> str:
     return grid(["method", "tokens per block", "accuracy", "seeds"], body) + f"\n\n{where(env)}."
 
 
+def networks(device: str) -> str:
+    found = load(f"{device}_networks")
+    if found is None:
+        return "Not measured yet."
+    env, rows = found
+    methods = [key.removeprefix("unpruned / ") for key in rows[0] if key.startswith("unpruned / ")]
+    methods = [name for name in methods if name != "unpruned"]
+    body = [
+        [row["model"], str(row["batch"]), row["dtype"], row["mode"]]
+        + [f"{row[key]:.2f}" if (key := f"unpruned / {name}") in row else "-" for name in methods]
+        for row in rows
+    ]
+    note = "medians; the methods take turns in shuffled order; random weights"
+    return grid(["model", "batch", "dtype", "mode", *methods], body) + f"\n\n{where(env)}; {note}."
+
+
 def gpu_ops() -> str:
     found = load("gpu_ops")
     if found is None:
@@ -110,6 +126,7 @@ SECTIONS = {
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
     "digits": digits,
+    "cpu_networks": lambda: networks("cpu"),
     "gpu_ops": gpu_ops,
 }
 

@@ -5,10 +5,15 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
+from .adapters import find_adapter
+from .patch import apply, deploy, remove
+from .vit import PRESETS, create_vit
 
 
 def info() -> str:
@@ -25,7 +30,7 @@ def info() -> str:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts["cuda"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
-    for op in ("scores", "select", "prune", "gather", "restore", "attend"):
+    for op in sorted(ops.NAMES):
         kernels = {"CPU": "C++", "CUDA": "Triton"}
         has = [
             f"{key} ({language})"
@@ -33,16 +38,80 @@ def info() -> str:
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"cropr::{op}", key)
         ]
         facts[f"cropr::{op}"] = ", ".join(has)
+    return _lines(facts)
+
+
+def _lines(facts: dict[str, Any]) -> str:
     width = max(len(name) for name in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+
+
+def create_model(name: str) -> Any:
+    """A model with random weights by name: a preset of this package, else timm's.
+
+    Raises:
+        ValueError: neither knows the name.
+        ImportError: the name is not a preset, and timm is not installed.
+    """
+    if name in PRESETS:
+        return create_vit(name)
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not a preset of cropr_kernels; for timm's models: pip install cropr_kernels[timm]"
+        ) from error
+    if not timm.is_model(name):
+        raise ValueError(f"{name} is neither a preset of cropr_kernels nor a model of timm")
+    return timm.create_model(name)
+
+
+@torch.inference_mode()
+def model_info(name: str, rate: int, *, llf: bool) -> str:
+    """How a model would be pruned and what would run it, one fact per line."""
+    model = create_model(name).eval()
+    facts = {"model": f"{name}, {type(model).__module__}.{type(model).__name__}"}
+    facts["adapter"] = type(find_adapter(model)).__name__
+    counted: dict[int, float] = {}
+    for pruned_rate in (0, rate):
+        apply(model, rate=pruned_rate, llf=llf, num_outputs=0)
+        deployed = deploy(model)
+        size = model.patch_embed.patch_size
+        grid = getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
+        image = torch.zeros(1, 3, grid[0] * size[0], grid[1] * size[1])
+        with FlopCounterMode(display=False) as counter:
+            deployed(image)
+        counted[pruned_rate] = counter.get_total_flops() / 2e9
+        stack = deployed.cropr
+        remove(model)
+    tokens = model.num_prefix_tokens + grid[0] * grid[1]
+    counts = stack.schedule(tokens, len(model.blocks), model.num_prefix_tokens, llf)
+    facts["tokens"] = f"{tokens} of width {model.embed_dim}, {model.num_prefix_tokens} of them never pruned"
+    facts["blocks"] = f"{len(model.blocks)} x {type(model.blocks[0]).__name__}"
+    facts["kept after each block"] = " ".join(map(str, counts)) + (", all in the last block" if llf else "")
+    facts["GFLOPs an image"] = f"{counted[0]:.1f} unpruned, {counted[rate]:.1f} at rate {rate}"
+    facts["engine"] = (
+        f"off, the functional ops run it: {stack.engine}" if isinstance(stack.engine, str) else "zero-copy, every block"
+    )
+    return _lines(facts)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cropr", description="Token Cropr for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, build facts and the kernels of each op")
-    parser.parse_args(arguments)
-    print(info())
+    about = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
+    about.add_argument("model", nargs="?", help="a preset of cropr_kernels or a model of timm, with random weights")
+    about.add_argument("--rate", type=int, default=8, help="tokens dropped after each block (default: 8)")
+    about.add_argument("--llf", action="store_true", help="Last Layer Fusion")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        print(info())
+        return 0
+    try:
+        print(model_info(options.model, options.rate, llf=options.llf))
+    except (ImportError, TypeError, ValueError) as error:
+        print(f"cropr info: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -75,9 +75,9 @@ def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
     return launch
 
 
+NAMES = tuple(schema.partition("(")[0] for schema, _ in _OPS)
 _library = torch.library.Library("cropr", "DEF")
-for _schema, _module in _OPS:
-    _name = _schema.partition("(")[0]
+for _name, (_schema, _module) in zip(NAMES, _OPS):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _cuda_launcher(_name, _module), "CUDA")
 

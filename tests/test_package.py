@@ -1,6 +1,7 @@
 """The package as a whole: layers, the wheel, the missing extension, the command."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import cropr_kernels
-from cropr_kernels import cli
+from cropr_kernels import cli, ops
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cropr_kernels"
@@ -52,9 +53,29 @@ def test_info_names_every_op_and_its_kernels(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and cropr_kernels.__version__ in text
-    for op in ("scores", "select", "prune", "gather", "restore", "attend"):
-        assert f"cropr::{op}" in text
-    assert text.count("CPU (C++), CUDA (Triton)") == 6
+    for op in ops.NAMES:
+        assert re.search(rf"cropr::{op} +CPU \(C\+\+\), CUDA \(Triton\)", text), op
+
+
+def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
+    assert cli.main(["info", "vit_tiny_patch16_224", "--rate", "8", "--llf"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"kept after each block +189 181 173 165 157 149 141 133 125 117, all in the last block", text)
+    assert re.search(r"engine +zero-copy, every block", text)
+    assert re.search(r"tokens +197 of width 192, 1 of them never pruned", text)
+    assert cli.main(["info", "vit_tiny_patch16_224", "--rate", "40"]) == 1
+    assert "cropr info: rate 40 keeps" in capsys.readouterr().err
+
+
+def test_info_of_a_timm_model(capsys):
+    pytest.importorskip("timm", reason="timm is not installed")
+    assert cli.main(["info", "eva02_tiny_patch14_224"]) == 0
+    assert cli.main(["info", "vit_small_patch16_rope_224", "--rate", "4"]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", "beit_base_patch16_224"]) == 1
+    assert "no adapter for timm.models.beit.Beit; supported are" in capsys.readouterr().err
+    assert cli.main(["info", "vit_base_patch16_224_in21k_nonsense"]) == 1
+    assert "is neither a preset of cropr_kernels nor a model of timm" in capsys.readouterr().err
 
 
 def test_command_without_arguments_says_how_to_use_it(capsys):

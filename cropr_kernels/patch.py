@@ -44,7 +44,7 @@ class Pruned:
         stack: CroprModules = self.cropr
         counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
         engine, prefix = stack.engine, self.num_prefix_tokens
-        functional = self.training or departures or torch.compiler.is_exporting() or _needs_gradient(x)
+        functional = self.training or departures or _exporting() or _needs_gradient(x)
         if not (functional or isinstance(engine, str)):
             x = x.contiguous()
             x = run_stream(engine, stack, counts, x, self.norm, num_prefix=prefix, llf=stack.llf, rope=rope)
@@ -90,6 +90,12 @@ class Pruned:
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("forward_intermediates would run the blocks unpruned; call cropr.remove(model) first")
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces (its default, non-strict way): exported programs hold the functional ops."""
+    # Dynamo up to torch 2.11 takes is_exporting() for true in torch.compile as well.
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
 
 def _needs_gradient(x: Tensor) -> bool:

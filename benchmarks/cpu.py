@@ -62,22 +62,26 @@ class Turns:
 
 
 class Cell:
-    """One shape and dtype: inputs, a result that has been checked, and the times so far."""
+    """One shape and dtype and the times so far. Its tensors live only while it runs."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, with_compile: bool) -> None:
-        x, query = make_inputs(shape, dtype, "cpu")
-        self.shape, self.dtype, self.args = shape, dtype, (x, query, num_keep(shape[1]))
-        check(*self.args)
+        self.shape, self.dtype, self.keep = shape, dtype, num_keep(shape[1])
         functions = dict(RIVALS)
         if with_compile:
             functions |= {f"compiled {name}": compiled(RIVALS[name]) for name in ("published", "sort + index_select")}
         self.turns = Turns(functions)
 
+    def run(self, seconds: float) -> None:
+        """Check the result, then take turns for so long."""
+        args = (*make_inputs(self.shape, self.dtype, "cpu"), self.keep)
+        check(*args)
+        self.turns.run(args, seconds)
+
     def row(self) -> dict[str, Any]:
         steady, first = self.turns.steady, self.turns.first
         median = {name: quantile(values, 0.5) for name, values in steady.items()}
         row: dict[str, Any] = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
-        row |= {"keep": self.args[2], "turns": len(steady["prune"])}
+        row |= {"keep": self.keep, "turns": len(steady["prune"])}
         row["prune / copy of x"] = median["prune"] / median["copy of x"]
         for name in steady:
             if name not in ("prune", "copy of x"):
@@ -97,12 +101,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     env = environment("cpu")
-    cells = [
-        Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in tqdm(CPU_SHAPES)
-    ]
+    cells = [Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
     # Every cell comes up in every pass: a busy minute of the machine then falls on all of them, not on one.
     for cell in tqdm(cells * PASSES, desc="cpu ops", mininterval=1):
-        cell.turns.run(cell.args, options.seconds / PASSES)
+        cell.run(options.seconds / PASSES)
         rows = [done.row() for done in cells if done.turns.steady["prune"]]
         save(options.out, env, rows)
     for row in rows:

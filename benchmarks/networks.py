@@ -141,7 +141,7 @@ def launches(method: Method, images: Tensor) -> int:
     """CUDA kernels of one call, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         method(images)
         torch.cuda.synchronize()
     return sum(event.count for event in profiler.key_averages() if event.self_device_time_total > 0)

@@ -66,7 +66,7 @@ def pruning_share(model: nn.Module, images: Tensor) -> float:
     model = cropr.deploy(model, engine=False)
     on_gpu = images.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         model(images)
         synchronize(images.device)
     total = ours = 0.0

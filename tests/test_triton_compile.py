@@ -26,8 +26,8 @@ def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
         assert usage["REG"] <= 255, where
         assert usage["LOCAL"] == 0, where
         assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
-        # With 16 warps ptxas would rather put two registers on the stack than give up a second block per processor.
-        assert usage["STACK"] <= (8 if num_warps == 16 else 0), where
+        # With 16 warps ptxas would rather put a few registers on the stack than give up a second block per processor.
+        assert usage["STACK"] <= (16 if num_warps == 16 else 0), where
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -42,3 +42,17 @@ def test_rows_move_sixteen_bytes_at_a_time(dtype, scatter, tmp_path):
     assert stores
     assert all(".128" in store for store in stores), stores
     assert any(".128" in load for load in re.findall(r"LDG\.[\w.]+", sass))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_stream_moves_sixteen_bytes_at_a_time(dtype, tmp_path):
+    for kernel, constants, num_warps in variants(dtype):
+        if kernel.__name__ != "stream_kernel" or not constants["NORM"]:
+            continue
+        compiled = compile_kernel(kernel, constants, num_warps, dtype, 90)
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        stores, loads = re.findall(r"STG\.[\w.]+", sass), re.findall(r"LDG\.[\w.]+", sass)
+        assert stores and all(".128" in store for store in stores), (constants, stores)
+        assert sum(".128" in load for load in loads) >= len(stores), (constants, loads)

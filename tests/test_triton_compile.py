@@ -26,8 +26,9 @@ def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
         assert usage["REG"] <= 255, where
         assert usage["LOCAL"] == 0, where
         assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
-        # With 16 warps ptxas would rather put a few registers on the stack than give up a second block per processor.
-        assert usage["STACK"] <= (16 if num_warps == 16 else 0), where
+        # Outside loops over rows ptxas would rather put a few registers on the stack than have fewer warps at a time.
+        few = 32 if kernel.__name__ in ("scores_kernel", "stream_kernel") else 0
+        assert usage["STACK"] <= few, where
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -127,9 +127,9 @@ def split_width(dim: int) -> tuple[int, int]:
 
 
 def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows a program holds, about 64 bytes a thread, and the two blocks of their width."""
+    """Rows a program holds, 64 bytes of x a thread, and the two blocks of their width."""
     block_a, block_b = split_width(dim)
-    rows = max(1, 2048 // acc_dtype(dtype).itemsize * num_warps // (block_a + block_b))
+    rows = max(1, 2048 // dtype.itemsize * num_warps // (block_a + block_b))
     return {"BLOCK_R": 1 << (rows.bit_length() - 1), "BLOCK_A": block_a, "BLOCK_B": block_b}
 
 

@@ -11,6 +11,7 @@ Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,re
 
 from . import ops as ops
 from . import schedule as schedule
+from .calibration import calibrate as calibrate
 from .modules import Cropr as Cropr
 from .modules import Split as Split
 from .modules import loss as loss

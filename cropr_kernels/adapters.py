@@ -74,6 +74,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
+def pools_class_token(model: Any) -> bool:
+    """Whether the head looks at the class token alone; else it looks at the patches."""
+    pool = model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
+    return getattr(model, "cls_token", None) is not None and pool in ("token", "")
+
+
 def _known(module: str, *names: str) -> tuple[type, ...]:
     """Classes of a module that is already imported: nobody has one of them otherwise."""
     return tuple(cls for name in names if (cls := getattr(sys.modules.get(module), name, None)) is not None)

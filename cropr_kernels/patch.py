@@ -111,7 +111,12 @@ def _pruned_class(base: type) -> type:
     return _pruned_classes[base]
 
 
-def _require_pruned(model: Any, caller: str) -> CroprModules:
+def require_pruned(model: Any, caller: str) -> CroprModules:
+    """The modules of a pruned model.
+
+    Raises:
+        TypeError: the model is not pruned; the message names the caller.
+    """
     if not isinstance(model, Pruned):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
     return model.cropr
@@ -183,7 +188,7 @@ def remove(model: Any) -> Any:
     Raises:
         TypeError: the model is not pruned.
     """
-    stack = _require_pruned(model, "cropr.remove")
+    stack = require_pruned(model, "cropr.remove")
     for module, drop_prob in stack.last_drop_path:
         module.drop_prob = drop_prob
     del model.cropr
@@ -198,7 +203,7 @@ def set_rate(model: Any, rate: int) -> Any:
         TypeError: the model is not pruned.
         ValueError: the rate drops more tokens than there are at the model's image size.
     """
-    stack = _require_pruned(model, "cropr.set_rate")
+    stack = require_pruned(model, "cropr.set_rate")
     schedule = schedules.resolve(rate=rate)
     schedule(_default_tokens(model), len(model.blocks), model.num_prefix_tokens, stack.llf)
     stack.schedule = schedule
@@ -223,7 +228,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         TypeError: the model is not pruned.
         ValueError: cuda_graphs is negative.
     """
-    stack = _require_pruned(model, "cropr.deploy")
+    stack = require_pruned(model, "cropr.deploy")
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
@@ -247,7 +252,7 @@ def pruning_map(model: Any, images: Tensor) -> Tensor:
     Raises:
         TypeError: the model is not pruned.
     """
-    _require_pruned(model, "cropr.pruning_map")
+    require_pruned(model, "cropr.pruning_map")
     patch = model.patch_embed.patch_size
     height, width = images.shape[2] // patch[0], images.shape[3] // patch[1]
     prefix, depth = model.num_prefix_tokens, len(model.blocks)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "cropr_kernels"
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
     "kernels.attend", "kernels.stream", "ops", "schedule", "modules", "stream", "engine", "vit", "adapters", "patch",
-    "weights", "viz", "__init__", "cli",
+    "calibration", "weights", "viz", "__init__", "cli",
 ]  # fmt: skip
 
 

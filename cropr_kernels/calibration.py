@@ -1,0 +1,135 @@
+"""Queries in closed form: prune a pretrained model without labels and without training.
+
+The score is linear in the token, so the query that best predicts how much later blocks will attend to a token is the
+solution of one ridge regression per block. Only its normal equations are kept, (D, D) and (D,) per block, however
+many images stream past.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .adapters import find_adapter, pools_class_token
+from .modules import FoldedCropr
+from .patch import require_pruned
+
+
+class _AttentionInputs(TorchFunctionMode):
+    """Records the queries and keys (B, heads, N, C) of every scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key"), args)) | (kwargs or {})
+            self.seen.append((named["query"], named["key"]))
+        return func(*args, **(kwargs or {}))
+
+
+def importance(query: Tensor, key: Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
+    """How much the output attends to each patch: (B, patches) float32, each row sums to one.
+
+    Attention probabilities, averaged over heads and over the tokens that the head pools: the class token (the first),
+    or all patches where there is none.
+
+    Args:
+        query, key: (B, heads, N, C), as they enter the attention, rotary positions applied.
+        num_prefix: P, first tokens that are not patches.
+        class_token: whether the head pools the first token.
+    """
+    pooled = query[:, :, :1] if class_token else query[:, :, num_prefix:]
+    scale = query.shape[-1] ** -0.5
+    # An image at a time: for the patches' own queries this is the whole attention matrix.
+    images = zip(pooled.float(), key.float().transpose(-2, -1))
+    share = torch.stack([(q @ k * scale).softmax(-1).mean((0, 1)) for q, k in images])[:, num_prefix:]
+    return share / share.sum(1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank of each value in its row, from 0 to 1, minus one half."""
+    order = values.argsort(dim=1, stable=True).argsort(dim=1)
+    return order.double() / max(values.shape[1] - 1, 1) - 0.5
+
+
+def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+    if isinstance(images, Tensor):
+        yield from images.split(batch_size)
+        return
+    for batch in images:
+        yield batch[0] if isinstance(batch, tuple | list) else batch
+
+
+@torch.no_grad()
+def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2, batch_size: int = 32) -> Any:
+    """Set the queries of a pruned model in closed form, from unlabelled images and without training.
+
+    For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centred
+    per image, to how much the later blocks attend to them (`importance`, averaged over those blocks, as a rank).
+    Deterministic: the same images in the same order give the same bits. The queries have norm 1; the rates stay free:
+    one calibrated model serves them all.
+
+    Args:
+        model: pruned by `apply`, with attention through scaled_dot_product_attention; its backbone is only read.
+        images: (images, C, H, W), preprocessed as for inference, or an iterable of such batches, or of tuples that
+            start with one (a DataLoader). A few hundred are enough.
+        ridge: regularisation, as a share of the mean squared channel.
+        batch_size: images at a time where `images` is one tensor.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: there are no images, ridge is not positive, or a block has no attention to look at.
+    """
+    stack: Any = require_pruned(model, "cropr.calibrate")
+    if not ridge > 0:
+        raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
+    adapter, dim = find_adapter(model), model.embed_dim
+    device = next(model.parameters()).device
+    gram = torch.zeros(len(stack), dim, dim, dtype=torch.float64, device=device)
+    moment = torch.zeros(len(stack), dim, dtype=torch.float64, device=device)
+    count, was_training = 0, model.training
+    class_token = pools_class_token(model)
+    model.eval()
+    try:
+        for batch in _batches(images, batch_size):
+            x, rope = adapter.embed(model, batch.to(device))
+            tokens, attended = [], []
+            for layer, block in enumerate(model.blocks):
+                with _AttentionInputs() as attention:
+                    x = block(x) if rope is None else block(x, rope=rope)
+                if len(attention.seen) != 1:
+                    raise ValueError(
+                        f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, "
+                        f"called it {len(attention.seen)} times (timm: set fused attention)"
+                    )
+                query, key = attention.seen[0]
+                attended.append(importance(query, key, model.num_prefix_tokens, class_token=class_token))
+                tokens.append(x[:, model.num_prefix_tokens :])
+            for layer in range(len(stack)):
+                target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
+                rows = tokens[layer].double()
+                rows = rows - rows.mean(1, keepdim=True)
+                gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
+                moment[layer] += torch.einsum("bnd,bn->d", rows, target)
+            count += len(batch)
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("cropr.calibrate: needs at least one image, got none")
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    queries = F.normalize(torch.linalg.solve(gram, moment), dim=1)
+    for module, query in zip(stack, queries):
+        if isinstance(module, FoldedCropr):
+            module.folded.copy_(query)
+        else:
+            module.queries.copy_(query / module.queries.shape[0])
+    return model

@@ -1,0 +1,123 @@
+"""Closed-form queries: the regression itself, every family of models, determinism, refusals, real photos."""
+
+import copy
+
+import pytest
+import torch
+from models import MODELS, randomise, reference_vit, timm_vit
+
+import cropr_kernels as cropr
+from cropr_kernels.calibration import importance
+
+
+def slow_queries(model, images, ridge):
+    """The same from all tokens at once, with attention matrices written out by hooks on the reference ViT."""
+    outputs, attention = [], []
+
+    def record(block, args, output):
+        outputs.append(output[:, model.num_prefix_tokens :].double())
+
+    def look(module, args, kwargs, output):
+        q, k, _ = module.project(args[0])
+        shares = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        rows = shares[:, :1] if model.config.global_pool == "token" else shares[:, model.num_prefix_tokens :]
+        patches = rows.mean(1)[:, model.num_prefix_tokens :]
+        attention.append(patches / patches.sum(1, keepdim=True))
+
+    hooks = [block.register_forward_hook(record) for block in model.blocks]
+    hooks += [block.attn.register_forward_hook(look, with_kwargs=True) for block in model.blocks]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    queries = []
+    for layer in range(len(model.blocks) - 1):
+        target = sum(attention[layer + 1 :]) / len(attention[layer + 1 :])
+        ranks = torch.stack([torch.searchsorted(row.sort().values, row) / (row.numel() - 1) for row in target]).double()
+        x = outputs[layer] - outputs[layer].mean(1, keepdim=True)
+        x, t = x.flatten(0, 1), (ranks - ranks.mean(1, keepdim=True)).flatten()
+        a = x.T @ x
+        a += ridge * a.diagonal().mean() * torch.eye(a.shape[0], dtype=a.dtype)
+        q = torch.linalg.lstsq(a, (x.T @ t)[:, None]).solution[:, 0]
+        queries.append(q / q.norm())
+    return queries
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+        {"global_pool": "avg"},
+    ],
+)
+def test_queries_solve_the_ridge_regression(options):
+    model = randomise(reference_vit(**options)).eval()
+    images = torch.randn(6, 3, 64, 64)
+    with torch.no_grad():
+        expected = slow_queries(model, images, 1e-2)
+    cropr.apply(model, rate=8)
+    for batches in (images, images.split(4), [(images[:1], "labels"), (images[1:], None)]):
+        cropr.calibrate(model, batches, ridge=1e-2, batch_size=4)
+        for module, query in zip(model.cropr, expected):
+            torch.testing.assert_close(module.query().double(), query, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_family_calibrates_and_keeps_its_backbone(kind):
+    model = cropr.apply(randomise(MODELS[kind]()), rate=8, llf=True, num_queries=3).train()
+    before = {name: p.clone() for name, p in model.state_dict().items() if not name.endswith("queries")}
+    images = torch.randn(4, 3, 64, 64)
+    assert cropr.calibrate(model, images) is model and model.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    first = [module.query() for module in model.cropr]
+    assert all(query.norm().item() == pytest.approx(1.0, abs=1e-4) for query in first)
+    for module in model.cropr:
+        module.queries.data.normal_()
+    cropr.calibrate(model, images)
+    assert all(torch.equal(a, module.query()) for a, module in zip(first, model.cropr))
+    fast = cropr.calibrate(cropr.deploy(model), images)
+    for a, module in zip(first, fast.cropr):  # three queries sum to one only up to rounding
+        torch.testing.assert_close(a, module.query())
+    assert cropr.set_rate(fast, 4)(images).isfinite().all()
+
+
+def test_importance_is_the_share_of_attention():
+    query, key = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+    for class_token, rows in ((True, slice(0, 1)), (False, slice(2, None))):
+        share = importance(query, key, 2, class_token=class_token)
+        full = (query @ key.transpose(-2, -1) / 8**0.5).softmax(-1)[:, :, rows].mean((1, 2))[:, 2:]
+        torch.testing.assert_close(share, full / full.sum(1, keepdim=True))
+
+
+def test_refusals():
+    model = cropr.apply(reference_vit(), rate=8)
+    with pytest.raises(ValueError, match="needs at least one image, got none"):
+        cropr.calibrate(model, [])
+    with pytest.raises(ValueError, match="ridge must be positive, got 0"):
+        cropr.calibrate(model, torch.randn(1, 3, 64, 64), ridge=0)
+    with pytest.raises(TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"):
+        cropr.calibrate(reference_vit(), torch.randn(1, 3, 64, 64))
+    unfused = cropr.apply(timm_vit(), rate=8)
+    for block in unfused.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(ValueError, match="block 0 must call scaled_dot_product_attention once, called it 0 times"):
+        cropr.calibrate(unfused, torch.randn(1, 3, 64, 64))
+    assert unfused.training
+
+
+@pytest.mark.slow
+def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data):
+    from test_vit import read_photos
+
+    from cropr_kernels.weights import load_weights
+
+    model, _ = load_weights(data / "vit_tiny_p16_224_tin200_fp16.safetensors")
+    images, _ = read_photos(data, 100)
+    with torch.inference_mode():
+        expected = model.eval()(images[50:]).argmax(1)
+    calibrated = cropr.calibrate(cropr.apply(copy.deepcopy(model), rate=12), images[:50])
+    arbitrary = cropr.apply(model, rate=12)
+    with torch.inference_mode():
+        agreement = [(cropr.deploy(m)(images[50:]).argmax(1) == expected).sum().item() for m in (calibrated, arbitrary)]
+    assert agreement[0] > agreement[1] + 3 and agreement[0] >= 35

@@ -1,12 +1,16 @@
 """Prune on a CUDA GPU against its rivals: replayed graphs, cold and hot L2, medians; a file after every cell.
 
-python benchmarks/gpu.py [--out benchmarks/results/gpu_ops.json]
+python benchmarks/gpu.py [--minutes 9] [--out benchmarks/results/gpu_ops.json]
+
+A run that stops at its minutes goes on where it stopped when started again with the same --out.
 
 Cold: every replay works on another copy of x, and the copies together are several times the L2. Hot: always one.
 Bytes counted: x read once for the scores and once for the copy, every row written once, indices and scores on top.
 """
 
 import argparse
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,13 +97,21 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, *, cold: bool) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_ops.json")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after so long (default: 9)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    env, rows = environment("cuda"), []
-    for shape in GPU_SHAPES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    env, started = environment("cuda"), time.monotonic()
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    done = {(tuple(row["shape"]), row["dtype"], row["L2"]) for row in rows}
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for shape in GPU_SHAPES:
             for cold in (True, False):
+                if (shape, name_of(dtype), "cold" if cold else "hot") in done:
+                    continue
+                if time.monotonic() - started > 60 * options.minutes:
+                    print("out of minutes: start again to go on")
+                    return
                 rows.append(measure(shape, dtype, cold=cold))
                 save(options.out, env, rows)
                 print(

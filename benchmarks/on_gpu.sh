@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that already has torch, triton, cmake, ninja, pybind11 and pytest. Builds in
 # place, then runs the named steps, each under ten minutes; results go to $OUT after every cell, so a run that is cut
-# off loses nothing, and the network sweep goes on where it stopped.
-#   bash benchmarks/on_gpu.sh [tests|sanitize|ops|kernels|networks|compiled|staircase|training|demo ...]    default: all
+# off loses nothing.
+#   bash benchmarks/on_gpu.sh [tests|models|sanitize|ops|kernels|networks|compiled|staircase|training|demo ...]
+# Default: all of them. A step that runs out of minutes says so; start it again and it goes on where it stopped.
 # Afterwards copy $OUT/*.json to benchmarks/results/ and run benchmarks/report.py and benchmarks/roofline.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,15 +15,18 @@ status=0
 logged() {  # logged NAME COMMAND...
   local name=$1
   shift
-  "$@" 2>&1 | tee "$OUT/$name.log" || status=1
+  timeout 580 "$@" 2>&1 | tee "$OUT/$name.log" || status=1
 }
-for step in "${@:-tests sanitize ops kernels networks compiled staircase training demo}"; do for part in $step; do
+for step in "${@:-tests models sanitize ops kernels networks compiled staircase training demo}"; do for part in $step; do
   echo "== $part"
   case $part in
-    tests) logged tests python3 -m pytest tests -q -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
+    tests)
+      logged tests python3 -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" -k cuda tests/test_select.py \
+        tests/test_rows.py tests/test_attend.py tests/test_stream.py tests/test_contract.py ;;
+    models) logged models python3 -m pytest -q -p no:cacheprovider --junitxml="$OUT/models.xml" -m gpu tests ;;
     sanitize)
       for check in memcheck racecheck; do
-        compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/test_rows.py \
+        timeout 280 compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/test_rows.py \
           tests/test_select.py tests/test_attend.py tests/test_stream.py \
           -k "cuda and (shape0 or shape2 or hard or layout)" \
           > "$OUT/$check.log" 2>&1 || { status=1; tail -20 "$OUT/$check.log"; }

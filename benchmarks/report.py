@@ -107,6 +107,32 @@ def networks(device: str) -> str:
     return grid(["model", "batch", "dtype", "mode", *methods], body) + f"\n\n{where(env)}; {note}."
 
 
+def calibration() -> str:
+    found = load("calibration")
+    if found is None:
+        return "Not measured yet."
+    env, rows = found
+    body = []
+    for rate in dict.fromkeys(row["rate"] for row in rows):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["rate"] == rate and row["method"] == method]
+            agreement, divergence = ([row[key] for row in own] for key in ("agreement", "KL"))
+            body.append(
+                [
+                    str(rate),
+                    method,
+                    f"{statistics.mean(agreement):.1f} % ({min(agreement):.1f} to {max(agreement):.1f})",
+                    f"{statistics.mean(divergence):.3f} ({min(divergence):.3f} to {max(divergence):.3f})",
+                ]
+            )
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"{seeds} seeds, each with {env['photos']} Tiny-ImageNet photos to calibrate on, as many others to compare on"
+    )
+    head = ["rate", "scorer", "agreement with the unpruned model", "KL"]
+    return grid(head, body) + f"\n\nViT-Ti/16 at 224 px; {note}; mean, and range over seeds. {where(env)}."
+
+
 def gpu_ops() -> str:
     found = load("gpu_ops")
     if found is None:
@@ -126,6 +152,7 @@ SECTIONS = {
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
     "digits": digits,
+    "calibration": calibration,
     "cpu_networks": lambda: networks("cpu"),
     "gpu_ops": gpu_ops,
 }

@@ -82,9 +82,9 @@ def run_pretrained(out: Path, device: torch.device, weights: str | None) -> None
     labels = class_names(model.num_classes, metadata)
     pixels = (images - 0.5) / 0.5
     before = model(pixels).argmax(1).tolist()
-    cropr.apply(model, rate=photos.RATE)
+    cropr.calibrate(cropr.apply(model, rate=photos.RATE), pixels)
     after = model(pixels).argmax(1).tolist()
-    print(f"Classes of the photos, before and after pruning with R = {photos.RATE} (queries not trained):")
+    print(f"Classes of the photos, before and after pruning with R = {photos.RATE}, calibrated on these photos:")
     width = max(len(name) for name in names)
     for name, first, second in zip(names, before, after):
         same = "same" if first == second else labels[second]

@@ -23,6 +23,8 @@ from common import (
     topk_and_index_select,
 )
 
+from cropr_kernels import reference
+
 CELLS = [("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)] + [
     ("cuda", shape, dtype) for shape in GPU_SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]
@@ -69,7 +71,7 @@ def test_prune(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
     run(benchmark, cell[0], function, *cell)
 
 
-@pytest.mark.parametrize("name", ["scores", "select", "gather", "restore"])
+@pytest.mark.parametrize("name", ["scores", "select", "split", "gather", "restore"])
 def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     x, query, keep = cell
     ops = torch.ops.cropr
@@ -79,6 +81,7 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
     args = {
         "scores": (x, query),
         "select": (scores, keep, PREFIX),
+        "split": (x, scores, keep, PREFIX),
         "gather": (x, kept_idx),
         "restore": (kept, kept_idx, pruned, pruned_idx),
     }[name]
@@ -86,7 +89,33 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
     run(benchmark, x, getattr(ops, name), *args)
 
 
-@pytest.mark.parametrize("rival", ["cropr::attend", "PyTorch"])
+@pytest.mark.parametrize("name", ["gather_norm", "add_", "add_norm_", "add_select_", "rotate_"])
+def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
+    x, query, keep = cell
+    (batch, n, _), ops = x.shape, torch.ops.cropr
+    with torch.inference_mode():
+        idx = ops.prune(x, query, keep, PREFIX)[1]
+        update, weight, bias = torch.zeros_like(x[:, :keep]), torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+        tickets = torch.zeros(batch, dtype=torch.int32, device=x.device)
+        table = torch.zeros(n, 128, device=x.device)
+        table[:, 64:] = 1.0  # a rotation by nothing, as the update adds nothing: the values stay what they are
+        args: dict[str, tuple[Any, ...]] = {
+            "gather_norm": (x, idx, weight, bias, 1e-6),
+            "add_": (x, idx, update, None),
+            "add_norm_": (x, idx, update, None, weight, bias, 1e-6),
+            "add_select_": (x, idx, update, None, query, tickets, keep - 8, PREFIX),
+            "rotate_": (x[:, :keep].unflatten(2, (-1, 64)), table, idx, PREFIX),
+        }
+        before = x.clone()
+        got, expected = getattr(ops, name)(*args[name]), getattr(reference, name)(*args[name])
+        assert torch.equal(x, before)
+        if name.endswith("norm") or name.endswith("norm_"):
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    benchmark.group = f"{name} {tuple(x.shape)} {x.dtype} {x.device.type}"
+    run(benchmark, x, getattr(ops, name), *args[name])
+
+
+@pytest.mark.parametrize("rival", ["cropr::attend_scores", "PyTorch"])
 @pytest.mark.parametrize("count", [1, 196])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_attend_forward_and_backward(benchmark: Any, device: str, count: int, rival: str) -> None:
@@ -100,10 +129,10 @@ def test_attend_forward_and_backward(benchmark: Any, device: str, count: int, ri
         return torch.softmax(scale * (queries @ x.transpose(1, 2)), -1) @ x
 
     def fused() -> torch.Tensor:
-        return torch.ops.cropr.attend(x, queries, scale)
+        return torch.ops.cropr.attend_scores(x, queries, scale)[0]
 
     torch.testing.assert_close(fused(), plain(), rtol=1e-3, atol=1e-3)
-    function = fused if rival == "cropr::attend" else plain
+    function = fused if rival == "cropr::attend_scores" else plain
 
     def step() -> None:
         queries.grad = None

@@ -15,17 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, environment, save
-from networks import Stand
+from networks import Random, Stand
 from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
 from cropr_kernels.weights import load_weights
-
-
-class Random(Stand):
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
-        return cropr.Split(*torch.ops.cropr.split(x, torch.rand(x.shape[:2]), num_keep, num_prefix))
 
 
 class Variance(Stand):

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cropr_kernels.kernels import attend, rows, scores, select, stream
-from cropr_kernels.kernels._launch import PINNED
+from cropr_kernels.kernels._launch import PINNED, registers
 
 ARCHITECTURES = [80, 90, 100]
 TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -33,7 +33,7 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for n in (20, 197, 1025, 4096, 9216):
         constants, num_warps = select.select_blocks(n, torch_dtype)
         yield select.select_kernel, constants, num_warps
-        constants, num_warps = select.select_blocks(n, torch.float32)
+        constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
         num_warps = max(num_warps, 4)
         blocks = scores.row_blocks(768, num_warps, torch_dtype)
         yield scores.scores_kernel, {"SELECT": True, **blocks, **constants}, num_warps
@@ -45,7 +45,7 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield stream.stream_kernel, {**flags, **select.NO_SELECTION}, 4
         yield stream.stream_kernel, {**flags, **select.NO_SELECTION, "HAS_UPDATE": False, "HAS_GAMMA": False}, 4
         for n in (197, 9216) if dim == 768 else (1025,):
-            constants, num_warps = select.select_blocks(n, torch.float32)
+            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
             num_warps = max(num_warps, 4)
             blocks = stream.row_blocks(dim, num_warps, torch_dtype)
             yield stream.stream_kernel, {**flags, **constants, **blocks, "NORM": False, "SELECT": True}, num_warps
@@ -105,7 +105,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, dtype
         if kind != "constexpr" and ALIGNED.search(name)
     }
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": num_warps, **PINNED}
+    budget = registers(num_warps) if kernel in (scores.scores_kernel, stream.stream_kernel) else {}
+    options = {"num_warps": num_warps, **budget, **PINNED}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
 from .adapters import find_adapter
-from .patch import apply, deploy, remove
+from .patch import apply, default_grid, deploy, remove
 from .vit import PRESETS, create_vit
 
 
@@ -73,12 +73,11 @@ def model_info(name: str, rate: int, *, llf: bool) -> str:
     facts = {"model": f"{name}, {type(model).__module__}.{type(model).__name__}"}
     facts["adapter"] = type(find_adapter(model)).__name__
     counted: dict[int, float] = {}
+    grid = default_grid(model)
     for pruned_rate in (0, rate):
         apply(model, rate=pruned_rate, llf=llf, num_outputs=0)
         deployed = deploy(model)
-        size = model.patch_embed.patch_size
-        grid = getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
-        image = torch.zeros(1, 3, grid[0] * size[0], grid[1] * size[1])
+        image = torch.zeros(1, 3, *(count * side for count, side in zip(grid, model.patch_embed.patch_size)))
         with FlopCounterMode(display=False) as counter:
             deployed(image)
         counted[pruned_rate] = counter.get_total_flops() / 2e9

@@ -80,22 +80,28 @@ def run_stream(
 
     Returns:
         The tokens after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF.
+
+    Raises:
+        RuntimeError: gradients are enabled and a block's parameters require them.
     """
     idx: Tensor | None = None
     alive, depth = x.shape[1], len(blocks)
-    tickets = x.new_zeros(x.shape[0], dtype=torch.int32)
+    tickets: Tensor | None = None
     h = _norm_of(x, None, blocks[0].block.norm1)
     for layer, fused in enumerate(blocks):
         block = fused.block
         scale1, scale2 = fused.scales(block)
         update = fused.attention(block.attn, h, None if rope is None else Rotary(rope, idx, num_prefix))
+        _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, block.norm2.weight, block.norm2.bias, block.norm2.eps)
         update = block.mlp(h)
+        _refuse_gradient(update)
         following = blocks[layer + 1].block.norm1 if layer + 1 < depth else norm
         prunes = layer < len(modules) and counts[layer] < alive
         reunites = llf and layer + 2 == depth and (prunes or idx is not None)
         if prunes:
             alive = counts[layer]
+            tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
             idx = ops.add_select_(x, idx, update, scale2, modules[layer].query(), tickets, alive, num_prefix)
         elif reunites or not isinstance(following, nn.LayerNorm):
             ops.add_(x, idx, update, scale2)
@@ -106,6 +112,15 @@ def run_stream(
             idx, alive = None, x.shape[1]
         h = _norm_of(x, idx, following)
     return h
+
+
+def _refuse_gradient(update: Tensor) -> None:
+    """Parameters of a block that someone unfroze would not learn: say so instead."""
+    if update.requires_grad:
+        raise RuntimeError(
+            "the engine computes no gradients, and a block has parameters that require one: call the model under "
+            "torch.no_grad(), freeze it, or deploy(model, engine=False)"
+        )
 
 
 def _norm_of(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:

@@ -69,7 +69,8 @@ class Pruned:
 
     def forward(self: Any, images: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         graphs = self.cropr.graphs
-        if graphs is not None and not self.training and not torch.compiler.is_compiling() and images.is_cuda:
+        plain = not (self.training or torch.compiler.is_compiling() or _needs_gradient(images))
+        if graphs is not None and images.is_cuda and plain:
             with torch.no_grad():
                 return graphs(self.cropr_output, images, self.cropr_key(images))
         x, aux = self.cropr_features(images)
@@ -176,10 +177,14 @@ def apply(
     return model
 
 
+def default_grid(model: Any) -> tuple[int, int]:
+    """Patches in height and width at the model's own image size."""
+    return getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
+
+
 def _default_tokens(model: Any) -> int:
-    """Tokens at the model's own image size."""
-    grid = getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
-    return model.num_prefix_tokens + grid[0] * grid[1]
+    height, width = default_grid(model)
+    return model.num_prefix_tokens + height * width
 
 
 def remove(model: Any) -> Any:
@@ -222,7 +227,8 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
             and the repr of `model.cropr` say so and why. False: functional ops, logits of model.eval() bit for bit.
             Inputs that require a gradient, and `pruning_map`, take the functional ops too.
         cuda_graphs: capture forward in a CUDA graph per (shape, schedule, precision), at most so many at a time, and
-            replay it; 0 for none. Each graph holds the memory of one forward. CPU inputs and torch.compile ignore it.
+            replay it; 0 for none. Each graph holds the memory of one forward. CPU inputs, inputs that require a
+            gradient and torch.compile ignore it.
 
     Raises:
         TypeError: the model is not pruned.

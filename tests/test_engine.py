@@ -147,6 +147,24 @@ def test_inputs_that_need_a_gradient_take_the_functional_ops():
         assert "add_select_" in called_ops(lambda: engine(images))
 
 
+def test_unfrozen_blocks_are_refused_instead_of_not_learning():
+    _, engine = both("reference", torch.float32, rate=8)
+    engine.blocks[1].mlp.fc1.weight.requires_grad_()
+    images = torch.randn(1, 3, 64, 64)
+    with pytest.raises(RuntimeError, match=r"computes no gradients.*deploy\(model, engine=False\)"):
+        engine(images)
+    with torch.no_grad():
+        assert engine(images).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_graphs_do_not_swallow_gradients():
+    model = cropr.deploy(cropr.apply(reference_vit().eval(), rate=8), cuda_graphs=1).cuda()
+    images = torch.randn(1, 3, 64, 64, device="cuda", requires_grad=True)
+    model(images).sum().backward()
+    assert images.grad.abs().sum() > 0 and not model.cropr.graphs.captured
+
+
 def test_maps_of_a_deployed_model_are_those_of_the_model():
     model = cropr.apply(reference_vit().eval(), rate=8, llf=True)
     images = torch.randn(2, 3, 64, 64)

@@ -8,6 +8,11 @@ from torch import Tensor
 PINNED = {"enable_fp_fusion": True}
 
 
+def registers(num_warps: int) -> dict[str, int]:
+    """Registers a thread may have, for kernels that ptxas would otherwise spill to fit more warps on a processor."""
+    return {"maxnreg": 96 if num_warps <= 8 else 128}
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows, tickets, width_block
+from ._launch import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
 from .select import NO_SELECTION, is_last, select_blocks, select_image
 
 
@@ -74,7 +74,7 @@ def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tenso
         return out
     # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
     # tuner, and the same with selection as without, or prune would disagree with scores.
-    blocks, num_warps = select_blocks(n, torch.float32)
+    blocks, num_warps = select_blocks(n, torch.float32, embedded=True)
     num_warps = max(num_warps, 4)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
@@ -94,6 +94,7 @@ def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tenso
             **row_blocks(dim, num_warps, x.dtype),
             **(NO_SELECTION if kept_idx is None else blocks),
             num_warps=num_warps,
+            **registers(num_warps),
             **PINNED,
         )
     return out

@@ -3,7 +3,7 @@
 One program per image: its own here, elsewhere the last of those that wrote the image's scores (`is_last`). Scores
 become integers of the same order; the threshold, the K-th largest key, is found two bits at a time by counting; equal
 keys are settled by position. Every step is an integer operation, so the result is the same on every run. Up to
-_MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
+_MAX_BLOCK tokens (half of it in kernels that do more) stay in registers; above, they are re-read in chunks.
 """
 
 from typing import Any
@@ -151,11 +151,14 @@ def select_kernel(
     )  # fmt: skip
 
 
-def select_blocks(n: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
-    """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling."""
+def select_blocks(n: int, dtype: torch.dtype, *, embedded: bool = False) -> tuple[dict[str, Any], int]:
+    """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling.
+
+    embedded: in a kernel that has registers of its own to hold as well.
+    """
     if n >= 1 << _COUNT_BITS:
         raise RuntimeError(f"select: N must be below {1 << _COUNT_BITS} on CUDA, got {n}")
-    block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
+    block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK // 2 if embedded else _MAX_BLOCK)
     constants = {
         "BLOCK_N": block,
         "BITS": 64 if dtype == torch.float64 else 32,

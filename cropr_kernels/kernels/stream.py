@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows
+from ._launch import PINNED, acc_dtype, dense_rows, registers
 from .scores import fold_query
 from .select import NO_SELECTION, is_last, select_blocks, select_image
 
@@ -157,7 +157,7 @@ def _launch(
         return
     constants, scores, num_keep, num_warps = NO_SELECTION, x, 0, 4
     if kept_idx is not None:
-        constants, warps = select_blocks(count, torch.float32)
+        constants, warps = select_blocks(count, torch.float32, embedded=True)
         num_warps = max(num_warps, warps)
         scores, num_keep = x.new_empty((batch, count), dtype=torch.float32), kept_idx.shape[1]
     blocks = row_blocks(dim, num_warps, x.dtype)
@@ -172,7 +172,8 @@ def _launch(
             HAS_IDX=idx is not None, HAS_UPDATE=update is not None, HAS_GAMMA=gamma is not None,
             NORM=out is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             SELECT=kept_idx is not None,
-            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], **blocks, **constants, num_warps=num_warps, **PINNED,
+            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], **blocks, **constants,
+            num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
 
 

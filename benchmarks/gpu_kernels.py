@@ -76,7 +76,7 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     tickets = torch.zeros(batch, dtype=torch.int32, device=device)
     update *= 1e-3  # the stream is updated again and again
     mine, plain = x.clone(), x.clone()
-    idx = ops.add_select_(mine, None, update, None, query, tickets, keep, 1)
+    idx, _ = ops.add_select_(mine, None, update, None, query, tickets, keep, 1)
     reference.add_(plain, None, update, None)
     require((mine.float() - plain.float()).abs().max().item() < 0.1, "add_select_")
     exact = mine.double() @ query.double()
@@ -93,7 +93,7 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     require(torch.equal(ops.restore(*split), x), "restore")
 
     def pruning(y: Tensor) -> Tensor:
-        chosen = ops.add_select_(y, None, update, None, query, tickets, keep, 1)
+        chosen, _ = ops.add_select_(y, None, update, None, query, tickets, keep, 1)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 
     calls: Calls = {

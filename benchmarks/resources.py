@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cropr_kernels.kernels import attend, rows, scores, select, stream
+from cropr_kernels.kernels import attend, merge, rows, scores, select, stream
 from cropr_kernels.kernels._launch import PINNED, registers
 
 ARCHITECTURES = [80, 90, 100]
@@ -41,16 +41,22 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     acc = stream._TRITON_TYPE[attend.acc_dtype(torch_dtype)]
     for dim in (768, 1536):
         flags = dict.fromkeys(("HAS_IDX", "HAS_UPDATE", "HAS_GAMMA", "NORM", "HAS_WEIGHT", "HAS_BIAS"), True)
-        flags |= {"SELECT": False, "ACC": acc} | stream.row_blocks(dim, 4, torch_dtype)
+        flags |= {"SELECT": False, "WEIGH": False, "ACC": acc} | stream.row_blocks(dim, 4, torch_dtype)
         yield stream.stream_kernel, {**flags, **select.NO_SELECTION}, 4
         yield stream.stream_kernel, {**flags, **select.NO_SELECTION, "HAS_UPDATE": False, "HAS_GAMMA": False}, 4
         for n in (197, 9216) if dim == 768 else (1025,):
             constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
             num_warps = max(num_warps, 4)
             blocks = stream.row_blocks(dim, num_warps, torch_dtype)
-            yield stream.stream_kernel, {**flags, **constants, **blocks, "NORM": False, "SELECT": True}, num_warps
+            for weigh in (False, True):
+                ends = {"NORM": False, "SELECT": True, "WEIGH": weigh}
+                yield stream.stream_kernel, {**flags, **constants, **blocks, **ends}, num_warps
     for half in (False, True):
         yield stream.rotate_kernel, {"HAS_IDX": True, "HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
+    for in_place in (False, True):
+        yield merge.targets_kernel, {"IN_PLACE": in_place, **merge.target_blocks(torch_dtype), "ACC": acc}, 4
+        columns = 1024 // attend.acc_dtype(torch_dtype).itemsize
+        yield merge.means_kernel, {"IN_PLACE": in_place, "BLOCK_R": 16, "BLOCK_D": columns, "ACC": acc}, 4
     yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
     for flag in (False, True):
         yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
@@ -73,11 +79,15 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "constexpr"
         elif name.endswith("idx_ptr"):
             types[name] = "*i64"
+        elif name in ("sizes_ptr", "kept_sizes_ptr"):
+            types[name] = "*fp32"
+        elif name == "partial_ptr":
+            types[name] = acc
         elif name == "tickets_ptr":
             types[name] = "*i32"
         elif name == "raw_ptr":
             types[name] = "*fp32"
-        elif name == "eps":
+        elif name in ("eps", "size_weight"):
             types[name] = "fp32"
         elif name in ("query_ptr", "logits_ptr", "slope_ptr") or (
             name == "weight_ptr" and kernel is attend.weighted_rows_kernel

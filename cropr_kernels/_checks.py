@@ -106,6 +106,84 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
             _fail(f"restore: {name} must have the dtype of kept, {_dtype(kept)}, got {_dtype(part)}")
 
 
+def _positions(op: str, name: str, shape: str, x: Tensor, idx: Tensor) -> None:
+    same_device(op, name, idx, x.device)
+    rank(op, name, idx, 2, shape)
+    index(op, name, idx)
+    if idx.shape[0] != x.shape[0]:
+        _fail(f"{op}: {name} must have the batch size of x, B = {x.shape[0]}, got shape {_shape(idx)}")
+
+
+def sizes(op: str, x: Tensor, sizes: Tensor) -> None:
+    """How many tokens each token of x stands for."""
+    same_device(op, "sizes", sizes, x.device)
+    if sizes.dtype != torch.float32:
+        _fail(f"{op}: sizes must be float32, got {_dtype(sizes)}")
+    if sizes.shape != x.shape[:2]:
+        _fail(f"{op}: sizes must have shape (B, N) = {tuple(x.shape[:2])}, got {_shape(sizes)}")
+
+
+def _merge(
+    op: str,
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes_: Tensor,
+    features: Tensor | None,
+    num_prefix: int,
+) -> None:
+    rank(op, "x", x, 3, "(B, N, D)")
+    floating(op, "x", x)
+    _positions(op, "kept_idx", "(B, K)", x, kept_idx)
+    _positions(op, "pruned_idx", "(B, R)", x, pruned_idx)
+    kept, pruned = kept_idx.shape[1], pruned_idx.shape[1]
+    if not 0 <= num_prefix <= kept:
+        _fail(f"{op}: num_prefix must be in [0, K] = [0, {kept}], got {num_prefix}")
+    if pruned > 0 and kept == num_prefix:
+        _fail(f"{op}: kept_idx must hold a token behind the prefix to merge into, got K = num_prefix = {kept}")
+    sizes(op, x, sizes_)
+    if features is None:
+        return
+    same_device(op, "features", features, x.device)
+    rank(op, "features", features, 3, "(B, N, C)")
+    floating(op, "features", features)
+    if features.shape[:2] != x.shape[:2]:
+        _fail(f"{op}: features must have the batch and tokens of x, {tuple(x.shape[:2])}, got {_shape(features)}")
+
+
+def merge(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, sizes: Tensor, features: Tensor | None, num_prefix: int
+) -> None:
+    _merge("merge", x, kept_idx, pruned_idx, sizes, features, num_prefix)
+    n, kept, pruned = x.shape[1], kept_idx.shape[1], pruned_idx.shape[1]
+    if kept + pruned != n:
+        _fail(f"merge: kept_idx and pruned_idx must together hold N = {n} positions, got {kept} + {pruned}")
+
+
+def merge_in_place(
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes: Tensor,
+    parent: Tensor,
+    tickets_: Tensor,
+    features: Tensor | None,
+    num_prefix: int,
+) -> None:
+    op = "merge_"
+    _merge(op, x, kept_idx, pruned_idx, sizes, features, num_prefix)
+    for name, tensor in (("x", x), ("sizes", sizes)):
+        if not tensor.is_contiguous():
+            _fail(f"{op}: {name} must be contiguous, as it changes in place, got strides {tuple(tensor.stride())}")
+    same_device(op, "parent", parent, x.device)
+    if parent.dtype != torch.int64 or parent.shape != x.shape[:2] or not parent.is_contiguous():
+        expected = tuple(x.shape[:2])
+        _fail(
+            f"{op}: parent must be contiguous int64 of shape (B, N) = {expected}, got {_dtype(parent)} {_shape(parent)}"
+        )
+    tickets(op, x, tickets_)
+
+
 def attend(op: str, x: Tensor, queries: Tensor) -> None:
     same_device(op, "queries", queries, x.device)
     rank(op, "x", x, 3, "(B, N, D)")
@@ -164,23 +242,30 @@ def update(op: str, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor
     channels(op, x, gamma=gamma)
 
 
+def tickets(op: str, x: Tensor, tickets: Tensor) -> None:
+    same_device(op, "tickets", tickets, x.device)
+    if tickets.dtype != torch.int32 or tuple(tickets.shape) != (x.shape[0],):
+        _fail(f"{op}: tickets must be int32 of shape (B,) = ({x.shape[0]},), got {_dtype(tickets)} {_shape(tickets)}")
+
+
 def add_select(
     x: Tensor,
     idx: Tensor | None,
     update_: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets: Tensor,
+    tickets_: Tensor,
     num_keep: int,
     num_prefix: int,
+    sizes_: Tensor | None,
 ) -> None:
     op = "add_select_"
     update(op, x, idx, update_, gamma)
     tokens_and_query(op, x, query)
-    same_device(op, "tickets", tickets, x.device)
-    if tickets.dtype != torch.int32 or tuple(tickets.shape) != (x.shape[0],):
-        _fail(f"{op}: tickets must be int32 of shape (B,) = ({x.shape[0]},), got {_dtype(tickets)} {_shape(tickets)}")
+    tickets(op, x, tickets_)
     counts(op, update_.shape[1], num_keep, num_prefix)
+    if sizes_ is not None:
+        sizes(op, x, sizes_)
 
 
 def rotate(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int) -> None:

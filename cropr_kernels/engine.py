@@ -102,7 +102,8 @@ def run_stream(
         if prunes:
             alive = counts[layer]
             tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
-            idx = ops.add_select_(x, idx, update, scale2, modules[layer].query(), tickets, alive, num_prefix)
+            query = modules[layer].query()
+            idx, _ = ops.add_select_(x, idx, update, scale2, query, tickets, alive, num_prefix)
         elif reunites or not isinstance(following, nn.LayerNorm):
             ops.add_(x, idx, update, scale2)
         else:

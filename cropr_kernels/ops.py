@@ -44,6 +44,11 @@ _OPS = (
     ("attend(Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
     ("attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", "attend"),
     ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
+    (
+        "merge(Tensor x, Tensor kept_idx, Tensor pruned_idx, Tensor sizes, Tensor? features=None, SymInt num_prefix=0)"
+        " -> (Tensor kept, Tensor kept_sizes, Tensor dest)",
+        "merge",
+    ),
     # The residual stream of the engine: x stays in place, idx names the tokens still alive (None: all).
     ("gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor", "stream"),
     ("add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", "stream"),
@@ -54,8 +59,14 @@ _OPS = (
     ),
     (
         "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, Tensor(b!) tickets,"
-        " SymInt num_keep, SymInt num_prefix=0) -> Tensor",
+        " SymInt num_keep, SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0)"
+        " -> (Tensor kept_idx, Tensor pruned_idx)",
         "stream",
+    ),
+    (
+        "merge_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) sizes, Tensor(c!) parent,"
+        " Tensor(d!) tickets, Tensor? features=None, SymInt num_prefix=0) -> Tensor",
+        "merge",
     ),
     (
         "rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
@@ -190,9 +201,43 @@ def _(
     tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    sizes: Tensor | None = None,
+    size_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes)
+    batch, count, _ = update.shape
+    pruned_idx = x.new_empty((batch, count - num_keep), dtype=torch.int64)
+    return x.new_empty((batch, num_keep), dtype=torch.int64), pruned_idx
+
+
+@torch.library.register_fake("cropr::merge", lib=_library)
+def _(
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes: Tensor,
+    features: Tensor | None = None,
+    num_prefix: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.merge(x, kept_idx, pruned_idx, sizes, features, num_prefix)
+    batch, n, dim = x.shape
+    kept = x.new_empty((batch, kept_idx.shape[1], dim))
+    return kept, sizes.new_empty(kept_idx.shape), kept_idx.new_empty((batch, n))
+
+
+@torch.library.register_fake("cropr::merge_", lib=_library)
+def _(
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes: Tensor,
+    parent: Tensor,
+    tickets: Tensor,
+    features: Tensor | None = None,
+    num_prefix: int = 0,
 ) -> Tensor:
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix)
-    return x.new_empty((x.shape[0], num_keep), dtype=torch.int64)
+    _checks.merge_in_place(x, kept_idx, pruned_idx, sizes, parent, tickets, features, num_prefix)
+    return sizes.new_empty(kept_idx.shape)
 
 
 @torch.library.register_fake("cropr::rotate_", lib=_library)
@@ -256,6 +301,25 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return zeros.scatter_add(1, idx.unsqueeze(-1).expand_as(grad), grad), None
 
 
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, sizes, *_ = inputs
+    kept, kept_sizes, dest = output
+    if ctx.needs_input_grad[0]:
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(sizes, kept_sizes, dest)
+        ctx.mark_non_differentiable(kept_sizes, dest)
+    else:
+        ctx.mark_non_differentiable(kept, kept_sizes, dest)
+
+
+def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_input_grad[0]:
+        return (None,) * len(ctx.needs_input_grad)
+    sizes, kept_sizes, dest = ctx.saved_tensors
+    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean that it went into
+    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), None, None, None, None, None
+
+
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, queries, ctx.scale = inputs
     out, *scores = output if isinstance(output, tuple) else (output,)
@@ -280,6 +344,7 @@ for _name, _backward, _setup in (
     ("split", _prune_backward, _prune_setup),
     ("gather", _gather_backward, _gather_setup),
     ("restore", _restore_backward, _restore_setup),
+    ("merge", _merge_backward, _merge_setup),
     ("attend", _attend_backward, _attend_setup),
     ("attend_scores", _attend_backward, _attend_setup),
     ("attend_backward", _nothing, _no_gradient),
@@ -314,6 +379,19 @@ def _add_select_flops(
 ) -> int:
     batch, count, dim = update_shape
     return 2 * batch * count * dim
+
+
+@register_flop_formula([torch.ops.cropr.merge, torch.ops.cropr.merge_])
+def _merge_flops(
+    x_shape: tuple[int, ...],
+    kept_shape: tuple[int, ...],
+    pruned_shape: tuple[int, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    shapes = [shape for shape in args if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
+    channels = shapes[0][2] if shapes else x_shape[2]
+    return 2 * x_shape[0] * kept_shape[1] * pruned_shape[1] * channels  # similarities
 
 
 @register_flop_formula([torch.ops.cropr.attend, torch.ops.cropr.attend_scores])

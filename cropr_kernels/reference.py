@@ -41,6 +41,15 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, 
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
 
 
+def weigh(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
+    """scores + size_weight * standard deviation * log(sizes), all (B, N); the deviation is that over the patches."""
+    if not size_weight or scores.shape[1] == num_prefix:
+        return scores
+    spread = scores[:, num_prefix:].std(1, correction=0, keepdim=True)
+    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))  # NaN or infinite scores have none
+    return scores + size_weight * spread * sizes.log()
+
+
 def gather(x: Tensor, idx: Tensor) -> Tensor:
     """Take rows by position: out[b, i] = x[b, idx[b, i]]."""
     return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -61,6 +70,49 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
     """Put every row back at its position: the inverse of prune."""
     rows, positions = torch.cat([kept, pruned], 1), torch.cat([kept_idx, pruned_idx], 1)
     return torch.empty_like(rows).scatter(1, positions.unsqueeze(-1).expand_as(rows), rows)
+
+
+def merge(
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes: Tensor,
+    features: Tensor | None = None,
+    num_prefix: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move every pruned token into the kept one most similar to it, never into the first num_prefix.
+
+        kept[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r that go into k
+
+    Similarity is the cosine of the features (of x without them); NaN is the lowest, equals go to the lower position.
+    x (B, N, D), kept_idx (B, K) and pruned_idx (B, N - K) as from select, sizes (B, N) float32, features (B, N, C).
+    Returns the kept tokens (B, K, D), their sizes (B, K) float32, and for every token of x the row of kept in which it
+    now is, (B, N) int64. Gradient for x, through the means; the choice of targets has none.
+    """
+    target = _most_similar(x if features is None else features, kept_idx, pruned_idx, num_prefix)
+    rows, weight = x.to(accumulation_dtype(x.dtype)), sizes.detach().to(accumulation_dtype(x.dtype)).unsqueeze(-1)
+    kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
+    mass = rows * weight
+    sums = gather(mass, kept_idx).scatter_add(
+        1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), gather(mass, pruned_idx)
+    )
+    alone = kept_sizes == sizes.gather(1, kept_idx)
+    means = torch.where(alone.unsqueeze(-1), gather(rows, kept_idx), sums / kept_sizes.to(rows.dtype).unsqueeze(-1))
+    dest = torch.empty_like(torch.cat([kept_idx, pruned_idx], 1))
+    dest.scatter_(1, kept_idx, torch.arange(kept_idx.shape[1], device=x.device).expand_as(kept_idx))
+    dest.scatter_(1, pruned_idx, target)
+    return means.to(x.dtype), kept_sizes, dest
+
+
+def _most_similar(features: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int) -> Tensor:
+    """For each pruned token the row of kept_idx, behind the prefix, of the highest cosine: (B, R), int64."""
+    wide = features.detach().to(accumulation_dtype(features.dtype))
+    candidates, leaving = gather(wide, kept_idx[:, num_prefix:]), gather(wide, pruned_idx)
+    if not leaving.shape[1]:
+        return pruned_idx
+    similarity = leaving @ candidates.transpose(1, 2) / candidates.norm(dim=-1).unsqueeze(1)
+    lowest = torch.full_like(similarity, -torch.inf)
+    return num_prefix + torch.where(similarity.isnan(), lowest, similarity).argmax(-1)
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
@@ -123,11 +175,48 @@ def add_select_(
     tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
-) -> Tensor:
-    """add_, then the positions in x of the num_keep rows that stay, ascending: (B, K'), int64."""
+    sizes: Tensor | None = None,
+    size_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """add_, then the positions in x of the num_keep rows that stay and of those that leave, ascending, int64.
+
+    With sizes (B, N) scores are weighed (`weigh`) by those of the rows: what has absorbed others had better stay.
+    """
     add_(x, idx, update, gamma)
-    kept, _ = select(scores(x if idx is None else gather(x, idx), query), num_keep, num_prefix)
-    return kept if idx is None else idx.gather(1, kept)
+    values = scores(x if idx is None else gather(x, idx), query)
+    if sizes is not None:
+        values = weigh(values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix)
+    kept, pruned = select(values, num_keep, num_prefix)
+    return (kept, pruned) if idx is None else (idx.gather(1, kept), idx.gather(1, pruned))
+
+
+def merge_(
+    x: Tensor,
+    kept_idx: Tensor,
+    pruned_idx: Tensor,
+    sizes: Tensor,
+    parent: Tensor,
+    tickets: Tensor,
+    features: Tensor | None = None,
+    num_prefix: int = 0,
+) -> Tensor:
+    """merge where the tokens are: rows kept_idx of x (B, N, D) become the means, and their sizes (B, K) come back.
+
+    sizes (B, N) changes at kept_idx; parent (B, N), int64, receives at pruned_idx the position that each went to.
+    Rows of x that are in neither list (they left earlier) are not looked at, and those at pruned_idx stay.
+    """
+    target = _most_similar(x if features is None else features, kept_idx, pruned_idx, num_prefix)
+    both = torch.cat([kept_idx, pruned_idx], 1)
+    count = kept_idx.shape[1]
+    order = torch.arange(both.shape[1], device=x.device).expand_as(both)
+    part = None if features is None else gather(features, both)
+    kept, kept_sizes, _ = merge(
+        gather(x, both), order[:, :count], order[:, count:], sizes.gather(1, both), part, num_prefix
+    )
+    x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)
+    sizes.scatter_(1, kept_idx, kept_sizes)
+    parent.scatter_(1, pruned_idx, kept_idx.gather(1, target))
+    return kept_sizes
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:

@@ -12,16 +12,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// out[i] = x[idx[i]] for i in [first, last)
-template <typename T>
-void gather_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
-  for (int64_t i = first; i < last;) {
-    const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
-    std::copy_n(x + idx[i] * stride_n, rows * dim, out + i * dim);
-    i += rows;
-  }
-}
-
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
 void scatter_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
@@ -197,22 +187,6 @@ void check_restore_part(
     fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ", dtype_of(part));
 }
 
-// Together the two lists must hold every position of an image exactly once, or rows would stay unwritten.
-void check_partition(const int64_t* kept, int64_t num_keep, const int64_t* pruned, int64_t num_prune, int64_t batch) {
-  const int64_t n = num_keep + num_prune;
-  std::vector<int64_t> owner(n, -1);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t position = i < num_keep ? kept[b * num_keep + i] : pruned[b * num_prune + i - num_keep];
-      if (position < 0 || position >= n || owner[position] == b)
-        fail(
-            "restore: kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
-            position < 0 || position >= n ? "" : " twice", " in image ", b);
-      owner[position] = b;
-    }
-  }
-}
-
 Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
   check_restore_part("kept", "kept_idx", kept, kept_idx, kept);
   check_restore_part("pruned", "pruned_idx", pruned, pruned_idx, kept);
@@ -220,7 +194,7 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
   const int64_t n = num_keep + num_prune;
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
   const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
-  check_partition(data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch);
+  check_positions_once("restore", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch, n);
   Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -106,10 +106,51 @@ inline int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
   return length;
 }
 
+// out[i] = x[idx[i]] for i in [first, last)
+template <typename T>
+void gather_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
+  for (int64_t i = first; i < last;) {
+    const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
+    std::copy_n(x + idx[i] * stride_n, rows * dim, out + i * dim);
+    i += rows;
+  }
+}
+
 // Every index in [0, n), so that no kernel leaves its buffers.
 inline void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; ++i)
     if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
+}
+
+// The two lists together hold each position of an image at most once; where they hold n, that is exactly once.
+inline void check_positions_once(
+    const char* op, const int64_t* kept, int64_t num_keep, const int64_t* pruned, int64_t num_prune, int64_t batch,
+    int64_t n) {
+  std::vector<int64_t> owner(n, -1);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < num_keep + num_prune; ++i) {
+      const int64_t position = i < num_keep ? kept[b * num_keep + i] : pruned[b * num_prune + i - num_keep];
+      if (position < 0 || position >= n || owner[position] == b)
+        fail(
+            op, ": kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
+            position < 0 || position >= n ? "" : " twice", " in image ", b);
+      owner[position] = b;
+    }
+  }
+}
+
+// How many tokens each token of x stands for.
+inline void check_sizes(const char* op, const Tensor& x, const Tensor& sizes) {
+  check_cpu(op, "sizes", sizes);
+  if (sizes.scalar_type() != ScalarType::Float) fail(op, ": sizes must be float32, got ", dtype_of(sizes));
+  if (sizes.dim() != 2 || sizes.size(0) != x.size(0) || sizes.size(1) != x.size(1))
+    fail(op, ": sizes must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(sizes));
+}
+
+inline void check_tickets(const char* op, const Tensor& tickets, int64_t batch) {
+  check_cpu(op, "tickets", tickets);
+  if (tickets.scalar_type() != ScalarType::Int || tickets.dim() != 1 || tickets.size(0) != batch)
+    fail(op, ": tickets must be int32 of shape (B,) = (", batch, ",), got ", dtype_of(tickets), " ", shape_of(tickets));
 }
 
 }  // namespace cropr

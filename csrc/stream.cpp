@@ -1,5 +1,6 @@
 // CPU kernels of the engine's residual stream: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "rows.h"
@@ -179,21 +180,36 @@ Returned add_norm_(
   return out.release();
 }
 
-Returned add_select_(
+// scores += size_weight * their standard deviation over the patches * log(size), for the tokens alive in image b.
+void weigh_scores(
+    const Stream& stream, int64_t b, int64_t num_prefix, double size_weight, const float* sizes, float* scores) {
+  const int64_t patches = std::max<int64_t>(stream.count - num_prefix, 1);
+  double mean = 0, squares = 0;
+  for (int64_t i = num_prefix; i < stream.count; ++i) mean += scores[i];
+  mean /= patches;
+  for (int64_t i = num_prefix; i < stream.count; ++i) squares += (scores[i] - mean) * (scores[i] - mean);
+  const double scale = size_weight * std::sqrt(squares / patches);
+  if (!std::isfinite(scale)) return;  // scores with NaN or infinity have no spread
+  for (int64_t i = 0; i < stream.count; ++i)
+    scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[stream.position(b, i)])));
+}
+
+std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
-    const Tensor& tickets, int64_t num_keep, int64_t num_prefix) {
+    const Tensor& tickets, int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight) {
   Stream stream("add_select_", x, idx, true);
   check_update("add_select_", stream, update, gamma);
   check_tokens_and_query("add_select_", x, query);
   const int64_t n = stream.n, count = stream.count, dim = stream.dim;
-  check_cpu("add_select_", "tickets", tickets);
-  if (tickets.scalar_type() != ScalarType::Int || tickets.dim() != 1 || tickets.size(0) != stream.batch)
-    fail(
-        "add_select_: tickets must be int32 of shape (B,) = (", stream.batch, ",), got ", dtype_of(tickets), " ",
-        shape_of(tickets));
+  check_tickets("add_select_", tickets, stream.batch);
   check_counts("add_select_", count, num_keep, num_prefix);
-  Output kept({stream.batch, num_keep}, ScalarType::Long);
-  int64_t* kept_pos = kept.data<int64_t>();
+  if (sizes) check_sizes("add_select_", x, *sizes);
+  const bool weighs = sizes && size_weight != 0;
+  const Tensor weights = weighs ? torch::stable::contiguous(*sizes) : x;
+  const float* size = weighs ? data<float>(weights) : nullptr;
+  const int64_t num_prune = count - num_keep;
+  Output kept({stream.batch, num_keep}, ScalarType::Long), pruned({stream.batch, num_prune}, ScalarType::Long);
+  int64_t *kept_pos = kept.data<int64_t>(), *pruned_pos = pruned.data<int64_t>();
   with_update_types(stream, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     using T = decltype(tag);
     add_rows<T, decltype(update_tag)>(stream, updates, gamma, [](int64_t, int64_t, const auto*) {});
@@ -214,15 +230,16 @@ Returned add_select_(
     });
     parallel_for(0, stream.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
       Scratch<select_key_t<float>> keys(count);
-      Scratch<int64_t> gone(count);
       for (int64_t b = begin; b < end; ++b) {
-        int64_t* mine = kept_pos + b * num_keep;
-        select_image(scores + b * count, count, num_keep, num_prefix, keys.data(), mine, gone.data());
-        for (int64_t i = 0; i < num_keep; ++i) mine[i] = stream.position(b, mine[i]);
+        int64_t *stay = kept_pos + b * num_keep, *leave = pruned_pos + b * num_prune;
+        if (size != nullptr) weigh_scores(stream, b, num_prefix, size_weight, size + b * n, scores + b * count);
+        select_image(scores + b * count, count, num_keep, num_prefix, keys.data(), stay, leave);
+        for (int64_t i = 0; i < num_keep; ++i) stay[i] = stream.position(b, stay[i]);
+        for (int64_t i = 0; i < num_prune; ++i) leave[i] = stream.position(b, leave[i]);
       }
     });
   });
-  return kept.release();
+  return {kept.release(), pruned.release()};
 }
 
 // One head of one token: pairs (c, c + 1), or (c, c + width / 2) with half.

@@ -18,15 +18,12 @@ import cropr_kernels  # noqa: F401  (registers the ops)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STREAM = ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_")
-OPS = ("scores", "select", "prune", "split", "gather", "restore", "attend", "attend_scores", "attend_backward", *STREAM)
-FILES = {
-    "prune": "rows",
-    "split": "rows",
-    "attend_scores": "attend",
-    "gather": "rows",
-    "restore": "rows",
-    "attend_backward": "attend",
-} | dict.fromkeys(STREAM, "stream")
+ROWS = ("prune", "split", "gather", "restore")
+ATTEND = ("attend", "attend_scores", "attend_backward")
+MERGE = ("merge", "merge_")
+OPS = ("scores", "select", *ROWS, *ATTEND, *MERGE, *STREAM)
+FAMILIES = {"rows": ROWS, "attend": ATTEND, "merge": MERGE, "stream": STREAM}
+FILES = {op: file for file, family in FAMILIES.items() for op in family}
 
 
 @dataclass(frozen=True)

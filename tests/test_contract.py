@@ -30,6 +30,7 @@ def samples(dtype=torch.float32, grad=False):
         "attend": (x.detach(), queries, 0.4),
         "attend_scores": (x.detach(), queries, 0.4),
         "attend_backward": (torch.randn(2, 3, 6, dtype=dtype), x.detach(), queries.detach(), 0.4),
+        "merge": (x, parts[1], parts[3], torch.tensor([[1.0, 3.0, 2.0]]).repeat(2, 3), None, 1),
         **stream_samples(dtype),
     }
 
@@ -43,9 +44,15 @@ def stream_samples(dtype=torch.float32):
         "gather_norm": (x, idx, weight, bias, 1e-6),
         "add_": (x, idx, update, gamma),
         "add_norm_": (x, None, torch.randn(2, 9, 6, dtype=dtype), None, weight, None, 1e-6),
-        "add_select_": (x, idx, update, gamma, torch.randn(6), torch.zeros(2, dtype=torch.int32), 3, 1),
+        "add_select_": (
+            x, idx, update, gamma, torch.randn(6), torch.zeros(2, dtype=torch.int32), 3, 1, torch.rand(2, 9) + 1, 2.0,
+        ),
+        "merge_": (
+            x, idx, torch.tensor([[1, 8], [2, 3]]), torch.rand(2, 9) + 1, torch.arange(9).repeat(2, 1),
+            torch.zeros(2, dtype=torch.int32), torch.randn(2, 9, 5), 1,
+        ),
         "rotate_": (torch.randn(2, 4, 3, 6, dtype=dtype), torch.randn(8, 12), idx, 1),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -116,6 +123,10 @@ def test_gradients_match_finite_differences():
         assert check(prune, (x,))
         assert check(restore, (kept, pruned))
         assert check(gather, (x,))
+        sizes = torch.randint(1, 5, (2, 9)).float()
+        merge = lambda x: ops.merge(x, parts[1], parts[3], sizes, features, 1)[0]  # noqa: E731, B023
+        features = torch.randn(2, 9, 5)
+        assert check(merge, (x,))
     for count in (1, 3):
         queries = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
         assert gradcheck(lambda q: ops.attend(x.detach(), q, 0.4), (queries,))
@@ -173,6 +184,8 @@ def test_autocast_leaves_scores_in_float32_and_rows_in_their_dtype():
         ("add_", 0),
         ("add_norm_", 0),
         ("add_select_", 2 * 2 * 4 * 6),
+        ("merge", 2 * 2 * 4 * 5 * 6),
+        ("merge_", 2 * 2 * 4 * 2 * 5),
         ("rotate_", 0),
     ],
 )
@@ -240,6 +253,49 @@ def bad_calls():
             r"attend_backward: grad_out must have shape \(B, M, D\) = \(2, 3, 6\), got \(2, 9, 6\)",
         ),
         *bad_stream_calls(),
+        *bad_merge_calls(),
+    ]
+
+
+def bad_merge_calls():
+    x, sizes, parent, tickets = (
+        torch.zeros(2, 9, 6), torch.ones(2, 9), torch.arange(9).repeat(2, 1), torch.zeros(2, dtype=torch.int32)
+    )  # fmt: skip
+    kept, pruned = torch.arange(4).expand(2, -1), torch.arange(4, 9).expand(2, -1)
+    there = (x, kept, pruned, sizes, parent, tickets)
+    return [
+        ("merge", (x[0], kept, pruned, sizes), r"merge: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("merge", (x.int(), kept, pruned, sizes), r"merge: x must be float32, float64, bfloat16 or float16, got int32"),
+        ("merge", (x, kept[0], pruned, sizes), r"merge: kept_idx must have shape \(B, K\), got \(4,\)"),
+        ("merge", (x, kept, pruned.int(), sizes), r"merge: pruned_idx must be int64, got int32"),
+        ("merge", (x, kept, pruned[:1], sizes), r"merge: pruned_idx must have the batch size of x, B = 2, got shape"),
+        ("merge", (x, kept, pruned, sizes.double()), r"merge: sizes must be float32, got float64"),
+        ("merge", (x, kept, pruned, sizes[:, 1:]), r"merge: sizes must have shape \(B, N\) = \(2, 9\), got \(2, 8\)"),
+        ("merge", (x, kept, pruned, sizes, x[:, 1:]), r"merge: features must have the batch and tokens of x, \(2, 9\)"),
+        ("merge", (x, kept, pruned, sizes, x[0]), r"merge: features must have shape \(B, N, C\), got \(9, 6\)"),
+        ("merge", (x, kept, pruned, sizes, None, 5), r"merge: num_prefix must be in \[0, K\] = \[0, 4\], got 5"),
+        (
+            "merge",
+            (x, kept, pruned, sizes, None, 4),
+            r"merge: kept_idx must hold a token behind the prefix to merge into, got K = num_prefix = 4",
+        ),
+        (
+            "merge",
+            (x, kept, pruned[:, 1:], sizes),
+            r"merge: kept_idx and pruned_idx must together hold N = 9 positions, got 4 \+ 4",
+        ),
+        ("merge_", (x.transpose(0, 1).contiguous().transpose(0, 1), *there[1:]), r"merge_: x must be contiguous"),
+        ("merge_", (*there[:3], sizes.t().contiguous().t(), *there[4:]), r"merge_: sizes must be contiguous"),
+        (
+            "merge_",
+            (*there[:4], parent.int(), tickets),
+            r"merge_: parent must be contiguous int64 of shape \(B, N\) = \(2, 9\), got int32 \(2, 9\)",
+        ),
+        (
+            "merge_",
+            (*there[:5], tickets[:1]),
+            r"merge_: tickets must be int32 of shape \(B,\) = \(2,\), got int32 \(1,\)",
+        ),
     ]
 
 
@@ -288,6 +344,11 @@ def bad_stream_calls():
             (*choose[:5], tickets.long(), 3),
             r"add_select_: tickets must be int32 of shape \(B,\) = \(2,\), got int64 \(2,\)",
         ),
+        (
+            "add_select_",
+            (*choose, 3, 1, torch.ones(2, 4), 1.0),
+            r"add_select_: sizes must have shape \(B, N\) = \(2, 9\), got \(2, 4\)",
+        ),
         ("rotate_", (x, table, idx), r"rotate_: x must have shape \(B, K, H, C\), got \(2, 9, 6\)"),
         ("rotate_", (qk[..., :5], table, idx), r"rotate_: x must have an even number of channels, got 5"),
         (
@@ -333,10 +394,14 @@ def test_positions_that_do_not_exist_or_repeat_are_refused():
         ops.gather_norm(x.detach(), torch.full((2, 1), 9), None, None, 1e-6)
     with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) behind the prefix, got 4"):
         ops.rotate_(torch.zeros(1, 2, 1, 2), torch.zeros(3, 4), torch.tensor([[0, 4]]), 1)
+    with pytest.raises(RuntimeError, match=r"merge: kept_idx and pruned_idx must .* \[0, 9\) once, got 9 in image 0"):
+        ops.merge(x, kept_idx.clone().fill_(9), pruned_idx, torch.ones(2, 9))
     twice = kept_idx.clone()
     twice[1, 1] = twice[1, 0]
     with pytest.raises(RuntimeError, match=r"once, got \d twice in image 1"):
         ops.restore(kept, twice, pruned, pruned_idx)
+    with pytest.raises(RuntimeError, match=r"merge: .* once, got \d twice in image 1"):
+        ops.merge(x, twice, pruned_idx, torch.ones(2, 9))
 
 
 def test_tensors_on_different_devices_are_refused():

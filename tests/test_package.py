@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
-    "kernels.attend", "kernels.stream", "ops", "schedule", "modules", "stream", "engine", "vit", "adapters", "patch",
+    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "stream", "engine", "vit", "adapters", "patch",
     "calibration", "weights", "viz", "__init__", "cli",
 ]  # fmt: skip
 

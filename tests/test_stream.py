@@ -120,12 +120,49 @@ def test_add_select_composes_positions(backend, shape, prefix, dtype):
     for keep in {count, (count + prefix) // 2, prefix}:
         added, got = x.clone(), x.clone()
         backend.add_(added, idx, update, gamma)
-        kept = backend.add_select_(got, idx, update, gamma, query, tickets, keep, prefix)
+        kept, pruned = backend.add_select_(got, idx, update, gamma, query, tickets, keep, prefix)
         assert same_bits(got, added)
         assert not tickets.any()
         rows = got if idx is None else reference.gather(got, idx)
-        kept_idx, _ = backend.select(backend.scores(rows, query), keep, prefix)
-        assert torch.equal(kept, kept_idx if idx is None else idx.gather(1, kept_idx))
+        expected = backend.select(backend.scores(rows, query), keep, prefix)
+        for positions, local in zip((kept, pruned), expected):
+            assert torch.equal(positions, local if idx is None else idx.gather(1, local))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 7)])
+def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
+    x, idx, update, gamma, *_ = stream(shape, torch.float32, backend.device)
+    query = torch.randn(shape[2], device=backend.device)
+    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
+    count = update.shape[1]
+    sizes = torch.randint(1, 9, x.shape[:2], device=backend.device).float()
+    added = x.clone()
+    backend.add_(added, idx, update, gamma)
+    rows = added if idx is None else reference.gather(added, idx)
+    own = sizes if idx is None else sizes.gather(1, idx)
+    scores = backend.scores(rows, query).double()
+    spread = scores[:, prefix:].std(1, correction=0, keepdim=True) if prefix < count else 0.0
+    weighed = scores + 1.5 * spread * own.double().log()
+    keep = (count + prefix) // 2
+    kept, pruned = backend.add_select_(x, idx, update, gamma, query, tickets, keep, prefix, sizes, 1.5)
+    positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
+    stays = (positions.unsqueeze(2) == kept.unsqueeze(1)).any(2)
+    assert stays[:, :prefix].all() and (stays.sum(1) == keep).all()
+    assert torch.equal(torch.cat([kept, pruned], 1).sort(1).values, positions)
+    lowest = weighed.masked_fill(~stays, float("inf"))[:, prefix:].amin(1)
+    assert (lowest + 1e-4 >= weighed.masked_fill(stays, -float("inf")).amax(1)).all()
+
+
+def test_scores_without_a_spread_are_not_weighed(backend):
+    x = torch.randn(1, 20, 8, device=backend.device)
+    query, update = torch.randn(8, device=backend.device), torch.zeros(1, 20, 8, device=backend.device)
+    sizes = torch.randint(1, 9, (1, 20), device=backend.device).float()
+    tickets = torch.zeros(1, dtype=torch.int32, device=backend.device)
+    x[0, 7] = float("inf") * query.sign()
+    plain = backend.add_select_(x, None, update, None, query, tickets, 9, 1)
+    weighed = backend.add_select_(x, None, update, None, query, tickets, 9, 1, sizes, 2.0)
+    assert torch.equal(plain[0], weighed[0])
 
 
 def test_add_select_with_ties_nan_and_many_queries(backend):
@@ -134,7 +171,7 @@ def test_add_select_with_ties_nan_and_many_queries(backend):
     idx = alive(2, 70, 60, backend.device)
     update, query = torch.zeros(2, 60, 16, device=backend.device), torch.randn(3, 16, device=backend.device)
     tickets = torch.zeros(2, dtype=torch.int32, device=backend.device)
-    kept = backend.add_select_(x, idx, update, None, query, tickets, 20, 1)
+    kept, _ = backend.add_select_(x, idx, update, None, query, tickets, 20, 1)
     assert torch.equal(kept[0], idx[0, :20])  # all tied: the lower positions stay
     assert (40 in idx[1]) == (40 in kept[1])  # NaN ranks highest
 

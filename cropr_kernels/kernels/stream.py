@@ -60,14 +60,46 @@ def squares(value, mean, cols, dim):
     return tl.sum(distance * distance, axis=1)
 
 
+@triton.jit
+def weigh_scores(
+    scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, size_weight, HAS_IDX: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """scores += size_weight * their standard deviation over the patches * log(size), for one image, in place."""
+    lanes = tl.arange(0, BLOCK_N)
+    patches = tl.maximum(count - num_prefix, 1)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        sums += tl.load(scores_ptr + offs, (offs >= num_prefix) & (offs < count), other=0.0, cache_modifier=".cg")
+    mean = tl.sum(sums, axis=0) / patches
+    spread = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        inside = (offs >= num_prefix) & (offs < count)
+        distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - mean
+        spread += tl.where(inside, distance * distance, 0.0)
+    scale = size_weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
+    scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        inside = offs < count
+        position = offs.to(tl.int64)
+        if HAS_IDX:
+            position = tl.load(idx_ptr + offs, inside, other=0)
+        score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
+        score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
+        tl.store(scores_ptr + offs, score, inside)
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
 def stream_kernel(
     x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr,
     weight_ptr, bias_ptr, eps, out_ptr,
-    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr,
+    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight,
     n, count, num_keep, num_prefix, dim,
     HAS_IDX: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr,
+    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr, WEIGH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -113,9 +145,15 @@ def stream_kernel(
             score += tl.sum(more * load_vector(query_ptr, more_cols, dim, True, 0.0, ACC)[None, :], axis=1)
         tl.store(scores_ptr + flat, score.to(tl.float32), mask=rows < count)
         if is_last(tickets_ptr + b, tiles):
+            if WEIGH:
+                weigh_scores(
+                    scores_ptr + b * count, sizes_ptr + b * n, idx_ptr + b * count, count, num_prefix, size_weight,
+                    HAS_IDX, BLOCK_N,
+                )  # fmt: skip
             select_image(
-                scores_ptr + b * count, kept_idx_ptr + b * num_keep, kept_idx_ptr, count, num_keep, num_prefix,
-                idx_ptr + b * count, HAS_IDX, False, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+                scores_ptr + b * count, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep),
+                count, num_keep, num_prefix,
+                idx_ptr + b * count, HAS_IDX, True, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
             )  # fmt: skip
 
 
@@ -149,7 +187,10 @@ def _launch(
     query: Tensor | None = None,
     tickets: Tensor | None = None,
     kept_idx: Tensor | None = None,
+    pruned_idx: Tensor | None = None,
     num_prefix: int = 0,
+    sizes: Tensor | None = None,
+    size_weight: float = 0.0,
 ) -> None:
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
@@ -168,10 +209,11 @@ def _launch(
             x if weight is None else weight, x if bias is None else bias, eps, x if out is None else out,
             x if query is None else query, scores,
             x if tickets is None else tickets, x if kept_idx is None else kept_idx,
+            x if pruned_idx is None else pruned_idx, x if sizes is None else sizes, size_weight,
             n, count, num_keep, num_prefix, dim,
             HAS_IDX=idx is not None, HAS_UPDATE=update is not None, HAS_GAMMA=gamma is not None,
             NORM=out is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            SELECT=kept_idx is not None,
+            SELECT=kept_idx is not None, WEIGH=sizes is not None,
             ACC=_TRITON_TYPE[acc_dtype(x.dtype)], **blocks, **constants,
             num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
@@ -224,16 +266,20 @@ def add_select_(
     tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
-) -> Tensor:
+    sizes: Tensor | None = None,
+    size_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Launch cropr::add_select_; positions as in add_."""
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix)
-    kept_idx = x.new_empty((x.shape[0], num_keep), dtype=torch.int64)
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes)
+    counts = (num_keep, update.shape[1] - num_keep)
+    kept_idx, pruned_idx = (x.new_empty((x.shape[0], count), dtype=torch.int64) for count in counts)
     folded = fold_query(query, acc_dtype(x.dtype))
     _launch(
         x, idx, update=update, gamma=_dense(gamma),
-        query=folded, tickets=tickets, kept_idx=kept_idx, num_prefix=num_prefix,
+        query=folded, tickets=tickets, kept_idx=kept_idx, pruned_idx=pruned_idx, num_prefix=num_prefix,
+        sizes=_dense(sizes) if size_weight else None, size_weight=size_weight,
     )  # fmt: skip
-    return kept_idx
+    return kept_idx, pruned_idx
 
 
 @triton.jit(do_not_specialize=["count", "num_prefix"])

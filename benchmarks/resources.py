@@ -81,9 +81,9 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "*i64"
         elif name in ("sizes_ptr", "kept_sizes_ptr"):
             types[name] = "*fp32"
-        elif name == "partial_ptr":
+        elif name in ("partial_ptr", "similarity_ptr"):
             types[name] = acc
-        elif name == "tickets_ptr":
+        elif name in ("tickets_ptr", "leaves_ptr"):
             types[name] = "*i32"
         elif name == "raw_ptr":
             types[name] = "*fp32"
@@ -116,6 +116,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, dtype
     }
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
     budget = registers(num_warps) if kernel in (scores.scores_kernel, stream.stream_kernel) else {}
+    budget = merge.target_registers(getattr(torch, dtype)) if kernel is merge.targets_kernel else budget
     options = {"num_warps": num_warps, **budget, **PINNED}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 

@@ -1,6 +1,6 @@
 """Token Cropr for PyTorch: Vision Transformers that drop the tokens their task does not need.
 
-Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend}``.
+Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend,merge}``.
 
     import cropr_kernels as cropr
 
@@ -12,11 +12,13 @@ Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,re
 from . import ops as ops
 from . import schedule as schedule
 from .calibration import calibrate as calibrate
+from .merging import Merge as Merge
 from .modules import Cropr as Cropr
 from .modules import Split as Split
 from .modules import loss as loss
 from .patch import apply as apply
 from .patch import deploy as deploy
+from .patch import merge_map as merge_map
 from .patch import pruning_map as pruning_map
 from .patch import remove as remove
 from .patch import set_rate as set_rate

@@ -126,21 +126,25 @@ def sizes(op: str, x: Tensor, sizes: Tensor) -> None:
 def _merge(
     op: str,
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes_: Tensor,
+    num_keep: int,
     features: Tensor | None,
     num_prefix: int,
 ) -> None:
     rank(op, "x", x, 3, "(B, N, D)")
     floating(op, "x", x)
-    _positions(op, "kept_idx", "(B, K)", x, kept_idx)
-    _positions(op, "pruned_idx", "(B, R)", x, pruned_idx)
-    kept, pruned = kept_idx.shape[1], pruned_idx.shape[1]
-    if not 0 <= num_prefix <= kept:
-        _fail(f"{op}: num_prefix must be in [0, K] = [0, {kept}], got {num_prefix}")
-    if pruned > 0 and kept == num_prefix:
-        _fail(f"{op}: kept_idx must hold a token behind the prefix to merge into, got K = num_prefix = {kept}")
+    _positions(op, "safe_idx", "(B, S)", x, safe_idx)
+    _positions(op, "candidate_idx", "(B, C)", x, candidate_idx)
+    safe = safe_idx.shape[1]
+    total = safe + candidate_idx.shape[1]
+    if not 0 <= num_prefix <= safe:
+        _fail(f"{op}: num_prefix must be in [0, S] = [0, {safe}], got {num_prefix}")
+    if not safe <= num_keep <= total:
+        _fail(f"{op}: num_keep must be in [S, S + C] = [{safe}, {total}], got {num_keep}")
+    if num_keep < total and safe == num_prefix:
+        _fail(f"{op}: safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = {safe}")
     sizes(op, x, sizes_)
     if features is None:
         return
@@ -152,26 +156,33 @@ def _merge(
 
 
 def merge(
-    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, sizes: Tensor, features: Tensor | None, num_prefix: int
+    x: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
+    sizes: Tensor,
+    num_keep: int,
+    features: Tensor | None,
+    num_prefix: int,
 ) -> None:
-    _merge("merge", x, kept_idx, pruned_idx, sizes, features, num_prefix)
-    n, kept, pruned = x.shape[1], kept_idx.shape[1], pruned_idx.shape[1]
-    if kept + pruned != n:
-        _fail(f"merge: kept_idx and pruned_idx must together hold N = {n} positions, got {kept} + {pruned}")
+    _merge("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    n, safe, candidates = x.shape[1], safe_idx.shape[1], candidate_idx.shape[1]
+    if safe + candidates != n:
+        _fail(f"merge: safe_idx and candidate_idx must together hold N = {n} positions, got {safe} + {candidates}")
 
 
 def merge_in_place(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     tickets_: Tensor,
+    num_keep: int,
     features: Tensor | None,
     num_prefix: int,
 ) -> None:
     op = "merge_"
-    _merge(op, x, kept_idx, pruned_idx, sizes, features, num_prefix)
+    _merge(op, x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     for name, tensor in (("x", x), ("sizes", sizes)):
         if not tensor.is_contiguous():
             _fail(f"{op}: {name} must be contiguous, as it changes in place, got strides {tuple(tensor.stride())}")

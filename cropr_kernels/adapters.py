@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine import FusedBlock, Rotary, why_not_fused
-from .stream import rope_at
-from .vit import Block, ViT
+from .blocks import AttentionParts, FusedBlock, why_not_fused
+from .vit import Attention, Block, ViT, rotate
 
 
 class Adapter(Protocol):
@@ -80,44 +79,61 @@ def pools_class_token(model: Any) -> bool:
     return getattr(model, "cls_token", None) is not None and pool in ("token", "")
 
 
+def reads_class_token(model: Any) -> bool:
+    """Whether the head takes the class token and nothing else of what leaves the last block."""
+    pool = model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
+    return pool == "token"
+
+
 def _known(module: str, *names: str) -> tuple[type, ...]:
     """Classes of a module that is already imported: nobody has one of them otherwise."""
     return tuple(cls for name in names if (cls := getattr(sys.modules.get(module), name, None)) is not None)
 
 
-def _plain_attention(attn: Any, h: Tensor, rotary: Rotary | None) -> Tensor:
-    return attn(h)
+def _close(attn: Any, heads: Tensor) -> Tensor:
+    """Sub-norm, output projection and its dropout, where the attention has them."""
+    heads = attn.proj(attn.norm(heads) if hasattr(attn, "norm") else heads)
+    return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads
 
 
-def _reference_attention(attn: Any, h: Tensor, rotary: Rotary | None) -> Tensor:
-    q, k, v = attn.project(h)
-    if rotary is not None:
-        rotary.rotate_(q)
-        rotary.rotate_(k)
-    return attn.mix(q, k, v)
-
-
-def _eva_attention(attn: Any, h: Tensor, rotary: Rotary | None) -> Tensor:
-    """timm's EvaAttention and AttentionRope, with q and k turned in place by position."""
-    if rotary is None:
-        return attn(h)
-    if getattr(attn, "gate", None) is not None or getattr(attn, "num_kv_groups", 1) > 1:
-        table = rotary.table
-        return attn(h, rope=table if rotary.idx is None else rope_at(table, rotary.idx, rotary.num_prefix))
-    if attn.qkv is not None:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        parts: tuple[Tensor, ...] = F.linear(h, attn.qkv.weight, bias).chunk(3, dim=-1)
-    else:
-        parts = (attn.q_proj(h), attn.k_proj(h), attn.v_proj(h))
+def _heads(attn: Any, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _project(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's Attention, EvaAttention and AttentionRope: one matrix, with or without biases of its own, or three."""
+    if attn.qkv is None:
+        return _heads(attn, (attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)))
+    bias = attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    return _heads(attn, F.linear(h, attn.qkv.weight, bias).chunk(3, dim=-1))
+
+
+def _turn_reference(attn: Any, heads: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
+    return rotate(heads, rope, num_prefix)
+
+
+def _turn_timm(attn: Any, heads: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
     half = getattr(attn, "rotate_half", False)
-    rotary.rotate_(q, half=half)
-    rotary.rotate_(k, half=half)
-    out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2)
-    return attn.proj(attn.norm(out))
+    return torch.cat([heads[:, :, :num_prefix], apply_rot_embed_cat(heads[:, :, num_prefix:], rope, half=half)], dim=2)
+
+
+_REFERENCE = AttentionParts(Attention.project, _turn_reference, _close)
+_TIMM = AttentionParts(_project, _turn_timm, _close)
+
+
+def _timm_parts(attn: Any, known: tuple[type, ...]) -> AttentionParts | str:
+    if type(attn) not in known:
+        return f"attention is {type(attn).__name__}"
+    if getattr(attn, "gate", None) is not None:
+        return "attention has a gate"
+    if getattr(attn, "num_kv_groups", 1) > 1:
+        return "attention shares keys between heads"
+    return _TIMM
 
 
 def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -131,15 +147,15 @@ def _eva_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
 def fuse_block(block: nn.Module) -> FusedBlock | str:
     """The block as the engine runs it, or why the engine cannot."""
     if type(block) is Block:
-        fused = FusedBlock(block, _reference_attention, _layer_scales)
+        fused = FusedBlock(block, _layer_scales, _REFERENCE)
     elif type(block) in _known("timm.models.vision_transformer", "Block"):
-        fused = FusedBlock(block, _plain_attention, _layer_scales)
+        known = _known("timm.models.vision_transformer", "Attention")
+        fused = FusedBlock(block, _layer_scales, _timm_parts(block.attn, known))
     elif type(block) in _known("timm.models.eva", "EvaBlock"):
-        attention = getattr(block, "attn", None)
         known = _known("timm.models.eva", "EvaAttention") + _known("timm.layers.attention", "AttentionRope")
-        if type(attention) not in known:
-            return f"attention is {type(attention).__name__}"
-        fused = FusedBlock(block, _eva_attention, _eva_scales)
+        if type(block.attn) not in known:
+            return f"attention is {type(block.attn).__name__}"
+        fused = FusedBlock(block, _eva_scales, _timm_parts(block.attn, known))
     else:
         return f"{type(block).__module__}.{type(block).__name__} is not a block it knows"
     return why_not_fused(block) or fused

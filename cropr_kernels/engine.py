@@ -4,55 +4,21 @@
     h = norm(x[idx]);  x[idx] += attention(h), h = norm(x[idx]);  x[idx] += mlp(h), idx = idx[select(x[idx] . q)]
 
 So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of x, where the
-dropped tokens still are. The functional form of the same stream is `cropr_kernels.stream`.
+dropped tokens still are. Merging changes the rows that tokens go into, and moves none. The functional form of the same
+stream is `cropr_kernels.stream`.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import FusedBlock, Rotary
+from .merging import Merge, follow
+
 ops = torch.ops.cropr
-
-
-class Rotary(NamedTuple):
-    """Rotary positions of the tokens alive: table (patches, 2 C) by position, never gathered per image."""
-
-    table: Tensor
-    idx: Tensor | None
-    num_prefix: int
-
-    def rotate_(self, heads: Tensor, *, half: bool = False) -> None:
-        """Turn queries or keys (B, H, K, C) in place."""
-        ops.rotate_(heads.transpose(1, 2), self.table, self.idx, self.num_prefix, half)
-
-
-@dataclass(frozen=True)
-class FusedBlock:
-    """A pre-norm block x + g1 * attention(norm1(x)), x + g2 * mlp(norm2(x)), as the engine runs it.
-
-    Modules are looked up in `block` at every call, so replaced parameters are seen.
-    """
-
-    block: Any  # with norm1, norm2 (LayerNorm), attn and mlp
-    attention: Callable[[Any, Tensor, Rotary | None], Tensor]  # (block.attn, h (B, K, D), rotary) -> update
-    scales: Callable[[Any], tuple[Tensor | None, Tensor | None]]  # block -> LayerScale's g1, g2
-
-
-def why_not_fused(block: Any) -> str | None:
-    """What keeps a block with norm1, attn, norm2 and mlp out of the engine; None if nothing does."""
-    for name in ("norm1", "norm2"):
-        norm = getattr(block, name)
-        if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
-            return f"{name} is {type(norm).__name__}, not LayerNorm over the width"
-    for name in ("", "norm1", "norm2", "ls1", "ls2", "drop_path1", "drop_path2"):
-        module = getattr(block, name) if name and hasattr(block, name) else block
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"forward hooks on {name or 'the block'}"
-    return None
 
 
 def run_stream(
@@ -65,7 +31,8 @@ def run_stream(
     num_prefix: int,
     llf: bool,
     rope: Tensor | None = None,
-) -> Tensor:
+    merge: Merge | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Run x through the blocks and the last norm. Inference only: x changes in place and has no gradient.
 
     Args:
@@ -77,9 +44,11 @@ def run_stream(
         num_prefix: P, first tokens that are never pruned.
         llf: the last block sees all tokens again.
         rope: rotary table (patches, 2 C), rows by patch position.
+        merge: how tokens that leave merge into those that stay.
 
     Returns:
-        The tokens after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF.
+        The tokens after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF; and, where tokens merged,
+        the row of them in which each of the N tokens is, (B, N).
 
     Raises:
         RuntimeError: gradients are enabled and a block's parameters require them.
@@ -87,32 +56,75 @@ def run_stream(
     idx: Tensor | None = None
     alive, depth = x.shape[1], len(blocks)
     tickets: Tensor | None = None
+    merged = Merged(merge, x, num_prefix) if merge is not None and counts and counts[-1] < alive else None
     h = _norm_of(x, None, blocks[0].block.norm1)
     for layer, fused in enumerate(blocks):
         block = fused.block
         scale1, scale2 = fused.scales(block)
-        update = fused.attention(block.attn, h, None if rope is None else Rotary(rope, idx, num_prefix))
+        rotary = None if rope is None else Rotary(rope, idx, num_prefix)
+        prunes = layer < len(modules) and counts[layer] < alive
+        compares = prunes and merge is not None and merge.similarity == "keys"
+        update, keys = fused.attention(h, rotary, None if merged is None else merged.log_sizes, keys=compares)
         _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, block.norm2.weight, block.norm2.bias, block.norm2.eps)
         update = block.mlp(h)
         _refuse_gradient(update)
         following = blocks[layer + 1].block.norm1 if layer + 1 < depth else norm
-        prunes = layer < len(modules) and counts[layer] < alive
         reunites = llf and layer + 2 == depth and (prunes or idx is not None)
         if prunes:
-            alive = counts[layer]
-            tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
             query = modules[layer].query()
-            idx, _ = ops.add_select_(x, idx, update, scale2, query, tickets, alive, num_prefix)
+            tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
+            if merged is None:
+                idx, _ = ops.add_select_(x, idx, update, scale2, query, tickets, counts[layer], num_prefix)
+            else:
+                idx = merged.add_merge_(x, idx, update, scale2, query, tickets, counts[layer], keys)
+            alive = counts[layer]
         elif reunites or not isinstance(following, nn.LayerNorm):
             ops.add_(x, idx, update, scale2)
         else:
             h = ops.add_norm_(x, idx, update, scale2, following.weight, following.bias, following.eps)
             continue
         if reunites:
-            idx, alive = None, x.shape[1]
+            idx, alive, merged = None, x.shape[1], None
         h = _norm_of(x, idx, following)
-    return h
+    return h, None if merged is None or idx is None else merged.rows(idx)
+
+
+class Merged:
+    """What merging remembers while a batch goes through the network."""
+
+    def __init__(self, how: Merge, x: Tensor, num_prefix: int):
+        self.how, self.num_prefix, self.merges = how, num_prefix, 0
+        self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
+        self.parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)  # where each token went
+        self.log_sizes: Tensor | None = None  # (B, K), of the tokens alive, for their attention
+
+    def add_merge_(
+        self,
+        x: Tensor,
+        idx: Tensor | None,
+        update: Tensor,
+        gamma: Tensor | None,
+        query: Tensor,
+        tickets: Tensor,
+        num_keep: int,
+        keys: Tensor | None,
+    ) -> Tensor:
+        """End a block as add_select_ does, and merge who leaves: (B, num_keep), the positions that stay."""
+        count, prefix = update.shape[1], self.num_prefix
+        weight = self.how.size_weight if self.merges else 0.0  # at first every size is one
+        safe = self.how.num_safe(count, num_keep, prefix)
+        split = ops.add_select_(x, idx, update, gamma, query, tickets, safe, prefix, self.sizes, weight)
+        if keys is not None and idx is not None:  # by position, as merge_ looks them up
+            keys = keys.new_zeros((*x.shape[:2], keys.shape[2])).scatter_(1, idx.unsqueeze(-1).expand_as(keys), keys)
+        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, tickets, num_keep, keys, prefix)
+        self.merges += 1
+        self.log_sizes = kept_sizes.log() if self.how.proportional else None
+        return kept_idx
+
+    def rows(self, idx: Tensor) -> Tensor:
+        """For every token the row among those at idx (B, K), ascending, in which it is: (B, N)."""
+        return torch.searchsorted(idx, follow(self.parent, self.merges))
 
 
 def _refuse_gradient(update: Tensor) -> None:

@@ -45,8 +45,8 @@ _OPS = (
     ("attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", "attend"),
     ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
     (
-        "merge(Tensor x, Tensor kept_idx, Tensor pruned_idx, Tensor sizes, Tensor? features=None, SymInt num_prefix=0)"
-        " -> (Tensor kept, Tensor kept_sizes, Tensor dest)",
+        "merge(Tensor x, Tensor safe_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep, Tensor? features=None,"
+        " SymInt num_prefix=0) -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
         "merge",
     ),
     # The residual stream of the engine: x stays in place, idx names the tokens still alive (None: all).
@@ -64,8 +64,9 @@ _OPS = (
         "stream",
     ),
     (
-        "merge_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-        " Tensor(d!) tickets, Tensor? features=None, SymInt num_prefix=0) -> Tensor",
+        "merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
+        " Tensor(d!) tickets, SymInt num_keep, Tensor? features=None, SymInt num_prefix=0)"
+        " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
         "merge",
     ),
     (
@@ -213,31 +214,42 @@ def _(
 @torch.library.register_fake("cropr::merge", lib=_library)
 def _(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.merge(x, kept_idx, pruned_idx, sizes, features, num_prefix)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     batch, n, dim = x.shape
-    kept = x.new_empty((batch, kept_idx.shape[1], dim))
-    return kept, sizes.new_empty(kept_idx.shape), kept_idx.new_empty((batch, n))
+    kept_idx, pruned_idx, kept_sizes = _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
+    return x.new_empty((batch, num_keep, dim)), kept_idx, pruned_idx, kept_sizes, safe_idx.new_empty((batch, n))
 
 
 @torch.library.register_fake("cropr::merge_", lib=_library)
 def _(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     tickets: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> Tensor:
-    _checks.merge_in_place(x, kept_idx, pruned_idx, sizes, parent, tickets, features, num_prefix)
-    return sizes.new_empty(kept_idx.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, tickets, num_keep, features, num_prefix)
+    return _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
+
+
+def _fake_merged(
+    safe_idx: Tensor, candidate_idx: Tensor, sizes: Tensor, num_keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, safe = safe_idx.shape
+    num_prune = safe + candidate_idx.shape[1] - num_keep
+    kept_idx, pruned_idx = (safe_idx.new_empty((batch, count)) for count in (num_keep, num_prune))
+    return kept_idx, pruned_idx, sizes.new_empty((batch, num_keep))
 
 
 @torch.library.register_fake("cropr::rotate_", lib=_library)
@@ -303,13 +315,13 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, _, sizes, *_ = inputs
-    kept, kept_sizes, dest = output
+    kept, *choice = output
     if ctx.needs_input_grad[0]:
         ctx.dtype = x.dtype
-        ctx.save_for_backward(sizes, kept_sizes, dest)
-        ctx.mark_non_differentiable(kept_sizes, dest)
+        ctx.save_for_backward(sizes, *choice[2:])
+        ctx.mark_non_differentiable(*choice)
     else:
-        ctx.mark_non_differentiable(kept, kept_sizes, dest)
+        ctx.mark_non_differentiable(kept, *choice)
 
 
 def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -317,7 +329,7 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
         return (None,) * len(ctx.needs_input_grad)
     sizes, kept_sizes, dest = ctx.saved_tensors
     share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean that it went into
-    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), None, None, None, None, None
+    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -384,14 +396,14 @@ def _add_select_flops(
 @register_flop_formula([torch.ops.cropr.merge, torch.ops.cropr.merge_])
 def _merge_flops(
     x_shape: tuple[int, ...],
-    kept_shape: tuple[int, ...],
-    pruned_shape: tuple[int, ...],
+    safe_shape: tuple[int, ...],
+    candidate_shape: tuple[int, ...],
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    shapes = [shape for shape in args if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
-    channels = shapes[0][2] if shapes else x_shape[2]
-    return 2 * x_shape[0] * kept_shape[1] * pruned_shape[1] * channels  # similarities
+    features = [shape for shape in args if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
+    channels = features[0][2] if features else x_shape[2]
+    return 2 * x_shape[0] * safe_shape[1] * candidate_shape[1] * channels  # similarities
 
 
 @register_flop_formula([torch.ops.cropr.attend, torch.ops.cropr.attend_scores])

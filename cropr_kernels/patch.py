@@ -8,18 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from . import schedule as schedules
-from .adapters import find_adapter, fuse_blocks
-from .engine import FusedBlock, Graphs, run_stream
+from .adapters import find_adapter, fuse_blocks, reads_class_token
+from .blocks import FusedBlock
+from .engine import Graphs, run_stream
+from .merging import Merge
 from .modules import Cropr, FoldedCropr
-from .stream import Departures, run_blocks
+from .stream import Departures, Merging, Streamed, run_blocks
 
 
 class CroprModules(nn.ModuleList):
-    """`model.cropr`: the Cropr modules in order, the schedule they follow, and whether LLF ends it."""
+    """`model.cropr`: the Cropr modules in order, the schedule they follow, whether LLF ends it, how tokens merge."""
 
-    def __init__(self, modules: Sequence[nn.Module], schedule: schedules.Bound, llf: bool):
+    def __init__(
+        self, modules: Sequence[nn.Module], schedule: schedules.Bound, llf: bool, merging: Merging | None = None
+    ):
         super().__init__(modules)
-        self.schedule, self.llf = schedule, llf
+        self.schedule, self.llf, self.merging = schedule, llf, merging
         self.last_drop_path: list[tuple[Any, float]] = []  # what LLF switched off, for remove
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
@@ -27,7 +31,8 @@ class CroprModules(nn.ModuleList):
 
     def __repr__(self) -> str:
         engine = f"off ({self.engine})" if isinstance(self.engine, str) else "on"
-        return super().__repr__().replace("(", f"({self.schedule}, llf={self.llf}, engine {engine}", 1)
+        merge = "" if self.merging is None else f", {self.merging.how}"
+        return super().__repr__().replace("(", f"({self.schedule}, llf={self.llf}{merge}, engine {engine}", 1)
 
 
 class Pruned:
@@ -38,33 +43,46 @@ class Pruned:
 
     cropr: CroprModules
 
-    def cropr_features(self: Any, images: Tensor, departures: Departures | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens after the last norm and auxiliary predictions (empty in eval)."""
+    def cropr_features(self: Any, images: Tensor, *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the last norm and auxiliary predictions (empty in eval).
+
+        Where tokens merged, `whole` copies each of them to all the positions that it stands for.
+        """
         x, rope = find_adapter(self).embed(self, images)
         stack: CroprModules = self.cropr
-        counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
-        engine, prefix = stack.engine, self.num_prefix_tokens
-        functional = self.training or departures or _exporting() or _needs_gradient(x)
-        if not (functional or isinstance(engine, str)):
-            x = x.contiguous()
-            x = run_stream(engine, stack, counts, x, self.norm, num_prefix=prefix, llf=stack.llf, rope=rope)
-            return x, []
-        x, aux = run_blocks(
+        engine, merging = stack.engine, stack.merging
+        aux: list[Tensor] = []
+        if isinstance(engine, str) or self.training or _exporting() or _needs_gradient(x):
+            x, aux, rows = self.cropr_stream(x, rope)
+            x = self.norm(x)
+        else:
+            counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
+            parts = {"num_prefix": self.num_prefix_tokens, "llf": stack.llf, "rope": rope}
+            how = None if merging is None else merging.how
+            x, rows = run_stream(engine, stack, counts, x.contiguous(), self.norm, merge=how, **parts)
+        if whole and rows is not None and not stack.llf:
+            x = torch.ops.cropr.gather(x, rows)
+        return x, aux
+
+    def cropr_stream(self: Any, x: Tensor, rope: Tensor | None, departures: Departures | None = None) -> Streamed:
+        """The functional stream through the blocks."""
+        stack: CroprModules = self.cropr
+        return run_blocks(
             self.blocks,
             stack,
-            counts,
+            stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf),
             x,
-            num_prefix=prefix,
+            num_prefix=self.num_prefix_tokens,
             llf=stack.llf,
             rope=rope,
             training=self.training,
             recompute=self.training and getattr(self, "grad_checkpointing", False),
             departures=departures,
+            merging=stack.merging,
         )
-        return self.norm(x), aux
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens after the last norm: those kept, or all in original order with LLF."""
+        """Tokens after the last norm: those kept, or all in original order with LLF or where tokens merge."""
         return self.cropr_features(images)[0]
 
     def forward(self: Any, images: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -73,13 +91,13 @@ class Pruned:
         if graphs is not None and images.is_cuda and plain:
             with torch.no_grad():
                 return graphs(self.cropr_output, images, self.cropr_key(images))
-        x, aux = self.cropr_features(images)
+        x, aux = self.cropr_features(images, whole=not reads_class_token(self))
         output = self.forward_head(x)
         return (output, aux) if self.training else output
 
     def cropr_output(self: Any, images: Tensor) -> Tensor:
         """The output alone, whatever the mode."""
-        return self.forward_head(self.cropr_features(images)[0])
+        return self.forward_head(self.cropr_features(images, whole=not reads_class_token(self))[0])
 
     def cropr_key(self: Any, images: Tensor) -> tuple[Any, ...]:
         """All that decides what a captured graph computes: shapes, schedule, precision, where the weights are."""
@@ -87,7 +105,8 @@ class Pruned:
         device = images.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         placed = (images.shape, images.dtype, images.device, weight.data_ptr(), weight.dtype)
-        return *placed, str(self.cropr.schedule), self.cropr.llf, autocast
+        how = None if self.cropr.merging is None else self.cropr.merging.how
+        return *placed, str(self.cropr.schedule), self.cropr.llf, how, autocast
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("forward_intermediates would run the blocks unpruned; call cropr.remove(model) first")
@@ -130,6 +149,7 @@ def apply(
     keep: Sequence[int] | None = None,
     ratio: float | None = None,
     llf: bool = False,
+    merge: bool | Merge = False,
     num_queries: int = 1,
     num_outputs: int | None = None,
     mlp_ratio: float = 4.0,
@@ -143,6 +163,9 @@ def apply(
         model: `cropr_kernels.vit.ViT`, timm VisionTransformer or timm Eva.
         rate, keep, ratio: the schedule; exactly one, see `cropr_kernels.schedule`.
         llf: Last Layer Fusion: all tokens return before the last block.
+        merge: tokens that leave merge into those that stay, instead of being lost: best for a model that was not
+            trained to be pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A
+            `Merge` says how; True is `Merge()`.
         num_queries: M, 1 for classification, one per patch for dense tasks.
         num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
         mlp_ratio: hidden width of the aggregators' MLP over D.
@@ -152,7 +175,8 @@ def apply(
 
     Raises:
         TypeError: the model's family is not known.
-        ValueError: the model is pruned already, or the schedule does not fit it.
+        ValueError: the model is pruned already, the schedule does not fit it, or tokens shall merge in blocks whose
+            attention cannot weigh them.
     """
     if isinstance(model, Pruned):
         raise ValueError(
@@ -166,7 +190,8 @@ def apply(
     outputs = model.num_classes if num_outputs is None else num_outputs
     example = next(model.parameters())
     modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio).to(example.device) for _ in range(count)]
-    model.cropr = CroprModules(modules, schedule, llf).train(model.training)
+    merging = Merging(merge if isinstance(merge, Merge) else Merge(), _sized_blocks(model)) if merge else None
+    model.cropr = CroprModules(modules, schedule, llf, merging).train(model.training)
     if llf:
         # All tokens meet again in the last block: dropping it for some images would drop the fusion.
         for module in model.blocks[-1].modules():
@@ -175,6 +200,15 @@ def apply(
                 module.drop_prob = 0.0
     model.__class__ = _pruned_class(type(model))
     return model
+
+
+def _sized_blocks(model: Any) -> list[FusedBlock]:
+    fused = fuse_blocks(model)
+    blocks = [] if isinstance(fused, str) else fused
+    why = [f"block {i}: {block.parts}" for i, block in enumerate(blocks) if isinstance(block.parts, str)]
+    if isinstance(fused, str) or why:
+        raise ValueError(f"cropr.apply: merge needs attention that weighs tokens: {why[0] if why else fused}")
+    return blocks
 
 
 def default_grid(model: Any) -> tuple[int, int]:
@@ -240,6 +274,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
     light = CroprModules(folded, stack.schedule, stack.llf)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
+    light.merging = None if stack.merging is None else Merging(stack.merging.how, _sized_blocks(deployed))
     light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
     light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
     return deployed.eval().requires_grad_(False)
@@ -259,13 +294,40 @@ def pruning_map(model: Any, images: Tensor) -> Tensor:
         TypeError: the model is not pruned.
     """
     require_pruned(model, "cropr.pruning_map")
-    patch = model.patch_embed.patch_size
-    height, width = images.shape[2] // patch[0], images.shape[3] // patch[1]
+    height, width = _grid_of(model, images)
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
     left = torch.full((images.shape[0], height * width), depth, dtype=torch.int64, device=images.device)
 
     def record(layer: int, positions: Tensor) -> None:
         left.scatter_(1, positions - prefix, layer + 1)
 
-    model.cropr_features(images, departures=record)
+    model.cropr_stream(*find_adapter(model).embed(model, images), departures=record)
     return left.unflatten(1, (height, width))
+
+
+@torch.no_grad()
+def merge_map(model: Any, images: Tensor) -> Tensor:
+    """Which token each patch ended in: (B, grid height, grid width) int64; patches with one number are one token.
+
+    Numbers count the patches that stayed, in order of position, from 0. With LLF it is the state before all return.
+
+    Args:
+        model: pruned by `apply` with merge; it is read in its current mode.
+        images: (B, C, H, W).
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: its tokens do not merge.
+    """
+    if require_pruned(model, "cropr.merge_map").merging is None:
+        raise ValueError("cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)")
+    grid, prefix = _grid_of(model, images), model.num_prefix_tokens
+    rows = model.cropr_stream(*find_adapter(model).embed(model, images)).rows
+    if rows is None:  # nothing was pruned
+        rows = torch.arange(prefix + grid[0] * grid[1], device=images.device).repeat(len(images), 1)
+    return (rows[:, prefix:] - prefix).unflatten(1, grid)
+
+
+def _grid_of(model: Any, images: Tensor) -> tuple[int, int]:
+    patch = model.patch_embed.patch_size
+    return images.shape[2] // patch[0], images.shape[3] // patch[1]

@@ -74,45 +74,66 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
 
 def merge(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move every pruned token into the kept one most similar to it, never into the first num_prefix.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Keep num_keep tokens; the candidates most like a safe one leave and go into it, never into the first num_prefix.
 
         kept[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r that go into k
 
-    Similarity is the cosine of the features (of x without them); NaN is the lowest, equals go to the lower position.
-    x (B, N, D), kept_idx (B, K) and pruned_idx (B, N - K) as from select, sizes (B, N) float32, features (B, N, C).
-    Returns the kept tokens (B, K, D), their sizes (B, K) float32, and for every token of x the row of kept in which it
-    now is, (B, N) int64. Gradient for x, through the means; the choice of targets has none.
+    Similarity is the cosine of the features (of x without them); NaN is the lowest. Equals go to the lower position,
+    and of equal candidates the higher position leaves. With num_keep = S all candidates leave.
+
+    Args:
+        x: (B, N, D).
+        safe_idx, candidate_idx: (B, S) and (B, C) as from select, S + C = N.
+        sizes: (B, N) float32, positive: how many tokens each token stands for.
+        features: (B, N, any width), or None.
+
+    Returns:
+        The kept tokens (B, K, D), their positions in x, those of the tokens that left, (B, N - K), the sizes (B, K) of
+        the kept tokens, and for every token of x the row of kept in which it now is, (B, N) int64. Gradient for x,
+        through the means; the choice has none.
     """
-    target = _most_similar(x if features is None else features, kept_idx, pruned_idx, num_prefix)
+    kept_idx, pruned_idx, target = _settle(
+        x if features is None else features, safe_idx, candidate_idx, num_keep, num_prefix
+    )
     rows, weight = x.to(accumulation_dtype(x.dtype)), sizes.detach().to(accumulation_dtype(x.dtype)).unsqueeze(-1)
     kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
     mass = rows * weight
-    sums = gather(mass, kept_idx).scatter_add(
-        1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), gather(mass, pruned_idx)
-    )
+    rows_of_target = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    sums = gather(mass, kept_idx).scatter_add(1, rows_of_target, gather(mass, pruned_idx))
     alone = kept_sizes == sizes.gather(1, kept_idx)
     means = torch.where(alone.unsqueeze(-1), gather(rows, kept_idx), sums / kept_sizes.to(rows.dtype).unsqueeze(-1))
-    dest = torch.empty_like(torch.cat([kept_idx, pruned_idx], 1))
-    dest.scatter_(1, kept_idx, torch.arange(kept_idx.shape[1], device=x.device).expand_as(kept_idx))
+    dest = torch.empty_like(torch.cat([safe_idx, candidate_idx], 1))
+    dest.scatter_(1, kept_idx, torch.arange(num_keep, device=x.device).expand_as(kept_idx))
     dest.scatter_(1, pruned_idx, target)
-    return means.to(x.dtype), kept_sizes, dest
+    return means.to(x.dtype), kept_idx, pruned_idx, kept_sizes, dest
 
 
-def _most_similar(features: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int) -> Tensor:
-    """For each pruned token the row of kept_idx, behind the prefix, of the highest cosine: (B, R), int64."""
+def _settle(
+    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions that stay and that leave, ascending, and the index in the former that each of the latter goes to."""
+    count = safe_idx.shape[1] + candidate_idx.shape[1] - num_keep
+    if count == 0:
+        return torch.cat([safe_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
     wide = features.detach().to(accumulation_dtype(features.dtype))
-    candidates, leaving = gather(wide, kept_idx[:, num_prefix:]), gather(wide, pruned_idx)
-    if not leaving.shape[1]:
-        return pruned_idx
-    similarity = leaving @ candidates.transpose(1, 2) / candidates.norm(dim=-1).unsqueeze(1)
-    lowest = torch.full_like(similarity, -torch.inf)
-    return num_prefix + torch.where(similarity.isnan(), lowest, similarity).argmax(-1)
+    safe, candidates = gather(wide, safe_idx[:, num_prefix:]), gather(wide, candidate_idx)
+    lengths = candidates.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
+    similarity = candidates @ safe.transpose(1, 2) / lengths
+    similarity = torch.where(similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity)
+    nearest = num_prefix + similarity.argmax(-1)
+    order = similarity.max(-1).values.flip(1).sort(dim=1, descending=True, stable=True).indices
+    order = candidate_idx.shape[1] - 1 - order  # the most similar first, of equals the higher position
+    leaving, staying = order[:, :count].sort(1).values, order[:, count:]
+    kept_idx = torch.cat([safe_idx, candidate_idx.gather(1, staying)], 1).sort(1).values
+    target = torch.searchsorted(kept_idx, safe_idx.gather(1, nearest.gather(1, leaving)))
+    return kept_idx, candidate_idx.gather(1, leaving), target
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
@@ -192,31 +213,34 @@ def add_select_(
 
 def merge_(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     tickets: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> Tensor:
-    """merge where the tokens are: rows kept_idx of x (B, N, D) become the means, and their sizes (B, K) come back.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """merge where the tokens are: the kept rows of x (B, N, D) become the means.
 
-    sizes (B, N) changes at kept_idx; parent (B, N), int64, receives at pruned_idx the position that each went to.
-    Rows of x that are in neither list (they left earlier) are not looked at, and those at pruned_idx stay.
+    sizes (B, N) changes where tokens stay; parent (B, N), int64, receives where one leaves the position it went to.
+    Rows of x in neither list (they left earlier) are not looked at, and the rows of those that leave stay as they are.
+
+    Returns:
+        Positions that stay and that leave, ascending, and the sizes (B, K) of those that stay.
     """
-    target = _most_similar(x if features is None else features, kept_idx, pruned_idx, num_prefix)
-    both = torch.cat([kept_idx, pruned_idx], 1)
-    count = kept_idx.shape[1]
-    order = torch.arange(both.shape[1], device=x.device).expand_as(both)
+    both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
+    safe, candidates = torch.searchsorted(both, safe_idx), torch.searchsorted(both, candidate_idx)
     part = None if features is None else gather(features, both)
-    kept, kept_sizes, _ = merge(
-        gather(x, both), order[:, :count], order[:, count:], sizes.gather(1, both), part, num_prefix
+    kept, kept_at, pruned_at, kept_sizes, dest = merge(
+        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, part, num_prefix
     )
+    kept_idx, pruned_idx = both.gather(1, kept_at), both.gather(1, pruned_at)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)
     sizes.scatter_(1, kept_idx, kept_sizes)
-    parent.scatter_(1, pruned_idx, kept_idx.gather(1, target))
-    return kept_sizes
+    parent.scatter_(1, pruned_idx, kept_idx.gather(1, dest.gather(1, pruned_at)))
+    return kept_idx, pruned_idx, kept_sizes
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:

@@ -4,18 +4,31 @@ Positions travel with the tokens, so that rotary tables, Last Layer Fusion and m
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import FusedBlock, rope_at
+from .merging import Merge, weigh
+
 Departures = Callable[[int, Tensor], None]
 
 
-def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
-    """Rows of a rotary table (patches, C) for the patches at `positions` (B, K): (B, 1, K - P, C)."""
-    return rope[positions[:, num_prefix:] - num_prefix].unsqueeze(1)
+class Merging(NamedTuple):
+    """How tokens merge, and the blocks, taken apart so that their attention can weigh them."""
+
+    how: Merge
+    blocks: Sequence[FusedBlock]
+
+
+class Streamed(NamedTuple):
+    """What leaves the last block."""
+
+    tokens: Tensor  # (B, K, D), or (B, N, D) in original order with LLF
+    aux: list[Tensor]
+    rows: Tensor | None  # (B, N), where tokens merged: the row of those kept last in which each token is
 
 
 def run_blocks(
@@ -30,7 +43,8 @@ def run_blocks(
     training: bool = False,
     recompute: bool = False,
     departures: Departures | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+    merging: Merging | None = None,
+) -> Streamed:
     """Run x (B, N, D) through the blocks, pruning to counts[l] tokens after block l.
 
     With LLF every pruned token, as it was when it left, returns to its position before the last block.
@@ -44,22 +58,28 @@ def run_blocks(
         training: also compute the auxiliary predictions.
         recompute: keep no activations of a block for backward, run it again instead.
         departures: called as departures(block, positions (B, R)) whenever tokens leave.
+        merging: tokens that leave merge into those that stay.
 
     Returns:
-        The tokens after the last block, (B, K, D), or (B, N, D) in original order with LLF, and the auxiliary
-        predictions, one per module that has them.
+        The tokens after the last block and the auxiliary predictions, one per module that has them.
     """
     full_rope, positions = rope, None
     gone: list[Tensor] = []
     gone_positions: list[Tensor] = []
     aux: list[Tensor] = []
+    sizes: Tensor | None = None
+    rows: Tensor | None = None
     last = len(blocks) - 1
     for layer, block in enumerate(blocks):
         if llf and layer == last and positions is not None:
             x = torch.ops.cropr.restore(x, positions, torch.cat(gone, 1), torch.cat(gone_positions, 1))
-            rope = full_rope
-        kwargs: dict[str, Any] = {} if rope is None else {"rope": rope}
-        x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
+            rope, sizes = full_rope, None
+        keys = None
+        if merging is None or (sizes is None and merging.how.similarity == "tokens"):
+            kwargs: dict[str, Any] = {} if rope is None else {"rope": rope}
+            x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
+        else:
+            x, keys = _sized_block(merging, layer, x, rope, num_prefix, sizes, recompute)
         if layer >= len(modules):
             continue
         prediction, scores = modules[layer].predict(x) if training else (None, None)
@@ -67,7 +87,21 @@ def run_blocks(
             aux.append(prediction)
         if counts[layer] == x.shape[1]:
             continue
-        x, kept_idx, pruned, pruned_idx = modules[layer](x, counts[layer], num_prefix, scores)
+        if merging is None:
+            x, kept_idx, pruned, pruned_idx = modules[layer](x, counts[layer], num_prefix, scores)
+        else:
+            scores = torch.ops.cropr.scores(x, modules[layer].query()) if scores is None else scores
+            how, before = merging.how, x
+            if sizes is None:
+                sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+            else:
+                scores = weigh(scores, sizes, how.size_weight, num_prefix)
+            split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], counts[layer], num_prefix), num_prefix)
+            x, kept_idx, pruned_idx, sizes, dest = torch.ops.cropr.merge(
+                x, *split, sizes, counts[layer], keys, num_prefix
+            )
+            rows = dest if rows is None else dest.gather(1, rows)
+            pruned = torch.ops.cropr.gather(before, pruned_idx) if llf else None
         left = pruned_idx if positions is None else positions.gather(1, pruned_idx)
         positions = kept_idx if positions is None else positions.gather(1, kept_idx)
         if llf:
@@ -77,4 +111,21 @@ def run_blocks(
             departures(layer, left)
         if full_rope is not None:
             rope = rope_at(full_rope, positions, num_prefix)
-    return x, aux
+    return Streamed(x, aux, rows)
+
+
+def _sized_block(
+    merging: Merging,
+    layer: int,
+    x: Tensor,
+    rope: Tensor | None,
+    num_prefix: int,
+    sizes: Tensor | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A block whose attention weighs tokens by their sizes; and its keys, where merging compares them."""
+    log_sizes = None if sizes is None or not merging.how.proportional else sizes.log()
+    run, keys = merging.blocks[layer].sized, merging.how.similarity == "keys"
+    if recompute:
+        return checkpoint(run, x, rope, num_prefix, log_sizes, keys=keys, use_reentrant=False)
+    return run(x, rope, num_prefix, log_sizes, keys=keys)

@@ -194,7 +194,9 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
   const int64_t n = num_keep + num_prune;
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
   const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
-  check_positions_once("restore", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch, n);
+  check_positions_once(
+      "restore", "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune,
+      batch, n);
   Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -124,15 +124,15 @@ inline void check_positions(const char* op, const char* name, const int64_t* idx
 
 // The two lists together hold each position of an image at most once; where they hold n, that is exactly once.
 inline void check_positions_once(
-    const char* op, const int64_t* kept, int64_t num_keep, const int64_t* pruned, int64_t num_prune, int64_t batch,
-    int64_t n) {
+    const char* op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
+    int64_t batch, int64_t n) {
   std::vector<int64_t> owner(n, -1);
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < num_keep + num_prune; ++i) {
-      const int64_t position = i < num_keep ? kept[b * num_keep + i] : pruned[b * num_prune + i - num_keep];
+    for (int64_t i = 0; i < num_one + num_other; ++i) {
+      const int64_t position = i < num_one ? one[b * num_one + i] : other[b * num_other + i - num_one];
       if (position < 0 || position >= n || owner[position] == b)
         fail(
-            op, ": kept_idx and pruned_idx must together hold each position in [0, ", n, ") once, got ", position,
+            op, ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
             position < 0 || position >= n ? "" : " twice", " in image ", b);
       owner[position] = b;
     }

@@ -30,7 +30,7 @@ def samples(dtype=torch.float32, grad=False):
         "attend": (x.detach(), queries, 0.4),
         "attend_scores": (x.detach(), queries, 0.4),
         "attend_backward": (torch.randn(2, 3, 6, dtype=dtype), x.detach(), queries.detach(), 0.4),
-        "merge": (x, parts[1], parts[3], torch.tensor([[1.0, 3.0, 2.0]]).repeat(2, 3), None, 1),
+        "merge": (x, parts[1], parts[3], torch.tensor([[1.0, 3.0, 2.0]]).repeat(2, 3), 6, None, 1),
         **stream_samples(dtype),
     }
 
@@ -49,7 +49,7 @@ def stream_samples(dtype=torch.float32):
         ),
         "merge_": (
             x, idx, torch.tensor([[1, 8], [2, 3]]), torch.rand(2, 9) + 1, torch.arange(9).repeat(2, 1),
-            torch.zeros(2, dtype=torch.int32), torch.randn(2, 9, 5), 1,
+            torch.zeros(2, dtype=torch.int32), 5, torch.randn(2, 9, 5), 1,
         ),
         "rotate_": (torch.randn(2, 4, 3, 6, dtype=dtype), torch.randn(8, 12), idx, 1),
     }  # fmt: skip
@@ -124,7 +124,7 @@ def test_gradients_match_finite_differences():
         assert check(restore, (kept, pruned))
         assert check(gather, (x,))
         sizes = torch.randint(1, 5, (2, 9)).float()
-        merge = lambda x: ops.merge(x, parts[1], parts[3], sizes, features, 1)[0]  # noqa: E731, B023
+        merge = lambda x: ops.merge(x, parts[1], parts[3], sizes, 6, features, 1)[0]  # noqa: E731, B023
         features = torch.randn(2, 9, 5)
         assert check(merge, (x,))
     for count in (1, 3):
@@ -261,39 +261,49 @@ def bad_merge_calls():
     x, sizes, parent, tickets = (
         torch.zeros(2, 9, 6), torch.ones(2, 9), torch.arange(9).repeat(2, 1), torch.zeros(2, dtype=torch.int32)
     )  # fmt: skip
-    kept, pruned = torch.arange(4).expand(2, -1), torch.arange(4, 9).expand(2, -1)
-    there = (x, kept, pruned, sizes, parent, tickets)
+    safe, others = torch.arange(4).expand(2, -1), torch.arange(4, 9).expand(2, -1)
+    there = (x, safe, others, sizes, parent, tickets)
     return [
-        ("merge", (x[0], kept, pruned, sizes), r"merge: x must have shape \(B, N, D\), got \(9, 6\)"),
-        ("merge", (x.int(), kept, pruned, sizes), r"merge: x must be float32, float64, bfloat16 or float16, got int32"),
-        ("merge", (x, kept[0], pruned, sizes), r"merge: kept_idx must have shape \(B, K\), got \(4,\)"),
-        ("merge", (x, kept, pruned.int(), sizes), r"merge: pruned_idx must be int64, got int32"),
-        ("merge", (x, kept, pruned[:1], sizes), r"merge: pruned_idx must have the batch size of x, B = 2, got shape"),
-        ("merge", (x, kept, pruned, sizes.double()), r"merge: sizes must be float32, got float64"),
-        ("merge", (x, kept, pruned, sizes[:, 1:]), r"merge: sizes must have shape \(B, N\) = \(2, 9\), got \(2, 8\)"),
-        ("merge", (x, kept, pruned, sizes, x[:, 1:]), r"merge: features must have the batch and tokens of x, \(2, 9\)"),
-        ("merge", (x, kept, pruned, sizes, x[0]), r"merge: features must have shape \(B, N, C\), got \(9, 6\)"),
-        ("merge", (x, kept, pruned, sizes, None, 5), r"merge: num_prefix must be in \[0, K\] = \[0, 4\], got 5"),
+        ("merge", (x[0], safe, others, sizes, 6), r"merge: x must have shape \(B, N, D\), got \(9, 6\)"),
+        ("merge", (x.int(), safe, others, sizes, 6), r"merge: x must be float32, float64, bfloat16 or float16, got"),
+        ("merge", (x, safe[0], others, sizes, 6), r"merge: safe_idx must have shape \(B, S\), got \(4,\)"),
+        ("merge", (x, safe, others.int(), sizes, 6), r"merge: candidate_idx must be int64, got int32"),
+        ("merge", (x, safe, others[:1], sizes, 6), r"merge: candidate_idx must have the batch size of x, B = 2, got"),
+        ("merge", (x, safe, others, sizes.double(), 6), r"merge: sizes must be float32, got float64"),
         (
             "merge",
-            (x, kept, pruned, sizes, None, 4),
-            r"merge: kept_idx must hold a token behind the prefix to merge into, got K = num_prefix = 4",
+            (x, safe, others, sizes[:, 1:], 6),
+            r"merge: sizes must have shape \(B, N\) = \(2, 9\), got \(2, 8\)",
+        ),
+        ("merge", (x, safe, others, sizes, 3), r"merge: num_keep must be in \[S, S \+ C\] = \[4, 9\], got 3"),
+        ("merge", (x, safe, others, sizes, 10), r"merge: num_keep must be in \[S, S \+ C\] = \[4, 9\], got 10"),
+        (
+            "merge",
+            (x, safe, others, sizes, 6, x[:, 1:]),
+            r"merge: features must have the batch and tokens of x, \(2, 9",
+        ),
+        ("merge", (x, safe, others, sizes, 6, x[0]), r"merge: features must have shape \(B, N, C\), got \(9, 6\)"),
+        ("merge", (x, safe, others, sizes, 6, None, 5), r"merge: num_prefix must be in \[0, S\] = \[0, 4\], got 5"),
+        (
+            "merge",
+            (x, safe, others, sizes, 6, None, 4),
+            r"merge: safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = 4",
         ),
         (
             "merge",
-            (x, kept, pruned[:, 1:], sizes),
-            r"merge: kept_idx and pruned_idx must together hold N = 9 positions, got 4 \+ 4",
+            (x, safe, others[:, 1:], sizes, 6),
+            r"merge: safe_idx and candidate_idx must together hold N = 9 positions, got 4 \+ 4",
         ),
-        ("merge_", (x.transpose(0, 1).contiguous().transpose(0, 1), *there[1:]), r"merge_: x must be contiguous"),
-        ("merge_", (*there[:3], sizes.t().contiguous().t(), *there[4:]), r"merge_: sizes must be contiguous"),
+        ("merge_", (x.transpose(0, 1).contiguous().transpose(0, 1), *there[1:], 6), r"merge_: x must be contiguous"),
+        ("merge_", (*there[:3], sizes.t().contiguous().t(), *there[4:], 6), r"merge_: sizes must be contiguous"),
         (
             "merge_",
-            (*there[:4], parent.int(), tickets),
+            (*there[:4], parent.int(), tickets, 6),
             r"merge_: parent must be contiguous int64 of shape \(B, N\) = \(2, 9\), got int32 \(2, 9\)",
         ),
         (
             "merge_",
-            (*there[:5], tickets[:1]),
+            (*there[:5], tickets[:1], 6),
             r"merge_: tickets must be int32 of shape \(B,\) = \(2,\), got int32 \(1,\)",
         ),
     ]
@@ -394,14 +404,14 @@ def test_positions_that_do_not_exist_or_repeat_are_refused():
         ops.gather_norm(x.detach(), torch.full((2, 1), 9), None, None, 1e-6)
     with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) behind the prefix, got 4"):
         ops.rotate_(torch.zeros(1, 2, 1, 2), torch.zeros(3, 4), torch.tensor([[0, 4]]), 1)
-    with pytest.raises(RuntimeError, match=r"merge: kept_idx and pruned_idx must .* \[0, 9\) once, got 9 in image 0"):
-        ops.merge(x, kept_idx.clone().fill_(9), pruned_idx, torch.ones(2, 9))
+    with pytest.raises(RuntimeError, match=r"merge: safe_idx and .* position in \[0, 9\) once, got 9 in image 0"):
+        ops.merge(x, kept_idx.clone().fill_(9), pruned_idx, torch.ones(2, 9), 6)
     twice = kept_idx.clone()
     twice[1, 1] = twice[1, 0]
     with pytest.raises(RuntimeError, match=r"once, got \d twice in image 1"):
         ops.restore(kept, twice, pruned, pruned_idx)
     with pytest.raises(RuntimeError, match=r"merge: .* once, got \d twice in image 1"):
-        ops.merge(x, twice, pruned_idx, torch.ones(2, 9))
+        ops.merge(x, twice, pruned_idx, torch.ones(2, 9), 6)
 
 
 def test_tensors_on_different_devices_are_refused():

@@ -8,17 +8,18 @@ from cropr_kernels import reference
 
 pytestmark = pytest.mark.kernels
 
-# (B, N, D, K, P)
+# (B, N, D, S, K, P): S tokens are safe, K stay
 MERGES = [
-    (1, 2, 3, 1, 0),
-    (2, 5, 8, 3, 1),
-    (3, 17, 33, 9, 2),
-    (2, 50, 96, 6, 5),  # one candidate takes all
-    (2, 90, 48, 40, 1),  # more leave than one tile holds
-    (1, 197, 192, 188, 1),
-    (2, 40, 64, 40, 1),  # nobody leaves
-    (2, 6, 8, 6, 6),
-    (0, 10, 16, 5, 1),
+    (1, 2, 3, 1, 1, 0),
+    (2, 5, 8, 2, 3, 1),
+    (3, 17, 33, 9, 9, 2),
+    (2, 50, 96, 6, 12, 5),  # one safe token takes all
+    (2, 90, 48, 40, 52, 1),  # more candidates than one tile holds
+    (1, 197, 192, 179, 188, 1),
+    (2, 40, 64, 20, 40, 1),  # nobody leaves
+    (2, 40, 64, 40, 40, 1),  # nobody may
+    (2, 6, 8, 6, 6, 6),
+    (0, 10, 16, 3, 5, 1),
 ]
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -29,11 +30,11 @@ TOLERANCE = {
 
 
 def problem(shape, dtype, device):
-    """x, kept_idx, pruned_idx and sizes as they are after some layers."""
-    batch, n, dim, keep, prefix = shape
+    """x, safe_idx, candidate_idx, sizes as they are after some layers, num_keep, num_prefix."""
+    batch, n, dim, safe, keep, prefix = shape
     x = tokens(batch, n, dim, dtype, device)
-    kept, pruned = reference.select(torch.randn(batch, n, device=device), keep, prefix)
-    return x, kept, pruned, torch.randint(1, 6, (batch, n), device=device).float()
+    safe_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), safe, prefix)
+    return x, safe_idx, candidate_idx, torch.randint(1, 6, (batch, n), device=device).float(), keep, prefix
 
 
 def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
@@ -48,9 +49,9 @@ def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
     return out / total.double().unsqueeze(-1), total
 
 
-def cosines(features, kept_idx, pruned_idx, prefix):
+def cosines(features, safe_idx, candidate_idx):
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    return reference.gather(unit, pruned_idx) @ reference.gather(unit, kept_idx[:, prefix:]).transpose(1, 2)
+    return reference.gather(unit, candidate_idx) @ reference.gather(unit, safe_idx).transpose(1, 2)
 
 
 def skip_if_uninterpretable(backend, dtype):
@@ -60,106 +61,132 @@ def skip_if_uninterpretable(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_means_sizes_and_targets_match_a_slow_merge(backend, shape, dtype):
+def test_means_and_sizes_match_a_slow_merge(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
-    prefix = shape[4]
-    x, kept_idx, pruned_idx, sizes = problem(shape, dtype, backend.device)
-    kept, kept_sizes, dest = backend.merge(x, kept_idx, pruned_idx, sizes, None, prefix)
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
     assert kept.dtype == dtype and kept.is_contiguous() and kept_sizes.dtype == torch.float32
+    everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    assert torch.equal(torch.cat([kept_idx, pruned_idx], 1).sort(1).values, everyone)
+    assert torch.equal(kept_idx, kept_idx.sort(1).values) and torch.equal(pruned_idx, pruned_idx.sort(1).values)
     slots = dest.gather(1, pruned_idx)
     expected, total = slow_merge(x, kept_idx, pruned_idx, sizes, slots)
     torch.testing.assert_close(kept, expected.to(dtype), **TOLERANCE[dtype])
     assert torch.equal(kept_sizes, total)
-    assert torch.equal(dest.gather(1, kept_idx), torch.arange(shape[3], device=x.device).expand_as(kept_idx))
-    if slots.numel():  # nobody else would have been more similar, and nobody went into the prefix
-        assert slots.min() >= prefix
-        similarity = cosines(x, kept_idx, pruned_idx, prefix)
-        chosen = similarity.gather(2, (slots - prefix).unsqueeze(-1)).squeeze(-1)
-        assert (chosen >= similarity.max(-1).values - 1e-5).all()
+    assert torch.equal(dest.gather(1, kept_idx), torch.arange(keep, device=x.device).expand_as(kept_idx))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MERGES)
+def test_the_candidates_most_like_a_safe_token_leave_and_go_there(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype)
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
+    target = kept_idx.gather(1, dest.gather(1, pruned_idx))
+    assert torch.isin(safe_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
+    for b in range(x.shape[0]):
+        similarity = cosines(x[b : b + 1], safe_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        if not similarity.numel() or not pruned_idx.shape[1]:
+            continue
+        chosen = cosines(x[b : b + 1], target[b : b + 1], pruned_idx[b : b + 1])[0].diagonal()
+        best = similarity.max(1).values
+        goes = torch.isin(candidate_idx[b], pruned_idx[b])
+        torch.testing.assert_close(chosen, best[goes], rtol=0, atol=1e-5)
+        assert torch.isin(target[b], safe_idx[b, prefix:]).all()
+        if not goes.all():
+            assert best[goes].min() + 1e-5 >= best[~goes].max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_rows_that_nobody_comes_to_are_exact_copies(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
-    x, kept_idx, pruned_idx, sizes = problem(shape, dtype, backend.device)
-    kept, kept_sizes, _ = backend.merge(x, kept_idx, pruned_idx, sizes, None, shape[4])
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
     alone = kept_sizes == sizes.gather(1, kept_idx)
     assert same_bits(kept[alone], reference.gather(x, kept_idx)[alone])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mass_is_conserved(backend, dtype):
-    x, kept_idx, pruned_idx, sizes = problem((3, 70, 40, 50, 1), dtype, backend.device)
-    kept, kept_sizes, _ = backend.merge(x, kept_idx, pruned_idx, sizes, None, 1)
+    x, safe_idx, candidate_idx, sizes, keep, _ = problem((3, 70, 40, 40, 50, 1), dtype, backend.device)
+    kept, _, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, 1)
     before = (x.double() * sizes.double().unsqueeze(-1)).sum(1)
     torch.testing.assert_close((kept.double() * kept_sizes.double().unsqueeze(-1)).sum(1), before, **TOLERANCE[dtype])
     assert torch.equal(kept_sizes.sum(1), sizes.sum(1))
 
 
 def test_features_decide_and_may_have_another_width_and_dtype(backend):
-    x, kept_idx, pruned_idx, sizes = problem((2, 30, 16, 20, 1), torch.float32, backend.device)
+    x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 30, 16, 20, 20, 1), torch.float32, backend.device)
     features = torch.randn(2, 30, 24, device=x.device).half()
-    _, _, dest = backend.merge(x, kept_idx, pruned_idx, sizes, features, 1)
-    similarity = cosines(features, kept_idx, pruned_idx, 1)
-    assert torch.equal(dest.gather(1, pruned_idx) - 1, similarity.argmax(-1))
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, features, 1)
+    assert torch.equal(kept_idx, safe_idx) and torch.equal(pruned_idx, candidate_idx)
+    assert torch.equal(dest.gather(1, pruned_idx) - 1, cosines(features, safe_idx[:, 1:], candidate_idx).argmax(-1))
 
 
-def test_equal_similarities_go_to_the_lower_position_and_nan_to_none(backend):
+def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
-    kept_idx, pruned_idx = torch.arange(70, device=x.device)[None], torch.arange(70, 80, device=x.device)[None]
+    safe_idx, candidate_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
     sizes = torch.ones(1, 80, device=x.device)
-    assert (backend.merge(x, kept_idx, pruned_idx, sizes, None, 2)[2][:, 70:] == 2).all()
-    x[0, 2, 3] = float("nan")  # a candidate without a similarity
-    x[0, 3] = 0.0  # nor has this one
-    x[0, 75] = 0.0  # and this has none to any
-    dest = backend.merge(x, kept_idx, pruned_idx, sizes, None, 2)[2]
-    assert dest[0, 70:].tolist() == [4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+
+    def run():
+        _, _, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, 70, None, 2)
+        return pruned_idx[0].tolist(), dest[0, pruned_idx[0]].tolist()
+
+    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the higher positions leave
+    x[0, 2, 3] = float("nan")  # like nobody
+    x[0, 3] = 0.0  # nor is this
+    x[0, 75] = 0.0  # and this is the last to leave
+    assert run() == ([69, *range(70, 75), *range(76, 80)], [4] * 10)
     x[:] = float("nan")
-    assert (backend.merge(x, kept_idx, pruned_idx, sizes, None, 2)[2][:, 70:] == 2).all()
+    assert run() == (list(range(70, 80)), [2] * 10)
 
 
 def test_every_layout_gives_the_same_bits(backend):
-    x, kept_idx, pruned_idx, sizes = problem((2, 50, 96, 30, 1), torch.float32, backend.device)
-    plain = backend.merge(x, kept_idx, pruned_idx, sizes, None, 1)
-    flipped = [part.t().contiguous().t() for part in (kept_idx, pruned_idx, sizes)]
+    x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
+    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, 1)
+    flipped = [part.t().contiguous().t() for part in (safe_idx, candidate_idx, sizes)]
     for name, odd in odd_layouts(x).items():
-        for got, expected in zip(backend.merge(odd, *flipped, None, 1), plain):
+        for got, expected in zip(backend.merge(odd, *flipped, keep, None, 1), plain):
             assert torch.equal(got, expected), name
-        assert torch.equal(backend.merge(x, kept_idx, pruned_idx, sizes, odd, 1)[2], plain[2]), name
+        assert torch.equal(backend.merge(x, safe_idx, candidate_idx, sizes, keep, odd, 1)[4], plain[4]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
-    batch, n, dim, keep, prefix = shape
-    x, kept_idx, pruned_idx, sizes = problem(shape, dtype, backend.device)
-    expected, expected_sizes, dest = backend.merge(x, kept_idx, pruned_idx, sizes, None, prefix)
+    batch, n, dim = shape[:3]
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
+        x, safe_idx, candidate_idx, sizes, keep, None, prefix
+    )
     # The same tokens in a longer stream, between tokens that left before.
     at = torch.arange(n, device=x.device) * 2 + 1
     stream, stream_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
     stream[:, at], stream_sizes[:, at] = x, sizes
-    parent = torch.arange(2 * n + 1, device=x.device).repeat(batch, 1)
-    before = stream.clone()
-    tickets = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    places = (at[kept_idx], at[pruned_idx])
-    got_sizes = backend.merge_(stream, *places, stream_sizes, parent, tickets, None, prefix)
-    assert not tickets.any()
-    assert torch.equal(got_sizes, expected_sizes)
-    assert same_bits(reference.gather(stream, places[0]), expected)
-    assert torch.equal(stream_sizes.gather(1, places[0]), expected_sizes)
-    assert torch.equal(parent.gather(1, places[1]), places[0].gather(1, dest.gather(1, pruned_idx)))
-    untouched = torch.ones(batch, 2 * n + 1, dtype=torch.bool, device=x.device).scatter(1, places[0], False)
-    assert same_bits(stream[untouched], before[untouched])
     own = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
-    kept_parent = torch.ones_like(untouched).scatter(1, places[1], False)
-    assert torch.equal(parent[kept_parent], own[kept_parent])
+    parent, before, sizes_before = own.clone(), stream.clone(), stream_sizes.clone()
+    tickets = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    kept_idx, pruned_idx, got_sizes = backend.merge_(
+        stream, at[safe_idx], at[candidate_idx], stream_sizes, parent, tickets, keep, None, prefix
+    )
+    assert not tickets.any()
+    assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
+    assert torch.equal(got_sizes, expected_sizes)
+    assert same_bits(reference.gather(stream, kept_idx), expected)
+    assert torch.equal(stream_sizes.gather(1, kept_idx), expected_sizes)
+    assert torch.equal(parent.gather(1, pruned_idx), kept_idx.gather(1, dest.gather(1, pruned_at)))
+    untouched = torch.ones(batch, 2 * n + 1, dtype=torch.bool, device=x.device).scatter(1, kept_idx, False)
+    assert same_bits(stream[untouched], before[untouched])
+    assert torch.equal(stream_sizes[untouched], sizes_before[untouched])
+    here = torch.ones_like(untouched).scatter(1, pruned_idx, False)
+    assert torch.equal(parent[here], own[here])
 
 
 def test_same_bits_every_time(kernels):
-    x, kept_idx, pruned_idx, sizes = problem((4, 197, 64, 100, 1), torch.float32, kernels.device)
-    first = kernels.merge(x, kept_idx, pruned_idx, sizes, None, 1)
+    x, *rest, keep, prefix = problem((4, 197, 64, 80, 100, 1), torch.float32, kernels.device)
+    first = kernels.merge(x, *rest, keep, None, prefix)
     for _ in range(2 if kernels.interpreted else 20):
-        for got, expected in zip(kernels.merge(x, kept_idx, pruned_idx, sizes, None, 1), first):
+        for got, expected in zip(kernels.merge(x, *rest, keep, None, prefix), first):
             assert torch.equal(got, expected)

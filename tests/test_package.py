@@ -17,8 +17,8 @@ PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
-    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "stream", "engine", "vit", "adapters", "patch",
-    "calibration", "weights", "viz", "__init__", "cli",
+    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "blocks", "stream",
+    "engine", "vit", "adapters", "patch", "calibration", "weights", "viz", "__init__", "cli",
 ]  # fmt: skip
 
 

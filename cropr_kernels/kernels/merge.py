@@ -1,7 +1,7 @@
-"""cropr::merge and merge_ on CUDA: leaving tokens go into the most similar kept ones, in two launches.
+"""cropr::merge and merge_ on CUDA: tokens that leave go into the most similar safe ones, in two launches.
 
-The first compares: a program holds a tile of kept tokens against all leaving ones, and the last program of an image
-settles where each of them goes. The second writes the means, one program per leaving token: the first of those that
+The first compares: a program holds a tile of safe tokens against all candidates, and the last program of an image
+settles who leaves and where to. The second writes the means, one program per leaving token: the first of those that
 share a target adds them all up, in order, so no two programs write one row and the bits are the same on every run.
 """
 
@@ -27,69 +27,143 @@ def load_positions(idx_ptr, offs, count, n):
     return tl.where(exists, position, 0), exists
 
 
-@triton.jit(do_not_specialize=["n", "num_keep", "num_prune", "num_prefix"])
-def targets_kernel(
-    feature_ptr, stride_fb, stride_fn, kept_idx_ptr, pruned_idx_ptr, partial_ptr, partial_idx_ptr, tickets_ptr,
-    sizes_ptr, kept_sizes_ptr, slot_idx_ptr, dest_idx_ptr, n, num_keep, num_prune, num_prefix, dim,
-    IN_PLACE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+@triton.jit
+def count_staying_before(candidate_idx_ptr, leaves_ptr, positions, num_candidates, BLOCK_C: tl.constexpr):
+    """How many candidates that stay have a position below each of `positions`."""
+    count = tl.zeros(positions.shape, tl.int32)
+    for start in range(0, num_candidates, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        inside = offs < num_candidates
+        at = tl.load(candidate_idx_ptr + offs, mask=inside, other=0)
+        stays = inside & (tl.load(leaves_ptr + offs, mask=inside, other=1, cache_modifier=".cg") == 0)
+        count += tl.sum((stays[None, :] & (at[None, :] < positions[:, None])).to(tl.int32), axis=1)
+    return count
+
+
+@triton.jit
+def settle_image(
+    partial_ptr, partial_idx_ptr, similarity_ptr, nearest_idx_ptr, leaves_ptr, safe_idx_ptr, candidate_idx_ptr,
+    sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr, dest_idx_ptr,
+    n, tiles, num_safe, num_candidates, num_prune, num_prefix,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.maximum(tl.cdiv(num_keep - num_prefix, BLOCK_K), 1)
+    """Who of the candidates leaves one image, and where to; lists ascend by position."""
+    for start in range(0, num_candidates, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        inside = offs < num_candidates
+        best = tl.full([BLOCK_C], float("-inf"), ACC)
+        nearest = tl.zeros([BLOCK_C], tl.int64) + num_prefix
+        for tile in range(0, tiles):  # tiles ascend and only more wins: the lowest of equals
+            partial = tile * num_candidates + offs
+            value = tl.load(partial_ptr + partial, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            where = tl.load(partial_idx_ptr + partial, mask=inside, other=0, cache_modifier=".cg")
+            nearest = tl.where(value > best, where, nearest)
+            best = tl.maximum(best, value)
+        tl.store(similarity_ptr + offs, best, mask=inside)
+        tl.store(nearest_idx_ptr + offs, nearest, mask=inside)
+    tl.debug_barrier()
+    for start in range(0, num_candidates, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        inside = offs < num_candidates
+        mine = tl.load(similarity_ptr + offs, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        rank = tl.zeros([BLOCK_C], tl.int32)  # candidates that leave before this one
+        for first in range(0, num_candidates, BLOCK_C):
+            others = first + tl.arange(0, BLOCK_C)
+            there = others < num_candidates
+            other = tl.load(similarity_ptr + others, mask=there, other=float("-inf"), cache_modifier=".cg")
+            equal = (other[None, :] == mine[:, None]) & (others[None, :] > offs[:, None])
+            sooner = there[None, :] & ((other[None, :] > mine[:, None]) | equal)
+            rank += tl.sum(sooner.to(tl.int32), axis=1)
+        tl.store(leaves_ptr + offs, (rank < num_prune).to(tl.int32), mask=inside)
+    tl.debug_barrier()
+    left = num_prune * 0
+    for start in range(0, num_candidates, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        inside = offs < num_candidates
+        leaves = tl.load(leaves_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
+        position, exists = load_positions(candidate_idx_ptr, offs, num_candidates, n)
+        goes, stays = exists & (leaves == 1), exists & (leaves == 0)
+        order = left + tl.cumsum(leaves, axis=0) - leaves  # those that leave before this one, by position
+        safe_before = tl.zeros([BLOCK_C], tl.int32)
+        for first in range(0, num_safe, BLOCK_S):
+            slots = first + tl.arange(0, BLOCK_S)
+            at = tl.load(safe_idx_ptr + slots, mask=slots < num_safe, other=n)
+            safe_before += tl.sum((at[None, :] < position[:, None]).to(tl.int32), axis=1)
+        slot = safe_before + offs - order
+        tl.store(kept_idx_ptr + slot, position, mask=stays)
+        size = tl.load(sizes_ptr + position, mask=stays, other=0.0)
+        tl.store(kept_sizes_ptr + slot, size, mask=stays)
+        nearest = tl.load(nearest_idx_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
+        target = tl.load(safe_idx_ptr + nearest, mask=goes, other=0)
+        into = nearest + count_staying_before(candidate_idx_ptr, leaves_ptr, target, num_candidates, BLOCK_C)
+        tl.store(pruned_idx_ptr + order, position, mask=goes)
+        tl.store(slot_idx_ptr + order, into, mask=goes)
+        if IN_PLACE:
+            tl.store(dest_idx_ptr + position, target, mask=goes)
+        else:
+            tl.store(dest_idx_ptr + position, tl.where(leaves == 1, into, slot.to(tl.int64)), mask=exists)
+        left += tl.sum(leaves, axis=0)
+    for start in range(0, num_safe, BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        position, exists = load_positions(safe_idx_ptr, slots, num_safe, n)
+        slot = slots + count_staying_before(candidate_idx_ptr, leaves_ptr, position, num_candidates, BLOCK_C)
+        tl.store(kept_idx_ptr + slot, position, mask=exists)
+        size = tl.load(sizes_ptr + position, mask=exists, other=0.0)
+        tl.store(kept_sizes_ptr + slot, size, mask=exists)
+        if not IN_PLACE:
+            tl.store(dest_idx_ptr + position, slot.to(tl.int64), mask=exists)
+
+
+@triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
+def targets_kernel(
+    feature_ptr, stride_fb, stride_fn, safe_idx_ptr, candidate_idx_ptr, partial_ptr, partial_idx_ptr, similarity_ptr,
+    nearest_idx_ptr, leaves_ptr, tickets_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
+    dest_idx_ptr, n, num_safe, num_candidates, num_prune, num_prefix, dim,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCK_S), 1)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     tile = pid % tiles
-    kept_idx_ptr += b * num_keep
-    pruned_idx_ptr += b * num_prune
+    safe_idx_ptr += b * num_safe
+    candidate_idx_ptr += b * num_candidates
+    partial_ptr += b * tiles * num_candidates
+    partial_idx_ptr += b * tiles * num_candidates
     feature_ptr += b * stride_fb
-    slots = num_prefix + tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    position, candidate = load_positions(kept_idx_ptr, slots, num_keep, n)
-    kept_ptr = feature_ptr + position[:, None] * stride_fn
-    for start in range(0, num_prune, BLOCK_R):
-        leaving = start + tl.arange(0, BLOCK_R)
-        origin, leaves = load_positions(pruned_idx_ptr, leaving, num_prune, n)
-        gone_ptr = feature_ptr + origin[:, None] * stride_fn
-        product = tl.zeros([BLOCK_K, BLOCK_R], ACC)
-        square = tl.zeros([BLOCK_K], ACC)
+    slots = num_prefix + tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    position, safe = load_positions(safe_idx_ptr, slots, num_safe, n)
+    safe_ptr = feature_ptr + position[:, None] * stride_fn
+    for start in range(0, num_candidates, BLOCK_C):
+        offs = start + tl.arange(0, BLOCK_C)
+        origin, candidate = load_positions(candidate_idx_ptr, offs, num_candidates, n)
+        candidate_ptr = feature_ptr + origin[:, None] * stride_fn
+        product = tl.zeros([BLOCK_S, BLOCK_C], ACC)
+        safe_square = tl.zeros([BLOCK_S], ACC)
+        square = tl.zeros([BLOCK_C], ACC)
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)[None, :]
-            kept = tl.load(kept_ptr + cols, mask=candidate[:, None] & (cols < dim), other=0.0)
-            gone = tl.load(gone_ptr + cols, mask=leaves[:, None] & (cols < dim), other=0.0)
-            product = tl.dot(kept, tl.trans(gone), product, input_precision="ieee", out_dtype=ACC)
-            wide = kept.to(ACC)
-            square += tl.sum(wide * wide, axis=1)
-        # A leaving token's own norm does not change its order of candidates: only theirs divides. NaN is the lowest.
-        similarity = product / tl.sqrt(square)[:, None]
-        comparable = candidate[:, None] & (similarity == similarity)
+            rows = tl.load(safe_ptr + cols, mask=safe[:, None] & (cols < dim), other=0.0)
+            others = tl.load(candidate_ptr + cols, mask=candidate[:, None] & (cols < dim), other=0.0)
+            product = tl.dot(rows, tl.trans(others), product, input_precision="ieee", out_dtype=ACC)
+            safe_square += tl.sum(rows.to(ACC) * rows.to(ACC), axis=1)
+            square += tl.sum(others.to(ACC) * others.to(ACC), axis=1)
+        similarity = product / tl.sqrt(safe_square)[:, None] / tl.sqrt(square)[None, :]
+        comparable = safe[:, None] & (similarity == similarity)  # NaN is the lowest
         similarity = tl.where(comparable, similarity, float("-inf"))
         best = tl.max(similarity, axis=0)
-        slot = tl.min(tl.where(comparable & (similarity == best[None, :]), slots[:, None], num_keep), axis=0)
-        partial = (b * tiles + tile) * num_prune + leaving
-        tl.store(partial_ptr + partial, best, mask=leaving < num_prune)
-        tl.store(partial_idx_ptr + partial, slot.to(tl.int64), mask=leaving < num_prune)
+        slot = tl.min(tl.where(comparable & (similarity == best[None, :]), slots[:, None], num_safe), axis=0)
+        partial = tile * num_candidates + offs
+        tl.store(partial_ptr + partial, best, mask=offs < num_candidates)
+        tl.store(partial_idx_ptr + partial, slot.to(tl.int64), mask=offs < num_candidates)
     if is_last(tickets_ptr + b, tiles):
-        dest_idx_ptr += b * n
-        for start in range(0, num_prune, BLOCK_R):
-            leaving = start + tl.arange(0, BLOCK_R)
-            best = tl.full([BLOCK_R], float("-inf"), ACC)
-            slot = tl.zeros([BLOCK_R], tl.int64) + num_prefix
-            for other in range(0, tiles):  # tiles ascend and only more wins: the lowest of equal slots
-                partial = (b * tiles + other) * num_prune + leaving
-                inside = leaving < num_prune
-                value = tl.load(partial_ptr + partial, mask=inside, other=float("-inf"), cache_modifier=".cg")
-                where = tl.load(partial_idx_ptr + partial, mask=inside, other=0, cache_modifier=".cg")
-                slot = tl.where(value > best, where, slot)
-                best = tl.maximum(best, value)
-            tl.store(slot_idx_ptr + b * num_prune + leaving, slot, mask=leaving < num_prune)
-            origin, leaves = load_positions(pruned_idx_ptr, leaving, num_prune, n)
-            if IN_PLACE:
-                slot = tl.load(kept_idx_ptr + slot, mask=leaves, other=0)
-            tl.store(dest_idx_ptr + origin, slot, mask=leaves)
-        for start in range(0, num_keep, BLOCK_K):
-            slots = start + tl.arange(0, BLOCK_K)
-            position, stays = load_positions(kept_idx_ptr, slots, num_keep, n)
-            size = tl.load(sizes_ptr + b * n + position, mask=stays, other=0.0)
-            tl.store(kept_sizes_ptr + b * num_keep + slots, size, mask=slots < num_keep)
-            if not IN_PLACE:
-                tl.store(dest_idx_ptr + position, slots.to(tl.int64), mask=stays)
+        num_keep = num_safe + num_candidates - num_prune
+        settle_image(
+            partial_ptr, partial_idx_ptr, similarity_ptr + b * num_candidates, nearest_idx_ptr + b * num_candidates,
+            leaves_ptr + b * num_candidates, safe_idx_ptr, candidate_idx_ptr, sizes_ptr + b * n,
+            kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * num_prune, slot_idx_ptr + b * num_prune,
+            kept_sizes_ptr + b * num_keep, dest_idx_ptr + b * n,
+            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCK_S, BLOCK_C, ACC,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
@@ -138,78 +212,102 @@ def means_kernel(
 
 
 def target_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Kept and leaving tokens that a program of targets_kernel compares, and columns it takes at a time."""
-    return {"BLOCK_K": 32, "BLOCK_R": 16, "BLOCK_D": 64 if dtype.itemsize == 2 else 16}
+    """Safe tokens and candidates that a program of targets_kernel compares, and columns it takes at a time."""
+    return {"BLOCK_S": 32, "BLOCK_C": 16, "BLOCK_D": 64 if dtype.itemsize == 2 else 16}
+
+
+def target_registers(dtype: torch.dtype) -> dict[str, int]:
+    """Registers a thread of targets_kernel may have, where ptxas would otherwise spill to fit more warps."""
+    return {"maxnreg": 168} if dtype == torch.float64 else {}
 
 
 def _launch(
     x: Tensor,
-    out: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
     dest: Tensor,
     held_tickets: Tensor,
+    num_keep: int,
     features: Tensor | None,
     num_prefix: int,
     *,
     in_place: bool,
-) -> Tensor:
-    batch, n, dim = x.shape
-    num_keep, num_prune = kept_idx.shape[1], pruned_idx.shape[1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
+    num_prune = num_safe + num_candidates - num_keep
+    kept_idx, pruned_idx, slots = (
+        x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune, num_prune)
+    )
     kept_sizes = sizes.new_empty((batch, num_keep))
+    out = x if in_place else x.new_empty((batch, num_keep, dim))
     if not batch:
-        return kept_sizes
+        return out, kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
-    kept_idx, pruned_idx, acc = kept_idx.contiguous(), pruned_idx.contiguous(), acc_dtype(features.dtype)
+    safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), acc_dtype(features.dtype)
     blocks = target_blocks(features.dtype)
-    tiles = max(triton.cdiv(num_keep - num_prefix, blocks["BLOCK_K"]), 1)
-    partial = x.new_empty((batch, tiles, num_prune), dtype=acc)
-    partial_idx, slots = (x.new_empty(shape, dtype=torch.int64) for shape in (partial.shape, pruned_idx.shape))
+    tiles = max(triton.cdiv(num_safe - num_prefix, blocks["BLOCK_S"]), 1)
+    partial = x.new_empty((batch, tiles, num_candidates), dtype=acc)
+    partial_idx, nearest, leaves = (
+        x.new_empty(shape, dtype=dtype)
+        for shape, dtype in (
+            (partial.shape, torch.int64),
+            (candidate_idx.shape, torch.int64),
+            (candidate_idx.shape, torch.int32),
+        )
+    )
+    similarity = x.new_empty(candidate_idx.shape, dtype=acc)
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles,)](
-            features, features.stride(0), features.stride(1), kept_idx, pruned_idx, partial, partial_idx, held_tickets,
-            sizes, kept_sizes, slots, dest, n, num_keep, num_prune, num_prefix, features.shape[2],
-            IN_PLACE=in_place, **blocks, ACC=_TRITON_TYPE[acc], num_warps=_NUM_WARPS, **PINNED,
+            features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
+            nearest, leaves, held_tickets, sizes, kept_idx, pruned_idx, slots, kept_sizes,
+            dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
+            IN_PLACE=in_place, **blocks, ACC=_TRITON_TYPE[acc],
+            num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
+        if not in_place:
+            out = gather(x, kept_idx)
         if num_prune and dim:
             means_kernel[(batch * num_prune,)](
                 x, x.stride(0), x.stride(1), kept_idx, pruned_idx, slots, sizes, kept_sizes, out,
                 n, num_keep, num_prune, dim,
-                IN_PLACE=in_place, BLOCK_R=16, BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize), ACC=_TRITON_TYPE[acc_dtype(x.dtype)],
-                num_warps=_NUM_WARPS, **PINNED,
+                IN_PLACE=in_place, BLOCK_R=16, BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
+                ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
-    return kept_sizes
+    return out, kept_idx, pruned_idx, kept_sizes
 
 
 def merge(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
-    _checks.merge(x, kept_idx, pruned_idx, sizes, features, num_prefix)
+    _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     x = dense_rows(x)
-    kept = gather(x, kept_idx)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
     held = tickets(x.shape[0], x.device)
-    parts = (sizes.contiguous(), dest, held, features, num_prefix)
-    return kept, _launch(x, kept, kept_idx, pruned_idx, *parts, in_place=False), dest
+    parts = (sizes.contiguous(), dest, held, num_keep, features, num_prefix)
+    return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
 def merge_(
     x: Tensor,
-    kept_idx: Tensor,
-    pruned_idx: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     tickets: Tensor,
+    num_keep: int,
     features: Tensor | None = None,
     num_prefix: int = 0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    _checks.merge_in_place(x, kept_idx, pruned_idx, sizes, parent, tickets, features, num_prefix)
-    return _launch(x, x, kept_idx, pruned_idx, sizes, parent, tickets, features, num_prefix, in_place=True)
+    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, tickets, num_keep, features, num_prefix)
+    parts = (sizes, parent, tickets, num_keep, features, num_prefix)
+    _, kept_idx, pruned_idx, kept_sizes = _launch(x, safe_idx, candidate_idx, *parts, in_place=True)
+    return kept_idx, pruned_idx, kept_sizes

@@ -1,0 +1,67 @@
+"""Merging instead of dropping: tokens that leave go into those that stay.
+
+A token then stands for `size` tokens: attention weighs it so, it is less likely to leave, and its patches are all
+where it is. Choices and their defaults are measured: README, benchmarks/merging.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How tokens that leave are merged into those that stay.
+
+    Args:
+        candidates: >= 1. To drop R tokens, the candidates * R with the lowest scores may leave, and those of them leave
+            that are most like a token that is sure to stay: what is redundant goes before what is not. 1: no such
+            choice, the lowest scores leave.
+        size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
+            others had better stay.
+        similarity: cosine of the tokens, or of their attention keys, averaged over heads.
+        proportional: attention weighs a token by its size (adds log(size) to its logits).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    candidates: float = 1.5
+    size_weight: float = 2.0
+    similarity: Literal["tokens", "keys"] = "tokens"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.candidates >= 1:
+            raise ValueError(f"Merge: candidates must be >= 1, got {self.candidates}")
+        if not self.size_weight >= 0:
+            raise ValueError(f"Merge: size_weight must be >= 0, got {self.size_weight}")
+        if self.similarity not in ("tokens", "keys"):
+            raise ValueError(f"Merge: similarity must be 'tokens' or 'keys', got {self.similarity!r}")
+
+    def num_safe(self, count: int, num_keep: int, num_prefix: int) -> int:
+        """Of `count` tokens, how many are sure to stay where num_keep do: at least one patch, and half of them.
+
+        The half only bounds the choice; where more than half must leave, the rest is safe.
+        """
+        wanted = count - int(self.candidates * (count - num_keep))
+        return min(num_keep, max(wanted, num_prefix + (count - num_prefix + 1) // 2))
+
+
+def weigh(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int) -> Tensor:
+    """scores (B, K) + size_weight * their standard deviation over the patches * log(sizes)."""
+    if not size_weight or scores.shape[1] == num_prefix:
+        return scores
+    spread = scores[:, num_prefix:].std(1, correction=0, keepdim=True)
+    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))
+    return scores + size_weight * spread * sizes.log()
+
+
+def follow(parent: Tensor, merges: int) -> Tensor:
+    """Where each token is after so many merges, (B, N): it went to parent[b, n], which may have moved on from there."""
+    hops = 1
+    while hops < merges:
+        parent, hops = parent.gather(1, parent), 2 * hops
+    return parent

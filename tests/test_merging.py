@@ -1,0 +1,360 @@
+"""Merging as a mode of whole models: against a slow implementation, on the engine, in training, compiled, exported."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from torch import nn
+
+import cropr_kernels as cropr
+from cropr_kernels.blocks import attention_by_bias, attention_by_dimension, proportional_attention
+from cropr_kernels.merging import follow
+
+WAYS = {
+    "default": cropr.Merge(),
+    "no choice of the redundant": cropr.Merge(candidates=1),
+    "three times as many candidates": cropr.Merge(candidates=3),
+    "keys": cropr.Merge(similarity="keys"),
+    "plain attention, sizes do not protect": cropr.Merge(proportional=False, size_weight=0),
+}
+
+
+def slow_logits(model, images, counts, how):
+    """One image and one token at a time: tokens are (value, size, patches) in a list."""
+    with torch.no_grad():
+        embedded = model.embed(images)[0]
+        return torch.stack([slow_image(model, tokens, counts, how) for tokens in embedded])
+
+
+def slow_image(model, tokens, counts, how):
+    prefix = model.num_prefix_tokens
+    alive = [(token, 1.0, [position]) for position, token in enumerate(tokens)]
+    for layer, block in enumerate(model.blocks):
+        x = torch.stack([value for value, _, _ in alive])
+        q, k, v = (part[0] for part in block.attn.project(block.norm1(x)[None]))
+        logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        if how.proportional:
+            logits = logits + torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
+        heads = logits.softmax(-1) @ v
+        x = x + block.ls1(block.attn.proj(block.attn.norm(heads.transpose(0, 1).flatten(1))))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
+        if layer < len(counts):
+            features = k.mean(0) if how.similarity == "keys" else x
+            alive = slow_merge(alive, features, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how)
+    rows = torch.empty_like(tokens)
+    for value, _, patches in alive:
+        rows[patches] = value
+    return model.forward_head(model.norm(rows[None]))[0]
+
+
+def slow_merge(alive, features, query, keep, prefix, how):
+    scores = [float(value @ query) for value, _, _ in alive]
+    spread = torch.tensor(scores[prefix:], dtype=torch.float64).std(correction=0).item()
+    weighed = [
+        score + how.size_weight * spread * torch.tensor(size).log().item() for score, (_, size, _) in zip(scores, alive)
+    ]
+    order = sorted(range(prefix, len(alive)), key=lambda i: weighed[i])  # least important first
+    candidates = order[: len(alive) - how.num_safe(len(alive), keep, prefix)]
+    safe = [i for i in range(prefix, len(alive)) if i not in candidates]
+    nearest = {}
+    for i in candidates:
+        nearest[i] = max((F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in safe)
+    leaving = sorted(candidates, key=lambda i: -nearest[i][0])[: len(alive) - keep]
+    merged = dict(enumerate(alive))
+    for i in leaving:
+        (value, size, patches), (taken, taken_size, taken_patches) = merged.pop(i), merged[nearest[i][1]]
+        total = size + taken_size
+        merged[nearest[i][1]] = ((value * size + taken * taken_size) / total, total, patches + taken_patches)
+    return [merged[i] for i in sorted(merged)]
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3, "qk_norm": True}],
+    ids=["class token", "average pool", "no class token", "registers"],
+)
+def test_logits_are_those_of_a_slow_merge(options, how):
+    model = randomise(reference_vit(**options)).double().eval()
+    cropr.apply(model, rate=9, merge=how)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    counts = model.cropr.schedule(model.num_prefix_tokens + 64, 4, model.num_prefix_tokens, False)
+    expected = slow_logits(model, images, counts, how)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_computes_what_the_functional_ops_do(name, how, llf):
+    model = randomise(MODELS[name]()).double().eval()
+    keys = set(model.state_dict())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        plain = model(images)
+        cropr.apply(model, rate=8, llf=llf, merge=how)
+        assert {key for key in model.state_dict() if not key.startswith("cropr.")} == keys
+        expected = model(images)
+        assert not torch.equal(expected, plain)
+        torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(cropr.deploy(model, engine=False)(images), expected)
+        assert model.forward_features(images).shape[1] == 64 + model.num_prefix_tokens
+        assert torch.equal(cropr.set_rate(model, 0)(images), plain)
+        cropr.remove(model)
+        assert torch.equal(model(images), plain)
+
+
+# Attention
+
+
+def attention_problem(dtype, width=16):
+    q, k, v = (torch.randn(2, 3, 7, width, dtype=dtype) for _ in range(3))
+    return q, k, v, torch.randint(1, 40, (2, 7)).float()
+
+
+def test_a_token_of_size_s_weighs_as_much_as_s_equal_tokens():
+    q, k, v, sizes = attention_problem(torch.float64)
+    got = proportional_attention(q, k, v, sizes.log())
+    for b in range(2):
+        repeated = [part[b].repeat_interleave(sizes[b].long(), dim=1) for part in (k, v)]
+        torch.testing.assert_close(got[b], F.scaled_dot_product_attention(q[b], *repeated), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 16, 64, 72, 248])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_more_dimension_is_exact_against_the_mask(dtype, width):
+    q, k, v, sizes = attention_problem(dtype, width)
+    exact = attention_by_bias(q.double(), k.double(), v.double(), sizes.log())
+    errors = [
+        (function(q, k, v, sizes.log()).double() - exact).abs().max().item()
+        for function in (attention_by_dimension, attention_by_bias)
+    ]
+    assert errors[0] <= max(2 * errors[1], 1e-6), errors
+
+
+def test_sixteen_bit_keys_lose_nothing_of_the_size():
+    """All queries zero: the weights are the sizes alone, so any error is that of log(size)."""
+    v = torch.eye(32, dtype=torch.bfloat16)[None, None]
+    q = k = torch.zeros_like(v)
+    sizes = torch.arange(1.0, 33.0)[None]
+    weights = attention_by_dimension(q, k, v, sizes.log())[0, 0, 0].float()
+    torch.testing.assert_close(weights, sizes[0] / sizes.sum(), rtol=2**-8, atol=0)
+
+
+def test_gradients_of_both_ways_agree():
+    q, k, v, sizes = attention_problem(torch.float64)
+    grads = []
+    for function in (attention_by_bias, attention_by_dimension):
+        leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+        function(*leaves, sizes.log()).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_attention_takes_the_extra_dimension(dtype):
+    q, k, v, sizes = (part.cuda() for part in attention_problem(dtype, 64))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        got = proportional_attention(q, k, v, sizes.log())
+    expected = attention_by_bias(q.double(), k.double(), v.double(), sizes.double().log())
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+# What comes out
+
+
+def test_merged_tokens_are_copied_to_all_they_stand_for():
+    model = cropr.apply(randomise(reference_vit()).eval(), rate=9, merge=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens, where = model.forward_features(images)[:, 1:], cropr.merge_map(model, images).flatten(1)
+        deployed = cropr.deploy(model)
+        torch.testing.assert_close(deployed.forward_features(images)[:, 1:], tokens, rtol=1e-4, atol=1e-4)
+        assert torch.equal(cropr.merge_map(deployed, images).flatten(1), where)
+    left = cropr.pruning_map(model, images).flatten(1) == 4
+    for b in range(2):
+        assert where[b, left[b]].tolist() == list(range(int(left[b].sum())))  # those that stayed, in order
+        for token in where[b].unique():
+            assert (tokens[b, where[b] == token] == tokens[b, where[b] == token][0]).all()
+
+
+def test_an_average_counts_every_patch_once():
+    model = cropr.apply(randomise(reference_vit(global_pool="avg")).eval(), rate=9, merge=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        torch.testing.assert_close(model(images), model.head(model.fc_norm(tokens[:, 1:].mean(1))))
+
+
+def test_maps_without_merging():
+    images = torch.randn(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"merge_map: the model's tokens do not merge; cropr.apply\(model, ..., merge"):
+        cropr.merge_map(cropr.apply(reference_vit().eval(), rate=8), images)
+    whole = cropr.merge_map(cropr.apply(reference_vit().eval(), rate=0, merge=True), images)
+    assert whole.flatten().tolist() == list(range(64))
+
+
+def test_follow_finds_the_end_of_every_chain():
+    parent = torch.tensor([[0, 3, 2, 5, 2, 7, 2, 7]])  # 1 -> 3 -> 5 -> 7
+    assert follow(parent, 3)[0].tolist() == [0, 7, 2, 7, 2, 7, 2, 7]
+    assert follow(parent[:, :1], 0).tolist() == [[0]]
+
+
+# Options and refusals
+
+
+def test_the_number_of_safe_tokens_leaves_a_choice_and_a_place_to_go():
+    ways = [cropr.Merge(candidates=c) for c in (1, 1.5, 2, 10)]
+    for how, count, prefix in itertools.product(ways, range(2, 60), (0, 1, 5)):
+        for keep in range(prefix + 1, count + 1):
+            safe = how.num_safe(count, keep, prefix)
+            assert prefix < safe <= keep
+            assert count - safe >= count - keep
+    assert ways[0].num_safe(50, 40, 1) == 40
+    assert ways[1].num_safe(50, 40, 1) == 35
+    assert ways[3].num_safe(50, 40, 0) == 25
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"Merge: candidates must be >= 1, got 0.5"):
+        cropr.Merge(candidates=0.5)
+    with pytest.raises(ValueError, match=r"Merge: size_weight must be >= 0, got -1"):
+        cropr.Merge(size_weight=-1)
+    with pytest.raises(ValueError, match=r"Merge: similarity must be 'tokens' or 'keys', got 'values'"):
+        cropr.Merge(similarity="values")
+
+
+def test_blocks_that_cannot_weigh_tokens_are_refused():
+    model = timm_vit()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"merge needs attention that weighs tokens: block 1: forward hooks on the block"
+    ):
+        cropr.apply(model, rate=8, merge=True)
+    model = timm_vit()
+    model.blocks[2].attn = nn.Identity()
+    with pytest.raises(ValueError, match=r"weighs tokens: block 2: attention is Identity"):
+        cropr.apply(model, rate=8, merge=True)
+    assert not hasattr(model, "cropr")
+
+
+def test_eva_attention_with_a_gate_is_refused():
+    pytest.importorskip("timm", reason="timm is not installed")
+    try:
+        model = timm_eva(gated_attn=True, attn_type="rope")
+    except TypeError:
+        pytest.skip("this timm has no gated attention")
+    with pytest.raises(ValueError, match=r"block 0: attention has a gate"):
+        cropr.apply(model, rate=8, merge=True)
+
+
+def test_the_repr_says_how_tokens_merge():
+    assert "Merge(candidates=1.5" in repr(cropr.apply(reference_vit(), rate=8, merge=True).cropr)
+    assert "Merge" not in repr(cropr.apply(reference_vit(), rate=8).cropr)
+
+
+def test_a_deployed_copy_does_not_follow_the_model():
+    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    images = torch.randn(1, 3, 64, 64)
+    for engine in (True, False):
+        deployed = cropr.deploy(model, engine=engine)
+        with torch.no_grad():
+            before = deployed(images)
+            randomise(model)
+            assert torch.equal(deployed(images), before)
+
+
+def test_a_copied_model_merges_in_its_own_blocks():
+    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    images = torch.randn(1, 3, 64, 64)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = twin(images)
+        randomise(model)
+        assert torch.equal(twin(images), before)
+
+
+# Training
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("name", ["reference, registers", "timm ViT, any size", "timm EVA-02"])
+def test_training_reaches_every_block_and_the_queries(name, llf):
+    torch.manual_seed(1)
+    model = cropr.apply(randomise(MODELS[name]()).train(), rate=8, llf=llf, merge=True)
+    images, target = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    output, aux = model(images)
+    assert len(aux) == len(model.cropr)
+    cropr.loss(F.cross_entropy, output, aux, target).backward()
+    for parameter in [*model.blocks.parameters(), *model.cropr.parameters()]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    model.zero_grad()
+    sum(F.cross_entropy(prediction, target) for prediction in model(images)[1]).backward()
+    assert all(parameter.grad is None for parameter in model.blocks.parameters())
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(2)
+        model = cropr.apply(randomise(timm_vit()).train(), rate=8, merge=cropr.Merge(similarity="keys"))
+        model.set_grad_checkpointing(recompute)
+        model(torch.randn(2, 3, 64, 64))[0].square().sum().backward()
+        grads.append(model.blocks[0].mlp.fc1.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_calibration_reads_the_model_unmerged():
+    images = torch.randn(8, 3, 64, 64)
+    queries = []
+    for merge in (False, True):
+        torch.manual_seed(3)
+        model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=merge)
+        cropr.calibrate(model, images)
+        queries.append(torch.stack([module.query() for module in model.cropr]))
+    assert torch.equal(*queries)
+
+
+# Compilers
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_compiles_whole(engine):
+    torch._dynamo.reset()
+    model = cropr.deploy(
+        cropr.apply(randomise(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
+    )
+    compiled = torch.compile(model, fullgraph=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_exports_with_the_functional_ops():
+    model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "cropr.merge.default" in names and "cropr.merge_.default" not in names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_and_autocast(dtype):
+    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    images = torch.randn(2, 3, 64, 64)
+    low = cropr.deploy(model).to(dtype)
+    with torch.no_grad():
+        exact = model(images)
+        assert (low(images.to(dtype)).float() - exact).norm() < 0.2 * exact.norm()
+        with torch.autocast("cpu", dtype=dtype):
+            assert (cropr.deploy(model)(images).float() - exact).norm() < 0.2 * exact.norm()

@@ -1,4 +1,4 @@
-"""Every other kernel on a CUDA GPU: selection, the engine's stream, restore, attend. A file after every cell.
+"""Every other kernel on a CUDA GPU: selection, the engine's stream, merging, attention. A file after every cell.
 
 python benchmarks/gpu_kernels.py [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
 
@@ -18,7 +18,9 @@ from common import GPU_SHAPES, RESULTS, environment, name_of, num_keep, quantile
 from gpu import COLD_BYTES, capture, replay
 from torch import Tensor
 
+import cropr_kernels as cropr
 from cropr_kernels import reference
+from cropr_kernels.blocks import attention_by_bias, attention_by_dimension
 
 ops = torch.ops.cropr
 Calls = dict[str, Callable[[Tensor], Any]]
@@ -96,11 +98,23 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
         chosen, _ = ops.add_select_(y, None, update, None, query, tickets, keep, 1)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 
+    sizes, parent = torch.ones(batch, n, device=device), torch.arange(n, device=device).repeat(batch, 1)
+    safe = cropr.Merge().num_safe(n, keep, 1)
+
+    def merging(y: Tensor) -> Tensor:
+        split = ops.add_select_(y, None, update, None, query, tickets, safe, 1, sizes, 2.0)
+        chosen, _, _ = ops.merge_(y, *split, sizes, parent, tickets, keep, None, 1)
+        sizes.fill_(1.0)
+        return ops.gather_norm(y, chosen, weight, bias, 1e-6)
+
+    require_same_merge(x, query, safe, keep)
     calls: Calls = {
         "add_norm_": lambda y: ops.add_norm_(y, None, update, None, weight, bias, 1e-6),
         "add_select_": lambda y: ops.add_select_(y, None, update, None, query, tickets, keep, 1),
         "gather_norm": lambda y: ops.gather_norm(y, idx, weight, bias, 1e-6),
         "add_select_ + gather_norm": pruning,
+        "add_select_ + merge_ + gather_norm": merging,
+        "fill of sizes": lambda y: sizes.fill_(1.0),
         "torch add + layer_norm": lambda y: torch.layer_norm(y.add_(update), (dim,), weight, bias, 1e-6),
         "copy of x": lambda y: y.clone(),
         "restore": lambda y: ops.restore(*split),
@@ -109,7 +123,50 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
     row |= timed(calls, copies(x, cold), rounds)
     row["marginal cost of pruning, us"] = round(row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3)
+    merged, fill = row["add_select_ + merge_ + gather_norm, us"], row["fill of sizes, us"]
+    row["merging over pruning, us"] = round(merged - fill - row["add_select_ + gather_norm, us"], 3)
     row["marginal cost / copy of x"] = round(row["marginal cost of pruning, us"] / row["copy of x, us"], 4)
+    return row
+
+
+def require_same_merge(x: Tensor, query: Tensor, safe: int, keep: int) -> None:
+    """The merge that is timed against the definition, in float32, where few similarities tie."""
+    split = ops.select(ops.scores(x, query), safe, 1)
+    sizes = torch.ones(x.shape[:2], device=x.device)
+    got = ops.merge(x.float(), *split, sizes, keep, None, 1)
+    expected = reference.merge(x.float(), *split, sizes, keep, None, 1)
+    require((got[1] == expected[1]).double().mean().item() > 0.99, "merge: who stays")
+    mass = (got[0].double() * got[3].unsqueeze(-1)).sum(1)
+    require(torch.allclose(mass, x.double().sum(1), rtol=1e-3, atol=1e-2), "merge: mass")
+
+
+def sized_attention(
+    batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, Any]:
+    """Proportional attention: log(size) as one more dimension, as a bias, as a score_mod of FlexAttention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    qkv = torch.randn(3, batch, heads, n, width, device=device).to(dtype)
+    log_sizes = torch.randint(1, 9, (batch, n), device=device).float().log()
+    calls: Calls = {
+        "plain": lambda t: torch.nn.functional.scaled_dot_product_attention(*t.unbind(0)),
+        "dimension": lambda t: attention_by_dimension(*t.unbind(0), log_sizes),
+        "bias": lambda t: attention_by_bias(*t.unbind(0), log_sizes),
+    }
+    exact = attention_by_bias(*qkv.double().unbind(0), log_sizes.double())
+    if device == "cuda":
+
+        def add_size(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + log_sizes[b, j]
+
+        flex = torch.compile(flex_attention)
+        calls["flex"] = lambda t: flex(*t.unbind(0), score_mod=add_size)
+    for name in set(calls) - {"plain"}:
+        require((calls[name](qkv).double() - exact).abs().max().item() < 0.05, f"attention by {name}")
+    row = {"kernel": "sized attention", "shape": [batch, heads, n, width], "dtype": name_of(dtype)}
+    row |= timed(calls, [qkv] * 2, rounds)
+    for name in set(calls) - {"plain"}:
+        row[f"{name} / plain"] = round(row[f"{name}, us"] / row["plain, us"], 3)
     return row
 
 
@@ -169,6 +226,11 @@ def main() -> None:
     )
     for sizes in attends:
         cells.append(lambda sizes=sizes: attention(*sizes, torch.bfloat16, device, rounds))
+    heads = (
+        ((2, 2, 50, 64),) if small else ((1, 16, 197, 64), (256, 16, 197, 64), (64, 16, 1025, 64), (8, 12, 4096, 64))
+    )
+    for sizes in heads:
+        cells.append(lambda sizes=sizes: sized_attention(*sizes, torch.bfloat16, device, rounds))
     env, rows = environment(device), []
     for cell in cells:
         rows.append(cell())

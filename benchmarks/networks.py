@@ -3,9 +3,10 @@
 python benchmarks/networks.py [--models vit_large_patch16_224 ...] [--batches 1 8 64 256] [--modes eager graph compiled]
     [--minutes 9] [--out FILE]
 
-Methods: the unpruned model on the same engine, the engine, the functional ops, the published sequence, random pruning,
-a free slice (drops tokens at no cost at all: the oracle), the plain model, and timm's where timm has it. A run that
-stops at its minutes goes on where it stopped when started again. Weights are random; every cell is checked first.
+Methods: the unpruned model on the same engine, the engine, the functional ops, merging, ToMe, the published sequence,
+random pruning, a free slice (drops tokens at no cost: the oracle), the plain model, and timm's where timm has it.
+A run that stops at its minutes goes on where it stopped when started again. Weights are random; every cell is checked
+first.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, name_of, published, quantile, save
+from rivals import ToMe
 from torch import Tensor, nn
 
 import cropr_kernels as cropr
@@ -75,6 +77,11 @@ def with_stands(model: Any, kind: type[Stand]) -> Any:
     return other
 
 
+def queries_of(deployed: Any) -> dict[str, Tensor]:
+    """The queries of a deployed model as a model's before deployment."""
+    return {f"{i}.queries": module.query().unsqueeze(0) for i, module in enumerate(deployed.cropr)}
+
+
 def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
     """Every method of one network, and one image."""
     preset, changes, rate, llf = MODELS[name]
@@ -83,6 +90,12 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
     unpruned = cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=0))
     engine = cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=rate, llf=llf))
     methods = {"unpruned": unpruned, "engine": engine, "functional": cropr.deploy(engine, engine=False)}
+    merging = cropr.apply(copy.deepcopy(plain), rate=rate, llf=llf, merge=True, num_outputs=0)
+    merging.cropr.load_state_dict(queries_of(engine))
+    methods["merge"] = cropr.deploy(merging)
+    if not (llf or plain.config.rope):
+        tokens = plain.num_prefix_tokens + plain.grid**2
+        methods["ToMe"] = ToMe(plain, cropr.schedule.rate(tokens, len(plain.blocks), rate, plain.num_prefix_tokens))
     methods |= {"published": with_stands(engine, Published), "random": with_stands(engine, Random)}
     methods |= {"free slice": with_stands(engine, FreeSlice), "plain": plain}
     size = plain.config.img_size
@@ -104,10 +117,17 @@ def check(methods: dict[str, Any], images: Tensor) -> None:
     """
     tolerance = 1e-3 if images.dtype == torch.float32 else 0.1
     for one, other in (("unpruned", "plain"), ("engine", "functional")):
+        if other not in methods:
+            continue
         got, expected = methods[one](images).float(), methods[other](images).float()
         error = ((got - expected).norm() / expected.norm()).item()
         if not error < tolerance:
             raise RuntimeError(f"{one} differs from {other} by {error:.1e} of its norm")
+    if "merge" in methods and images.dtype == torch.float32:  # in 16 bits a near-tie may send the two apart
+        got, expected = methods["merge"](images), cropr.deploy(methods["merge"], engine=False)(images)
+        error = ((got - expected).norm() / expected.norm()).item()
+        if not error < tolerance:
+            raise RuntimeError(f"merge differs from its functional form by {error:.1e} of its norm")
 
 
 def in_mode(model: Any, mode: str, images: Tensor) -> Method:
@@ -193,6 +213,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--modes", nargs="+", choices=["eager", "graph", "compiled"], default=["eager", "graph"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
+    parser.add_argument("--methods", nargs="+", help="only these, beside unpruned (default: all there are)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after so long")
     parser.add_argument("--out", type=Path)
@@ -213,6 +234,10 @@ def main() -> None:
                         return
                     built = built or build(name, options.device, getattr(torch, dtype))
                     methods, image = built
+                    if options.methods:
+                        methods = {
+                            key: model for key, model in methods.items() if key in ("unpruned", *options.methods)
+                        }
                     row: dict[str, Any] = {"model": name, "dtype": name_of(image.dtype), "batch": batch, "mode": mode}
                     row |= {"rate": MODELS[name][2], "llf": MODELS[name][3]}
                     try:

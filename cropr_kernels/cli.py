@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
 from .adapters import find_adapter
+from .blocks import takes_extra_dimension
 from .patch import apply, default_grid, deploy, remove
 from .vit import PRESETS, create_vit
 
@@ -67,7 +68,7 @@ def create_model(name: str) -> Any:
 
 
 @torch.inference_mode()
-def model_info(name: str, rate: int, *, llf: bool) -> str:
+def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
     """How a model would be pruned and what would run it, one fact per line."""
     model = create_model(name).eval()
     facts = {"model": f"{name}, {type(model).__module__}.{type(model).__name__}"}
@@ -75,7 +76,7 @@ def model_info(name: str, rate: int, *, llf: bool) -> str:
     counted: dict[int, float] = {}
     grid = default_grid(model)
     for pruned_rate in (0, rate):
-        apply(model, rate=pruned_rate, llf=llf, num_outputs=0)
+        apply(model, rate=pruned_rate, llf=llf, merge=merge, num_outputs=0)
         deployed = deploy(model)
         image = torch.zeros(1, 3, *(count * side for count, side in zip(grid, model.patch_embed.patch_size)))
         with FlopCounterMode(display=False) as counter:
@@ -92,6 +93,15 @@ def model_info(name: str, rate: int, *, llf: bool) -> str:
     facts["engine"] = (
         f"off, the functional ops run it: {stack.engine}" if isinstance(stack.engine, str) else "zero-copy, every block"
     )
+    if stack.merging is not None:
+        facts["merging"] = str(stack.merging.how)
+        width = model.embed_dim // stack.merging.blocks[0].block.attn.num_heads
+        room = takes_extra_dimension(width, torch.bfloat16)
+        facts["log(size) in attention"] = (
+            "one more dimension of 16-bit heads on CUDA, else an additive bias"
+            if room
+            else f"an additive bias: heads of width {width} leave no room for one more dimension"
+        )
     return _lines(facts)
 
 
@@ -102,12 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
     about.add_argument("model", nargs="?", help="a preset of cropr_kernels or a model of timm, with random weights")
     about.add_argument("--rate", type=int, default=8, help="tokens dropped after each block (default: 8)")
     about.add_argument("--llf", action="store_true", help="Last Layer Fusion")
+    about.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
     options = parser.parse_args(arguments)
     if options.model is None:
         print(info())
         return 0
     try:
-        print(model_info(options.model, options.rate, llf=options.llf))
+        print(model_info(options.model, options.rate, llf=options.llf, merge=options.merge))
     except (ImportError, TypeError, ValueError) as error:
         print(f"cropr info: {error}", file=sys.stderr)
         return 1

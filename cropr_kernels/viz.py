@@ -55,6 +55,49 @@ def save_pruning_maps(path: Any, images: Tensor, maps: Tensor, depth: int, title
     plt.close(figure)
 
 
+def save_merge_maps(path: Any, images: Tensor, maps: Tensor, titles: list[str] | None = None) -> None:
+    """Write one PNG: each image above its tokens, every patch in the mean colour of the token that it ended in.
+
+    Lines run between patches of different tokens: what looks like one tile is one token.
+
+    Args:
+        path: file to write.
+        images: (B, C, H, W), C = 1 or 3, values in [0, 1].
+        maps: (B, grid height, grid width) from `merge_map`: patches with one number are one token.
+        titles: one line above each image.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the batch sizes differ.
+    """
+    if len(images) != len(maps):
+        raise ValueError(f"save_merge_maps: images and maps must have one batch size, got {len(images)}, {len(maps)}")
+    plt = _pyplot()
+    count, grid = len(images), (maps.shape[1], maps.shape[2])
+    figure, axes = plt.subplots(2, count, figsize=(1.9 * count, 4.2), squeeze=False, layout="constrained")
+    patches = torch.nn.functional.adaptive_avg_pool2d(images.float(), grid).flatten(2).cpu()
+    for column in range(count):
+        labels = maps[column].flatten().cpu()
+        tokens = int(labels.max()) + 1
+        sums = patches.new_zeros(patches.shape[1], tokens).index_add_(1, labels, patches[column])
+        colours = (sums / labels.bincount(minlength=tokens).clamp_min(1))[:, labels]
+        tiles = colours.unflatten(1, grid).permute(1, 2, 0).clamp(0, 1).expand(-1, -1, 3)
+        pixels = images[column].permute(1, 2, 0).clamp(0, 1).cpu().expand(-1, -1, 3)
+        axes[0][column].imshow(pixels)
+        axes[1][column].imshow(tiles)
+        own = maps[column].cpu()
+        for row, col in (own[:, 1:] != own[:, :-1]).nonzero().tolist():
+            axes[1][column].plot([col + 0.5] * 2, [row - 0.5, row + 0.5], color="white", linewidth=0.6)
+        for row, col in (own[1:] != own[:-1]).nonzero().tolist():
+            axes[1][column].plot([col - 0.5, col + 0.5], [row + 0.5] * 2, color="white", linewidth=0.6)
+        for row in range(2):
+            axes[row][column].set_axis_off()
+        if titles:
+            axes[0][column].set_title(titles[column], fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def load_photo(path: Any, size: int = 224) -> Tensor:
     """Read a photo, resize its shorter side to 8/7 of `size`, crop the centre: (3, size, size) in [0, 1].
 

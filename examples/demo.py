@@ -13,7 +13,7 @@ import photos
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.viz import save_pruning_maps
+from cropr_kernels.viz import save_merge_maps, save_pruning_maps
 from cropr_kernels.weights import load_weights
 
 
@@ -82,16 +82,20 @@ def run_pretrained(out: Path, device: torch.device, weights: str | None) -> None
     labels = class_names(model.num_classes, metadata)
     pixels = (images - 0.5) / 0.5
     before = model(pixels).argmax(1).tolist()
-    cropr.calibrate(cropr.apply(model, rate=photos.RATE), pixels)
-    after = model(pixels).argmax(1).tolist()
-    print(f"Classes of the photos, before and after pruning with R = {photos.RATE}, calibrated on these photos:")
+    cropr.calibrate(cropr.apply(model, rate=photos.RATE, merge=True, num_outputs=0), pixels)
+    deployed = cropr.deploy(model)
+    after = deployed(pixels).argmax(1).tolist()
+    print(f"Classes of the photos, before and after merging with R = {photos.RATE}, calibrated on these photos:")
     width = max(len(name) for name in names)
     for name, first, second in zip(names, before, after):
         same = "same" if first == second else labels[second]
-        print(f"  {name.ljust(width)}  {labels[first]}; pruned: {same}")
+        print(f"  {name.ljust(width)}  {labels[first]}; merged: {same}")
     path = out / "photos.png"
-    save_pruning_maps(path, images, cropr.pruning_map(model, pixels), depth=len(model.blocks), titles=names)
+    save_pruning_maps(path, images, cropr.pruning_map(deployed, pixels), depth=len(model.blocks), titles=names)
     print(f"pruning maps: {path}")
+    path = out / "merged.png"
+    save_merge_maps(path, images, cropr.merge_map(deployed, pixels), titles=names)
+    print(f"which patches are one token in the end: {path}")
 
 
 def main() -> None:

@@ -66,7 +66,8 @@ def test_demo_draws_maps_of_a_local_model(examples, tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     demo.run_pretrained(tmp_path, torch.device("cpu"), str(tmp_path / "weights.pth"))
     assert "class " in capsys.readouterr().out
-    assert (tmp_path / "photos.png").stat().st_size > 10_000
+    for name in ("photos.png", "merged.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_every_photo_has_a_credit():
@@ -79,6 +80,14 @@ def test_every_photo_has_a_credit():
 def test_pruning_maps_need_one_map_per_image(tmp_path):
     with pytest.raises(ValueError, match="must have one batch size, got 2, 1"):
         viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
+
+
+def test_merge_maps_are_drawn_and_need_one_map_per_image(tmp_path):
+    with pytest.raises(ValueError, match="must have one batch size, got 2, 1"):
+        viz.save_merge_maps(tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2, dtype=torch.int64))
+    maps = torch.tensor([[[0, 0, 1], [2, 1, 1]]])
+    viz.save_merge_maps(tmp_path / "a.png", torch.rand(1, 3, 16, 24), maps, titles=["one"])
+    assert (tmp_path / "a.png").stat().st_size > 1_000
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):

@@ -63,8 +63,22 @@ def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
     assert re.search(r"kept after each block +188 180 172 164 156 148 140 132 124 116, all in the last block", text)
     assert re.search(r"engine +zero-copy, every block", text)
     assert re.search(r"tokens +197 of width 192, 1 of them never pruned", text)
+    assert "merging" not in text
+    assert cli.main(["info", "vit_tiny_patch16_224", "--merge"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"merging +Merge\(candidates=1.5, size_weight=2.0, similarity='tokens', proportional=True\)", text)
+    assert re.search(
+        r"log\(size\) in attention +one more dimension of 16-bit heads on CUDA, else an additive bias", text
+    )
     assert cli.main(["info", "vit_tiny_patch16_224", "--rate", "40"]) == 1
     assert "cropr info: schedule: rate 40 keeps -4 of 36 tokens" in capsys.readouterr().err
+
+
+def test_info_says_when_heads_leave_no_room_for_the_size(capsys, monkeypatch):
+    wide = cropr_kernels.create_vit("vit_tiny_patch16_224", embed_dim=256, num_heads=1, depth=3)
+    monkeypatch.setattr(cli, "create_model", lambda name: wide)
+    assert cli.main(["info", "wide", "--merge"]) == 0
+    assert "an additive bias: heads of width 256 leave no room for one more dimension" in capsys.readouterr().out
 
 
 def test_info_of_a_timm_model(capsys):

@@ -11,7 +11,7 @@ ops = torch.ops.cropr
 
 
 def launch(generator, device):
-    """One random call of prune and of add_select_, with scores that tie often; results and what they should be."""
+    """One random call of prune, add_select_ and merge, with scores that tie often; results, and what decides them."""
     batch, n, dim = generator.randint(1, 9), generator.choice([generator.randint(1, 300), 1025, 4097]), 16
     prefix = generator.randint(0, min(n, 5))
     keep = generator.randint(prefix, n)
@@ -23,13 +23,25 @@ def launch(generator, device):
     kept, kept_idx, pruned, pruned_idx = ops.prune(x, query, keep, prefix)
     idx, update = kept_idx, torch.zeros(batch, keep, dim, device=device)
     again = generator.randint(min(prefix, keep), keep)
-    composed = ops.add_select_(
+    composed, _ = ops.add_select_(
         x.clone(), idx, update, None, query, torch.zeros(batch, dtype=torch.int32, device=device), again, prefix
     )
-    return x, (kept, kept_idx, pruned, pruned_idx), composed, (keep, prefix, again)
+    merged = None
+    if prefix < keep < n:
+        stay = generator.randint(keep, n)
+        merged = [ops.merge(x, kept_idx, pruned_idx, torch.ones_like(x[..., 0]), stay, None, prefix) for _ in range(2)]
+    return x, (kept, kept_idx, pruned, pruned_idx), composed, (keep, prefix, again), merged
 
 
-def verify(x, split, composed, counts):
+def verify(x, split, composed, counts, merged):
+    if merged is not None:
+        for one, other in zip(*merged):
+            assert torch.equal(one, other)
+        tokens, kept_at, pruned_at, sizes, _ = merged[0]
+        everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        assert torch.equal(torch.cat([kept_at, pruned_at], 1).sort(1).values, everyone)
+        assert (sizes.sum(1) == x.shape[1]).all()
+        torch.testing.assert_close((tokens * sizes.unsqueeze(-1)).sum(1), x.sum(1), rtol=1e-4, atol=1e-2)
     kept, kept_idx, pruned, pruned_idx = split
     keep, prefix, again = counts
     expected = reference.select(x[..., 0], keep, prefix)

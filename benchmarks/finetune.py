@@ -1,8 +1,8 @@
-"""After fine-tuning, is merging still better than dropping? A short one of the ViT-Ti, queries calibrated and then fixed.
+"""After fine-tuning, is merging still better than dropping? A short run of the ViT-Ti, with calibrated queries, fixed.
 
 python benchmarks/finetune.py --data FOLDER [--photos 1600] [--compare 800] [--seeds 2 3 4] [--rate 15] [--out FILE]
 
-FOLDER as in off_the_shelf.py; Tiny-ImageNet alone, whose classes the model's head knows. Every seed draws its own photos;
+FOLDER as in off_the_shelf.py; Tiny-ImageNet alone, whose classes the head knows. Every seed draws its own photos;
 all methods see the same ones in the same order. Photos are flipped at random, and not augmented otherwise.
 """
 

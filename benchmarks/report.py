@@ -91,8 +91,8 @@ def digits() -> str:
     return grid(["method", "tokens per block", "accuracy", "seeds"], body) + f"\n\n{where(env)}."
 
 
-def networks(device: str) -> str:
-    found = load(f"{device}_networks")
+def networks(name: str) -> str:
+    found = load(name)
     if found is None:
         return "Not measured yet."
     env, rows = found
@@ -107,30 +107,95 @@ def networks(device: str) -> str:
     return grid(["model", "batch", "dtype", "mode", *methods], body) + f"\n\n{where(env)}; {note}."
 
 
-def calibration() -> str:
-    found = load("calibration")
+def spread(values: list[float], digits: int, unit: str = "") -> str:
+    """Mean, and the range over seeds."""
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean}{unit} ({low} to {high})"
+
+
+MAIN = ("random", "variance", "attention top-k", "calibrated", "ToMe, plain attention", "ToMe", "merge")
+LABELS = {"calibrated": "calibrated, dropping", "merge": "**calibrated, merging**"}
+
+
+def speeds() -> dict[tuple[int, str], float]:
+    found = load("off_the_shelf_speed")
+    return {} if found is None else {(row["rate"], row["method"]): row["speed-up"] for row in found[1]}
+
+
+def off_the_shelf() -> str:
+    """Agreement and KL by data set, with the speed measured apart."""
+    found = load("off_the_shelf")
+    if found is None:
+        return "Not measured yet."
+    env, rows = found
+    data, speed = list(dict.fromkeys(row["data"] for row in rows)), speeds()
+    body = []
+    for rate in sorted({row["rate"] for row in rows}):
+        for method in MAIN:
+            line = [str(rate), LABELS.get(method, method)]
+            for name in data:
+                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
+                line += [spread([row["agreement"] for row in own], 1), spread([row["KL"] for row in own], 3)]
+                if all("top-1" in row for row in own):
+                    line.append(f"{statistics.mean(row['top-1'] for row in own):.1f}")
+            body.append([*line, f"{speed[rate, method]:.2f}x" if (rate, method) in speed else "-"])
+    labelled = {row["data"] for row in rows if "top-1" in row}
+    columns = {
+        name: ("agreement, %", "KL", "top-1, %") if name in labelled else ("agreement, %", "KL") for name in data
+    }
+    head = ["R", "method", *(f"{name}, {what}" for name in data for what in columns[name]), "speed-up"]
+    seeds = sorted({row["seed"] for row in rows})
+    plain = statistics.mean(row["top-1 unpruned"] for row in rows if "top-1" in row)
+    note = (
+        f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; {len(seeds)} "
+        f"seeds, each with {env['photos']} photos to calibrate on and as many others to compare on; mean, and range over "
+        "seeds."
+    )
+    timed = load("off_the_shelf_speed")
+    if timed is not None:
+        env_timed = timed[0]
+        note += f" Speed-up over the unpruned model on the engine: batch {env_timed['batch']}, {where(env_timed)}."
+    return grid(head, body) + f"\n\n{note} {where(env)}."
+
+
+def merging() -> str:
+    """What each part of merging is good for."""
+    found = load("off_the_shelf")
+    if found is None:
+        return "Not measured yet."
+    env, rows = found
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name.startswith("merge")]
+    rates = sorted({row["rate"] for row in rows if row["method"] == methods[-1]})
+    cells = [(name, rate) for name in dict.fromkeys(row["data"] for row in rows) for rate in rates]
+    body = []
+    for method in methods:
+        line = [method.removeprefix("merge, ") if method != "merge" else "**as it is**"]
+        for name, rate in cells:
+            own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
+            agreement, divergence = (statistics.mean(row[key] for row in own) for key in ("agreement", "KL"))
+            line.append(f"{agreement:.1f} %, {divergence:.3f}")
+        body.append(line)
+    head = ["merging", *(f"{name}, R = {rate}" for name, rate in cells)]
+    return grid(head, body) + f"\n\nAgreement and KL as above, mean of the same seeds. {where(env)}."
+
+
+def finetune() -> str:
+    found = load("finetune")
     if found is None:
         return "Not measured yet."
     env, rows = found
     body = []
-    for rate in dict.fromkeys(row["rate"] for row in rows):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["rate"] == rate and row["method"] == method]
-            agreement, divergence = ([row[key] for row in own] for key in ("agreement", "KL"))
-            body.append(
-                [
-                    str(rate),
-                    method,
-                    f"{statistics.mean(agreement):.1f} % ({min(agreement):.1f} to {max(agreement):.1f})",
-                    f"{statistics.mean(divergence):.3f} ({min(divergence):.3f} to {max(divergence):.3f})",
-                ]
-            )
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        line = [method, str(own[0]["rate"])]
+        body.append([*line, *(spread([row[key] for row in own], 1) for key in ("top-1 before", "top-1 after"))])
     seeds = len({row["seed"] for row in rows})
     note = (
-        f"{seeds} seeds, each with {env['photos']} Tiny-ImageNet photos to calibrate on, as many others to compare on"
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px, {seeds} seeds; one epoch over {env['photos']} photos, AdamW, learning rate "
+        f"{env['learning_rate']}, batch {env['batch']}, calibrated queries fixed; top-1 in % on {env['compare']} others; "
+        "mean, and range over seeds."
     )
-    head = ["rate", "scorer", "agreement with the unpruned model", "KL"]
-    return grid(head, body) + f"\n\nViT-Ti/16 at 224 px; {note}; mean, and range over seeds. {where(env)}."
+    return grid(["tokens leave by", "R", "before", "after"], body) + f"\n\n{note} {where(env)}."
 
 
 def gpu_ops() -> str:
@@ -152,8 +217,11 @@ SECTIONS = {
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
     "digits": digits,
-    "calibration": calibration,
-    "cpu_networks": lambda: networks("cpu"),
+    "off_the_shelf": off_the_shelf,
+    "merging": merging,
+    "finetune": finetune,
+    "cpu_networks": lambda: networks("cpu_networks"),
+    "cpu_merging": lambda: networks("cpu_merging"),
     "gpu_ops": gpu_ops,
 }
 
@@ -197,6 +265,37 @@ def plot() -> None:
     plt.close(figure)
 
 
+def plot_off_the_shelf() -> None:
+    """Agreement against measured speed-up, one panel a data set, one line a method over its rates."""
+    found, speed = load("off_the_shelf"), speeds()
+    if found is None or not speed:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    env, rows = found
+    data = list(dict.fromkeys(row["data"] for row in rows))
+    figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], data):
+        for method in MAIN:
+            points = []
+            for rate in sorted({row["rate"] for row in rows}):
+                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
+                points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
+            bold = {"linewidth": 2.4} if method == "merge" else {"linewidth": 1.2, "alpha": 0.8}
+            axis.plot(*zip(*points), marker="o", markersize=4, label=LABELS.get(method, method).strip("*"), **bold)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("speed-up, measured")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("agreement with the unpruned model, %")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(f"ViT-Ti/16, no training, {env['device']}", fontsize=10)
+    figure.savefig(PLOT.parent / "off_the_shelf.png", dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -207,6 +306,7 @@ def main() -> None:
         sys.exit(0 if fresh == text else "README.md differs from the results: run python benchmarks/report.py")
     README.write_text(fresh)
     plot()
+    plot_off_the_shelf()
 
 
 if __name__ == "__main__":

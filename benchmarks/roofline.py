@@ -35,6 +35,12 @@ OUTRO = """
   programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory.
 - **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
   and add_select_ it is the last program of an image that selects, so it needs no launch of its own.
+- **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every row alive
+  once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that take
+  others in. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would read a
+  sixteenth of that; it agrees less with the unpruned model (README).
+- **proportional attention** with one more dimension copies q, k and v, padded by 8 columns, before FlashAttention: 2.25
+  times their bytes, which a projection with padded weights would save.
 - **attend, M = 1** reads x once in each direction. A program works on one image: fewer images than processors leave
   some idle.
 - **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them back: three passes over
@@ -84,6 +90,13 @@ def works() -> list[Work]:
                 10.0 * b * n * d,
                 find(kernels, "add_select_ + gather_norm, us", kernel="stream", **wanted),
             ),
+            Work(
+                "merging over pruning",
+                text,
+                x + 3 * (x - kept) + b * n * 28,
+                3.0 * b * k * (n - k) * d,
+                find(kernels, "merging over pruning, us", kernel="stream", **wanted),
+            ),
         ]
     for b, n in ((256, 197), (64, 1025), (8, 9216), (1, 197)):
         measured = find(kernels, "select, us", kernel="select", shape=[b, n])
@@ -116,11 +129,11 @@ def main() -> None:
         cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
         lines.append("| " + " | ".join((*cells, *measured)) + " |")
     intro = INTRO.format(bandwidth=options.bandwidth / 1e12, flops=options.flops / 1e12)
-    plain, pruning = (
+    plain, pruning, merging = (
         next(work.bytes for work in works() if work.kernel == kernel and work.shape == "256x197x1024")
-        for kernel in ("add_norm_", "add_select_ + gather_norm")
+        for kernel in ("add_norm_", "add_select_ + gather_norm", "merging over pruning")
     )
-    outro = OUTRO.format(marginal=(pruning - plain) / (4.0 * 256 * 197 * 1024))
+    outro = OUTRO.format(marginal=(pruning - plain) / (4.0 * 256 * 197 * 1024), again=merging / options.bandwidth * 1e6)
     PAGE.write_text(intro + "\n".join(lines) + "\n" + outro)
     print(PAGE)
 

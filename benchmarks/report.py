@@ -147,9 +147,9 @@ def off_the_shelf() -> str:
     seeds = sorted({row["seed"] for row in rows})
     plain = statistics.mean(row["top-1 unpruned"] for row in rows if "top-1" in row)
     note = (
-        f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; {len(seeds)} "
-        f"seeds, each with {env['photos']} photos to calibrate on and as many others to compare on; mean, and range over "
-        "seeds."
+        f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; "
+        f"{len(seeds)} seeds, each with {env['photos']} photos to calibrate on and as many others to compare on; "
+        "mean, and range over seeds."
     )
     timed = load("off_the_shelf_speed")
     if timed is not None:
@@ -191,9 +191,9 @@ def finetune() -> str:
         body.append([*line, *(spread([row[key] for row in own], 1) for key in ("top-1 before", "top-1 after"))])
     seeds = len({row["seed"] for row in rows})
     note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px, {seeds} seeds; one epoch over {env['photos']} photos, AdamW, learning rate "
-        f"{env['learning_rate']}, batch {env['batch']}, calibrated queries fixed; top-1 in % on {env['compare']} others; "
-        "mean, and range over seeds."
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px, {seeds} seeds; one epoch over {env['photos']} photos, AdamW, "
+        f"learning rate {env['learning_rate']}, batch {env['batch']}, calibrated queries fixed; top-1 in % on "
+        f"{env['compare']} others; mean, and range over seeds."
     )
     return grid(["tokens leave by", "R", "before", "after"], body) + f"\n\n{note} {where(env)}."
 

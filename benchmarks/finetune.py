@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--rate", type=int, default=15)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune.json")
@@ -79,7 +80,8 @@ def main() -> None:
         )
         target, held = (torch.tensor([classes.index(name) for name in some]) for some in (names, held_names))
         queries = cropr.calibrate(cropr.apply(copy.deepcopy(base), rate=options.rate, num_outputs=0), images[:400])
-        for name, how in METHODS.items():
+        for name in options.methods:
+            how = METHODS[name]
             if any(row["seed"] == seed and row["method"] == name for row in rows):
                 continue
             torch.manual_seed(seed)

@@ -114,6 +114,10 @@ def spread(values: list[float], digits: int, unit: str = "") -> str:
 
 
 MAIN = ("random", "variance", "attention top-k", "calibrated", "ToMe, plain attention", "ToMe", "merge")
+PARTS = {
+    "merge": "**as it is** (1.5 R candidates)",
+    "merge, none of these": "no choice of the redundant, and sizes do not protect",
+}
 LABELS = {"calibrated": "calibrated, dropping", "merge": "**calibrated, merging**"}
 
 
@@ -165,11 +169,13 @@ def merging() -> str:
         return "Not measured yet."
     env, rows = found
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name.startswith("merge")]
-    rates = sorted({row["rate"] for row in rows if row["method"] == methods[-1]})
-    cells = [(name, rate) for name in dict.fromkeys(row["data"] for row in rows) for rate in rates]
+    data, seeds = list(dict.fromkeys(row["data"] for row in rows)), {row["seed"] for row in rows}
+    last = [row["rate"] for row in rows if row["method"] == methods[-1]]
+    rates = [rate for rate in sorted(set(last)) if last.count(rate) == len(data) * len(seeds)]
+    cells = [(name, rate) for name in data for rate in rates]
     body = []
     for method in methods:
-        line = [method.removeprefix("merge, ") if method != "merge" else "**as it is**"]
+        line = [PARTS.get(method, method.removeprefix("merge, "))]
         for name, rate in cells:
             own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
             agreement, divergence = (statistics.mean(row[key] for row in own) for key in ("agreement", "KL"))

@@ -1,9 +1,10 @@
 """Merging instead of dropping: tokens that leave go into those that stay.
 
 A token then stands for `size` tokens: attention weighs it so, it is less likely to leave, and its patches are all
-where it is. Choices and their defaults are measured: README, benchmarks/merging.py.
+where it is. Choices and their defaults are measured: README, benchmarks/off_the_shelf.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,10 +35,10 @@ class Merge:
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        if not self.candidates >= 1:
-            raise ValueError(f"Merge: candidates must be >= 1, got {self.candidates}")
-        if not self.size_weight >= 0:
-            raise ValueError(f"Merge: size_weight must be >= 0, got {self.size_weight}")
+        for name, least in (("candidates", 1), ("size_weight", 0)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"Merge: {name} must be finite and >= {least}, got {value}")
         if self.similarity not in ("tokens", "keys"):
             raise ValueError(f"Merge: similarity must be 'tokens' or 'keys', got {self.similarity!r}")
 

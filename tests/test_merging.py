@@ -224,10 +224,12 @@ def test_the_number_of_safe_tokens_leaves_a_choice_and_a_place_to_go():
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"Merge: candidates must be >= 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got 0.5"):
         cropr.Merge(candidates=0.5)
-    with pytest.raises(ValueError, match=r"Merge: size_weight must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"Merge: size_weight must be finite and >= 0, got -1"):
         cropr.Merge(size_weight=-1)
+    with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got nan"):
+        cropr.Merge(candidates=float("nan"))
     with pytest.raises(ValueError, match=r"Merge: similarity must be 'tokens' or 'keys', got 'values'"):
         cropr.Merge(similarity="values")
 

@@ -3,6 +3,7 @@
 Written to be fast in PyTorch, with this package's selection and gather where they fit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from cropr_kernels.blocks import proportional_attention
 ops = torch.ops.cropr
 
 
-class Rival(nn.Module):
+class Rival(nn.Module, ABC):
     """A plain model whose blocks lose tokens: counts[l] are left after block l."""
 
     def __init__(self, model: Any, counts: Sequence[int]):
@@ -28,9 +29,9 @@ class Rival(nn.Module):
             raise ValueError(f"{type(self).__name__}: models with rotary positions are not supported")
         return self.model.forward_head(self.model.norm(self.run(x)))
 
+    @abstractmethod
     def run(self, x: Tensor) -> Tensor:
         """Tokens after the last block."""
-        raise NotImplementedError
 
     def keep(self, layer: int, count: int) -> int:
         """Tokens left after a block that `count` enter."""

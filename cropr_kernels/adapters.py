@@ -75,14 +75,16 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 def pools_class_token(model: Any) -> bool:
     """Whether the head looks at the class token alone; else it looks at the patches."""
-    pool = model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
-    return getattr(model, "cls_token", None) is not None and pool in ("token", "")
+    return getattr(model, "cls_token", None) is not None and _pool(model) in ("token", "")
 
 
 def reads_class_token(model: Any) -> bool:
     """Whether the head takes the class token and nothing else of what leaves the last block."""
-    pool = model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
-    return pool == "token"
+    return _pool(model) == "token"
+
+
+def _pool(model: Any) -> str:
+    return model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
 
 
 def _known(module: str, *names: str) -> tuple[type, ...]:

@@ -90,14 +90,14 @@ class Pruned:
         plain = not (self.training or torch.compiler.is_compiling() or _needs_gradient(images))
         if graphs is not None and images.is_cuda and plain:
             with torch.no_grad():
-                return graphs(self.cropr_output, images, self.cropr_key(images))
-        x, aux = self.cropr_features(images, whole=not reads_class_token(self))
-        output = self.forward_head(x)
+                return graphs(lambda batch: self.cropr_output(batch)[0], images, self.cropr_key(images))
+        output, aux = self.cropr_output(images)
         return (output, aux) if self.training else output
 
-    def cropr_output(self: Any, images: Tensor) -> Tensor:
-        """The output alone, whatever the mode."""
-        return self.forward_head(self.cropr_features(images, whole=not reads_class_token(self))[0])
+    def cropr_output(self: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output and the auxiliary predictions, whatever the mode."""
+        x, aux = self.cropr_features(images, whole=not reads_class_token(self))
+        return self.forward_head(x), aux
 
     def cropr_key(self: Any, images: Tensor) -> tuple[Any, ...]:
         """All that decides what a captured graph computes: shapes, schedule, precision, where the weights are."""

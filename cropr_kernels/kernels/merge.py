@@ -240,9 +240,8 @@ def _launch(
         x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune, num_prune)
     )
     kept_sizes = sizes.new_empty((batch, num_keep))
-    out = x if in_place else x.new_empty((batch, num_keep, dim))
     if not batch:
-        return out, kept_idx, pruned_idx, kept_sizes
+        return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
     safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), acc_dtype(features.dtype)
     blocks = target_blocks(features.dtype)
@@ -265,8 +264,7 @@ def _launch(
             IN_PLACE=in_place, **blocks, ACC=_TRITON_TYPE[acc],
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
-        if not in_place:
-            out = gather(x, kept_idx)
+        out = x if in_place else gather(x, kept_idx)
         if num_prune and dim:
             means_kernel[(batch * num_prune,)](
                 x, x.stride(0), x.stride(1), kept_idx, pruned_idx, slots, sizes, kept_sizes, out,

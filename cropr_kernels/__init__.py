@@ -21,9 +21,11 @@ from .patch import deploy as deploy
 from .patch import merge_map as merge_map
 from .patch import pruning_map as pruning_map
 from .patch import remove as remove
+from .patch import set_progress as set_progress
 from .patch import set_rate as set_rate
 from .vit import ViT as ViT
 from .vit import ViTConfig as ViTConfig
 from .vit import create_vit as create_vit
+from .windows import Windows as Windows
 
 __version__ = "0.1.0"

@@ -142,8 +142,14 @@ class FusedBlock:
 
 
 def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
-    """Rows of a rotary table (patches, C) for the patches at `positions` (B, K): (B, 1, K - P, C)."""
-    return rope[positions[:, num_prefix:] - num_prefix].unsqueeze(1)
+    """Rows of a rotary table for the patches at `positions` (B, K): (B, 1, K - P, C).
+
+    The table is (patches, C), or (B, patches, C) where the images of a batch have their own.
+    """
+    rows = positions[:, num_prefix:] - num_prefix
+    if rope.ndim == 3:
+        return rope.gather(1, rows.unsqueeze(-1).expand(-1, -1, rope.shape[-1])).unsqueeze(1)
+    return rope[rows].unsqueeze(1)
 
 
 def why_not_fused(block: Any) -> str | None:

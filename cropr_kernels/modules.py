@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -16,29 +17,74 @@ class Split(NamedTuple):
     pruned_idx: Tensor
 
 
+class MultiHead(nn.Module):
+    """Cross-attention as Transformers usually have it, with heads and projections: an ablation of the paper's.
+
+    Its scores are linear in the token too, so that the queries fold into one vector just as well.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.v_proj, self.proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.k_proj = nn.Linear(dim, dim, bias=False)  # a bias would raise all scores alike
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
+        """(B, M, D) from x (B, N, D) and queries (M, D)."""
+        q = self.q_proj(queries).expand(x.shape[0], -1, -1)
+        heads = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, self.k_proj(x), self.v_proj(x))
+        )
+        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    def fold(self, queries: Tensor) -> Tensor:
+        """The vector (D,) whose product with a token is the sum of its logits over queries and heads."""
+        return self.q_proj(queries).sum(0) @ self.k_proj.weight
+
+
 class Aggregator(nn.Module):
     """What a query learns from: cross-attention over the tokens, an MLP and the auxiliary head.
 
         out = softmax(Q x^T / sqrt(D)) x;   out = out + MLP(LayerNorm(out));   prediction = Linear(LayerNorm(out))
 
-    Stop-gradient: x is detached, so the auxiliary loss reaches this module and its queries, never the backbone.
+    Stop-gradient: x is detached, so the auxiliary loss reaches this module and its queries, never the backbone. The
+    options are those of `Cropr`.
     """
 
-    def __init__(self, dim: int, num_outputs: int, mlp_ratio: float = 4.0):
+    def __init__(
+        self,
+        dim: int,
+        num_outputs: int,
+        mlp_ratio: float = 4.0,
+        *,
+        num_heads: int | None = None,
+        stop_gradient: bool = True,
+    ):
         super().__init__()
+        self.stop_gradient = stop_gradient
+        self.attention = None if num_heads is None else MultiHead(dim, num_heads)
         hidden = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6) if hidden else None
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_outputs)
 
     def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions (B, M, outputs) from x (B, N, D) with queries (M, D), and the tokens' scores (B, N)."""
-        x = x.detach()
+        x = x.detach() if self.stop_gradient else x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out, scores = torch.ops.cropr.attend_scores(x, queries, x.shape[-1] ** -0.5)
-        out = out + self.mlp(self.norm1(out))
+        if self.attention is not None:
+            out = self.attention(x, queries)
+            scores = torch.ops.cropr.scores(x.detach(), self.attention.fold(queries).detach())
+        elif self.stop_gradient:
+            out, scores = torch.ops.cropr.attend_scores(x, queries, x.shape[-1] ** -0.5)
+        else:  # attend has no gradient for x
+            one_head = x.unsqueeze(1)
+            out = F.scaled_dot_product_attention(queries.to(x.dtype).expand(len(x), 1, -1, -1), one_head, one_head)
+            out, scores = out.squeeze(1), torch.ops.cropr.scores(x.detach(), queries.detach())
+        if self.mlp is not None:
+            out = out + self.mlp(self.norm1(out))
         return self.head(self.norm2(out)), scores
 
 
@@ -54,37 +100,69 @@ class Cropr(nn.Module):
         dim: D, width of the tokens.
         num_outputs: width of the auxiliary prediction (classes); 0 leaves the training path out.
         num_queries: M, 1 for classification, one per patch for dense tasks.
-        mlp_ratio: hidden width of the aggregator's MLP over D.
+        mlp_ratio: hidden width of the aggregator's MLP over D; 0 for no MLP.
+        num_heads: None, the paper's scorer, or heads with projections.
+        stop_gradient: whether the auxiliary loss ends at the tokens; if not it reaches the backbone.
+        sampling: in training draw the tokens that stay, without replacement and in proportion to the softmax of
+            their mean logits / sqrt(D), instead of taking the best.
 
     The learned parameter is `queries` (M, D), truncated normal with std D^-0.5.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
-    def __init__(self, dim: int, num_outputs: int = 0, num_queries: int = 1, mlp_ratio: float = 4.0):
+    def __init__(
+        self,
+        dim: int,
+        num_outputs: int = 0,
+        num_queries: int = 1,
+        mlp_ratio: float = 4.0,
+        *,
+        num_heads: int | None = None,
+        stop_gradient: bool = True,
+        sampling: bool = False,
+    ):
         super().__init__()
-        if dim < 1 or num_queries < 1 or num_outputs < 0:
+        if dim < 1 or num_queries < 1 or num_outputs < 0 or mlp_ratio < 0:
             raise ValueError(
-                "Cropr: dim and num_queries must be >= 1 and num_outputs >= 0, got "
-                f"dim={dim}, num_queries={num_queries}, num_outputs={num_outputs}"
+                "Cropr: dim and num_queries must be >= 1, num_outputs and mlp_ratio >= 0, got "
+                f"dim={dim}, num_queries={num_queries}, num_outputs={num_outputs}, mlp_ratio={mlp_ratio}"
+            )
+        if num_heads is not None and (num_heads < 1 or dim % num_heads or not num_outputs):
+            raise ValueError(
+                f"Cropr: num_heads must divide dim={dim}, and num_outputs be >= 1 so that its projections learn, got "
+                f"num_heads={num_heads}, num_outputs={num_outputs}"
             )
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         nn.init.trunc_normal_(self.queries, std=dim**-0.5)
-        self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
+        self.sampling = sampling
+        self.aggregator = (
+            Aggregator(dim, num_outputs, mlp_ratio, num_heads=num_heads, stop_gradient=stop_gradient)
+            if num_outputs
+            else None
+        )
 
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
-        return fold_queries(self.queries)
+        attention = None if self.aggregator is None else self.aggregator.attention
+        return fold_queries(self.queries if attention is None else attention.fold(self.queries)[None])
 
     def predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
 
         The prediction is (B, outputs) with one query, else (B, M, outputs), with gradient for the module's own
-        parameters only. Both are None where the module has no aggregator. Under autocast the tokens are read, and
-        scored, in the autocast dtype.
+        parameters, and for x only without stop-gradient. Both are None where there is nothing to predict or to draw.
+        Under autocast the tokens are read, and scored, in the autocast dtype.
         """
-        if self.aggregator is None:
-            return None, None
-        prediction, scores = self.aggregator(x, self.queries)
-        return prediction.squeeze(1) if self.queries.shape[0] == 1 else prediction, scores
+        prediction, scores = (None, None) if self.aggregator is None else self.aggregator(x, self.queries)
+        if prediction is not None and self.queries.shape[0] == 1:
+            prediction = prediction.squeeze(1)
+        if self.sampling and self.training:  # Gumbel noise makes the top K a draw without replacement
+            scores = torch.ops.cropr.scores(x.detach(), self.query()) if scores is None else scores
+            noise = -torch.empty_like(scores).exponential_().log()
+            scores = scores / (self.queries.shape[0] * x.shape[-1] ** 0.5) + noise
+        return prediction, scores
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
         """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.

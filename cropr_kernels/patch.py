@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,31 @@ from .engine import Graphs, run_stream
 from .merging import Merge
 from .modules import Cropr, FoldedCropr
 from .stream import Departures, Merging, Streamed, run_blocks
+from .windows import Windows
+
+
+class Embedded(NamedTuple):
+    """Tokens that enter the first block (B, N, D), their rotary table, and P, the first tokens never pruned."""
+
+    x: Tensor
+    rope: Tensor | None
+    num_prefix: int
 
 
 class CroprModules(nn.ModuleList):
     """`model.cropr`: the Cropr modules in order, the schedule they follow, whether LLF ends it, how tokens merge."""
 
     def __init__(
-        self, modules: Sequence[nn.Module], schedule: schedules.Bound, llf: bool, merging: Merging | None = None
+        self,
+        modules: Sequence[nn.Module],
+        schedule: schedules.Bound,
+        llf: bool,
+        merging: Merging | None = None,
+        windows: Windows | None = None,
     ):
         super().__init__(modules)
-        self.schedule, self.llf, self.merging = schedule, llf, merging
-        self.last_drop_path: list[tuple[Any, float]] = []  # what LLF switched off, for remove
+        self.schedule, self.llf, self.merging, self.windows = schedule, llf, merging, windows
+        self.overridden: list[tuple[Any, str, Any]] = []  # attributes of the model that apply changed, for remove
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
@@ -43,42 +57,70 @@ class Pruned:
 
     cropr: CroprModules
 
-    def cropr_features(self: Any, images: Tensor, *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Tokens after the last norm and auxiliary predictions (empty in eval).
+    def cropr_features(
+        self: Any, images: Tensor, *, whole: bool = True, predict: bool | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the last norm and auxiliary predictions (by default empty in eval).
 
-        Where tokens merged, `whole` copies each of them to all the positions that it stands for.
+        Where tokens merged, `whole` copies each of them to all the positions that it stands for. With windows it is
+        the patches alone, (B, patches, D), and predictions (B, patches, outputs), in order of position.
         """
-        x, rope = find_adapter(self).embed(self, images)
+        predict = self.training if predict is None else predict
+        x, rope, prefix = self.cropr_embed(images)
         stack: CroprModules = self.cropr
         engine, merging = stack.engine, stack.merging
         aux: list[Tensor] = []
-        if isinstance(engine, str) or self.training or _exporting() or _needs_gradient(x):
-            x, aux, rows = self.cropr_stream(x, rope)
+        if isinstance(engine, str) or self.training or predict or _exporting() or _needs_gradient(x):
+            x, aux, rows, _ = self.cropr_stream(images, embedded=Embedded(x, rope, prefix), predict=predict)
             x = self.norm(x)
         else:
-            counts = stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf)
-            parts = {"num_prefix": self.num_prefix_tokens, "llf": stack.llf, "rope": rope}
+            counts = stack.schedule(x.shape[1], len(self.blocks), prefix, stack.llf)
+            parts = {"num_prefix": prefix, "llf": stack.llf, "rope": rope}
             how = None if merging is None else merging.how
             x, rows = run_stream(engine, stack, counts, x.contiguous(), self.norm, merge=how, **parts)
         if whole and rows is not None and not stack.llf:
             x = torch.ops.cropr.gather(x, rows)
+        if stack.windows is not None:
+            grid = _grid_of(self, images)
+            x, aux = stack.windows.join(x, grid), [stack.windows.join(prediction, grid) for prediction in aux]
         return x, aux
 
-    def cropr_stream(self: Any, x: Tensor, rope: Tensor | None, departures: Departures | None = None) -> Streamed:
-        """The functional stream through the blocks."""
+    def cropr_embed(self: Any, images: Tensor) -> Embedded:
+        """The tokens that enter the first block; with windows one window a row, and no prefix tokens."""
+        x, rope = find_adapter(self).embed(self, images)
+        windows: Windows | None = self.cropr.windows
+        if windows is None:
+            return Embedded(x, rope, self.num_prefix_tokens)
+        grid = _grid_of(self, images)
+        rope = None if rope is None else windows.rope(rope, grid, len(images))
+        return Embedded(windows.split(x[:, self.num_prefix_tokens :], grid), rope, 0)
+
+    def cropr_stream(
+        self: Any,
+        images: Tensor,
+        *,
+        embedded: Embedded | None = None,
+        departures: Departures | None = None,
+        predict: bool | None = None,
+        collect: bool = False,
+    ) -> Streamed:
+        """The functional stream through the blocks, from images (B, C, H, W) or from what they were embedded to."""
         stack: CroprModules = self.cropr
+        x, rope, prefix = self.cropr_embed(images) if embedded is None else embedded
+        blocks = self.blocks if stack.windows is None else stack.windows.blocks(self.blocks, _grid_of(self, images))
         return run_blocks(
-            self.blocks,
+            blocks,
             stack,
-            stack.schedule(x.shape[1], len(self.blocks), self.num_prefix_tokens, stack.llf),
+            stack.schedule(x.shape[1], len(blocks), prefix, stack.llf),
             x,
-            num_prefix=self.num_prefix_tokens,
+            num_prefix=prefix,
             llf=stack.llf,
             rope=rope,
-            training=self.training,
+            training=self.training if predict is None else predict,
             recompute=self.training and getattr(self, "grad_checkpointing", False),
             departures=departures,
             merging=stack.merging,
+            collect=collect,
         )
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -94,9 +136,15 @@ class Pruned:
         output, aux = self.cropr_output(images)
         return (output, aux) if self.training else output
 
-    def cropr_output(self: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output and the auxiliary predictions, whatever the mode."""
-        x, aux = self.cropr_features(images, whole=not reads_class_token(self))
+    def cropr_output(self: Any, images: Tensor, *, predict: bool | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The output and the auxiliary predictions: by default those of training, none in eval.
+
+        Raises:
+            RuntimeError: with window attention there are no prefix tokens, and no head for images.
+        """
+        if self.cropr.windows is not None:
+            raise RuntimeError("with window attention a model gives features only: model.forward_features(images)")
+        x, aux = self.cropr_features(images, whole=not reads_class_token(self), predict=predict)
         return self.forward_head(x), aux
 
     def cropr_key(self: Any, images: Tensor) -> tuple[Any, ...]:
@@ -149,10 +197,15 @@ def apply(
     keep: Sequence[int] | None = None,
     ratio: float | None = None,
     llf: bool = False,
+    const: tuple[int, int] | None = None,
     merge: bool | Merge = False,
+    windows: Windows | None = None,
     num_queries: int = 1,
     num_outputs: int | None = None,
     mlp_ratio: float = 4.0,
+    num_heads: int | None = None,
+    stop_gradient: bool = True,
+    sampling: bool = False,
 ) -> Any:
     """Put Cropr modules between the blocks of a model, in place.
 
@@ -161,45 +214,59 @@ def apply(
 
     Args:
         model: `cropr_kernels.vit.ViT`, timm VisionTransformer or timm Eva.
-        rate, keep, ratio: the schedule; exactly one, see `cropr_kernels.schedule`.
+        rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`.
         llf: Last Layer Fusion: all tokens return before the last block.
         merge: tokens that leave merge into those that stay, instead of being lost: best for a model that was not
             trained to be pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A
             `Merge` says how; True is `Merge()`.
-        num_queries: M, 1 for classification, one per patch for dense tasks.
+        windows: window attention; every window drops equally many, so schedules count the tokens of one window. Needs
+            llf. The class token and registers are left out, and the model gives features (B, patches, D) only.
+        num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch of a window).
         num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
-        mlp_ratio: hidden width of the aggregators' MLP over D.
+        mlp_ratio, num_heads, stop_gradient, sampling: options of `Cropr`.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: the model's family is not known.
-        ValueError: the model is pruned already, the schedule does not fit it, or tokens shall merge in blocks whose
-            attention cannot weigh them.
+        ValueError: the model is pruned already, the schedule does not fit it, tokens shall merge in blocks whose
+            attention cannot weigh them, or windows come without llf or with merge.
     """
     if isinstance(model, Pruned):
         raise ValueError(
             "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
         )
     find_adapter(model)
-    schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio)
-    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    if windows is not None and (not llf or merge):
+        raise ValueError("cropr.apply: windows need llf=True, so that the map is whole again, and do not merge")
+    schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio, const=const)
+    depth = len(model.blocks)
     count = schedules.num_modules(depth, llf)
-    schedule(_default_tokens(model), depth, prefix, llf)  # refuse now what could only fail later
     outputs = model.num_classes if num_outputs is None else num_outputs
-    example = next(model.parameters())
-    modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio).to(example.device) for _ in range(count)]
+    options: dict[str, Any] = dict(num_heads=num_heads, stop_gradient=stop_gradient, sampling=sampling)
+    modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
     merging = Merging(merge if isinstance(merge, Merge) else Merge(), _sized_blocks(model)) if merge else None
-    model.cropr = CroprModules(modules, schedule, llf, merging).train(model.training)
+    stack = CroprModules(modules, schedule, llf, merging, windows)
+    schedule(*_default_tokens(model, stack), llf)  # refuse now what could only fail later
+    model.cropr = stack.to(next(model.parameters()).device).train(model.training)
     if llf:
         # All tokens meet again in the last block: dropping it for some images would drop the fusion.
         for module in model.blocks[-1].modules():
             if getattr(module, "drop_prob", 0.0):
-                model.cropr.last_drop_path.append((module, module.drop_prob))
-                module.drop_prob = 0.0
+                _override(stack, module, "drop_prob", 0.0)
+    if windows is not None:
+        for block in model.blocks:  # rotary positions start at the first token now
+            for name in ("num_prefix", "num_prefix_tokens"):
+                if hasattr(block.attn, name):
+                    _override(stack, block.attn, name, 0)
     model.__class__ = _pruned_class(type(model))
     return model
+
+
+def _override(stack: CroprModules, module: Any, name: str, value: Any) -> None:
+    stack.overridden.append((module, name, getattr(module, name)))
+    setattr(module, name, value)
 
 
 def _sized_blocks(model: Any) -> list[FusedBlock]:
@@ -216,9 +283,12 @@ def default_grid(model: Any) -> tuple[int, int]:
     return getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
 
 
-def _default_tokens(model: Any) -> int:
+def _default_tokens(model: Any, stack: CroprModules) -> tuple[int, int, int]:
+    """Tokens in a row of the batch at the model's own image size, blocks, and prefix tokens: what schedules take."""
+    if stack.windows is not None:
+        return stack.windows.size**2, len(model.blocks), 0
     height, width = default_grid(model)
-    return model.num_prefix_tokens + height * width
+    return model.num_prefix_tokens + height * width, len(model.blocks), model.num_prefix_tokens
 
 
 def remove(model: Any) -> Any:
@@ -228,8 +298,8 @@ def remove(model: Any) -> Any:
         TypeError: the model is not pruned.
     """
     stack = require_pruned(model, "cropr.remove")
-    for module, drop_prob in stack.last_drop_path:
-        module.drop_prob = drop_prob
+    for module, name, value in stack.overridden:
+        setattr(module, name, value)
     del model.cropr
     model.__class__ = type(model).__mro__[2]
     return model
@@ -244,8 +314,24 @@ def set_rate(model: Any, rate: int) -> Any:
     """
     stack = require_pruned(model, "cropr.set_rate")
     schedule = schedules.resolve(rate=rate)
-    schedule(_default_tokens(model), len(model.blocks), model.num_prefix_tokens, stack.llf)
+    schedule(*_default_tokens(model, stack), stack.llf)
     stack.schedule = schedule
+    return model
+
+
+def set_progress(model: Any, share: float) -> Any:
+    """Prune only this share of what the schedule prunes, in place: the curriculum of a training run.
+
+    Args:
+        model: pruned by `apply`.
+        share: from 0, nothing, to 1, all.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: share is outside [0, 1].
+    """
+    stack = require_pruned(model, "cropr.set_progress")
+    stack.schedule = stack.schedule.at(share)
     return model
 
 
@@ -272,10 +358,13 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
-    light = CroprModules(folded, stack.schedule, stack.llf)
+    light = CroprModules(folded, stack.schedule, stack.llf, windows=stack.windows)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
     light.merging = None if stack.merging is None else Merging(stack.merging.how, _sized_blocks(deployed))
-    light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
+    if stack.windows is not None:
+        light.engine = "window attention"
+    else:
+        light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
     light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
     return deployed.eval().requires_grad_(False)
 
@@ -293,16 +382,18 @@ def pruning_map(model: Any, images: Tensor) -> Tensor:
     Raises:
         TypeError: the model is not pruned.
     """
-    require_pruned(model, "cropr.pruning_map")
-    height, width = _grid_of(model, images)
-    prefix, depth = model.num_prefix_tokens, len(model.blocks)
-    left = torch.full((images.shape[0], height * width), depth, dtype=torch.int64, device=images.device)
+    stack = require_pruned(model, "cropr.pruning_map")
+    grid, windows, depth = _grid_of(model, images), stack.windows, len(model.blocks)
+    x, rope, prefix = model.cropr_embed(images)
+    left = torch.full((x.shape[0], x.shape[1] - prefix), depth, dtype=torch.int64, device=images.device)
 
     def record(layer: int, positions: Tensor) -> None:
         left.scatter_(1, positions - prefix, layer + 1)
 
-    model.cropr_stream(*find_adapter(model).embed(model, images), departures=record)
-    return left.unflatten(1, (height, width))
+    model.cropr_stream(images, embedded=Embedded(x, rope, prefix), departures=record, predict=False)
+    if windows is not None:
+        left = windows.join(left.unsqueeze(-1), grid).squeeze(-1)
+    return left.unflatten(1, grid)
 
 
 @torch.no_grad()
@@ -322,7 +413,7 @@ def merge_map(model: Any, images: Tensor) -> Tensor:
     if require_pruned(model, "cropr.merge_map").merging is None:
         raise ValueError("cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)")
     grid, prefix = _grid_of(model, images), model.num_prefix_tokens
-    rows = model.cropr_stream(*find_adapter(model).embed(model, images)).rows
+    rows = model.cropr_stream(images, predict=False).rows
     if rows is None:  # nothing was pruned
         rows = torch.arange(prefix + grid[0] * grid[1], device=images.device).repeat(len(images), 1)
     return (rows[:, prefix:] - prefix).unflatten(1, grid)

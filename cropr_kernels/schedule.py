@@ -6,7 +6,7 @@ before the last block drops would come straight back (paper section 3.2).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -101,7 +101,31 @@ def ratio(num_tokens: int, depth: int, ratio: float, num_prefix: int = 1, llf: b
     return _check(counts, num_tokens, num_prefix, f"ratio {ratio}")
 
 
-_KINDS: dict[str, Callable[..., list[int]]] = {"rate": rate, "keep": keep, "ratio": ratio}
+def const(num_tokens: int, depth: int, const: Sequence[int], num_prefix: int = 1, llf: bool = False) -> list[int]:
+    """Prune once: after the first `after` blocks keep `count` tokens, and all of those from then on.
+
+    Args:
+        const: (after, count); count includes the prefix.
+        num_tokens, depth, num_prefix, llf: as in `rate`.
+
+    Returns:
+        Kept tokens after each module.
+
+    Raises:
+        ValueError: there is no module there, or more tokens would be kept than there are.
+    """
+    modules = num_modules(depth, llf)
+    if len(const) != 2 or not 1 <= const[0] <= modules:
+        raise ValueError(
+            f"schedule: const must be (after, count), after in [1, {modules}] for {depth} blocks (llf={llf}), "
+            f"got {tuple(const)}"
+        )
+    after, count = const
+    counts = [num_tokens] * (after - 1) + [count] * (modules - after + 1)
+    return _check(counts, num_tokens, num_prefix, f"const {tuple(const)}")
+
+
+_KINDS: dict[str, Callable[..., list[int]]] = {"rate": rate, "keep": keep, "ratio": ratio, "const": const}
 
 
 @dataclass(frozen=True)
@@ -110,22 +134,36 @@ class Bound:
 
     kind: str
     value: Any
+    share: float = 1.0  # of what it would prune
 
     def __call__(self, num_tokens: int, depth: int, num_prefix: int, llf: bool) -> list[int]:
-        return _KINDS[self.kind](num_tokens, depth, self.value, num_prefix, llf)
+        if self.kind == "rate":  # a smaller rate keeps counts at multiples of 4 more often
+            return rate(num_tokens, depth, round(self.share * self.value), num_prefix, llf)
+        counts = _KINDS[self.kind](num_tokens, depth, self.value, num_prefix, llf)
+        return [num_tokens - int(self.share * (num_tokens - count)) for count in counts]
+
+    def at(self, share: float) -> "Bound":
+        """The same schedule, pruning only this share of it.
+
+        Raises:
+            ValueError: share is outside [0, 1].
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"schedule: share must be in [0, 1], got {share}")
+        return replace(self, share=share)
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value}"
+        return f"{self.kind}={self.value}" + ("" if self.share == 1.0 else f", {self.share:.0%} of it")
 
 
 def resolve(**options: Any) -> Bound:
-    """Turn exactly one of rate=, keep= and ratio= into a schedule; the others must be None.
+    """Turn exactly one of rate=, keep=, ratio= and const= into a schedule; the others must be None.
 
     Raises:
         ValueError: none or several are given.
     """
     given = {kind: value for kind, value in options.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(f"schedule: give exactly one of rate, keep and ratio, got {', '.join(given) or 'none'}")
+        raise ValueError(f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(given) or 'none'}")
     [(kind, value)] = given.items()
     return Bound(kind, value)

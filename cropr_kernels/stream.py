@@ -23,12 +23,21 @@ class Merging(NamedTuple):
     blocks: Sequence[FusedBlock]
 
 
+class Left(NamedTuple):
+    """Tokens that left (B, R, D), as they were then, their positions, and those of the tokens that stayed."""
+
+    tokens: Tensor
+    idx: Tensor
+    kept_idx: Tensor
+
+
 class Streamed(NamedTuple):
     """What leaves the last block."""
 
     tokens: Tensor  # (B, K, D), or (B, N, D) in original order with LLF
     aux: list[Tensor]
     rows: Tensor | None  # (B, N), where tokens merged: the row of those kept last in which each token is
+    left: Left | None  # where it was asked for, and tokens left
 
 
 def run_blocks(
@@ -44,6 +53,7 @@ def run_blocks(
     recompute: bool = False,
     departures: Departures | None = None,
     merging: Merging | None = None,
+    collect: bool = False,
 ) -> Streamed:
     """Run x (B, N, D) through the blocks, pruning to counts[l] tokens after block l.
 
@@ -54,11 +64,12 @@ def run_blocks(
         modules: a sequence of Cropr modules, one per count; block l is followed by module l.
         counts: kept tokens after each module.
         num_prefix: P, first tokens that are never pruned.
-        rope: (patches, C), rows by patch position.
+        rope: (patches, C), rows by patch position; (B, patches, C) where each image has a table of its own.
         training: also compute the auxiliary predictions.
         recompute: keep no activations of a block for backward, run it again instead.
         departures: called as departures(block, positions (B, R)) whenever tokens leave.
         merging: tokens that leave merge into those that stay.
+        collect: also return the tokens that left; with LLF there are none.
 
     Returns:
         The tokens after the last block and the auxiliary predictions, one per module that has them.
@@ -70,10 +81,13 @@ def run_blocks(
     sizes: Tensor | None = None
     rows: Tensor | None = None
     last = len(blocks) - 1
+    if rope is not None and rope.ndim == 3:
+        rope = rope.unsqueeze(1)
     for layer, block in enumerate(blocks):
         if llf and layer == last and positions is not None:
             x = torch.ops.cropr.restore(x, positions, torch.cat(gone, 1), torch.cat(gone_positions, 1))
-            rope, sizes = full_rope, None
+            rope = full_rope if full_rope is None or full_rope.ndim == 2 else full_rope.unsqueeze(1)
+            sizes, gone, gone_positions, positions = None, [], [], None
         keys = None
         if merging is None or (sizes is None and merging.how.similarity == "tokens"):
             kwargs: dict[str, Any] = {} if rope is None else {"rope": rope}
@@ -101,17 +115,18 @@ def run_blocks(
                 x, *split, sizes, counts[layer], keys, num_prefix
             )
             rows = dest if rows is None else dest.gather(1, rows)
-            pruned = torch.ops.cropr.gather(before, pruned_idx) if llf else None
+            pruned = torch.ops.cropr.gather(before, pruned_idx) if llf or collect else None
         left = pruned_idx if positions is None else positions.gather(1, pruned_idx)
         positions = kept_idx if positions is None else positions.gather(1, kept_idx)
-        if llf:
+        if llf or collect:
             gone.append(pruned)
             gone_positions.append(left)
         if departures is not None:
             departures(layer, left)
         if full_rope is not None:
             rope = rope_at(full_rope, positions, num_prefix)
-    return Streamed(x, aux, rows)
+    left = Left(torch.cat(gone, 1), torch.cat(gone_positions, 1), positions) if gone and positions is not None else None
+    return Streamed(x, aux, rows, left)
 
 
 def _sized_block(

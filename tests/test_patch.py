@@ -226,7 +226,7 @@ def test_models_that_cannot_be_pruned_are_refused():
         cropr.apply(model, rate=8)
     with pytest.raises(ValueError, match="rate 40 keeps"):
         cropr.apply(reference_vit(), rate=40)
-    with pytest.raises(ValueError, match="exactly one of rate, keep and ratio"):
+    with pytest.raises(ValueError, match="exactly one of rate, keep, ratio and const"):
         cropr.apply(reference_vit())
     with pytest.raises(ValueError, match="rate 40 keeps"):
         cropr.set_rate(model, 40)

@@ -51,8 +51,8 @@ def test_ratio_always_leaves_a_patch(patches, prefix, depth, ratio, llf):
         (lambda: schedule.keep(197, 3, [198, 50]), "keeps 198 of 197 tokens in module 0"),
         (lambda: schedule.ratio(197, 3, 0.0), r"ratio must be in \(0, 1\], got 0.0"),
         (lambda: schedule.ratio(197, 3, 1.5), r"ratio must be in \(0, 1\], got 1.5"),
-        (lambda: schedule.resolve(rate=8, keep=[1]), "exactly one of rate, keep and ratio, got rate, keep"),
-        (lambda: schedule.resolve(rate=None), "exactly one of rate, keep and ratio, got none"),
+        (lambda: schedule.resolve(rate=8, keep=[1]), "exactly one of rate, keep, ratio and const, got rate, keep"),
+        (lambda: schedule.resolve(rate=None), "exactly one of rate, keep, ratio and const, got none"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

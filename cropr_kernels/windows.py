@@ -1,0 +1,83 @@
+"""Window attention as ViTDet uses it: most blocks attend within windows, a few over the whole map (Li et al. 2022).
+
+Tokens are stored window by window, one row of the batch each. Every window drops equally many, so that a block over
+the whole map is the same block on another view of the same memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Square windows over the patch grid.
+
+    Args:
+        size: patches on a side.
+        global_blocks: the blocks that attend over all windows; the others stay within one.
+
+    Raises:
+        ValueError: size is below 1.
+    """
+
+    size: int
+    global_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Windows: size must be >= 1, got {self.size}")
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """Windows of a patch grid.
+
+        Raises:
+            ValueError: the grid is no whole number of windows.
+        """
+        if grid[0] % self.size or grid[1] % self.size:
+            raise ValueError(f"Windows: a grid of {grid[0]} x {grid[1]} patches must be a multiple of {self.size}")
+        return grid[0] // self.size * (grid[1] // self.size)
+
+    def order(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Positions in the patch grid, window by window: (windows, size * size) int64."""
+        self.count(grid)
+        cells = torch.arange(grid[0] * grid[1], device=device).view(
+            grid[0] // self.size, self.size, grid[1] // self.size, self.size
+        )
+        return cells.transpose(1, 2).reshape(-1, self.size**2)
+
+    def split(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches (B, H * W, D) to windows (B * windows, size * size, D)."""
+        return x[:, self.order(grid, x.device).flatten()].reshape(-1, self.size**2, x.shape[-1])
+
+    def join(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The inverse of split."""
+        order = self.order(grid, x.device).flatten()
+        return x.reshape(-1, len(order), x.shape[-1])[:, order.argsort()]
+
+    def rope(self, table: Tensor, grid: tuple[int, int], batch: int) -> Tensor:
+        """A rotary table (H * W, C) for the rows of split: (B * windows, size * size, C)."""
+        return table[self.order(grid, table.device)].repeat(batch, 1, 1)
+
+    def blocks(self, blocks: Sequence[Any], grid: tuple[int, int]) -> list[Any]:
+        """The blocks, for tokens stored window by window."""
+        count = self.count(grid)
+        return [AcrossWindows(block, count) if i in self.global_blocks else block for i, block in enumerate(blocks)]
+
+
+@dataclass(frozen=True)
+class AcrossWindows:
+    """A block that sees all windows of an image at once."""
+
+    block: Any
+    windows: int
+
+    def __call__(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x (B * windows, K, D); rope (B * windows, 1, K, C)."""
+        whole = x.reshape(-1, self.windows * x.shape[1], x.shape[2])
+        if rope is None:
+            return self.block(whole).view_as(x)
+        return self.block(whole, rope=rope.reshape(len(whole), 1, -1, rope.shape[-1])).view_as(x)

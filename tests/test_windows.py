@@ -1,0 +1,125 @@
+"""Window attention: equal counts per window, some blocks over the whole map, the map whole again at the end."""
+
+import pytest
+import torch
+from models import randomise, reference_vit, timm_eva
+
+import cropr_kernels as cropr
+from cropr_kernels.adapters import find_adapter
+
+IMAGES = dict(size=(2, 3, 64, 96))  # 8 x 12 patches: 2 x 3 windows of 4 x 4
+GRID, SIZE = (8, 12), 4
+MODELS = {
+    "class token": lambda: reference_vit(),
+    "rotary": lambda: reference_vit(rope=True, swiglu=True, qkv="joint_eva", global_pool="avg"),
+    "timm EVA-02": lambda: timm_eva(dynamic_img_size=True),
+}
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    model = randomise(MODELS[name]()).double().eval()
+    return model, torch.randn(**IMAGES).double()
+
+
+def patches_of(model, images):
+    x, rope = find_adapter(model).embed(model, images)
+    return x[:, model.num_prefix_tokens :], rope
+
+
+def without_prefix(model):
+    for block in model.blocks:
+        for name in ("num_prefix", "num_prefix_tokens"):
+            if hasattr(block.attn, name):
+                setattr(block.attn, name, 0)
+
+
+def slowly(model, images, counts, queries, global_blocks):
+    """One image and one window at a time, tokens as (position, row) pairs."""
+    tokens, rope = patches_of(model, images)
+    without_prefix(model)
+    outputs = []
+    for image in tokens:
+        cells = torch.arange(GRID[0] * GRID[1]).view(GRID)
+        windows = [
+            cells[top : top + SIZE, left : left + SIZE].flatten()
+            for top in range(0, GRID[0], SIZE)
+            for left in range(0, GRID[1], SIZE)
+        ]
+        rows = {int(p): image[p] for p in cells.flatten()}
+        alive = [window.tolist() for window in windows]
+        for layer, block in enumerate(model.blocks):
+            if layer == len(model.blocks) - 1:
+                alive = [window.tolist() for window in windows]
+            groups = [sum(alive, [])] if layer in global_blocks else alive
+            for group in groups:
+                x = torch.stack([rows[p] for p in group])[None]
+                out = block(x) if rope is None else block(x, rope=rope[group])
+                rows |= dict(zip(group, out[0]))
+            if layer < len(counts):
+                for i, window in enumerate(alive):
+                    scores = torch.stack([rows[p] @ queries[layer] for p in window])
+                    best = scores.argsort(descending=True)[: counts[layer]].tolist()
+                    alive[i] = sorted(window[j] for j in best)
+        outputs.append(torch.stack([rows[p] for p in range(GRID[0] * GRID[1])]))
+    return model.norm(torch.stack(outputs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("global_blocks", [(), (1,), (0, 3)], ids=["none", "one", "first and last"])
+@torch.no_grad()
+def test_the_stream_is_that_of_a_slow_implementation(name, global_blocks):
+    model, images = build(name)
+    cropr.apply(model, keep=[12, 5], llf=True, windows=cropr.Windows(SIZE, global_blocks), num_outputs=0)
+    found = model.forward_features(images)
+    queries = [module.query().double() for module in model.cropr]
+    expected = slowly(cropr.remove(model), images, [12, 5], queries, global_blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_every_window_keeps_as_many_and_the_map_says_where():
+    model, images = build("rotary")
+    cropr.apply(model, keep=[10, 3], llf=True, windows=cropr.Windows(SIZE), num_outputs=0)
+    left = cropr.pruning_map(model, images)
+    assert left.shape == (2, *GRID)
+    windows = left.unflatten(1, (2, SIZE)).unflatten(3, (3, SIZE)).transpose(2, 3).reshape(-1, SIZE**2)
+    for window in windows:
+        assert window.bincount(minlength=5).tolist() == [0, 6, 7, 0, 3]
+
+
+def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_features():
+    model, images = build("rotary")
+    windows = cropr.Windows(SIZE, (1,))
+    cropr.apply(model, rate=3, llf=True, windows=windows, num_queries=SIZE**2, num_outputs=7)
+    features, aux = model.double().train().cropr_features(images)
+    assert features.shape == (2, 96, 64) and [prediction.shape for prediction in aux] == [(2, 96, 7)] * 2
+    x = torch.arange(2 * 96 * 5.0).view(2, 96, 5)
+    assert torch.equal(windows.join(windows.split(x, GRID), GRID), x)
+    sum(prediction.square().sum() for prediction in aux).backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cropr"))
+    with torch.no_grad():
+        assert torch.equal(cropr.deploy(model).forward_features(images), model.eval().forward_features(images))
+
+
+def test_remove_gives_the_model_back():
+    model, images = build("timm EVA-02")
+    before = model(images[:, :, :, :64])
+    cropr.apply(model, rate=3, llf=True, windows=cropr.Windows(SIZE), num_outputs=0)
+    assert torch.equal(cropr.remove(model)(images[:, :, :, :64]), before)
+
+
+def test_what_does_not_fit_is_refused():
+    model, images = build("class token")
+    windows = cropr.Windows(SIZE)
+    with pytest.raises(ValueError, match="windows need llf=True"):
+        cropr.apply(model, rate=1, windows=windows)
+    with pytest.raises(ValueError, match="rate 8 keeps 0 of 8 tokens"):
+        cropr.apply(model, rate=8, llf=True, windows=windows)
+    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+        cropr.Windows(0)
+    cropr.apply(model, rate=1, llf=True, windows=windows)
+    with pytest.raises(RuntimeError, match="gives features only"):
+        model(images)
+    with pytest.raises(ValueError, match="grid of 8 x 7 patches must be a multiple of 4"):
+        model.forward_features(images[:, :, :, :56])

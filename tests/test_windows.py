@@ -51,7 +51,7 @@ def slowly(model, images, counts, queries, global_blocks):
         for layer, block in enumerate(model.blocks):
             if layer == len(model.blocks) - 1:
                 alive = [window.tolist() for window in windows]
-            groups = [sum(alive, [])] if layer in global_blocks else alive
+            groups = [[p for window in alive for p in window]] if layer in global_blocks else alive
             for group in groups:
                 x = torch.stack([rows[p] for p in group])[None]
                 out = block(x) if rope is None else block(x, rope=rope[group])

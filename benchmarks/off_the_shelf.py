@@ -50,19 +50,35 @@ class Variance(Stand):
         return cropr.Split(*torch.ops.cropr.split(x, x.float().var(-1), num_keep, num_prefix))
 
 
+class Encoded:
+    """Encoded photos in one .npz file: those of a split that a seed draws."""
+
+    def __init__(self, path: Path, split: int, count: int, seed: int):
+        archive = np.load(path)
+        self.bytes, self.offsets = archive["buf"], archive["offsets"]
+        self.chosen = np.random.default_rng(seed).permutation(np.flatnonzero(archive["split"] == split))[:count]
+        self.names = [str(archive["classes"][archive["labels"][i]]).split()[0] for i in self.chosen]
+        self.boxes = archive["boxes"][self.chosen] if "boxes" in archive else None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def photo(self, index: int) -> Any:
+        """A Pillow image."""
+        from PIL import Image
+
+        i = self.chosen[index]
+        return Image.open(io.BytesIO(self.bytes[self.offsets[i] : self.offsets[i + 1]].tobytes())).convert("RGB")
+
+
 def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """Photos (count, 3, 224, 224), resized to 256, centre crop, mean = std = 0.5; and the name of each one's class."""
-    from PIL import Image
-
-    archive = np.load(path)
-    chosen = np.random.default_rng(seed).permutation(np.flatnonzero(archive["split"] == split))[:count]
-    photos = []
-    for i in chosen:
-        encoded = archive["buf"][archive["offsets"][i] : archive["offsets"][i + 1]].tobytes()
-        image = Image.open(io.BytesIO(encoded)).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
+    archive, photos = Encoded(path, split, count, seed), []
+    for i in range(len(archive)):
+        image = archive.photo(i)
+        image = image.resize((256, 256), 3)  # bicubic
         photos.append(torch.from_numpy(np.array(image.crop((16, 16, 240, 240)))))
-    names = [str(archive["classes"][archive["labels"][i]]).split()[0] for i in chosen]
-    return (torch.stack(photos).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5, names
+    return (torch.stack(photos).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5, archive.names
 
 
 def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Tensor]:

@@ -23,6 +23,10 @@ class Rival(nn.Module, ABC):
         super().__init__()
         self.model, self.counts = model, list(counts)
 
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
+
     def forward(self, images: Tensor) -> Tensor:
         x, rope = self.model.embed(images)
         if rope is not None:

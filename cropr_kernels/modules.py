@@ -83,7 +83,7 @@ class Aggregator(nn.Module):
             one_head = x.unsqueeze(1)
             out = F.scaled_dot_product_attention(queries.to(x.dtype).expand(len(x), 1, -1, -1), one_head, one_head)
             out, scores = out.squeeze(1), torch.ops.cropr.scores(x.detach(), queries.detach())
-        if self.mlp is not None:
+        if self.norm1 is not None and self.mlp is not None:
             out = out + self.mlp(self.norm1(out))
         return self.head(self.norm2(out)), scores
 

@@ -38,6 +38,7 @@ class CroprModules(nn.ModuleList):
     ):
         super().__init__(modules)
         self.schedule, self.llf, self.merging, self.windows = schedule, llf, merging, windows
+        self.grid: tuple[int, int] | None = None  # patches in height and width that schedules are checked against
         self.overridden: list[tuple[Any, str, Any]] = []  # attributes of the model that apply changed, for remove
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
@@ -200,6 +201,7 @@ def apply(
     const: tuple[int, int] | None = None,
     merge: bool | Merge = False,
     windows: Windows | None = None,
+    img_size: tuple[int, int] | None = None,
     num_queries: int = 1,
     num_outputs: int | None = None,
     mlp_ratio: float = 4.0,
@@ -221,6 +223,7 @@ def apply(
             `Merge` says how; True is `Merge()`.
         windows: window attention; every window drops equally many, so schedules count the tokens of one window. Needs
             llf. The class token and registers are left out, and the model gives features (B, patches, D) only.
+        img_size: height and width in pixels that the schedule is for; default the model's own. Other sizes still run.
         num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch of a window).
         num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
         mlp_ratio, num_heads, stop_gradient, sampling: options of `Cropr`.
@@ -248,6 +251,8 @@ def apply(
     modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
     merging = Merging(merge if isinstance(merge, Merge) else Merge(), _sized_blocks(model)) if merge else None
     stack = CroprModules(modules, schedule, llf, merging, windows)
+    patch = model.patch_embed.patch_size
+    stack.grid = default_grid(model) if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
     schedule(*_default_tokens(model, stack), llf)  # refuse now what could only fail later
     model.cropr = stack.to(next(model.parameters()).device).train(model.training)
     if llf:
@@ -284,10 +289,10 @@ def default_grid(model: Any) -> tuple[int, int]:
 
 
 def _default_tokens(model: Any, stack: CroprModules) -> tuple[int, int, int]:
-    """Tokens in a row of the batch at the model's own image size, blocks, and prefix tokens: what schedules take."""
+    """Tokens in a row of the batch at the image size of apply, blocks, and prefix tokens: what schedules take."""
     if stack.windows is not None:
         return stack.windows.size**2, len(model.blocks), 0
-    height, width = default_grid(model)
+    height, width = stack.grid or default_grid(model)
     return model.num_prefix_tokens + height * width, len(model.blocks), model.num_prefix_tokens
 
 
@@ -310,7 +315,7 @@ def set_rate(model: Any, rate: int) -> Any:
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: the rate drops more tokens than there are at the model's image size.
+        ValueError: the rate drops more tokens than there are at the image size given to apply.
     """
     stack = require_pruned(model, "cropr.set_rate")
     schedule = schedules.resolve(rate=rate)
@@ -360,6 +365,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
     light = CroprModules(folded, stack.schedule, stack.llf, windows=stack.windows)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
+    light.grid = stack.grid
     light.merging = None if stack.merging is None else Merging(stack.merging.how, _sized_blocks(deployed))
     if stack.windows is not None:
         light.engine = "window attention"

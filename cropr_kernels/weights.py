@@ -1,6 +1,7 @@
 """Load a local weight file into the reference ViT: the architecture is read off the tensors' shapes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,12 @@ def _match(state: dict[str, Tensor]) -> tuple[str, int]:
     raise ValueError(f"load_weights: no architecture has these {len(state)} tensors; known are {', '.join(PRESETS)}")
 
 
-def load_weights(path: str | Path) -> tuple[ViT, dict[str, str]]:
+def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str]]:
     """Build the reference ViT that a weight file was made for, and load it.
 
     Args:
         path: a .safetensors file, or a PyTorch state dict (timm's names).
+        overrides: fields of ``ViTConfig`` to change. With another num_classes the head stays as it is initialised.
 
     Returns:
         The model in eval mode, float32, and the file's metadata (empty for PyTorch files).
@@ -64,6 +66,12 @@ def load_weights(path: str | Path) -> tuple[ViT, dict[str, str]]:
         raise FileNotFoundError(f"load_weights: no weight file at {path}")
     state, metadata = _read(path)
     name, classes = _match(state)
-    model = create_vit(name, num_classes=classes)
-    model.load_state_dict(state)
+    model = create_vit(name, **{"num_classes": classes, **overrides})
+    if model.num_classes != classes:
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        state |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"load_weights: {path} does not fit {name} with {overrides}: {error}") from error
     return model.eval(), {"name": name, **metadata}

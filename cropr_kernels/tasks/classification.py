@@ -1,0 +1,42 @@
+"""Image classification: one query per module, whose auxiliary head predicts the image's label (paper section 4.1)."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..patch import Pruned
+
+
+class Classifier(nn.Module):
+    """A backbone with its own head, and the losses it is trained with.
+
+    Args:
+        backbone: an image classifier that ends in logits (B, classes): pruned by `apply`, or any other.
+        smoothing: label smoothing in [0, 1), of all targets.
+    """
+
+    def __init__(self, backbone: nn.Module, smoothing: float = 0.0):
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"Classifier: smoothing must be in [0, 1), got {smoothing}")
+        self.backbone, self.smoothing = backbone, smoothing
+
+    def criterion(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, classes) with labels (B,), or with probabilities (B, classes) (mixup, cutmix)."""
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> Any:
+        """Losses {"main", "aux"} in training with a target, else logits (B, classes)."""
+        if not self.training or target is None:
+            return self.backbone(images)
+        output, aux = self.backbone(images) if isinstance(self.backbone, Pruned) else (self.backbone(images), [])
+        main = self.criterion(output, target)
+        return {"main": main, "aux": sum((self.criterion(prediction, target) for prediction in aux), main.new_zeros(()))}
+
+    def predictions(self, images: Tensor) -> list[Tensor]:
+        """Logits (B, classes) of every auxiliary head, in order, and of the output last."""
+        if not isinstance(self.backbone, Pruned):
+            return [self.backbone(images)]
+        output, aux = self.backbone.cropr_output(images, predict=True)
+        return [*aux, output]

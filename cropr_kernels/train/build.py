@@ -1,0 +1,78 @@
+"""From a configuration to the network it trains."""
+
+from typing import Any
+
+import torch
+
+from ..adapters import find_adapter
+from ..patch import apply
+from ..tasks import Classifier, Detector, Segmenter
+from ..vit import PRESETS, create_vit
+from ..weights import load_weights
+from ..windows import Windows
+from .config import Config
+from .extras import need
+
+
+def backbone(config: Config, num_classes: int) -> Any:
+    """The network before pruning, with a head for so many classes, or none for 0.
+
+    Raises:
+        ValueError: nobody knows the model, or the options do not fit it.
+    """
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
+    options |= {"patch_size": config.patch_size} if config.patch_size else {}
+    options |= {"global_pool": config.global_pool} if config.global_pool else {}
+    if config.weights:
+        model: Any = load_weights(config.weights, **options)[0]
+    elif config.model in PRESETS and not config.pretrained:
+        model = create_vit(config.model, **options)
+    else:
+        timm = need("timm")
+        if not timm.is_model(config.model.split(".")[0]):
+            raise ValueError(f"config: model {config.model!r} is neither a preset of cropr_kernels nor a model of timm")
+        size = {"img_size": config.img_size, "dynamic_img_size": True}
+        model = timm.create_model(config.model, pretrained=config.pretrained, **options, **size)
+    find_adapter(model)
+    model.grad_checkpointing = config.grad_checkpointing
+    return model.train()
+
+
+def task(config: Config, num_classes: int) -> Any:
+    """The backbone, pruned as the configuration says, and its task around it. Seeds its own random numbers.
+
+    Raises:
+        ValueError: the options do not fit together.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = backbone(config, num_classes if config.task == "classification" else 0)
+        sides = model.patch_embed.patch_size
+        grid = config.img_size[0] // sides[0], config.img_size[1] // sides[1]
+        windows = Windows(config.window, config.global_blocks) if config.window else None
+        if config.prunes or windows:
+            per_patch = config.window**2 if windows else grid[0] * grid[1]
+            schedule = config.schedule if config.prunes else {"rate": 0}
+            apply(
+                model,
+                **schedule,
+                llf=config.llf or windows is not None,
+                merge=config.merge,
+                windows=windows,
+                img_size=config.img_size,
+                num_queries=1 if config.task == "classification" else per_patch,
+                num_outputs=num_classes if config.prunes else 0,
+                mlp_ratio=config.mlp_ratio,
+                num_heads=config.num_heads,
+                stop_gradient=config.stop_gradient,
+                sampling=config.sampling,
+            )
+            for module in model.cropr:
+                module.queries.requires_grad_(not config.fixed_queries)
+        if config.task == "classification":
+            return Classifier(model, config.smoothing)
+        if config.task == "segmentation":
+            return Segmenter(model, num_classes, grid=grid, fusion=config.fusion, ignore_index=config.ignore_index)
+        return Detector(
+            model, num_classes, img_size=config.img_size, masks=config.masks, mean=config.mean, std=config.std
+        )

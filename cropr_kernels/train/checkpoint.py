@@ -1,0 +1,91 @@
+"""Checkpoints that are whole or not there: written beside their name, flushed, and renamed."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; what was there before stays until the new one is complete.
+
+    Raises:
+        RuntimeError: it cannot be written, for want of space, say; the one before is as it was.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = f"{path} is still that of before" if path.exists() else "there is none"
+        raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: there is none at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise ValueError(f"checkpoint: {path} holds no model")
+    return state
+
+
+def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """Load weights whose names and shapes must all match.
+
+    Raises:
+        ValueError: they do not; the message lists what is missing, too much, or of another shape.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    problems = [f"lacks {name}" for name in own if name not in found]
+    problems += [f"has {name} too much" for name in found if name not in own]
+    problems += [
+        f"{name} is {found[name]}, not {shape}" for name, shape in own.items() if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"checkpoint: {path} does not fit this model: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(weights)
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Whole tensors on the CPU, also where they are sharded. All processes must call it."""
+    return {
+        "model": get_model_state_dict(model, options=_FULL),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_FULL),
+    }
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of state_of; every process has read the whole checkpoint."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

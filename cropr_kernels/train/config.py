@@ -1,0 +1,245 @@
+"""A training run in one file: every option, its default, and the published recipes."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run; written as config.json beside its checkpoint. Raises ValueError for what cannot be."""
+
+    # what
+    task: Literal["classification", "segmentation", "detection"] = "classification"
+    data: str = ""  # root folder of the dataset
+    # parts of the dataset, relative to its root: a folder of one folder per class; images and label maps; images and
+    # COCO annotations
+    train_split: tuple[str, ...] = ("train",)
+    val_split: tuple[str, ...] = ("val",)
+    model: str = "vit_tiny_patch16_224"  # a preset of this package, or a model of timm
+    pretrained: bool = False  # timm's weights
+    weights: str = ""  # or a local file
+    img_size: tuple[int, int] = (224, 224)  # height and width of the images the network is trained at
+    patch_size: int = 0  # another than the model's own; 0: its own
+    global_pool: str = ""  # classification: another than the model's own
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    # pruning: one schedule, or none of them for no pruning
+    rate: int | None = None
+    keep: tuple[int, ...] | None = None
+    ratio: float | None = None
+    const: tuple[int, int] | None = None
+    llf: bool = False
+    merge: bool = False
+    curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
+    mlp_ratio: float = 4.0
+    num_heads: int | None = None
+    stop_gradient: bool = True
+    sampling: bool = False
+    calibrate: int = 0  # training photos from which queries are set in closed form before the first step
+    fixed_queries: bool = False  # queries do not learn: those of calibrate stay
+    fusion: Literal["llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop"] = "llf"  # segmentation
+    window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
+    global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same
+
+    # optimisation
+    epochs: int = 10
+    warmup_epochs: float = 0.0
+    batch_size: int = 64  # images a step, over all processes and accumulated batches
+    accumulate: int = 1
+    lr: float = 1e-4  # at the full batch
+    lr_schedule: Literal["cosine", "poly"] = "cosine"
+    poly_power: float = 0.9
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    head_lr_scale: float = 1.0  # of everything outside the backbone's own layers
+    drop_path: float = 0.0
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: any
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    ema: float = 0.0  # decay of the weight average that is evaluated as well; 0: none
+    grad_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
+    seed: int = 0
+    workers: int = 4
+    device: str = "auto"
+
+    # augmentation
+    scale: tuple[float, float] = (0.08, 1.0)  # classification: share of the area; else: of the image's size
+    flip: float = 0.5
+    auto_augment: str = ""  # classification, timm's notation, such as rand-m9-mstd0.5-inc1
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+    color_jitter: float = 0.0
+
+    # segmentation
+    num_classes: int = 0  # 0: what the dataset says; segmentation must say it
+    ignore_index: int = 255
+    reduce_zero_label: bool = False  # label 0 is no class (ADE20k)
+    stride: tuple[int, int] | None = None  # of the sliding window in evaluation; default two thirds of img_size
+
+    # detection
+    masks: bool = False  # instance segmentation too
+
+    # writing
+    save_steps: int = 500
+    log_steps: int = 20
+    eval_epochs: int = 1
+    max_bad_steps: int = 20  # in a row with a loss that is not finite, before the run stops
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
+        for name in ("epochs", "batch_size", "accumulate", "save_steps", "log_steps", "eval_epochs", "max_bad_steps"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("curriculum", "flip", "erasing"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("ema", "smoothing", "drop_path"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
+        self._require("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}")
+        self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
+        given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
+        if self.task == "segmentation":
+            self._require("num_classes", self.num_classes >= 1, ">= 1 for segmentation")
+        if self.task == "detection" and self.prunes:
+            self._require("llf", self.llf, "true for detection: the pyramid needs the whole map")
+        if self.fusion != "llf":
+            self._require("fusion", self.task == "segmentation", "llf outside segmentation")
+            self._require("llf", not self.llf, f"false with fusion={self.fusion}")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"config: {name} must be {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The schedule as `cropr.apply` takes it."""
+        return {name: getattr(self, name) for name in ("rate", "keep", "ratio", "const")}
+
+    @property
+    def prunes(self) -> bool:
+        return any(value is not None for value in self.schedule.values())
+
+    def changed(self, **values: Any) -> "Config":
+        """A copy with other values.
+
+        Raises:
+            ValueError: there is no such option, or a value cannot be.
+        """
+        unknown = sorted(set(values) - set(_HINTS))
+        if unknown:
+            raise ValueError(f"config: no such option {', '.join(unknown)}; options are {', '.join(_HINTS)}")
+        return dataclasses.replace(self, **values)
+
+    def differences(self, other: "Config") -> list[str]:
+        """Where two runs are not the same run: 'name: here, not there'."""
+        return [
+            f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}"
+            for name in _HINTS
+            if name not in _FREE and getattr(self, name) != getattr(other, name)
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def read(path: str | Path) -> "Config":
+        """Read config.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no JSON object, or holds what cannot be; the message names the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object of options")
+        try:
+            return Config().changed(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+_HINTS: dict[str, Any] = typing.get_type_hints(Config)
+_FREE = {"data", "device", "workers", "save_steps", "log_steps"}  # may change when a run is resumed
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """A value as its field's type: JSON has no tuples, the command line only text.
+
+    Raises:
+        ValueError: it is no such value.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        kind = next(option for option in inner if option is not type(None))
+        return None if value is None or value in ("none", "null") else _coerce(name, value, kind)
+    if origin is Literal:
+        if value not in inner:
+            raise ValueError(f"config: {name} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or (inner[-1] is not ... and len(items) != len(inner)):
+            many = "some" if inner[-1] is ... else str(len(inner))
+            raise ValueError(f"config: {name} must be {many} values, got {value!r}")
+        return tuple(_coerce(name, item, inner[0]) for item in items if item != "")
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    try:
+        if hint is bool or isinstance(value, bool) or (hint is int and isinstance(value, float)):
+            raise TypeError
+        return hint(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"config: {name} must be {hint.__name__}, got {value!r}") from None
+
+
+_EVA02_L = "eva02_large_patch14_224.mim_m38m"
+_CLIP: dict[str, Any] = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+
+PRESETS: dict[str, Config] = {
+    # Paper, section 4.1 and its appendix: ViT-L/16 MAE, R = 8 with LLF, average pooling.
+    "imagenet1k-vit-l": Config(
+        model="vit_large_patch16_224.mae", pretrained=True, rate=8, llf=True, global_pool="avg",
+        epochs=50, warmup_epochs=5, batch_size=1024, lr=4e-3, layer_decay=0.75, drop_path=0.2, amp="bfloat16",
+        auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, workers=8,
+    ),
+    # Section 4.2: EVA-02-L, 512 px, patch 16, R = 40 with LLF and a curriculum.
+    "ade20k-eva02-l": Config(
+        task="segmentation", model=_EVA02_L, pretrained=True, patch_size=16, img_size=(512, 512), rate=40, llf=True,
+        curriculum=0.5, train_split=("images/training", "annotations/training"),
+        val_split=("images/validation", "annotations/validation"), num_classes=150, reduce_zero_label=True,
+        epochs=64, warmup_epochs=1, batch_size=16, lr=2e-5, lr_schedule="poly", layer_decay=0.9, drop_path=0.2,
+        scale=(0.5, 2.0), color_jitter=0.4, amp="bfloat16", grad_checkpointing=True, workers=8, **_CLIP,
+    ),
+    # Section 4.3: EVA-02-L at 1536 px, window attention, 97 % of the tokens pruned (8 of 256 in a window are left).
+    "coco-eva02-l-1536": Config(
+        task="detection", masks=True, model=_EVA02_L, pretrained=True, patch_size=16, img_size=(1536, 1536),
+        keep=tuple(256 - round(248 * (i + 1) / 22) for i in range(22)), llf=True, window=16,
+        global_blocks=(2, 5, 8, 11, 14, 17, 20, 23), train_split=("train2017", "annotations/instances_train2017.json"),
+        val_split=("val2017", "annotations/instances_val2017.json"), epochs=12, warmup_epochs=0.1, batch_size=64,
+        lr=4e-5, weight_decay=0.1, layer_decay=0.8, drop_path=0.3, scale=(0.1, 2.0), amp="bfloat16",
+        grad_checkpointing=True, ema=0.9999, workers=8, **_CLIP,
+    ),
+    # A pretrained ViT on a folder of photos, a few epochs.
+    "finetune": Config(
+        model="vit_small_patch16_224", pretrained=True, rate=8, llf=True, epochs=10, warmup_epochs=1, batch_size=128,
+        lr=2e-4, layer_decay=0.75, drop_path=0.1, scale=(0.35, 1.0), smoothing=0.1, ema=0.999, amp="bfloat16",
+        mean=(0.5,) * 3, std=(0.5,) * 3,
+    ),
+}  # fmt: skip

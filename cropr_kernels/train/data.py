@@ -1,0 +1,321 @@
+"""Datasets of every task, their augmentation, and batches that are the same however often a run is interrupted.
+
+What a sample looks like is decided by (seed, epoch, index) alone, and what a step sees by (seed, epoch, step).
+"""
+
+import contextlib
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .config import Config
+from .extras import need
+
+TRIES = 16  # neighbours tried in place of a sample that cannot be read
+
+
+class Data(NamedTuple):
+    """What a run learns from and is measured on. Classes without the background of detection."""
+
+    train: Any
+    val: Any
+    classes: list[str]
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers."""
+    return zlib.crc32(repr(parts).encode())
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with all generators seeded, and put them back as they were."""
+    numpy = need("numpy").random
+    states = random.getstate(), numpy.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    numpy.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class Sample(NamedTuple):
+    image: Tensor
+    target: Any
+    skipped: int  # samples that could not be read and that this one stands for
+
+
+class Samples(Dataset[Sample]):
+    """Samples by (epoch, index), with the random numbers of that pair.
+
+    A sample that cannot be read is replaced by the next one that can, and counted.
+    """
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        for skipped in range(min(TRIES, len(self))):
+            found = (index + skipped) % len(self)
+            try:
+                with seeded(seed_of(self.seed, epoch, found)):
+                    image, target = self.dataset[found]
+                return Sample(image, target, skipped)
+            except (OSError, SyntaxError) as error:  # what Pillow raises for files that are broken or no image
+                cause = error
+        raise RuntimeError(f"{TRIES} samples in a row from {index} on cannot be read; the last one: {cause}") from cause
+
+
+class Batches:
+    """Which samples each batch of one process holds, from some batch on: an epoch's order, shared out.
+
+    Step s of an epoch takes the same batch_size samples whatever the number of processes and of accumulated parts;
+    what is left over at the end of an epoch waits for another order.
+    """
+
+    def __init__(self, count: int, config: Config, epoch: int, *, rank: int = 0, world: int = 1, first_step: int = 0):
+        share = config.accumulate * world
+        if config.batch_size % share:
+            raise ValueError(
+                f"train: batch_size={config.batch_size} must be a multiple of accumulate x processes = {share}"
+            )
+        if count < config.batch_size:
+            raise ValueError(f"train: batch_size={config.batch_size} is more than the {count} training samples")
+        self.count, self.config, self.epoch, self.rank, self.world = count, config, epoch, rank, world
+        self.first_step, self.steps = first_step, count // config.batch_size
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.config.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)
+        size = self.config.batch_size
+        for step in range(self.first_step, self.steps):
+            whole = order[step * size : (step + 1) * size]
+            for part in whole.view(self.config.accumulate, self.world, -1)[:, self.rank].tolist():
+                yield [(self.epoch, index) for index in part]
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Any, Any, int]:
+    """Images and targets, stacked where they are tensors or numbers, and how many samples were replaced."""
+    images, targets = [sample.image for sample in samples], [sample.target for sample in samples]
+    if isinstance(targets[0], dict):
+        return images, targets, sum(sample.skipped for sample in samples)
+    stacked = torch.stack(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
+    return torch.stack(images), stacked, sum(sample.skipped for sample in samples)
+
+
+def train_loader(dataset: Any, batches: Batches, config: Config) -> DataLoader[Any]:
+    samples = Samples(dataset, config.seed)
+    return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
+    """Every sample once, shared out to the processes; an image at a time where sizes differ."""
+    size = config.batch_size // config.accumulate if config.task == "classification" else 1
+    keys = [(-1, index) for index in range(rank, len(dataset), world)]
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    samples = Samples(dataset, config.seed)
+    return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def load_data(config: Config) -> Data:
+    """The dataset that a configuration names.
+
+    Raises:
+        FileNotFoundError: a part of it is missing; the message names the option.
+        ValueError: it does not hold what its task needs.
+        ImportError: a library of the train extra is missing.
+    """
+    return {"classification": _folders, "segmentation": _label_maps, "detection": _coco}[config.task](config)
+
+
+def _part(config: Config, option: str, number: int, count: int) -> Path:
+    parts = getattr(config, option)
+    if len(parts) != count:
+        raise ValueError(f"config: {option} must be {count} paths for {config.task}, got {parts!r}")
+    path = Path(config.data) / parts[number]
+    if not path.exists():
+        raise FileNotFoundError(f"config: {option} names {path}, and there is no such file or folder")
+    return path
+
+
+def classification_transforms(config: Config) -> tuple[Any, Any]:
+    """timm's transforms for training and evaluation."""
+    create = need("timm.data").create_transform
+    shared: dict[str, Any] = dict(
+        input_size=(3, *config.img_size), mean=config.mean, std=config.std, interpolation="bicubic"
+    )
+    training = create(
+        **shared,
+        is_training=True,
+        scale=config.scale,
+        hflip=config.flip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.auto_augment or None,
+        re_prob=config.erasing,
+    )
+    return training, create(**shared, is_training=False, crop_pct=0.875)
+
+
+def _folders(config: Config) -> Data:
+    datasets = need("torchvision.datasets")
+    training, evaluation = classification_transforms(config)
+    train = datasets.ImageFolder(_part(config, "train_split", 0, 1), training)
+    val = datasets.ImageFolder(_part(config, "val_split", 0, 1), evaluation)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"train and val have different classes: {', '.join(odd[:5])}")
+    return Data(train, val, train.classes)
+
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
+    """Photos and label maps of the same names: (3, H, W) and (H, W) int64.
+
+    Raises:
+        ValueError: there are none, or a photo has no label map.
+    """
+
+    def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
+        by_name = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*.png")}
+        photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES)
+        missing = [path for path in photos if path.relative_to(images).with_suffix("") not in by_name]
+        if missing or not photos:
+            what = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"
+            raise ValueError(f"segmentation: {what}")
+        self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
+        self.config, self.train = config, train
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
+        functional = need("torchvision.transforms.v2.functional")
+        photo_path, label_path = self.pairs[index]
+        with image.open(photo_path) as photo, image.open(label_path) as label:
+            pixels = functional.pil_to_tensor(photo.convert("RGB"))
+            classes = functional.pil_to_tensor(label)[:1].long()
+        if pixels.shape[1:] != classes.shape[1:]:
+            raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
+        if self.config.reduce_zero_label:
+            classes = torch.where(classes == 0, self.config.ignore_index, classes - 1)
+        return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
+
+    def transform(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:
+        """In training: resized by a random factor, a random crop, a flip, jitter. In evaluation: as it is."""
+        v2 = need("torchvision.transforms.v2")
+        config = self.config
+        if self.train:
+            fill = {type(image): 0, type(label): config.ignore_index}
+            height, width = image.shape[1:]
+            factor = random.uniform(*config.scale)
+            jitter = config.color_jitter
+            image, label = v2.Compose(
+                [
+                    v2.Resize((max(round(height * factor), 1), max(round(width * factor), 1))),
+                    v2.RandomCrop(config.img_size, pad_if_needed=True, fill=fill),
+                    v2.RandomHorizontalFlip(config.flip),
+                    *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+                ]
+            )(image, label)
+        image = v2.functional.normalize(image.float() / 255, config.mean, config.std)
+        return image.as_subclass(Tensor), label.as_subclass(Tensor)[0]
+
+
+def _label_maps(config: Config) -> Data:
+    parts = [
+        LabelMaps(_part(config, option, 0, 2), _part(config, option, 1, 2), config, train=option == "train_split")
+        for option in ("train_split", "val_split")
+    ]
+    return Data(*parts, [str(index) for index in range(config.num_classes)])
+
+
+class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Photos with COCO annotations: (3, H, W) in [0, 1] and {boxes, labels, image_id, and masks if asked for}.
+
+    Labels count the categories from 1 in the order of their ids. Boxes of no area are left out, crowds as well.
+    """
+
+    def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
+        coco = need("faster_coco_eval").COCO
+        self.root, self.config, self.train = images, config, train
+        self.coco = coco(str(annotations), print_function=lambda *_: None)
+        self.ids = sorted(self.coco.getImgIds())
+        self.categories = sorted(self.coco.getCatIds())
+        if not self.ids or not self.categories:
+            raise ValueError(f"detection: {annotations} holds {len(self.ids)} images and {len(self.categories)} categories")
+
+    def names(self) -> list[str]:
+        return [category["name"] for category in self.coco.loadCats(self.categories)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
+        v2 = need("torchvision.transforms.v2")
+        about = self.coco.loadImgs([self.ids[index]])[0]
+        with image.open(self.root / about["file_name"]) as photo:
+            pixels = tv_tensors.Image(v2.functional.pil_to_tensor(photo.convert("RGB")))
+        size = tuple(pixels.shape[1:])
+        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[about["id"]]))
+        found = [one for one in found if not one.get("iscrowd") and min(one["bbox"][2:]) > 0]
+        boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).reshape(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": v2.functional.convert_bounding_box_format(
+                tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size), new_format="XYXY"
+            ),
+            "labels": torch.tensor([self.categories.index(one["category_id"]) + 1 for one in found], dtype=torch.int64),
+        }
+        if self.config.masks:
+            masks = [torch.from_numpy(self.coco.annToMask(one)) for one in found]
+            target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
+        if self.train:
+            pixels, target = v2.Compose(
+                [
+                    v2.ScaleJitter(self.config.img_size, self.config.scale),
+                    v2.RandomCrop(self.config.img_size, pad_if_needed=True),
+                    v2.RandomHorizontalFlip(self.config.flip),
+                    v2.ClampBoundingBoxes(),
+                    v2.SanitizeBoundingBoxes(min_size=1),
+                ]
+            )(pixels, target)
+        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        return (pixels.float() / 255).as_subclass(Tensor), {**plain, "image_id": self.ids[index]}
+
+
+def _coco(config: Config) -> Data:
+    train, val = (
+        Boxes(_part(config, option, 0, 2), _part(config, option, 1, 2), config, train=option == "train_split")
+        for option in ("train_split", "val_split")
+    )
+    if train.categories != val.categories:
+        raise ValueError("train and val have different categories")
+    return Data(train, val, train.names())
+
+
+def mixing(config: Config, classes: int) -> Any:
+    """timm's mixup and cutmix, or None."""
+    if not config.mixup and not config.cutmix:
+        return None
+    mix = need("timm.data").Mixup
+    return mix(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)

@@ -1,0 +1,136 @@
+"""What a task reaches on held-out data: top-1, mIoU, COCO AP."""
+
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import Config
+from .extras import need
+
+
+def evaluate(task: Any, loader: Any, config: Config, num_classes: int, device: torch.device, show: bool) -> dict[str, Any]:
+    """Metrics of a task over a loader, reduced over all processes, in the mode of inference.
+
+    Classification: top-1, top-5. Segmentation: mIoU and pixel accuracy by sliding window. Detection: AP, AP50, and of
+    masks. All in percent; `skipped` samples could not be read. `aux` lists what every auxiliary head reaches: top-1, or
+    the share of patches.
+    """
+    tqdm = need("tqdm").tqdm
+    kinds = {"classification": Top, "segmentation": Overlap, "detection": Precision}
+    was_training = task.training
+    task.eval()
+    metric = kinds[config.task](config, num_classes, device)
+    skipped, images_seen, seconds = 0, 0, 0.0
+    try:
+        with torch.no_grad(), autocast(config, device):
+            for images, target, replaced in tqdm(loader, desc="evaluation", disable=not show, leave=False, mininterval=1):
+                start = time.perf_counter()
+                metric.update(task, images, target)
+                seconds += time.perf_counter() - start
+                skipped += replaced
+                images_seen += len(images)
+    finally:
+        task.train(was_training)
+    values = metric.compute()
+    total = torch.tensor([skipped, images_seen], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return values | {"skipped": int(total[0]), "images": int(total[1]), "seconds": round(seconds, 2)}
+
+
+def autocast(config: Config, device: torch.device) -> Any:
+    dtype = None if config.amp == "none" else getattr(torch, config.amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _percent(value: Tensor) -> float:
+    return round(100 * float(value), 3)
+
+
+class Top:
+    """Top-1 and top-5 of the output, top-1 of every auxiliary head."""
+
+    def __init__(self, config: Config, num_classes: int, device: torch.device):
+        accuracy = need("torchmetrics.classification").MulticlassAccuracy
+        self.device, self.num_classes = device, num_classes
+        self.top = {
+            f"top-{k}": accuracy(num_classes, top_k=k, average="micro").to(device) for k in (1, 5) if k <= num_classes
+        }
+        self.aux: list[Any] = []
+
+    def update(self, task: Any, images: Tensor, target: Tensor) -> None:
+        *aux, logits = task.predictions(images.to(self.device))
+        target = target.to(self.device)
+        for metric in self.top.values():
+            metric.update(logits, target)
+        if not self.aux:
+            self.aux = [type(self.top["top-1"])(self.num_classes, average="micro").to(self.device) for _ in aux]
+        for metric, prediction in zip(self.aux, aux):
+            metric.update(prediction, target)
+
+    def compute(self) -> dict[str, Any]:
+        values: dict[str, Any] = {name: _percent(metric.compute()) for name, metric in self.top.items()}
+        return values | ({"aux": [_percent(metric.compute()) for metric in self.aux]} if self.aux else {})
+
+
+class Overlap:
+    """Mean intersection over union of the classes that occur, and the share of right pixels."""
+
+    def __init__(self, config: Config, num_classes: int, device: torch.device):
+        confusion = need("torchmetrics.classification").MulticlassConfusionMatrix
+        self.config, self.device = config, device
+        self.confusion = confusion(num_classes, ignore_index=config.ignore_index).to(device)
+        self.stride = config.stride or tuple(max(side * 2 // 3, 1) for side in config.img_size)
+
+    def update(self, task: Any, images: Tensor, target: Tensor) -> None:
+        logits = task.slide(images.to(self.device), self.config.img_size, self.stride)
+        self.confusion.update(logits.argmax(1), target.to(self.device))
+
+    def compute(self) -> dict[str, Any]:
+        counts = self.confusion.compute().double()
+        hits, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+        present = union > 0
+        overlap = hits[present] / union[present]
+        return {"mIoU": _percent(overlap.mean()), "pixels": _percent(hits.sum() / counts.sum().clamp_min(1))}
+
+
+class Precision:
+    """COCO average precision of boxes, and of masks."""
+
+    def __init__(self, config: Config, num_classes: int, device: torch.device):
+        kinds = ("bbox", "segm") if config.masks else ("bbox",)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.metric = need("torchmetrics.detection").MeanAveragePrecision(
+                iou_type=kinds, backend="faster_coco_eval"
+            )
+        self.device, self.masks = device, config.masks
+
+    def update(self, task: Any, images: list[Tensor], target: list[dict[str, Any]]) -> None:
+        found = task([image.to(self.device) for image in images])
+        wanted = ("boxes", "labels", *(("masks",) if self.masks else ()))
+        predictions, truths = [], []
+        for own, true in zip(found, target):
+            prediction = {name: own[name].cpu() for name in ("boxes", "scores", "labels")}
+            if self.masks:
+                prediction["masks"] = (own["masks"][:, 0] > 0.5).cpu()
+            predictions.append(prediction)
+            truths.append({name: true[name].bool() if name == "masks" else true[name] for name in wanted})
+        self.metric.update(predictions, truths)
+
+    def compute(self) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = self.metric.compute()
+        prefixes = {"bbox_": "AP box", "segm_": "AP mask"} if self.masks else {"": "AP box"}
+        named = {}
+        for prefix, name in prefixes.items():
+            named |= {name: _percent(values[f"{prefix}map"]), f"{name} 50": _percent(values[f"{prefix}map_50"])}
+        return {name: max(value, 0.0) for name, value in named.items()}  # -1: there was nothing to find
+
+
+MAIN = {"classification": "top-1", "segmentation": "mIoU", "detection": "AP box"}

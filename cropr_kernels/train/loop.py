@@ -1,0 +1,304 @@
+"""The training loop: steps that can be repeated exactly, a log of every one of them, checkpoints to go on from."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..calibration import calibrate
+from ..patch import Pruned, set_progress
+from . import build, checkpoint
+from .config import Config
+from .data import Batches, Data, Samples, load_data, mixing, seed_of, seeded, train_loader, val_loader
+from .evaluate import MAIN, autocast, evaluate
+from .extras import need
+from .optim import lr_share, param_groups, progress
+
+
+class Place(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def processes(config: Config) -> Iterator[Place]:
+    """Join the processes that torchrun started, if it did; leave them at the end."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    ours = "RANK" in os.environ and not dist.is_initialized()
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        kind = f"cuda:{os.environ['LOCAL_RANK']}"
+    if ours:
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    try:
+        alone = not dist.is_initialized()
+        yield Place(0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size(), torch.device(kind))
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def train(config: Config, out: str | Path, *, data: Data | None = None, task: Any = None, show: bool = True) -> dict[str, Any]:
+    """Train a task, or go on with a run that was interrupted, to the same losses as if it had not been.
+
+    Writes into `out`: config.json; metrics.jsonl, one line for every log_steps steps and every evaluation; last.pt, to go
+    on from, every save_steps steps and at the end of an epoch; best.pt, the weights that were best so far (of the
+    average, where there is one). Under torchrun all processes share the work; batch_size is that of all together.
+
+    Args:
+        config: the run.
+        out: folder to write to. Where it holds a run already, that run goes on; it must be the same one.
+        data: datasets to use instead of those that the configuration names.
+        task: a network to train instead of the one that the configuration describes (`cropr_kernels.tasks`).
+        show: whether to show progress bars.
+
+    Returns:
+        The metrics of the last evaluation.
+
+    Raises:
+        ValueError: the folder holds another run, or a checkpoint that does not fit.
+        FileNotFoundError, ImportError: data or a library is missing.
+        RuntimeError: the loss stays infinite or NaN, or a checkpoint cannot be written.
+    """
+    with processes(config) as place:
+        data = load_data(config) if data is None else data
+        return Run(config, Path(out), data, build.task(config, len(data.classes)) if task is None else task, place, show).go()
+
+
+class Run:
+    """One training run of one process."""
+
+    def __init__(self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool):
+        self.config, self.out, self.data, self.place = config, out, data, place
+        self.task = task.to(place.device).train()
+        self.writes = place.rank == 0
+        self.show = show and self.writes
+        self.steps_an_epoch = len(Batches(len(data.train), config, 0, world=place.world)) // config.accumulate
+        self.mix = mixing(config, len(data.classes)) if config.task == "classification" else None
+        self.step, self.bad_in_a_row, self.best = 0, 0, -math.inf
+        self.totals = {"skipped": 0, "not_finite": 0}
+        self.last_metrics: dict[str, Any] = {}
+        resumed = self._claim_folder()
+        if resumed is None and config.calibrate and isinstance(task.backbone, Pruned):
+            self._calibrate()
+        self.wrapped = self._share(self.task)
+        groups = param_groups(self.task, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
+        self.ema = AveragedModel(self.task, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        if resumed is not None:
+            self._restore(resumed)
+
+    def _claim_folder(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if the folder holds this run."""
+        own, last = self.out / "config.json", self.out / "last.pt"
+        found = None
+        if own.exists():
+            differences = self.config.differences(Config.read(own))
+            if differences:
+                raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
+            found = checkpoint.load(last) if last.exists() else None
+        if self.place.world > 1:
+            dist.barrier()
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not own.exists():
+                own.with_suffix(".tmp").write_text(self.config.to_json())
+                own.with_suffix(".tmp").replace(own)
+            self._cut_log(0 if found is None else found["step"])
+        return found
+
+    def _cut_log(self, step: int) -> None:
+        """Leave out what was logged after the checkpoint: it will be logged again."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(kept))
+        path.with_suffix(".tmp").replace(path)
+
+    def _calibrate(self) -> None:
+        """Queries in closed form from training photos; every process comes to the same ones."""
+        samples, count = Samples(self.data.train, self.config.seed), min(self.config.calibrate, len(self.data.train))
+        images = ([torch.stack([samples[-1, i].image for i in part])] for part in torch.arange(count).split(16))
+        calibrate(self.task.backbone, ([batch[0].to(self.place.device)] for batch in images))
+
+    def _share(self, task: nn.Module) -> nn.Module:
+        if self.place.world == 1:
+            return task
+        if self.config.parallel == "ddp":
+            ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+            return DistributedDataParallel(task, device_ids=ids)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.place.device.type, (self.place.world,))
+        for block in task.backbone.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        return fully_shard(task, mesh=mesh)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        path = self.out / "last.pt"
+        try:
+            checkpoint.restore(self.task, self.optimizer, state)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"checkpoint: {path} does not fit this model: {error}") from error
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.best, self.totals = state["step"], state["best"], state["totals"]
+        self.bad_in_a_row = state["bad_in_a_row"]
+
+    def _save(self) -> None:
+        state = checkpoint.state_of(self.task, self.optimizer)
+        state |= {"scaler": self.scaler.state_dict(), "ema": None if self.ema is None else self.ema.state_dict()}
+        state |= {"step": self.step, "best": self.best, "totals": self.totals, "bad_in_a_row": self.bad_in_a_row}
+        if self.writes:
+            checkpoint.save(self.out / "last.pt", state | {"config": self.config.to_json(), "classes": self.data.classes})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.writes:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)} | line) + "\n")
+
+    def go(self) -> dict[str, Any]:
+        """Train to the end."""
+        config, tqdm = self.config, need("tqdm").tqdm
+        total = config.epochs * self.steps_an_epoch
+        if self.step >= total:
+            return self._finished()
+        with tqdm(total=total, initial=self.step, desc="training", disable=not self.show, mininterval=1) as bar:
+            while self.step < total:
+                epoch, first = divmod(self.step, self.steps_an_epoch)
+                sizes = {"rank": self.place.rank, "world": self.place.world, "first_step": first}
+                loader = iter(train_loader(self.data.train, Batches(len(self.data.train), config, epoch, **sizes), config))
+                for _ in range(first, self.steps_an_epoch):
+                    start = time.perf_counter()
+                    losses = self._step(loader)
+                    self.step += 1
+                    bar.update()
+                    if self.step % config.log_steps == 0 or self.step == 1:
+                        speed = config.batch_size / (time.perf_counter() - start)
+                        bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+                        self._log(losses | self.totals | {"images/s": round(speed, 2)})
+                    at_end = self.step % self.steps_an_epoch == 0
+                    if at_end and ((epoch + 1) % config.eval_epochs == 0 or self.step == total):
+                        self._evaluate()
+                    if self.step % config.save_steps == 0 or at_end:
+                        self._save()
+        return self.last_metrics
+
+    def _finished(self) -> dict[str, Any]:
+        """The last evaluation of a run that had ended before."""
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return next(line["val"] for line in reversed(lines) if "val" in line)
+
+    def _step(self, loader: Iterator[Any]) -> dict[str, Any]:
+        """One update from batch_size images; none where the loss is not finite."""
+        config, device = self.config, self.place.device
+        epoch = self.step / self.steps_an_epoch
+        share = lr_share(config, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * group["lr_scale"] * share
+        if isinstance(self.task.backbone, Pruned):
+            set_progress(self.task.backbone, progress(config, epoch))
+        # loss, main, aux; samples that could not be read
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for part in range(config.accumulate):
+            images, target, skipped = next(loader)
+            images, target = _to(images, device), _to(target, device)
+            with seeded(seed_of(config.seed, self.step, part, self.place.rank)), self._synchronised(part):
+                if self.mix is not None:
+                    images, target = self.mix(images, target)
+                with autocast(config, device):
+                    losses = self.wrapped(images, target)
+                loss = sum(losses.values()) / config.accumulate
+                self.scaler.scale(loss).backward()
+            values = [loss * config.accumulate, losses["main"], losses["aux"]]
+            sums += torch.stack([value.detach().double() for value in values] + [sums.new_tensor(skipped)])
+        if self.place.world > 1:
+            dist.all_reduce(sums)
+        means = (sums[:3] / (config.accumulate * self.place.world)).tolist()
+        self.totals["skipped"] += int(sums[3])
+        if math.isfinite(means[0]):
+            self.bad_in_a_row = 0
+            if config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.task.parameters(), config.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.task)
+        else:
+            self.totals["not_finite"] += 1
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row >= config.max_bad_steps:
+                raise RuntimeError(
+                    f"train: the loss was not finite in {self.bad_in_a_row} steps in a row, the last one step {self.step} "
+                    f"(main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try a lower lr, "
+                    "clip_grad, or amp='bfloat16'"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": means[0], "main": means[1], "aux": means[2], "lr": config.lr * share}
+
+    def _synchronised(self, part: int) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are exchanged with the last part of a step only."""
+        last = part == self.config.accumulate - 1
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext() if last else self.wrapped.no_sync()
+        if self.place.world > 1:
+            self.wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return contextlib.nullcontext()
+
+    def _evaluate(self) -> None:
+        config = self.config
+        task: Any = self.task if self.ema is None else self.ema.module
+        if isinstance(task.backbone, Pruned):
+            set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
+        loader = val_loader(self.data.val, config, rank=self.place.rank, world=self.place.world)
+        self.last_metrics = evaluate(task, loader, config, len(self.data.classes), self.place.device, self.show)
+        self._log({"val": self.last_metrics})
+        if self.last_metrics[MAIN[config.task]] > self.best:
+            self.best = self.last_metrics[MAIN[config.task]]
+            weights = checkpoint.state_of(task, self.optimizer)["model"] if self.ema is None else task.state_dict()
+            if self.writes:
+                state = {"model": weights, "step": self.step, "metrics": self.last_metrics}
+                checkpoint.save(
+                    self.out / "best.pt", state | {"config": config.to_json(), "classes": self.data.classes}
+                )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _to(item, device) for name, item in value.items()}
+    return [_to(item, device) for item in value] if isinstance(value, list) else value
+
+
+def rebuild(out: str | Path) -> tuple[Any, Config, list[str]]:
+    """The task of a run in eval mode, its configuration and its classes: from best.pt, else last.pt.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no checkpoint, or it does not fit its configuration.
+    """
+    out = Path(out)
+    path = out / "best.pt" if (out / "best.pt").exists() else out / "last.pt"
+    state = checkpoint.load(path)
+    config = dataclasses.replace(Config().changed(**json.loads(state["config"])), pretrained=False)
+    task = build.task(config.changed(weights=""), len(state["classes"]))
+    checkpoint.load_model(task, state["model"], path)
+    return task.eval(), config, state["classes"]

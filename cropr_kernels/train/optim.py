@@ -1,0 +1,63 @@
+"""Parameter groups with layer-wise learning rate decay, and the learning rate's course."""
+
+import math
+import re
+from typing import Any
+
+from torch import nn
+
+from .config import Config
+
+_NO_DECAY = ("pos_embed", "cls_token", "reg_token", "queries", "q_bias", "v_bias")
+_FIRST = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a parameter of a task: 0 for the embedding, l + 1 for block l, depth + 1 for all that follows."""
+    path = name.removeprefix("backbone.")
+    if path == name:
+        return depth + 1
+    block = re.match(r"blocks\.(\d+)\.", path)
+    if block:
+        return int(block[1]) + 1
+    return 0 if path.startswith(_FIRST) else depth + 1
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter is no part of the backbone as it was pretrained: Cropr modules, decoders."""
+    return not name.startswith("backbone.") or name.startswith("backbone.cropr.")
+
+
+def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Groups whose `lr_scale` is layer_decay ^ (layers above); vectors and embeddings have no weight decay.
+
+    Source: Clark et al. 2020 (ELECTRA) for the decay, as BEiT and MAE use it.
+    """
+    depth = len(task.backbone.blocks)  # type: ignore[union-attr, arg-type]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
+        scale *= config.head_lr_scale if is_new(name) else 1.0
+        decays = parameter.ndim > 1 and not name.endswith(_NO_DECAY)
+        weight_decay = config.weight_decay if decays else 0.0
+        group = groups.setdefault(
+            (scale, weight_decay), {"params": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": weight_decay}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def lr_share(config: Config, epoch: float) -> float:
+    """Share of the full learning rate at a time given in epochs: linear warm-up, then cosine or polynomial to zero."""
+    if epoch < config.warmup_epochs:
+        return max(epoch / config.warmup_epochs, 1e-3)
+    rest = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+    rest = min(rest, 1.0)
+    return (1 - rest) ** config.poly_power if config.lr_schedule == "poly" else 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def progress(config: Config, epoch: float) -> float:
+    """Share of the schedule that is pruned at a time given in epochs: the paper's curriculum."""
+    return 1.0 if not config.curriculum else min(epoch / (config.curriculum * config.epochs), 1.0)

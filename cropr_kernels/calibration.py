@@ -71,8 +71,8 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
 
     For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centred
     per image, to how much the later blocks attend to them (`importance`, averaged over those blocks, as a rank).
-    Deterministic: the same images in the same order give the same bits. The queries have norm 1; the rates stay free:
-    one calibrated model serves them all.
+    Deterministic: the same images in the same order give the same bits. The folded queries have norm 1; the rates stay
+    free: one calibrated model serves them all.
 
     Args:
         model: pruned by `apply`, with attention through scaled_dot_product_attention; its backbone is only read.
@@ -131,5 +131,6 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
         if isinstance(module, FoldedCropr):
             module.folded.copy_(query)
         else:
-            module.queries.copy_(query / module.queries.shape[0])
+            # Several queries stay apart, as their auxiliary predictions need it; their sum is what scores.
+            module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))
     return model

@@ -14,6 +14,7 @@ from . import __version__, ops
 from .adapters import find_adapter
 from .blocks import takes_extra_dimension
 from .patch import apply, default_grid, deploy, remove
+from .train.commands import add_parsers as add_training
 from .vit import PRESETS, create_vit
 
 
@@ -113,16 +114,22 @@ def main(arguments: list[str] | None = None) -> int:
     about.add_argument("--rate", type=int, default=8, help="tokens dropped after each block (default: 8)")
     about.add_argument("--llf", action="store_true", help="Last Layer Fusion")
     about.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
+    about.set_defaults(run=run_info)
+    add_training(commands)
     options = parser.parse_args(arguments)
-    if options.model is None:
-        print(info())
-        return 0
     try:
-        print(model_info(options.model, options.rate, llf=options.llf, merge=options.merge))
-    except (ImportError, TypeError, ValueError) as error:
-        print(f"cropr info: {error}", file=sys.stderr)
+        options.run(options)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"cropr {options.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_info(options: argparse.Namespace) -> None:
+    if options.model is None:
+        print(info())
+    else:
+        print(model_info(options.model, options.rate, llf=options.llf, merge=options.merge))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,40 @@ def save_merge_maps(path: Any, images: Tensor, maps: Tensor, titles: list[str] |
     plt.close(figure)
 
 
+def save_curves(path: Any, lines: list[dict[str, Any]], metric: str) -> None:
+    """Write one PNG of a training run: losses, the metric, and what every auxiliary head reaches at the end.
+
+    Args:
+        path: file to write.
+        lines: of metrics.jsonl (`cropr_kernels.train`).
+        metric: the name of the metric in its evaluations, such as "top-1".
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val" in line]
+    aux = next((line["val"]["aux"] for line in reversed(evaluations) if "aux" in line["val"]), None)
+    figure, axes = plt.subplots(1, 2 if aux is None else 3, figsize=(7 if aux is None else 10, 3), layout="constrained")
+    for name in ("main", "aux"):
+        values = [line[name] for line in steps]
+        if any(values):
+            axes[0].plot([line["epoch"] for line in steps], values, label=f"{name} loss")
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    axes[1].plot([line["epoch"] for line in evaluations], [line["val"][metric] for line in evaluations], marker="o")
+    axes[1].set_ylabel(f"{metric}, %")
+    for axis in axes[:2]:
+        axis.set_xlabel("epoch")
+    if aux is not None:
+        axes[2].bar(range(1, len(aux) + 1), aux)
+        axes[2].set_xlabel("after block")
+        axes[2].set_ylabel(f"{metric} of the auxiliary head, %")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def load_photo(path: Any, size: int = 224) -> Tensor:
     """Read a photo, resize its shorter side to 8/7 of `size`, crop the centre: (3, size, size) in [0, 1].
 

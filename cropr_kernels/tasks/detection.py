@@ -1,2 +1,170 @@
-"""stub"""
-class Detector: ...
+"""Object detection and instance segmentation: a simple feature pyramid into torchvision's Faster or Mask R-CNN.
+
+The backbone keeps its one resolution and all other maps are made from its last one (Li et al. 2022, ViTDet). One query
+per patch (of the image, or of a window) in every module; the auxiliary heads say which categories a patch belongs to.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..patch import Pruned
+from .features import missing_norm, patch_features
+
+
+def patch_categories(
+    targets: Sequence[dict[str, Tensor]], num_classes: int, grid: tuple[int, int], patch: tuple[int, int]
+) -> Tensor:
+    """Which categories touch each patch: (B, patches, num_classes) float, 1 where one of their objects does.
+
+    Args:
+        targets: per image boxes (n, 4) as x0, y0, x1, y1 in pixels, labels (n,) from 1, and masks (n, H, W) if there
+            are any; an object then is where its mask is, else where its box is.
+        num_classes: categories.
+        grid: patches in height and width.
+        patch: pixels of a patch in height and width.
+    """
+    whole = []
+    for target in targets:
+        boxes, labels = target["boxes"], target["labels"] - 1
+        if "masks" in target:
+            masks = target["masks"].float()
+            masks = F.pad(masks, (0, grid[1] * patch[1] - masks.shape[2], 0, grid[0] * patch[0] - masks.shape[1]))
+            touched = F.max_pool2d(masks[:, None], patch)[:, 0] > 0
+        else:
+            top, left = (torch.arange(n, device=boxes.device) * side for n, side in zip(grid, patch))
+            columns = (boxes[:, :1] < left + patch[1]) & (boxes[:, 2:3] > left)
+            rows = (boxes[:, 1:2] < top + patch[0]) & (boxes[:, 3:4] > top)
+            touched = rows[:, :, None] & columns[:, None, :]
+        one = boxes.new_zeros(num_classes, grid[0] * grid[1])
+        whole.append(one.index_add(0, labels, touched.flatten(1).type_as(one)).clamp_max(1).T)
+    return torch.stack(whole)
+
+
+class SimplePyramid(nn.Module):
+    """Maps at strides 4, 8, 16, 32 and 64 from one of stride 16, all of `channels`."""
+
+    def __init__(self, dim: int, channels: int = 256):
+        super().__init__()
+        from torchvision.models.convnext import LayerNorm2d
+
+        def up(source: int) -> nn.Module:
+            return nn.ConvTranspose2d(source, source // 2, 2, 2)
+
+        paths = [
+            (nn.Sequential(up(dim), LayerNorm2d(dim // 2), nn.GELU(), up(dim // 2)), dim // 4),
+            (up(dim), dim // 2),
+            (nn.Identity(), dim),
+            (nn.MaxPool2d(2), dim),
+        ]
+        self.maps = nn.ModuleList(
+            nn.Sequential(
+                path,
+                nn.Conv2d(width, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for path, width in paths
+        )
+
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+        """Maps (B, channels, ...) by name, "0" (finest) to "3" and "pool", from x (B, D, H, W)."""
+        maps = OrderedDict((str(level), make(x)) for level, make in enumerate(self.maps))
+        maps["pool"] = F.max_pool2d(maps["3"], 1, 2)
+        return maps
+
+
+class _Width(nn.Module):
+    """Stands for the backbone while torchvision builds the heads behind it."""
+
+    def __init__(self, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
+
+
+class Detector(nn.Module):
+    """A backbone without a head, the pyramid, and torchvision's region proposals and heads.
+
+    Args:
+        backbone: of patch size 16, or near it: pruned by `apply` with llf=True, num_outputs = num_classes and one query
+            per patch (per patch of a window, with windows), or not pruned.
+        num_classes: categories, the background not counted.
+        img_size: height and width of the square the network sees; photos are resized to fit, and padded.
+        masks: instance segmentation too (Mask R-CNN).
+        mean, std: of the pixels, for the backbone.
+        channels: of the pyramid.
+
+    Raises:
+        ValueError: img_size is not square, or the backbone's map is not whole.
+        ImportError: torchvision is not installed.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        num_classes: int,
+        *,
+        img_size: tuple[int, int],
+        masks: bool = False,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        channels: int = 256,
+    ):
+        super().__init__()
+        try:
+            from torchvision.models import detection
+        except ImportError as error:
+            raise ImportError("Detector needs torchvision: pip install 'cropr_kernels[train]'") from error
+        if img_size[0] != img_size[1]:
+            raise ValueError(f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}")
+        if isinstance(backbone, Pruned) and not backbone.cropr.llf:
+            raise ValueError("Detector: the pyramid needs the whole map: cropr.apply(..., llf=True)")
+        self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
+        self.norm = missing_norm(backbone)
+        self.pyramid = SimplePyramid(backbone.embed_dim, channels)
+        kind = detection.MaskRCNN if masks else detection.FasterRCNN
+        sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
+        anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        heads = kind(_Width(channels), num_classes + 1, rpn_anchor_generator=anchors)
+        self.rpn, self.roi_heads = heads.rpn, heads.roi_heads
+        self.transform = detection.transform.GeneralizedRCNNTransform(
+            self.side, self.side, list(mean), list(std), size_divisible=self.side
+        )
+
+    def forward(self, images: Sequence[Tensor], target: Sequence[dict[str, Tensor]] | None = None) -> Any:
+        """Losses in training with a target; else what was found.
+
+        Args:
+            images: photos (3, H, W) of any size, in [0, 1].
+            target: per photo boxes (n, 4) as x0, y0, x1, y1 in pixels, labels (n,) from 1, n may be 0; masks (n, H, W)
+                for instance segmentation.
+
+        Returns:
+            {"main", "aux"}, scalars; else per photo {"boxes", "labels", "scores"} and, with masks, "masks" (n, 1, H, W).
+        """
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        learns = self.training and target is not None
+        batch, target = self.transform(list(images), [dict(one) for one in target] if target is not None else None)
+        patch = self.backbone.patch_embed.patch_size
+        grid = self.side // patch[0], self.side // patch[1]
+        pixels = batch.tensors[:, :, : grid[0] * patch[0], : grid[1] * patch[1]]
+        tokens, aux = patch_features(self.backbone, pixels, predict=learns)
+        maps = self.pyramid(self.norm(tokens).transpose(1, 2).unflatten(2, grid))
+        with torch.autocast(pixels.device.type, enabled=False):  # boxes are pixels: 16 bits are too few for them
+            maps = OrderedDict((name, level.float()) for name, level in maps.items())
+            proposals, losses = self.rpn(batch, maps, target)
+            found, more = self.roi_heads(maps, proposals, batch.image_sizes, target)
+        if not learns:
+            return self.transform.postprocess(found, batch.image_sizes, sizes)
+        main = sum((losses | more).values())
+        total = torch.zeros_like(main)
+        if aux and target is not None:
+            categories = patch_categories(target, self.num_classes, grid, patch)
+            for prediction in aux:
+                total = total + F.binary_cross_entropy_with_logits(prediction.float(), categories)
+        return {"main": main, "aux": total}

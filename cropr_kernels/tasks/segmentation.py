@@ -14,14 +14,15 @@ from ..modules import Split
 from ..patch import Pruned
 from ..stream import Left, Streamed
 from ..vit import Block, ViTConfig
+from .features import missing_norm, patch_features
 
 FUSIONS = ("llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
 
 
-class Whole(NamedTuple):
-    """Features of all patches (B, patches, D) and the auxiliary predictions (B, patches, classes)."""
+class PatchLogits(NamedTuple):
+    """Logits of all patches (B, patches, classes): the decoder's, and those of the modules."""
 
-    tokens: Tensor
+    output: Tensor
     aux: list[Tensor]
 
 
@@ -143,9 +144,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"Segmenter: fusion={fusion!r} needs apply(..., llf={fusion == 'llf'})")
         self.backbone, self.grid, self.fusion, self.ignore_index = backbone, grid, fusion, ignore_index
         dim = backbone.embed_dim
-        # Models that average over patches have their norm behind the average: none for the tokens.
-        has_norm = isinstance(backbone.norm, nn.LayerNorm)
-        self.norm = nn.Identity() if has_norm else nn.LayerNorm(dim, eps=1e-6)
+        self.norm = missing_norm(backbone)
         self.head = nn.Linear(dim, num_classes)
         self.fuse: Fusion | None = None
         if pruned and fusion == "dtop":
@@ -154,28 +153,26 @@ class Segmenter(nn.Module):
         elif pruned and fusion != "llf":
             self.fuse = Fusion(fusion, dim, backbone.blocks[0].attn.num_heads, grid[0] * grid[1])
 
-    def logits(self, images: Tensor, *, predict: bool = False) -> Whole:
+    def logits(self, images: Tensor, *, predict: bool = False) -> PatchLogits:
         """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
         backbone = self.backbone
         prefix = backbone.num_prefix_tokens
-        if not isinstance(backbone, Pruned):
-            return Whole(self.decode(backbone.forward_features(images)[:, prefix:]), [])
-        if self.fusion == "llf":
-            x, aux = backbone.cropr_features(images, predict=predict)
-            return Whole(self.decode(x[:, prefix:] if backbone.cropr.windows is None else x), aux)
+        if self.fusion == "llf" or not isinstance(backbone, Pruned):
+            tokens, aux = patch_features(backbone, images, predict=predict)
+            return PatchLogits(self.decode(tokens), aux)
         gone: list[Tensor] = []
         streamed = backbone.cropr_stream(
             images, departures=lambda _, positions: gone.append(positions), predict=predict, collect=True
         )
         if self.fuse is not None:
-            return Whole(self.decode(self.fuse(streamed, backbone.norm, prefix)), streamed.aux)
+            return PatchLogits(self.decode(self.fuse(streamed, backbone.norm, prefix)), streamed.aux)
         logits = self.decode(backbone.norm(streamed.tokens))
         if streamed.left is not None:
             parts = streamed.left.tokens.split([positions.shape[1] for positions in gone], 1)
             active = [module for module, count in zip(backbone.cropr, self._drops(streamed)) if count]
             leaving = torch.cat([module.classify(part) for module, part in zip(active, parts)], 1)
             logits = put_back(logits, streamed.left, leaving.type_as(logits))
-        return Whole(logits[:, prefix:], self._to_patches(streamed.aux, gone, prefix))
+        return PatchLogits(logits[:, prefix:], self._to_patches(streamed.aux, gone, prefix))
 
     def _drops(self, streamed: Streamed) -> list[int]:
         stack = self.backbone.cropr
@@ -213,7 +210,7 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, target: Tensor | None = None) -> Any:
         """Losses {"main", "aux"} in training with a target (B, H, W) int64, else logits (B, classes, H, W)."""
         if not self.training or target is None:
-            return self.to_map(self.logits(images).tokens, images)
+            return self.to_map(self.logits(images).output, images)
         logits, aux = self.logits(images, predict=True)
         main = pixel_loss(self.to_map(logits, images), target, self.ignore_index)
         total = main.new_zeros(())

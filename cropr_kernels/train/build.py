@@ -23,6 +23,7 @@ def backbone(config: Config, num_classes: int) -> Any:
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     options |= {"patch_size": config.patch_size} if config.patch_size else {}
     options |= {"global_pool": config.global_pool} if config.global_pool else {}
+    options |= config.constructor_options()
     if config.weights:
         model: Any = load_weights(config.weights, **options)[0]
     elif config.model in PRESETS and not config.pretrained:

@@ -23,6 +23,7 @@ class Config:
     model: str = "vit_tiny_patch16_224"  # a preset of this package, or a model of timm
     pretrained: bool = False  # timm's weights
     weights: str = ""  # or a local file
+    model_options: tuple[str, ...] = ()  # further options of the model's constructor, as name=value
     img_size: tuple[int, int] = (224, 224)  # height and width of the images the network is trained at
     patch_size: int = 0  # another than the model's own; 0: its own
     global_pool: str = ""  # classification: another than the model's own
@@ -107,6 +108,7 @@ class Config:
         self._require("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
         self._require("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}")
         self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
+        self.constructor_options()
         given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
@@ -126,6 +128,19 @@ class Config:
     def schedule(self) -> dict[str, Any]:
         """The schedule as `cropr.apply` takes it."""
         return {name: getattr(self, name) for name in ("rate", "keep", "ratio", "const")}
+
+    def constructor_options(self) -> dict[str, Any]:
+        """model_options as keyword arguments: JSON values, or else text."""
+        options: dict[str, Any] = {}
+        for option in self.model_options:
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise ValueError(f"config: model_options must be name=value, got {option!r}")
+            try:
+                options[name] = json.loads(value)
+            except json.JSONDecodeError:
+                options[name] = value
+        return options
 
     @property
     def prunes(self) -> bool:

@@ -143,12 +143,16 @@ class Run:
             ids = [self.place.device.index] if self.place.device.type == "cuda" else None
             return DistributedDataParallel(task, device_ids=ids)
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(self.place.device.type, (self.place.world,))
         for block in task.backbone.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
-        return fully_shard(task, mesh=mesh)
+        shared = fully_shard(task, mesh=mesh)
+        for method in ("predictions", "slide"):  # evaluation calls them, and needs whole parameters in them
+            if hasattr(task, method):
+                register_fsdp_forward_method(shared, method)
+        return shared
 
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.out / "last.pt"

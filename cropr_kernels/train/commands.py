@@ -1,0 +1,144 @@
+"""`cropr train` and `cropr eval`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..patch import Pruned, pruning_map, set_rate
+from .config import PRESETS, Config
+from .data import Data, load_data, val_loader
+from .evaluate import MAIN, evaluate
+from .extras import need
+from .loop import processes, rebuild, train
+
+
+def add_parsers(commands: Any) -> None:
+    """The two commands' arguments."""
+    training = commands.add_parser(
+        "train",
+        help="train a pruned Vision Transformer",
+        description="Train, or go on with the run that OUT holds. Options are those of config.json, as name=value: "
+        "rate=8 llf=true img_size=224,224. Under torchrun all processes share the work.",
+    )
+    source = training.add_mutually_exclusive_group()
+    source.add_argument("--preset", choices=PRESETS, help="a published recipe to start from")
+    source.add_argument("--config", type=Path, help="a config.json to start from")
+    training.add_argument("--data", help="root folder of the dataset")
+    training.add_argument("--out", type=Path, required=True, help="folder of the run")
+    training.add_argument("--quiet", action="store_true", help="no progress bars")
+    training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
+    training.set_defaults(run=run_train)
+    measuring = commands.add_parser(
+        "eval",
+        help="measure a trained model, and draw what it prunes",
+        description="Measure the model of a run on its validation data; writes eval.json, maps.png and curves.png there.",
+    )
+    measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
+    measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
+    measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
+    measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
+    measuring.add_argument("--quiet", action="store_true", help="no progress bars")
+    measuring.set_defaults(run=run_eval)
+
+
+def configure(options: argparse.Namespace) -> Config:
+    """The configuration that the arguments of `cropr train` describe.
+
+    Raises:
+        ValueError: an option is malformed, unknown, or cannot be.
+    """
+    config = PRESETS[options.preset] if options.preset else Config()
+    if options.config:
+        config = Config.read(options.config)
+    elif not options.preset and (options.out / "config.json").exists():
+        config = Config.read(options.out / "config.json")
+    pairs = dict(option.partition("=")[::2] for option in options.options)
+    malformed = [option for option in options.options if "=" not in option]
+    if malformed:
+        raise ValueError(f"options must be name=value, got {malformed[0]!r}")
+    if options.data:
+        pairs["data"] = options.data
+    schedules = {"rate", "keep", "ratio", "const"} & set(pairs)
+    cleared: dict[str, Any] = {name: None for name in ("rate", "keep", "ratio", "const")} if schedules else {}
+    config = config.changed(**{**cleared, **pairs})
+    if not config.data:
+        raise ValueError("say where the dataset is: --data FOLDER")
+    return config
+
+
+def run_train(options: argparse.Namespace) -> None:
+    metrics = train(configure(options), options.out, show=not options.quiet)
+    print(json.dumps(metrics))
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    task, config, classes = rebuild(options.out)
+    config = config.changed(data=options.data) if options.data else config
+    data = load_data(config)
+    if data.classes != classes:
+        raise ValueError(f"the run knows {len(classes)} classes, and this dataset has other ones, {len(data.classes)}")
+    pruned = isinstance(task.backbone, Pruned)
+    if options.rates and not pruned:
+        raise ValueError("--rates needs a pruned model; this run has no schedule")
+    rows: list[dict[str, Any]] = []
+    with processes(config) as place:
+        task = task.to(place.device)
+        for rate in options.rates or [None]:
+            if rate is not None:
+                set_rate(task.backbone, rate)
+            loader = val_loader(data.val, config, rank=place.rank, world=place.world)
+            schedule = str(task.backbone.cropr.schedule) if pruned else "no pruning"
+            metrics = evaluate(task, loader, config, len(classes), place.device, not options.quiet and place.rank == 0)
+            rows.append({"schedule": schedule, **metrics})
+        if place.rank:
+            return
+    temporary = options.out / "eval.tmp"
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(options.out / "eval.json")
+    print(table(rows, config))
+    draw(task.cpu(), config, data, options)
+
+
+def table(rows: list[dict[str, Any]], config: Config) -> str:
+    """Metrics as aligned text."""
+    names = [name for name in rows[0] if name not in ("aux", "schedule")]
+    lines = [["schedule", *names], *([row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+@torch.no_grad()
+def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> None:
+    """maps.png, where the model prunes, and curves.png, how training went."""
+    try:
+        need("matplotlib")
+    except ImportError as error:
+        print(f"no pictures: {error}")
+        return
+    from ..viz import save_curves, save_pruning_maps
+
+    lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
+    if lines:
+        save_curves(options.out / "curves.png", lines, MAIN[config.task])
+        print(f"wrote {options.out / 'curves.png'}")
+    if not options.pictures or not isinstance(task.backbone, Pruned):
+        return
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    step = max(len(data.val) // options.pictures, 1)
+    shown, maps = [], []
+    for index in list(range(0, len(data.val), step))[: options.pictures]:
+        image = data.val[index][0]
+        if config.task == "detection":
+            batch, _ = task.transform([image])
+            pixels = batch.tensors[0]
+        else:
+            height, width = (min(own, side) for own, side in zip(image.shape[1:], config.img_size))
+            pixels = torch.zeros(3, *config.img_size)
+            pixels[:, :height, :width] = image[:, :height, :width]
+        maps.append(pruning_map(task.backbone, pixels[None])[0])
+        shown.append(pixels * std + mean)
+    save_pruning_maps(options.out / "maps.png", torch.stack(shown), torch.stack(maps), len(task.backbone.blocks))
+    print(f"wrote {options.out / 'maps.png'}")

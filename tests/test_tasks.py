@@ -1,0 +1,353 @@
+"""Tasks: their targets, losses and outputs, against slow and obvious definitions; and that each of them learns."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import randomise, reference_vit, timm_eva, timm_vit
+from torch import nn
+
+import cropr_kernels as cropr
+
+pytest.importorskip("torchvision", reason="needs the train extra")
+
+from cropr_kernels.tasks import Classifier, Detector, Segmenter
+from cropr_kernels.tasks.detection import patch_categories
+from cropr_kernels.tasks.segmentation import FUSIONS, patch_labels, pixel_loss
+
+BACKBONES = {
+    "reference": lambda: reference_vit(num_classes=0),
+    "reference, average": lambda: reference_vit(num_classes=0, class_token=False, global_pool="avg"),
+    "timm ViT": lambda: timm_vit(num_classes=0, dynamic_img_size=True),
+    "timm EVA-02": lambda: timm_eva(num_classes=0, dynamic_img_size=True),
+}
+CLASSES = 3
+
+
+def segmenter(name="reference", fusion="llf", grid=(8, 8), rate=9, **options):
+    model = BACKBONES[name]()
+    patches = grid[0] * grid[1]
+    cropr.apply(model, rate=rate, llf=fusion == "llf", num_queries=patches, num_outputs=CLASSES, **options)
+    return randomise(Segmenter(model, CLASSES, grid=grid, fusion=fusion)).train()
+
+
+# Classification
+
+
+def test_soft_targets_and_smoothing_reach_every_head():
+    model = cropr.apply(reference_vit(), rate=8)
+    task = Classifier(model, smoothing=0.1).train()
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 4])
+    found = task(images, labels)
+    output, aux = model(images)
+    target = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
+    expected = [-(target * logits.log_softmax(1)).sum(1).mean() for logits in (output, *aux)]
+    torch.testing.assert_close(found["main"], expected[0])
+    torch.testing.assert_close(found["aux"], sum(expected[1:]))
+    mixed = torch.rand(3, 5).softmax(1)
+    torch.testing.assert_close(
+        Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean()
+    )
+    task.eval()
+    assert torch.equal(task(images), model(images)) and len(task.predictions(images)) == 4
+    assert torch.equal(task.predictions(images)[-1], model(images))
+    unpruned = Classifier(reference_vit()).train()
+    assert unpruned(images, labels)["aux"] == 0 and len(unpruned.predictions(images)) == 1
+    with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\), got 1"):
+        Classifier(model, smoothing=1)
+
+
+# Semantic segmentation
+
+
+def test_labels_of_patches_are_those_at_their_centres():
+    target = torch.randint(0, 9, (2, 24, 40))
+    expected = target[:, 4::8, 4::8].flatten(1)
+    assert torch.equal(patch_labels(target, (3, 5)), expected)
+
+
+def test_pixels_without_a_class_count_nowhere():
+    logits, target = torch.randn(2, CLASSES, 4, 4), torch.randint(0, CLASSES, (2, 4, 4))
+    target[0, :2] = 255
+    valid = target != 255
+    expected = F.cross_entropy(logits.permute(0, 2, 3, 1)[valid], target[valid])
+    torch.testing.assert_close(pixel_loss(logits, target, 255), expected)
+    assert pixel_loss(logits, torch.full_like(target, 255), 255) == 0
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion_trains_every_parameter_and_runs_at_other_sizes(name, fusion):
+    task = segmenter(name, fusion)
+    images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
+    target[0] = 255  # an empty annotation
+    losses = task(images, target)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    unused = [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()]
+    # the class token is read by nobody but the tokens; k_bias and the like have no gradient at all
+    assert [name for name in unused if "queries" in name or "head" in name or "aggregator" in name] == []
+    task.eval()
+    with torch.no_grad():
+        assert task(images).shape == (2, CLASSES, 64, 64)
+        predictions = task.predictions(images)
+        assert [p.shape for p in predictions] == [(2, 64, CLASSES)] * len(predictions)
+        if not fusion.startswith("cross_attn"):
+            assert task(torch.randn(1, 3, 64, 96)).shape == (1, CLASSES, 64, 96)
+
+
+@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "dtop"])
+def test_the_auxiliary_loss_stays_out_of_the_backbone(fusion):
+    task = segmenter(fusion=fusion)
+    task(torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64)))["aux"].backward()
+    reached = [name for name, p in task.named_parameters() if p.grad is not None and p.grad.any()]
+    assert reached and all(".cropr." in name for name in reached)
+
+
+def tokens_of(task, images):
+    """Tokens that stayed and left, by hand: [(position, row)] of one image, prefix included, no last norm."""
+    backbone = task.backbone
+    x, _ = backbone.embed(images)
+    stack, alive, gone = backbone.cropr, list(range(x.shape[1])), {}
+    counts = stack.schedule(x.shape[1], len(backbone.blocks), 1, stack.llf)
+    rows = dict(enumerate(x[0]))
+    for layer, block in enumerate(backbone.blocks):
+        out = block(torch.stack([rows[p] for p in alive])[None])[0]
+        rows |= dict(zip(alive, out))
+        if layer < len(counts):
+            kept = stack[layer](out[None], counts[layer], 1).kept_idx[0].tolist()
+            leaving = [p for i, p in enumerate(alive) if i not in kept]
+            gone |= {p: layer for p in leaving}
+            alive = [alive[i] for i in kept]
+    return rows, alive, gone
+
+
+@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "llf"])
+@torch.no_grad()
+def test_fusions_are_those_of_a_slow_implementation(fusion):
+    task = segmenter(fusion=fusion).eval()
+    images = torch.randn(1, 3, 64, 64)
+    rows, alive, gone = tokens_of(task, images)
+    norm = task.backbone.norm
+    stayed = torch.stack([rows[p] for p in alive])[None]
+    everything = torch.stack([rows[p] for p in range(65)])[None]
+    if fusion == "dtop":
+        expected = torch.stack(
+            [
+                task.backbone.cropr[gone[p]].classify(rows[p]) if p in gone else task.head(norm(rows[p]))
+                for p in range(1, 65)
+            ]
+        )[None]
+    else:
+        tokens = {
+            "concat": lambda: norm(everything)[:, 1:],
+            "mhsa_concat": lambda: norm(task.fuse.block(everything))[:, 1:],
+            "cross_attn": lambda: task.fuse.reader(norm(stayed)),
+            "cross_attn_concat": lambda: task.fuse.reader(norm(everything)),
+        }[fusion]()
+        expected = task.head(tokens)
+    torch.testing.assert_close(task.logits(images).output, expected, rtol=1e-4, atol=1e-4)
+    low = expected.transpose(1, 2).unflatten(2, (8, 8))
+    whole = F.interpolate(low, size=(64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(task(images), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dtop_lets_the_surest_tokens_leave():
+    task = segmenter(fusion="dtop").eval()
+    images = torch.randn(1, 3, 64, 64)
+    first = task.backbone.cropr[0]
+    x = task.backbone.blocks[0](task.backbone.embed(images)[0])
+    sure = first.classify(x).softmax(-1).amax(-1)[0, 1:]
+    left = cropr.pruning_map(task.backbone, images).flatten() == 1
+    assert left.sum() == 10 and sure[left].min() >= sure[~left].max()
+
+
+@torch.no_grad()
+def test_a_sliding_window_averages_what_overlaps_and_takes_small_images():
+    task = segmenter().eval()
+    images = torch.randn(1, 3, 80, 112)
+    total, count = torch.zeros(1, CLASSES, 80, 112), torch.zeros(80, 112)
+    for top in (0, 16):
+        for left in (0, 40, 48):
+            total[:, :, top : top + 64, left : left + 64] += task(images[:, :, top : top + 64, left : left + 64])
+            count[top : top + 64, left : left + 64] += 1
+    torch.testing.assert_close(task.slide(images, (64, 64), (40, 40)), total / count)
+    small = images[:, :, :50, :30]
+    expected = task(F.pad(small, (0, 34, 0, 14)))[:, :, :50, :30]
+    torch.testing.assert_close(task.slide(small, (64, 64), (40, 40)), expected)
+
+
+def test_a_map_that_is_not_square():
+    model = reference_vit(num_classes=0)
+    cropr.apply(model, rate=30, llf=True, num_queries=96, num_outputs=CLASSES, img_size=(64, 96))
+    task = Segmenter(model, CLASSES, grid=(8, 12)).train()
+    losses = task(torch.randn(2, 3, 64, 96), torch.randint(0, CLASSES, (2, 64, 96)))
+    assert sum(losses.values()).isfinite()
+
+
+# Detection
+
+
+def targets_of(*images, masks=False):
+    made = []
+    for boxes, labels in images:
+        one = {"boxes": torch.tensor(boxes).reshape(-1, 4).float(), "labels": torch.tensor(labels, dtype=torch.int64)}
+        if masks:
+            one["masks"] = torch.zeros(len(labels), 64, 64, dtype=torch.uint8)
+            for mask, (x0, y0, x1, y1) in zip(one["masks"], one["boxes"].int().tolist()):
+                mask[y0:y1, x0:x1] = 1
+        made.append(one)
+    return made
+
+
+BOXES = [([[0, 0, 16, 8], [9, 9, 30, 31]], [1, 3]), ([], []), ([[50, 50, 64, 64], [56, 56, 60, 60]], [2, 2])]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_patch_has_the_categories_of_the_objects_that_touch_it(masks):
+    found = patch_categories(targets_of(*BOXES, masks=masks), 3, (8, 8), (8, 8))
+    expected = torch.zeros(3, 8, 8, 3)
+    for image, (boxes, labels) in enumerate(BOXES):
+        for (x0, y0, x1, y1), label in zip(boxes, labels):
+            for row in range(8):
+                for column in range(8):
+                    inside = x0 < 8 * column + 8 and x1 > 8 * column and y0 < 8 * row + 8 and y1 > 8 * row
+                    expected[image, row, column, label - 1] = max(float(inside), expected[image, row, column, label - 1])
+    assert torch.equal(found, expected.flatten(1, 2))
+
+
+def detector(masks=False, windows=None, name="reference", **options):
+    model = BACKBONES[name]()
+    per_row = 16 if windows else 64
+    schedule = {"rate": 4} if windows else {"rate": 20}
+    cropr.apply(model, **(schedule | options), llf=True, windows=windows, num_queries=per_row, num_outputs=3)
+    return Detector(model, 3, img_size=(64, 64), masks=masks, channels=16).train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("windows", [None, cropr.Windows(4, (1,))], ids=["global", "windows"])
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_detection_trains_every_head_and_finds_boxes_in_photos_of_any_size(masks, windows, name):
+    task = detector(masks, windows, name)
+    images = [torch.rand(3, 64, 64) for _ in BOXES]
+    losses = task(images, targets_of(*BOXES, masks=masks))
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values()) and losses["aux"] > 0
+    missing = [name for name, p in task.named_parameters() if p.grad is None]
+    assert missing == []
+    task.eval()
+    with torch.no_grad():
+        found = task([torch.rand(3, 50, 90), torch.rand(3, 120, 40)])
+    for one, (height, width) in zip(found, [(50, 90), (120, 40)]):
+        assert set(one) == {"boxes", "labels", "scores", *(["masks"] if masks else [])}
+        assert (one["boxes"][:, [0, 2]] <= width).all() and (one["boxes"][:, [1, 3]] <= height).all()
+        assert not masks or one["masks"].shape[1:] == (1, height, width)
+
+
+def test_nearly_all_tokens_may_leave():
+    task = detector(windows=cropr.Windows(8), keep=[20, 2], rate=None)  # 3 % of 64
+    assert task.backbone.cropr[0].queries.shape == (16, 64)
+    losses = task.eval()([torch.rand(3, 64, 64)])
+    assert len(losses) == 1
+
+
+def test_what_a_task_cannot_do_is_refused():
+    pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
+    with pytest.raises(ValueError, match=r"the pyramid needs the whole map: cropr.apply\(..., llf=True\)"):
+        Detector(pruned, 3, img_size=(64, 64))
+    with pytest.raises(ValueError, match="img_size must be square, got 64 x 96"):
+        Detector(reference_vit(num_classes=0), 3, img_size=(64, 96))
+    with pytest.raises(ValueError, match="fusion must be one of llf, concat"):
+        Segmenter(pruned, 3, grid=(8, 8), fusion="sum")
+    with pytest.raises(ValueError, match=r"fusion='llf' needs apply\(..., llf=True\)"):
+        Segmenter(pruned, 3, grid=(8, 8))
+
+
+# Each recipe, end to end
+
+
+def write_scenes(folder, count):
+    """Squares of two colours on noise: photos, label maps and COCO annotations. 3 is no class."""
+    image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for part in ("photos", "labels"):
+            (folder / split / part).mkdir(parents=True)
+        about = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "red"}, {"id": 9, "name": "blue"}]}
+        for i in range(count):
+            pixels = torch.randint(0, 100, (64, 80, 3), generator=generator, dtype=torch.uint8)
+            labels = torch.zeros(64, 80, dtype=torch.uint8)
+            labels[0] = 3
+            about["images"].append({"id": i, "file_name": f"{i:02}.png", "width": 80, "height": 64})
+            for category in range(2 if i else 0):  # the first photo is empty
+                top, left = torch.randint(0, 32, (2,), generator=generator).tolist()
+                left = left // 2 + 40 * category
+                pixels[top : top + 24, left : left + 24, 2 * category] = 250
+                labels[top : top + 24, left : left + 24] = category + 1
+                corners = [left, top, left + 24, top, left + 24, top + 24, left, top + 24]
+                about["annotations"].append(
+                    {"id": len(about["annotations"]) + 1, "image_id": i, "category_id": 7 + 2 * category, "iscrowd": 0,
+                     "bbox": [left, top, 24, 24], "area": 576, "segmentation": [corners]}
+                )  # fmt: skip
+            image.fromarray(pixels.numpy()).save(folder / split / "photos" / f"{i:02}.png")
+            image.fromarray(labels.numpy()).save(folder / split / "labels" / f"{i:02}.png")
+        (folder / split / "boxes.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 16)
+
+
+RECIPES = {
+    "segmentation": dict(
+        task="segmentation", train_split=("train/photos", "train/labels"), val_split=("val/photos", "val/labels"),
+        num_classes=3, ignore_index=3, img_size=(64, 64), scale=(0.9, 1.1), lr=3e-3, epochs=12, curriculum=0.5,
+    ),
+    "detection": dict(
+        task="detection", train_split=("train/photos", "train/boxes.json"),
+        val_split=("val/photos", "val/boxes.json"), img_size=(64, 64), scale=(0.9, 1.2), lr=1e-3, epochs=20,
+        window=4, global_blocks=(1, 3), flip=0.0, masks=True,
+    ),
+}  # fmt: skip
+REACHES = {"segmentation": ("mIoU", 60), "detection": ("AP box 50", 20)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_learns_and_its_commands_measure_and_draw(name, scenes, tmp_path, capsys):
+    pytest.importorskip("torchmetrics", reason="needs the train extra")
+    from cropr_kernels import cli
+    from cropr_kernels.train import Config, train
+
+    config = Config(
+        data=str(scenes), model_options=("depth=5", "embed_dim=64", "num_heads=2"), patch_size=8, rate=3, llf=True,
+        batch_size=4, workers=0, device="cpu", eval_epochs=100, **RECIPES[name],
+    )  # fmt: skip
+    reached = train(config, tmp_path, show=False)
+    metric, least = REACHES[name]
+    assert reached[metric] > least, reached
+    assert cli.main(["eval", str(tmp_path), "--quiet", "--pictures", "2"]) == 0
+    assert metric in capsys.readouterr().out
+    assert (tmp_path / "maps.png").exists() and (tmp_path / "curves.png").exists()
+
+
+def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
+    from cropr_kernels.train import Config
+    from cropr_kernels.train.data import load_data
+
+    (tmp_path / "photos").symlink_to(scenes / "train" / "photos")
+    (tmp_path / "labels").mkdir()
+    config = Config(task="segmentation", data=str(tmp_path), num_classes=3, train_split=("photos", "labels"))
+    with pytest.raises(ValueError, match=r"00.png has no label map in .*labels"):
+        load_data(config)
+
+
+def test_a_task_is_a_module_of_the_users_own_loop():
+    task = segmenter()
+    assert isinstance(task, nn.Module) and not any(key.startswith("module") for key in task.state_dict())

@@ -1,0 +1,371 @@
+"""Training: what interrupts it, who shares it, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import cropr_kernels as cropr
+from cropr_kernels import cli
+from cropr_kernels.train import PRESETS, Config, checkpoint, train
+from cropr_kernels.train.data import Batches, Data, Samples, load_data, seed_of
+from cropr_kernels.train.loop import rebuild
+from cropr_kernels.train.optim import layer_of, lr_share, param_groups, progress
+
+pytest.importorskip("torchmetrics", reason="needs the train extra")
+image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+
+SMALL = dict(
+    model_options=("depth=4", "embed_dim=48", "num_heads=2", "mlp_ratio=2.0"), patch_size=8, img_size=(32, 32),
+    rate=3, epochs=2, batch_size=8, lr=1e-3, workers=0, log_steps=1, device="cpu", scale=(0.8, 1.0),
+)  # fmt: skip
+CLASSES = ["blue", "red"]
+
+
+def write_photos(folder, count=20):
+    """A folder per class: a blue or a red square somewhere in the noise."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 120, (36, 40, 3), generator=generator, dtype=torch.uint8)
+                top, left = torch.randint(0, 16, (2,), generator=generator).tolist()
+                pixels[top : top + 20, left : left + 20, 2 * (1 - label)] = 250
+                image.fromarray(pixels.numpy()).save(folder / split / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+def config(photos, **options):
+    return Config(**{"data": str(photos), **SMALL, **options})
+
+
+def losses(out):
+    """What was logged, without times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images/s", None)
+        line.get("val", {}).pop("seconds", None)
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
+    wanted = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
+    metrics = train(wanted, tmp_path, show=False)
+    assert metrics["top-1"] == 100 and len(metrics["aux"]) == 3 and metrics["images"] == 40
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    lines = losses(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
+    assert lines[0]["loss"] == pytest.approx(lines[0]["main"] + lines[0]["aux"])
+    task, own, classes = rebuild(tmp_path)
+    assert classes == CLASSES and own == wanted and not task.training
+    assert train(own, tmp_path, show=False)["top-1"] == 100  # a run that is over tells how it ended
+
+
+RECIPES = {
+    "plain": {},
+    "everything": dict(ema=0.9, accumulate=2, mixup=0.5, cutmix=0.5, drop_path=0.2, clip_grad=1.0, curriculum=0.5,
+                       sampling=True, llf=True, amp="bfloat16", auto_augment="rand-m5-mstd0.5", erasing=0.3, workers=1),
+    "float16": dict(amp="float16", grad_checkpointing=True),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_at_any_moment_it_goes_on_to_the_same_losses(name, photos, tmp_path):
+    wanted = config(photos, save_steps=3, epochs=3, **RECIPES[name])
+    train(wanted, tmp_path / "whole", show=False)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_text(wanted.to_json())
+    command = [sys.executable, "-m", "cropr_kernels.cli", "train", "--out", str(cut), "--quiet"]
+    for logged in (5, 9):
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            path = cut / "metrics.jsonl"
+            if path.exists() and len(path.read_text().splitlines()) >= logged:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert losses(cut) == losses(tmp_path / "whole")
+    whole, again = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+PROCESSES = """
+import json, sys
+import torch
+from cropr_kernels.train import Config, train
+torch.set_num_threads(1)
+train(Config.read(sys.argv[1]), sys.argv[2], show=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path):
+    wanted = config(photos, epochs=2, parallel=parallel, accumulate=2, clip_grad=1.0, llf=True, save_steps=4)
+    (tmp_path / "config.json").write_text(wanted.to_json())
+    (tmp_path / "run.py").write_text(PROCESSES)
+    train(wanted, tmp_path / "one", show=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two)
+    for alone, shared in zip(one, two):
+        assert {**alone, **dict.fromkeys(("loss", "main", "aux", "val"))} == {
+            **shared, **dict.fromkeys(("loss", "main", "aux", "val"))
+        }  # fmt: skip
+        if "loss" in alone:
+            torch.testing.assert_close(shared["loss"], alone["loss"], rtol=2e-4, atol=2e-4)
+    assert one[-1]["val"]["images"] == two[-1]["val"]["images"] == 40
+    alone, shared = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    for key in alone:
+        torch.testing.assert_close(shared[key], alone[key], rtol=1e-2, atol=3e-3)
+    # and goes on where it stopped, with any number of processes
+    longer = torch.load(tmp_path / "two" / "last.pt")
+    assert longer["step"] == one[-1]["step"]
+    rebuilt, _, _ = rebuild(tmp_path / "two")
+    assert isinstance(rebuilt, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_average_of_the_weights_is_what_is_evaluated(photos, tmp_path):
+    train(config(photos, ema=0.99, epochs=1), tmp_path, show=False)
+    best, last = (torch.load(tmp_path / f"{name}.pt")["model"] for name in ("best", "last"))
+    assert set(best) == set(last)
+    assert not all(torch.equal(best[key], last[key]) for key in best)
+
+
+class Broken:
+    """A dataset of which some samples cannot be read."""
+
+    def __init__(self, count, broken):
+        self.count, self.broken = count, broken
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError(f"image file {index} is truncated")
+        return torch.full((3, 32, 32), float(index)), index % 2
+
+
+def test_a_sample_that_cannot_be_read_is_replaced_and_counted():
+    samples = Samples(Broken(10, {3, 4}), seed=0)
+    sample = samples[0, 3]
+    assert sample.image[0, 0, 0] == 5 and sample.target == 1 and sample.skipped == 2
+    assert samples[0, 2].skipped == 0
+    with pytest.raises(RuntimeError, match=r"10 samples in a row|16 samples in a row .* truncated"):
+        Samples(Broken(40, set(range(40))), seed=0)[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_corrupt_image_is_counted_in_the_log(tmp_path):
+    folder = write_photos(tmp_path / "photos", count=8)
+    (folder / "train" / "blue" / "03.png").write_bytes(b"no picture")
+    broken = folder / "val" / "red" / "01.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    train(config(folder, epochs=1), tmp_path / "out", show=False)
+    lines = losses(tmp_path / "out")
+    assert lines[-2]["skipped"] == 1 and lines[-1]["val"]["skipped"] == 1
+
+
+def test_random_numbers_of_a_sample_are_its_own():
+    class Noise(Broken):
+        def __getitem__(self, index):
+            return torch.rand(3), index
+
+    before = torch.random.get_rng_state()
+    samples = Samples(Noise(4, set()), seed=1)
+    first = samples[0, 2].image
+    assert torch.equal(first, samples[0, 2].image) and torch.equal(before, torch.random.get_rng_state())
+    others = [samples[1, 2], samples[0, 1], Samples(Noise(4, set()), seed=2)[0, 2]]
+    assert all(not torch.equal(first, other.image) for other in others)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_takes_the_same_samples_however_it_is_shared(world, accumulate):
+    wanted = Config(batch_size=8, accumulate=accumulate)
+    alone = [set(batch) for batch in Batches(37, Config(batch_size=8), 3)]
+    ranks = [list(Batches(37, wanted, 3, rank=rank, world=world)) for rank in range(world)]
+    for step, expected in enumerate(alone):
+        parts = [part for rank in ranks for part in rank[step * accumulate : (step + 1) * accumulate]]
+        assert {key for part in parts for key in part} == expected
+        assert all(len(part) == 8 // world // accumulate for part in parts)
+    rest = list(Batches(37, wanted, 3, world=world, first_step=2))
+    assert rest == ranks[0][2 * accumulate :] and len(alone) == 4
+    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of accumulate x processes = 3"):
+        Batches(37, Config(batch_size=8), 0, world=3)
+    with pytest.raises(ValueError, match="more than the 5 training samples"):
+        Batches(5, wanted, 0)
+
+
+class Explodes(nn.Module):
+    """A task whose loss is not finite at some steps."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.backbone = cropr.create_vit("vit_tiny_patch16_224", depth=2, embed_dim=8, num_heads=1, img_size=32)
+        self.weight, self.bad, self.calls = nn.Parameter(torch.ones(())), bad, 0
+
+    def forward(self, images, target=None):
+        self.calls += 1
+        factor = float("nan") if self.calls in self.bad else 1.0
+        return {"main": self.weight * factor * images.mean(), "aux": torch.zeros(())}
+
+    def predictions(self, images):
+        return [torch.zeros(len(images), 2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    data = Data(Broken(24, set()), Broken(4, set()), CLASSES)
+    small = Config(batch_size=8, epochs=2, workers=0, log_steps=1, device="cpu", lr=0.1, max_bad_steps=2)
+    task = Explodes({2})
+    train(small, tmp_path / "one", data=data, task=task, show=False)
+    assert losses(tmp_path / "one")[-2]["not_finite"] == 1
+    assert bool(task.weight.isfinite())
+    with pytest.raises(RuntimeError, match="not finite in 2 steps in a row, the last one step 3 .* Try a lower lr"):
+        train(small, tmp_path / "two", data=data, task=Explodes({3, 4}), show=False)
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
+    import resource
+
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": {"w": torch.ones(3)}})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot write .*last.pt: .*; .*last.pt is still that of before"):
+            checkpoint.save(path, {"model": {"w": torch.ones(10**5)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.load(path)["model"]["w"].shape == (3,)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_refused(photos, tmp_path):
+    out = tmp_path / "run"
+    train(config(photos, epochs=1), out, show=False)
+    with pytest.raises(ValueError, match=r"holds another run: rate: 4, not 3; lr: 0.002, not 0.001\. Use another"):
+        train(config(photos, epochs=1, rate=4, lr=2e-3), out, show=False)
+    state = torch.load(out / "best.pt")
+    state["model"]["backbone.more"] = state["model"].pop("backbone.norm.weight")
+    checkpoint.save(out / "best.pt", state)
+    with pytest.raises(ValueError, match="does not fit this model: lacks backbone.norm.weight; has backbone.more too much"):
+        rebuild(out)
+    (out / "best.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="best.pt cannot be read"):
+        rebuild(out)
+    with pytest.raises(FileNotFoundError, match="there is none at"):
+        rebuild(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train_split names .* no such file or folder"):
+        load_data(config(photos, train_split=("training",)))
+    with pytest.raises(ValueError, match="train_split must be 1 paths for classification"):
+        load_data(config(photos, train_split=("train", "val")))
+
+
+def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
+    for name, preset in PRESETS.items():
+        (tmp_path / "config.json").write_text(preset.to_json())
+        assert Config.read(tmp_path / "config.json") == preset, name
+    assert Config().changed(rate="8", llf="true", img_size="64,96", lr="1e-3", keep="none") == Config(
+        rate=8, llf=True, img_size=(64, 96), lr=1e-3
+    )
+    (tmp_path / "bad.json").write_text("{")
+    for values, message in [
+        (dict(rat=8), "no such option rat; options are task, data"),
+        (dict(rate="eight"), "rate must be int, got 'eight'"),
+        (dict(llf=1), "llf must be bool, got 1"),
+        (dict(epochs=1.5), "epochs must be int, got 1.5"),
+        (dict(task="depth"), "task must be one of 'classification', 'segmentation', 'detection', got 'depth'"),
+        (dict(img_size="224"), "img_size must be 2 values, got '224'"),
+        (dict(rate=8, ratio=0.9), "give one schedule, got rate and ratio"),
+        (dict(accumulate=3), "accumulate must be a divisor of batch_size=64, got 3"),
+        (dict(layer_decay=0), r"layer_decay must be in \(0, 1\], got 0"),
+        (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
+        (dict(task="detection", rate=8), "llf must be true for detection"),
+        (dict(fusion="concat"), "fusion must be llf outside segmentation"),
+        (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
+        (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Config().changed(**values)
+    with pytest.raises(ValueError, match="bad.json is not JSON"):
+        Config.read(tmp_path / "bad.json")
+
+
+def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
+    model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", depth=4, embed_dim=24, num_heads=2), rate=8)
+    from cropr_kernels.tasks import Classifier
+
+    task = Classifier(model)
+    wanted = Config(lr=1.0, layer_decay=0.5, head_lr_scale=3.0, weight_decay=0.1, warmup_epochs=2, epochs=10)
+    groups = {id(p): group for group in param_groups(task, wanted) for p in group["params"]}
+    assert len(groups) == len(list(task.parameters()))
+    expected = {
+        "backbone.patch_embed.proj.weight": (0.5**5, 0.1), "backbone.pos_embed": (0.5**5, 0.0),
+        "backbone.blocks.0.attn.qkv.weight": (0.5**4, 0.1), "backbone.blocks.3.norm1.weight": (0.5, 0.0),
+        "backbone.norm.bias": (1.0, 0.0), "backbone.head.weight": (1.0, 0.1),
+        "backbone.cropr.1.queries": (3.0, 0.0), "backbone.cropr.0.aggregator.mlp.0.weight": (3.0, 0.1),
+    }  # fmt: skip
+    named = dict(task.named_parameters())
+    for name, (scale, decay) in expected.items():
+        group = groups[id(named[name])]
+        assert (group["lr_scale"], group["weight_decay"]) == (scale, decay), name
+    assert layer_of("head.weight", 4) == 5
+    assert [round(lr_share(wanted, epoch), 3) for epoch in (1, 2, 6, 10)] == [0.5, 1.0, 0.5, 0.0]
+    poly = dataclasses.replace(wanted, lr_schedule="poly", warmup_epochs=0)
+    assert lr_share(poly, 5) == pytest.approx(0.5**0.9)
+    ramp = dataclasses.replace(wanted, curriculum=0.5)
+    assert [progress(ramp, epoch) for epoch in (0, 2.5, 5, 9)] == [0, 0.5, 1, 1] and progress(wanted, 0) == 1
+    assert seed_of(1, 2) != seed_of(2, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
+    options = [f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in SMALL.items()]
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(photos), "--out", str(out), "--quiet", *options, "calibrate=8", "epochs=1"]
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 40
+    assert cli.main(["eval", str(out), "--rates", "0", "3", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert "rate=0" in text and "rate=3" in text and "top-1" in text
+    assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
+    for name in ("maps.png", "curves.png"):
+        assert image.open(out / name).size[0] > 300
+    for arguments, message in [
+        (["train", "--out", str(tmp_path / "x"), "rate"], "options must be name=value, got 'rate'"),
+        (["train", "--out", str(tmp_path / "x")], "say where the dataset is: --data FOLDER"),
+        (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
+        (["eval", str(tmp_path / "none")], "there is none at"),
+    ]:
+        assert cli.main(arguments) == 1
+        assert message in capsys.readouterr().err

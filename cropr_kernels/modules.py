@@ -39,7 +39,8 @@ class MultiHead(nn.Module):
 
     def fold(self, queries: Tensor) -> Tensor:
         """The vector (D,) whose product with a token is the sum of its logits over queries and heads."""
-        return self.q_proj(queries).sum(0) @ self.k_proj.weight
+        with torch.autocast(queries.device.type, enabled=False):  # selection is decided in float32
+            return self.q_proj(queries).sum(0) @ self.k_proj.weight
 
 
 class Aggregator(nn.Module):

@@ -1,7 +1,7 @@
 // CPU kernels of cropr::attend and its gradient for the queries.
 //
 // One query streams the tokens past itself. Many queries are matrix products: those run in the BLAS behind
-// aten::matmul, one image at a time, so that nothing larger than (M, N) ever exists.
+// aten::mm, one image at a time, so that nothing larger than (M, N) ever exists.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -96,10 +96,20 @@ Tensor transposed(const Tensor& t) {
   return torch::stable::transpose(t, 0, 1);
 }
 
+// a b, in their own type. Written to a tensor that is there, because autocast would answer aten::mm in another type.
+template <typename A>
+Tensor product(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  const Tensor out = empty({a.size(0), b.size(1)}, acc_dtype<A>);
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The softmax (M, N) of one image, from scaled queries (M, D) and tokens (N, D).
 template <typename A>
 Tensor attention(const Tensor& queries, const Tensor& tokens) {
-  const Tensor logits = torch::stable::contiguous(torch::stable::matmul(queries, transposed(tokens)));
+  const Tensor logits = product<A>(queries, transposed(tokens));
   softmax_rows(mutable_data<A>(logits), logits.size(0), logits.size(1));
   return logits;
 }
@@ -135,7 +145,7 @@ Tensor attend_all(const char* op, const Tensor& x, const Tensor& queries, double
     for (int64_t b = 0; b < batch; ++b) {
       const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
       Tensor target = torch::stable::select(out, 0, b);
-      torch::stable::copy_(target, torch::stable::matmul(attention<A>(query, tokens), tokens));
+      torch::stable::copy_(target, product<A>(attention<A>(query, tokens), tokens));
     }
   });
   return out;
@@ -202,8 +212,7 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
     for (int64_t b = 0; b < batch; ++b) {
       const Tensor tokens = as_acc<A>(torch::stable::select(dense, 0, b));
       const Tensor weight = attention<A>(query, tokens);
-      const Tensor slope =
-          torch::stable::contiguous(torch::stable::matmul(torch::stable::select(grad, 0, b), transposed(tokens)));
+      const Tensor slope = product<A>(torch::stable::select(grad, 0, b), transposed(tokens));
       A* p = mutable_data<A>(weight);
       const A* s = data<A>(slope);
       parallel_for(0, count, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
@@ -213,7 +222,7 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
           for (int64_t i = 0; i < n; ++i) p[m * n + i] *= static_cast<A>(scale) * (s[m * n + i] - mean);
         }
       });
-      const Tensor part = torch::stable::contiguous(torch::stable::matmul(weight, tokens));
+      const Tensor part = product<A>(weight, tokens);
       const A* values = data<A>(part);
       for (int64_t i = 0; i < count * dim; ++i) total[i] += values[i];
     }

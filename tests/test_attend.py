@@ -121,3 +121,19 @@ def test_small_scratch_gives_the_same_result(kernels, monkeypatch):
     parts = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
     for a, b in zip(parts, whole):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 5])
+def test_autocast_changes_nothing_inside(kernels, count, dtype):
+    """Matrix products of kernels on autocast's list once came back in 16 bits, and were read as 32."""
+    skip_if_uninterpretable(kernels, dtype, (2, count))
+    x, queries, grad, scale = make((2, count, 17, 40), dtype, kernels.device)
+
+    def results():
+        found = [*kernels.attend_scores(x, queries, scale), kernels.attend(x, queries, scale)]
+        return [*found, kernels.attend_backward(grad, x, queries, scale)]
+
+    expected = results()
+    with torch.autocast(kernels.device, dtype=torch.bfloat16):
+        assert all(map(torch.equal, results(), expected))

@@ -310,8 +310,8 @@ RECIPES = {
     ),
     "detection": dict(
         task="detection", train_split=("train/photos", "train/boxes.json"),
-        val_split=("val/photos", "val/boxes.json"), img_size=(64, 64), scale=(0.9, 1.2), lr=1e-3, epochs=20,
-        window=4, global_blocks=(1, 3), flip=0.0, masks=True,
+        val_split=("val/photos", "val/boxes.json"), img_size=(64, 64), scale=(0.9, 1.2), lr=1e-3, epochs=10,
+        window=4, global_blocks=(1, 3), flip=0.0, channels=16,
     ),
 }  # fmt: skip
 REACHES = {"segmentation": ("mIoU", 60), "detection": ("AP box 50", 20)}

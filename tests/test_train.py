@@ -326,14 +326,14 @@ def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
     from cropr_kernels.tasks import Classifier
 
     task = Classifier(model)
-    wanted = Config(lr=1.0, layer_decay=0.5, head_lr_scale=3.0, weight_decay=0.1, warmup_epochs=2, epochs=10)
+    wanted = Config(lr=1.0, layer_decay=0.5, head_lr_scale=3.0, query_lr_scale=2.0, weight_decay=0.1, warmup_epochs=2, epochs=10)
     groups = {id(p): group for group in param_groups(task, wanted) for p in group["params"]}
     assert len(groups) == len(list(task.parameters()))
     expected = {
         "backbone.patch_embed.proj.weight": (0.5**5, 0.1), "backbone.pos_embed": (0.5**5, 0.0),
         "backbone.blocks.0.attn.qkv.weight": (0.5**4, 0.1), "backbone.blocks.3.norm1.weight": (0.5, 0.0),
         "backbone.norm.bias": (1.0, 0.0), "backbone.head.weight": (1.0, 0.1),
-        "backbone.cropr.1.queries": (3.0, 0.0), "backbone.cropr.0.aggregator.mlp.0.weight": (3.0, 0.1),
+        "backbone.cropr.1.queries": (2.0, 0.0), "backbone.cropr.0.aggregator.mlp.0.weight": (3.0, 0.1),
     }  # fmt: skip
     named = dict(task.named_parameters())
     for name, (scale, decay) in expected.items():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..patch import Pruned
-from .features import missing_norm, patch_features
+from .features import patch_features
 
 
 def patch_categories(
@@ -125,7 +125,6 @@ class Detector(nn.Module):
         if isinstance(backbone, Pruned) and not backbone.cropr.llf:
             raise ValueError("Detector: the pyramid needs the whole map: cropr.apply(..., llf=True)")
         self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
-        self.norm = missing_norm(backbone)
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         kind = detection.MaskRCNN if masks else detection.FasterRCNN
         sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
@@ -154,7 +153,7 @@ class Detector(nn.Module):
         grid = self.side // patch[0], self.side // patch[1]
         pixels = batch.tensors[:, :, : grid[0] * patch[0], : grid[1] * patch[1]]
         tokens, aux = patch_features(self.backbone, pixels, predict=learns)
-        maps = self.pyramid(self.norm(tokens).transpose(1, 2).unflatten(2, grid))
+        maps = self.pyramid(tokens.transpose(1, 2).unflatten(2, grid))
         with torch.autocast(pixels.device.type, enabled=False):  # boxes are pixels: 16 bits are too few for them
             maps = OrderedDict((name, level.float()) for name, level in maps.items())
             proposals, losses = self.rpn(batch, maps, target)

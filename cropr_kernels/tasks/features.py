@@ -14,16 +14,19 @@ class Features(NamedTuple):
     aux: list[Tensor]
 
 
+def token_norm(backbone: Any) -> Any:
+    """The last norm of the tokens: models that average over patches have it behind the average."""
+    behind = getattr(backbone, "fc_norm", None)
+    return behind if isinstance(behind, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm) else backbone.norm
+
+
 def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
     """Features of a backbone that is not pruned, or pruned with Last Layer Fusion."""
-    if not isinstance(backbone, Pruned):
-        return Features(backbone.forward_features(images)[:, backbone.num_prefix_tokens :], [])
-    x, aux = backbone.cropr_features(images, predict=predict)
-    return Features(x if backbone.cropr.windows is not None else x[:, backbone.num_prefix_tokens :], aux)
-
-
-def missing_norm(backbone: Any) -> nn.Module:
-    """The norm that features still need: models that average over patches have theirs behind the average."""
-    if isinstance(backbone.norm, nn.LayerNorm):
-        return nn.Identity()
-    return nn.LayerNorm(backbone.embed_dim, eps=1e-6)
+    aux: list[Tensor] = []
+    if isinstance(backbone, Pruned):
+        x, aux = backbone.cropr_features(images, predict=predict)
+        tokens = x if backbone.cropr.windows is not None else x[:, backbone.num_prefix_tokens :]
+    else:
+        tokens = backbone.forward_features(images)[:, backbone.num_prefix_tokens :]
+    norm = token_norm(backbone)
+    return Features(tokens if norm is backbone.norm else norm(tokens), aux)

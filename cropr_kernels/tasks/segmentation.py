@@ -14,7 +14,7 @@ from ..modules import Split
 from ..patch import Pruned
 from ..stream import Left, Streamed
 from ..vit import Block, ViTConfig
-from .features import missing_norm, patch_features
+from .features import patch_features, token_norm
 
 FUSIONS = ("llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
 
@@ -144,7 +144,6 @@ class Segmenter(nn.Module):
             raise ValueError(f"Segmenter: fusion={fusion!r} needs apply(..., llf={fusion == 'llf'})")
         self.backbone, self.grid, self.fusion, self.ignore_index = backbone, grid, fusion, ignore_index
         dim = backbone.embed_dim
-        self.norm = missing_norm(backbone)
         self.head = nn.Linear(dim, num_classes)
         self.fuse: Fusion | None = None
         if pruned and fusion == "dtop":
@@ -159,14 +158,14 @@ class Segmenter(nn.Module):
         prefix = backbone.num_prefix_tokens
         if self.fusion == "llf" or not isinstance(backbone, Pruned):
             tokens, aux = patch_features(backbone, images, predict=predict)
-            return PatchLogits(self.decode(tokens), aux)
+            return PatchLogits(self.head(tokens), aux)
         gone: list[Tensor] = []
         streamed = backbone.cropr_stream(
             images, departures=lambda _, positions: gone.append(positions), predict=predict, collect=True
         )
         if self.fuse is not None:
-            return PatchLogits(self.decode(self.fuse(streamed, backbone.norm, prefix)), streamed.aux)
-        logits = self.decode(backbone.norm(streamed.tokens))
+            return PatchLogits(self.head(self.fuse(streamed, token_norm(backbone), prefix)), streamed.aux)
+        logits = self.head(token_norm(backbone)(streamed.tokens))
         if streamed.left is not None:
             parts = streamed.left.tokens.split([positions.shape[1] for positions in gone], 1)
             active = [module for module, count in zip(backbone.cropr, self._drops(streamed)) if count]
@@ -195,10 +194,6 @@ class Segmenter(nn.Module):
             if departures:
                 alive = alive.scatter(1, departures.pop(0), False)
         return whole
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Logits (..., classes) of normalised tokens (..., D)."""
-        return self.head(self.norm(tokens))
 
     def to_map(self, logits: Tensor, images: Tensor) -> Tensor:
         """Patch logits (B, patches, classes), bilinear, as a map of the images' size (B, classes, H, W)."""

@@ -75,5 +75,11 @@ def task(config: Config, num_classes: int) -> Any:
         if config.task == "segmentation":
             return Segmenter(model, num_classes, grid=grid, fusion=config.fusion, ignore_index=config.ignore_index)
         return Detector(
-            model, num_classes, img_size=config.img_size, masks=config.masks, mean=config.mean, std=config.std
+            model,
+            num_classes,
+            img_size=config.img_size,
+            masks=config.masks,
+            mean=config.mean,
+            std=config.std,
+            channels=config.channels,
         )

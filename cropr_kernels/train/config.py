@@ -58,7 +58,8 @@ class Config:
     poly_power: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    head_lr_scale: float = 1.0  # of everything outside the backbone's own layers
+    head_lr_scale: float = 1.0  # of what is new: decoders, and the Cropr modules but for their queries
+    query_lr_scale: float = 1.0  # of the queries
     drop_path: float = 0.0
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     amp: Literal["none", "bfloat16", "float16"] = "none"
@@ -87,6 +88,7 @@ class Config:
 
     # detection
     masks: bool = False  # instance segmentation too
+    channels: int = 256  # of the feature pyramid
 
     # writing
     save_steps: int = 500

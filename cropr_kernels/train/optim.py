@@ -39,7 +39,10 @@ def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
-        scale *= config.head_lr_scale if is_new(name) else 1.0
+        if name.startswith("backbone.cropr.") and name.endswith(".queries"):
+            scale *= config.query_lr_scale
+        elif is_new(name):
+            scale *= config.head_lr_scale
         decays = parameter.ndim > 1 and not name.endswith(_NO_DECAY)
         weight_decay = config.weight_decay if decays else 0.0
         group = groups.setdefault(

@@ -28,8 +28,13 @@ from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.weights import load_weights
 
-# 1.7 and 3 times fewer FLOPs than no pruning, after each block R fewer or a share fewer; once; with the last block whole.
-DEC, DEC_LLF, CONST, CONST_LLF = dict(rate=14), dict(rate=17, llf=True), dict(const=(4, 79)), dict(const=(4, 60), llf=True)
+# 1.7 and 3 times fewer FLOPs than no pruning: fewer tokens after each block, or once; with the last block whole.
+DEC, DEC_LLF, CONST, CONST_LLF = (
+    dict(rate=14),
+    dict(rate=17, llf=True),
+    dict(const=(4, 79)),
+    dict(const=(4, 60), llf=True),
+)
 STRONG, STRONG_LLF = dict(ratio=0.775), dict(ratio=0.68, llf=True)
 CALIBRATED: dict[str, Any] = dict(calibrate=256)
 

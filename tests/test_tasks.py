@@ -46,9 +46,7 @@ def test_soft_targets_and_smoothing_reach_every_head():
     torch.testing.assert_close(found["main"], expected[0])
     torch.testing.assert_close(found["aux"], sum(expected[1:]))
     mixed = torch.rand(3, 5).softmax(1)
-    torch.testing.assert_close(
-        Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean()
-    )
+    torch.testing.assert_close(Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean())
     task.eval()
     assert torch.equal(task(images), model(images)) and len(task.predictions(images)) == 4
     assert torch.equal(task.predictions(images)[-1], model(images))
@@ -118,7 +116,7 @@ def tokens_of(task, images):
         if layer < len(counts):
             kept = stack[layer](out[None], counts[layer], 1).kept_idx[0].tolist()
             leaving = [p for i, p in enumerate(alive) if i not in kept]
-            gone |= {p: layer for p in leaving}
+            gone |= dict.fromkeys(leaving, layer)
             alive = [alive[i] for i in kept]
     return rows, alive, gone
 
@@ -214,7 +212,9 @@ def test_a_patch_has_the_categories_of_the_objects_that_touch_it(masks):
             for row in range(8):
                 for column in range(8):
                     inside = x0 < 8 * column + 8 and x1 > 8 * column and y0 < 8 * row + 8 and y1 > 8 * row
-                    expected[image, row, column, label - 1] = max(float(inside), expected[image, row, column, label - 1])
+                    expected[image, row, column, label - 1] = max(
+                        float(inside), expected[image, row, column, label - 1]
+                    )
     assert torch.equal(found, expected.flatten(1, 2))
 
 

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     train(small, tmp_path / "one", data=data, task=task, show=False)
     assert losses(tmp_path / "one")[-2]["not_finite"] == 1
     assert bool(task.weight.isfinite())
-    with pytest.raises(RuntimeError, match="not finite in 2 steps in a row, the last one step 3 .* Try a lower lr"):
+    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row, the last 3 .* Try a lower lr"):
         train(small, tmp_path / "two", data=data, task=Explodes({3, 4}), show=False)
 
 
@@ -278,14 +278,16 @@ def test_what_does_not_fit_is_refused(photos, tmp_path):
     state = torch.load(out / "best.pt")
     state["model"]["backbone.more"] = state["model"].pop("backbone.norm.weight")
     checkpoint.save(out / "best.pt", state)
-    with pytest.raises(ValueError, match="does not fit this model: lacks backbone.norm.weight; has backbone.more too much"):
+    with pytest.raises(
+        ValueError, match=r"does not fit this model: lacks backbone.norm.weight; has backbone.more too much"
+    ):
         rebuild(out)
     (out / "best.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="best.pt cannot be read"):
+    with pytest.raises(ValueError, match=r"best\.pt cannot be read"):
         rebuild(out)
     with pytest.raises(FileNotFoundError, match="there is none at"):
         rebuild(tmp_path)
-    with pytest.raises(FileNotFoundError, match="train_split names .* no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"train_split names .* no such file or folder"):
         load_data(config(photos, train_split=("training",)))
     with pytest.raises(ValueError, match="train_split must be 1 paths for classification"):
         load_data(config(photos, train_split=("train", "val")))
@@ -317,7 +319,7 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             Config().changed(**values)
-    with pytest.raises(ValueError, match="bad.json is not JSON"):
+    with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         Config.read(tmp_path / "bad.json")
 
 
@@ -326,7 +328,9 @@ def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
     from cropr_kernels.tasks import Classifier
 
     task = Classifier(model)
-    wanted = Config(lr=1.0, layer_decay=0.5, head_lr_scale=3.0, query_lr_scale=2.0, weight_decay=0.1, warmup_epochs=2, epochs=10)
+    wanted = Config(
+        lr=1.0, layer_decay=0.5, head_lr_scale=3.0, query_lr_scale=2.0, weight_decay=0.1, warmup_epochs=2, epochs=10
+    )
     groups = {id(p): group for group in param_groups(task, wanted) for p in group["params"]}
     assert len(groups) == len(list(task.parameters()))
     expected = {

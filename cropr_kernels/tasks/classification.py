@@ -32,7 +32,10 @@ class Classifier(nn.Module):
             return self.backbone(images)
         output, aux = self.backbone(images) if isinstance(self.backbone, Pruned) else (self.backbone(images), [])
         main = self.criterion(output, target)
-        return {"main": main, "aux": sum((self.criterion(prediction, target) for prediction in aux), main.new_zeros(()))}
+        return {
+            "main": main,
+            "aux": sum((self.criterion(prediction, target) for prediction in aux), main.new_zeros(())),
+        }
 
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Logits (B, classes) of every auxiliary head, in order, and of the output last."""

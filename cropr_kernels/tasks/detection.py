@@ -144,7 +144,7 @@ class Detector(nn.Module):
                 for instance segmentation.
 
         Returns:
-            {"main", "aux"}, scalars; else per photo {"boxes", "labels", "scores"} and, with masks, "masks" (n, 1, H, W).
+            {"main", "aux"}, scalars; else per photo {"boxes", "labels", "scores"}, and "masks" (n, 1, H, W).
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         learns = self.training and target is not None

@@ -23,10 +23,12 @@ def token_norm(backbone: Any) -> Any:
 def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
     """Features of a backbone that is not pruned, or pruned with Last Layer Fusion."""
     aux: list[Tensor] = []
+    prefix = backbone.num_prefix_tokens
     if isinstance(backbone, Pruned):
         x, aux = backbone.cropr_features(images, predict=predict)
-        tokens = x if backbone.cropr.windows is not None else x[:, backbone.num_prefix_tokens :]
+        prefix = 0 if backbone.cropr.windows is not None else prefix
     else:
-        tokens = backbone.forward_features(images)[:, backbone.num_prefix_tokens :]
+        x = backbone.forward_features(images)
+    tokens = x[:, prefix:]
     norm = token_norm(backbone)
     return Features(tokens if norm is backbone.norm else norm(tokens), aux)

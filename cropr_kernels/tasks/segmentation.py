@@ -120,7 +120,8 @@ class Segmenter(nn.Module):
         backbone: pruned by `apply` with num_queries = patches and num_outputs = num_classes, or not pruned.
         num_classes: classes of the label maps.
         grid: patches in height and width at the training size.
-        fusion: one of FUSIONS; "llf" if apply was given llf=True, or nothing is pruned. dtop replaces the Cropr modules.
+        fusion: one of FUSIONS; "llf" if apply was given llf=True, or nothing is pruned. dtop replaces the Cropr
+            modules.
         ignore_index: label of the pixels that count nowhere.
 
     Raises:
@@ -154,7 +155,7 @@ class Segmenter(nn.Module):
 
     def logits(self, images: Tensor, *, predict: bool = False) -> PatchLogits:
         """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
-        backbone = self.backbone
+        backbone: Any = self.backbone
         prefix = backbone.num_prefix_tokens
         if self.fusion == "llf" or not isinstance(backbone, Pruned):
             tokens, aux = patch_features(backbone, images, predict=predict)
@@ -168,7 +169,7 @@ class Segmenter(nn.Module):
         logits = self.head(token_norm(backbone)(streamed.tokens))
         if streamed.left is not None:
             parts = streamed.left.tokens.split([positions.shape[1] for positions in gone], 1)
-            active = [module for module, count in zip(backbone.cropr, self._drops(streamed)) if count]
+            active: list[Any] = [module for module, count in zip(backbone.cropr, self._drops(streamed)) if count]
             leaving = torch.cat([module.classify(part) for module, part in zip(active, parts)], 1)
             logits = put_back(logits, streamed.left, leaving.type_as(logits))
         return PatchLogits(logits[:, prefix:], self._to_patches(streamed.aux, gone, prefix))
@@ -248,5 +249,3 @@ class Segmenter(nn.Module):
 def _starts(length: int, size: int, stride: int) -> list[int]:
     """Where windows begin, so that they cover everything and the last one ends at the edge."""
     return [*range(0, max(length - size, 0), stride), length - size]
-
-

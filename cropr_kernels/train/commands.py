@@ -34,7 +34,7 @@ def add_parsers(commands: Any) -> None:
     measuring = commands.add_parser(
         "eval",
         help="measure a trained model, and draw what it prunes",
-        description="Measure the model of a run on its validation data; writes eval.json, maps.png and curves.png there.",
+        description="Measure the model of a run on its validation data. Writes eval.json, maps.png, curves.png there.",
     )
     measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
     measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
@@ -62,7 +62,7 @@ def configure(options: argparse.Namespace) -> Config:
     if options.data:
         pairs["data"] = options.data
     schedules = {"rate", "keep", "ratio", "const"} & set(pairs)
-    cleared: dict[str, Any] = {name: None for name in ("rate", "keep", "ratio", "const")} if schedules else {}
+    cleared: dict[str, Any] = dict.fromkeys(("rate", "keep", "ratio", "const")) if schedules else {}
     config = config.changed(**{**cleared, **pairs})
     if not config.data:
         raise ValueError("say where the dataset is: --data FOLDER")
@@ -140,5 +140,6 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
             pixels[:, :height, :width] = image[:, :height, :width]
         maps.append(pruning_map(task.backbone, pixels[None])[0])
         shown.append(pixels * std + mean)
-    save_pruning_maps(options.out / "maps.png", torch.stack(shown), torch.stack(maps), len(task.backbone.blocks))
+    depth = len(task.backbone.blocks)  # type: ignore[attr-defined]
+    save_pruning_maps(options.out / "maps.png", torch.stack(shown), torch.stack(maps), depth)
     print(f"wrote {options.out / 'maps.png'}")

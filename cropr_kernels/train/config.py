@@ -108,7 +108,9 @@ class Config:
         for name in ("ema", "smoothing", "drop_path"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
-        self._require("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}")
+        self._require(
+            "accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"
+        )
         self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
         self.constructor_options()
         given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]

@@ -242,11 +242,11 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _label_maps(config: Config) -> Data:
-    parts = [
+    train, val = (
         LabelMaps(_part(config, option, 0, 2), _part(config, option, 1, 2), config, train=option == "train_split")
         for option in ("train_split", "val_split")
-    ]
-    return Data(*parts, [str(index) for index in range(config.num_classes)])
+    )
+    return Data(train, val, [str(index) for index in range(config.num_classes)])
 
 
 class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
@@ -262,7 +262,9 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.ids = sorted(self.coco.getImgIds())
         self.categories = sorted(self.coco.getCatIds())
         if not self.ids or not self.categories:
-            raise ValueError(f"detection: {annotations} holds {len(self.ids)} images and {len(self.categories)} categories")
+            raise ValueError(
+                f"detection: {annotations} holds {len(self.ids)} images and {len(self.categories)} categories"
+            )
 
     def names(self) -> list[str]:
         return [category["name"] for category in self.coco.loadCats(self.categories)]

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import Config
 from .extras import need
 
 
-def evaluate(task: Any, loader: Any, config: Config, num_classes: int, device: torch.device, show: bool) -> dict[str, Any]:
+def evaluate(
+    task: Any, loader: Any, config: Config, num_classes: int, device: torch.device, show: bool
+) -> dict[str, Any]:
     """Metrics of a task over a loader, reduced over all processes, in the mode of inference.
 
     Classification: top-1, top-5. Segmentation: mIoU and pixel accuracy by sliding window. Detection: AP, AP50, and of
@@ -20,14 +22,16 @@ def evaluate(task: Any, loader: Any, config: Config, num_classes: int, device: t
     the share of patches.
     """
     tqdm = need("tqdm").tqdm
-    kinds = {"classification": Top, "segmentation": Overlap, "detection": Precision}
+    kinds: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
     was_training = task.training
     task.eval()
     metric = kinds[config.task](config, num_classes, device)
     skipped, images_seen, seconds = 0, 0, 0.0
     try:
         with torch.no_grad(), autocast(config, device):
-            for images, target, replaced in tqdm(loader, desc="evaluation", disable=not show, leave=False, mininterval=1):
+            for images, target, replaced in tqdm(
+                loader, desc="evaluation", disable=not show, leave=False, mininterval=1
+            ):
                 start = time.perf_counter()
                 metric.update(task, images, target)
                 seconds += time.perf_counter() - start
@@ -127,7 +131,7 @@ class Precision:
             warnings.simplefilter("ignore")
             values = self.metric.compute()
         prefixes = {"bbox_": "AP box", "segm_": "AP mask"} if self.masks else {"": "AP box"}
-        named = {}
+        named: dict[str, float] = {}
         for prefix, name in prefixes.items():
             named |= {name: _percent(values[f"{prefix}map"]), f"{name} 50": _percent(values[f"{prefix}map_50"])}
         return {name: max(value, 0.0) for name, value in named.items()}  # -1: there was nothing to find

@@ -52,11 +52,13 @@ def processes(config: Config) -> Iterator[Place]:
             dist.destroy_process_group()
 
 
-def train(config: Config, out: str | Path, *, data: Data | None = None, task: Any = None, show: bool = True) -> dict[str, Any]:
+def train(
+    config: Config, out: str | Path, *, data: Data | None = None, task: Any = None, show: bool = True
+) -> dict[str, Any]:
     """Train a task, or go on with a run that was interrupted, to the same losses as if it had not been.
 
-    Writes into `out`: config.json; metrics.jsonl, one line for every log_steps steps and every evaluation; last.pt, to go
-    on from, every save_steps steps and at the end of an epoch; best.pt, the weights that were best so far (of the
+    Writes into `out`: config.json; metrics.jsonl, one line for every log_steps steps and every evaluation; last.pt, to
+    go on from, every save_steps steps and at the end of an epoch; best.pt, the weights that were best so far (of the
     average, where there is one). Under torchrun all processes share the work; batch_size is that of all together.
 
     Args:
@@ -76,7 +78,9 @@ def train(config: Config, out: str | Path, *, data: Data | None = None, task: An
     """
     with processes(config) as place:
         data = load_data(config) if data is None else data
-        return Run(config, Path(out), data, build.task(config, len(data.classes)) if task is None else task, place, show).go()
+        return Run(
+            config, Path(out), data, build.task(config, len(data.classes)) if task is None else task, place, show
+        ).go()
 
 
 class Run:
@@ -148,7 +152,7 @@ class Run:
         mesh = init_device_mesh(self.place.device.type, (self.place.world,))
         for block in task.backbone.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
-        shared = fully_shard(task, mesh=mesh)
+        shared: Any = fully_shard(task, mesh=mesh)
         for method in ("predictions", "slide"):  # evaluation calls them, and needs whole parameters in them
             if hasattr(task, method):
                 register_fsdp_forward_method(shared, method)
@@ -171,12 +175,16 @@ class Run:
         state |= {"scaler": self.scaler.state_dict(), "ema": None if self.ema is None else self.ema.state_dict()}
         state |= {"step": self.step, "best": self.best, "totals": self.totals, "bad_in_a_row": self.bad_in_a_row}
         if self.writes:
-            checkpoint.save(self.out / "last.pt", state | {"config": self.config.to_json(), "classes": self.data.classes})
+            checkpoint.save(
+                self.out / "last.pt", state | {"config": self.config.to_json(), "classes": self.data.classes}
+            )
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.writes:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)} | line) + "\n")
+                file.write(
+                    json.dumps({"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)} | line) + "\n"
+                )
 
     def go(self) -> dict[str, Any]:
         """Train to the end."""
@@ -188,7 +196,9 @@ class Run:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
                 sizes = {"rank": self.place.rank, "world": self.place.world, "first_step": first}
-                loader = iter(train_loader(self.data.train, Batches(len(self.data.train), config, epoch, **sizes), config))
+                loader = iter(
+                    train_loader(self.data.train, Batches(len(self.data.train), config, epoch, **sizes), config)
+                )
                 for _ in range(first, self.steps_an_epoch):
                     start = time.perf_counter()
                     losses = self._step(loader)
@@ -251,7 +261,7 @@ class Run:
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= config.max_bad_steps:
                 raise RuntimeError(
-                    f"train: the loss was not finite in {self.bad_in_a_row} steps in a row, the last one step {self.step} "
+                    f"train: the loss was not finite in {self.bad_in_a_row} steps in a row, the last {self.step} "
                     f"(main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try a lower lr, "
                     "clip_grad, or amp='bfloat16'"
                 )

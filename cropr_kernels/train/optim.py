@@ -46,7 +46,8 @@ def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
         decays = parameter.ndim > 1 and not name.endswith(_NO_DECAY)
         weight_decay = config.weight_decay if decays else 0.0
         group = groups.setdefault(
-            (scale, weight_decay), {"params": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": weight_decay}
+            (scale, weight_decay),
+            {"params": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": weight_decay},
         )
         group["params"].append(parameter)
     return list(groups.values())

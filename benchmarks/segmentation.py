@@ -2,9 +2,9 @@
 
 python benchmarks/segmentation.py --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods ...] [--out FILE]
 
-FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of off_the_shelf.py. Photos are resized to
-320 x 240, and the network sees crops of 224 x 224. All methods drop 14 tokens after each block, from half of the epochs on. A run that
-is cut off goes on where it stopped.
+FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of off_the_shelf.py. Photos are resized to 320 x 240,
+and the network sees crops of 224 x 224. All methods drop 14 tokens after each block, from half of the epochs on. A run
+that is cut off goes on where it stopped.
 """
 
 import argparse

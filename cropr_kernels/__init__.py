@@ -11,7 +11,10 @@ Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,re
 
 from . import ops as ops
 from . import schedule as schedule
+from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
+from .calibration import load_queries as load_queries
+from .calibration import save_queries as save_queries
 from .merging import Merge as Merge
 from .modules import Cropr as Cropr
 from .modules import Split as Split

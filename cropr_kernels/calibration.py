@@ -6,16 +6,18 @@ many images stream past.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import find_adapter, pools_class_token
 from .modules import FoldedCropr
-from .patch import require_pruned
+from .patch import deploy, require_pruned, set_rate
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -89,6 +91,10 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
         ValueError: there are no images, ridge is not positive, or a block has no attention to look at.
     """
     stack: Any = require_pruned(model, "cropr.calibrate")
+    if stack.windows is not None:
+        raise ValueError("cropr.calibrate: models with window attention are not supported")
+    if any(getattr(module, "aggregator", None) and module.aggregator.attention for module in stack):
+        raise ValueError("cropr.calibrate: queries with projections (num_heads) are learned, not solved for")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
     adapter, dim = find_adapter(model), model.embed_dim
@@ -127,10 +133,111 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += ridge * diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     queries = F.normalize(torch.linalg.solve(gram, moment), dim=1)
+    _set_queries(stack, queries)
+    return model
+
+
+def _set_queries(stack: Any, queries: Tensor) -> None:
+    """Fold to these from now on, one row per module."""
     for module, query in zip(stack, queries):
         if isinstance(module, FoldedCropr):
             module.folded.copy_(query)
         else:
             # Several queries stay apart, as their auxiliary predictions need it; their sum is what scores.
             module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))
+
+
+def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = None) -> None:
+    """Write the folded queries of a pruned model, (modules, D) float32, and whatever is said about them.
+
+    Raises:
+        TypeError: the model is not pruned.
+    """
+    stack: Any = require_pruned(model, "cropr.save_queries")
+    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, path)
+
+
+@torch.no_grad()
+def load_queries(model: Any, path: str | Path) -> Any:
+    """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in place.
+
+    A model with Last Layer Fusion has one module fewer, and takes the first ones.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model is not pruned.
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no queries, or those of another model.
+    """
+    stack: Any = require_pruned(model, "cropr.load_queries")
+    try:
+        queries = torch.load(path, map_location="cpu", weights_only=True)["queries"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
+    if len(queries) < len(stack) or queries.shape[1] != model.embed_dim:
+        raise ValueError(
+            f"cropr.load_queries: the model has {len(stack)} modules of width {model.embed_dim}, {path} queries of "
+            f"shape {tuple(queries.shape)}"
+        )
+    _set_queries(stack, queries.to(next(model.parameters()).device))
     return model
+
+
+class Agreement(NamedTuple):
+    """What a rate leaves of the unpruned model's answers."""
+
+    rate: int
+    agreement: float  # share of images with the same top class; of features the mean cosine
+    divergence: float  # mean KL divergence from the unpruned model's probabilities; NaN for features
+    flops: float  # times fewer than unpruned
+
+
+@torch.inference_mode()
+def agreement(
+    model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32
+) -> list[Agreement]:
+    """Compare a pruned model at several rates with the same model unpruned, without labels.
+
+    Args:
+        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output; it is read only.
+        images: as in `calibrate`; others than it was calibrated on.
+        rates: tokens dropped per module.
+        batch_size: images at a time where `images` is one tensor.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: there are no images, or a rate drops more tokens than there are.
+    """
+    require_pruned(model, "cropr.agreement")
+    fast, rates = deploy(model), list(rates)
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in _batches(images, batch_size)]
+    if not batches:
+        raise ValueError("cropr.agreement: needs at least one image, got none")
+    outputs, flops = {}, {}
+    for rate in dict.fromkeys([0, *rates]):
+        set_rate(fast, rate)
+        with FlopCounterMode(display=False) as counter:
+            first = fast(batches[0])
+        flops[rate] = counter.get_total_flops()
+        outputs[rate] = torch.cat([first, *(fast(batch) for batch in batches[1:])]).double()
+    expected, rows = outputs[0], []
+    for rate in rates:
+        own = outputs[rate]
+        if model.num_classes:
+            log_p, log_q = expected.log_softmax(1), own.log_softmax(1)
+            same = (expected.argmax(1) == own.argmax(1)).double().mean().item()
+            divergence = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
+        else:
+            same, divergence = F.cosine_similarity(expected, own).mean().item(), float("nan")
+        rows.append(Agreement(rate, same, divergence, flops[0] / flops[rate]))
+    return rows
+
+
+def recommend(rows: Iterable[Agreement], least: float = 0.95) -> Agreement | None:
+    """The highest rate that agrees with the unpruned model at least so much, or None."""
+    return max((row for row in rows if row.agreement >= least), key=lambda row: row.rate, default=None)

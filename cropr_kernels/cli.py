@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__, ops
 from .adapters import find_adapter
 from .blocks import takes_extra_dimension
+from .calibrating import add_parser as add_calibration
 from .patch import apply, default_grid, deploy, remove
 from .train.commands import add_parsers as add_training
 from .vit import PRESETS, create_vit
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     about.add_argument("--llf", action="store_true", help="Last Layer Fusion")
     about.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
     about.set_defaults(run=run_info)
+    add_calibration(commands)
     add_training(commands)
     options = parser.parse_args(arguments)
     try:

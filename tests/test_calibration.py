@@ -7,6 +7,7 @@ import torch
 from models import MODELS, randomise, reference_vit, timm_vit
 
 import cropr_kernels as cropr
+from cropr_kernels import cli
 from cropr_kernels.calibration import importance
 
 
@@ -75,11 +76,27 @@ def test_every_family_calibrates_and_keeps_its_backbone(kind):
     for module in model.cropr:
         module.queries.data.normal_()
     cropr.calibrate(model, images)
-    assert all(torch.equal(a, module.query()) for a, module in zip(first, model.cropr))
+    for a, module in zip(first, model.cropr):  # three queries sum to one only up to rounding
+        torch.testing.assert_close(a, module.query(), rtol=1e-5, atol=1e-5)
     fast = cropr.calibrate(cropr.deploy(model), images)
-    for a, module in zip(first, fast.cropr):  # three queries sum to one only up to rounding
-        torch.testing.assert_close(a, module.query())
+    for a, module in zip(first, fast.cropr):
+        torch.testing.assert_close(a, module.query(), rtol=1e-5, atol=1e-5)
     assert cropr.set_rate(fast, 4)(images).isfinite().all()
+
+
+def test_it_is_deterministic_and_leaves_several_queries_apart():
+    images = torch.randn(4, 3, 64, 64)
+    one, many = (cropr.apply(reference_vit(), rate=8, num_queries=count) for count in (1, 5))
+    before = [module.queries.detach().clone() for module in many.cropr]
+    queries = []
+    for _ in range(2):
+        cropr.calibrate(one, images)
+        queries.append([module.queries.detach().clone() for module in one.cropr])
+    assert all(map(torch.equal, *queries))
+    cropr.calibrate(many, images)
+    for old, module in zip(before, many.cropr):
+        spread = module.queries - module.queries.mean(0)
+        torch.testing.assert_close(spread, old - old.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_importance_is_the_share_of_attention():
@@ -98,12 +115,84 @@ def test_refusals():
         cropr.calibrate(model, torch.randn(1, 3, 64, 64), ridge=0)
     with pytest.raises(TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"):
         cropr.calibrate(reference_vit(), torch.randn(1, 3, 64, 64))
+    several = cropr.apply(reference_vit(), rate=8, num_heads=2)
+    with pytest.raises(ValueError, match=r"queries with projections \(num_heads\) are learned"):
+        cropr.calibrate(several, torch.randn(1, 3, 64, 64))
+    windows = cropr.apply(reference_vit(), rate=1, llf=True, windows=cropr.Windows(4))
+    with pytest.raises(ValueError, match="window attention are not supported"):
+        cropr.calibrate(windows, torch.randn(1, 3, 64, 64))
     unfused = cropr.apply(timm_vit(), rate=8)
     for block in unfused.blocks:
         block.attn.fused_attn = False
     with pytest.raises(ValueError, match="block 0 must call scaled_dot_product_attention once, called it 0 times"):
         cropr.calibrate(unfused, torch.randn(1, 3, 64, 64))
     assert unfused.training
+
+
+def test_agreement_is_that_of_the_deployed_model():
+    model = cropr.apply(randomise(reference_vit()), rate=8)
+    images = torch.randn(10, 3, 64, 64)
+    rows = cropr.agreement(model, images, [0, 5, 18], batch_size=4)
+    assert [row.rate for row in rows] == [0, 5, 18] and rows[0][1:] == (1.0, pytest.approx(0, abs=1e-9), 1.0)
+    fast = cropr.deploy(model)
+    logits = {rate: cropr.set_rate(fast, rate)(images).double().log_softmax(1) for rate in (0, 18)}
+    assert rows[2].agreement == (logits[0].argmax(1) == logits[18].argmax(1)).double().mean()
+    expected = torch.nn.functional.kl_div(logits[18], logits[0], log_target=True, reduction="batchmean")
+    assert rows[2].divergence == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    assert rows[2].flops > rows[1].flops > 1
+    features = cropr.apply(randomise(reference_vit(num_classes=0)), rate=8, num_outputs=0)
+    [row] = cropr.agreement(features, images, [18])
+    assert 0 < row.agreement < 1 and row.divergence != row.divergence
+    row = cropr.calibration.Agreement
+    some = [row(4, 0.99, 0.0, 1.1), row(8, 0.96, 0.1, 1.2), row(12, 0.9, 0.2, 1.4)]
+    assert cropr.calibration.recommend(some).rate == 8 and cropr.calibration.recommend(some, 0.999) is None
+    with pytest.raises(ValueError, match="agreement: needs at least one image"):
+        cropr.agreement(model, [], [4])
+
+
+def test_queries_go_to_a_file_and_come_back(tmp_path):
+    model = cropr.calibrate(cropr.apply(reference_vit(), rate=8), torch.randn(4, 3, 64, 64))
+    path = tmp_path / "queries.pt"
+    cropr.save_queries(model, path, {"rate": 8})
+    for other in (cropr.apply(reference_vit(), rate=3, llf=True), cropr.deploy(cropr.apply(reference_vit(), rate=8))):
+        assert cropr.load_queries(other, path) is other
+        for own, module in zip(model.cropr, other.cropr):
+            torch.testing.assert_close(module.query(), own.query())
+    narrow = cropr.apply(reference_vit(embed_dim=32), rate=8)
+    with pytest.raises(ValueError, match=r"3 modules of width 32, .* queries of shape \(3, 64\)"):
+        cropr.load_queries(narrow, path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no queries"):
+        cropr.load_queries(model, path)
+    with pytest.raises(FileNotFoundError):
+        cropr.load_queries(model, tmp_path / "none.pt")
+
+
+def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    weights, photos = tmp_path / "model.pt", tmp_path / "photos" / "some"
+    model = randomise(cropr.create_vit("vit_tiny_patch16_224", num_classes=5))
+    torch.save(model.state_dict(), weights)
+    photos.mkdir(parents=True)
+    for i in range(9):
+        pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).save(photos / f"{i}.jpg")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "queries.pt"
+    arguments = ["calibrate", str(weights), str(tmp_path), "--out", str(out), "--quiet", "--rates", "1", "17"]
+    assert cli.main([*arguments, "--least", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "recommended: rate 17" in text and "1 unreadable" in text
+    found = torch.load(out)
+    assert found["queries"].shape == (11, 192) and found["rate"] == 17 and len(found["report"]) == 2
+    assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
+    cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
+    for bad, message in [
+        (["calibrate", str(weights), str(tmp_path / "nowhere")], "holds 0 photos"),
+        (["calibrate", "no_model", str(tmp_path)], "neither a model of timm nor a weight file"),
+        (["calibrate", str(tmp_path / "no.pt"), str(tmp_path)], "no weight file at"),
+    ]:
+        assert cli.main(bad) == 1 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""`cropr calibrate`: queries for a pretrained model from a folder of photos, and what each rate would cost."""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import calibration
+from .patch import apply
+from .viz import load_photo
+from .weights import load_weights
+
+PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def add_parser(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="prune a pretrained model without labels and without training",
+        description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
+        "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
+    )
+    parser.add_argument("model", help="a model of timm, which downloads its weights, or a local weight file")
+    parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
+    parser.add_argument("--out", type=Path, default=Path("queries.pt"), help="file to write (default: queries.pt)")
+    parser.add_argument("--photos", type=int, default=400, help="photos to calibrate on, at most (default: 400)")
+    parser.add_argument("--held-out", type=int, default=200, help="other photos to compare on, at most (default: 200)")
+    parser.add_argument("--rates", type=int, nargs="+", help="tokens dropped after each block (default: four rates)")
+    parser.add_argument(
+        "--least", type=float, default=95.0, help="agreement of the recommended rate in %% (default: 95)"
+    )
+    parser.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
+    parser.add_argument("--llf", action="store_true", help="Last Layer Fusion")
+    parser.add_argument("--mean", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
+    parser.add_argument("--std", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
+    parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+class Photos:
+    """Photos of a folder as batches; those that cannot be read are left out and counted."""
+
+    def __init__(self, paths: list[Path], size: int, mean: Tensor, std: Tensor, label: str, show: bool):
+        self.paths, self.size, self.mean, self.std, self.label, self.show = paths, size, mean, std, label, show
+        self.broken: list[Path] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        from tqdm import tqdm
+
+        batch: list[Tensor] = []
+        for path in tqdm(self.paths, desc=self.label, disable=not self.show, leave=False, mininterval=1):
+            try:
+                batch.append((load_photo(path, self.size) - self.mean) / self.std)
+            except (OSError, SyntaxError):
+                self.broken.append(path)
+            if len(batch) == 16:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
+
+
+def load_model(name: str) -> tuple[Any, dict[str, Any]]:
+    """A pretrained model and its preprocessing: img_size, mean, std.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file or model.
+        ImportError: it is a model of timm, and timm is not installed.
+    """
+    if Path(name).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        model: Any = load_weights(name)[0]
+        return model, {"img_size": model.config.img_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("models by name are timm's: pip install 'cropr_kernels[timm]'") from error
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"{name} is neither a model of timm nor a weight file (.safetensors, .pt, .pth, .bin)")
+    model = timm.create_model(name, pretrained=True).eval()
+    about = timm.data.resolve_model_data_config(model)
+    return model, {"img_size": about["input_size"][1], "mean": about["mean"], "std": about["std"]}
+
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ImportError("cropr calibrate needs tqdm and pillow: pip install 'cropr_kernels[demo]'") from error
+    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in PHOTOS)
+    if len(paths) < 2:
+        raise ValueError(f"{options.folder} holds {len(paths)} photos; two is the least: one to fit, one to compare")
+    random.Random(options.seed).shuffle(paths)
+    fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
+    model, about = load_model(options.model)
+    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
+    parts = paths[:fitted], paths[fitted : fitted + options.held_out]
+    fit, compare = (
+        Photos(part, about["img_size"], mean, std, label, not options.quiet)
+        for part, label in zip(parts, ("calibrating", "reading photos to compare on"))
+    )
+    apply(model, rate=0, llf=options.llf, merge=options.merge, num_outputs=0)
+    calibration.calibrate(model, fit)
+    rows = calibration.agreement(model, compare, options.rates or default_rates(model))
+    best = calibration.recommend(rows, options.least / 100)
+    report = [row._asdict() for row in rows]
+    facts: dict[str, Any] = {"model": options.model, "llf": options.llf, "merge": options.merge}
+    facts |= {"rate": None if best is None else best.rate, "report": report}
+    calibration.save_queries(model, options.out, facts)
+    kind = "same class, %" if model.num_classes else "cosine, %"
+    print(f"{'rate':>5}  {'times fewer FLOPs':>17}  {kind:>13}  {'KL':>7}")
+    for row in rows:
+        print(f"{row.rate:>5}  {row.flops:>17.2f}  {100 * row.agreement:>13.1f}  {row.divergence:>7.3f}")
+    broken = len(fit.broken) + len(compare.broken)
+    print(
+        f"{fitted - len(fit.broken)} photos to fit, {len(parts[1]) - len(compare.broken)} to compare, {broken} unreadable"
+    )
+    what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
+    print(f"{what}; wrote {options.out}")
+
+
+def default_rates(model: Any) -> list[int]:
+    """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
+    patches = model.cropr.grid[0] * model.cropr.grid[1]
+    most = (patches - 4) // len(model.cropr)
+    return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})

@@ -2,9 +2,10 @@
 
 python benchmarks/segmentation.py --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods ...] [--out FILE]
 
-FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of off_the_shelf.py. Photos are resized to 320 x 240,
-and the network sees crops of 224 x 224. All methods drop 14 tokens after each block, from half of the epochs on. A run
-that is cut off goes on where it stopped.
+FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of off_the_shelf.py. Photos are resized to 240 x 180,
+and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after each block, from half of the
+epochs on, by queries that are calibrated and stay so, unless their name says otherwise. A run that is cut off goes on
+where it stopped.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 
-PRUNED: dict[str, Any] = dict(rate=14, curriculum=0.5, calibrate=128)
+LEARNED: dict[str, Any] = dict(rate=7, curriculum=0.5, calibrate=128)
+PRUNED = LEARNED | dict(fixed_queries=True)
+SIZE, SIDE = (240, 180), 160
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {},
     "LLF": PRUNED | dict(llf=True),
@@ -30,16 +33,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "cross-attention": PRUNED | dict(fusion="cross_attn"),
     "cross-attention + concatenation": PRUNED | dict(fusion="cross_attn_concat"),
     "MHSA + concatenation": PRUNED | dict(fusion="mhsa_concat"),
-    "DToP": PRUNED | dict(fusion="dtop", calibrate=0),
-    "LLF, random start": PRUNED | dict(llf=True, calibrate=0),
+    "DToP": LEARNED | dict(fusion="dtop", calibrate=0),
     "LLF, random tokens": PRUNED | dict(llf=True, calibrate=0),
     "LLF, variance": PRUNED | dict(llf=True, calibrate=0),
+    "LLF, learned queries": LEARNED | dict(llf=True),
+    "LLF, learned queries, random start": LEARNED | dict(llf=True, calibrate=0),
 }
 STANDS = {"LLF, random tokens": Random, "LLF, variance": Variance}
 
 
 def shrink(source: Path, target: Path) -> None:
-    """Photos and label maps at 320 x 240."""
+    """Photos and label maps at SIZE."""
     from PIL import Image
 
     for part in ("train", "trainannot", "val", "valannot"):
@@ -47,7 +51,7 @@ def shrink(source: Path, target: Path) -> None:
         how = Image.Resampling.NEAREST if part.endswith("annot") else Image.Resampling.BICUBIC
         for path in sorted((source / part).iterdir()):
             with Image.open(path) as image:
-                image.resize((320, 240), how).save(target / part / f"{path.stem}.png")
+                image.resize(SIZE, how).save(target / part / f"{path.stem}.png")
 
 
 def recipe(options: argparse.Namespace, folder: Path, seed: int, method: dict[str, Any]) -> Config:
@@ -58,6 +62,7 @@ def recipe(options: argparse.Namespace, folder: Path, seed: int, method: dict[st
         val_split=("val", "valannot"),
         num_classes=11,
         ignore_index=11,
+        img_size=(SIDE, SIDE),
         weights=str(options.data / WEIGHTS),
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
@@ -111,7 +116,7 @@ def main() -> None:
                     reached = train(config, out, data=data, task=task)
                 task = task.to("cpu").eval()
                 with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                    task(torch.zeros(1, 3, 224, 224))
+                    task(torch.zeros(1, 3, SIDE, SIDE))
                 row = {"seed": seed, "method": name, "mIoU": reached["mIoU"], "pixels": reached["pixels"]}
                 rows.append(row | {"GFLOPs": round(counter.get_total_flops() / 2e9, 3)})
                 save(options.out, env, rows)

@@ -117,9 +117,8 @@ def run(options: argparse.Namespace) -> None:
     for row in rows:
         print(f"{row.rate:>5}  {row.flops:>17.2f}  {100 * row.agreement:>13.1f}  {row.divergence:>7.3f}")
     broken = len(fit.broken) + len(compare.broken)
-    print(
-        f"{fitted - len(fit.broken)} photos to fit, {len(parts[1]) - len(compare.broken)} to compare, {broken} unreadable"
-    )
+    used = fitted - len(fit.broken), len(parts[1]) - len(compare.broken)
+    print(f"{used[0]} photos to fit, {used[1]} to compare, {broken} unreadable")
     what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
     print(f"{what}; wrote {options.out}")
 

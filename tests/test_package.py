@@ -20,8 +20,8 @@ LAYERS = [
     "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "blocks", "stream",
     "engine", "vit", "adapters", "windows", "patch", "calibration", "weights", "viz", "__init__", "calibrating",
     "tasks.features", "tasks.classification", "tasks.segmentation", "tasks.detection", "tasks.__init__", "train.config",
-    "train.extras", "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop", "train.commands",
-    "train.__init__", "cli",
+    "train.extras", "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop",
+    "train.commands", "train.__init__", "cli",
 ]  # fmt: skip
 
 

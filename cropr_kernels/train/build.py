@@ -62,14 +62,14 @@ def task(config: Config, num_classes: int) -> Any:
                 windows=windows,
                 img_size=config.img_size,
                 num_queries=1 if config.task == "classification" else per_patch,
-                num_outputs=num_classes if config.prunes else 0,
+                num_outputs=num_classes if config.prunes and not config.fixed_queries else 0,
                 mlp_ratio=config.mlp_ratio,
                 num_heads=config.num_heads,
                 stop_gradient=config.stop_gradient,
                 sampling=config.sampling,
             )
             for module in model.cropr:
-                module.queries.requires_grad_(not config.fixed_queries)
+                module.queries.requires_grad_(module.aggregator is not None)
         if config.task == "classification":
             return Classifier(model, config.smoothing)
         if config.task == "segmentation":

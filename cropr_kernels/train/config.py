@@ -43,7 +43,7 @@ class Config:
     stop_gradient: bool = True
     sampling: bool = False
     calibrate: int = 0  # training photos from which queries are set in closed form before the first step
-    fixed_queries: bool = False  # queries do not learn: those of calibrate stay
+    fixed_queries: bool = False  # queries do not learn, and there are no auxiliary heads: those of calibrate stay
     fusion: Literal["llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop"] = "llf"  # segmentation
     window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
     global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same

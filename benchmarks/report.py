@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,47 @@ def gpu_ops() -> str:
     return grid(["", "x", "dtype", "L2", "prune, us", *columns], body) + f"\n\n{where(env)}."
 
 
+def accuracy() -> str:
+    """Top-1 after a short training, by method."""
+    found = load("accuracy")
+    if found is None:
+        return "Classification: not measured yet."
+    env, rows = found
+    groups = {
+        "main": "1.7 times fewer FLOPs",
+        "strong": "3 times fewer FLOPs",
+        "ablations": "3 times fewer FLOPs, parts",
+    }
+    body = []
+    for group, method in dict.fromkeys((row["group"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["group"], row["method"]) == (group, method)]
+        boxes = [row["in box"] for row in own if row["in box"] is not None]
+        line = [groups[group], method, f"{own[0]['GFLOPs']:.2f}", spread([row["top-1"] for row in own], 1)]
+        body.append([*line, spread(boxes, 0) if boxes else "-", str(len(own))])
+    note = (
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; {env['epochs']} epoch(s) over {env['photos']} photos, AdamW, learning rate "
+        f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 in % on {env['compare']} others, mean and range over seeds, "
+        "which draw their own photos. In the box: of the patches that stay to the end, the share in the object's box, %."
+    )
+    head = ["", "method", "GFLOPs", "top-1, %", "in the box, %", "seeds"]
+    return grid(head, body) + f"\n\n{note} {where(env)}."
+
+
+def by_method(name: str, title: str, columns: dict[str, int]) -> str:
+    """Mean and range over seeds of some columns, a line a method."""
+    found = load(name)
+    if found is None:
+        return f"{title}: not measured yet."
+    env, rows = found
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        cells = [spread([row[column] for row in own], digits) for column, digits in columns.items()]
+        body.append([method, *cells, str(len(own))])
+    note = f"{title}; {env['epochs']} epochs, learning rate {env['lr']}, bfloat16; mean and range over seeds."
+    return grid(["method", *columns, "seeds"], body) + f"\n\n{note} {where(env)}."
+
+
 SECTIONS = {
     "cpu_ops": cpu_ops,
     "cpu_end_to_end": lambda: end_to_end("cpu"),
@@ -232,12 +274,26 @@ SECTIONS = {
 }
 
 
-def render(text: str) -> str:
-    """The README with every section between its markers replaced."""
-    for name, make in SECTIONS.items():
+TRAINING = {
+    "accuracy": accuracy,
+    "segmentation": lambda: by_method(
+        "segmentation",
+        "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160",
+        {"mIoU": 1, "pixels": 1, "GFLOPs": 2},
+    ),
+    "detection_bccd": lambda: by_method(
+        "detection_bccd", "BCCD, ViT-Ti/16 at 256 px", {"AP box": 1, "AP box 50": 1, "GFLOPs of the backbone": 2}
+    ),
+}
+PAGES = {README: SECTIONS, README.parent / "docs" / "training.md": TRAINING}
+
+
+def render(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    """A page with every section between its markers replaced."""
+    for name, make in sections.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no section between <!-- {name} --> and <!-- end {name} -->")
+            raise ValueError(f"there is no section between <!-- {name} --> and <!-- end {name} -->")
         body = make()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
@@ -306,11 +362,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = README.read_text()
-    fresh = render(text)
+    for page, sections in PAGES.items():
+        text = page.read_text()
+        fresh = render(text, sections)
+        if options.check and fresh != text:
+            sys.exit(f"{page.name} differs from the results: run python benchmarks/report.py")
+        page.write_text(fresh)
     if options.check:
-        sys.exit(0 if fresh == text else "README.md differs from the results: run python benchmarks/report.py")
-    README.write_text(fresh)
+        return
     plot()
     plot_off_the_shelf()
 

@@ -100,17 +100,21 @@ def test_readme_says_what_the_results_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import report
 
-    text = report.README.read_text()
-    assert report.render(text) == text, "run python benchmarks/report.py"
+    for page, sections in report.PAGES.items():
+        text = page.read_text()
+        assert report.render(text, sections) == text, "run python benchmarks/report.py"
 
 
 def snippets():
-    text = (ROOT / "README.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    """Python of the README and of every page under docs/."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for number, source in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)):
+            yield pytest.param(source, id=f"{page.name}-{number}")
 
 
-@pytest.mark.parametrize("index", range(len(snippets())))
-def test_readme_snippets_run(index):
+@pytest.mark.parametrize("source", snippets())
+def test_snippets_run(source, tmp_path, monkeypatch):
     pytest.importorskip("timm", reason="timm is not installed")
-    source = snippets()[index].replace("pretrained=True", "pretrained=False")  # no internet in tests
-    exec(compile(source, f"README snippet {index}", "exec"), {})
+    pytest.importorskip("torchvision", reason="the train extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests

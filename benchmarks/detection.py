@@ -1,6 +1,6 @@
 """Pruning under a detector, by the same recipe: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
 
-python benchmarks/detection.py --data FOLDER [--set bccd|coco128] [--epochs 6] [--seeds 2 3 4] [--methods ...] [--out FILE]
+python benchmarks/detection.py --data FOLDER [--set bccd|coco128] [--epochs 6] [--seeds 2 3 4] [--methods ...]
 
 FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of off_the_shelf.py. The network
 sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % are left) by queries that are calibrated

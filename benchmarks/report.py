@@ -237,9 +237,10 @@ def accuracy() -> str:
         line = [groups[group], method, f"{own[0]['GFLOPs']:.2f}", spread([row["top-1"] for row in own], 1)]
         body.append([*line, spread(boxes, 0) if boxes else "-", str(len(own))])
     note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; {env['epochs']} epoch(s) over {env['photos']} photos, AdamW, learning rate "
-        f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 in % on {env['compare']} others, mean and range over seeds, "
-        "which draw their own photos. In the box: of the patches that stay to the end, the share in the object's box, %."
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; {env['epochs']} epoch(s) over {env['photos']} photos, AdamW, "
+        f"learning rate {env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range "
+        "over seeds, which draw their own photos. In the box: of the patches that stay to the end, the share in the "
+        "object's box."
     )
     head = ["", "method", "GFLOPs", "top-1, %", "in the box, %", "seeds"]
     return grid(head, body) + f"\n\n{note} {where(env)}."

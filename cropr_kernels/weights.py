@@ -51,7 +51,7 @@ def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str
 
     Args:
         path: a .safetensors file, or a PyTorch state dict (timm's names).
-        overrides: fields of ``ViTConfig`` to change. With another num_classes the head stays as it is initialised.
+        overrides: fields of ``ViTConfig`` to change. With another num_classes the head is a new one.
 
     Returns:
         The model in eval mode, float32, and the file's metadata (empty for PyTorch files).
@@ -69,6 +69,8 @@ def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str
     model = create_vit(name, **{"num_classes": classes, **overrides})
     if model.num_classes != classes:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        if model.num_classes:  # a new head starts small: the features it reads are not small
+            torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
         state |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
     try:
         model.load_state_dict(state)

@@ -50,6 +50,11 @@ def test_soft_targets_and_smoothing_reach_every_head():
     task.eval()
     assert torch.equal(task(images), model(images)) and len(task.predictions(images)) == 4
     assert torch.equal(task.predictions(images)[-1], model(images))
+    several = cropr.apply(reference_vit(), rate=8, num_queries=4)
+    aux = several.train()(images)[1]
+    expected = sum(F.cross_entropy(prediction.mean(1), labels) for prediction in aux)
+    torch.testing.assert_close(Classifier(several)(images, labels)["aux"], expected)
+    assert Classifier(several).predictions(images)[0].shape == (3, 5)
     unpruned = Classifier(reference_vit()).train()
     assert unpruned(images, labels)["aux"] == 0 and len(unpruned.predictions(images)) == 1
     with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\), got 1"):

@@ -310,6 +310,7 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(img_size="224"), "img_size must be 2 values, got '224'"),
         (dict(rate=8, ratio=0.9), "give one schedule, got rate and ratio"),
         (dict(accumulate=3), "accumulate must be a divisor of batch_size=64, got 3"),
+        (dict(task="detection", num_queries=4), "num_queries must be 1, the default, for detection: one per patch"),
         (dict(layer_decay=0), r"layer_decay must be in \(0, 1\], got 0"),
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
         (dict(task="detection", rate=8), "llf must be true for detection"),
@@ -321,6 +322,16 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
             Config().changed(**values)
     with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         Config.read(tmp_path / "bad.json")
+
+
+def test_the_published_recipes_name_models_that_have_weights_and_schedules_that_fit():
+    timm = pytest.importorskip("timm", reason="needs the train extra")
+    left = {"imagenet1k-vit-l": (197, 1, 20), "ade20k-eva02-l": (1025, 1, 144), "coco-eva02-l-1536": (256, 0, 8)}
+    for name, (tokens, prefix, last) in left.items():
+        preset = PRESETS[name]
+        assert preset.pretrained and timm.is_model_pretrained(preset.model), preset.model
+        counts = cropr.schedule.resolve(**preset.schedule)(tokens, 24, prefix, preset.llf)
+        assert counts[-1] == last and len(counts) == 22, name
 
 
 def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():

@@ -151,7 +151,7 @@ def test_bad_weight_files_get_one_clear_sentence(tmp_path):
 def test_load_weights_takes_another_head_and_says_what_does_not_fit(tmp_path):
     from cropr_kernels.weights import load_weights
 
-    model = create_vit("vit_tiny_patch16_224", num_classes=7)
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded, _ = load_weights(tmp_path / "weights.pt", num_classes=3, drop_path_rate=0.1)
     assert loaded.head.weight.shape == (3, 192) and loaded.blocks[-1].drop_path2.drop_prob == pytest.approx(0.1)

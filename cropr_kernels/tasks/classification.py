@@ -31,6 +31,7 @@ class Classifier(nn.Module):
         if not self.training or target is None:
             return self.backbone(images)
         output, aux = self.backbone(images) if isinstance(self.backbone, Pruned) else (self.backbone(images), [])
+        aux = [_of_image(prediction) for prediction in aux]
         main = self.criterion(output, target)
         return {
             "main": main,
@@ -42,4 +43,9 @@ class Classifier(nn.Module):
         if not isinstance(self.backbone, Pruned):
             return [self.backbone(images)]
         output, aux = self.backbone.cropr_output(images, predict=True)
-        return [*aux, output]
+        return [*map(_of_image, aux), output]
+
+
+def _of_image(prediction: Tensor) -> Tensor:
+    """One prediction (B, classes) an image; several queries (B, M, classes) are averaged."""
+    return prediction if prediction.ndim == 2 else prediction.mean(1)

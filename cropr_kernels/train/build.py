@@ -61,7 +61,7 @@ def task(config: Config, num_classes: int) -> Any:
                 merge=config.merge,
                 windows=windows,
                 img_size=config.img_size,
-                num_queries=1 if config.task == "classification" else per_patch,
+                num_queries=config.num_queries if config.task == "classification" else per_patch,
                 num_outputs=num_classes if config.prunes and not config.fixed_queries else 0,
                 mlp_ratio=config.mlp_ratio,
                 num_heads=config.num_heads,

@@ -38,6 +38,7 @@ class Config:
     llf: bool = False
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
+    num_queries: int = 1  # classification; dense tasks have one per patch
     mlp_ratio: float = 4.0
     num_heads: int | None = None
     stop_gradient: bool = True
@@ -99,7 +100,16 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
-        for name in ("epochs", "batch_size", "accumulate", "save_steps", "log_steps", "eval_epochs", "max_bad_steps"):
+        for name in (
+            "num_queries",
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "save_steps",
+            "log_steps",
+            "eval_epochs",
+            "max_bad_steps",
+        ):
             self._require(name, getattr(self, name) >= 1, ">= 1")
         for name in ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
@@ -116,6 +126,8 @@ class Config:
         given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
+        if self.task != "classification":
+            self._require("num_queries", self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is")
         if self.task == "segmentation":
             self._require("num_classes", self.num_classes >= 1, ">= 1 for segmentation")
         if self.task == "detection" and self.prunes:

@@ -70,7 +70,7 @@ def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str
     if model.num_classes != classes:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         if model.num_classes:  # a new head starts small: the features it reads are not small
-            torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
+            torch.nn.init.trunc_normal_(model.get_parameter("head.weight"), std=0.02)
         state |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
     try:
         model.load_state_dict(state)

@@ -19,7 +19,6 @@ from .adapters import find_adapter, pools_class_token
 from .modules import FoldedCropr
 from .patch import deploy, require_pruned, set_rate
 
-
 # Weight of a block's attention, per block that lies between. Chosen on photos that no figure is measured on, as was the
 # largest over the blocks; their mean, other regularisation, log attention, and refitting in the pruned stream were
 # no better.

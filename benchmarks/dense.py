@@ -1,0 +1,78 @@
+"""What the dense benches share: the recipe's defaults, stands for Cropr modules, and a sweep that can be cut off."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, save
+from networks import Random
+from off_the_shelf import WEIGHTS, Variance
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from cropr_kernels.train import Config, build, train
+from cropr_kernels.train.data import load_data
+
+STANDS = {"random": Random, "variance": Variance}  # by the last word of a method's name
+
+
+def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
+def shared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Options that every run has."""
+    return {
+        "weights": str(options.data / WEIGHTS),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "epochs": options.epochs,
+        "warmup_epochs": 0.5,
+        "lr": options.lr,
+        "amp": "bfloat16",
+        "workers": 0,
+        "seed": seed,
+        "device": options.device,
+        "eval_epochs": options.epochs,
+        "save_steps": 10**6,
+    }
+
+
+def sweep(
+    options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
+) -> None:
+    """Train every method with every seed, and save after each; flops_of(task) runs what is counted."""
+    env = environment("cuda" if torch.cuda.is_available() else "cpu")
+    env |= {name: getattr(options, name) for name in ("epochs", "lr")}
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
+    done = {(row["seed"], row["method"]) for row in rows}
+    cells = [(seed, name) for seed in options.seeds for name in options.methods if (seed, name) not in done]
+    for seed, name in tqdm(cells, desc="methods"):
+        config = recipe(seed, name)
+        data = load_data(config)
+        task = build.task(config, len(data.classes))
+        stand = STANDS.get(name.split()[-1])
+        if stand is not None:
+            stack = task.backbone.cropr
+            for i, module in enumerate(stack):
+                stack[i] = stand(module.query())
+        with tempfile.TemporaryDirectory() as folder:
+            reached = train(config, folder, data=data, task=task)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            flops_of(task.to("cpu").eval())
+        figures = {key: value for key, value in reached.items() if key not in ("skipped", "images", "seconds", "aux")}
+        rows.append({"seed": seed, "method": name, **figures, "GFLOPs": round(counter.get_total_flops() / 2e9, 3)})
+        save(out, env, rows)
+        print(rows[-1], flush=True)

@@ -351,6 +351,12 @@ def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
     config = Config(task="segmentation", data=str(tmp_path), num_classes=3, train_split=("photos", "labels"))
     with pytest.raises(ValueError, match=r"00.png has no label map in .*labels"):
         load_data(config)
+    fewer = Config(
+        task="segmentation", data=str(scenes), num_classes=2, ignore_index=3, img_size=(64, 64),
+        train_split=("train/photos", "train/labels"), val_split=("val/photos", "val/labels"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"01.png has label 2; labels must be below num_classes=2 or ignore_index=3"):
+        load_data(fewer).train[1]
 
 
 def test_a_task_is_a_module_of_the_users_own_loop():

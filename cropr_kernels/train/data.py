@@ -218,6 +218,12 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
         if self.config.reduce_zero_label:
             classes = torch.where(classes == 0, self.config.ignore_index, classes - 1)
+        highest = classes.where(classes != self.config.ignore_index, -1).max()
+        if highest >= self.config.num_classes:
+            raise ValueError(
+                f"{label_path} has label {int(highest)}; labels must be below num_classes={self.config.num_classes} or "
+                f"ignore_index={self.config.ignore_index}"
+            )
         return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
 
     def transform(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,45 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
         train(small, tmp_path / "two", data=data, task=Explodes({3, 4}), show=False)
 
 
+class Steep(Explodes):
+    """A finite loss whose gradient is not, at some steps."""
+
+    def forward(self, images, target=None):
+        self.calls += 1
+        offset = self.weight.detach() if self.calls in self.bad else 0.0
+        return {"main": (self.weight - offset).abs().sqrt(), "aux": torch.zeros(())}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gradient_that_is_not_finite_changes_nothing_either(tmp_path):
+    data = Data(Broken(24, set()), Broken(4, set()), CLASSES)
+    task = Steep({2})
+    train(
+        Config(batch_size=8, epochs=1, workers=0, log_steps=1, device="cpu"), tmp_path, data=data, task=task, show=False
+    )
+    assert losses(tmp_path)[-2]["not_finite"] == 1 and bool(task.weight.isfinite())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_from_a_weight_file_is_rebuilt_without_it(photos, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(cropr.create_vit("eva02_tiny_patch14_224", num_classes=7).state_dict(), weights)
+    wanted = Config(
+        data=str(photos),
+        weights=str(weights),
+        img_size=(28, 28),
+        rate=0,
+        epochs=1,
+        batch_size=20,
+        workers=0,
+        device="cpu",
+    )
+    train(wanted, tmp_path / "run", show=False)
+    weights.unlink()
+    task, config, _ = rebuild(tmp_path / "run")
+    assert config.model == "eva02_tiny_patch14_224" and task.backbone.head.out_features == 2
+
+
 def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
     import resource
 

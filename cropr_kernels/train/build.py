@@ -25,7 +25,7 @@ def backbone(config: Config, num_classes: int) -> Any:
     options |= {"global_pool": config.global_pool} if config.global_pool else {}
     options |= config.constructor_options()
     if config.weights:
-        model: Any = load_weights(config.weights, **options)[0]
+        model: Any = load_weights(config.weights, **options)[0]  # config.model is what `settled` found in it
     elif config.model in PRESETS and not config.pretrained:
         model = create_vit(config.model, **options)
     else:
@@ -37,6 +37,11 @@ def backbone(config: Config, num_classes: int) -> Any:
     find_adapter(model)
     model.grad_checkpointing = config.grad_checkpointing
     return model.train()
+
+
+def settled(config: Config) -> Config:
+    """The configuration with the model that its weight file is of, where it has one."""
+    return config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
 
 
 def task(config: Config, num_classes: int) -> Any:

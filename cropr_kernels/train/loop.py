@@ -77,10 +77,10 @@ def train(
         RuntimeError: the loss stays infinite or NaN, or a checkpoint cannot be written.
     """
     with processes(config) as place:
+        config = build.settled(config)
         data = load_data(config) if data is None else data
-        return Run(
-            config, Path(out), data, build.task(config, len(data.classes)) if task is None else task, place, show
-        ).go()
+        task = build.task(config, len(data.classes)) if task is None else task
+        return Run(config, Path(out), data, task, place, show).go()
 
 
 class Run:
@@ -221,7 +221,7 @@ class Run:
         return next(line["val"] for line in reversed(lines) if "val" in line)
 
     def _step(self, loader: Iterator[Any]) -> dict[str, Any]:
-        """One update from batch_size images; none where the loss is not finite."""
+        """One update from batch_size images; none where the loss or its gradient is not finite."""
         config, device = self.config, self.place.device
         epoch = self.step / self.steps_an_epoch
         share = lr_share(config, epoch)
@@ -247,11 +247,8 @@ class Run:
             dist.all_reduce(sums)
         means = (sums[:3] / (config.accumulate * self.place.world)).tolist()
         self.totals["skipped"] += int(sums[3])
-        if math.isfinite(means[0]):
+        if math.isfinite(means[0]) and self._clip():
             self.bad_in_a_row = 0
-            if config.clip_grad:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.task.parameters(), config.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
@@ -261,12 +258,21 @@ class Run:
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= config.max_bad_steps:
                 raise RuntimeError(
-                    f"train: the loss was not finite in {self.bad_in_a_row} steps in a row, the last {self.step} "
-                    f"(main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try a lower lr, "
+                    f"train: the loss or its gradient was not finite in {self.bad_in_a_row} steps in a row, the last "
+                    f"{self.step} (main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try a lower lr, "
                     "clip_grad, or amp='bfloat16'"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": means[0], "main": means[1], "aux": means[2], "lr": config.lr * share}
+
+    def _clip(self) -> bool:
+        """Clip the gradient's norm; whether it may be applied. Infinite ones in float16 are the scaler's to handle."""
+        if self.scaler.is_enabled() and not self.config.clip_grad:
+            return True
+        self.scaler.unscale_(self.optimizer)
+        norm: Any = nn.utils.clip_grad_norm_(self.task.parameters(), self.config.clip_grad or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self.scaler.is_enabled() or bool(norm.isfinite())
 
     def _synchronised(self, part: int) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged with the last part of a step only."""

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     train(small, tmp_path / "one", data=data, task=task, show=False)
     assert losses(tmp_path / "one")[-2]["not_finite"] == 1
     assert bool(task.weight.isfinite())
-    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row, the last 3 .* Try a lower lr"):
+    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row, the last 3 .* a lower lr"):
         train(small, tmp_path / "two", data=data, task=Explodes({3, 4}), show=False)
 
 

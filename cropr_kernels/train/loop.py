@@ -259,8 +259,8 @@ class Run:
             if self.bad_in_a_row >= config.max_bad_steps:
                 raise RuntimeError(
                     f"train: the loss or its gradient was not finite in {self.bad_in_a_row} steps in a row, the last "
-                    f"{self.step} (main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try a lower lr, "
-                    "clip_grad, or amp='bfloat16'"
+                    f"{self.step} (main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try "
+                    "a lower lr, clip_grad, or amp='bfloat16'"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": means[0], "main": means[1], "aux": means[2], "lr": config.lr * share}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from models import randomise, reference_vit
 
+import cropr_kernels as cropr
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from rivals import AttentionTopK, ToMe, merge_pairs
 
@@ -77,3 +79,18 @@ def test_attention_top_k_keeps_what_the_class_token_looks_at():
         after = model.blocks[0](x).gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         expected = model.forward_head(model.norm(model.blocks[1](after)))
         torch.testing.assert_close(AttentionTopK(model, [20])(images), expected)
+
+
+def test_non_salient_keeps_what_cropr_drops():
+    pytest.importorskip("torchmetrics", reason="needs the train extra")
+    from accuracy import NonSalient
+
+    x = torch.randn(2, 10, 8)
+    module = cropr.Cropr(8, 3)
+    plain = module(x, 5).kept_idx
+    expected, _ = module.predict(x)
+    module.__class__ = NonSalient
+    prediction, scores = module.predict(x)
+    for split in (module(x, 5), module(x, 5, 0, scores)):
+        assert torch.equal(split.pruned_idx, plain)
+    assert torch.equal(prediction, expected)

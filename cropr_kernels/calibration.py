@@ -19,11 +19,6 @@ from .adapters import find_adapter, pools_class_token
 from .modules import FoldedCropr
 from .patch import deploy, require_pruned, set_rate
 
-# Weight of a block's attention, per block that lies between. Chosen on photos that no figure is measured on, as was the
-# largest over the blocks; their mean, other regularisation, log attention, and refitting in the pruned stream were
-# no better.
-FADE = 0.9
-
 
 class _AttentionInputs(TorchFunctionMode):
     """Records the queries and keys (B, heads, N, C) of every scaled_dot_product_attention."""
@@ -77,8 +72,7 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
     """Set the queries of a pruned model in closed form, from unlabelled images and without training.
 
     For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centred
-    per image, to how much any later block attends to them (`importance`, the largest over those blocks, faded by FADE a
-    block, as a rank).
+    per image, to how much the later blocks attend to them (`importance`, averaged over those blocks, as a rank).
     Deterministic: the same images in the same order give the same bits. The folded queries have norm 1; the rates stay
     free: one calibrated model serves them all.
 
@@ -126,8 +120,7 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
                 attended.append(importance(query, key, model.num_prefix_tokens, class_token=class_token))
                 tokens.append(x[:, model.num_prefix_tokens :])
             for layer in range(len(stack)):
-                later = attended[layer + 1 :]
-                target = _ranks(torch.stack([share * FADE**ahead for ahead, share in enumerate(later)]).amax(0))
+                target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
                 rows = tokens[layer].double()
                 rows = rows - rows.mean(1, keepdim=True)
                 gram[layer] += torch.einsum("bnd,bne->de", rows, rows)

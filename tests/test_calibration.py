@@ -32,7 +32,7 @@ def slow_queries(model, images, ridge):
         hook.remove()
     queries = []
     for layer in range(len(model.blocks) - 1):
-        target = torch.stack([0.9**i * share for i, share in enumerate(attention[layer + 1 :])]).max(0).values
+        target = sum(attention[layer + 1 :]) / len(attention[layer + 1 :])
         ranks = torch.stack([torch.searchsorted(row.sort().values, row) / (row.numel() - 1) for row in target]).double()
         x = outputs[layer] - outputs[layer].mean(1, keepdim=True)
         x, t = x.flatten(0, 1), (ranks - ranks.mean(1, keepdim=True)).flatten()

@@ -122,7 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"cropr {options.command}: {error}", file=sys.stderr)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # An error of a process that reads data brings that process's traceback along: the last line says it.
+        message = lines[-1] if "DataLoader worker process" in lines[0] else "\n".join(lines)
+        print(f"cropr {options.command}: {message}", file=sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,11 +416,24 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
+    mixed = tmp_path / "mixed"
+    for split in ("train", "val"):
+        shutil.copytree(photos / split, mixed / split)
+    for path in (mixed / "train").rglob("*.png"):
+        path.write_bytes(b"no picture")
     for arguments, message in [
+        (
+            ["train", "--data", str(mixed), "--out", str(tmp_path / "y"), "--quiet", *options, "workers=1"],
+            "16 samples in a row",
+        ),
         (["train", "--out", str(tmp_path / "x"), "rate"], "options must be name=value, got 'rate'"),
         (["train", "--out", str(tmp_path / "x")], "say where the dataset is: --data FOLDER"),
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
         (["eval", str(tmp_path / "none")], "there is none at"),
     ]:
         assert cli.main(arguments) == 1
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said
+    # a folder without a checkpoint is free
+    again = ["train", "--data", str(photos), "--out", str(tmp_path / "y"), "--quiet", *options, "epochs=1", "lr=0.002"]
+    assert cli.main(again) == 0

@@ -4,6 +4,7 @@ What a sample looks like is decided by (seed, epoch, index) alone, and what a st
 """
 
 import contextlib
+import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -121,17 +122,24 @@ def collate(samples: Sequence[Sample]) -> tuple[Any, Any, int]:
 
 
 def train_loader(dataset: Any, batches: Batches, config: Config) -> DataLoader[Any]:
-    samples = Samples(dataset, config.seed)
-    return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, collate_fn=collate)  # type: ignore[arg-type]
+    return _loader(dataset, batches, config)
 
 
 def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
     """Every sample once, shared out to the processes; an image at a time where sizes differ."""
     size = config.batch_size // config.accumulate if config.task == "classification" else 1
     keys = [(-1, index) for index in range(rank, len(dataset), world)]
-    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    samples = Samples(dataset, config.seed)
-    return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, collate_fn=collate)  # type: ignore[arg-type]
+    return _loader(dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config)
+
+
+def _loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
+    return DataLoader(
+        Samples(dataset, config.seed),
+        batch_sampler=batches,
+        num_workers=min(config.workers, os.cpu_count() or 1),
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def load_data(config: Config) -> Data:

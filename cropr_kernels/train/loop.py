@@ -111,18 +111,17 @@ class Run:
         """The checkpoint to go on from, if the folder holds this run."""
         own, last = self.out / "config.json", self.out / "last.pt"
         found = None
-        if own.exists():
+        if last.exists():
             differences = self.config.differences(Config.read(own))
             if differences:
                 raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
-            found = checkpoint.load(last) if last.exists() else None
+            found = checkpoint.load(last)
         if self.place.world > 1:
             dist.barrier()
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not own.exists():
-                own.with_suffix(".tmp").write_text(self.config.to_json())
-                own.with_suffix(".tmp").replace(own)
+            own.with_suffix(".tmp").write_text(self.config.to_json())
+            own.with_suffix(".tmp").replace(own)
             self._cut_log(0 if found is None else found["step"])
         return found
 

@@ -190,7 +190,7 @@ def main() -> None:
                     reached = train(config, folder, data=data, task=task)
                 row: dict[str, Any] = {"group": group, "seed": seed, "method": name, "top-1": reached["top-1"]}
                 row |= {"aux": reached["aux"]} if "aux" in reached else {}
-                task = task.to("cpu").eval()
+                task = task.to("cpu").eval().requires_grad_(False)
                 with torch.no_grad(), FlopCounterMode(display=False) as counter:
                     task(data.val[0][0][None])
                 row["GFLOPs"] = round(counter.get_total_flops() / 2e9, 3)

@@ -71,7 +71,7 @@ def sweep(
         with tempfile.TemporaryDirectory() as folder:
             reached = train(config, folder, data=data, task=task)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            flops_of(task.to("cpu").eval())
+            flops_of(task.to("cpu").eval().requires_grad_(False))
         figures = {key: value for key, value in reached.items() if key not in ("skipped", "images", "seconds", "aux")}
         rows.append({"seed": seed, "method": name, **figures, "GFLOPs": round(counter.get_total_flops() / 2e9, 3)})
         save(out, env, rows)

@@ -156,6 +156,17 @@ def test_fusions_are_those_of_a_slow_implementation(fusion):
     torch.testing.assert_close(task(images), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_a_deployed_backbone_gives_the_same_maps(fusion):
+    task = segmenter(fusion=fusion).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = task(images)
+    task.backbone = cropr.deploy(task.backbone)
+    torch.testing.assert_close(task(images), expected, rtol=1e-4, atol=1e-4)
+    assert fusion != "llf" or not isinstance(task.backbone.cropr.engine, str)
+
+
 @torch.no_grad()
 def test_dtop_lets_the_surest_tokens_leave():
     task = segmenter(fusion="dtop").eval()
@@ -362,3 +373,59 @@ def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
 def test_a_task_is_a_module_of_the_users_own_loop():
     task = segmenter()
     assert isinstance(task, nn.Module) and not any(key.startswith("module") for key in task.state_dict())
+
+
+# Metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overlap_is_that_of_the_classes_that_occur():
+    pytest.importorskip("torchmetrics", reason="needs the train extra")
+    from cropr_kernels.train import Config
+    from cropr_kernels.train.evaluate import Overlap
+
+    guesses, truth = torch.randint(0, 3, (2, 6, 7)), torch.randint(0, 3, (2, 6, 7))
+    truth[0, 0] = 9
+
+    class Guess:
+        def slide(self, images, size, stride):
+            assert size == (32, 32) and stride == (21, 21)
+            return F.one_hot(guesses, 5).permute(0, 3, 1, 2).float()
+
+    metric = Overlap(
+        Config(task="segmentation", num_classes=5, ignore_index=9, img_size=(32, 32)), 5, torch.device("cpu")
+    )
+    metric.update(Guess(), torch.zeros(2, 3, 6, 7), truth)
+    valid, overlaps = truth != 9, []
+    for label in range(3):  # classes 3 and 4 occur nowhere
+        own, true = guesses[valid] == label, truth[valid] == label
+        overlaps.append(((own & true).sum() / (own | true).sum()).item())
+    found = metric.compute()
+    assert found["mIoU"] == pytest.approx(100 * sum(overlaps) / 3, abs=1e-3)
+    assert found["pixels"] == pytest.approx(100 * (guesses == truth)[valid].double().mean().item(), abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("finds", [True, False])
+def test_precision_of_what_is_found_exactly_is_100_and_of_nothing_0(finds):
+    pytest.importorskip("torchmetrics", reason="needs the train extra")
+    from cropr_kernels.train import Config
+    from cropr_kernels.train.evaluate import Precision
+
+    truths = targets_of(([[5, 5, 40, 40], [20, 10, 60, 60]], [1, 2]), ([], []), masks=True)
+
+    def found(images):
+        return [
+            {
+                "boxes": one["boxes"] if finds else one["boxes"][:0],
+                "labels": one["labels"] if finds else one["labels"][:0],
+                "scores": torch.ones(len(one["labels"]) if finds else 0),
+                "masks": one["masks"][:, None].float() if finds else one["masks"][:0, None].float(),
+            }
+            for one in truths
+        ]
+
+    metric = Precision(Config(task="detection", masks=True), 2, torch.device("cpu"))
+    metric.update(found, [torch.zeros(3, 64, 64)] * 2, truths)
+    value = 100.0 if finds else 0.0
+    assert metric.compute() == {"AP box": value, "AP box 50": value, "AP mask": value, "AP mask 50": value}

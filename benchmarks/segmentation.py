@@ -49,7 +49,7 @@ def shrink(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    options = arguments(__doc__, METHODS, epochs=8, lr=2e-4).parse_args()
+    options = arguments(__doc__, METHODS, epochs=8, lr=8e-4).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "camvid"
         shrink(options.data / "camvid", folder)

@@ -109,7 +109,9 @@ def networks(name: str) -> str:
 
 
 def spread(values: list[float], digits: int, unit: str = "") -> str:
-    """Mean, and the range over seeds."""
+    """Mean, and the range over seeds where they differ."""
+    if min(values) == max(values):
+        return f"{values[0]:.{digits}f}{unit}"
     mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean}{unit} ({low} to {high})"
 
@@ -234,10 +236,15 @@ def accuracy() -> str:
     for group, method in dict.fromkeys((row["group"], row["method"]) for row in rows):
         own = [row for row in rows if (row["group"], row["method"]) == (group, method)]
         boxes = [row["in box"] for row in own if row["in box"] is not None]
-        line = [groups[group], method, f"{own[0]['GFLOPs']:.2f}", spread([row["top-1"] for row in own], 1)]
+        line = [
+            "" if method == "no pruning" else groups[group],
+            method,
+            f"{own[0]['GFLOPs']:.2f}",
+            spread([row["top-1"] for row in own], 1),
+        ]
         body.append([*line, spread(boxes, 0) if boxes else "-", str(len(own))])
     note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; {env['epochs']} epoch(s) over {env['photos']} photos, AdamW, "
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; {env['epochs']} epoch over {env['photos']} photos, AdamW, "
         f"learning rate {env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range "
         "over seeds, which draw their own photos. In the box: of the patches that stay to the end, the share in the "
         "object's box."

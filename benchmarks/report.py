@@ -282,7 +282,23 @@ SECTIONS = {
 }
 
 
+def training_step() -> str:
+    """What a training step costs with Cropr."""
+    found = load("cpu_training")
+    if found is None:
+        return "A training step: not measured yet."
+    env, rows = found
+    body = [
+        [row["model"], str(row["batch"]), str(row["rate"]), f"{row['unpruned / Cropr']:.2f}x"]
+        + [f"{100 * row['auxiliary path adds']:.0f} %"]
+        for row in rows
+    ]
+    head = ["model", "batch", "R", "training with Cropr, speed-up", "auxiliary path adds"]
+    return grid(head, body) + f"\n\nForward, loss and backward, bfloat16 autocast; medians. {where(env)}."
+
+
 TRAINING = {
+    "training_step": training_step,
     "accuracy": accuracy,
     "segmentation": lambda: by_method(
         "segmentation",

@@ -289,8 +289,13 @@ def training_step() -> str:
         return "A training step: not measured yet."
     env, rows = found
     body = [
-        [row["model"], str(row["batch"]), str(row["rate"]), f"{row['unpruned / Cropr']:.2f}x"]
-        + [f"{100 * row['auxiliary path adds']:.0f} %"]
+        [
+            row["model"],
+            str(row["batch"]),
+            str(row["rate"]),
+            f"{row['unpruned / Cropr']:.2f}x",
+            f"{100 * row['auxiliary path adds']:.0f} %",
+        ]
         for row in rows
     ]
     head = ["model", "batch", "R", "training with Cropr, speed-up", "auxiliary path adds"]

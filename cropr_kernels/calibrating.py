@@ -11,10 +11,8 @@ from torch import Tensor
 
 from . import calibration
 from .patch import apply
-from .viz import load_photo
+from .viz import PHOTO_SUFFIXES, load_photo
 from .weights import load_weights
-
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def add_parser(commands: Any) -> None:
@@ -92,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         import tqdm  # noqa: F401
     except ImportError as error:
         raise ImportError("cropr calibrate needs tqdm and pillow: pip install 'cropr_kernels[demo]'") from error
-    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in PHOTOS)
+    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     if len(paths) < 2:
         raise ValueError(f"{options.folder} holds {len(paths)} photos; two is the least: one to fit, one to compare")
     random.Random(options.seed).shuffle(paths)

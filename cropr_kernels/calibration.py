@@ -154,7 +154,9 @@ def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = No
         TypeError: the model is not pruned.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
-    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, path)
+    temporary = Path(path).with_suffix(".tmp")
+    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
+    temporary.replace(path)
 
 
 @torch.no_grad()

@@ -33,12 +33,13 @@ class CroprModules(nn.ModuleList):
         modules: Sequence[nn.Module],
         schedule: schedules.Bound,
         llf: bool,
+        grid: tuple[int, int],
         merging: Merging | None = None,
         windows: Windows | None = None,
     ):
         super().__init__(modules)
         self.schedule, self.llf, self.merging, self.windows = schedule, llf, merging, windows
-        self.grid: tuple[int, int] | None = None  # patches in height and width that schedules are checked against
+        self.grid = grid  # patches in height and width that schedules are checked against
         self.overridden: list[tuple[Any, str, Any]] = []  # attributes of the model that apply changed, for remove
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
@@ -250,9 +251,9 @@ def apply(
     options: dict[str, Any] = dict(num_heads=num_heads, stop_gradient=stop_gradient, sampling=sampling)
     modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
     merging = Merging(merge if isinstance(merge, Merge) else Merge(), _sized_blocks(model)) if merge else None
-    stack = CroprModules(modules, schedule, llf, merging, windows)
     patch = model.patch_embed.patch_size
-    stack.grid = default_grid(model) if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
+    grid = default_grid(model) if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
+    stack = CroprModules(modules, schedule, llf, grid, merging, windows)
     schedule(*_default_tokens(model, stack), llf)  # refuse now what could only fail later
     model.cropr = stack.to(next(model.parameters()).device).train(model.training)
     if llf:
@@ -292,7 +293,7 @@ def _default_tokens(model: Any, stack: CroprModules) -> tuple[int, int, int]:
     """Tokens in a row of the batch at the image size of apply, blocks, and prefix tokens: what schedules take."""
     if stack.windows is not None:
         return stack.windows.size**2, len(model.blocks), 0
-    height, width = stack.grid or default_grid(model)
+    height, width = stack.grid
     return model.num_prefix_tokens + height * width, len(model.blocks), model.num_prefix_tokens
 
 
@@ -363,9 +364,8 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
-    light = CroprModules(folded, stack.schedule, stack.llf, windows=stack.windows)
+    light = CroprModules(folded, stack.schedule, stack.llf, stack.grid, windows=stack.windows)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
-    light.grid = stack.grid
     light.merging = None if stack.merging is None else Merging(stack.merging.how, _sized_blocks(deployed))
     if stack.windows is not None:
         light.engine = "window attention"

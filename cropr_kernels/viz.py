@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
 
 def _pyplot() -> Any:
     try:

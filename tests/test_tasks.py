@@ -191,6 +191,8 @@ def test_a_sliding_window_averages_what_overlaps_and_takes_small_images():
     small = images[:, :, :50, :30]
     expected = task(F.pad(small, (0, 34, 0, 14)))[:, :, :50, :30]
     torch.testing.assert_close(task.slide(small, (64, 64), (40, 40)), expected)
+    with pytest.raises(ValueError, match=r"stride must be from 1 to the window's size \(64, 64\), got \(65, 40\)"):
+        task.slide(images, (64, 64), (65, 40))
 
 
 def test_a_map_that_is_not_square():
@@ -261,6 +263,29 @@ def test_detection_trains_every_head_and_finds_boxes_in_photos_of_any_size(masks
         assert set(one) == {"boxes", "labels", "scores", *(["masks"] if masks else [])}
         assert (one["boxes"][:, [0, 2]] <= width).all() and (one["boxes"][:, [1, 3]] <= height).all()
         assert not masks or one["masks"].shape[1:] == (1, height, width)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
+    pytest.importorskip("torchmetrics", reason="needs the train extra")
+    from cropr_kernels.train import Config, build
+    from cropr_kernels.train.data import Samples, load_data
+    from cropr_kernels.train.loop import Place, Run
+
+    config = Config(
+        data=str(scenes), model_options=("depth=4", "embed_dim=32", "num_heads=2"), patch_size=8, rate=3, llf=True,
+        calibrate=6, batch_size=4, workers=0, device="cpu",
+        **{**RECIPES["detection"], "window": 0, "global_blocks": ()},
+    )  # fmt: skip
+    data, task = load_data(config), build.task(config, 2)
+    expected = build.task(config, 2)
+    photos = [Samples(data.train, config.seed)[-1, i].image for i in range(6)]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    torch.testing.assert_close(task.pixels(photos), torch.stack([(photo - mean) / std for photo in photos]))
+    cropr.calibrate(expected.backbone, expected.pixels(photos))
+    Run(config, tmp_path, data, task, Place(0, 1, torch.device("cpu")), False)
+    for own, other in zip(task.backbone.cropr, expected.backbone.cropr):
+        torch.testing.assert_close(own.query(), other.query())
 
 
 def test_nearly_all_tokens_may_leave():

@@ -16,7 +16,7 @@ from torch import nn
 import cropr_kernels as cropr
 from cropr_kernels import cli
 from cropr_kernels.train import PRESETS, Config, checkpoint, train
-from cropr_kernels.train.data import Batches, Data, Samples, load_data, seed_of
+from cropr_kernels.train.data import Batches, Data, Samples, load_data, mixing, seed_of
 from cropr_kernels.train.loop import rebuild
 from cropr_kernels.train.optim import layer_of, lr_share, param_groups, progress
 
@@ -225,6 +225,15 @@ def test_a_step_takes_the_same_samples_however_it_is_shared(world, accumulate):
         Batches(5, wanted, 0)
 
 
+def test_mixing_leaves_smoothing_to_the_loss_and_takes_images_in_pairs():
+    mixed = Config(mixup=0.5, smoothing=0.1, batch_size=6, accumulate=2)
+    pytest.importorskip("timm", reason="needs the train extra")
+    _, target = mixing(mixed, 4)(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
+    assert (target[:, 2:] == 0).all() and torch.allclose(target.sum(1), torch.ones(4))
+    with pytest.raises(ValueError, match="in pairs: batch_size=6 / 2 is odd"):
+        Batches(37, mixed, 0)
+
+
 class Explodes(nn.Module):
     """A task whose loss is not finite at some steps."""
 
@@ -354,6 +363,7 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(layer_decay=0), r"layer_decay must be in \(0, 1\], got 0"),
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
         (dict(task="detection", rate=8), "llf must be true for detection"),
+        (dict(task="segmentation", num_classes=3, stride="300,8"), r"stride must be from 1 to img_size=\(224, 224\)"),
         (dict(fusion="concat"), "fusion must be llf outside segmentation"),
         (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
         (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),

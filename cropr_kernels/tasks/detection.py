@@ -135,6 +135,10 @@ class Detector(nn.Module):
             self.side, self.side, list(mean), list(std), size_divisible=self.side
         )
 
+    def pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """What the backbone sees of photos (3, H, W) in [0, 1]: resized, padded and normalised, (B, 3, side, side)."""
+        return self.transform(list(images))[0].tensors
+
     def forward(self, images: Sequence[Tensor], target: Sequence[dict[str, Tensor]] | None = None) -> Any:
         """Losses in training with a target; else what was found.
 

@@ -229,20 +229,21 @@ class Segmenter(nn.Module):
         """Logits (B, classes, H, W) of images of any size, averaged over windows of the training size.
 
         Images smaller than a window are padded with zeros.
+
+        Raises:
+            ValueError: windows so far apart would leave gaps.
         """
+        if not all(1 <= step <= side for step, side in zip(stride, size)):
+            raise ValueError(f"Segmenter.slide: stride must be from 1 to the window's size {size}, got {stride}")
         height, width = images.shape[2:]
         padded = F.pad(images, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
-        total = count = None
+        total = padded.new_zeros(len(images), self.head.out_features, *padded.shape[2:], dtype=torch.float32)
+        count = total.new_zeros(padded.shape[2:])
         for top in _starts(padded.shape[2], size[0], stride[0]):
             for left in _starts(padded.shape[3], size[1], stride[1]):
-                logits = self(padded[:, :, top : top + size[0], left : left + size[1]])
-                if total is None or count is None:
-                    total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
-                    count = logits.new_zeros(1, 1, *padded.shape[2:])
-                total[:, :, top : top + size[0], left : left + size[1]] += logits
-                count[:, :, top : top + size[0], left : left + size[1]] += 1
-        if total is None or count is None:
-            raise ValueError("Segmenter.slide: stride must be positive")
+                window = ..., slice(top, top + size[0]), slice(left, left + size[1])
+                total[window] += self(padded[window])
+                count[window] += 1
         return (total / count)[:, :, :height, :width]
 
 

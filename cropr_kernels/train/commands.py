@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..patch import Pruned, pruning_map, set_rate
+from .checkpoint import write_text
 from .config import PRESETS, Config
 from .data import Data, load_data, val_loader
 from .evaluate import MAIN, evaluate
@@ -95,14 +96,12 @@ def run_eval(options: argparse.Namespace) -> None:
             rows.append({"schedule": schedule, **metrics})
         if place.rank:
             return
-    temporary = options.out / "eval.tmp"
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(options.out / "eval.json")
-    print(table(rows, config))
+    write_text(options.out / "eval.json", json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
     draw(task.cpu(), config, data, options)
 
 
-def table(rows: list[dict[str, Any]], config: Config) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Metrics as aligned text."""
     names = [name for name in rows[0] if name not in ("aux", "schedule")]
     lines = [["schedule", *names], *([row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows)]
@@ -132,8 +131,7 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
     for index in list(range(0, len(data.val), step))[: options.pictures]:
         image = data.val[index][0]
         if config.task == "detection":
-            batch, _ = task.transform([image])
-            pixels = batch.tensors[0]
+            pixels = task.pixels([image])[0]
         else:
             height, width = (min(own, side) for own, side in zip(image.shape[1:], config.img_size))
             pixels = torch.zeros(3, *config.img_size)

@@ -132,6 +132,9 @@ class Config:
             self._require("num_classes", self.num_classes >= 1, ">= 1 for segmentation")
         if self.task == "detection" and self.prunes:
             self._require("llf", self.llf, "true for detection: the pyramid needs the whole map")
+        if self.stride is not None:
+            fits = all(1 <= step <= side for step, side in zip(self.stride, self.img_size))
+            self._require("stride", fits, f"from 1 to img_size={self.img_size}")
         if self.fusion != "llf":
             self._require("fusion", self.task == "segmentation", "llf outside segmentation")
             self._require("llf", not self.llf, f"false with fusion={self.fusion}")

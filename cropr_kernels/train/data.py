@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..viz import PHOTO_SUFFIXES
 from .config import Config
 from .extras import need
 
@@ -93,6 +94,10 @@ class Batches:
         if config.batch_size % share:
             raise ValueError(
                 f"train: batch_size={config.batch_size} must be a multiple of accumulate x processes = {share}"
+            )
+        if (config.mixup or config.cutmix) and config.batch_size // share % 2:
+            raise ValueError(
+                f"train: mixup and cutmix take images in pairs: batch_size={config.batch_size} / {share} is odd"
             )
         if count < config.batch_size:
             raise ValueError(f"train: batch_size={config.batch_size} is more than the {count} training samples")
@@ -192,9 +197,6 @@ def _folders(config: Config) -> Data:
     return Data(train, val, train.classes)
 
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
-
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     """Photos and label maps of the same names: (3, H, W) and (H, W) int64.
 
@@ -204,7 +206,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
         by_name = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*.png")}
-        photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES)
+        photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
         missing = [path for path in photos if path.relative_to(images).with_suffix("") not in by_name]
         if missing or not photos:
             what = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"
@@ -330,8 +332,7 @@ def _coco(config: Config) -> Data:
 
 
 def mixing(config: Config, classes: int) -> Any:
-    """timm's mixup and cutmix, or None."""
+    """timm's mixup and cutmix, or None. Labels are smoothed by the loss, whether they were mixed or not."""
     if not config.mixup and not config.cutmix:
         return None
-    mix = need("timm.data").Mixup
-    return mix(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+    return need("timm.data").Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)

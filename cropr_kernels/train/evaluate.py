@@ -18,8 +18,8 @@ def evaluate(
     """Metrics of a task over a loader, reduced over all processes, in the mode of inference.
 
     Classification: top-1, top-5. Segmentation: mIoU and pixel accuracy by sliding window. Detection: AP, AP50, and of
-    masks. All in percent; `skipped` samples could not be read. `aux` lists what every auxiliary head reaches: top-1, or
-    the share of patches.
+    masks. All in percent; `skipped` samples could not be read. `aux`, in classification, is the top-1 of every
+    auxiliary head.
     """
     tqdm = need("tqdm").tqdm
     kinds: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}

@@ -120,8 +120,7 @@ class Run:
             dist.barrier()
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            own.with_suffix(".tmp").write_text(self.config.to_json())
-            own.with_suffix(".tmp").replace(own)
+            checkpoint.write_text(own, self.config.to_json())
             self._cut_log(0 if found is None else found["step"])
         return found
 
@@ -130,14 +129,15 @@ class Run:
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        path.with_suffix(".tmp").replace(path)
+        checkpoint.write_text(path, "".join(kept))
 
     def _calibrate(self) -> None:
         """Queries in closed form from training photos; every process comes to the same ones."""
         samples, count = Samples(self.data.train, self.config.seed), min(self.config.calibrate, len(self.data.train))
-        images = ([torch.stack([samples[-1, i].image for i in part])] for part in torch.arange(count).split(16))
-        calibrate(self.task.backbone, ([batch[0].to(self.place.device)] for batch in images))
+        photos = ([samples[-1, i].image for i in range(count)[at : at + 16]] for at in range(0, count, 16))
+        # A detector takes photos as they are, and normalises them itself.
+        pixels = self.task.pixels if self.config.task == "detection" else torch.stack
+        calibrate(self.task.backbone, map(pixels, photos))
 
     def _share(self, task: nn.Module) -> nn.Module:
         if self.place.world == 1:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def configure(options: argparse.Namespace) -> Config:
 
 def run_train(options: argparse.Namespace) -> None:
     metrics = train(configure(options), options.out, show=not options.quiet)
-    print(json.dumps(metrics))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics))
 
 
 def run_eval(options: argparse.Namespace) -> None:

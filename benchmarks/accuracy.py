@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, save
-from networks import Random
-from off_the_shelf import DATA, WEIGHTS, Encoded, Variance
-from rivals import AttentionTopK
+from off_the_shelf import DATA, WEIGHTS, Encoded
+from rivals import ONCE, SYSTEMS, Reduced, ReducedClassifier
+from rivals.stands import Random, Variance
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.tasks import Classifier
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.weights import load_weights
@@ -45,12 +44,18 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "Cropr, LLF": DEC_LLF | CALIBRATED,
         "Cropr, const": CONST | CALIBRATED,
         "Cropr, const, LLF": CONST_LLF | CALIBRATED,
-        "attention top-k": DEC,
         "variance": DEC,
         "random": DEC,
         "non-salient": DEC | CALIBRATED,
         "Cropr, random start": DEC,
         "Cropr, queries fixed": DEC | CALIBRATED | dict(fixed_queries=True),
+    },
+    "rivals": {
+        **{name: DEC for name in ("attention top-k", "EViT", "ToMe", "ToMe, plain attention", "ATS, trimmed")},
+        **{name: CONST for name in ONCE},
+        **{name: DEC for name in ("DPC-KNN, learned weights", "k-medoids", "pixel variance")},
+        **{f"{name}, LLF": DEC_LLF for name in ("attention top-k", "variance", "random")},
+        "non-salient, LLF": DEC_LLF | CALIBRATED,
     },
     "strong": {
         "Cropr": STRONG | CALIBRATED,
@@ -123,16 +128,21 @@ def recipe(options: argparse.Namespace, seed: int, cell: dict[str, Any]) -> Conf
 def build_task(config: Config, name: str) -> Any:
     """The network of a method, in place of the one that the configuration describes."""
     task = build.task(config, 200)
-    if name == "attention top-k":
-        base = load_weights(config.weights)[0]
-        tokens = base.num_prefix_tokens + base.grid**2
-        schedule = cropr.schedule.resolve(**config.schedule)
-        return Classifier(AttentionTopK(base, schedule(tokens, len(base.blocks), 1, False)), config.smoothing)
-    if name in STANDS:
+    kind = name.removesuffix(", LLF")
+    if kind in STANDS:
         stack = task.backbone.cropr
         for i, module in enumerate(stack):
-            stack[i] = STANDS[name](module.query())
-    if name == "non-salient":
+            stack[i] = STANDS[kind](module.query())
+    elif kind in SYSTEMS:
+        base = load_weights(config.weights)[0]
+        tokens = base.num_prefix_tokens + base.grid**2
+        counts = cropr.schedule.resolve(**config.schedule)(tokens, len(base.blocks), 1, config.llf)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = Reduced(base, SYSTEMS[kind], counts, llf=config.llf)
+        teacher = load_weights(config.weights)[0] if kind in ONCE else None
+        return ReducedClassifier(network, config.smoothing, teacher=teacher)
+    if kind == "non-salient":
         for module in task.backbone.cropr:
             module.__class__ = NonSalient
     return task

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from common import environment, save
-from networks import Random
-from off_the_shelf import WEIGHTS, Variance
+from off_the_shelf import WEIGHTS
+from rivals.stands import Random, Variance
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, name_of, published, quantile, save
-from rivals import ToMe
-from torch import Tensor, nn
+from rivals import SYSTEMS, Reduced
+from rivals.stands import Random, Stand
+from torch import Tensor
 
 import cropr_kernels as cropr
 from cropr_kernels.engine import Graphs
@@ -39,28 +40,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
 Method = Callable[[Tensor], Tensor]
 
 
-class Stand(nn.Module):
-    """Stands where a Cropr module stands, and splits in another way."""
-
-    def __init__(self, query: Tensor):
-        super().__init__()
-        self.register_buffer("folded", query)
-
-    def query(self) -> Tensor:
-        return self.folded
-
-    def predict(self, x: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 class Published(Stand):
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
         return cropr.Split(*published(x, self.folded.to(x.dtype).unsqueeze(0), num_keep))
-
-
-class Random(Stand):
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
-        return cropr.Split(*torch.ops.cropr.split(x, torch.rand(x.shape[:2], device=x.device), num_keep, num_prefix))
 
 
 class FreeSlice(Stand):
@@ -95,7 +77,8 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
     methods["merge"] = cropr.deploy(merging)
     if not (llf or plain.config.rope):
         tokens = plain.num_prefix_tokens + plain.grid**2
-        methods["ToMe"] = ToMe(plain, cropr.schedule.rate(tokens, len(plain.blocks), rate, plain.num_prefix_tokens))
+        counts = cropr.schedule.rate(tokens, len(plain.blocks), rate, plain.num_prefix_tokens)
+        methods["ToMe"] = Reduced(plain, SYSTEMS["ToMe"], counts)
     methods |= {"published": with_stands(engine, Published), "random": with_stands(engine, Random)}
     methods |= {"free slice": with_stands(engine, FreeSlice), "plain": plain}
     size = plain.config.img_size

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, environment, quantile, save
-from networks import Random, Stand
-from rivals import AttentionTopK, ToMe
+from rivals import OFF_THE_SHELF, SYSTEMS, Reduced
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,14 +39,7 @@ MERGES = {
     "merge, plain attention": cropr.Merge(proportional=False),
     "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
 }
-METHODS = ["random", "variance", "attention top-k", "calibrated", "ToMe, plain attention", "ToMe", *MERGES]
-
-
-class Variance(Stand):
-    """Variance of a token over its channels."""
-
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
-        return cropr.Split(*torch.ops.cropr.split(x, x.float().var(-1), num_keep, num_prefix))
+METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES]
 
 
 class Encoded:
@@ -85,20 +77,13 @@ def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Ten
     """A method at a rate; `model` holds the calibrated queries."""
     depth, tokens = len(base.blocks), base.num_prefix_tokens + base.grid**2
     counts = cropr.schedule.rate(tokens, depth, rate, base.num_prefix_tokens)
-    if name == "attention top-k":
-        return AttentionTopK(base, counts)
-    if name.startswith("ToMe"):
-        return ToMe(base, counts, proportional=name == "ToMe")
+    if name in SYSTEMS:
+        return Reduced(base, SYSTEMS[name], counts).eval()
     if name in MERGES:
         merging = cropr.apply(copy.deepcopy(base), rate=rate, merge=MERGES[name], num_outputs=0)
         merging.cropr.load_state_dict(model.cropr.state_dict())
         return cropr.deploy(merging)
-    deployed = cropr.set_rate(cropr.deploy(model, engine=name == "calibrated"), rate)
-    kinds = {"random": Random, "variance": Variance}
-    if name in kinds:
-        for i, module in enumerate(deployed.cropr):
-            deployed.cropr[i] = kinds[name](module.query())
-    return deployed
+    return cropr.set_rate(cropr.deploy(model), rate)
 
 
 def log_probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""Modules that stand where a Cropr module stands, in a model that `cropr.apply` pruned, and split in another way."""
+
+import torch
+from torch import Tensor, nn
+
+import cropr_kernels as cropr
+
+from .selection import random_scores, variance_scores
+
+
+class Stand(nn.Module):
+    """It holds the query of the module it replaces."""
+
+    folded: Tensor
+
+    def __init__(self, query: Tensor):
+        super().__init__()
+        self.register_buffer("folded", query)
+
+    def query(self) -> Tensor:
+        return self.folded
+
+    def predict(self, x: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Random(Stand):
+    """Uniformly random tokens stay."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+        return cropr.Split(*torch.ops.cropr.split(x, random_scores(x), num_keep, num_prefix))
+
+
+class Variance(Stand):
+    """Tokens with the highest variance over their channels stay."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+        return cropr.Split(*torch.ops.cropr.split(x, variance_scores(x), num_keep, num_prefix))

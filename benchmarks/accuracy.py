@@ -51,9 +51,9 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "Cropr, queries fixed": DEC | CALIBRATED | dict(fixed_queries=True),
     },
     "rivals": {
-        **{name: DEC for name in ("attention top-k", "EViT", "ToMe", "ToMe, plain attention", "ATS, trimmed")},
-        **{name: CONST for name in ONCE},
-        **{name: DEC for name in ("DPC-KNN, learned weights", "k-medoids", "pixel variance")},
+        **dict.fromkeys(("attention top-k", "EViT", "ToMe", "ToMe, plain attention", "ATS, trimmed"), DEC),
+        **dict.fromkeys(ONCE, CONST),
+        **dict.fromkeys(("DPC-KNN, learned weights", "k-medoids", "pixel variance"), DEC),
         **{f"{name}, LLF": DEC_LLF for name in ("attention top-k", "variance", "random")},
         "non-salient, LLF": DEC_LLF | CALIBRATED,
     },

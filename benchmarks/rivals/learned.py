@@ -174,7 +174,8 @@ class ReducedClassifier(Classifier):
         self.reducers = network.reducers
         self.taught = [str(layer) for layer, reducer in network.reducers.items() if isinstance(reducer, Taught)]
         if self.taught and teacher is None:
-            raise ValueError(f"ReducedClassifier: {type(network).__name__} is taught, and there is no teacher")
+            name = type(network.reducers[self.taught[0]]).__name__
+            raise ValueError(f"ReducedClassifier: {name} is taught, and there is no teacher")
         # In a tuple, so that their parameters are counted and saved once, or not at all.
         self.aside = network, None if teacher is None else teacher.eval().requires_grad_(False)
 

@@ -28,23 +28,31 @@ class ToMe(Reducer):
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
         assert given.keys is not None
+        tokens = x.shape[1]
+        most = (tokens + 1) // 2 - (num_prefix + 1) // 2  # the even ones that are no prefix
+        if tokens - num_keep > most:
+            raise ValueError(
+                f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
+            )
         merge = merge_fused if self.fused else merge_pairs
-        tokens, sizes = merge(x, given.keys.mean(1), given.sizes, x.shape[1] - num_keep, num_prefix)
-        return Reduction(tokens, sizes=sizes)
+        merged, sizes = merge(x, given.keys.mean(1), given.sizes, tokens - num_keep, num_prefix)
+        return Reduction(merged, sizes=sizes)
 
 
 def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     """One bipartite merge of x (B, N, D): `count` even tokens go into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D), the unmerged even ones before the odd ones, and their sizes, float32.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; and their sizes, float32.
     """
     metric = F.normalize(metric, dim=-1)
+    even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    similarity[:, : (num_prefix + 1) // 2] = -torch.inf  # prefix tokens neither move nor take others in
-    similarity[:, :, : num_prefix // 2] = -torch.inf
+    similarity[:, :even_prefix] = -torch.inf  # prefix tokens neither move nor take others in
+    similarity[:, :, :odd_prefix] = -torch.inf
     best, partner = similarity.max(-1)
-    stays, goes = ops.select(-best.float(), best.shape[1] - count, (num_prefix + 1) // 2)
+    stays, goes = ops.select(-best.float(), best.shape[1] - count, even_prefix)
+    stays = stays[:, even_prefix:]
     if sizes is None:
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
     mass = x * sizes.unsqueeze(-1).to(x.dtype)
@@ -52,8 +60,9 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     target = partner.gather(1, goes)
     odd = odd.scatter_add(1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), ops.gather(even, goes))
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
-    sizes = torch.cat([sizes[:, ::2].gather(1, stays), odd_sizes], 1)
-    return torch.cat([ops.gather(even, stays), odd], 1) / sizes.unsqueeze(-1).to(x.dtype), sizes
+    merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
+    sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
+    return merged / sizes.unsqueeze(-1).to(x.dtype), sizes
 
 
 def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The reference ViT with any way of reducing tokens in it: one interface, so that all run on the same network.
 
-A `Reducer` says where in a block it acts and what it must be given beside the tokens. Who needs the probabilities of the
-attention makes the block compute them; blocks of all others keep SDPA.
+A `Reducer` says where in a block it acts and what it must be given beside the tokens. Who needs the probabilities of
+the attention makes the block compute them; blocks of all others keep SDPA.
 """
 
 from abc import ABC, abstractmethod
@@ -190,10 +190,7 @@ def run_block(
             x = reduction.tokens
             assert reduction.idx is not None
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
-    if attention is None:
-        heads = proportional_attention(q, k, v, given.log_sizes)
-    else:
-        heads = attention.type_as(v) @ v
+    heads = proportional_attention(q, k, v, given.log_sizes) if attention is None else attention.type_as(v) @ v
     update = block.attn.proj(block.attn.norm(heads.transpose(1, 2).flatten(2)))
     x = x + block.drop_path1(block.ls1(update))
     if reducer is not None and reducer.place == "attention":

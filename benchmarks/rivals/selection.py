@@ -114,8 +114,8 @@ def distances(x: Tensor) -> Tensor:
 class KMedoids(Reducer):
     """Tokens that stand for a cluster stay: rounds of k-medoids, weighted by the attention each token receives.
 
-    Starts at those that receive most. In each round tokens go to the nearest medoid, and of each cluster the member with
-    the least weighted distance to the others becomes its medoid. Source: Marin et al. 2021 (Token Pooling).
+    Starts at those that receive most. In each round tokens go to the nearest medoid, and of each cluster the member
+    with the least weighted distance to the others becomes its medoid. Source: Marin et al. 2021 (Token Pooling).
     """
 
     needs = frozenset({"attention"})

@@ -39,7 +39,7 @@ MERGES = {
     "merge, plain attention": cropr.Merge(proportional=False),
     "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
 }
-METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES]
+METHODS = [*(name for name in OFF_THE_SHELF if name != "ATS, trimmed"), "calibrated", *MERGES]
 
 
 class Encoded:

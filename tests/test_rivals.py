@@ -41,8 +41,9 @@ def given_to(x, prefix=1, sizes=None):
 def test_prefix_tokens_stay_first_and_as_they_are(name):
     x = torch.randn(3, TOKENS, DIM)
     for prefix in (1, 3):
-        reducer = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix).eval()
-        reduction = reducer(x, given_to(x, prefix), KEEP, prefix)
+        reducer, given = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix).eval(), given_to(x, prefix)
+        given = given._replace(patches=reducer.look(given.patches))
+        reduction = reducer(x, given, KEEP, prefix)
         assert torch.equal(reduction.tokens[:, :prefix], x[:, :prefix])
         assert reduction.tokens.shape[1] == KEEP or name == "ATS, trimmed"
 

@@ -1,5 +1,6 @@
 """Reductions that are learned: DynamicViT, SiT, Sinkhorn, PatchMerger; and what they are trained with."""
 
+import itertools
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +49,7 @@ class DynamicViT(Taught):
         self.ratio, self.stages = num_patches / all_patches, stages
         self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.GELU())
         widths = [dim, dim // 2, dim // 4]
-        layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.GELU())]
+        layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.GELU())]
         self.decide = nn.Sequential(*layers, nn.Linear(widths[-1], 2))
 
     def log_probabilities(self, patches: Tensor, alive: Tensor | None) -> Tensor:

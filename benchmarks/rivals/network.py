@@ -26,7 +26,7 @@ class Given(NamedTuple):
     class_row: Tensor | None = None  # (B, H, N), its first row
     keys: Tensor | None = None  # (B, H, N, C)
     values: Tensor | None = None  # (B, H, N, C)
-    patches: Tensor | None = None  # (B, N0 - P, pixels), the input
+    patches: Tensor | None = None  # what `Reducer.look` made of the input
     positions: Tensor | None = None  # (B, N): where in the image tokens are; None: where they are in the list
     sizes: Tensor | None = None  # (B, N) float32: how many tokens each stands for, 0 for padding; None: one
     log_sizes: Tensor | None = None  # (B, N) float32, where attention weighs tokens by their sizes
@@ -60,6 +60,10 @@ class Reducer(nn.Module, ABC):
     # behind the block, between its attention and MLP, or before the attention, which then has fewer queries
     place: ClassVar[Literal["block", "attention", "queries"]] = "block"
     proportional = True  # whether later attention weighs tokens by their sizes
+
+    def look(self, patches: Tensor) -> Tensor:
+        """What "patches" shall be, made of the input (B, N0 - P, pixels) once, by the first reducer for all layers."""
+        return patches
 
     @abstractmethod
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction: ...
@@ -131,14 +135,15 @@ class Reduced(nn.Module):
         x, table = backbone.embed(images)
         rope, prefix, losses = table, backbone.num_prefix_tokens, []
         gone: list[tuple[Tensor, Tensor]] = []
-        reducers: Any = self.reducers
-        wants_patches = any("patches" in reducer.needs for reducer in reducers.values())
-        given = Given(patches=patches_of(images, backbone.config.patch_size) if wants_patches else None)
+        reducers: Any = dict(self.reducers.items())
+        looking = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
+        side = backbone.config.patch_size
+        given = Given(patches=looking[0].look(patches_of(images, side)) if looking else None)
         for layer, block in enumerate(backbone.blocks):
             if gone and layer == len(backbone.blocks) - 1:
                 x = ops.restore(x, given.positions, *(torch.cat(parts, 1) for parts in zip(*gone)))
                 rope, given = table, Given()
-            reducer = reducers[str(layer)] if str(layer) in reducers else None
+            reducer = reducers.get(str(layer))
             if reducer is None and given.log_sizes is None and given.alive is None:
                 x = block(x, rope=rope)
                 continue

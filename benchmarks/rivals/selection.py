@@ -37,9 +37,12 @@ class PixelVariance(Selector):
 
     needs = frozenset({"patches"})
 
+    def look(self, patches: Tensor) -> Tensor:
+        return patches.float().var(-1)
+
     def scores(self, x: Tensor, given: Given, num_prefix: int) -> Tensor:
         assert given.patches is not None
-        scores = F.pad(given.patches.float().var(-1), (num_prefix, 0))
+        scores = F.pad(given.patches, (num_prefix, 0))
         return scores if given.positions is None else scores.gather(1, given.positions)
 
 

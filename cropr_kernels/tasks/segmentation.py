@@ -148,8 +148,8 @@ class Segmenter(nn.Module):
         self.head = nn.Linear(dim, num_classes)
         self.fuse: Fusion | None = None
         if pruned and fusion == "dtop":
-            for i, module in enumerate(backbone.cropr):
-                backbone.cropr[i] = Confident(dim, num_classes).to(next(module.parameters()).device)
+            for i in range(len(backbone.cropr)):
+                backbone.cropr[i] = Confident(dim, num_classes).to(next(backbone.parameters()).device)
         elif pruned and fusion != "llf":
             self.fuse = Fusion(fusion, dim, backbone.blocks[0].attn.num_heads, grid[0] * grid[1])
 

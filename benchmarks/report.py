@@ -1,39 +1,20 @@
-"""Write the README's tables and plot from the JSON under benchmarks/results/. Run it after a benchmark.
+"""Write the tables and plots of the README and of docs/ from the JSON under benchmarks/results/. Run it after a benchmark.
 
 python benchmarks/report.py [--check]      --check: fail if the README is not what the results say
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from common import RESULTS
+import comparison
+from render import grid, load, spread, where
 
 README = Path(__file__).parent.parent / "README.md"
 PLOT = README.parent / "docs" / "cpu_ops.png"
-
-
-def load(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        return None
-    data = json.loads(path.read_text())
-    return data["environment"], data["rows"]
-
-
-def where(env: dict[str, Any]) -> str:
-    threads = f", {env['threads']} thread{'s' if env['threads'] != 1 else ''}" if env.get("threads") else ""
-    return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit']}, {env['date']}"
-
-
-def grid(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cpu_ops() -> str:
@@ -108,61 +89,10 @@ def networks(name: str) -> str:
     return grid(["model", "batch", "dtype", "mode", *methods], body) + f"\n\n{where(env)}; {note}."
 
 
-def spread(values: list[float], digits: int, unit: str = "") -> str:
-    """Mean, and the range over seeds where they differ."""
-    if min(values) == max(values):
-        return f"{values[0]:.{digits}f}{unit}"
-    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean}{unit} ({low} to {high})"
-
-
-MAIN = ("random", "variance", "attention top-k", "calibrated", "ToMe, plain attention", "ToMe", "merge")
 PARTS = {
     "merge": "**as it is** (1.5 R candidates)",
     "merge, none of these": "no choice of the redundant, and sizes do not protect",
 }
-LABELS = {"calibrated": "calibrated, dropping", "merge": "**calibrated, merging**"}
-
-
-def speeds() -> dict[tuple[int, str], float]:
-    found = load("off_the_shelf_speed")
-    return {} if found is None else {(row["rate"], row["method"]): row["speed-up"] for row in found[1]}
-
-
-def off_the_shelf() -> str:
-    """Agreement and KL by data set, with the speed measured apart."""
-    found = load("off_the_shelf")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    data, speed = list(dict.fromkeys(row["data"] for row in rows)), speeds()
-    body = []
-    for rate in sorted({row["rate"] for row in rows}):
-        for method in MAIN:
-            line = [str(rate), LABELS.get(method, method)]
-            for name in data:
-                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-                line += [spread([row["agreement"] for row in own], 1), spread([row["KL"] for row in own], 3)]
-                if all("top-1" in row for row in own):
-                    line.append(f"{statistics.mean(row['top-1'] for row in own):.1f}")
-            body.append([*line, f"{speed[rate, method]:.2f}x" if (rate, method) in speed else "-"])
-    labelled = {row["data"] for row in rows if "top-1" in row}
-    columns = {
-        name: ("agreement, %", "KL", "top-1, %") if name in labelled else ("agreement, %", "KL") for name in data
-    }
-    head = ["R", "method", *(f"{name}, {what}" for name in data for what in columns[name]), "speed-up"]
-    seeds = sorted({row["seed"] for row in rows})
-    plain = statistics.mean(row["top-1 unpruned"] for row in rows if "top-1" in row)
-    note = (
-        f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; "
-        f"{len(seeds)} seeds, each with {env['photos']} photos to calibrate on and as many others to compare on; "
-        "mean, and range over seeds."
-    )
-    timed = load("off_the_shelf_speed")
-    if timed is not None:
-        env_timed = timed[0]
-        note += f" Speed-up over the unpruned model on the engine: batch {env_timed['batch']}, {where(env_timed)}."
-    return grid(head, body) + f"\n\n{note} {where(env)}."
 
 
 def merging() -> str:
@@ -273,7 +203,6 @@ SECTIONS = {
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
     "digits": digits,
-    "off_the_shelf": off_the_shelf,
     "merging": merging,
     "finetune": finetune,
     "cpu_networks": lambda: networks("cpu_networks"),
@@ -309,7 +238,7 @@ def calibration_target() -> str:
         return "Not measured yet."
     body = []
     for method, data in dict.fromkeys((row["method"], row["data"]) for row in largest[1]):
-        line = [LABELS[method].strip("*"), data]
+        line = [comparison.LABELS[method].strip("*"), data]
         for rate in sorted({row["rate"] for row in largest[1]}):
             values = [
                 statistics.mean(r["KL"] for r in rows if (r["method"], r["data"], r["rate"]) == (method, data, rate))
@@ -333,7 +262,8 @@ TRAINING = {
         "detection_bccd", "BCCD, ViT-Ti/16 at 256 px", {"AP box": 1, "AP box 50": 1, "GFLOPs": 2}
     ),
 }
-PAGES = {README: SECTIONS, README.parent / "docs" / "training.md": TRAINING}
+DOCS = README.parent / "docs"
+PAGES = {README: SECTIONS, DOCS / "training.md": TRAINING, DOCS / "comparison.md": comparison.SECTIONS}
 
 
 def render(text: str, sections: dict[str, Callable[[], str]]) -> str:
@@ -375,37 +305,6 @@ def plot() -> None:
     plt.close(figure)
 
 
-def plot_off_the_shelf() -> None:
-    """Agreement against measured speed-up, one panel a data set, one line a method over its rates."""
-    found, speed = load("off_the_shelf"), speeds()
-    if found is None or not speed:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    env, rows = found
-    data = list(dict.fromkeys(row["data"] for row in rows))
-    figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], data):
-        for method in MAIN:
-            points = []
-            for rate in sorted({row["rate"] for row in rows}):
-                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-                points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
-            bold = {"linewidth": 2.4} if method == "merge" else {"linewidth": 1.2, "alpha": 0.8}
-            axis.plot(*zip(*points), marker="o", markersize=4, label=LABELS.get(method, method).strip("*"), **bold)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("speed-up, measured")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("agreement with the unpruned model, %")
-    axes[0][0].legend(fontsize=7)
-    figure.suptitle(f"ViT-Ti/16, no training, {env['device']}", fontsize=10)
-    figure.savefig(PLOT.parent / "off_the_shelf.png", dpi=130)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -419,7 +318,7 @@ def main() -> None:
     if options.check:
         return
     plot()
-    plot_off_the_shelf()
+    comparison.plot()
 
 
 if __name__ == "__main__":

@@ -112,5 +112,5 @@ class DPCKNN(Reducer):
         delta = apart.masked_fill(~denser, torch.inf).amin(2)
         delta = delta.where(delta.isfinite(), apart.amax(2))
         centres = (density + delta.log()).topk(count, dim=1).indices.sort(1).values
-        cluster = apart.gather(2, centres.unsqueeze(1).expand(-1, points, -1)).argmin(2)
+        cluster = ops.gather(apart, centres).argmin(1)
         return cluster.scatter(1, centres, torch.arange(count, device=apart.device).expand(batch, -1))

@@ -129,7 +129,7 @@ class KMedoids(Reducer):
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
         assert given.attention is not None
-        weight = given.attention.detach().mean(1).sum(1)[:, num_prefix:]
+        weight = given.attention.detach().sum((1, 2))[:, num_prefix:]
         medoids = self.medoids(distances(x[:, num_prefix:]), weight, num_keep - num_prefix)
         idx = F.pad(medoids.sort(1).values + num_prefix, (num_prefix, 0))
         idx[:, :num_prefix] = torch.arange(num_prefix, device=x.device)
@@ -142,11 +142,10 @@ class KMedoids(Reducer):
         own = torch.arange(count, device=apart.device).expand(batch, -1)
         everyone = torch.arange(points, device=apart.device).expand(batch, -1)
         for _ in range(self.rounds):
-            cluster = apart.gather(2, medoids.unsqueeze(1).expand(-1, points, -1)).argmin(2)
+            cluster = ops.gather(apart, medoids).argmin(1)  # distances are symmetric: rows are faster to fetch
             cluster.scatter_(1, medoids, own)  # equal tokens apart, a medoid belongs to itself anyway
             together = cluster.unsqueeze(2) == cluster.unsqueeze(1)
-            cost = (apart * together) @ weight.unsqueeze(2)
-            cost = cost.squeeze(2)
+            cost = (torch.where(together, apart, 0.0) @ weight.unsqueeze(2)).squeeze(2)
             least = cost.new_full((batch, count), torch.inf).scatter_reduce(1, cluster, cost, "amin")
             best = everyone.masked_fill(cost > least.gather(1, cluster), points)
             medoids = torch.full_like(medoids, points).scatter_reduce(1, cluster, best, "amin")

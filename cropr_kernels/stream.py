@@ -40,6 +40,94 @@ class Streamed(NamedTuple):
     left: Left | None  # where it was asked for, and tokens left
 
 
+class Stream:
+    """What travels with the tokens of one batch: positions, sizes, rotary rows, those that left, predictions.
+
+    Whoever runs the blocks calls `enter` before each of them and `leave` behind it. The arguments are those of
+    `run_blocks`.
+    """
+
+    def __init__(
+        self,
+        modules: Any,
+        counts: Sequence[int],
+        depth: int,
+        *,
+        num_prefix: int,
+        llf: bool,
+        rope: Tensor | None = None,
+        training: bool = False,
+        departures: Departures | None = None,
+        how: Merge | None = None,
+        collect: bool = False,
+    ):
+        self.modules, self.counts, self.last, self.num_prefix, self.llf = modules, counts, depth - 1, num_prefix, llf
+        self.training, self.departures, self.how, self.collect = training, departures, how, collect
+        self.table = rope
+        self.rope = rope.unsqueeze(1) if rope is not None and rope.ndim == 3 else rope  # rows of the tokens alive
+        self.positions: Tensor | None = None  # of the tokens alive; None: all, in order
+        self.sizes: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.gone: list[tuple[Tensor, Tensor]] = []
+        self.aux: list[Tensor] = []
+
+    def enter(self, layer: int, x: Tensor) -> Tensor:
+        """The tokens that a block shall see: all of them in the last one with LLF."""
+        if not (self.llf and layer == self.last and self.positions is not None):
+            return x
+        x = torch.ops.cropr.restore(x, self.positions, *(torch.cat(parts, 1) for parts in zip(*self.gone)))
+        self.rope = self.table.unsqueeze(1) if self.table is not None and self.table.ndim == 3 else self.table
+        self.sizes, self.gone, self.positions = None, [], None
+        return x
+
+    def leave(self, layer: int, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The tokens that are left of those a block gave (B, N, D); keys (B, N, C) are what merging compares."""
+        if layer >= len(self.modules):
+            return x
+        module, count, prefix = self.modules[layer], self.counts[layer], self.num_prefix
+        prediction, scores = module.predict(x) if self.training else (None, None)
+        if prediction is not None:
+            self.aux.append(prediction)
+        if count == x.shape[1]:
+            return x
+        if self.how is None:
+            x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores)
+        else:
+            x, kept_idx, pruned, pruned_idx = self._merge(self.how, x, module, count, scores, keys)
+        before = self.positions
+        left = pruned_idx if before is None else before.gather(1, pruned_idx)
+        self.positions = kept_idx if before is None else before.gather(1, kept_idx)
+        if self.llf or self.collect:
+            self.gone.append((pruned, left))
+        if self.departures is not None:
+            self.departures(layer, left)
+        if self.table is not None:
+            self.rope = rope_at(self.table, self.positions, prefix)
+        return x
+
+    def _merge(
+        self, how: Merge, x: Tensor, module: Any, count: int, scores: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        before, prefix = x, self.num_prefix
+        scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
+        if self.sizes is None:
+            self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+        else:
+            scores = weigh(scores, self.sizes, how.size_weight, prefix)
+        split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], count, prefix), prefix)
+        x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(x, *split, self.sizes, count, keys, prefix)
+        self.rows = dest if self.rows is None else dest.gather(1, self.rows)
+        pruned = torch.ops.cropr.gather(before, pruned_idx) if self.llf or self.collect else None
+        return x, kept_idx, pruned, pruned_idx
+
+    def left(self) -> Left | None:
+        """The tokens that left, where they were collected and any did."""
+        if not self.gone or self.positions is None:
+            return None
+        tokens, positions = (torch.cat(parts, 1) for parts in zip(*self.gone))
+        return Left(tokens, positions, self.positions)
+
+
 def run_blocks(
     blocks: Any,
     modules: Any,
@@ -74,59 +162,28 @@ def run_blocks(
     Returns:
         The tokens after the last block and the auxiliary predictions, one per module that has them.
     """
-    full_rope, positions = rope, None
-    gone: list[Tensor] = []
-    gone_positions: list[Tensor] = []
-    aux: list[Tensor] = []
-    sizes: Tensor | None = None
-    rows: Tensor | None = None
-    last = len(blocks) - 1
-    if rope is not None and rope.ndim == 3:
-        rope = rope.unsqueeze(1)
+    how = None if merging is None else merging.how
+    stream = Stream(
+        modules,
+        counts,
+        len(blocks),
+        num_prefix=num_prefix,
+        llf=llf,
+        rope=rope,
+        training=training,
+        departures=departures,
+        how=how,
+        collect=collect,
+    )
     for layer, block in enumerate(blocks):
-        if llf and layer == last and positions is not None:
-            x = torch.ops.cropr.restore(x, positions, torch.cat(gone, 1), torch.cat(gone_positions, 1))
-            rope = full_rope if full_rope is None or full_rope.ndim == 2 else full_rope.unsqueeze(1)
-            sizes, gone, gone_positions, positions = None, [], [], None
-        keys = None
-        if merging is None or (sizes is None and merging.how.similarity == "tokens"):
-            kwargs: dict[str, Any] = {} if rope is None else {"rope": rope}
+        x, keys = stream.enter(layer, x), None
+        if merging is None or (stream.sizes is None and merging.how.similarity == "tokens"):
+            kwargs: dict[str, Any] = {} if stream.rope is None else {"rope": stream.rope}
             x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         else:
-            x, keys = _sized_block(merging, layer, x, rope, num_prefix, sizes, recompute)
-        if layer >= len(modules):
-            continue
-        prediction, scores = modules[layer].predict(x) if training else (None, None)
-        if prediction is not None:
-            aux.append(prediction)
-        if counts[layer] == x.shape[1]:
-            continue
-        if merging is None:
-            x, kept_idx, pruned, pruned_idx = modules[layer](x, counts[layer], num_prefix, scores)
-        else:
-            scores = torch.ops.cropr.scores(x, modules[layer].query()) if scores is None else scores
-            how, before = merging.how, x
-            if sizes is None:
-                sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
-            else:
-                scores = weigh(scores, sizes, how.size_weight, num_prefix)
-            split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], counts[layer], num_prefix), num_prefix)
-            x, kept_idx, pruned_idx, sizes, dest = torch.ops.cropr.merge(
-                x, *split, sizes, counts[layer], keys, num_prefix
-            )
-            rows = dest if rows is None else dest.gather(1, rows)
-            pruned = torch.ops.cropr.gather(before, pruned_idx) if llf or collect else None
-        left = pruned_idx if positions is None else positions.gather(1, pruned_idx)
-        positions = kept_idx if positions is None else positions.gather(1, kept_idx)
-        if llf or collect:
-            gone.append(pruned)
-            gone_positions.append(left)
-        if departures is not None:
-            departures(layer, left)
-        if full_rope is not None:
-            rope = rope_at(full_rope, positions, num_prefix)
-    left = Left(torch.cat(gone, 1), torch.cat(gone_positions, 1), positions) if gone and positions is not None else None
-    return Streamed(x, aux, rows, left)
+            x, keys = _sized_block(merging, layer, x, stream.rope, num_prefix, stream.sizes, recompute)
+        x = stream.leave(layer, x, keys)
+    return Streamed(x, stream.aux, stream.rows, stream.left())
 
 
 def _sized_block(

@@ -88,9 +88,9 @@ def classification() -> str:
         head += [*(["top-1, %"] if known else []), "published speed-up", "published top-1, %"]
         parts.append(f"{model}:\n\n{grid(head, body)}")
     note = (
-        "Speed-up over the unpruned network on the engine, medians of calls that take turns in shuffled order; MiB: the "
-        "most that one forward of the larger batch holds beside weights and images; published: ViT-L, ImageNet-1k, by "
-        "the paper."
+        "Speed-up over the unpruned network on the engine, medians of calls that take turns in shuffled order; MiB: "
+        "the most that one forward of the larger batch holds beside weights and images; published: ViT-L, "
+        "ImageNet-1k, by the paper."
     )
     return "\n\n".join(parts) + f"\n\n{note} {where(env)}."
 
@@ -105,11 +105,10 @@ def fusions() -> str:
     for name, (miou, flops) in PUBLISHED_FUSIONS.items():
         rows = [table[name] for table in tables.values()]
         own = [] if accuracy is None else [row["mIoU"] for row in accuracy[1] if row["method"] == SEGMENTED[name]]
-        body.append(
-            [SEGMENTED[name], *(ratio(row) for row in rows), f"{rows[-1]['GFLOPs']:.1f}"]
-            + [f"{first['unpruned']['GFLOPs'] / rows[0]['GFLOPs']:.2f}x", f"{rows[-1]['peak MiB']:.0f}"]
-            + [spread(own, 1) if own else "-", f"{PUBLISHED_FUSIONS['unpruned'][1] / flops:.2f}x", f"{miou:.1f}"]
-        )
+        line = [SEGMENTED[name], *(ratio(row) for row in rows), f"{rows[-1]['GFLOPs']:.1f}"]
+        line += [f"{first['unpruned']['GFLOPs'] / rows[0]['GFLOPs']:.2f}x", f"{rows[-1]['peak MiB']:.0f}"]
+        line += [spread(own, 1) if own else "-", f"{PUBLISHED_FUSIONS['unpruned'][1] / flops:.2f}x", f"{miou:.1f}"]
+        body.append(line)
     batches = [batch for _, _, batch in tables]
     head = ["fusion", *(f"speed-up, batch {batch}" for batch in batches), "GFLOPs", "FLOP ratio", "MiB"]
     head += ["CamVid mIoU, %", "published FLOP ratio", "published mIoU, %"]
@@ -130,7 +129,9 @@ def architecture() -> str:
         rows = [table[name] for table in tables.values()]
         body.append([name, *(f"{row['GFLOPs']:.2f}, {ratio(row)}" for row in rows)])
     head = ["scorer", *(f"{model}, batch {batch}" for model, _, batch in tables)]
-    note = "GFLOPs, and speed-up over no pruning. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476."
+    note = (
+        "GFLOPs, and speed-up over no pruning. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476."
+    )
     return grid(head, body) + f"\n\n{note} {where(env)}."
 
 

@@ -1,4 +1,4 @@
-"""Write the tables and plots of the README and of docs/ from the JSON under benchmarks/results/. Run it after a benchmark.
+"""Write the tables and plots of the README and of docs/ from benchmarks/results/. Run it after a benchmark.
 
 python benchmarks/report.py [--check]      --check: fail if the README is not what the results say
 """

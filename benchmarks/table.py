@@ -39,6 +39,9 @@ SCHEDULES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+Build = Callable[[], dict[str, Any]]  # the systems of one network by name; one of them is "unpruned"
+
+
 class Row(NamedTuple):
     """A line of the paper's table of classification (ViT-L, ImageNet-1k); published is None for what it has not."""
 
@@ -158,18 +161,17 @@ class PatchLogits(torch.nn.Module):
         return self.segmenter.logits(images).output
 
 
-def fusions(name: str, size: int) -> dict[str, Any]:
+def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """A segmenter of 150 classes by each fusion. About six sevenths of the patches leave, as in the paper."""
     grid = size // 16
-    torch.manual_seed(0)
-    plain = cropr.create_vit(name, patch_size=16, img_size=size, num_classes=0)
+    plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
     modules = len(plain.blocks) - 1
     rate = round(grid**2 * 0.86 / modules / 4) * 4
     models: dict[str, Any] = {"unpruned": Segmenter(copy.deepcopy(plain), 150, grid=(grid, grid))}
     for fusion in FUSIONS:
         pruned = cropr.apply(copy.deepcopy(plain), rate=rate, llf=fusion == "llf", num_outputs=0)
         models[fusion] = Segmenter(cropr.deploy(pruned), 150, grid=(grid, grid), fusion=fusion)
-    return {name: PatchLogits(model).eval().requires_grad_(False) for name, model in models.items()}
+    return {name: PatchLogits(model).eval().requires_grad_(False).to(device, dtype) for name, model in models.items()}
 
 
 def gflops(model: Any, image: Tensor) -> float:
@@ -225,7 +227,9 @@ def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device, dtype=torch.bfloat16)
 
-    flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION]
+    flash = (
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION]
+    )
     return {
         "float32": (nullcontext(), [SDPBackend.MATH]),
         "autocast": (autocast(), [SDPBackend.MATH]),
@@ -248,8 +252,7 @@ class Within(torch.nn.Module):
 
 def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
     """Unpruned, pruned and merged by ToMe, each in every precision; "unpruned" is that in float32."""
-    torch.manual_seed(0)
-    plain = cropr.create_vit(name, img_size=size).eval().requires_grad_(False).to(device)
+    plain = create(name, device, torch.float32, img_size=size)
     tokens, depth, prefix = plain.grid**2 + plain.num_prefix_tokens, len(plain.blocks), plain.num_prefix_tokens
     rate = round(tokens * 14 / 197 / 4 * 12 / depth) * 4
     models = {
@@ -278,42 +281,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     gpu = options.device == "cuda"
-    models = options.models or (["vit_large_patch16_224"] if gpu else ["vit_tiny_patch16_224", "vit_small_patch16_224"])
-    batches, dtype = options.batches or ([1, 256] if gpu else [1, 8]), options.dtype or ("bfloat16" if gpu else "float32")
-    kind: dict[str, Any] = {"device": options.device, "dtype": getattr(torch, dtype)}
-    modes = ("eager", "graph") if gpu else ("eager",)
-
-    def plain(name: str) -> Any:
-        torch.manual_seed(0)
-        return cropr.create_vit(name).eval().requires_grad_(False).to(**kind)
-
-    def square(size: int) -> Tensor:
-        return torch.randn(1, 3, size, size)
-
-    Build = Callable[[], tuple[dict[str, Any], Tensor]]
-    builds: dict[tuple[str, str, int], Build] = {}
-    for name in models:
-        size = cropr.vit.PRESETS[name].get("img_size", 224)
-        builds["classification", name, size] = lambda name=name, size=size: (systems(plain(name)), square(size).to(**kind))
-        builds["architecture", name, size] = lambda name=name, size=size: (
-            architectures(plain(name)),
-            square(size).to(**kind),
-        )
-    for size in options.sizes:
-        name = models[-1]
-        builds["precision", name, size] = lambda name=name, size=size: (
-            by_precision(name, size, options.device),
-            square(size).to(options.device),
-        )
+    names = options.models or (["vit_large_patch16_224"] if gpu else ["vit_tiny_patch16_224", "vit_small_patch16_224"])
     dense = "eva02_large_patch14_448" if gpu else "eva02_small_patch14_224"
-    builds["fusions", dense, 512] = lambda: (
-        {key: model.to(**kind) for key, model in fusions(dense, 512).items()},
-        square(512).to(**kind),
-    )
-    run(options, builds, batches, modes)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
+    builds: dict[tuple[str, str, int], Build] = {}
+    for name in names:
+        size = cropr.vit.PRESETS[name].get("img_size", 224)
+        for group, make in (("classification", systems), ("architecture", architectures)):
+            builds[group, name, size] = lambda name=name, make=make: make(create(name, options.device, dtype))
+    for size in options.sizes:
+        builds["precision", names[-1], size] = lambda size=size: by_precision(names[-1], size, options.device)
+    builds["fusions", dense, 512] = lambda: fusions(dense, 512, options.device, dtype)
+    run(options, builds, options.batches or ([1, 256] if gpu else [1, 8]), ("eager", "graph") if gpu else ("eager",))
 
 
-def run(options: argparse.Namespace, builds: dict[Any, Any], batches: list[int], modes: tuple[str, ...]) -> None:
+def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    return cropr.create_vit(name, **changes).eval().requires_grad_(False).to(device, dtype)
+
+
+def run(
+    options: argparse.Namespace, builds: dict[tuple[str, str, int], Build], batches: list[int], modes: tuple[str, ...]
+) -> None:
     out = options.out or RESULTS / f"{options.device}_table.json"
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     keys = ("group", "model", "size", "batch", "mode")
@@ -332,8 +321,9 @@ def run(options: argparse.Namespace, builds: dict[Any, Any], batches: list[int],
                         return
                     with torch.inference_mode():
                         built = built or build()
-                        models, image = built
-                        found = cell(models, image, batch, mode, options.rounds)
+                        weight = next(built["unpruned"].parameters())
+                        image = torch.randn(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+                        found = cell(built, image, batch, mode, options.rounds)
                     about = dict(zip(keys, where)) | {"dtype": name_of(image.dtype)}
                     rows += [about | row for row in found]
                     save(out, env, rows)

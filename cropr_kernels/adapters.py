@@ -1,14 +1,15 @@
-"""How known models embed images, and how the engine runs their blocks: what pruning knows about each family."""
+"""What pruning knows about each family of models: how they embed images, and how the engine runs their blocks."""
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import AttentionParts, FusedBlock, why_not_fused
+from .hosts import SUPPORTED, find_host
 from .vit import Attention, Block, ViT, rotate
 
 
@@ -68,8 +69,45 @@ def find_adapter(model: nn.Module) -> Adapter:
         return adapter
     raise TypeError(
         f"cropr.apply: no adapter for {type(model).__module__}.{type(model).__name__}; supported are "
-        "cropr_kernels.vit.ViT, timm VisionTransformer and timm Eva. An adapter needs the tokens that enter the "
-        "first block, a list of blocks called as block(x), and the norm and head that follow the last"
+        f"cropr_kernels.vit.ViT, timm VisionTransformer and Eva, {SUPPORTED}. An adapter needs a list of blocks, each "
+        "called with the tokens (B, N, D), and to know how many of the first tokens are no patches"
+    )
+
+
+class Anatomy(NamedTuple):
+    """What pruning must know of a model, whoever runs its blocks."""
+
+    blocks: Any
+    class_token: bool  # whether the head looks at the class token; else at the patches
+    num_prefix: int
+    dim: int
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]  # patches in height and width at the model's own image size
+    num_classes: int
+    hosted: bool  # it runs its blocks itself
+
+
+def anatomy(model: Any) -> Anatomy:
+    """What pruning must know of a model.
+
+    Raises:
+        TypeError: its family is not known; the message says what an adapter would need.
+        ValueError: the model drops patches itself, or has a rotary table per block.
+    """
+    host = find_host(model)
+    if host is not None:
+        return Anatomy(*host, hosted=True)
+    find_adapter(model)
+    patch = model.patch_embed
+    return Anatomy(
+        model.blocks,
+        pools_class_token(model),
+        model.num_prefix_tokens,
+        model.embed_dim,
+        patch.patch_size,
+        getattr(patch, "grid_size", None) or (model.grid, model.grid),
+        model.num_classes,
+        hosted=False,
     )
 
 

@@ -15,22 +15,27 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapters import find_adapter, pools_class_token
+from .adapters import Anatomy, anatomy, find_adapter
 from .modules import FoldedCropr
 from .patch import deploy, require_pruned, set_rate
 
 
 class _AttentionInputs(TorchFunctionMode):
-    """Records the queries and keys (B, heads, N, C) of every scaled_dot_product_attention."""
+    """Records the queries and keys (B, heads, N, C) of every scaled_dot_product_attention and nn.MultiheadAttention."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.seen: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key"), args)) | (kwargs or {})
             self.seen.append((named["query"], named["key"]))
+        elif func is F.multi_head_attention_forward:  # what it calls is out of a mode's sight
+            query, key, _, dim, num_heads, weight, bias = args[:7]  # (N, B, D)
+            parts = ((query, slice(0, dim)), (key, slice(dim, 2 * dim)))
+            q, k = (F.linear(x, weight[rows], None if bias is None else bias[rows]) for x, rows in parts)
+            self.seen.append(tuple(x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k)))
         return func(*args, **(kwargs or {}))
 
 
@@ -57,6 +62,49 @@ def _ranks(values: Tensor) -> Tensor:
     """Rank of each value in its row, from 0 to 1, minus one half."""
     order = values.argsort(dim=1, stable=True).argsort(dim=1)
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
+
+
+class _Layer(NamedTuple):
+    """What calibration looks at: the tokens (B, N, D) behind a block, and what entered its attention."""
+
+    tokens: Tensor
+    query: Tensor
+    key: Tensor
+
+
+def _layers(model: Any, known: Anatomy, images: Tensor) -> Iterator[_Layer]:
+    """Every block of the unpruned model.
+
+    Raises:
+        ValueError: a block does not call scaled_dot_product_attention once.
+    """
+    seen: list[_Layer] = []
+    with _AttentionInputs() as attention:
+
+        def record(layer: int, x: Tensor) -> None:
+            if len(attention.seen) != 1:
+                raise ValueError(
+                    f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, called it "
+                    f"{len(attention.seen)} times (timm: set fused attention; transformers: attn_implementation='sdpa')"
+                )
+            seen.append(_Layer(x, *attention.seen.pop()))
+
+        if not known.hosted:
+            x, rope = find_adapter(model).embed(model, images)
+            attention.seen.clear()
+            for layer, block in enumerate(known.blocks):
+                x = block(x) if rope is None else block(x, rope=rope)
+                record(layer, x)
+        else:
+            passage, fast_path = model.cropr.passage, torch.backends.mha.get_fastpath_enabled()
+            passage.observer = record
+            torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
+            try:
+                model(images)
+            finally:
+                passage.observer = None
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+    yield from seen
 
 
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
@@ -97,28 +145,19 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
         raise ValueError("cropr.calibrate: queries with projections (num_heads) are learned, not solved for")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
-    adapter, dim = find_adapter(model), model.embed_dim
+    known = anatomy(model)
+    dim, prefix = known.dim, known.num_prefix
     device = next(model.parameters()).device
     gram = torch.zeros(len(stack), dim, dim, dtype=torch.float64, device=device)
     moment = torch.zeros(len(stack), dim, dtype=torch.float64, device=device)
     count, was_training = 0, model.training
-    class_token = pools_class_token(model)
     model.eval()
     try:
         for batch in _batches(images, batch_size):
-            x, rope = adapter.embed(model, batch.to(device))
             tokens, attended = [], []
-            for layer, block in enumerate(model.blocks):
-                with _AttentionInputs() as attention:
-                    x = block(x) if rope is None else block(x, rope=rope)
-                if len(attention.seen) != 1:
-                    raise ValueError(
-                        f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, "
-                        f"called it {len(attention.seen)} times (timm: set fused attention)"
-                    )
-                query, key = attention.seen[0]
-                attended.append(importance(query, key, model.num_prefix_tokens, class_token=class_token))
-                tokens.append(x[:, model.num_prefix_tokens :])
+            for seen in _layers(model, known, batch.to(device)):
+                attended.append(importance(seen.query, seen.key, prefix, class_token=known.class_token))
+                tokens.append(seen.tokens[:, prefix:])
             for layer in range(len(stack)):
                 target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
                 rows = tokens[layer].double()
@@ -180,10 +219,11 @@ def load_queries(model: Any, path: str | Path) -> Any:
         raise
     except Exception as error:  # torch.load raises whatever its unpickler meets
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
-    if len(queries) < len(stack) or queries.shape[1] != model.embed_dim:
+    dim = len(stack[0].query())
+    if len(queries) < len(stack) or queries.shape[1] != dim:
         raise ValueError(
-            f"cropr.load_queries: the model has {len(stack)} modules of width {model.embed_dim}, {path} queries of "
-            f"shape {tuple(queries.shape)}"
+            f"cropr.load_queries: the model has {len(stack)} modules of width {dim}, {path} queries of shape "
+            f"{tuple(queries.shape)}"
         )
     _set_queries(stack, queries.to(next(model.parameters()).device))
     return model
@@ -198,6 +238,16 @@ class Agreement(NamedTuple):
     flops: float  # times fewer than unpruned
 
 
+def _answers(output: Any) -> Tensor:
+    """The logits of an output, or the features it gives of a whole image."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if (found := getattr(output, name, None)) is not None:
+            return found
+    raise ValueError(f"cropr.agreement: {type(output).__name__} has neither logits nor features of whole images")
+
+
 @torch.inference_mode()
 def agreement(
     model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32
@@ -205,7 +255,8 @@ def agreement(
     """Compare a pruned model at several rates with the same model unpruned, without labels.
 
     Args:
-        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output; it is read only.
+        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output, or a transformers output
+            that holds them; it is read only.
         images: as in `calibrate`; others than it was calibrated on.
         rates: tokens dropped per module.
         batch_size: images at a time where `images` is one tensor.
@@ -224,13 +275,14 @@ def agreement(
     for rate in dict.fromkeys([0, *rates]):
         set_rate(fast, rate)
         with FlopCounterMode(display=False) as counter:
-            first = fast(batches[0])
+            first = _answers(fast(batches[0]))
         flops[rate] = counter.get_total_flops()
-        outputs[rate] = torch.cat([first, *(fast(batch) for batch in batches[1:])]).double()
+        outputs[rate] = torch.cat([first, *(_answers(fast(batch)) for batch in batches[1:])]).double()
     expected, rows = outputs[0], []
+    classifies = anatomy(model).num_classes > 0
     for rate in rates:
         own = outputs[rate]
-        if model.num_classes:
+        if classifies:
             log_p, log_q = expected.log_softmax(1), own.log_softmax(1)
             same = (expected.argmax(1) == own.argmax(1)).double().mean().item()
             divergence = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()

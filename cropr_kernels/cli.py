@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
-from .adapters import find_adapter
+from .adapters import anatomy, find_adapter
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
-from .patch import apply, default_grid, deploy, remove
+from .patch import apply, deploy, remove
 from .train.commands import add_parsers as add_training
 from .vit import PRESETS, create_vit
 
@@ -76,7 +76,8 @@ def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
     facts = {"model": f"{name}, {type(model).__module__}.{type(model).__name__}"}
     facts["adapter"] = type(find_adapter(model)).__name__
     counted: dict[int, float] = {}
-    grid = default_grid(model)
+    known = anatomy(model)
+    grid = known.grid
     for pruned_rate in (0, rate):
         apply(model, rate=pruned_rate, llf=llf, merge=merge, num_outputs=0)
         deployed = deploy(model)

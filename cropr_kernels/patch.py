@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import schedule as schedules
-from .adapters import find_adapter, fuse_blocks, reads_class_token
+from .adapters import Anatomy, anatomy, find_adapter, fuse_blocks, reads_class_token
 from .blocks import FusedBlock
 from .engine import Graphs, run_stream
 from .merging import Merge
 from .modules import Cropr, FoldedCropr
+from .passage import Passage, PrunedWithin, connect, disconnect
 from .stream import Departures, Merging, Streamed, run_blocks
 from .windows import Windows
 
@@ -44,6 +45,7 @@ class CroprModules(nn.ModuleList):
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[FusedBlock] | str = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
+        self.passage: Passage | None = None  # of models that run their blocks themselves
 
     def __repr__(self) -> str:
         engine = f"off ({self.engine})" if isinstance(self.engine, str) else "on"
@@ -175,9 +177,9 @@ def _needs_gradient(x: Tensor) -> bool:
 _pruned_classes: dict[type, type] = {}
 
 
-def _pruned_class(base: type) -> type:
+def _pruned_class(base: type, mixin: type) -> type:
     if base not in _pruned_classes:
-        _pruned_classes[base] = type(f"Cropr{base.__name__}", (Pruned, base), {"__module__": __name__})
+        _pruned_classes[base] = type(f"Cropr{base.__name__}", (mixin, base), {"__module__": __name__})
     return _pruned_classes[base]
 
 
@@ -187,7 +189,7 @@ def require_pruned(model: Any, caller: str) -> CroprModules:
     Raises:
         TypeError: the model is not pruned; the message names the caller.
     """
-    if not isinstance(model, Pruned):
+    if not isinstance(model, Pruned | PrunedWithin):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
     return model.cropr
 
@@ -215,8 +217,12 @@ def apply(
     The backbone's parameters, names and weights stay as they are; `model.cropr` is added, one module per pruned
     block. Afterwards model(images) returns (output, auxiliary predictions) in training and the output in eval.
 
+    A transformers or torchvision model keeps its own forward, and all its outputs; with `llf` its last_hidden_state has
+    every token in the original order, without it those that stayed.
+
     Args:
-        model: `cropr_kernels.vit.ViT`, timm VisionTransformer or timm Eva.
+        model: `cropr_kernels.vit.ViT`, timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with
+            registers), DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
         rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`.
         llf: Last Layer Fusion: all tokens return before the last block.
         merge: tokens that leave merge into those that stay, instead of being lost: best for a model that was not
@@ -235,38 +241,47 @@ def apply(
     Raises:
         TypeError: the model's family is not known.
         ValueError: the model is pruned already, the schedule does not fit it, tokens shall merge in blocks whose
-            attention cannot weigh them, or windows come without llf or with merge.
+            attention cannot weigh them, or windows come without llf, with merge, or for a model that runs its blocks
+            itself.
     """
-    if isinstance(model, Pruned):
+    if isinstance(model, Pruned | PrunedWithin):
         raise ValueError(
             "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
         )
-    find_adapter(model)
+    known = anatomy(model)
+    if known.hosted and (merge or windows):
+        raise ValueError(
+            f"cropr.apply: {type(model).__name__} runs its blocks itself: merge and windows are for timm models and "
+            "cropr_kernels.vit.ViT"
+        )
     if windows is not None and (not llf or merge):
         raise ValueError("cropr.apply: windows need llf=True, so that the map is whole again, and do not merge")
     schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio, const=const)
-    depth = len(model.blocks)
+    depth = len(known.blocks)
     count = schedules.num_modules(depth, llf)
-    outputs = model.num_classes if num_outputs is None else num_outputs
+    outputs = known.num_classes if num_outputs is None else num_outputs
     options: dict[str, Any] = dict(num_heads=num_heads, stop_gradient=stop_gradient, sampling=sampling)
-    modules = [Cropr(model.embed_dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
+    modules = [Cropr(known.dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
     merging = Merging(merge if isinstance(merge, Merge) else Merge(), _sized_blocks(model)) if merge else None
-    patch = model.patch_embed.patch_size
-    grid = default_grid(model) if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
+    patch = known.patch_size
+    grid = known.grid if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
     stack = CroprModules(modules, schedule, llf, grid, merging, windows)
-    schedule(*_default_tokens(model, stack), llf)  # refuse now what could only fail later
+    schedule(*_default_tokens(known, stack), llf)  # refuse now what could only fail later
     model.cropr = stack.to(next(model.parameters()).device).train(model.training)
     if llf:
         # All tokens meet again in the last block: dropping it for some images would drop the fusion.
-        for module in model.blocks[-1].modules():
+        for module in known.blocks[-1].modules():
             if getattr(module, "drop_prob", 0.0):
                 _override(stack, module, "drop_prob", 0.0)
     if windows is not None:
-        for block in model.blocks:  # rotary positions start at the first token now
+        for block in known.blocks:  # rotary positions start at the first token now
             for name in ("num_prefix", "num_prefix_tokens"):
                 if hasattr(block.attn, name):
                     _override(stack, block.attn, name, 0)
-    model.__class__ = _pruned_class(type(model))
+    if known.hosted:
+        stack.passage = Passage(stack, depth, known.num_prefix)
+        connect(known.blocks, stack.passage)
+    model.__class__ = _pruned_class(type(model), PrunedWithin if known.hosted else Pruned)
     return model
 
 
@@ -284,17 +299,13 @@ def _sized_blocks(model: Any) -> list[FusedBlock]:
     return blocks
 
 
-def default_grid(model: Any) -> tuple[int, int]:
-    """Patches in height and width at the model's own image size."""
-    return getattr(model.patch_embed, "grid_size", None) or (model.grid, model.grid)
-
-
-def _default_tokens(model: Any, stack: CroprModules) -> tuple[int, int, int]:
+def _default_tokens(known: Anatomy, stack: CroprModules) -> tuple[int, int, int]:
     """Tokens in a row of the batch at the image size of apply, blocks, and prefix tokens: what schedules take."""
+    depth = len(known.blocks)
     if stack.windows is not None:
-        return stack.windows.size**2, len(model.blocks), 0
+        return stack.windows.size**2, depth, 0
     height, width = stack.grid
-    return model.num_prefix_tokens + height * width, len(model.blocks), model.num_prefix_tokens
+    return known.num_prefix + height * width, depth, known.num_prefix
 
 
 def remove(model: Any) -> Any:
@@ -306,6 +317,8 @@ def remove(model: Any) -> Any:
     stack = require_pruned(model, "cropr.remove")
     for module, name, value in stack.overridden:
         setattr(module, name, value)
+    if stack.passage is not None:
+        disconnect(anatomy(model).blocks)
     del model.cropr
     model.__class__ = type(model).__mro__[2]
     return model
@@ -320,7 +333,7 @@ def set_rate(model: Any, rate: int) -> Any:
     """
     stack = require_pruned(model, "cropr.set_rate")
     schedule = schedules.resolve(rate=rate)
-    schedule(*_default_tokens(model, stack), stack.llf)
+    schedule(*_default_tokens(anatomy(model), stack), stack.llf)
     stack.schedule = schedule
     return model
 
@@ -358,16 +371,21 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: cuda_graphs is negative.
+        ValueError: cuda_graphs is negative, or the model runs its blocks itself.
     """
     stack = require_pruned(model, "cropr.deploy")
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
+    if cuda_graphs and stack.passage is not None:
+        raise ValueError(f"cropr.deploy: cuda_graphs cannot capture {type(model).__name__}; use torch.compile")
     folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
     light = CroprModules(folded, stack.schedule, stack.llf, stack.grid, windows=stack.windows)
     deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
     light.merging = None if stack.merging is None else Merging(stack.merging.how, _sized_blocks(deployed))
-    if stack.windows is not None:
+    if stack.passage is not None:
+        light.passage = anatomy(deployed).blocks[0].cropr_passage[0]
+        light.engine = "the model runs its blocks itself"
+    elif stack.windows is not None:
         light.engine = "window attention"
     else:
         light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
@@ -388,15 +406,25 @@ def pruning_map(model: Any, images: Tensor) -> Tensor:
     Raises:
         TypeError: the model is not pruned.
     """
-    stack = require_pruned(model, "cropr.pruning_map")
-    grid, windows, depth = _grid_of(model, images), stack.windows, len(model.blocks)
-    x, rope, prefix = model.cropr_embed(images)
-    left = torch.full((x.shape[0], x.shape[1] - prefix), depth, dtype=torch.int64, device=images.device)
+    stack, known = require_pruned(model, "cropr.pruning_map"), anatomy(model)
+    patch, windows, depth = known.patch_size, stack.windows, len(known.blocks)
+    grid = images.shape[2] // patch[0], images.shape[3] // patch[1]
+    embedded = None if known.hosted else model.cropr_embed(images)
+    prefix = known.num_prefix if embedded is None else embedded.num_prefix
+    shape = (len(images), grid[0] * grid[1]) if embedded is None else (len(embedded.x), embedded.x.shape[1] - prefix)
+    left = torch.full(shape, depth, dtype=torch.int64, device=images.device)
 
     def record(layer: int, positions: Tensor) -> None:
         left.scatter_(1, positions - prefix, layer + 1)
 
-    model.cropr_stream(images, embedded=Embedded(x, rope, prefix), departures=record, predict=False)
+    if stack.passage is not None:
+        stack.passage.departures = record
+        try:
+            model(images)
+        finally:
+            stack.passage.departures = None
+    else:
+        model.cropr_stream(images, embedded=embedded, departures=record, predict=False)
     if windows is not None:
         left = windows.join(left.unsqueeze(-1), grid).squeeze(-1)
     return left.unflatten(1, grid)

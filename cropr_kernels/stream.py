@@ -107,7 +107,7 @@ class Stream:
 
     def _merge(
         self, how: Merge, x: Tensor, module: Any, count: int, scores: Tensor | None, keys: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         before, prefix = x, self.num_prefix
         scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
         if self.sizes is None:

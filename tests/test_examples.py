@@ -116,5 +116,6 @@ def snippets():
 def test_snippets_run(source, tmp_path, monkeypatch):
     pytest.importorskip("timm", reason="timm is not installed")
     pytest.importorskip("torchvision", reason="the train extra is not installed")
+    pytest.importorskip("transformers", reason="the transformers extra is not installed")
     monkeypatch.chdir(tmp_path)
     exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests

@@ -1,0 +1,136 @@
+"""Pruning from within: for models that run their blocks themselves and keep all their outputs (transformers, torchvision).
+
+Their code stays as it is. Each block's class changes, so that a call of it goes through a `Passage`: tokens leave behind
+the block, and with Last Layer Fusion they are back before the last one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stream import Departures, Stream
+
+
+class Passage:
+    """What the blocks of one model share while a batch goes through them. It begins anew at the first block."""
+
+    def __init__(self, stack: Any, depth: int, num_prefix: int):
+        self.stack, self.depth, self.num_prefix = stack, depth, num_prefix
+        self.stream: Stream | None = None
+        self.aux: list[Tensor] = []
+        self.departures: Departures | None = None  # called whenever tokens leave
+        self.observer: Callable[[int, Tensor], None] | None = None  # called behind every block, and nothing is pruned
+
+    def enter(
+        self, layer: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The tokens that block `layer` shall see, and what else it is called with, as it fits those tokens.
+
+        Raises:
+            ValueError: the block is called with a tensor that is neither a rotary table nor a mask (B, 1, N, N).
+            RuntimeError: the blocks do not run one after the other.
+        """
+        if self.observer is not None:
+            return x, args, kwargs
+        tables = kwargs.get("position_embeddings")
+        if layer == 0:
+            stack = self.stack
+            counts = stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf)
+            self.stream = Stream(
+                stack,
+                counts,
+                self.depth,
+                num_prefix=self.num_prefix,
+                llf=stack.llf,
+                rope=None if tables is None else torch.cat(tables, -1),
+                training=stack.training,
+                departures=self.departures,
+            )
+        if self.stream is None:
+            raise RuntimeError(f"cropr: block {layer} of a pruned model ran without those before it")
+        x, alive = self.stream.enter(layer, x), self.stream.positions
+        if alive is None:
+            return x, args, kwargs
+        args = tuple(_mask_at(value, alive) for value in args)
+        others = {name: _mask_at(value, alive) for name, value in kwargs.items() if name != "position_embeddings"}
+        if tables is not None and self.stream.rope is not None:
+            others["position_embeddings"] = self.stream.rope.chunk(2, dim=-1)
+        return x, args, others
+
+    def leave(self, layer: int, x: Tensor) -> Tensor:
+        """The tokens that are left of those that block `layer` gave."""
+        if self.observer is not None:
+            self.observer(layer, x)
+            return x
+        assert self.stream is not None
+        x = self.stream.leave(layer, x)
+        if layer == self.depth - 1:
+            self.aux, self.stream = self.stream.aux, None
+        return x
+
+    def take_aux(self) -> list[Tensor]:
+        """The auxiliary predictions of the last batch, which are then forgotten."""
+        aux, self.aux = self.aux, []
+        return aux
+
+
+def _mask_at(value: Any, alive: Tensor) -> Any:
+    """An attention mask (B or 1, heads or 1, queries or 1, N) for the tokens alive (B, K); whatever is no tensor as is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim != 4:
+        raise ValueError(
+            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
+            "(B, 1, N, N)"
+        )
+    value = value.expand(alive.shape[0], -1, -1, -1)
+    if value.shape[2] != 1:
+        value = value.gather(2, alive[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
+    return value.gather(3, alive[:, None, None].expand(-1, *value.shape[1:3], -1))
+
+
+class PassedBlock:
+    """Mixed into a block's class: its calls go through the passage. Recomputation stays within the block."""
+
+    cropr_passage: tuple[Passage, int]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        passage, layer = self.cropr_passage
+        x, args, kwargs = passage.enter(layer, x, args, kwargs)
+        output = super().__call__(x, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):
+            return passage.leave(layer, output[0]), *output[1:]
+        return passage.leave(layer, output)
+
+
+class PrunedWithin:
+    """Mixed into a model's class: the same outputs; in training (output, auxiliary predictions)."""
+
+    cropr: Any
+    training: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return (output, self.cropr.passage.take_aux()) if self.training else output
+
+
+_passed_classes: dict[type, type] = {}
+
+
+def connect(blocks: Any, passage: Passage) -> None:
+    """Lead all calls of these blocks through a passage."""
+    for layer, block in enumerate(blocks):
+        base = type(block)
+        if base not in _passed_classes:
+            _passed_classes[base] = type(f"Cropr{base.__name__}", (PassedBlock, base), {"__module__": __name__})
+        block.cropr_passage = passage, layer
+        block.__class__ = _passed_classes[base]
+
+
+def disconnect(blocks: Any) -> None:
+    """Undo `connect`."""
+    for block in blocks:
+        block.__class__ = type(block).__mro__[2]
+        del block.cropr_passage

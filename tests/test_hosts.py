@@ -1,0 +1,354 @@
+"""Models that run their blocks themselves: transformers and torchvision, random weights, small configurations."""
+
+import copy
+
+import pytest
+import torch
+from models import SMALL, randomise, reference_vit
+from torch.nn.functional import cross_entropy
+
+import cropr_kernels as cropr
+from cropr_kernels.adapters import anatomy
+from cropr_kernels.passage import PassedBlock, _mask_at
+
+HF = dict(
+    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=8
+)
+TEXT = dict(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, bos_token_id=0
+)
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def siglip_classifier():
+    t = transformers()
+    return t.SiglipForImageClassification(t.SiglipConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+
+
+def torchvision_vit():
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    return torchvision.models.VisionTransformer(64, 8, 4, 2, 64, 128, num_classes=5)
+
+
+def hf(model, config, **options):
+    t = transformers()
+    return getattr(t, model)(getattr(t, config)(**HF, **options))
+
+
+HOSTS = {
+    "ViT": lambda: hf("ViTForImageClassification", "ViTConfig", num_labels=5),
+    "ViT, features": lambda: hf("ViTModel", "ViTConfig"),
+    "ViT-MAE": lambda: hf("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
+    "DINOv2": lambda: hf("Dinov2ForImageClassification", "Dinov2Config", num_labels=5, drop_path_rate=0.1),
+    "DINOv2 with registers": lambda: hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "DINOv3": lambda: hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=3),
+    "SigLIP": lambda: hf("SiglipVisionModel", "SiglipVisionConfig"),
+    "SigLIP, classifier": siglip_classifier,
+    "CLIP": lambda: hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=16),
+    "torchvision": torchvision_vit,
+}
+PREFIX = {"DINOv2 with registers": 5, "DINOv3": 4, "SigLIP": 0, "SigLIP, classifier": 0}
+CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision")
+
+
+@pytest.fixture(params=HOSTS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model(name):
+    torch.manual_seed(0)
+    return randomise(HOSTS[name]()).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+def run(model, images):
+    """The outputs by name, with the same random numbers every time (ViT-MAE shuffles its tokens)."""
+    torch.manual_seed(1)
+    output = model(images)
+    return {"logits": output} if isinstance(output, torch.Tensor) else dict(output)
+
+
+def assert_equal(one, other, **tolerance):
+    assert one.keys() == other.keys() and one
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], **(tolerance or dict(rtol=0, atol=0)))
+
+
+def test_what_is_known_of_them(name, model):
+    known = anatomy(model)
+    assert len(known.blocks) == 4 and known.dim == 64 and known.grid == (8, 8) and known.hosted
+    assert known.num_prefix == PREFIX.get(name, 1)
+    assert known.num_classes == (5 if name in CLASSIFIERS else 0)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+def test_rate_zero_equals_the_plain_model_bit_for_bit(model, images, llf):
+    plain = run(model, images)
+    assert_equal(run(cropr.apply(model, rate=0, llf=llf), images), plain)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
+    plain, keys, kinds = run(model, images), list(model.state_dict()), [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    cropr.apply(model, rate=8, llf=llf)
+    assert [key for key in model.state_dict() if not key.startswith("cropr.")] == keys
+    run(model, images)
+    cropr.remove(model)
+    assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == kinds
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert_equal(run(model, images), plain)
+
+
+def slow(model, images, queries, counts, prefix, llf):
+    """What leaves the last block, one image at a time, tokens in lists; rotary tables are looked up by position."""
+    blocks, seen = anatomy(model).blocks, []
+    handle = blocks[0].register_forward_pre_hook(lambda block, *inputs: seen.append(inputs), with_kwargs=True)
+    run(model, images)
+    handle.remove()
+    (args, kwargs), results = seen[0], []
+    for b in range(len(images)):
+        tokens, left, alive = list(args[0][b]), {}, list(range(args[0].shape[1]))
+        for layer, block in enumerate(blocks):
+            if llf and layer == len(blocks) - 1:
+                everyone = left | dict(zip(alive, tokens))
+                alive = sorted(everyone)
+                tokens = [everyone[i] for i in alive]
+            own = dict(kwargs)
+            if kwargs.get("position_embeddings") is not None:
+                rows = [i - prefix for i in alive[prefix:]]
+                own["position_embeddings"] = tuple(table[rows] for table in kwargs["position_embeddings"])
+            output = block(torch.stack(tokens)[None], *args[1:], **own)
+            tokens = list((output[0] if isinstance(output, tuple) else output)[0])
+            if layer < len(counts):
+                scores = [(token @ queries[layer]).item() for token in tokens]
+                order = sorted(range(prefix, len(tokens)), key=lambda i, scores=scores: -scores[i])
+                stays = {*range(prefix), *order[: counts[layer] - prefix]}
+                left |= {alive[i]: tokens[i] for i in range(len(tokens)) if i not in stays}
+                tokens, alive = ([values[i] for i in sorted(stays)] for values in (tokens, alive))
+        results.append(torch.stack(tokens))
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@torch.no_grad()
+def test_tokens_equal_a_slow_implementation(name, model, images, llf):
+    model, images = model.double(), images.double()
+    plain = copy.deepcopy(model)
+    cropr.apply(model, rate=8, llf=llf)
+    known, seen = anatomy(model), []
+    counts = model.cropr.schedule(64 + known.num_prefix, 4, known.num_prefix, llf)
+    queries = [module.query().double() for module in model.cropr]
+    known.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    run(model, images)
+    got = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    torch.testing.assert_close(got, slow(plain, images, queries, counts, known.num_prefix, llf), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_with_llf_the_last_hidden_state_has_all_tokens(name, model, images):
+    plain = run(model, images)
+    pruned = run(cropr.apply(model, rate=8, llf=True), images)
+    assert {key: value.shape for key, value in pruned.items()} == {key: value.shape for key, value in plain.items()}
+
+
+def as_transformers(vit):
+    """The reference ViT's weights in transformers' ViT."""
+    model, own = HOSTS["ViT"](), {}
+    embeddings = "vit.embeddings."
+    for key, value in vit.state_dict().items():
+        if key.startswith("blocks."):
+            _, layer, *rest = key.split(".")
+            rest, kind = ".".join(rest[:-1]), rest[-1]
+            if rest == "attn.qkv":
+                own |= {(layer, part, kind): v for part, v in zip(("q", "k", "v"), value.chunk(3))}
+            else:
+                own[layer, rest, kind] = value
+    names = {
+        "q": ("attention.q_proj", "attention.attention.query"),  # in newer and in older versions
+        "k": ("attention.k_proj", "attention.attention.key"),
+        "v": ("attention.v_proj", "attention.attention.value"),
+        "attn.proj": ("attention.o_proj", "attention.output.dense"),
+        "norm1": ("layernorm_before",),
+        "norm2": ("layernorm_after",),
+        "mlp.fc1": ("mlp.fc1", "intermediate.dense"),
+        "mlp.fc2": ("mlp.fc2", "output.dense"),
+    }
+    state = model.state_dict()
+    with torch.no_grad():
+        for (layer, part, kind), value in own.items():
+            ends = tuple(f".{layer}.{name}.{kind}" for name in names[part])
+            (key,) = [key for key in state if key.endswith(ends)]
+            state[key].copy_(value)
+        state[embeddings + "cls_token"].copy_(vit.cls_token)
+        state[embeddings + "position_embeddings"].copy_(vit.pos_embed)
+        for kind in ("weight", "bias"):
+            state[f"{embeddings}patch_embeddings.projection.{kind}"].copy_(getattr(vit.patch_embed.proj, kind))
+            state[f"vit.layernorm.{kind}"].copy_(getattr(vit.norm, kind))
+            state[f"classifier.{kind}"].copy_(getattr(vit.head, kind))
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+    return model
+
+
+def as_torchvision(vit):
+    """The reference ViT's weights in torchvision's."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = torchvision.models.VisionTransformer(64, 8, 4, 2, 64, 256, num_classes=5)
+    names = {
+        "pos_embed": "encoder.pos_embedding",
+        "cls_token": "class_token",
+        "patch_embed.proj": "conv_proj",
+        "norm.": "encoder.ln.",
+        "head.": "heads.head.",
+        "blocks.": "encoder.layers.encoder_layer_",
+        "attn.qkv.": "self_attention.in_proj_",
+        "attn.proj": "self_attention.out_proj",
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+    }
+    state = {}
+    for key, value in vit.state_dict().items():
+        for old, new in names.items():
+            key = key.replace(old, new) if not (old == "norm." and "blocks" in key) else key
+        state[key] = value
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("convert", [as_transformers, as_torchvision])
+@pytest.mark.parametrize("llf", [False, True])
+def test_calibration_and_logits_are_those_of_the_reference_vit(convert, llf, images, monkeypatch):
+    monkeypatch.setitem(HF, "intermediate_size", 256)
+    vit = randomise(reference_vit(**{key: SMALL[key] for key in ("embed_dim", "depth")})).eval()
+    other = convert(vit).eval()
+    torch.testing.assert_close(run(other, images)["logits"], vit(images), rtol=1e-4, atol=1e-4)
+    for model in (vit, other):
+        cropr.calibrate(cropr.apply(model, rate=8, llf=llf), images)
+    for one, two in zip(vit.cropr, other.cropr):
+        torch.testing.assert_close(one.query(), two.query(), rtol=1e-3, atol=1e-3)
+        two.queries.data.copy_(one.queries.data)
+    with torch.no_grad():
+        torch.testing.assert_close(run(other, images)["logits"], vit(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cropr.pruning_map(other, images), cropr.pruning_map(vit, images))
+    ours, theirs = (cropr.agreement(model, images, [4])[0] for model in (vit, other))
+    assert ours.agreement == theirs.agreement and abs(ours.divergence - theirs.divergence) < 1e-4
+
+
+@pytest.mark.parametrize("llf", [False, True])
+def test_training_gives_predictions_and_stops_their_gradient(model, images, llf):
+    cropr.apply(model, rate=8, llf=llf, num_outputs=5).train()
+    output, aux = model(images)
+    assert len(aux) == len(model.cropr) and all(prediction.shape == (2, 5) for prediction in aux)
+    sum(cross_entropy(prediction, torch.tensor([0, 3])) for prediction in aux).backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == key.startswith("cropr."), key
+    main = next(iter(output.values())) if hasattr(output, "values") and not torch.is_tensor(output) else output
+    main.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in anatomy(model).blocks[0].parameters())
+    assert model.cropr.passage.take_aux() == []  # nothing is kept
+
+
+def test_recomputation_gives_the_same_gradients(images):
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = cropr.apply(HOSTS["ViT"](), rate=8, llf=True)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        output, aux = model.train()(images)
+        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
+        grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    assert_equal(*({key: grad for key, grad in own.items() if grad is not None} for own in grads))
+
+
+@torch.no_grad()
+def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, images):
+    cropr.apply(model, rate=8, llf=True, num_outputs=5)
+    expected, keys = run(model, images), list(model.state_dict())
+    fast = cropr.deploy(model)
+    assert_equal(run(fast, images), expected, rtol=1e-5, atol=1e-5)
+    cropr.set_rate(fast, 12)
+    assert fast.cropr.passage is not model.cropr.passage and not any(p.requires_grad for p in fast.parameters())
+    assert_equal(run(model, images), expected)
+    assert list(model.state_dict()) == keys and not any("aggregator" in key for key in fast.state_dict())
+    cropr.remove(fast)
+    assert not any(isinstance(module, PassedBlock) for module in fast.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ViT", "DINOv3", "torchvision"])
+def test_compiled_and_exported_they_give_the_same(model, images):
+    fast = cropr.deploy(cropr.apply(model, rate=8, llf=True))
+    expected = run(fast, images)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True)
+    for _ in range(2):
+        assert_equal(run(compiled, images), expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(fast, (images,)).module()
+    assert_equal(run(exported, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_forwards_do_not_know_of_each_other(name, model, images):
+    cropr.apply(model, rate=8, llf=True)
+    with torch.no_grad():
+        expected = run(model, images)
+        run(model, torch.randn(1, 3, 64, 64))
+        assert_equal(run(model, images), expected)
+
+
+def test_the_vision_tower_of_clip_is_found():
+    t = transformers()
+    model = t.CLIPModel(t.CLIPConfig(vision_config=HF, text_config=TEXT)).eval()
+    cropr.apply(model, rate=8)
+    assert anatomy(model).num_prefix == 1 and len(model.cropr) == 3
+    with torch.no_grad():
+        text = model.get_text_features(input_ids=torch.tensor([[1, 2, 3]]))
+    cropr.remove(model)
+    with torch.no_grad():
+        again = model.get_text_features(input_ids=torch.tensor([[1, 2, 3]]))
+    for one, two in zip(*((x,) if torch.is_tensor(x) else x.to_tuple() for x in (text, again))):
+        assert torch.equal(one, two)
+
+
+def test_masks_follow_the_tokens():
+    alive = torch.tensor([[0, 2, 3], [1, 2, 4]])
+    mask = torch.randn(2, 1, 5, 5)
+    got = _mask_at(mask, alive)
+    for b in range(2):
+        assert torch.equal(got[b, 0], mask[b, 0][alive[b]][:, alive[b]])
+    assert torch.equal(_mask_at(mask[:1, :, :1], alive)[1, 0, 0], mask[0, 0, 0][alive[1]])
+    assert _mask_at(None, alive) is None
+    with pytest.raises(ValueError, match=r"called with a tensor of shape \(2, 5\)"):
+        _mask_at(mask[:, 0, 0], alive)
+
+
+def test_refusals(images):
+    for options in ({"merge": True}, {"windows": cropr.Windows(4, (3,)), "llf": True}):
+        with pytest.raises(ValueError, match="VisionTransformer runs its blocks itself"):
+            cropr.apply(torchvision_vit(), rate=8, **options)
+    model = cropr.apply(torchvision_vit(), rate=8)
+    with pytest.raises(ValueError, match="cuda_graphs cannot capture"):
+        cropr.deploy(model, cuda_graphs=1)
+    with pytest.raises(ValueError, match="pruned already"):
+        cropr.apply(model, rate=8)
+    with pytest.raises(RuntimeError, match="block 2 of a pruned model ran without those before it"):
+        anatomy(model).blocks[2](torch.randn(2, 65, 64))
+    with pytest.raises(TypeError, match="has 2 vision towers"):
+        cropr.apply(torch.nn.ModuleDict({"vision_a": torchvision_vit(), "vision_b": torchvision_vit()}), rate=8)
+    with pytest.raises(TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"):
+        cropr.apply(torch.nn.Linear(2, 2), rate=8)
+    with pytest.raises(ValueError, match="ViTMAEModelOutput has neither logits nor features"):
+        cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])

@@ -14,6 +14,7 @@ from . import __version__, ops
 from .adapters import anatomy, find_adapter
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
+from .mapping import add_parser as add_mapping
 from .patch import apply, deploy, remove
 from .train.commands import add_parsers as add_training
 from .vit import PRESETS, create_vit
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     about.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
     about.set_defaults(run=run_info)
     add_calibration(commands)
+    add_mapping(commands)
     add_training(commands)
     options = parser.parse_args(arguments)
     try:

@@ -19,6 +19,14 @@ def _pyplot() -> Any:
     return plt
 
 
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("cropr_kernels.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
+    return Image
+
+
 def save_pruning_maps(path: Any, images: Tensor, maps: Tensor, depth: int, titles: list[str] | None = None) -> None:
     """Write one PNG: each image above its pruning map laid over it.
 
@@ -55,6 +63,38 @@ def save_pruning_maps(path: Any, images: Tensor, maps: Tensor, depth: int, title
     bar.set_ticklabels(["left after block 1", "never pruned"])
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def save_pruning_frames(animation: Any, strip: Any, image: Tensor, left: Tensor, depth: int) -> None:
+    """Write an animation (GIF) and a strip (PNG) of one photo: behind each block, what is left of it.
+
+    Args:
+        animation, strip: files to write; the animation starts with the whole photo.
+        image: (C, H, W), C = 1 or 3, values in [0, 1].
+        left: (grid height, grid width) from `pruning_map`.
+        depth: blocks of the network.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    Image = _pillow()
+    height, width = image.shape[1:]
+    pixels = image.clamp(0, 1).expand(3, -1, -1).cpu()
+    grey = 0.15 * pixels.mean(0, keepdim=True).expand(3, -1, -1) + 0.85
+    frames = []
+    for block in range(depth):  # a patch that left behind block l is gone from then on
+        gone = (left.cpu() <= block).repeat_interleave(height // left.shape[0], 0)
+        gone = gone.repeat_interleave(width // left.shape[1], 1)
+        shown = (torch.where(gone, grey, pixels) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        frames.append(Image.frombytes("RGB", (width, height), bytes(shown.flatten().tolist())))
+    frames[0].save(
+        animation, save_all=True, append_images=frames[1:], duration=[800, *[250] * (depth - 2), 1500], loop=0
+    )
+    columns = min(depth, 6)
+    sheet = Image.new("RGB", (columns * width, -(-depth // columns) * height), "white")
+    for block, frame in enumerate(frames):
+        sheet.paste(frame, (block % columns * width, block // columns * height))
+    sheet.save(strip)
 
 
 def save_merge_maps(path: Any, images: Tensor, maps: Tensor, titles: list[str] | None = None) -> None:
@@ -141,10 +181,7 @@ def load_photo(path: Any, size: int = 224) -> Tensor:
         ImportError: Pillow is not installed.
         FileNotFoundError, PIL.UnidentifiedImageError: the file is missing or no image.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("cropr_kernels.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
+    Image = _pillow()
     with Image.open(path) as file:
         image = file.convert("RGB")
     shorter = round(size * 8 / 7)

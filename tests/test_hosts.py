@@ -348,7 +348,9 @@ def test_refusals(images):
         anatomy(model).blocks[2](torch.randn(2, 65, 64))
     with pytest.raises(TypeError, match="has 2 vision towers"):
         cropr.apply(torch.nn.ModuleDict({"vision_a": torchvision_vit(), "vision_b": torchvision_vit()}), rate=8)
-    with pytest.raises(TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"):
+    with pytest.raises(
+        TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
+    ):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
     with pytest.raises(ValueError, match="ViTMAEModelOutput has neither logits nor features"):
         cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])

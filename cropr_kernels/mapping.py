@@ -1,0 +1,79 @@
+"""`cropr map`: what a model drops from photos, and after which block."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import calibration
+from .adapters import anatomy
+from .calibrating import load_model
+from .patch import apply, deploy, pruning_map, set_rate
+from .viz import PHOTO_SUFFIXES, load_photo, save_pruning_frames, save_pruning_maps
+
+
+def add_parser(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser(
+        "map",
+        help="pictures of what a pruned model drops from photos, block by block",
+        description="Write maps.png (every photo, and over it the block behind which each patch left), and for each "
+        "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side.",
+    )
+    parser.add_argument("model", help="a model of timm, which downloads its weights, or a local weight file")
+    parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
+    parser.add_argument("--queries", type=Path, help="what cropr calibrate wrote (default: calibrate on these photos)")
+    parser.add_argument("--rate", type=int, default=8, help="tokens dropped after each block (default: 8)")
+    parser.add_argument("--llf", action="store_true", help="Last Layer Fusion")
+    parser.add_argument("--mean", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
+    parser.add_argument("--std", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
+    parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
+    parser.set_defaults(run=run)
+
+
+def find_photos(images: list[Path]) -> list[Path]:
+    """The photos that are named, and those of the folders that are.
+
+    Raises:
+        FileNotFoundError: something that is named is not there.
+        ValueError: there is no photo at all.
+    """
+    found: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"there is no photo or folder {path}")
+    if not found:
+        raise ValueError(f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, images))}")
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    paths = find_photos(options.images)
+    model, about = load_model(options.model)
+    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
+    pixels = torch.stack([load_photo(path, about["img_size"]) for path in paths])
+    images = (pixels - mean) / std
+    apply(model.eval(), rate=0, llf=options.llf, num_outputs=0)
+    if options.queries is None:
+        calibration.calibrate(model, images)
+    else:
+        calibration.load_queries(model, options.queries)
+    maps = torch.cat([pruning_map(set_rate(deploy(model), options.rate), batch) for batch in images.split(16)])
+    depth = len(anatomy(model).blocks)
+    options.out.mkdir(parents=True, exist_ok=True)
+    first = options.out / "maps.png"
+    save_pruning_maps(first, pixels[:8], maps[:8], depth, [path.stem for path in paths[:8]])
+    print(f"{first}: {min(len(paths), 8)} photos, dark patches left first")
+    names: dict[str, int] = {}
+    for path, photo, left in zip(paths, pixels, maps):
+        names[path.stem] = names.get(path.stem, 0) + 1  # photos of different folders may have one name
+        name = path.stem if names[path.stem] == 1 else f"{path.stem}_{names[path.stem]}"
+        save_pruning_frames(options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, left, depth)
+        print(f"{options.out / name}.gif, {name}_blocks.png: {int((left == depth).sum())} of {left.numel()} patches stay")
+    if options.queries is None:
+        print(f"queries: calibrated on these {len(paths)} photos; cropr calibrate on a few hundred gives better ones")

@@ -1,0 +1,64 @@
+"""`cropr map`: pictures of what was dropped from photos."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import reference_vit
+
+import cropr_kernels as cropr
+from cropr_kernels import cli, viz
+
+PHOTOS = Path(__file__).parent.parent / "examples" / "photos"
+Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(cropr.create_vit("vit_tiny_patch16_224", num_classes=5).state_dict(), path)
+    return path
+
+
+def test_frames_show_what_is_left_behind_each_block(tmp_path):
+    image, left = torch.zeros(3, 8, 8), torch.tensor([[1, 2], [4, 4]])
+    animation, strip = tmp_path / "a.gif", tmp_path / "a.png"
+    viz.save_pruning_frames(animation, strip, image, left, depth=4)
+    with Image.open(strip) as sheet:
+        assert sheet.size == (32, 8)
+        alive = [
+            [sheet.getpixel((8 * block + x, y)) == (0, 0, 0) for y in (1, 5) for x in (1, 5)] for block in range(4)
+        ]
+    assert alive == [[True] * 4, [False, True, True, True], [False, False, True, True], [False, False, True, True]]
+    with Image.open(animation) as frames:
+        assert frames.n_frames >= 3 and frames.size == (8, 8)  # equal frames are stored once
+
+
+def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, capsys):
+    out, queries = tmp_path / "maps", tmp_path / "queries.pt"
+    photos = [str(PHOTOS / "rocket.jpg"), str(PHOTOS / "coffee.jpg")]
+    assert cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "41 of 196 patches stay" in text and "calibrated on these 3 photos" in text
+    names = {f"{name}{end}" for name in ("rocket", "coffee", "rocket_2") for end in (".gif", "_blocks.png")}
+    assert {path.name for path in out.iterdir()} == names | {"maps.png"}
+    with Image.open(out / "coffee.gif") as animation:
+        assert animation.n_frames == 12
+    cropr.save_queries(cropr.apply(reference_vit(embed_dim=192, depth=12), rate=1), queries)
+    assert cli.main(["map", str(weights), photos[0], "--queries", str(queries), "--out", str(out)]) == 0
+    assert "calibrated" not in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong(weights, tmp_path, capsys):
+    for images, more, message in [
+        ([tmp_path / "none"], [], "there is no photo or folder"),
+        ([tmp_path], [], "no photos (.bmp"),
+        ([__file__], [], "cannot identify image file"),
+        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate 40 keeps -4 of 36 tokens"),
+        ([PHOTOS / "rocket.jpg"], ["--queries", str(tmp_path / "none.pt")], "none.pt"),
+    ]:
+        arguments = ["map", str(weights), *map(str, images), "--out", str(tmp_path / "out"), *more]
+        assert cli.main(arguments) == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

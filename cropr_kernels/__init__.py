@@ -26,6 +26,7 @@ from .patch import pruning_map as pruning_map
 from .patch import remove as remove
 from .patch import set_progress as set_progress
 from .patch import set_rate as set_rate
+from .tuning import tune as tune
 from .vit import ViT as ViT
 from .vit import ViTConfig as ViTConfig
 from .vit import create_vit as create_vit

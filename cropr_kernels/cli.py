@@ -15,9 +15,10 @@ from .adapters import anatomy, find_adapter
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
 from .mapping import add_parser as add_mapping
+from .naming import create_model
 from .patch import apply, deploy, remove
 from .train.commands import add_parsers as add_training
-from .vit import PRESETS, create_vit
+from .tuning import add_parser as add_tuning
 
 
 def info() -> str:
@@ -48,26 +49,6 @@ def info() -> str:
 def _lines(facts: dict[str, Any]) -> str:
     width = max(len(name) for name in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
-
-
-def create_model(name: str) -> Any:
-    """A model with random weights by name: a preset of this package, else timm's.
-
-    Raises:
-        ValueError: neither knows the name.
-        ImportError: the name is not a preset, and timm is not installed.
-    """
-    if name in PRESETS:
-        return create_vit(name)
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not a preset of cropr_kernels; for timm's models: pip install cropr_kernels[timm]"
-        ) from error
-    if not timm.is_model(name):
-        raise ValueError(f"{name} is neither a preset of cropr_kernels nor a model of timm")
-    return timm.create_model(name)
 
 
 @torch.inference_mode()
@@ -120,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     about.set_defaults(run=run_info)
     add_calibration(commands)
     add_mapping(commands)
+    add_tuning(commands)
     add_training(commands)
     options = parser.parse_args(arguments)
     try:

@@ -74,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
         names[path.stem] = names.get(path.stem, 0) + 1  # photos of different folders may have one name
         name = path.stem if names[path.stem] == 1 else f"{path.stem}_{names[path.stem]}"
         save_pruning_frames(options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, left, depth)
-        print(f"{options.out / name}.gif, {name}_blocks.png: {int((left == depth).sum())} of {left.numel()} patches stay")
+        print(
+            f"{options.out / name}.gif, {name}_blocks.png: {int((left == depth).sum())} of {left.numel()} patches stay"
+        )
     if options.queries is None:
         print(f"queries: calibrated on these {len(paths)} photos; cropr calibrate on a few hundred gives better ones")

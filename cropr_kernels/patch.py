@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +199,7 @@ def apply(
     model: Any,
     *,
     rate: int | None = None,
-    keep: Sequence[int] | None = None,
+    keep: Sequence[int] | str | Path | None = None,
     ratio: float | None = None,
     llf: bool = False,
     const: tuple[int, int] | None = None,
@@ -223,7 +224,8 @@ def apply(
     Args:
         model: `cropr_kernels.vit.ViT`, timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with
             registers), DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
-        rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`.
+        rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`. keep may be a file that
+            `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens return before the last block.
         merge: tokens that leave merge into those that stay, instead of being lost: best for a model that was not
             trained to be pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A

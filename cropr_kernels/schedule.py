@@ -5,8 +5,10 @@ after every block but the last; with Last Layer Fusion after every block but the
 before the last block drops would come straight back (paper section 3.2).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -159,11 +161,32 @@ class Bound:
 def resolve(**options: Any) -> Bound:
     """Turn exactly one of rate=, keep=, ratio= and const= into a schedule; the others must be None.
 
+    keep may be the path of a file that `cropr tune` wrote.
+
     Raises:
-        ValueError: none or several are given.
+        ValueError: none or several are given, or the file holds no schedule.
+        FileNotFoundError: there is no such file.
     """
     given = {kind: value for kind, value in options.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(given) or 'none'}")
     [(kind, value)] = given.items()
+    if kind == "keep" and isinstance(value, str | Path):
+        value = read_keep(value)
     return Bound(kind, value)
+
+
+def read_keep(path: str | Path) -> list[int]:
+    """The counts in a file that `cropr tune` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no schedule.
+    """
+    try:
+        keep = json.loads(Path(path).read_text())["keep"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"schedule: {path} holds no schedule: {error}") from error
+    if not (isinstance(keep, list) and all(isinstance(count, int) for count in keep)):
+        raise ValueError(f"schedule: keep in {path} must be a list of integers, got {keep}")
+    return keep

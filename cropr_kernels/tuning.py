@@ -1,0 +1,256 @@
+"""A schedule for a latency: measure the staircase of time against tokens on this device, and stay on its good side.
+
+Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A count
+is efficient if no larger one is as fast. The schedule drops tokens at a constant rate, the lowest that meets the budget,
+with every count raised to the next efficient one: more tokens, and never slower. Times are made monotone first (isotonic
+regression), which pools what noise has mixed up, and keeps steps.
+"""
+
+import argparse
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import schedule as schedules
+from .adapters import anatomy
+from .naming import create_model
+from .patch import apply, deploy, require_pruned
+
+
+class Tuned(NamedTuple):
+    """A schedule, and how fast it is."""
+
+    keep: list[int]  # kept tokens after each module: cropr.apply(model, keep=...)
+    predicted: float  # speed-up over the unpruned model, from the staircase
+    measured: float  # the same, measured afterwards
+    unpruned_ms: float  # a forward, measured in turns with the pruned one
+    pruned_ms: float
+    staircase: dict[int, float]  # tokens -> milliseconds of a block with so many, over one with all; pruning included
+
+
+def efficient(costs: Mapping[int, float]) -> list[int]:
+    """The token counts that are faster than all larger ones, ascending."""
+    found: list[int] = []
+    for count in sorted(costs, reverse=True):
+        if not found or costs[count] < costs[found[-1]]:
+            found.append(count)
+    return found[::-1]
+
+
+def monotone(costs: Mapping[int, float]) -> dict[int, float]:
+    """The costs nearest to these in squares that never fall as tokens rise (pool adjacent violators)."""
+    pools: list[tuple[float, list[int]]] = []  # mean, counts
+    for count in sorted(costs):
+        mean, members = costs[count], [count]
+        while pools and pools[-1][0] > mean:
+            other, earlier = pools.pop()
+            mean = (mean * len(members) + other * len(earlier)) / (len(members) + len(earlier))
+            members = [*earlier, *members]
+        pools.append((mean, members))
+    return {count: mean for mean, members in pools for count in members}
+
+
+def solve(costs: Mapping[int, float], saving: float, num_tokens: int, modules: int, num_prefix: int) -> list[int] | None:
+    """Kept tokens after each module that save at least so much, or None if nothing does.
+
+    Args:
+        costs: tokens -> seconds of a block with so many, and of the pruning before it; it holds num_tokens.
+        saving: seconds to save.
+        num_tokens, modules, num_prefix: tokens that enter, Cropr modules, tokens that never leave.
+    """
+    good = efficient(costs)
+    steepest = (num_tokens - num_prefix - 1) / modules
+    for quarter in range(int(4 * steepest) + 1):
+        targets = [max(num_tokens - quarter / 4 * (module + 1), num_prefix + 1) for module in range(modules)]
+        keep = [next(count for count in good if count >= target) for target in targets]
+        if sum(costs[num_tokens] - costs[count] for count in keep) >= saving:
+            return keep
+    return None
+
+
+def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """Seconds of one call, until its result is there."""
+
+    def seconds(call: Callable[[], Any]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int, show: bool) -> dict[Any, float]:
+    """Median seconds of every call; they take turns in shuffled order, after one round that does not count."""
+    order, shuffler, seconds = list(calls), random.Random(0), timer(device)
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    turns: Any = range(rounds + 1)
+    if show:
+        from tqdm import tqdm
+
+        turns = tqdm(turns, desc="measuring", leave=False, mininterval=1)
+    for turn in turns:
+        shuffler.shuffle(order)
+        for key in order:
+            spent = seconds(calls[key])
+            if turn:
+                times[key].append(spent)
+    return {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+
+
+@torch.inference_mode()
+def tune(
+    model: Any,
+    images: Tensor,
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    rounds: int = 9,
+    show: bool = False,
+) -> Tuned:
+    """Choose how many tokens stay after each block, for a speed on this device, and measure it.
+
+    The network is timed with every number of tokens behind its first block, which gives the staircase of all blocks
+    together; then `solve` chooses, and the schedule it chose is timed against no pruning. Where that falls short, it
+    chooses again, for as much more.
+
+    Args:
+        model: pruned by `apply`, in the precision and on the device it shall run in; it is read only.
+        images: (B, C, H, W), a batch as it shall be run.
+        speedup, latency_ms: what to reach; exactly one. Latency is that of a forward of the batch.
+        rounds: timings of every count, of which the median counts.
+        show: whether to show a progress bar (tqdm).
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: not exactly one goal, one that is out of range, or one that no schedule reaches.
+    """
+    stack = require_pruned(model, "cropr.tune")
+    if (speedup is None) == (latency_ms is None):
+        raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
+    if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
+        raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
+    known, fast = anatomy(model), deploy(model)
+    modules, prefix, depth = len(stack), known.num_prefix, len(known.blocks)
+    tokens = prefix + (images.shape[2] // known.patch_size[0]) * (images.shape[3] // known.patch_size[1])
+
+    def run(keep: Sequence[int]) -> Callable[[], Any]:
+        schedule = schedules.resolve(keep=list(keep))
+        schedule(tokens, depth, prefix, stack.llf)
+
+        def call() -> Any:
+            fast.cropr.schedule = schedule
+            return fast(images)
+
+        return call
+
+    step = 4
+    while tokens / step > 50:
+        step *= 2
+    counts = [count for count in range(step, tokens, step) if count > prefix]
+    gentle = [tokens - module - 1 for module in range(modules)] if tokens > modules + prefix else [tokens] * modules
+    calls = {count: run([count] * modules) for count in [*counts, tokens]} | {"gentle": run(gentle)}
+    times = medians(calls, images.device, rounds, show)
+    whole = times[tokens]
+    overhead = max((times["gentle"] - whole) / modules, 0.0)  # of pruning, a module; one is in every count's time
+    costs = {count: (times[count] - whole + (modules - 1) * overhead) / modules for count in counts} | {tokens: 0.0}
+    costs = monotone(costs)
+    goal = whole / speedup if speedup is not None else (latency_ms or 0.0) / 1e3
+    saving, tried = whole - goal, []
+    for _ in range(5):  # what was measured says how far the staircase was off
+        keep = solve(costs, saving, tokens, modules, prefix)
+        if keep is None:
+            break
+        ends = {"unpruned": run([tokens] * modules), "pruned": run(keep)}
+        again = medians(ends, images.device, 2 * rounds, False)
+        tried.append((again["unpruned"] / again["pruned"], keep, again))
+        short = again["pruned"] - (again["unpruned"] / speedup if speedup is not None else goal)
+        if short <= 0.02 * again["pruned"]:
+            break
+        saving += short
+    if not tried:
+        most = whole / (whole - modules * (costs[tokens] - min(costs.values())))
+        raise ValueError(
+            f"cropr.tune: no schedule takes {1e3 * goal:.3g} ms at batch {len(images)} on {images.device}: unpruned takes "
+            f"{1e3 * whole:.3g} ms, and pruning all it can is about {most:.2f} times as fast"
+        )
+    measured, keep, again = tried[-1] if short <= 0.02 * again["pruned"] else max(tried, key=lambda trial: trial[0])
+    predicted = whole / (whole - sum(costs[tokens] - costs[count] for count in keep))
+    if keep[-1] < tokens and measured < 1.05:
+        warnings.warn(
+            f"cropr.tune: pruning will not pay at batch {len(images)} on {images.device}: {measured:.2f} times as fast",
+            stacklevel=2,
+        )
+    milliseconds = {count: 1e3 * (costs[count] - costs[tokens]) for count in sorted(costs)}
+    return Tuned(keep, predicted, measured, 1e3 * again["unpruned"], 1e3 * again["pruned"], milliseconds)
+
+
+def save_tuned(path: str | Path, tuned: Tuned, about: Mapping[str, Any] | None = None) -> None:
+    """Write a schedule as JSON, through a temporary file: `apply` takes the path as its `keep`."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**(about or {}), **tuned._asdict()}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def add_parser(commands: Any) -> None:
+    """The arguments of `cropr tune`."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the schedule that reaches a speed on this device",
+        description="Measure how the time of a model depends on the number of tokens on this device, choose how many "
+        "stay after each block, measure that, and write it for cropr.apply(model, keep=FILE).",
+    )
+    parser.add_argument("model", help="a preset of cropr_kernels or a model of timm, with random weights")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
+    goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
+    parser.add_argument("--llf", action="store_true", help="Last Layer Fusion")
+    parser.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda")
+    parser.add_argument("--rounds", type=int, default=9, help="timings of every token count (default: 9)")
+    parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file to write (default: schedule.json)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    if options.batch < 1:
+        raise ValueError(f"--batch must be >= 1, got {options.batch}")
+    model = create_model(options.model).eval().to(options.device, getattr(torch, dtype))
+    apply(model, rate=0, llf=options.llf, merge=options.merge, num_outputs=0)
+    known = anatomy(model)
+    sides = (count * side for count, side in zip(known.grid, known.patch_size))
+    images = torch.randn(options.batch, 3, *sides).to(options.device, getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tuned = tune(
+            model,
+            images,
+            speedup=options.speedup,
+            latency_ms=options.latency_ms,
+            rounds=options.rounds,
+            show=not options.quiet,
+        )
+    about = {"model": options.model, "batch": options.batch, "dtype": dtype, "llf": options.llf, "merge": options.merge}
+    save_tuned(options.out, tuned, about | {"device": options.device, "torch": torch.__version__})
+    print(f"kept after each block: {' '.join(map(str, tuned.keep))}")
+    print(f"unpruned {tuned.unpruned_ms:.3g} ms, pruned {tuned.pruned_ms:.3g} ms a batch of {options.batch}")
+    print(f"speed-up: {tuned.measured:.2f} measured, {tuned.predicted:.2f} predicted")
+    for warning in caught:
+        if "will not pay" in str(warning.message):
+            print(f"warning: {str(warning.message).removeprefix('cropr.tune: ')}")
+    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{', llf=True' if options.llf else ''})")

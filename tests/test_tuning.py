@@ -1,0 +1,146 @@
+"""`cropr tune`: schedules on the good side of the staircase, for a speed on the device at hand."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import reference_vit, timm_vit
+
+import cropr_kernels as cropr
+from cropr_kernels import cli, schedule, tuning
+
+# Tiles of 16 tokens; 68 tokens are slower than 72.
+STAIRS = {count: -(-count // 16) * 1.0 + (0.5 if count == 68 else 0) for count in range(4, 201, 4)}
+
+
+def test_efficient_counts_are_faster_than_all_larger_ones():
+    assert tuning.efficient(STAIRS) == [*range(16, 200, 16), 200]
+    assert tuning.efficient({1: 1.0, 2: 1.0, 3: 2.0}) == [2, 3]
+    assert tuning.efficient({1: 3.0, 2: 1.0, 3: 2.0}) == [2, 3]
+
+
+def test_costs_are_made_monotone_by_pooling():
+    assert tuning.monotone({1: 1.0, 2: 2.0, 3: 3.0}) == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert tuning.monotone({1: 1.0, 2: 4.0, 3: 2.0, 4: 3.0}) == {1: 1.0, 2: 3.0, 3: 3.0, 4: 3.0}
+    assert tuning.monotone({3: 0.0, 1: 2.0, 2: 1.0}) == {1: 1.0, 2: 1.0, 3: 1.0}
+
+
+@given(st.dictionaries(st.integers(2, 200), st.floats(0, 100), min_size=2))
+def test_monotone_costs_keep_their_mean_and_never_fall(costs):
+    pooled = tuning.monotone(costs)
+    values = [pooled[count] for count in sorted(pooled)]
+    assert pooled.keys() == costs.keys() and all(a <= b for a, b in zip(values, values[1:]))
+    assert sum(values) == pytest.approx(sum(costs.values()))
+
+
+def test_a_schedule_drops_steadily_and_stays_on_the_good_side():
+    keep = tuning.solve(STAIRS, 30.0, 200, 11, 1)
+    assert sum(STAIRS[200] - STAIRS[count] for count in keep) >= 30
+    assert all(count in tuning.efficient(STAIRS) for count in keep)
+    assert keep == sorted(keep, reverse=True) and schedule.keep(200, 12, keep) == keep
+    gentler = tuning.solve(STAIRS, 29.0, 200, 11, 1)
+    assert sum(gentler) >= sum(keep)
+    assert tuning.solve(STAIRS, 30.0, 200, 11, 1) == keep  # the same measurements, the same schedule
+
+
+def test_what_cannot_be_saved_has_no_schedule():
+    assert tuning.solve(STAIRS, 0.0, 200, 11, 1) == [200] * 11
+    assert tuning.solve(STAIRS, 11 * 13.0, 200, 11, 1) is None
+    assert tuning.solve({100: 1.0, 50: 1.0}, 0.1, 100, 3, 1) is None
+
+
+@given(st.integers(1, 8), st.integers(0, 4), st.floats(0, 60), st.data())
+def test_every_schedule_is_legal(modules, prefix, saving, data):
+    tokens = data.draw(st.integers(prefix + modules + 8, 120))
+    costs = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {tokens: 10.0}
+    keep = tuning.solve(tuning.monotone(costs), saving, tokens, modules, prefix)
+    if keep is not None:
+        assert schedule.keep(tokens, modules + 1, keep, prefix) == keep
+
+
+class Clock:
+    """Stands for the device: a forward takes as long as its tokens on the stairs, and each pruning a little."""
+
+    def __init__(self, depth, prune=0.01):
+        self.depth, self.prune, self.now = depth, prune, 0.0
+
+    def of(self, model, images):
+        tokens = 1 + (images.shape[2] // 8) * (images.shape[3] // 8)
+        counts = [tokens, *model.cropr.schedule(tokens, self.depth, 1, model.cropr.llf)]
+        counts += counts[:1] if model.cropr.llf else []
+        prunes = sum(a != b for a, b in zip(counts, counts[1:]))
+        self.now += 3.0 + sum(-(-count // 16) for count in counts) + self.prune * prunes
+        return images
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock(depth=6)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(cropr.patch.Pruned, "forward", lambda model, images: clock.of(model, images))
+    return clock
+
+
+@pytest.mark.parametrize("llf", [False, True])
+def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
+    model = cropr.apply(reference_vit(depth=6), rate=0, llf=llf, num_outputs=0)
+    tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
+    assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(tuned.measured, rel=0.05)
+    assert set(tuned.keep) <= {65, 64, 48, 32, 16}
+    assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
+    in_time = cropr.tune(model, torch.zeros(2, 3, 64, 64), latency_ms=tuned.pruned_ms, rounds=1)
+    assert in_time.pruned_ms <= tuned.pruned_ms * 1.02
+    assert str(model.cropr.schedule) == "rate=0"  # only read
+
+
+def test_where_pruning_does_not_pay_it_says_so(clock):
+    clock.prune = 2.0
+    model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
+    with pytest.raises(ValueError, match=r"no schedule takes .* at batch 1 on cpu: unpruned takes .* about 1\.\d+ times"):
+        cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=3.0, rounds=1)
+    clock.prune = 0.9
+    with pytest.warns(UserWarning, match="pruning will not pay at batch 1 on cpu: 1.0"):
+        cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.01, rounds=1)
+
+
+def test_goals_are_checked():
+    model = cropr.apply(reference_vit(), rate=0)
+    for options in ({}, {"speedup": 2.0, "latency_ms": 1.0}):
+        with pytest.raises(ValueError, match="exactly one of speedup and latency_ms"):
+            cropr.tune(model, torch.zeros(1, 3, 64, 64), **options)
+    for options in ({"speedup": 0.5}, {"latency_ms": 0.0}, {"speedup": float("nan")}):
+        with pytest.raises(ValueError, match="speedup must be >= 1 and latency_ms > 0"):
+            cropr.tune(model, torch.zeros(1, 3, 64, 64), **options)
+    with pytest.raises(TypeError, match="not pruned"):
+        cropr.tune(reference_vit(), torch.zeros(1, 3, 64, 64), speedup=2.0)
+
+
+def test_apply_takes_the_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    tuning.save_tuned(path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}), {"model": "x"})
+    model = cropr.apply(timm_vit(), keep=path)
+    assert model.cropr.schedule(65, 4, 1, False) == [50, 40, 30]
+    assert cropr.apply(reference_vit(), keep=str(path)).cropr.schedule(65, 4, 1, False) == [50, 40, 30]
+    with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks \(llf=True\), got 3"):
+        cropr.apply(reference_vit(), keep=path, llf=True)
+    with pytest.raises(FileNotFoundError):
+        cropr.apply(reference_vit(), keep=tmp_path / "none.json")
+    for text in ("nothing", "[]", '{"keep": [1.5]}', '{"keep": 3}', "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"schedule\.json"):
+            cropr.apply(reference_vit(), keep=path)
+
+
+def test_the_command_measures_and_writes(tmp_path, capsys):
+    out = tmp_path / "schedule.json"
+    arguments = ["tune", "vit_tiny_patch16_224", "--rounds", "1", "--quiet", "--out", str(out)]
+    assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
+    text, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert "measured" in text and f"keep='{out}', llf=True" in text
+    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"]
+    assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
+    assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1
+    assert "no schedule takes 0.001 ms" in capsys.readouterr().err
+    assert cli.main([*arguments, "--speedup", "2", "--batch", "0"]) == 1 and "--batch" in capsys.readouterr().err

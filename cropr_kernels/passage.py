@@ -1,7 +1,7 @@
 """Pruning from within: for models that run their blocks themselves, such as those of transformers and torchvision.
 
-Their code stays as it is, and they keep all their outputs. Each block's class changes, so that a call of it goes through a
-`Passage`: tokens leave behind the block, and with Last Layer Fusion they are back before the last one.
+Their code stays as it is, and they keep all their outputs. Each block's class changes, so that a call of it goes through
+a `Passage`: tokens leave behind the block, and with Last Layer Fusion they are back before the last one.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ class Passage:
 
 
 def _mask_at(value: Any, alive: Tensor) -> Any:
-    """An attention mask (B or 1, heads or 1, queries or 1, N) for the tokens alive (B, K); what is no tensor as it is."""
+    """An attention mask (B or 1, heads or 1, queries or 1, N) for the tokens alive (B, K); what is no tensor, as is."""
     if not isinstance(value, Tensor):
         return value
     if value.ndim != 4:

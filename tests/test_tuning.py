@@ -98,11 +98,26 @@ def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
 def test_where_pruning_does_not_pay_it_says_so(clock):
     clock.prune = 2.0
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
-    with pytest.raises(ValueError, match=r"no schedule takes .* at batch 1 on cpu: unpruned takes .* about 1\.\d+ times"):
+    with pytest.raises(
+        ValueError, match=r"no schedule takes .* at batch 1 on cpu: unpruned takes .* about 1\.\d+ times"
+    ):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=3.0, rounds=1)
     clock.prune = 0.9
     with pytest.warns(UserWarning, match="pruning will not pay at batch 1 on cpu: 1.0"):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.01, rounds=1)
+
+
+def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
+    plain = tuning.medians
+
+    def noisy(calls, *rest):  # the schedule turns out slower than its stairs
+        times = plain(calls, *rest)
+        return {key: value * (1.3 if key == "pruned" else 1) for key, value in times.items()}
+
+    monkeypatch.setattr(tuning, "medians", noisy)
+    model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
+    with pytest.warns(UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"):
+        cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.8, rounds=1)
 
 
 def test_goals_are_checked():

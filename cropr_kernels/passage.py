@@ -1,7 +1,7 @@
 """Pruning from within: for models that run their blocks themselves, such as those of transformers and torchvision.
 
-Their code stays as it is, and they keep all their outputs. Each block's class changes, so that a call of it goes through
-a `Passage`: tokens leave behind the block, and with Last Layer Fusion they are back before the last one.
+Their code stays as it is, and they keep all their outputs. Each block's class changes, so that a call of it goes
+through a `Passage`: tokens leave behind the block, and with Last Layer Fusion they are back before the last one.
 """
 
 from collections.abc import Callable

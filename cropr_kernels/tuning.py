@@ -1,9 +1,9 @@
 """A schedule for a latency: measure the staircase of time against tokens on this device, and stay on its good side.
 
-Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A count
-is efficient if no larger one is as fast. The schedule drops tokens at a constant rate, the lowest that meets the budget,
-with every count raised to the next efficient one: more tokens, and never slower. Times are made monotone first (isotonic
-regression), which pools what noise has mixed up, and keeps steps.
+Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A
+count is efficient if no larger one is as fast. The schedule drops tokens at a constant rate, the lowest that meets the
+budget, with every count raised to the next efficient one: more tokens, and never slower. Times are made monotone first
+(isotonic regression), which pools what noise has mixed up, and keeps steps.
 """
 
 import argparse
@@ -57,24 +57,38 @@ def monotone(costs: Mapping[int, float]) -> dict[int, float]:
     return {count: mean for mean, members in pools for count in members}
 
 
+def steady(costs: Mapping[int, float], rate: float, num_tokens: int, modules: int, num_prefix: int) -> list[int]:
+    """Kept tokens after each module at a constant rate, raised to the next efficient count."""
+    targets = [max(num_tokens - rate * (module + 1), num_prefix + 1) for module in range(modules)]
+    good = efficient(costs)
+    return [next(count for count in good if count >= target) for target in targets]
+
+
 def solve(
     costs: Mapping[int, float], saving: float, num_tokens: int, modules: int, num_prefix: int
 ) -> list[int] | None:
-    """Kept tokens after each module that save at least so much, or None if nothing does.
+    """Kept tokens after each module that save at least so much, at the lowest rate, or None if nothing does.
 
     Args:
         costs: tokens -> seconds of a block with so many, and of the pruning before it; it holds num_tokens.
         saving: seconds to save.
         num_tokens, modules, num_prefix: tokens that enter, Cropr modules, tokens that never leave.
     """
-    good = efficient(costs)
-    steepest = (num_tokens - num_prefix - 1) / modules
-    for quarter in range(int(4 * steepest) + 1):
-        targets = [max(num_tokens - quarter / 4 * (module + 1), num_prefix + 1) for module in range(modules)]
-        keep = [next(count for count in good if count >= target) for target in targets]
-        if sum(costs[num_tokens] - costs[count] for count in keep) >= saving:
+    for quarter in range(int(4 * highest_rate(num_tokens, modules, num_prefix)) + 1):
+        keep = steady(costs, quarter / 4, num_tokens, modules, num_prefix)
+        if saved(costs, keep, num_tokens) >= saving:
             return keep
     return None
+
+
+def highest_rate(num_tokens: int, modules: int, num_prefix: int) -> float:
+    """The rate that leaves one patch in the end."""
+    return (num_tokens - num_prefix - 1) / modules
+
+
+def saved(costs: Mapping[int, float], keep: Sequence[int], num_tokens: int) -> float:
+    """Seconds that a schedule saves."""
+    return sum(costs[num_tokens] - costs[count] for count in keep)
 
 
 def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
@@ -181,20 +195,21 @@ def tune(
             break
         saving += short
     if not tried:
-        most = whole / (whole - modules * (costs[tokens] - min(costs.values())))
+        steepest = steady(costs, highest_rate(tokens, modules, prefix), tokens, modules, prefix)
+        most = whole / (whole - saved(costs, steepest, tokens))
         raise ValueError(
-            f"cropr.tune: no schedule takes {1e3 * goal:.3g} ms {here}: unpruned takes {1e3 * whole:.3g} ms, and pruning "
-            f"all it can is about {most:.2f} times as fast"
+            f"cropr.tune: no schedule takes {1e3 * goal:.3g} ms {here}: unpruned takes {1e3 * whole:.3g} ms, and the "
+            f"highest rate is about {most:.2f} times as fast"
         )
     reached = short <= 0.02 * again["pruned"]
     measured, keep, again = tried[-1] if reached else max(tried, key=lambda trial: trial[0])
-    predicted = whole / (whole - sum(costs[tokens] - costs[count] for count in keep))
+    predicted = whole / (whole - saved(costs, keep, tokens))
     if keep[-1] < tokens and measured < 1.05:
         warnings.warn(f"cropr.tune: pruning will not pay {here}: {measured:.2f} times as fast", stacklevel=2)
     elif not reached:
         warnings.warn(
-            f"cropr.tune: the goal was not reached {here}: {measured:.2f} times as fast, {1e3 * again['pruned']:.3g} ms. "
-            "Where other work shares the device, times are noisy: try again, or more rounds",
+            f"cropr.tune: the goal was not reached {here}: {measured:.2f} times as fast, {1e3 * again['pruned']:.3g} "
+            "ms. Where other work shares the device, times are noisy: try again, or more rounds",
             stacklevel=2,
         )
     milliseconds = {count: 1e3 * (costs[count] - costs[tokens]) for count in sorted(costs)}

@@ -118,7 +118,7 @@ def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
     monkeypatch.setattr(tuning, "medians", noisy)
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
     with pytest.warns(UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"):
-        cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.3, rounds=1)
+        cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.6, rounds=1)
 
 
 def test_goals_are_checked():

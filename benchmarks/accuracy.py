@@ -51,6 +51,7 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "Cropr, queries fixed": DEC | CALIBRATED | dict(fixed_queries=True),
     },
     "rivals": {
+        "Cropr, merging": DEC | CALIBRATED | dict(merge=True),
         **dict.fromkeys(("attention top-k", "EViT", "ToMe", "ToMe, plain attention", "ATS, trimmed"), DEC),
         **dict.fromkeys(ONCE, CONST),
         **dict.fromkeys(("DPC-KNN, learned weights", "k-medoids", "pixel variance"), DEC),

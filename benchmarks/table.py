@@ -15,12 +15,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import RESULTS, environment, name_of, save
-from networks import Published, measure, with_stands
+from networks import Published, measure
 from rivals import SYSTEMS, Reduced
 from rivals.stands import Stand
 from torch import Tensor
@@ -118,15 +119,40 @@ def apply(plain: Any, schedule: str, **options: Any) -> Any:
     return cropr.apply(copy.deepcopy(plain), **how, llf="LLF" in schedule, **{"num_outputs": 0, **options})
 
 
+def deploy(model: Any, plain: Any, **options: Any) -> Any:
+    """For inference, with the weights of `plain` where they are: whoever has its own finds them colder in the cache."""
+    deployed = cropr.deploy(model, **options)
+    shared = dict(plain.named_parameters())
+    for name, module in deployed.named_modules():
+        for key in list(module._parameters):
+            own = shared.get(f"{name}.{key}" if name else key)
+            if own is not None:
+                module._parameters[key] = own
+    return deployed
+
+
+def unpruned(plain: Any) -> Any:
+    """On the engine."""
+    return deploy(cropr.apply(copy.deepcopy(plain), rate=0, num_outputs=0), plain)
+
+
+def with_modules(model: Any, plain: Any, make: Callable[[Any], Any]) -> Any:
+    """A pruned model on the functional ops, with others in place of its Cropr modules."""
+    other = deploy(model, plain, engine=False)
+    for i, module in enumerate(model.cropr):
+        other.cropr[i] = make(module)
+    return other
+
+
 def systems(plain: Any) -> dict[str, Any]:
     """Every row of the classification table by its name, the unpruned network on the engine, and the plain one."""
-    models = {"unpruned": cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=0, num_outputs=0)), "plain": plain}
+    models = {"unpruned": unpruned(plain), "plain": plain}
     prefix, depth = plain.num_prefix_tokens, len(plain.blocks)
     for system, schedule, _ in ROWS:
         if system.startswith("Cropr"):
-            model = cropr.deploy(apply(plain, schedule, merge=system == "Cropr, merging"))
+            model = deploy(apply(plain, schedule, merge=system == "Cropr, merging"), plain)
         elif system == "non-salient":
-            model = with_stands(apply(plain, schedule), NonSalient)
+            model = with_modules(apply(plain, schedule), plain, lambda module: NonSalient(module.query()))
         else:
             resolved = cropr.schedule.resolve(**SCHEDULES[depth][schedule])
             counts = resolved(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
@@ -137,16 +163,16 @@ def systems(plain: Any) -> dict[str, Any]:
 
 def architectures(plain: Any) -> dict[str, Any]:
     """Scorers: the paper's, the same as published, and one with heads and projections, folded and as published."""
-    models = {"unpruned": cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=0, num_outputs=0)), "plain": plain}
     simple = apply(plain, "dec")
-    models["simple"] = cropr.deploy(simple)
-    models["simple, as published"] = with_stands(simple, Published)
     heads = apply(plain, "dec", num_outputs=1, num_heads=plain.config.num_heads)
-    models["several heads, folded"] = cropr.deploy(heads)
-    published = cropr.deploy(heads, engine=False)
-    for i, module in enumerate(heads.cropr):
-        published.cropr[i] = SeveralHeads(module)
-    models["several heads, as published"] = published
+    models = {
+        "unpruned": unpruned(plain),
+        "plain": plain,
+        "simple": deploy(simple, plain),
+        "simple, as published": with_modules(simple, plain, lambda module: Published(module.query())),
+        "several heads, folded": deploy(heads, plain),
+        "several heads, as published": with_modules(heads, plain, SeveralHeads),
+    }
     return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
 
@@ -167,10 +193,10 @@ def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, 
     plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
     modules = len(plain.blocks) - 1
     rate = round(grid**2 * 0.86 / modules / 4) * 4
-    models: dict[str, Any] = {"unpruned": Segmenter(copy.deepcopy(plain), 150, grid=(grid, grid))}
+    models: dict[str, Any] = {"unpruned": Segmenter(plain, 150, grid=(grid, grid))}
     for fusion in FUSIONS:
         pruned = cropr.apply(copy.deepcopy(plain), rate=rate, llf=fusion == "llf", num_outputs=0)
-        models[fusion] = Segmenter(cropr.deploy(pruned), 150, grid=(grid, grid), fusion=fusion)
+        models[fusion] = Segmenter(deploy(pruned, plain), 150, grid=(grid, grid), fusion=fusion)
     return {name: PatchLogits(model).eval().requires_grad_(False).to(device, dtype) for name, model in models.items()}
 
 
@@ -256,8 +282,8 @@ def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
     tokens, depth, prefix = plain.grid**2 + plain.num_prefix_tokens, len(plain.blocks), plain.num_prefix_tokens
     rate = round(tokens * 14 / 197 / 4 * 12 / depth) * 4
     models = {
-        "unpruned": cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=0, num_outputs=0)),
-        "Cropr": cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=rate, num_outputs=0)),
+        "unpruned": unpruned(plain),
+        "Cropr": deploy(cropr.apply(copy.deepcopy(plain), rate=rate, num_outputs=0), plain),
         "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.schedule.rate(tokens, depth, rate, prefix)).eval(),
     }
     cells = {
@@ -288,11 +314,15 @@ def main() -> None:
     for name in names:
         size = cropr.vit.PRESETS[name].get("img_size", 224)
         for group, make in (("classification", systems), ("architecture", architectures)):
-            builds[group, name, size] = lambda name=name, make=make: make(create(name, options.device, dtype))
+            builds[group, name, size] = partial(built_on, make, name, options.device, dtype)
     for size in options.sizes:
-        builds["precision", names[-1], size] = lambda size=size: by_precision(names[-1], size, options.device)
-    builds["fusions", dense, 512] = lambda: fusions(dense, 512, options.device, dtype)
+        builds["precision", names[-1], size] = partial(by_precision, names[-1], size, options.device)
+    builds["fusions", dense, 512] = partial(fusions, dense, 512, options.device, dtype)
     run(options, builds, options.batches or ([1, 256] if gpu else [1, 8]), ("eager", "graph") if gpu else ("eager",))
+
+
+def built_on(make: Callable[[Any], dict[str, Any]], name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    return make(create(name, device, dtype))
 
 
 def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:

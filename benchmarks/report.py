@@ -163,7 +163,8 @@ def accuracy() -> str:
         "ablations": "3 times fewer FLOPs, parts",
     }
     body = []
-    for group, method in dict.fromkeys((row["group"], row["method"]) for row in rows):
+    shown = [row for row in rows if row["group"] in groups]  # the others are in comparison.md
+    for group, method in dict.fromkeys((row["group"], row["method"]) for row in shown):
         own = [row for row in rows if (row["group"], row["method"]) == (group, method)]
         boxes = [row["in box"] for row in own if row["in box"] is not None]
         line = [

@@ -459,3 +459,33 @@ def test_non_salient_keeps_what_cropr_drops():
     for split in (module(x, 5), module(x, 5, 0, scores)):
         assert torch.equal(split.pruned_idx, plain)
     assert torch.equal(prediction, expected)
+
+
+def test_the_table_measures_every_system_on_one_set_of_weights():
+    import table
+
+    plain = randomise(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
+    with torch.inference_mode():
+        models = table.systems(plain)
+        rows = {row["system"]: row for row in table.cell(models, torch.randn(1, 3, 224, 224), 2, "eager", 1)}
+        scorers = table.cell(table.architectures(plain), torch.randn(1, 3, 224, 224), 1, "eager", 1)
+    names = {f"{system} | {schedule}" for system, schedule, _ in table.ROWS}
+    assert set(rows) == names | {"unpruned", "plain"} and len(names) == len(table.ROWS)
+    for name, row in rows.items():
+        assert row["speed-up"] > 0 and row["peak MiB"] > 0
+        assert name in ("unpruned", "plain") or row["GFLOPs"] < 0.75 * rows["unpruned"]["GFLOPs"]
+    own = {parameter.data_ptr() for parameter in plain.parameters()}
+    for name, model in models.items():
+        backbone = getattr(model, "backbone", model)
+        assert {parameter.data_ptr() for parameter in backbone.parameters()} <= own, name
+    flops = {row["system"]: row["GFLOPs"] for row in scorers}
+    assert flops["simple"] == flops["several heads, folded"] < flops["several heads, as published"]
+
+
+def test_several_heads_as_published_choose_what_the_folded_ones_do():
+    import table
+
+    module = randomise(cropr.Cropr(16, 3, num_heads=4))
+    x = torch.randn(2, 20, 16)
+    published, folded = table.SeveralHeads(module)(x, 12, 1), module.eval()(x, 12, 1)
+    assert torch.equal(published.kept_idx, folded.kept_idx) and torch.equal(published.kept, folded.kept)

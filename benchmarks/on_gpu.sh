@@ -2,7 +2,7 @@
 # Everything that needs a GPU, on a machine that already has torch, triton, cmake, ninja, pybind11 and pytest. Builds in
 # place, then runs the named steps, each under ten minutes; results go to $OUT after every cell, so a run that is cut
 # off loses nothing.
-#   bash benchmarks/on_gpu.sh [tests|models|sanitize|ops|kernels|networks|compiled|staircase|training|demo|accuracy|camvid|bccd ...]
+#   bash benchmarks/on_gpu.sh [tests|models|sanitize|ops|kernels|networks|compiled|table|staircase|training|demo|accuracy|camvid|bccd ...]
 # The last three want CROPR_DATA, the folder that the scripts describe, and the train extra; without it they are skipped.
 # Default: all of them. A step that runs out of minutes says so; start it again and it goes on where it stopped.
 # Afterwards copy $OUT/*.json to benchmarks/results/ and run benchmarks/report.py and benchmarks/roofline.py.
@@ -18,7 +18,7 @@ logged() {  # logged NAME COMMAND...
   shift
   timeout 580 "$@" 2>&1 | tee "$OUT/$name.log" || status=1
 }
-for step in "${@:-tests models sanitize ops kernels networks compiled staircase training demo accuracy camvid bccd}"; do for part in $step; do
+for step in "${@:-tests models sanitize ops kernels networks compiled table staircase training demo accuracy camvid bccd}"; do for part in $step; do
   echo "== $part"
   case $part in
     tests)
@@ -38,6 +38,7 @@ for step in "${@:-tests models sanitize ops kernels networks compiled staircase 
     compiled)
       logged compiled python3 benchmarks/networks.py --modes compiled --models vit_small_patch16_224 \
         vit_large_patch16_224 --batches 1 64 --out "$OUT/cuda_networks.json" ;;
+    table) logged table python3 benchmarks/table.py --out "$OUT/cuda_table.json" ;;
     staircase) logged staircase python3 benchmarks/staircase.py --out "$OUT/cuda_staircase.json" ;;
     training) logged training python3 benchmarks/training.py --out "$OUT/cuda_training.json" ;;
     accuracy|camvid|bccd)

@@ -51,9 +51,21 @@ class FreeSlice(Stand):
         return cropr.Split(x[:, :num_keep], idx[:, :num_keep], x[:, num_keep:], idx[:, num_keep:])
 
 
-def with_stands(model: Any, kind: type[Stand]) -> Any:
+def deploy(model: Any, plain: Any, **options: Any) -> Any:
+    """For inference, with the weights of `plain` where they are: whoever has its own finds them colder in the cache."""
+    deployed = cropr.deploy(model, **options)
+    shared = dict(plain.named_parameters())
+    for name, module in deployed.named_modules():
+        for key in list(module._parameters):
+            own = shared.get(f"{name}.{key}" if name else key)
+            if own is not None:
+                module._parameters[key] = own
+    return deployed
+
+
+def with_stands(model: Any, plain: Any, kind: type[Stand]) -> Any:
     """The deployed model on the functional ops, with other modules in place of Cropr's."""
-    other = cropr.deploy(model, engine=False)
+    other = deploy(model, plain, engine=False)
     for i, module in enumerate(other.cropr):
         other.cropr[i] = kind(module.query())
     return other
@@ -69,18 +81,18 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
     preset, changes, rate, llf = MODELS[name]
     torch.manual_seed(0)
     plain = cropr.create_vit(preset, **changes).eval().requires_grad_(False).to(device, dtype)
-    unpruned = cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=0))
-    engine = cropr.deploy(cropr.apply(copy.deepcopy(plain), rate=rate, llf=llf))
-    methods = {"unpruned": unpruned, "engine": engine, "functional": cropr.deploy(engine, engine=False)}
+    unpruned = deploy(cropr.apply(copy.deepcopy(plain), rate=0), plain)
+    engine = deploy(cropr.apply(copy.deepcopy(plain), rate=rate, llf=llf), plain)
+    methods = {"unpruned": unpruned, "engine": engine, "functional": deploy(engine, plain, engine=False)}
     merging = cropr.apply(copy.deepcopy(plain), rate=rate, llf=llf, merge=True, num_outputs=0)
     merging.cropr.load_state_dict(queries_of(engine))
-    methods["merge"] = cropr.deploy(merging)
+    methods["merge"] = deploy(merging, plain)
     if not (llf or plain.config.rope):
         tokens = plain.num_prefix_tokens + plain.grid**2
         counts = cropr.schedule.rate(tokens, len(plain.blocks), rate, plain.num_prefix_tokens)
         methods["ToMe"] = Reduced(plain, SYSTEMS["ToMe"], counts)
-    methods |= {"published": with_stands(engine, Published), "random": with_stands(engine, Random)}
-    methods |= {"free slice": with_stands(engine, FreeSlice), "plain": plain}
+    stands = {"published": Published, "random": Random, "free slice": FreeSlice}
+    methods |= {name: with_stands(engine, plain, kind) for name, kind in stands.items()} | {"plain": plain}
     size = plain.config.img_size
     try:
         import timm

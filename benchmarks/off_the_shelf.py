@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, environment, quantile, save
+from networks import deploy
 from rivals import OFF_THE_SHELF, SYSTEMS, Reduced
 from torch import Tensor
 from tqdm import tqdm
@@ -82,8 +83,8 @@ def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Ten
     if name in MERGES:
         merging = cropr.apply(copy.deepcopy(base), rate=rate, merge=MERGES[name], num_outputs=0)
         merging.cropr.load_state_dict(model.cropr.state_dict())
-        return cropr.deploy(merging)
-    return cropr.set_rate(cropr.deploy(model), rate)
+        return deploy(merging, base)
+    return cropr.set_rate(deploy(model, base), rate)
 
 
 def log_probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def speed(options: argparse.Namespace, base: Any) -> None:
     images = torch.randn(options.batch, 3, 224, 224)
     model, rows = calibrated(base, torch.randn(8, 3, 224, 224)), []
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
-    plain = cropr.deploy(cropr.apply(copy.deepcopy(base), rate=0, num_outputs=0))
+    plain = deploy(cropr.apply(copy.deepcopy(base), rate=0, num_outputs=0), base)
     cells = {(rate, name): build(base, model, name, rate) for rate in options.rates for name in options.methods}
     cells[0, "unpruned"] = plain
     times: dict[tuple[int, str], list[float]] = {cell: [] for cell in cells}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import RESULTS, environment, name_of, save
-from networks import Published, measure
+from networks import Published, deploy, measure
 from rivals import SYSTEMS, Reduced
 from rivals.stands import Stand
 from torch import Tensor
@@ -117,18 +117,6 @@ class SeveralHeads(Stand):
 def apply(plain: Any, schedule: str, **options: Any) -> Any:
     how = SCHEDULES[len(plain.blocks)][schedule]
     return cropr.apply(copy.deepcopy(plain), **how, llf="LLF" in schedule, **{"num_outputs": 0, **options})
-
-
-def deploy(model: Any, plain: Any, **options: Any) -> Any:
-    """For inference, with the weights of `plain` where they are: whoever has its own finds them colder in the cache."""
-    deployed = cropr.deploy(model, **options)
-    shared = dict(plain.named_parameters())
-    for name, module in deployed.named_modules():
-        for key in list(module._parameters):
-            own = shared.get(f"{name}.{key}" if name else key)
-            if own is not None:
-                module._parameters[key] = own
-    return deployed
 
 
 def unpruned(plain: Any) -> Any:

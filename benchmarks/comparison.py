@@ -18,7 +18,6 @@ TRAINED = {
     "Cropr | dec, LLF": "Cropr, LLF",
     "Cropr | const": "Cropr, const",
     "Cropr | const, LLF": "Cropr, const, LLF",
-    "Cropr, merging": "Cropr, merging",
 }
 SEGMENTED = {
     "unpruned": "no pruning",
@@ -42,7 +41,7 @@ def trained(system: str, schedule: str) -> list[float]:
 
 
 def cells(group: str) -> tuple[dict[str, Any], dict[tuple[str, int, int], dict[str, Any]]] | None:
-    """Environment; by model, size and batch the rows of a group by system. CPU before GPU."""
+    """Environment; by model, size and batch the rows of a group by system. A GPU's, where there are any."""
     for device in ("cuda", "cpu"):
         found = load(f"{device}_table")
         if found is None:
@@ -270,7 +269,7 @@ def plot_comparison() -> None:
 def plot_staircase() -> None:
     import staircase
 
-    for path in sorted(RESULTS.glob("*_staircase*.json")):
+    for path in sorted(RESULTS.glob("*_staircase*.json"))[-1:]:  # cuda sorts behind cpu
         data = json.loads(path.read_text())
         staircase.plot(DOCS / "staircase.png", data["rows"], data["environment"])
 

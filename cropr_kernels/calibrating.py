@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import calibration
 from .patch import apply
-from .viz import PHOTO_SUFFIXES, load_photo
+from .viz import find_photos, load_photo
 from .weights import load_weights
 
 
@@ -85,18 +85,24 @@ def load_model(name: str) -> tuple[Any, dict[str, Any]]:
     return model, {"img_size": about["input_size"][1], "mean": about["mean"], "std": about["std"]}
 
 
+def scaling(options: argparse.Namespace, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels, (3, 1, 1): those asked for, else the model's."""
+    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
+    return mean, std
+
+
 def run(options: argparse.Namespace) -> None:
     try:
         import tqdm  # noqa: F401
     except ImportError as error:
         raise ImportError("cropr calibrate needs tqdm and pillow: pip install 'cropr_kernels[demo]'") from error
-    paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    paths = find_photos(options.folder)
     if len(paths) < 2:
         raise ValueError(f"{options.folder} holds {len(paths)} photos; two is the least: one to fit, one to compare")
     random.Random(options.seed).shuffle(paths)
     fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
     model, about = load_model(options.model)
-    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
+    mean, std = scaling(options, about)
     parts = paths[:fitted], paths[fitted : fitted + options.held_out]
     fit, compare = (
         Photos(part, about["img_size"], mean, std, label, not options.quiet)

@@ -5,7 +5,7 @@ solution of one ridge regression per block. Only its normal equations are kept, 
 many images stream past.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,21 +64,12 @@ def _ranks(values: Tensor) -> Tensor:
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
 
 
-class _Layer(NamedTuple):
-    """What calibration looks at: the tokens (B, N, D) behind a block, and what entered its attention."""
-
-    tokens: Tensor
-    query: Tensor
-    key: Tensor
-
-
-def _layers(model: Any, known: Anatomy, images: Tensor) -> Iterator[_Layer]:
-    """Every block of the unpruned model.
+def _observe(model: Any, known: Anatomy, images: Tensor, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Run the unpruned model; behind each block see(its tokens (B, N, D), the query and key of its attention).
 
     Raises:
         ValueError: a block does not call scaled_dot_product_attention once.
     """
-    seen: list[_Layer] = []
     with _AttentionInputs() as attention:
 
         def record(layer: int, x: Tensor) -> None:
@@ -87,7 +78,7 @@ def _layers(model: Any, known: Anatomy, images: Tensor) -> Iterator[_Layer]:
                     f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, called it "
                     f"{len(attention.seen)} times (timm: set fused attention; transformers: attn_implementation='sdpa')"
                 )
-            seen.append(_Layer(x, *attention.seen.pop()))
+            see(x, *attention.seen.pop())
 
         if not known.hosted:
             x, rope = find_adapter(model).embed(model, images)
@@ -95,16 +86,15 @@ def _layers(model: Any, known: Anatomy, images: Tensor) -> Iterator[_Layer]:
             for layer, block in enumerate(known.blocks):
                 x = block(x) if rope is None else block(x, rope=rope)
                 record(layer, x)
-        else:
-            passage, fast_path = model.cropr.passage, torch.backends.mha.get_fastpath_enabled()
-            passage.observer = record
-            torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
-            try:
-                model(images)
-            finally:
-                passage.observer = None
-                torch.backends.mha.set_fastpath_enabled(fast_path)
-    yield from seen
+            return
+        passage, fast_path = model.cropr.passage, torch.backends.mha.get_fastpath_enabled()
+        passage.observer = record
+        torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
+        try:
+            model(images)
+        finally:
+            passage.observer = None
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
@@ -154,10 +144,14 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
     model.eval()
     try:
         for batch in _batches(images, batch_size):
-            tokens, attended = [], []
-            for seen in _layers(model, known, batch.to(device)):
-                attended.append(importance(seen.query, seen.key, prefix, class_token=known.class_token))
-                tokens.append(seen.tokens[:, prefix:])
+            tokens: list[Tensor] = []
+            attended: list[Tensor] = []
+
+            def see(x: Tensor, query: Tensor, key: Tensor, tokens: Any = tokens, attended: Any = attended) -> None:
+                tokens.append(x[:, prefix:])
+                attended.append(importance(query, key, prefix, class_token=known.class_token))
+
+            _observe(model, known, batch.to(device), see)
             for layer in range(len(stack)):
                 target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
                 rows = tokens[layer].double()

@@ -8,9 +8,9 @@ import torch
 
 from . import calibration
 from .adapters import anatomy
-from .calibrating import load_model
+from .calibrating import load_model, scaling
 from .patch import apply, deploy, pruning_map, set_rate
-from .viz import PHOTO_SUFFIXES, load_photo, save_pruning_frames, save_pruning_maps
+from .viz import PHOTO_SUFFIXES, find_photos, load_photo, save_pruning_frames, save_pruning_maps
 
 
 def add_parser(commands: Any) -> None:
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def find_photos(images: list[Path]) -> list[Path]:
+def named_photos(images: list[Path]) -> list[Path]:
     """The photos that are named, and those of the folders that are.
 
     Raises:
@@ -42,7 +42,7 @@ def find_photos(images: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in images:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
+            found += find_photos(path)
         elif path.exists():
             found.append(path)
         else:
@@ -53,9 +53,9 @@ def find_photos(images: list[Path]) -> list[Path]:
 
 
 def run(options: argparse.Namespace) -> None:
-    paths = find_photos(options.images)
+    paths = named_photos(options.images)
     model, about = load_model(options.model)
-    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
+    mean, std = scaling(options, about)
     pixels = torch.stack([load_photo(path, about["img_size"]) for path in paths])
     images = (pixels - mean) / std
     apply(model.eval(), rate=0, llf=options.llf, num_outputs=0)

@@ -19,56 +19,55 @@ class Passage:
     def __init__(self, stack: Any, depth: int, num_prefix: int):
         self.stack, self.depth, self.num_prefix = stack, depth, num_prefix
         self.stream: Stream | None = None
+        self.following = 0  # the block that runs next
         self.aux: list[Tensor] = []
         self.departures: Departures | None = None  # called whenever tokens leave
         self.observer: Callable[[int, Tensor], None] | None = None  # called behind every block, and nothing is pruned
 
-    def enter(
-        self, layer: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The tokens that block `layer` shall see, and what else it is called with, as it fits those tokens.
+    def run(
+        self, layer: int, block: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What block `layer` gives for the tokens alive, without those that leave behind it.
 
         Raises:
             ValueError: the block is called with a tensor that is neither a rotary table nor a mask (B, 1, N, N).
             RuntimeError: the blocks do not run one after the other.
         """
         if self.observer is not None:
-            return x, args, kwargs
+            output = block(x, *args, **kwargs)
+            self.observer(layer, output[0] if isinstance(output, tuple) else output)
+            return output
         tables = kwargs.get("position_embeddings")
         if layer == 0:
-            stack = self.stack
-            counts = stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf)
-            self.stream = Stream(
-                stack,
-                counts,
-                self.depth,
-                num_prefix=self.num_prefix,
-                llf=stack.llf,
-                rope=None if tables is None else torch.cat(tables, -1),
-                training=stack.training,
-                departures=self.departures,
-            )
-        if self.stream is None:
+            self.stream, self.following = self._begin(x, tables), 0
+        stream = self.stream
+        if stream is None or layer != self.following:
             raise RuntimeError(f"cropr: block {layer} of a pruned model ran without those before it")
-        x, alive = self.stream.enter(layer, x), self.stream.positions
-        if alive is None:
-            return x, args, kwargs
-        args = tuple(_mask_at(value, alive) for value in args)
-        others = {name: _mask_at(value, alive) for name, value in kwargs.items() if name != "position_embeddings"}
-        if tables is not None and self.stream.rope is not None:
-            others["position_embeddings"] = self.stream.rope.chunk(2, dim=-1)
-        return x, args, others
+        x, alive = stream.enter(layer, x), stream.positions
+        if alive is not None:
+            args = tuple(_mask_at(value, alive) for value in args)
+            kwargs = {name: _mask_at(value, alive) for name, value in kwargs.items() if name != "position_embeddings"}
+            if stream.rope is not None:
+                kwargs["position_embeddings"] = stream.rope.chunk(2, dim=-1)
+        output = block(x, *args, **kwargs)
+        x, *others = output if isinstance(output, tuple) else (output,)
+        x, self.following = stream.leave(layer, x), layer + 1
+        if self.following == self.depth:
+            self.aux, self.stream = stream.aux, None
+        return (x, *others) if isinstance(output, tuple) else x
 
-    def leave(self, layer: int, x: Tensor) -> Tensor:
-        """The tokens that are left of those that block `layer` gave."""
-        if self.observer is not None:
-            self.observer(layer, x)
-            return x
-        assert self.stream is not None
-        x = self.stream.leave(layer, x)
-        if layer == self.depth - 1:
-            self.aux, self.stream = self.stream.aux, None
-        return x
+    def _begin(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Stream:
+        stack = self.stack
+        return Stream(
+            stack,
+            stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf),
+            self.depth,
+            num_prefix=self.num_prefix,
+            llf=stack.llf,
+            rope=None if tables is None else torch.cat(tables, -1),
+            training=stack.training,
+            departures=self.departures,
+        )
 
     def take_aux(self) -> list[Tensor]:
         """The auxiliary predictions of the last batch, which are then forgotten."""
@@ -98,11 +97,7 @@ class PassedBlock:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         passage, layer = self.cropr_passage
-        x, args, kwargs = passage.enter(layer, x, args, kwargs)
-        output = super().__call__(x, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(output, tuple):
-            return passage.leave(layer, output[0]), *output[1:]
-        return passage.leave(layer, output)
+        return passage.run(layer, super().__call__, x, args, kwargs)  # type: ignore[misc]
 
 
 class PrunedWithin:

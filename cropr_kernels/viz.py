@@ -1,11 +1,17 @@
 """Pictures of what was pruned when."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Photos in a folder and all folders below it, by their suffix, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
 
 
 def _pyplot() -> Any:

@@ -346,6 +346,9 @@ def test_refusals(images):
         cropr.apply(model, rate=8)
     with pytest.raises(RuntimeError, match="block 2 of a pruned model ran without those before it"):
         anatomy(model).blocks[2](torch.randn(2, 65, 64))
+    x = anatomy(model).blocks[0](torch.randn(2, 65, 64))
+    with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
+        anatomy(model).blocks[3](x)
     with pytest.raises(TypeError, match="has 2 vision towers"):
         cropr.apply(torch.nn.ModuleDict({"vision_a": torchvision_vit(), "vision_b": torchvision_vit()}), rate=8)
     with pytest.raises(

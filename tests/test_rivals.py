@@ -446,6 +446,12 @@ def test_refusals():
         Reduced(torch.nn.Linear(2, 2), SYSTEMS["SiT"], COUNTS)
 
 
+def test_a_reducer_gets_what_it_declares_and_no_more(monkeypatch):
+    monkeypatch.setattr(EViT, "needs", frozenset())
+    with pytest.raises(ValueError, match="looks at class_row, and does not declare it"):
+        make("EViT")(torch.randn(1, 3, 64, 64))
+
+
 def test_non_salient_keeps_what_cropr_drops():
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from accuracy import NonSalient

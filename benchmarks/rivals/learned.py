@@ -76,7 +76,8 @@ class DynamicViT(Taught):
         return Reduction(x, alive=alive, loss=self.ratio_weight / self.stages * loss)
 
     def token_loss(self, passed: Passed, expected: Tensor, num_prefix: int) -> Tensor:
-        assert passed.alive is not None
+        if passed.alive is None:
+            raise ValueError("DynamicViT: nothing was masked; its token loss is for training")
         share = passed.alive[:, num_prefix:].detach()
         error = (passed.tokens - expected)[:, num_prefix:].square().mean(-1)
         return (error * share).sum() / share.sum().clamp_min(1)

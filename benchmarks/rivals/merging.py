@@ -27,7 +27,6 @@ class ToMe(Reducer):
         self.proportional, self.fused = proportional, fused
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
-        assert given.keys is not None
         tokens = x.shape[1]
         most = (tokens + 1) // 2 - (num_prefix + 1) // 2  # the even ones that are no prefix
         if tokens - num_keep > most:
@@ -35,7 +34,7 @@ class ToMe(Reducer):
                 f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
             )
         merge = merge_fused if self.fused else merge_pairs
-        merged, sizes = merge(x, given.keys.mean(1), given.sizes, tokens - num_keep, num_prefix)
+        merged, sizes = merge(x, given.need("keys").mean(1), given.sizes, tokens - num_keep, num_prefix)
         return Reduction(merged, sizes=sizes)
 
 

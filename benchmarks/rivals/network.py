@@ -32,6 +32,17 @@ class Given(NamedTuple):
     log_sizes: Tensor | None = None  # (B, N) float32, where attention weighs tokens by their sizes
     alive: Tensor | None = None  # (B, N) of 0 and 1, with gradient, where training masks tokens and drops none
 
+    def need(self, name: str) -> Tensor:
+        """What a reducer asked for.
+
+        Raises:
+            ValueError: it did not say in `needs` that it needs it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"a reducer looks at {name}, and does not declare it in its needs")
+        return value
+
 
 class Reduction(NamedTuple):
     """What is left of the tokens."""
@@ -193,7 +204,8 @@ def run_block(
         if reducer.place == "queries":
             reduction = reducer(x, given, num_keep, num_prefix)
             x = reduction.tokens
-            assert reduction.idx is not None
+            if reduction.idx is None:
+                raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, given.log_sizes) if attention is None else attention.type_as(v) @ v
     update = block.attn.proj(block.attn.norm(heads.transpose(1, 2).flatten(2)))

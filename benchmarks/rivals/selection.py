@@ -41,8 +41,7 @@ class PixelVariance(Selector):
         return patches.float().var(-1)
 
     def scores(self, x: Tensor, given: Given, num_prefix: int) -> Tensor:
-        assert given.patches is not None
-        scores = F.pad(given.patches, (num_prefix, 0))
+        scores = F.pad(given.need("patches"), (num_prefix, 0))
         return scores if given.positions is None else scores.gather(1, given.positions)
 
 
@@ -52,8 +51,7 @@ class AttentionTopK(Selector):
     needs = frozenset({"class row"})
 
     def scores(self, x: Tensor, given: Given, num_prefix: int) -> Tensor:
-        assert given.class_row is not None
-        return given.class_row.mean(1)
+        return given.need("class_row").mean(1)
 
 
 class EViT(Reducer):
@@ -66,8 +64,7 @@ class EViT(Reducer):
     place = "attention"
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
-        assert given.class_row is not None
-        row = given.class_row.mean(1)
+        row = given.need("class_row").mean(1)
         kept_idx, left_idx = ops.select(row.detach().float(), num_keep - 1, num_prefix)
         share = row.gather(1, left_idx).unsqueeze(1).type_as(x)
         return Reduction(torch.cat([ops.gather(x, kept_idx), share @ ops.gather(x, left_idx)], 1))
@@ -91,8 +88,7 @@ class ATS(Reducer):
         self.trim = trim
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
-        assert given.class_row is not None and given.values is not None
-        head = (given.class_row * given.values.float().norm(dim=-1))[:, :, num_prefix:]
+        head = (given.need("class_row") * given.need("values").float().norm(dim=-1))[:, :, num_prefix:]
         score = (head / head.sum(-1, keepdim=True)).sum(1).detach()
         cumulated = score.cumsum(1)
         count = num_keep - num_prefix
@@ -128,8 +124,7 @@ class KMedoids(Reducer):
         self.rounds = rounds
 
     def forward(self, x: Tensor, given: Given, num_keep: int, num_prefix: int) -> Reduction:
-        assert given.attention is not None
-        weight = given.attention.detach().sum((1, 2))[:, num_prefix:]
+        weight = given.need("attention").detach().sum((1, 2))[:, num_prefix:]
         medoids = self.medoids(distances(x[:, num_prefix:]), weight, num_keep - num_prefix)
         idx = F.pad(medoids.sort(1).values + num_prefix, (num_prefix, 0))
         idx[:, :num_prefix] = torch.arange(num_prefix, device=x.device)

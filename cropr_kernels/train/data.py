@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..viz import PHOTO_SUFFIXES
+from ..viz import find_photos
 from .config import Config
 from .extras import need
 
@@ -206,7 +206,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
         by_name = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*.png")}
-        photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+        photos = find_photos(images)
         missing = [path for path in photos if path.relative_to(images).with_suffix("") not in by_name]
         if missing or not photos:
             what = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"

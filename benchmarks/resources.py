@@ -31,12 +31,13 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     edge, inner, warps = tiles["edge"], tiles["inner"], tiles["num_warps"]
     torch_dtype = getattr(torch, dtype)
     for n in (20, 197, 1025, 4096, 9216):
-        constants, num_warps = select.select_blocks(n, torch_dtype)
-        yield select.select_kernel, constants, num_warps
-        constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
-        num_warps = max(num_warps, 4)
-        blocks = scores.row_blocks(768, num_warps, torch_dtype)
-        yield scores.scores_kernel, {"SELECT": True, **blocks, **constants}, num_warps
+        for priority in (False, True):
+            constants, num_warps = select.select_blocks(n, torch_dtype, priority=priority)
+            yield select.select_kernel, constants, num_warps
+            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True, priority=priority)
+            num_warps = max(num_warps, 4)
+            blocks = scores.row_blocks(768, num_warps, torch_dtype)
+            yield scores.scores_kernel, {"SELECT": True, **blocks, **constants}, num_warps
         yield scores.scores_kernel, {"SELECT": False, **blocks, **select.NO_SELECTION}, num_warps
     acc = stream._TRITON_TYPE[attend.acc_dtype(torch_dtype)]
     for dim in (768, 1536):
@@ -49,8 +50,9 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
             num_warps = max(num_warps, 4)
             blocks = stream.row_blocks(dim, num_warps, torch_dtype)
             for weigh in (False, True):
-                ends = {"NORM": False, "SELECT": True, "WEIGH": weigh}
-                yield stream.stream_kernel, {**flags, **constants, **blocks, **ends}, num_warps
+                for priority in (False, True):
+                    ends = {"NORM": False, "SELECT": True, "WEIGH": weigh, "PRIORITY": priority}
+                    yield stream.stream_kernel, {**flags, **constants, **blocks, **ends}, num_warps
     for half in (False, True):
         yield stream.rotate_kernel, {"HAS_IDX": True, "HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
     for in_place in (False, True):
@@ -85,6 +87,8 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = acc
         elif name in ("tickets_ptr", "leaves_ptr"):
             types[name] = "*i32"
+        elif name == "priority_ptr":
+            types[name] = "*i8"
         elif name == "raw_ptr":
             types[name] = "*fp32"
         elif name in ("eps", "size_weight"):

@@ -47,6 +47,17 @@ def counts(op: str, n: int, num_keep: int, num_prefix: int) -> None:
         _fail(f"{op}: num_keep must be in [num_prefix, N] = [{num_prefix}, {n}], got {num_keep}")
 
 
+def priority(op: str, priority: Tensor | None, like: Tensor, batch: int, n: int) -> None:
+    """Who stays and who leaves before the scores are asked."""
+    if priority is None:
+        return
+    same_device(op, "priority", priority, like.device)
+    if priority.dtype not in (torch.int8, torch.bool):
+        _fail(f"{op}: priority must be int8 or bool, got {_dtype(priority)}")
+    if tuple(priority.shape) != (batch, n):
+        _fail(f"{op}: priority must have shape (B, N) = ({batch}, {n}), got {_shape(priority)}")
+
+
 def tokens_and_query(op: str, x: Tensor, query: Tensor) -> None:
     same_device(op, "query", query, x.device)
     rank(op, "x", x, 3, "(B, N, D)")
@@ -58,12 +69,13 @@ def tokens_and_query(op: str, x: Tensor, query: Tensor) -> None:
         _fail(f"{op}: query must have the width of x, D = {x.shape[2]}, got shape {_shape(query)}")
 
 
-def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int) -> None:
+def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int, priority_: Tensor | None) -> None:
     tokens_and_query("prune", x, query)
     counts("prune", x.shape[1], num_keep, num_prefix)
+    priority("prune", priority_, x, *x.shape[:2])
 
 
-def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> None:
+def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int, priority_: Tensor | None) -> None:
     same_device("split", "scores", scores, x.device)
     rank("split", "x", x, 3, "(B, N, D)")
     floating("split", "x", x)
@@ -72,12 +84,14 @@ def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> None:
     if scores.shape != x.shape[:2]:
         _fail(f"split: scores must have shape (B, N) = {tuple(x.shape[:2])}, got {_shape(scores)}")
     counts("split", x.shape[1], num_keep, num_prefix)
+    priority("split", priority_, x, *x.shape[:2])
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int) -> None:
+def select(scores: Tensor, num_keep: int, num_prefix: int, priority_: Tensor | None) -> None:
     rank("select", "scores", scores, 2, "(B, N)")
     floating("select", "scores", scores)
     counts("select", scores.shape[1], num_keep, num_prefix)
+    priority("select", priority_, scores, *scores.shape)
 
 
 def gather(x: Tensor, idx: Tensor) -> None:
@@ -269,6 +283,7 @@ def add_select(
     num_keep: int,
     num_prefix: int,
     sizes_: Tensor | None,
+    priority_: Tensor | None,
 ) -> None:
     op = "add_select_"
     update(op, x, idx, update_, gamma)
@@ -277,6 +292,7 @@ def add_select(
     counts(op, update_.shape[1], num_keep, num_prefix)
     if sizes_ is not None:
         sizes(op, x, sizes_)
+    priority(op, priority_, x, *x.shape[:2])
 
 
 def rotate(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int) -> None:

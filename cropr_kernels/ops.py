@@ -28,14 +28,18 @@ except ImportError as error:
 # Schema of each op, and the file of kernels/ that holds its CUDA launcher.
 _OPS = (
     ("scores(Tensor x, Tensor query) -> Tensor", "scores"),
-    ("select(Tensor scores, SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx)", "select"),
     (
-        "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0)"
+        "select(Tensor scores, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
+        " -> (Tensor kept_idx, Tensor pruned_idx)",
+        "select",
+    ),
+    (
+        "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
         " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
         "rows",
     ),
     (
-        "split(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix=0)"
+        "split(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
         " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
         "rows",
     ),
@@ -59,7 +63,7 @@ _OPS = (
     ),
     (
         "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, Tensor(b!) tickets,"
-        " SymInt num_keep, SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0)"
+        " SymInt num_keep, SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None)"
         " -> (Tensor kept_idx, Tensor pruned_idx)",
         "stream",
     ),
@@ -104,8 +108,10 @@ def _(x: Tensor, query: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("cropr::select", lib=_library)
-def _(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    _checks.select(scores, num_keep, num_prefix)
+def _(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _checks.select(scores, num_keep, num_prefix, priority)
     batch, n = scores.shape
     indices = (scores.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, n - num_keep))
     kept_idx, pruned_idx = indices
@@ -113,14 +119,18 @@ def _(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tenso
 
 
 @torch.library.register_fake("cropr::prune", lib=_library)
-def _(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.prune(x, query, num_keep, num_prefix)
+def _(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.prune(x, query, num_keep, num_prefix, priority)
     return _fake_split(x, num_keep)
 
 
 @torch.library.register_fake("cropr::split", lib=_library)
-def _(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.split(x, scores, num_keep, num_prefix)
+def _(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.split(x, scores, num_keep, num_prefix, priority)
     return _fake_split(x, num_keep)
 
 
@@ -204,8 +214,9 @@ def _(
     num_prefix: int = 0,
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
+    priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes)
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes, priority)
     batch, count, _ = update.shape
     pruned_idx = x.new_empty((batch, count - num_keep), dtype=torch.int64)
     return x.new_empty((batch, num_keep), dtype=torch.int64), pruned_idx
@@ -279,9 +290,9 @@ def _prune_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _prune_backward(ctx: Any, grad_kept: Tensor, _a: Any, grad_pruned: Tensor, _b: Any) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0]:
-        return None, None, None, None
+        return (None,) * 5
     kept_idx, pruned_idx = ctx.saved_tensors
-    return torch.ops.cropr.restore(grad_kept, kept_idx, grad_pruned, pruned_idx), None, None, None
+    return torch.ops.cropr.restore(grad_kept, kept_idx, grad_pruned, pruned_idx), *(None,) * 4
 
 
 def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,11 +33,23 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     return (x.detach().to(acc) @ fold_queries(query.detach()).to(acc)).float()
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """Keep the first num_prefix positions, then the highest scores; ties go to the lower position."""
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keep the first num_prefix positions, then the highest scores; ties go to the lower position.
+
+    With priority (B, N), int8 or bool, positive tokens stay before all others, and negative ones leave before all
+    others, of these the higher positions first.
+    """
     ranked = scores.clone()
     ranked[:, :num_prefix] = float("nan")  # sorts above everything; stable, so the prefix comes first
+    if priority is not None:
+        classes = priority.sign().float() if priority.dtype != torch.bool else priority.float()
+        classes[:, :num_prefix] = 2
+        ranked = torch.where(classes < 0, torch.zeros_like(ranked), ranked)
     order = ranked.sort(dim=1, descending=True, stable=True).indices
+    if priority is not None:
+        order = order.gather(1, classes.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
 
 
@@ -55,14 +67,18 @@ def gather(x: Tensor, idx: Tensor) -> Tensor:
     return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prune(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Split the tokens into the num_keep that stay and the others, with their positions."""
-    return split(x, scores(x, query), num_keep, num_prefix)
+    return split(x, scores(x, query), num_keep, num_prefix, priority)
 
 
-def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prune by scores (B, N) that are known already."""
-    kept_idx, pruned_idx = select(scores, num_keep, num_prefix)
+    kept_idx, pruned_idx = select(scores, num_keep, num_prefix, priority)
     return gather(x, kept_idx), kept_idx, gather(x, pruned_idx), pruned_idx
 
 
@@ -198,16 +214,20 @@ def add_select_(
     num_prefix: int = 0,
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
+    priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_, then the positions in x of the num_keep rows that stay and of those that leave, ascending, int64.
 
     With sizes (B, N) scores are weighed (`weigh`) by those of the rows: what has absorbed others had better stay.
+    priority (B, N) is that of `select`, by position in x.
     """
     add_(x, idx, update, gamma)
     values = scores(x if idx is None else gather(x, idx), query)
     if sizes is not None:
         values = weigh(values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix)
-    kept, pruned = select(values, num_keep, num_prefix)
+    if priority is not None and idx is not None:
+        priority = priority.gather(1, idx)
+    kept, pruned = select(values, num_keep, num_prefix, priority)
     return (kept, pruned) if idx is None else (idx.gather(1, kept), idx.gather(1, pruned))
 
 

@@ -1,5 +1,6 @@
 // CPU kernels of cropr::scores, select, prune, gather and restore.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "rows.h"
@@ -11,6 +12,7 @@ namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
+using OptionalTensor = std::optional<Tensor>;
 
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
@@ -42,11 +44,13 @@ Returned scores(const Tensor& x, const Tensor& query) {
   return out.release();
 }
 
-std::tuple<Returned, Returned> select(const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
+std::tuple<Returned, Returned> select(
+    const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
   check_dim("select", "scores", scores, 2, "(B, N)");
   check_float("select", "scores", scores);
   const int64_t batch = scores.size(0), n = scores.size(1);
   check_counts("select", n, num_keep, num_prefix);
+  const Priority ranks("select", priority, batch, n);
   const Tensor dense = with_dense_rows(scores);
   Output kept_idx({batch, num_keep}, ScalarType::Long);
   Output pruned_idx({batch, n - num_keep}, ScalarType::Long);
@@ -60,7 +64,7 @@ std::tuple<Returned, Returned> select(const Tensor& scores, int64_t num_keep, in
       Scratch<select_key_t<T>> keys(n);
       for (int64_t b = begin; b < end; ++b)
         select_image(
-            values + b * stride, n, num_keep, num_prefix, keys.data(), kept + b * num_keep,
+            values + b * stride, ranks.image(b), n, num_keep, num_prefix, keys.data(), kept + b * num_keep,
             pruned + b * (n - num_keep));
     });
   });
@@ -71,7 +75,8 @@ using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
 
 // Kept and pruned rows with their positions, by the scores of the query or, if that is null, by given ones (B, N).
 SplitOutputs split_rows(
-    const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix) {
+    const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
+    const Priority& priority) {
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
   const Tensor dense = with_dense_rows(x);
   Output kept({batch, num_keep, dim}, x.scalar_type());
@@ -97,7 +102,9 @@ SplitOutputs split_rows(
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
-      select_image(values, n, num_keep, num_prefix, keys, kept_pos + b * num_keep, pruned_pos + b * num_prune);
+      select_image(
+          values, priority.image(b), n, num_keep, num_prefix, keys, kept_pos + b * num_keep,
+          pruned_pos + b * num_prune);
     };
 
     if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
@@ -124,13 +131,16 @@ SplitOutputs split_rows(
   return {kept.release(), kept_idx.release(), pruned.release(), pruned_idx.release()};
 }
 
-SplitOutputs prune(const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix) {
+SplitOutputs prune(
+    const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
   check_tokens_and_query("prune", x, query);
   check_counts("prune", x.size(1), num_keep, num_prefix);
-  return split_rows(x, &query, nullptr, num_keep, num_prefix);
+  const Priority ranks("prune", priority, x.size(0), x.size(1));
+  return split_rows(x, &query, nullptr, num_keep, num_prefix, ranks);
 }
 
-SplitOutputs split(const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix) {
+SplitOutputs split(
+    const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
   check_cpu("split", "scores", scores);
   check_dim("split", "x", x, 3, "(B, N, D)");
   check_float("split", "x", x);
@@ -139,7 +149,8 @@ SplitOutputs split(const Tensor& x, const Tensor& scores, int64_t num_keep, int6
     fail("split: scores must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(scores));
   check_counts("split", x.size(1), num_keep, num_prefix);
   const Tensor dense = torch::stable::contiguous(scores);
-  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix);
+  const Priority ranks("split", priority, x.size(0), x.size(1));
+  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix, ranks);
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {

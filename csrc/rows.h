@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "simd.h"
@@ -138,6 +139,29 @@ inline void check_positions_once(
     }
   }
 }
+
+// Who stays and who leaves before the scores are asked: (B, N), int8 or bool (true: stays). Null where there is none.
+class Priority {
+ public:
+  Priority(const char* op, const std::optional<Tensor>& given, int64_t batch, int64_t n) : n_(n) {
+    if (!given) return;
+    check_cpu(op, "priority", *given);
+    if (given->scalar_type() != ScalarType::Char && given->scalar_type() != ScalarType::Bool)
+      fail(op, ": priority must be int8 or bool, got ", dtype_of(*given));
+    if (given->dim() != 2 || given->size(0) != batch || given->size(1) != n)
+      fail(op, ": priority must have shape (B, N) = (", batch, ", ", n, "), got ", shape_of(*given));
+    dense_ = torch::stable::contiguous(*given);
+    values_ = static_cast<const int8_t*>(dense_.const_data_ptr());
+  }
+  const int8_t* image(int64_t b) const {
+    return values_ == nullptr ? nullptr : values_ + b * n_;
+  }
+
+ private:
+  Tensor dense_;
+  const int8_t* values_ = nullptr;
+  int64_t n_;
+};
 
 // How many tokens each token of x stands for.
 inline void check_sizes(const char* op, const Tensor& x, const Tensor& sizes) {

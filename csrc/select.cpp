@@ -6,7 +6,7 @@
 namespace cropr {
 namespace {
 
-// -0.0 equals +0.0, every NaN is the maximum.
+// -0.0 equals +0.0, every NaN is the maximum but one, which is left to tokens of priority.
 template <typename F>
 CROPR_INLINE select_key_t<F> ordered_bits(F value) {
   using U = select_key_t<F>;
@@ -16,7 +16,7 @@ CROPR_INLINE select_key_t<F> ordered_bits(F value) {
   U bits;
   std::memcpy(&bits, &value, sizeof(bits));
   bits ^= U(-(bits >> (8 * sizeof(U) - 1))) | sign;  // negative: all bits flip; positive: only the sign
-  return is_nan ? ~U(0) : bits;
+  return is_nan ? ~U(0) - 1 : bits;
 }
 
 template <typename U>
@@ -44,16 +44,31 @@ CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t wante
   return {threshold, wanted - static_cast<int64_t>(above)};
 }
 
+// Priority comes before the score. Where more have it than may stay, their scores decide, and no other token stays.
+template <typename U>
+CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t wanted) {
+  int64_t ahead = 0;
+  for (int64_t i = 0; i < n; ++i) ahead += priority[i] > 0;
+  const bool crowded = ahead > wanted;
+  for (int64_t i = 0; i < n; ++i) {
+    const U first = crowded ? keys[i] : ~U(0), other = crowded || priority[i] < 0 ? U(0) : keys[i];
+    keys[i] = priority[i] > 0 ? first : other;
+  }
+}
+
 template <typename T, typename U>
-CROPR_INLINE Threshold<U> order_body(const T* scores, int64_t n, int64_t wanted, U* keys) {
+CROPR_INLINE Threshold<U> order_body(
+    const T* scores, const int8_t* priority, int64_t n, int64_t wanted, U* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = ordered_bits(load_one(scores + i));
+  if (priority != nullptr) prefer(keys, priority, n, wanted);
   return find_threshold(keys, n, wanted);
 }
 
 // target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
-#define CROPR_ORDER(T)                                                                                               \
-  CROPR_CLONES Threshold<select_key_t<T>> order(const T* scores, int64_t n, int64_t wanted, select_key_t<T>* keys) { \
-    return order_body(scores, n, wanted, keys);                                                                      \
+#define CROPR_ORDER(T)                                                                                     \
+  CROPR_CLONES Threshold<select_key_t<T>> order(                                                           \
+      const T* scores, const int8_t* priority, int64_t n, int64_t wanted, select_key_t<T>* keys) {         \
+    return order_body(scores, priority, n, wanted, keys);                                                  \
   }
 CROPR_ORDER(float)
 CROPR_ORDER(double)
@@ -64,8 +79,8 @@ CROPR_ORDER(float16)
 
 template <typename T>
 void select_image(
-    const T* scores, int64_t n, int64_t num_keep, int64_t num_prefix, select_key_t<T>* keys, int64_t* kept,
-    int64_t* pruned) {
+    const T* scores, const int8_t* priority, int64_t n, int64_t num_keep, int64_t num_prefix, select_key_t<T>* keys,
+    int64_t* kept, int64_t* pruned) {
   const int64_t wanted = num_keep - num_prefix, candidates = n - num_prefix;
   std::iota(kept, kept + num_prefix, int64_t(0));
   kept += num_prefix;
@@ -77,7 +92,8 @@ void select_image(
     std::iota(pruned, pruned + candidates, num_prefix);
     return;
   }
-  auto [threshold, ties] = order(scores + num_prefix, candidates, wanted, keys);
+  const int8_t* ranks = priority == nullptr ? nullptr : priority + num_prefix;
+  auto [threshold, ties] = order(scores + num_prefix, ranks, candidates, wanted, keys);
   for (int64_t i = 0; i < candidates; ++i) {
     if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0))
       *kept++ = num_prefix + i;
@@ -86,8 +102,9 @@ void select_image(
   }
 }
 
-#define CROPR_SELECT(T) \
-  template void select_image<T>(const T*, int64_t, int64_t, int64_t, select_key_t<T>*, int64_t*, int64_t*);
+#define CROPR_SELECT(T)          \
+  template void select_image<T>( \
+      const T*, const int8_t*, int64_t, int64_t, int64_t, select_key_t<T>*, int64_t*, int64_t*);
 CROPR_SELECT(float)
 CROPR_SELECT(double)
 CROPR_SELECT(bfloat16)

@@ -196,7 +196,8 @@ void weigh_scores(
 
 std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
-    const Tensor& tickets, int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight) {
+    const Tensor& tickets, int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
+    const OptionalTensor& priority) {
   Stream stream("add_select_", x, idx, true);
   check_update("add_select_", stream, update, gamma);
   check_tokens_and_query("add_select_", x, query);
@@ -204,6 +205,7 @@ std::tuple<Returned, Returned> add_select_(
   check_tickets("add_select_", tickets, stream.batch);
   check_counts("add_select_", count, num_keep, num_prefix);
   if (sizes) check_sizes("add_select_", x, *sizes);
+  const Priority ranks("add_select_", priority, stream.batch, n);
   const bool weighs = sizes && size_weight != 0;
   const Tensor weights = weighs ? torch::stable::contiguous(*sizes) : x;
   const float* size = weighs ? data<float>(weights) : nullptr;
@@ -230,10 +232,16 @@ std::tuple<Returned, Returned> add_select_(
     });
     parallel_for(0, stream.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
       Scratch<select_key_t<float>> keys(count);
+      Scratch<int8_t> own(priority ? count : 0);
       for (int64_t b = begin; b < end; ++b) {
         int64_t *stay = kept_pos + b * num_keep, *leave = pruned_pos + b * num_prune;
         if (size != nullptr) weigh_scores(stream, b, num_prefix, size_weight, size + b * n, scores + b * count);
-        select_image(scores + b * count, count, num_keep, num_prefix, keys.data(), stay, leave);
+        const int8_t* rank = ranks.image(b);
+        if (rank != nullptr) {
+          for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[stream.position(b, i)];
+          rank = own.data();
+        }
+        select_image(scores + b * count, rank, count, num_keep, num_prefix, keys.data(), stay, leave);
         for (int64_t i = 0; i < num_keep; ++i) stay[i] = stream.position(b, stay[i]);
         for (int64_t i = 0; i < num_prune; ++i) leave[i] = stream.position(b, leave[i]);
       }

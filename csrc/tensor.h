@@ -52,6 +52,8 @@ inline const char* dtype_of(const Tensor& t) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Bool:
       return "bool";
     default:

@@ -22,9 +22,9 @@ def samples(dtype=torch.float32, grad=False):
     query, queries = torch.randn(6, dtype=dtype), torch.randn(3, 6, dtype=dtype).requires_grad_(grad)
     return {
         "scores": (x, queries),
-        "select": (torch.randn(2, 9, dtype=dtype).requires_grad_(grad), 4, 1),
+        "select": (torch.randn(2, 9, dtype=dtype).requires_grad_(grad), 4, 1, torch.rand(2, 9) > 0.5),
         "prune": (x, query, 4, 1),
-        "split": (x, torch.randn(2, 9), 4, 1),
+        "split": (x, torch.randn(2, 9), 4, 1, torch.randint(-1, 2, (2, 9), dtype=torch.int8)),
         "gather": (x, parts[1]),
         "restore": tuple(parts),
         "attend": (x.detach(), queries, 0.4),
@@ -46,6 +46,7 @@ def stream_samples(dtype=torch.float32):
         "add_norm_": (x, None, torch.randn(2, 9, 6, dtype=dtype), None, weight, None, 1e-6),
         "add_select_": (
             x, idx, update, gamma, torch.randn(6), torch.zeros(2, dtype=torch.int32), 3, 1, torch.rand(2, 9) + 1, 2.0,
+            torch.randint(-1, 2, (2, 9), dtype=torch.int8),
         ),
         "merge_": (
             x, idx, torch.tensor([[1, 8], [2, 3]]), torch.rand(2, 9) + 1, torch.arange(9).repeat(2, 1),
@@ -66,6 +67,7 @@ def test_opcheck_on_permuted_and_empty_inputs():
     torch.library.opcheck(ops.prune.default, (x, torch.randn(6), 4, 1))
     torch.library.opcheck(ops.prune.default, (torch.randn(0, 9, 6), torch.randn(6), 4, 1))
     torch.library.opcheck(ops.prune.default, (torch.randn(2, 9, 6), torch.randn(6), 9, 1))
+    torch.library.opcheck(ops.prune.default, (x, torch.randn(6), 4, 1, torch.rand(9, 2).t() > 0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +117,8 @@ def test_attend_reads_tokens_as_detached():
 def test_gradients_match_finite_differences():
     x, parts = split_inputs(torch.float64, grad=True)
     query = torch.randn(6, dtype=torch.float64)
-    prune = lambda x: ops.prune(x, query, 4, 1)[::2]  # noqa: E731
+    priority = torch.randint(-1, 2, (2, 9), dtype=torch.int8)
+    prune = lambda x: ops.prune(x, query, 4, 1, priority)[::2]  # noqa: E731
     restore = lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3])  # noqa: E731
     gather = lambda x: ops.gather(x, torch.tensor([[1, 1], [0, 8]]))  # noqa: E731
     kept, pruned = parts[0].detach().requires_grad_(), parts[2].detach().requires_grad_()
@@ -221,6 +224,21 @@ def bad_calls():
         ("split", (x, x[..., 0].double(), 4), r"split: scores must be float32, got float64"),
         ("split", (x, x[:1, :, 0], 4), r"split: scores must have shape \(B, N\) = \(2, 9\), got \(1, 9\)"),
         ("split", (x, x[..., 0], 10), r"split: num_keep must be in \[num_prefix, N\] = \[0, 9\], got 10"),
+        (
+            "select",
+            (x[..., 0], 4, 1, torch.zeros(2, 9)),
+            r"select: priority must be int8 or bool, got float32",
+        ),
+        (
+            "prune",
+            (x, query, 4, 1, torch.zeros(2, 4, dtype=torch.bool)),
+            r"prune: priority must have shape \(B, N\) = \(2, 9\), got \(2, 4\)",
+        ),
+        (
+            "split",
+            (x, x[..., 0], 4, 1, torch.zeros(9, dtype=torch.int8)),
+            r"split: priority must have shape \(B, N\) = \(2, 9\), got \(9,\)",
+        ),
         ("attend_scores", (x, query, 1.0), r"attend_scores: queries must have shape \(M, D\), got \(6,\)"),
         ("gather", (x[0], idx4), r"gather: x must have shape \(B, N, D\), got \(9, 6\)"),
         ("gather", (x, idx4[0]), r"gather: idx must have shape \(B, K\), got \(4,\)"),
@@ -358,6 +376,11 @@ def bad_stream_calls():
             "add_select_",
             (*choose, 3, 1, torch.ones(2, 4), 1.0),
             r"add_select_: sizes must have shape \(B, N\) = \(2, 9\), got \(2, 4\)",
+        ),
+        (
+            "add_select_",
+            (*choose, 3, 1, None, 0.0, torch.zeros(2, 4, dtype=torch.int8)),
+            r"add_select_: priority must have shape \(B, N\) = \(2, 9\), got \(2, 4\)",
         ),
         ("rotate_", (x, table, idx), r"rotate_: x must have shape \(B, K, H, C\), got \(2, 9, 6\)"),
         ("rotate_", (qk[..., :5], table, idx), r"rotate_: x must have an even number of channels, got 5"),

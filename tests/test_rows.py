@@ -157,3 +157,18 @@ def test_split_is_prune_with_known_scores(backend, shape, dtype):
         got = backend.split(x, scores, keep, prefix)
         for a, b in zip(got, backend.prune(x, query, keep, prefix)):
             assert same_bits(a, b) if a.is_floating_point() else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prune_and_split_heed_priority(backend, shape, dtype):
+    batch, n, dim, num_keep, num_prefix = shape
+    x, query = tokens(batch, n, dim, dtype, backend.device), torch.randn(dim, device=backend.device)
+    scores = backend.scores(x, query)
+    for priority in (torch.randint(-1, 2, (batch, n), dtype=torch.int8), torch.rand(batch, n) > 0.7):
+        given = priority.to(backend.device)
+        chosen = backend.select(scores, num_keep, num_prefix, given)
+        split = backend.split(x, scores, num_keep, num_prefix, given)
+        for got in (backend.prune(x, query, num_keep, num_prefix, given), split):
+            assert torch.equal(got[1], chosen[0]) and torch.equal(got[3], chosen[1])
+            assert same_bits(got[0], reference.gather(x, got[1])) and same_bits(got[2], reference.gather(x, got[3]))

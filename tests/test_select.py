@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.kernels
 
 
-def by_hand(scores, num_keep, num_prefix):
-    """Sort in Python: prefix, then NaN, then value, then position."""
+def by_hand(scores, num_keep, num_prefix, priority=None):
+    """Sort in Python: prefix, then priority, then NaN, then value, then position."""
 
-    def rank(row, position):
-        value = row[position]
-        return (position >= num_prefix, not math.isnan(value), 0.0 if math.isnan(value) else -value, position)
+    def rank(row, classes, position):
+        first = (classes[position] > 0) - (classes[position] < 0)
+        value = row[position] if first >= 0 else 0.0
+        return (position >= num_prefix, -first, not math.isnan(value), 0.0 if math.isnan(value) else -value, position)
 
-    kept = [sorted(sorted(range(len(row)), key=lambda i: rank(row, i))[:num_keep]) for row in scores.tolist()]
+    classes = (torch.zeros(scores.shape) if priority is None else priority).tolist()
+    kept = [
+        sorted(sorted(range(len(row)), key=lambda i: rank(row, own, i))[:num_keep])
+        for row, own in zip(scores.tolist(), classes)
+    ]
     pruned = [sorted(set(range(scores.shape[1])) - set(row)) for row in kept]
     shape = scores.shape[0]
     return (
@@ -27,9 +32,10 @@ def by_hand(scores, num_keep, num_prefix):
     )
 
 
-def check(backend, scores, num_keep, num_prefix=0):
-    kept, pruned = backend.select(scores.to(backend.device), num_keep, num_prefix)
-    expected_kept, expected_pruned = by_hand(scores, num_keep, num_prefix)
+def check(backend, scores, num_keep, num_prefix=0, priority=None):
+    given = None if priority is None else priority.to(backend.device)
+    kept, pruned = backend.select(scores.to(backend.device), num_keep, num_prefix, given)
+    expected_kept, expected_pruned = by_hand(scores, num_keep, num_prefix, priority)
     assert kept.dtype == pruned.dtype == torch.int64
     assert torch.equal(kept.cpu(), expected_kept)
     assert torch.equal(pruned.cpu(), expected_pruned)
@@ -87,6 +93,35 @@ def test_strided_expanded_and_empty_scores(backend):
     check(backend, scores[:, :0], 0)
 
 
+@pytest.mark.parametrize("name", HARD)
+def test_priority_comes_before_any_score(backend, name):
+    scores = torch.tensor([HARD[name], HARD[name][::-1], HARD[name]])
+    n = scores.shape[1]
+    some = torch.randint(-1, 2, scores.shape, dtype=torch.int8)
+    crowd = torch.where(torch.arange(n) % 3 == 0, -1, 5).to(torch.int8).expand(3, -1)
+    for num_keep in range(n + 1):
+        for num_prefix in range(min(num_keep, 2) + 1):
+            for priority in (some, crowd, some > 0):
+                check(backend, scores, num_keep, num_prefix, priority)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [33, 197, 4097, 9216])
+def test_priority_at_any_number_of_tokens(backend, n, dtype):
+    scores = torch.randint(-20, 20, (2, n)).to(dtype)  # with ties
+    priority = torch.randint(-1, 2, (n, 2), dtype=torch.int8).t()  # not contiguous
+    ahead = int((priority[0] > 0).sum())
+    for num_keep in {1, ahead - 2, ahead + 2, n - 1, n}:
+        check(backend, scores, num_keep, 1, priority)
+
+
+def test_no_priority_is_priority_zero(kernels):
+    scores = torch.randn(3, 130, device=kernels.device)
+    for none in (torch.zeros(3, 130, dtype=torch.int8), torch.zeros(3, 130, dtype=torch.bool)):
+        given = kernels.select(scores, 51, 1, none.to(kernels.device))
+        assert all(torch.equal(a, b) for a, b in zip(given, kernels.select(scores, 51, 1)))
+
+
 def test_scores_stay_as_they_were(kernels):
     scores = torch.tensor([[-0.0, NAN, 1.0]], device=kernels.device)
     before = scores.clone()
@@ -109,4 +144,6 @@ def test_random_shapes_and_values(backend, data):
     num_prefix = data.draw(st.integers(0, num_keep))
     values = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, INF, -INF, NAN])
     scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n))])
+    priority = torch.tensor([data.draw(st.lists(st.integers(-128, 127), min_size=n, max_size=n))], dtype=torch.int8)
     check(backend, scores, num_keep, num_prefix)
+    check(backend, scores, num_keep, num_prefix, priority)

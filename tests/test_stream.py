@@ -154,6 +154,26 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     assert (lowest + 1e-4 >= weighed.masked_fill(stays, -float("inf")).amax(1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7)])
+def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
+    x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
+    query = torch.randn(shape[2], device=backend.device)
+    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
+    priority = torch.randint(-1, 2, x.shape[:2], dtype=torch.int8, device=backend.device)
+    count = update.shape[1]
+    for keep in (count, (count + 1) // 2, 2):
+        got = x.clone()
+        kept, pruned = backend.add_select_(
+            got, idx, update, gamma, query, tickets, keep, 1, priority=priority
+        )  # fmt: skip
+        rows = got if idx is None else reference.gather(got, idx)
+        own = priority if idx is None else priority.gather(1, idx)
+        expected = backend.select(backend.scores(rows, query), keep, 1, own)
+        for positions, local in zip((kept, pruned), expected):
+            assert torch.equal(positions, local if idx is None else idx.gather(1, local))
+
+
 def test_scores_without_a_spread_are_not_weighed(backend):
     x = torch.randn(1, 20, 8, device=backend.device)
     query, update = torch.randn(8, device=backend.device), torch.zeros(1, 20, 8, device=backend.device)

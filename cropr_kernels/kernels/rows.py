@@ -86,16 +86,20 @@ def _launch_split(
         )  # fmt: skip
 
 
-def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prune(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
-    _checks.prune(x, query, num_keep, num_prefix)
-    return _split(x, *launch_scores_select(x, query, num_keep, num_prefix))
+    _checks.prune(x, query, num_keep, num_prefix, priority)
+    return _split(x, *launch_scores_select(x, query, num_keep, num_prefix, priority))
 
 
-def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::split in two: the selection, and one pass that moves every row."""
-    _checks.split(x, scores, num_keep, num_prefix)
-    return _split(x, *select(scores, num_keep, num_prefix))
+    _checks.split(x, scores, num_keep, num_prefix, priority)
+    return _split(x, *select(scores, num_keep, num_prefix, priority))
 
 
 def _split(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._launch import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
-from .select import NO_SELECTION, is_last, select_blocks, select_image
+from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -22,11 +22,13 @@ def scores_kernel(
     tickets_ptr,
     kept_idx_ptr,
     pruned_idx_ptr,
+    priority_ptr,
     n,
     num_keep,
     num_prefix,
     dim,
     SELECT: tl.constexpr,
+    PRIORITY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,7 +52,8 @@ def scores_kernel(
         if is_last(tickets_ptr + b, tiles):
             select_image(
                 scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-                n, num_keep, num_prefix, kept_idx_ptr, False, True, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+                n, num_keep, num_prefix, kept_idx_ptr, priority_ptr + b * n,
+                False, PRIORITY, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
             )  # fmt: skip
 
 
@@ -66,7 +69,14 @@ def fold_query(query: Tensor, dtype: torch.dtype) -> Tensor:
     return query.to(acc_dtype(query.dtype)).sum(0).to(dtype)
 
 
-def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tensor | None, num_prefix: int) -> Tensor:
+def _launch(
+    x: Tensor,
+    query: Tensor,
+    kept_idx: Tensor | None,
+    pruned_idx: Tensor | None,
+    num_prefix: int,
+    priority: Tensor | None = None,
+) -> Tensor:
     x = dense_rows(x)
     batch, n, dim = x.shape
     out = x.new_empty((batch, n), dtype=torch.float32)
@@ -74,7 +84,7 @@ def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tenso
         return out
     # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
     # tuner, and the same with selection as without, or prune would disagree with scores.
-    blocks, num_warps = select_blocks(n, torch.float32, embedded=True)
+    blocks, num_warps = select_blocks(n, torch.float32, embedded=True, priority=priority is not None)
     num_warps = max(num_warps, 4)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
@@ -86,6 +96,7 @@ def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tenso
             out if kept_idx is None else tickets(batch, x.device),
             kept_idx,
             pruned_idx,
+            priority_bytes(priority, out),
             n,
             0 if kept_idx is None else kept_idx.shape[1],
             num_prefix,
@@ -100,12 +111,14 @@ def _launch(x: Tensor, query: Tensor, kept_idx: Tensor | None, pruned_idx: Tenso
     return out
 
 
-def launch_scores_select(x: Tensor, query: Tensor, num_keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def launch_scores_select(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int, priority: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Positions that stay and that leave, in one launch."""
     batch, n, _ = x.shape
     kept_idx = x.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = x.new_empty((batch, n - num_keep), dtype=torch.int64)
-    _launch(x, query, kept_idx, pruned_idx, num_prefix)
+    _launch(x, query, kept_idx, pruned_idx, num_prefix, priority)
     return kept_idx, pruned_idx
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks
 from ._launch import PINNED, acc_dtype, dense_rows, registers
 from .scores import fold_query
-from .select import NO_SELECTION, is_last, select_blocks, select_image
+from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
 
 
 @triton.jit
@@ -96,12 +96,13 @@ def weigh_scores(
 def stream_kernel(
     x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr,
     weight_ptr, bias_ptr, eps, out_ptr,
-    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight,
+    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight, priority_ptr,
     n, count, num_keep, num_prefix, dim,
     HAS_IDX: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr,
     NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr, WEIGH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+    PRIORITY: tl.constexpr,
 ):  # fmt: skip
     """Rows idx of x (B, N, D) += gamma * update (B, K, D); then their LayerNorm (B, K, D), or who of them stays."""
     tiles = tl.cdiv(count, BLOCK_R)
@@ -153,7 +154,8 @@ def stream_kernel(
             select_image(
                 scores_ptr + b * count, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep),
                 count, num_keep, num_prefix,
-                idx_ptr + b * count, HAS_IDX, True, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+                idx_ptr + b * count, priority_ptr + b * n,
+                HAS_IDX, PRIORITY, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
             )  # fmt: skip
 
 
@@ -191,6 +193,7 @@ def _launch(
     num_prefix: int = 0,
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
+    priority: Tensor | None = None,
 ) -> None:
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
@@ -198,7 +201,7 @@ def _launch(
         return
     constants, scores, num_keep, num_warps = NO_SELECTION, x, 0, 4
     if kept_idx is not None:
-        constants, warps = select_blocks(count, torch.float32, embedded=True)
+        constants, warps = select_blocks(count, torch.float32, embedded=True, priority=priority is not None)
         num_warps = max(num_warps, warps)
         scores, num_keep = x.new_empty((batch, count), dtype=torch.float32), kept_idx.shape[1]
     blocks = row_blocks(dim, num_warps, x.dtype)
@@ -210,6 +213,7 @@ def _launch(
             x if query is None else query, scores,
             x if tickets is None else tickets, x if kept_idx is None else kept_idx,
             x if pruned_idx is None else pruned_idx, x if sizes is None else sizes, size_weight,
+            priority_bytes(priority, x),
             n, count, num_keep, num_prefix, dim,
             HAS_IDX=idx is not None, HAS_UPDATE=update is not None, HAS_GAMMA=gamma is not None,
             NORM=out is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
@@ -268,16 +272,17 @@ def add_select_(
     num_prefix: int = 0,
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
+    priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch cropr::add_select_; positions as in add_."""
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes)
+    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes, priority)
     counts = (num_keep, update.shape[1] - num_keep)
     kept_idx, pruned_idx = (x.new_empty((x.shape[0], count), dtype=torch.int64) for count in counts)
     folded = fold_query(query, acc_dtype(x.dtype))
     _launch(
         x, idx, update=update, gamma=_dense(gamma),
         query=folded, tickets=tickets, kept_idx=kept_idx, pruned_idx=pruned_idx, num_prefix=num_prefix,
-        sizes=_dense(sizes) if size_weight else None, size_weight=size_weight,
+        sizes=_dense(sizes) if size_weight else None, size_weight=size_weight, priority=priority,
     )  # fmt: skip
     return kept_idx, pruned_idx
 

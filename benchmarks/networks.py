@@ -131,7 +131,7 @@ def in_mode(model: Any, mode: str, images: Tensor) -> Method:
         return torch.compile(model, fullgraph=True)
     if mode == "graph":
         graphs = Graphs(1)
-        return lambda batch: graphs(model, batch, images.shape)
+        return lambda batch: graphs(model, (batch,), images.shape)
     return model
 
 

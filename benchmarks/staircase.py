@@ -39,7 +39,7 @@ def main() -> None:
     for tokens in range(options.tokens[0], options.tokens[1] + 1, options.step):
         x = torch.randn(options.batch, tokens, width, device=options.device, dtype=getattr(torch, options.dtype))
         graphs = Graphs(1)
-        run = (lambda batch, graphs=graphs: graphs(stack, batch, 0)) if x.is_cuda else stack
+        run = (lambda batch, graphs=graphs: graphs(stack, (batch,), 0)) if x.is_cuda else stack
         run(x)
         calls = max(1, min(20, int(0.01 / seconds_of(run, x, 1))))
         times = [seconds_of(run, x, calls) for _ in range(options.rounds)]

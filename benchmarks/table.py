@@ -95,7 +95,7 @@ PUBLISHED_FUSIONS = {
 class NonSalient(Stand):
     """Cropr reversed: the lowest scores stay."""
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*torch.ops.cropr.prune(x, -self.folded, num_keep, num_prefix))
 
 
@@ -108,7 +108,7 @@ class SeveralHeads(Stand):
         self.num_heads, self.k_proj = attention.num_heads, copy.deepcopy(attention.k_proj)
         self.register_buffer("q", attention.q_proj(module.queries.detach()).detach())
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         q, k = (part.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for part in (self.q, self.k_proj(x)))
         scores = (q @ k.transpose(2, 3)).sum((1, 2)).float()
         return cropr.Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix))

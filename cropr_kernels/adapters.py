@@ -121,6 +121,11 @@ def reads_class_token(model: Any) -> bool:
     return _pool(model) == "token"
 
 
+def averages_patches(model: Any) -> bool:
+    """Whether the head pools the patches, and nothing else, by their mean or maximum."""
+    return _pool(model) in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
+
+
 def _pool(model: Any) -> str:
     return model.config.global_pool if isinstance(model, ViT) else getattr(model, "global_pool", "")
 
@@ -210,3 +215,12 @@ def fuse_blocks(model: Any) -> list[FusedBlock] | str:
             return f"block {layer}: {one}"
         fused.append(one)
     return fused
+
+
+def take_apart(model: Any) -> list[FusedBlock] | str:
+    """All blocks of a model with attention that can weigh tokens, or the first one without, and why."""
+    fused = fuse_blocks(model)
+    if isinstance(fused, str):
+        return fused
+    why = [f"block {i}: {block.parts}" for i, block in enumerate(fused) if isinstance(block.parts, str)]
+    return why[0] if why else fused

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import Anatomy, anatomy, find_adapter
 from .modules import FoldedCropr
-from .patch import deploy, require_pruned, set_rate
+from .patch import deploy, set_rate
+from .pruned import require_pruned
 
 
 class _AttentionInputs(TorchFunctionMode):

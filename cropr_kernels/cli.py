@@ -79,8 +79,8 @@ def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
         f"off, the functional ops run it: {stack.engine}" if isinstance(stack.engine, str) else "zero-copy, every block"
     )
     if stack.merging is not None:
-        facts["merging"] = str(stack.merging.how)
-        width = model.embed_dim // stack.merging.blocks[0].block.attn.num_heads
+        facts["merging"] = str(stack.merging)
+        width = model.embed_dim // model.blocks[0].attn.num_heads
         room = takes_extra_dimension(width, torch.bfloat16)
         facts["log(size) in attention"] = (
             "one more dimension of 16-bit heads on CUDA, else an additive bias"

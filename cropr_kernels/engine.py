@@ -16,9 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import FusedBlock, Rotary
+from .masks import Masks
 from .merging import Merge, follow
 
 ops = torch.ops.cropr
+
+
+class Ended(NamedTuple):
+    """What leaves the engine."""
+
+    tokens: Tensor  # after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF
+    rows: Tensor | None  # (B, N), where tokens merged: the row of `tokens` in which each token is
+    positions: Tensor | None  # (B, K), of the tokens; None: all, in order
 
 
 def run_stream(
@@ -32,7 +41,8 @@ def run_stream(
     llf: bool,
     rope: Tensor | None = None,
     merge: Merge | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    masks: Masks | None = None,
+) -> Ended:
     """Run x through the blocks and the last norm. Inference only: x changes in place and has no gradient.
 
     Args:
@@ -45,10 +55,7 @@ def run_stream(
         llf: the last block sees all tokens again.
         rope: rotary table (patches, 2 C), rows by patch position.
         merge: how tokens that leave merge into those that stay.
-
-    Returns:
-        The tokens after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF; and, where tokens merged,
-        the row of them in which each of the N tokens is, (B, N).
+        masks: tokens that stay or leave whatever their score, and those that no other may see; no padding with merge.
 
     Raises:
         RuntimeError: gradients are enabled and a block's parameters require them.
@@ -57,6 +64,8 @@ def run_stream(
     alive, depth = x.shape[1], len(blocks)
     tickets: Tensor | None = None
     merged = Merged(merge, x, num_prefix) if merge is not None and counts and counts[-1] < alive else None
+    priority = None if masks is None else masks.priority
+    log_sizes = None if masks is None else masks.log_sizes(None)
     h = _norm_of(x, None, blocks[0].block.norm1)
     for layer, fused in enumerate(blocks):
         block = fused.block
@@ -64,7 +73,7 @@ def run_stream(
         rotary = None if rope is None else Rotary(rope, idx, num_prefix)
         prunes = layer < len(modules) and counts[layer] < alive
         compares = prunes and merge is not None and merge.similarity == "keys"
-        update, keys = fused.attention(h, rotary, None if merged is None else merged.log_sizes, keys=compares)
+        update, keys = fused.attention(h, rotary, log_sizes, keys=compares)
         _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, block.norm2.weight, block.norm2.bias, block.norm2.eps)
         update = block.mlp(h)
@@ -75,9 +84,12 @@ def run_stream(
             query = modules[layer].query()
             tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
             if merged is None:
-                idx, _ = ops.add_select_(x, idx, update, scale2, query, tickets, counts[layer], num_prefix)
+                chosen = (tickets, counts[layer], num_prefix)
+                idx, _ = ops.add_select_(x, idx, update, scale2, query, *chosen, priority=priority)
+                log_sizes = None if masks is None else masks.log_sizes(idx)
             else:
-                idx = merged.add_merge_(x, idx, update, scale2, query, tickets, counts[layer], keys)
+                idx = merged.add_merge_(x, idx, update, scale2, query, tickets, counts[layer], keys, priority)
+                log_sizes = merged.log_sizes
             alive = counts[layer]
         elif reunites or not isinstance(following, nn.LayerNorm):
             ops.add_(x, idx, update, scale2)
@@ -86,8 +98,9 @@ def run_stream(
             continue
         if reunites:
             idx, alive, merged = None, x.shape[1], None
+            log_sizes = None if masks is None else masks.log_sizes(None)
         h = _norm_of(x, idx, following)
-    return h, None if merged is None or idx is None else merged.rows(idx)
+    return Ended(h, None if merged is None or idx is None else merged.rows(idx), idx)
 
 
 class Merged:
@@ -109,12 +122,13 @@ class Merged:
         tickets: Tensor,
         num_keep: int,
         keys: Tensor | None,
+        priority: Tensor | None,
     ) -> Tensor:
         """End a block as add_select_ does, and merge who leaves: (B, num_keep), the positions that stay."""
         count, prefix = update.shape[1], self.num_prefix
         weight = self.how.size_weight if self.merges else 0.0  # at first every size is one
         safe = self.how.num_safe(count, num_keep, prefix)
-        split = ops.add_select_(x, idx, update, gamma, query, tickets, safe, prefix, self.sizes, weight)
+        split = ops.add_select_(x, idx, update, gamma, query, tickets, safe, prefix, self.sizes, weight, priority)
         if keys is not None and idx is not None:  # by position, as merge_ looks them up
             keys = keys.new_zeros((*x.shape[:2], keys.shape[2])).scatter_(1, idx.unsqueeze(-1).expand_as(keys), keys)
         kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, tickets, num_keep, keys, prefix)
@@ -145,7 +159,7 @@ def _norm_of(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:
 
 class Captured(NamedTuple):
     graph: Any
-    images: Tensor
+    inputs: tuple[Tensor, ...]
     output: Tensor
 
 
@@ -161,29 +175,30 @@ class Graphs:
         self.capacity = capacity
         self.captured: OrderedDict[Hashable, Captured] = OrderedDict()
 
-    def __call__(self, run: Callable[[Tensor], Tensor], images: Tensor, key: Hashable) -> Tensor:
-        """run(images), replayed; the result is a copy that later calls leave alone."""
+    def __call__(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], key: Hashable) -> Tensor:
+        """run(*inputs), replayed; the result is a copy that later calls leave alone."""
         found = self.captured.get(key)
         if found is None:
             while len(self.captured) >= self.capacity:
                 self.captured.popitem(last=False)
-            found = self.captured[key] = self.capture(run, images)
+            found = self.captured[key] = self.capture(run, inputs)
         self.captured.move_to_end(key)
-        found.images.copy_(images)
+        for static, value in zip(found.inputs, inputs):
+            static.copy_(value)
         found.graph.replay()
         return found.output.clone()
 
-    def capture(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Captured:
-        static = images.clone()
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
+    def capture(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Captured:
+        static, device = tuple(value.clone() for value in inputs), inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles kernels and fills caches, which capture must not do
             for _ in range(2):
-                run(static)
-        torch.cuda.current_stream(images.device).wait_stream(stream)
+                run(*static)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = run(static)
+            output = run(*static)
         return Captured(graph, static, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":

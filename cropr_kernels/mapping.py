@@ -9,7 +9,8 @@ import torch
 from . import calibration
 from .adapters import anatomy
 from .calibrating import load_model, scaling
-from .patch import apply, deploy, pruning_map, set_rate
+from .maps import pruning_map
+from .patch import apply, deploy, set_rate
 from .viz import PHOTO_SUFFIXES, find_photos, load_photo, save_pruning_frames, save_pruning_maps
 
 

@@ -29,13 +29,13 @@ class MultiHead(nn.Module):
         self.q_proj, self.v_proj, self.proj = (nn.Linear(dim, dim) for _ in range(3))
         self.k_proj = nn.Linear(dim, dim, bias=False)  # a bias would raise all scores alike
 
-    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
-        """(B, M, D) from x (B, N, D) and queries (M, D)."""
-        q = self.q_proj(queries).expand(x.shape[0], -1, -1)
-        heads = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, self.k_proj(x), self.v_proj(x))
+    def forward(self, x: Tensor, queries: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, M, D) from x (B, N, D) and queries (M, D); bias (B, 1, 1, N) is added to the logits."""
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.q_proj(queries).expand(x.shape[0], -1, -1), self.k_proj(x), self.v_proj(x))
         )
-        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
     def fold(self, queries: Tensor) -> Tensor:
         """The vector (D,) whose product with a token is the sum of its logits over queries and heads."""
@@ -70,19 +70,23 @@ class Aggregator(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_outputs)
 
-    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions (B, M, outputs) from x (B, N, D) with queries (M, D), and the tokens' scores (B, N)."""
+    def forward(self, x: Tensor, queries: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predictions (B, M, outputs) from x (B, N, D) with queries (M, D), and the tokens' scores (B, N).
+
+        log_sizes (B, N) is added to the logits of the attention, for tokens that are padding.
+        """
         x = x.detach() if self.stop_gradient else x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if log_sizes is None else log_sizes.to(x.dtype)[:, None, None]
         if self.attention is not None:
-            out = self.attention(x, queries)
+            out = self.attention(x, queries, bias)
             scores = torch.ops.cropr.scores(x.detach(), self.attention.fold(queries).detach())
-        elif self.stop_gradient:
+        elif self.stop_gradient and bias is None:
             out, scores = torch.ops.cropr.attend_scores(x, queries, x.shape[-1] ** -0.5)
-        else:  # attend has no gradient for x
-            one_head = x.unsqueeze(1)
-            out = F.scaled_dot_product_attention(queries.to(x.dtype).expand(len(x), 1, -1, -1), one_head, one_head)
+        else:  # attend has no gradient for x, and no bias
+            one_head, asked = x.unsqueeze(1), queries.to(x.dtype).expand(len(x), 1, -1, -1)
+            out = F.scaled_dot_product_attention(asked, one_head, one_head, attn_mask=bias)
             out, scores = out.squeeze(1), torch.ops.cropr.scores(x.detach(), queries.detach())
         if self.norm1 is not None and self.mlp is not None:
             out = out + self.mlp(self.norm1(out))
@@ -149,14 +153,15 @@ class Cropr(nn.Module):
         attention = None if self.aggregator is None else self.aggregator.attention
         return fold_queries(self.queries if attention is None else attention.fold(self.queries)[None])
 
-    def predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
 
         The prediction is (B, outputs) with one query, else (B, M, outputs), with gradient for the module's own
         parameters, and for x only without stop-gradient. Both are None where there is nothing to predict or to draw.
-        Under autocast the tokens are read, and scored, in the autocast dtype.
+        Under autocast the tokens are read, and scored, in the autocast dtype. log_sizes (B, N) is added to the logits
+        of the attention, for tokens that are padding.
         """
-        prediction, scores = (None, None) if self.aggregator is None else self.aggregator(x, self.queries)
+        prediction, scores = (None, None) if self.aggregator is None else self.aggregator(x, self.queries, log_sizes)
         if prediction is not None and self.queries.shape[0] == 1:
             prediction = prediction.squeeze(1)
         if self.sampling and self.training:  # Gumbel noise makes the top K a draw without replacement
@@ -165,14 +170,22 @@ class Cropr(nn.Module):
             scores = scores / (self.queries.shape[0] * x.shape[-1] ** 0.5) + noise
         return prediction, scores
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
+    def forward(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix: int = 0,
+        scores: Tensor | None = None,
+        priority: Tensor | None = None,
+    ) -> Split:
         """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.
 
-        With scores (B, N) from `predict` x is not read a second time to score it.
+        With scores (B, N) from `predict` x is not read a second time to score it. priority (B, N), int8, names tokens
+        that stay (1) or leave (-1) before all others.
         """
         if scores is not None:
-            return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix))
-        return Split(*torch.ops.cropr.prune(x, self.query(), num_keep, num_prefix))
+            return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
+        return Split(*torch.ops.cropr.prune(x, self.query(), num_keep, num_prefix, priority))
 
 
 class FoldedCropr(nn.Module):
@@ -187,12 +200,19 @@ class FoldedCropr(nn.Module):
     def query(self) -> Tensor:
         return self.folded
 
-    def predict(self, x: Tensor) -> tuple[None, None]:
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[None, None]:
         return None, None
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
+    def forward(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix: int = 0,
+        scores: Tensor | None = None,
+        priority: Tensor | None = None,
+    ) -> Split:
         """Split x (B, N, D) exactly as the module it was folded from; it has no scores to be given."""
-        return Split(*torch.ops.cropr.prune(x, self.folded, num_keep, num_prefix))
+        return Split(*torch.ops.cropr.prune(x, self.folded, num_keep, num_prefix, priority))
 
 
 def loss(criterion: Callable[..., Tensor], output: Tensor, aux: list[Tensor], target: Any) -> Tensor:

@@ -108,9 +108,7 @@ def _(x: Tensor, query: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("cropr::select", lib=_library)
-def _(
-    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _checks.select(scores, num_keep, num_prefix, priority)
     batch, n = scores.shape
     indices = (scores.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, n - num_keep))

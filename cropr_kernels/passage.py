@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .masks import make_masks
 from .stream import Departures, Stream
 
 
@@ -22,6 +23,7 @@ class Passage:
         self.following = 0  # the block that runs next
         self.aux: list[Tensor] = []
         self.departures: Departures | None = None  # called whenever tokens leave
+        self.protect: Tensor | None = None  # of the batch under way, (B, grid height, grid width)
         self.observer: Callable[[int, Tensor], None] | None = None  # called behind every block, and nothing is pruned
 
     def run(
@@ -57,7 +59,8 @@ class Passage:
         return (x, *others) if isinstance(output, tuple) else x
 
     def _begin(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Stream:
-        stack = self.stack
+        stack, prefix = self.stack, self.num_prefix
+        masks = make_masks(self.protect, None, len(x), x.shape[1] - prefix, prefix)
         return Stream(
             stack,
             stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf),
@@ -67,6 +70,7 @@ class Passage:
             rope=None if tables is None else torch.cat(tables, -1),
             training=stack.training,
             departures=self.departures,
+            masks=masks,
         )
 
     def take_aux(self) -> list[Tensor]:
@@ -101,13 +105,22 @@ class PassedBlock:
 
 
 class PrunedWithin:
-    """Mixed into a model's class: the same outputs; in training (output, auxiliary predictions)."""
+    """Mixed into a model's class: the same outputs; in training (output, auxiliary predictions).
+
+    protect, (B, grid height, grid width) bool, names patches that stay while anything else can leave.
+    """
 
     cropr: Any
     training: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: Any) -> Any:
+        if padding is not None:
+            raise ValueError(f"cropr: padding is not supported for {type(self).__mro__[2].__name__}")
+        self.cropr.passage.protect = protect
+        try:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.cropr.passage.protect = None
         return (output, self.cropr.passage.take_aux()) if self.training else output
 
 

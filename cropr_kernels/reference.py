@@ -33,9 +33,7 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     return (x.detach().to(acc) @ fold_queries(query.detach()).to(acc)).float()
 
 
-def select(
-    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keep the first num_prefix positions, then the highest scores; ties go to the lower position.
 
     With priority (B, N), int8 or bool, positive tokens stay before all others, and negative ones leave before all

@@ -11,16 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import FusedBlock, rope_at
+from .masks import Masks
 from .merging import Merge, weigh
 
 Departures = Callable[[int, Tensor], None]
-
-
-class Merging(NamedTuple):
-    """How tokens merge, and the blocks, taken apart so that their attention can weigh them."""
-
-    how: Merge
-    blocks: Sequence[FusedBlock]
 
 
 class Left(NamedTuple):
@@ -38,6 +32,7 @@ class Streamed(NamedTuple):
     aux: list[Tensor]
     rows: Tensor | None  # (B, N), where tokens merged: the row of those kept last in which each token is
     left: Left | None  # where it was asked for, and tokens left
+    positions: Tensor | None  # (B, K), of the tokens; None: all, in order
 
 
 class Stream:
@@ -60,7 +55,9 @@ class Stream:
         departures: Departures | None = None,
         how: Merge | None = None,
         collect: bool = False,
+        masks: Masks | None = None,
     ):
+        self.masks = masks
         self.modules, self.counts, self.last, self.num_prefix, self.llf = modules, counts, depth - 1, num_prefix, llf
         self.training, self.departures, self.how, self.collect = training, departures, how, collect
         self.table = rope
@@ -85,16 +82,19 @@ class Stream:
         if layer >= len(self.modules):
             return x
         module, count, prefix = self.modules[layer], self.counts[layer], self.num_prefix
-        prediction, scores = module.predict(x) if self.training else (None, None)
+        absent = None if self.masks is None else self.masks.log_sizes(self.positions)
+        prediction, scores = module.predict(x, absent) if self.training else (None, None)
         if prediction is not None:
             self.aux.append(prediction)
         if count == x.shape[1]:
             return x
+        before, priority = self.positions, None if self.masks is None else self.masks.priority
+        if priority is not None and before is not None:
+            priority = priority.gather(1, before)
         if self.how is None:
-            x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores)
+            x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores, priority)
         else:
-            x, kept_idx, pruned, pruned_idx = self._merge(self.how, x, module, count, scores, keys)
-        before = self.positions
+            x, kept_idx, pruned, pruned_idx = self._merge(self.how, x, module, count, scores, keys, priority)
         left = pruned_idx if before is None else before.gather(1, pruned_idx)
         self.positions = kept_idx if before is None else before.gather(1, kept_idx)
         if self.llf or self.collect:
@@ -105,8 +105,21 @@ class Stream:
             self.rope = rope_at(self.table, self.positions, prefix)
         return x
 
+    def log_sizes(self) -> Tensor | None:
+        """What attention adds to the logits of each token alive, (B, K); None where that is nothing."""
+        if self.masks is not None and self.masks.padding is not None:
+            return self.masks.log_sizes(self.positions)
+        return None if self.sizes is None or self.how is None or not self.how.proportional else self.sizes.log()
+
     def _merge(
-        self, how: Merge, x: Tensor, module: Any, count: int, scores: Tensor | None, keys: Tensor | None
+        self,
+        how: Merge,
+        x: Tensor,
+        module: Any,
+        count: int,
+        scores: Tensor | None,
+        keys: Tensor | None,
+        priority: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         before, prefix = x, self.num_prefix
         scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
@@ -114,7 +127,7 @@ class Stream:
             self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
         else:
             scores = weigh(scores, self.sizes, how.size_weight, prefix)
-        split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], count, prefix), prefix)
+        split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], count, prefix), prefix, priority)
         x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(x, *split, self.sizes, count, keys, prefix)
         self.rows = dest if self.rows is None else dest.gather(1, self.rows)
         pruned = torch.ops.cropr.gather(before, pruned_idx) if self.llf or self.collect else None
@@ -140,8 +153,10 @@ def run_blocks(
     training: bool = False,
     recompute: bool = False,
     departures: Departures | None = None,
-    merging: Merging | None = None,
+    merge: Merge | None = None,
     collect: bool = False,
+    masks: Masks | None = None,
+    apart: Sequence[FusedBlock] = (),
 ) -> Streamed:
     """Run x (B, N, D) through the blocks, pruning to counts[l] tokens after block l.
 
@@ -156,13 +171,14 @@ def run_blocks(
         training: also compute the auxiliary predictions.
         recompute: keep no activations of a block for backward, run it again instead.
         departures: called as departures(block, positions (B, R)) whenever tokens leave.
-        merging: tokens that leave merge into those that stay.
+        merge: how tokens that leave merge into those that stay.
         collect: also return the tokens that left; with LLF there are none.
+        masks: tokens that stay or leave whatever their score, and those that no other may see.
+        apart: the blocks taken apart, where there is padding or tokens merge.
 
     Returns:
         The tokens after the last block and the auxiliary predictions, one per module that has them.
     """
-    how = None if merging is None else merging.how
     stream = Stream(
         modules,
         counts,
@@ -172,32 +188,21 @@ def run_blocks(
         rope=rope,
         training=training,
         departures=departures,
-        how=how,
+        how=merge,
         collect=collect,
+        masks=masks,
     )
+    compares = merge is not None and merge.similarity == "keys"
     for layer, block in enumerate(blocks):
-        x, keys = stream.enter(layer, x), None
-        if merging is None or (stream.sizes is None and merging.how.similarity == "tokens"):
+        x, keys, log_sizes = stream.enter(layer, x), None, stream.log_sizes()
+        if log_sizes is None and not compares:
             kwargs: dict[str, Any] = {} if stream.rope is None else {"rope": stream.rope}
             x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         else:
-            x, keys = _sized_block(merging, layer, x, stream.rope, num_prefix, stream.sizes, recompute)
+            parts = (x, stream.rope, num_prefix, log_sizes)  # a block whose attention weighs tokens
+            run = apart[layer].sized
+            x, keys = (
+                checkpoint(run, *parts, keys=compares, use_reentrant=False) if recompute else run(*parts, keys=compares)
+            )
         x = stream.leave(layer, x, keys)
-    return Streamed(x, stream.aux, stream.rows, stream.left())
-
-
-def _sized_block(
-    merging: Merging,
-    layer: int,
-    x: Tensor,
-    rope: Tensor | None,
-    num_prefix: int,
-    sizes: Tensor | None,
-    recompute: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """A block whose attention weighs tokens by their sizes; and its keys, where merging compares them."""
-    log_sizes = None if sizes is None or not merging.how.proportional else sizes.log()
-    run, keys = merging.blocks[layer].sized, merging.how.similarity == "keys"
-    if recompute:
-        return checkpoint(run, x, rope, num_prefix, log_sizes, keys=keys, use_reentrant=False)
-    return run(x, rope, num_prefix, log_sizes, keys=keys)
+    return Streamed(x, stream.aux, stream.rows, stream.left(), stream.positions)

@@ -21,7 +21,8 @@ from torch import Tensor
 from . import schedule as schedules
 from .adapters import anatomy
 from .naming import create_model
-from .patch import apply, deploy, require_pruned
+from .patch import apply, deploy
+from .pruned import require_pruned
 
 
 class Tuned(NamedTuple):

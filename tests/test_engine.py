@@ -245,13 +245,13 @@ def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
 class CountingGraphs(Graphs):
     """Graphs whose capture needs no GPU: replay runs the function again."""
 
-    def capture(self, run, images):
+    def capture(self, run, inputs):
         self.captures = getattr(self, "captures", 0) + 1
-        static, output = images.clone(), run(images)
+        static, output = tuple(value.clone() for value in inputs), run(*inputs)
 
         class Replay:
             def replay(self):
-                output.copy_(run(static))
+                output.copy_(run(*static))
 
         return Captured(Replay(), static, output)
 
@@ -259,13 +259,13 @@ class CountingGraphs(Graphs):
 def test_graphs_are_bounded_and_results_are_the_callers_own():
     graphs = CountingGraphs(2)
     double = lambda x: x * 2  # noqa: E731
-    first = graphs(double, torch.ones(3), "a")
-    second = graphs(double, torch.full((3,), 5.0), "a")
+    first = graphs(double, (torch.ones(3),), "a")
+    second = graphs(double, (torch.full((3,), 5.0),), "a")
     assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3
     assert graphs.captures == 1
-    graphs(double, torch.ones(1), "b")
-    graphs(double, torch.ones(3), "a")
-    graphs(double, torch.ones(2), "c")  # "b" is the least recently used
+    graphs(double, (torch.ones(1),), "b")
+    graphs(double, (torch.ones(3),), "a")
+    graphs(double, (torch.ones(2),), "c")  # "b" is the least recently used
     assert list(graphs.captured) == ["a", "c"] and graphs.captures == 3
     assert copy.deepcopy(graphs).captured == OrderedDict()
     with pytest.raises(ValueError, match="capacity must be >= 1, got 0"):

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
-    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "blocks", "stream",
-    "engine", "vit", "hosts", "adapters", "passage", "windows", "patch", "calibration", "weights", "viz", "naming",
-    "tuning", "__init__", "calibrating", "mapping",
-    "tasks.features", "tasks.classification", "tasks.segmentation", "tasks.detection", "tasks.__init__", "train.config",
-    "train.extras", "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop",
-    "train.commands", "train.__init__", "cli",
+    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "masks", "blocks",
+    "stream", "engine", "vit", "hosts", "adapters", "passage", "windows", "pruned", "patch", "maps", "calibration",
+    "weights", "viz", "naming", "tuning", "__init__", "calibrating", "mapping", "tasks.features",
+    "tasks.classification", "tasks.segmentation", "tasks.detection", "tasks.__init__", "train.config", "train.extras",
+    "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop", "train.commands",
+    "train.__init__", "cli",
 ]  # fmt: skip
 
 

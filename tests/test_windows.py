@@ -92,7 +92,7 @@ def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_feature
     model, images = build("rotary")
     windows = cropr.Windows(SIZE, (1,))
     cropr.apply(model, rate=3, llf=True, windows=windows, num_queries=SIZE**2, num_outputs=7)
-    features, aux = model.double().train().cropr_features(images)
+    features, aux, _ = model.double().train().cropr_features(images)
     assert features.shape == (2, 96, 64) and [prediction.shape for prediction in aux] == [(2, 96, 7)] * 2
     x = torch.arange(2 * 96 * 5.0).view(2, 96, 5)
     assert torch.equal(windows.join(windows.split(x, GRID), GRID), x)

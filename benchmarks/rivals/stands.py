@@ -1,5 +1,7 @@
 """Modules that stand where a Cropr module stands, in a model that `cropr.apply` pruned, and split in another way."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,19 +22,19 @@ class Stand(nn.Module):
     def query(self) -> Tensor:
         return self.folded
 
-    def predict(self, x: Tensor) -> tuple[None, None]:
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[None, None]:
         return None, None
 
 
 class Random(Stand):
     """Uniformly random tokens stay."""
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*torch.ops.cropr.split(x, random_scores(x), num_keep, num_prefix))
 
 
 class Variance(Stand):
     """Tokens with the highest variance over their channels stay."""
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*torch.ops.cropr.split(x, variance_scores(x), num_keep, num_prefix))

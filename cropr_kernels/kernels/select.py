@@ -229,9 +229,7 @@ def priority_bytes(priority: Tensor | None, instead: Tensor) -> Tensor:
     return priority.view(torch.int8) if priority.dtype == torch.bool else priority
 
 
-def select(
-    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch cropr::select; shapes as in the op's contract."""
     _checks.select(scores, num_keep, num_prefix, priority)
     scores = dense_rows(scores)

@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patch import Pruned
+from ..pruned import Pruned
 
 
 class Classifier(nn.Module):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patch import Pruned
+from ..masks import boxes_on_grid
+from ..pruned import Pruned
 from .features import patch_features
 
 
@@ -36,10 +37,7 @@ def patch_categories(
             masks = F.pad(masks, (0, grid[1] * patch[1] - masks.shape[2], 0, grid[0] * patch[0] - masks.shape[1]))
             touched = F.max_pool2d(masks[:, None], patch)[:, 0] > 0
         else:
-            top, left = (torch.arange(n, device=boxes.device) * side for n, side in zip(grid, patch))
-            columns = (boxes[:, :1] < left + patch[1]) & (boxes[:, 2:3] > left)
-            rows = (boxes[:, 1:2] < top + patch[0]) & (boxes[:, 3:4] > top)
-            touched = rows[:, :, None] & columns[:, None, :]
+            touched = boxes_on_grid(boxes, grid, patch)
         one = boxes.new_zeros(num_classes, grid[0] * grid[1])
         whole.append(one.index_add(0, labels, touched.flatten(1).type_as(one)).clamp_max(1).T)
     return torch.stack(whole)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..patch import Pruned
+from ..pruned import Pruned
 
 
 class Features(NamedTuple):
@@ -25,7 +25,7 @@ def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
     aux: list[Tensor] = []
     prefix = backbone.num_prefix_tokens
     if isinstance(backbone, Pruned):
-        x, aux = backbone.cropr_features(images, predict=predict)
+        x, aux, _ = backbone.cropr_features(images, predict=predict)
         prefix = 0 if backbone.cropr.windows is not None else prefix
     else:
         x = backbone.forward_features(images)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import Split
-from ..patch import Pruned
+from ..pruned import Pruned
 from ..stream import Left, Streamed
 from ..vit import Block, ViTConfig
 from .features import patch_features, token_norm
@@ -55,14 +55,21 @@ class Confident(nn.Module):
         """Logits (B, N, classes) of tokens (B, N, D)."""
         return self.head(self.norm(x))
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, N, classes), prefix included, and scores (B, N): the surer, the lower."""
         logits = self.classify(x)
         return logits, -logits.detach().float().softmax(-1).amax(-1)
 
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> Split:
+    def forward(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix: int = 0,
+        scores: Tensor | None = None,
+        priority: Tensor | None = None,
+    ) -> Split:
         scores = self.predict(x)[1] if scores is None else scores
-        return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix))
+        return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
 
 
 class CrossAttention(nn.Module):

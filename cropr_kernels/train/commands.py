@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from ..patch import Pruned, pruning_map, set_rate
+from ..maps import pruning_map
+from ..patch import set_rate
+from ..pruned import Pruned
 from .checkpoint import write_text
 from .config import PRESETS, Config
 from .data import Data, load_data, val_loader

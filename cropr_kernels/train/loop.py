@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..calibration import calibrate
-from ..patch import Pruned, set_progress
+from ..patch import set_progress
+from ..pruned import Pruned
 from . import build, checkpoint
 from .config import Config
 from .data import Batches, Data, Samples, load_data, mixing, seed_of, seeded, train_loader, val_loader

@@ -1,0 +1,215 @@
+"""Protected patches and padding: model(images, protect=..., padding=...), against slow versions of both."""
+
+import pytest
+import torch
+from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+
+import cropr_kernels as cropr
+from cropr_kernels.adapters import anatomy, find_adapter
+from cropr_kernels.masks import level_padding, make_masks
+from cropr_kernels.windows import Windows
+
+GRID, PATCH, SIZES = (8, 8), (8, 8), [(64, 64), (40, 61), (17, 24)]
+PADDED = [kind for kind in MODELS if "any size" not in kind]
+
+
+def prepared(kind, **options):
+    model = randomise(MODELS[kind]()).double().eval()
+    return cropr.apply(model, num_outputs=0, **options)
+
+
+def batch_of_sizes():
+    return cropr.pad_images([torch.randn(3, *size, dtype=torch.float64) for size in SIZES], PATCH, (64, 64))
+
+
+@torch.no_grad()
+def alone(model, images, padding):
+    """Each image by itself, its padding cut out before the first block, through the model's own blocks."""
+    known, stack, prefix = anatomy(model), model.cropr, model.num_prefix_tokens
+    embedded, table = find_adapter(model).embed(model, images)
+    outputs = []
+    for x, absent in zip(embedded, padding.flatten(1)):
+        here = torch.cat([torch.arange(prefix), prefix + (~absent).nonzero().flatten()])
+        x, gone = x[here], []
+        counts = stack.schedule(embedded.shape[1], len(known.blocks), prefix, stack.llf)
+        for layer, block in enumerate(known.blocks):
+            if stack.llf and layer == len(known.blocks) - 1 and gone:
+                rows, positions = torch.cat([x, *(t for t, _ in gone)]), torch.cat([here, *(p for _, p in gone)])
+                x, here = rows[positions.argsort()], positions.sort().values
+            kwargs = {} if table is None else {"rope": table[here[prefix:] - prefix]}
+            x = block(x[None], **kwargs)[0]
+            if layer < len(stack):
+                scores = x @ stack[layer].query().double()
+                scores[:prefix] = float("inf")
+                order = scores.argsort(descending=True, stable=True)
+                stay, leave = order[: counts[layer]].sort().values, order[counts[layer] :].sort().values
+                gone.append((x[leave], here[leave]))
+                x, here = x[stay], here[stay]
+        outputs.append(model.__class__.__mro__[2].forward_head(model, model.norm(x[None])))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_changes_nothing_for_the_patches_that_are_there(kind, llf):
+    model = prepared(kind, rate=9, llf=llf)
+    images, padding = batch_of_sizes()
+    expected = alone(model, images, padding)
+    fast = cropr.deploy(model)
+    assert isinstance(fast.cropr.engine, list)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, padding=padding), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fast(images, padding=padding), expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(model(images), expected, rtol=1e-3)
+
+
+def test_what_the_padding_holds_is_of_no_account():
+    model = cropr.deploy(prepared("reference", rate=9))
+    images, padding = batch_of_sizes()
+    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 1e3, images)
+    # Scores of padding are not compared, and its tokens weigh nothing.
+    torch.testing.assert_close(model(other, padding=padding), model(images, padding=padding), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padding_weighs_nothing_in_sixteen_bits_either(dtype):
+    model = cropr.deploy(prepared("timm EVA-02", rate=0)).to(dtype)
+    images, padding = batch_of_sizes()
+    images = images.to(dtype)
+    got = model(images, padding=padding)
+    assert got.isfinite().all()
+    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 3.0, images).to(dtype)
+    torch.testing.assert_close(model(other, padding=padding), got, rtol=2e-2, atol=2e-2)
+
+
+def test_padding_leaves_first_and_protected_patches_last():
+    model = cropr.deploy(prepared("timm ViT", rate=9))
+    images, padding = batch_of_sizes()
+    protect = torch.zeros(3, *GRID, dtype=torch.bool)
+    protect[:, 0, :3] = protect[0, 5:7, 4:8] = True
+    left = cropr.pruning_map(model, images, protect=protect, padding=padding)
+    assert (left[protect] == 4).all()
+    for one, absent in zip(left, padding):
+        if absent.any() and not (one[~absent] == 4).all():
+            assert one[absent].max() <= one[~absent].min()
+    without = cropr.pruning_map(model, images)
+    assert (without[protect] < 4).any() and (left == 4).sum() == (without == 4).sum()
+
+
+@pytest.mark.parametrize("kind", [*PADDED, "timm ViT, any size"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_protected_patches_stay_and_the_engine_agrees(kind, merge):
+    model = prepared(kind, rate=9, merge=merge)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    protect = cropr.protect_boxes([torch.tensor([[3.0, 3.0, 20.0, 30.0]]), torch.zeros(0, 4)], GRID, PATCH)
+    assert protect[0].sum() == 3 * 4 and not protect[1].any()
+    assert (cropr.pruning_map(model, images, protect=protect)[protect] == 4).all()
+    with torch.no_grad():
+        expected = model(images, protect=protect)
+        torch.testing.assert_close(cropr.deploy(model)(images, protect=protect), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(expected[1], model(images)[1], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(expected[0], model(images)[0])
+    if merge:
+        rows = cropr.merge_map(model, images, protect=protect)[0][protect[0]]
+        assert len(rows.unique()) == len(rows)  # none went into another
+
+
+def test_more_protected_than_may_stay_are_ranked_by_their_scores():
+    model = prepared("reference", keep=[20, 20, 20])
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    protect = torch.rand(1, *GRID) > 0.3
+    left = cropr.pruning_map(model, images, protect=protect)
+    stays = left == 4
+    assert stays.sum() == 19 and protect[stays].all()
+    with torch.no_grad():
+        x = model.blocks[0](model.embed(images)[0])
+    scores = (x @ model.cropr[0].query().double())[0, 1:].view(1, *GRID)
+    assert scores[stays].min() > scores[protect & ~stays].max()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"num_queries": 3}, {"stop_gradient": False}])
+def test_auxiliary_predictions_do_not_see_padding(options):
+    model = cropr.apply(randomise(reference_vit()), rate=9, **options).double().train()
+    images, padding = batch_of_sizes()
+    output, aux = model(images, padding=padding)
+    embedded = model.embed(images)[0]
+    here = ~torch.cat([torch.zeros(1, dtype=torch.bool), padding[2].flatten()])
+    x = model.blocks[0](embedded[2:, here])
+    prediction, _ = model.cropr[0].predict(x)
+    torch.testing.assert_close(aux[0][2:], prediction)
+    target = torch.tensor([1, 2, 3])
+    criterion = torch.nn.functional.cross_entropy
+    predictions = [p.mean(1) if p.ndim == 3 else p for p in aux]
+    cropr.loss(criterion, output, predictions, target).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.cropr.parameters() if p.requires_grad)
+
+
+def test_masks_under_checkpointing_compile_and_windows():
+    images, padding = batch_of_sizes()
+    protect = torch.zeros(3, *GRID, dtype=torch.bool)
+    protect[:, :2, :2] = True
+    model = prepared("timm ViT", rate=9)
+    fast, masks = cropr.deploy(model), {"protect": protect, "padding": padding}
+    compiled = torch.compile(fast, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images, **masks), fast(images, **masks), rtol=1e-9, atol=1e-9)
+    model.train().set_grad_checkpointing()
+    recomputed = model(images, **masks)[0]
+    model.set_grad_checkpointing(False)
+    torch.testing.assert_close(recomputed, model(images, **masks)[0])
+    windowed = prepared("timm EVA-02", rate=3, llf=True, windows=Windows(4, (1, 3)))
+    left = cropr.pruning_map(windowed, images, protect=protect)
+    assert (left[protect] == 4).all()
+    with torch.no_grad():
+        assert not torch.equal(windowed.forward_features(images, protect=protect), windowed.forward_features(images))
+
+
+def test_graphs_replay_masks():
+    from test_engine import CountingGraphs
+
+    graphs, masks = CountingGraphs(2), (torch.ones(2), torch.zeros(2))
+    run = lambda x, mask: x * mask  # noqa: E731
+    assert graphs(run, (torch.full((2,), 3.0), masks[0]), "a").tolist() == [3.0, 3.0]
+    assert graphs(run, (torch.full((2,), 5.0), masks[1]), "a").tolist() == [0.0, 0.0]
+    assert graphs.captures == 1
+
+
+def test_what_averages_sees_the_patches_alone():
+    x, padding = torch.randn(2, 6, 4), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0]]).bool()
+    got = level_padding(x, padding, 1)[:, 1:].mean(1)
+    torch.testing.assert_close(got[0], x[0, 1:3].mean(0))
+    torch.testing.assert_close(got[1], x[1, [1, 3, 4, 5]].mean(0))
+
+
+def test_pad_images_marks_what_holds_nothing():
+    batch, padding = cropr.pad_images([torch.ones(3, 20, 33), torch.ones(3, 16, 16)], (16, 16))
+    assert batch.shape == (2, 3, 32, 48) and batch.sum() == 3 * (20 * 33 + 16 * 16)
+    assert padding.tolist() == [[[False] * 3] * 2, [[False, True, True], [True, True, True]]]
+
+
+def test_refusals():
+    model = prepared("reference", rate=9)
+    images, padding = batch_of_sizes()
+    for name in ("protect", "padding"):
+        for bad in (padding.float(), padding[:2], padding[:, :3], padding.flatten(1)):
+            with pytest.raises(ValueError, match=f"cropr: {name} must be bool of shape .* B = 3 and 64 patches, got"):
+                model(images, **{name: bad})
+    with pytest.raises(ValueError, match="padding is not supported with merge=True"):
+        prepared("reference", rate=9, merge=True)(images, padding=padding)
+    windowed = prepared("timm EVA-02", rate=3, llf=True, windows=Windows(4))
+    with pytest.raises(ValueError, match="padding is not supported with window attention"):
+        windowed.forward_features(images, padding=padding)
+    pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=9, num_outputs=0).double().eval()
+    with pytest.raises(ValueError, match="padding needs a head that takes the class token or averages"):
+        pooling(images, padding=padding)
+    hooked = timm_eva()
+    hooked.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="padding is not supported for this model: block 1: forward hooks"):
+        cropr.apply(hooked, rate=9, num_outputs=0).double()(images, padding=padding)
+    with pytest.raises(ValueError, match=r"protect_boxes: boxes must have shape \(n, 4\), got \(4,\)"):
+        cropr.protect_boxes([torch.zeros(4)], GRID)
+    with pytest.raises(ValueError, match="pad_images: needs at least one image"):
+        cropr.pad_images([])
+    with pytest.raises(ValueError, match=r"pad_images: image 1 must fit into \(3, 16, 16\), got \(3, 20, 8\)"):
+        cropr.pad_images([torch.ones(3, 8, 8), torch.ones(3, 20, 8)], size=(16, 16))
+    assert make_masks(None, None, 1, 4, 1) is None

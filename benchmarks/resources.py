@@ -58,11 +58,21 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for in_place in (False, True):
         yield merge.targets_kernel, {"IN_PLACE": in_place, **merge.target_blocks(torch_dtype), "ACC": acc}, 4
         columns = 1024 // attend.acc_dtype(torch_dtype).itemsize
-        yield merge.means_kernel, {"IN_PLACE": in_place, "BLOCK_R": 16, "BLOCK_D": columns, "ACC": acc}, 4
+        yield (
+            merge.means_kernel,
+            {"IN_PLACE": in_place, "BLOCK_R": merge.means_rows(torch_dtype), "BLOCK_D": columns, "ACC": acc},
+            4,
+        )
     yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
     for flag in (False, True):
         yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
-        one = {"BACKWARD": flag, "RAW": not flag, "SCALE": 0.03, "BLOCK_N": 8, "BLOCK_D": 2048}
+        one = {
+            "BACKWARD": flag,
+            "RAW": not flag,
+            "SCALE": 0.03,
+            "BLOCK_N": attend.one_query_rows(torch_dtype),
+            "BLOCK_D": 2048,
+        }
         yield attend.attend_one_kernel, one, 8
         yield attend.softmax_kernel, {"BACKWARD": flag, "BLOCK_N": 1024}, 4
         yield (

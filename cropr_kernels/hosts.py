@@ -76,6 +76,11 @@ def find_host(model: nn.Module) -> Host | None:
     )
 
 
+def shuffles_patches(model: Any) -> bool:
+    """Whether the patches enter the first block in an order that is drawn anew for every batch."""
+    return any(type(module).__name__ == "ViTMAEEmbeddings" for module in model.modules())
+
+
 def _classes(model: Any) -> int:
     if hasattr(model, "config"):
         return model.config.num_labels if hasattr(model, "classifier") else 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hosts import shuffles_patches
 from .masks import make_masks
 from .stream import Departures, Stream
 
@@ -116,6 +117,10 @@ class PrunedWithin:
     def forward(self, *args: Any, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: Any) -> Any:
         if padding is not None:
             raise ValueError(f"cropr: padding is not supported for {type(self).__mro__[2].__name__}")
+        if protect is not None and shuffles_patches(self):
+            raise ValueError(
+                f"cropr: protect is not supported for {type(self).__mro__[2].__name__}: it shuffles patches"
+            )
         self.cropr.passage.protect = protect
         try:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]

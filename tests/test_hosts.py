@@ -357,3 +357,22 @@ def test_refusals(images):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
     with pytest.raises(ValueError, match="ViTMAEModelOutput has neither logits nor features"):
         cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])
+
+
+def test_protected_patches_stay(name, model, images):
+    cropr.apply(model, rate=9, num_outputs=0)
+    protect = torch.zeros(2, 8, 8, dtype=torch.bool)
+    protect[0, 2:4, 1:6] = protect[1, 7] = True
+    if name == "ViT-MAE":
+        with pytest.raises(ValueError, match="protect is not supported for ViTMAEModel: it shuffles patches"):
+            model(images, protect=protect)
+        return
+    left = cropr.pruning_map(model, images, protect=protect)
+    assert (left[protect] == 4).all() and (cropr.pruning_map(model, images)[protect] < 4).any()
+    before = run(model, images)
+    assert not torch.allclose(next(iter(run(model, images).values())), model(images, protect=protect)[0])
+    assert_equal(run(model, images), before)  # a mask is for one call
+    with pytest.raises(ValueError, match=r"cropr: protect must be bool of shape .* B = 2 and 64 patches"):
+        model(images, protect=protect[:, :3])
+    with pytest.raises(ValueError, match="cropr: padding is not supported for"):
+        model(images, padding=protect)

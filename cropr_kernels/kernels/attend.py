@@ -156,8 +156,13 @@ def _launch_one(
         attend_one_kernel[(batch,)](
             x, query.to(acc_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
             SCALE=scale, BACKWARD=grad is not None, RAW=raw is not None,  # a constant of the model: one variant
-            BLOCK_N=8, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
+            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
         )  # fmt: skip
+
+
+def one_query_rows(dtype: torch.dtype) -> int:
+    """Tokens that a program of attend_one_kernel holds at a time: what registers hold without spilling."""
+    return 4 if dtype == torch.float64 else 8
 
 
 def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:

@@ -216,6 +216,11 @@ def target_blocks(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_S": 32, "BLOCK_C": 16, "BLOCK_D": 64 if dtype.itemsize == 2 else 16}
 
 
+def means_rows(dtype: torch.dtype) -> int:
+    """Leaving tokens that a program of means_kernel reads at a time: what registers hold without spilling."""
+    return 8 if dtype == torch.float64 else 16
+
+
 def target_registers(dtype: torch.dtype) -> dict[str, int]:
     """Registers a thread of targets_kernel may have, where ptxas would otherwise spill to fit more warps."""
     return {"maxnreg": 168} if dtype == torch.float64 else {}
@@ -269,7 +274,8 @@ def _launch(
             means_kernel[(batch * num_prune,)](
                 x, x.stride(0), x.stride(1), kept_idx, pruned_idx, slots, sizes, kept_sizes, out,
                 n, num_keep, num_prune, dim,
-                IN_PLACE=in_place, BLOCK_R=16, BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
+                IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
+                BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
                 ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes

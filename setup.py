@@ -1,6 +1,7 @@
 """Builds the C++ extension by driving CMakeLists.txt; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,12 @@ class CMakeBuild(build_ext):
         )
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
         subprocess.run(["cmake", "--install", str(build)], check=True, env=environment)
+
+    def copy_extensions_to_source(self) -> None:
+        """For builds in place: the library for C++ programs goes where the module goes."""
+        super().copy_extensions_to_source()
+        for library in (Path(self.build_lib) / "cropr_kernels").glob("libcropr_ops.*"):
+            shutil.copy2(library, Path(__file__).parent / "cropr_kernels")
 
 
 setup(ext_modules=[Extension("cropr_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -29,6 +29,7 @@ def info() -> str:
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
         **{name.replace("_", " "): value for name, value in ops.build_info().items()},
+        "library for C++": ops.cpp_library() or "not built",
         "cpu threads": torch.get_num_threads(),
         "cuda": "no GPU in reach",
     }

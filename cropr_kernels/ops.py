@@ -1,13 +1,14 @@
-"""The ops of namespace ``cropr``: schemas, fake kernels, gradients and FLOP formulas.
+"""The ops of namespace ``cropr``: their definition, fake kernels, gradients and FLOP formulas.
 
-The only file that registers anything in Python. CPU kernels register when ``_C`` is imported; CUDA kernels are
-the Triton launchers of ``kernels/``, imported at their first call.
+The only file that registers anything in Python. Schemas are those of csrc/schemas.h; CPU kernels register when ``_C``
+is imported; CUDA kernels are the Triton launchers of ``kernels/``, imported at their first call.
 
 Shapes: B images, N tokens in, K kept, R = N - K pruned, D width, M queries, P prefix tokens.
 """
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from . import _checks
 
 try:
     from ._C import build_info as build_info  # importing _C registers the CPU kernels
+    from ._C import schemas
 except ImportError as error:
     raise ImportError(
         "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "
@@ -25,59 +27,22 @@ except ImportError as error:
         "'python setup.py build_ext --inplace'."
     ) from error
 
-# Schema of each op, and the file of kernels/ that holds its CUDA launcher.
-_OPS = (
-    ("scores(Tensor x, Tensor query) -> Tensor", "scores"),
-    (
-        "select(Tensor scores, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
-        " -> (Tensor kept_idx, Tensor pruned_idx)",
-        "select",
-    ),
-    (
-        "prune(Tensor x, Tensor query, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
-        " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
-        "rows",
-    ),
-    (
-        "split(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix=0, Tensor? priority=None)"
-        " -> (Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx)",
-        "rows",
-    ),
-    ("gather(Tensor x, Tensor idx) -> Tensor", "rows"),
-    ("restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor", "rows"),
-    ("attend(Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
-    ("attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", "attend"),
-    ("attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor", "attend"),
-    (
-        "merge(Tensor x, Tensor safe_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep, Tensor? features=None,"
-        " SymInt num_prefix=0) -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
-        "merge",
-    ),
-    # The residual stream of the engine: x stays in place, idx names the tokens still alive (None: all).
-    ("gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor", "stream"),
-    ("add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", "stream"),
-    (
-        "add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? bias, float eps)"
-        " -> Tensor",
-        "stream",
-    ),
-    (
-        "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, Tensor(b!) tickets,"
-        " SymInt num_keep, SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None)"
-        " -> (Tensor kept_idx, Tensor pruned_idx)",
-        "stream",
-    ),
-    (
-        "merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-        " Tensor(d!) tickets, SymInt num_keep, Tensor? features=None, SymInt num_prefix=0)"
-        " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-        "merge",
-    ),
-    (
-        "rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
-        "stream",
-    ),
-)
+
+def cpp_library() -> Path | None:
+    """The shared library with which a C++ program has the ops and their CPU kernels; None if it was not built."""
+    return next(Path(__file__).parent.glob("libcropr_ops.*"), None)
+
+
+# The ops whose CUDA launchers are in each file of kernels/.
+_LAUNCHERS = {
+    "scores": ("scores",),
+    "select": ("select",),
+    "rows": ("prune", "split", "gather", "restore"),
+    "attend": ("attend", "attend_scores", "attend_backward"),
+    "merge": ("merge", "merge_"),
+    "stream": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
+}
+_FILES = {op: file for file, ops in _LAUNCHERS.items() for op in ops}
 
 
 def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
@@ -91,11 +56,11 @@ def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
     return launch
 
 
-NAMES = tuple(schema.partition("(")[0] for schema, _ in _OPS)
+NAMES = tuple(schema.partition("(")[0] for schema in schemas)
 _library = torch.library.Library("cropr", "DEF")
-for _name, (_schema, _module) in zip(NAMES, _OPS):
+for _name, _schema in zip(NAMES, schemas):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _cuda_launcher(_name, _module), "CUDA")
+    _library.impl(_name, _cuda_launcher(_name, _FILES[_name]), "CUDA")
 
 
 # Fake kernels: shapes and dtypes, and the same refusals as the real ones.

@@ -61,7 +61,7 @@ class Passage:
 
     def _begin(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Stream:
         stack, prefix = self.stack, self.num_prefix
-        masks = make_masks(self.protect, None, len(x), x.shape[1] - prefix, prefix)
+        masks = make_masks(self.protect, None, x.shape[0], x.shape[1] - prefix, prefix)
         return Stream(
             stack,
             stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf),

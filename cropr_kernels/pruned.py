@@ -121,11 +121,11 @@ class Pruned:
         if padding is not None:
             _refuse_padding(stack)
         if windows is None:
-            return Embedded(x, rope, prefix, make_masks(protect, padding, len(images), patches, prefix))
-        masks, grid = make_masks(protect, None, len(images), patches, 0), grid_of(self, images)
+            return Embedded(x, rope, prefix, make_masks(protect, padding, images.shape[0], patches, prefix))
+        masks, grid = make_masks(protect, None, images.shape[0], patches, 0), grid_of(self, images)
         if masks is not None:
             masks = Masks(windows.split(masks.priority.unsqueeze(-1), grid).squeeze(-1), None)
-        rope = None if rope is None else windows.rope(rope, grid, len(images))
+        rope = None if rope is None else windows.rope(rope, grid, images.shape[0])
         return Embedded(windows.split(x[:, prefix:], grid), rope, 0, masks)
 
     def cropr_stream(

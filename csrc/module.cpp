@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <iterator>
 #include <string>
+
+#include "schemas.h"
 
 namespace {
 
@@ -28,6 +31,9 @@ std::string instruction_set() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of cropr_kernels; importing this module registers them with the PyTorch dispatcher.";
+  pybind11::tuple schemas(std::size(cropr::kSchemas));
+  for (std::size_t i = 0; i < std::size(cropr::kSchemas); ++i) schemas[i] = cropr::kSchemas[i];
+  m.attr("schemas") = schemas;
   m.def(
       "build_info",
       [] {

@@ -1,0 +1,113 @@
+"""The ops that a deployed model uses, in PyTorch operators every runtime has: TopK with a constant count, and gathers.
+
+For ONNX, and for programs that shall run where this package is not. They choose and order as the ops do, but for equal
+scores, where PyTorch's top-k keeps any (ONNX's keeps the lower position, as the ops do), and NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _refuse(priority: Tensor | None) -> None:
+    if priority is not None:
+        raise ValueError("cropr.export: masks are not supported without the cropr ops; export with ops='cropr'")
+
+
+def _ascending(positions: Tensor) -> Tensor:
+    """Positions in order; as float32, exact below 2^24, as not every runtime finds the top of integers."""
+    count = positions.shape[1]
+    return positions if count <= 1 else positions.float().topk(count, dim=1, largest=False).values.long()
+
+
+def scores(x: Tensor, query: Tensor) -> Tensor:
+    wide = query.float()
+    return x.float() @ (wide.sum(0) if wide.ndim == 2 else wide)
+
+
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _refuse(priority)
+    batch, n = scores.shape
+    everything = torch.arange(n, device=scores.device).expand(batch, -1)
+    if num_keep in (num_prefix, n):
+        return everything[:, :num_keep], everything[:, num_keep:]
+    patches, count = scores[:, num_prefix:], num_keep - num_prefix
+    kept = _ascending(patches.topk(count, dim=1).indices) + num_prefix
+    # Where nobody asks for those that leave, this second sort is left out of the program.
+    left = _ascending(patches.topk(n - num_prefix, dim=1).indices[:, count:]) + num_prefix
+    return torch.cat([everything[:, :num_prefix], kept], 1), left
+
+
+def gather(x: Tensor, idx: Tensor) -> Tensor:
+    batch, n, dim = x.shape
+    first = torch.arange(batch, device=x.device).unsqueeze(1) * n
+    return x.reshape(-1, dim).index_select(0, (idx + first).reshape(-1)).view(batch, idx.shape[1], dim)
+
+
+def split(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept_idx, pruned_idx = select(scores, num_keep, num_prefix, priority)
+    return gather(x, kept_idx), kept_idx, gather(x, pruned_idx), pruned_idx
+
+
+def prune(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return split(x, scores(x, query), num_keep, num_prefix, priority)
+
+
+def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
+    rows, positions = torch.cat([kept, pruned], 1), torch.cat([kept_idx, pruned_idx], 1)
+    order = positions.float().topk(positions.shape[1], dim=1, largest=False).indices
+    return gather(rows, order)
+
+
+def merge(
+    x: Tensor,
+    safe_idx: Tensor,
+    candidate_idx: Tensor,
+    sizes: Tensor,
+    num_keep: int,
+    features: Tensor | None = None,
+    num_prefix: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, n, _ = x.shape
+    safe_count, candidates = safe_idx.shape[1], candidate_idx.shape[1]
+    leaves = safe_count + candidates - num_keep
+    positions = torch.arange(n, device=x.device).expand(batch, -1)
+    if leaves == 0:
+        return x, positions, positions[:, :0], sizes, positions
+    compared = (x if features is None else features).float()
+    safe, others = gather(compared, safe_idx[:, num_prefix:]), gather(compared, candidate_idx)
+    lengths = others.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
+    best, nearest = (others @ safe.transpose(1, 2) / lengths).max(-1)
+    # Of equal candidates the higher position leaves: the order is turned round, as the top keeps the lower.
+    chosen = _ascending(candidates - 1 - best.flip(1).topk(leaves, dim=1).indices)
+    pruned_idx = candidate_idx.gather(1, chosen)
+    target = safe_idx.gather(1, nearest.gather(1, chosen) + num_prefix)  # the position that each goes to
+    gone = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)
+    row = (~gone).long().cumsum(1) - 1  # of the tokens that stay
+    kept_idx = _ascending((gone.float() * n + positions).topk(num_keep, dim=1, largest=False).indices)
+    goes_to = (target.unsqueeze(2) == kept_idx.unsqueeze(1)).to(torch.float32)  # (B, leaving, K)
+    weight = sizes.gather(1, pruned_idx)
+    own = sizes.gather(1, kept_idx)
+    gained = (goes_to * weight.unsqueeze(2)).sum(1)
+    kept, left = gather(x, kept_idx), gather(x, pruned_idx).float()
+    sums = kept.float() * own.unsqueeze(2) + goes_to.transpose(1, 2) @ (left * weight.unsqueeze(2))
+    means = (sums / (own + gained).unsqueeze(2)).to(x.dtype)
+    kept = torch.where((gained == 0).unsqueeze(2), kept, means)
+    # A token that leaves is in the row of its target; the others are in their own.
+    into = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).long() * row.gather(1, target).unsqueeze(2)
+    dest = torch.where(gone, into.sum(1), row)
+    return kept, kept_idx, pruned_idx, own + gained, dest
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What replaces each op, for `ExportedProgram.run_decompositions`."""
+    functions = (scores, select, prune, split, gather, restore, merge)
+    return {getattr(torch.ops.cropr, function.__name__).default: function for function in functions}

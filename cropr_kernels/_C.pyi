@@ -1,1 +1,3 @@
 def build_info() -> dict[str, str]: ...
+
+schemas: tuple[str, ...]

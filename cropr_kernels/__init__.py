@@ -15,6 +15,7 @@ from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
 from .calibration import save_queries as save_queries
+from .exports import export as export
 from .maps import merge_map as merge_map
 from .maps import pruning_map as pruning_map
 from .masks import pad_images as pad_images

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import calibration
+from .loading import Loaded, load_model
 from .patch import apply
 from .viz import find_photos, load_photo
-from .weights import load_weights
 
 
 def add_parser(commands: Any) -> None:
@@ -44,8 +44,8 @@ def add_parser(commands: Any) -> None:
 class Photos:
     """Photos of a folder as batches; those that cannot be read are left out and counted."""
 
-    def __init__(self, paths: list[Path], size: int, mean: Tensor, std: Tensor, label: str, show: bool):
-        self.paths, self.size, self.mean, self.std, self.label, self.show = paths, size, mean, std, label, show
+    def __init__(self, paths: list[Path], loaded: Loaded, label: str, show: bool):
+        self.paths, self.loaded, self.label, self.show = paths, loaded, label, show
         self.broken: list[Path] = []
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -54,7 +54,7 @@ class Photos:
         batch: list[Tensor] = []
         for path in tqdm(self.paths, desc=self.label, disable=not self.show, leave=False, mininterval=1):
             try:
-                batch.append((load_photo(path, self.size) - self.mean) / self.std)
+                batch.append(self.loaded.normalise(load_photo(path, self.loaded.img_size)))
             except (OSError, SyntaxError):
                 self.broken.append(path)
             if len(batch) == 16:
@@ -62,33 +62,6 @@ class Photos:
                 batch = []
         if batch:
             yield torch.stack(batch)
-
-
-def load_model(name: str) -> tuple[Any, dict[str, Any]]:
-    """A pretrained model and its preprocessing: img_size, mean, std.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file or model.
-        ImportError: it is a model of timm, and timm is not installed.
-    """
-    if Path(name).suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        model: Any = load_weights(name)[0]
-        return model, {"img_size": model.config.img_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("models by name are timm's: pip install 'cropr_kernels[timm]'") from error
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"{name} is neither a model of timm nor a weight file (.safetensors, .pt, .pth, .bin)")
-    model = timm.create_model(name, pretrained=True).eval()
-    about = timm.data.resolve_model_data_config(model)
-    return model, {"img_size": about["input_size"][1], "mean": about["mean"], "std": about["std"]}
-
-
-def scaling(options: argparse.Namespace, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels, (3, 1, 1): those asked for, else the model's."""
-    mean, std = (torch.tensor(getattr(options, name) or about[name]).view(3, 1, 1).float() for name in ("mean", "std"))
-    return mean, std
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,11 +74,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.folder} holds {len(paths)} photos; two is the least: one to fit, one to compare")
     random.Random(options.seed).shuffle(paths)
     fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
-    model, about = load_model(options.model)
-    mean, std = scaling(options, about)
+    loaded = load_model(options.model, options.mean, options.std)
+    model = loaded.model
     parts = paths[:fitted], paths[fitted : fitted + options.held_out]
     fit, compare = (
-        Photos(part, about["img_size"], mean, std, label, not options.quiet)
+        Photos(part, loaded, label, not options.quiet)
         for part, label in zip(parts, ("calibrating", "reading photos to compare on"))
     )
     apply(model, rate=0, llf=options.llf, merge=options.merge, num_outputs=0)

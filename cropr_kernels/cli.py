@@ -14,6 +14,7 @@ from . import __version__, ops
 from .adapters import anatomy, find_adapter
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
+from .exporting import add_parser as add_exporting
 from .mapping import add_parser as add_mapping
 from .naming import create_model
 from .patch import apply, deploy, remove
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     about.set_defaults(run=run_info)
     add_calibration(commands)
     add_mapping(commands)
+    add_exporting(commands)
     add_tuning(commands)
     add_training(commands)
     options = parser.parse_args(arguments)

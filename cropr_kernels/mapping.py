@@ -8,10 +8,10 @@ import torch
 
 from . import calibration
 from .adapters import anatomy
-from .calibrating import load_model, scaling
+from .loading import load_model
 from .maps import pruning_map
 from .patch import apply, deploy, set_rate
-from .viz import PHOTO_SUFFIXES, find_photos, load_photo, save_pruning_frames, save_pruning_maps
+from .viz import find_named_photos, load_photo, save_pruning_frames, save_pruning_maps
 
 
 def add_parser(commands: Any) -> None:
@@ -33,32 +33,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def named_photos(images: list[Path]) -> list[Path]:
-    """The photos that are named, and those of the folders that are.
-
-    Raises:
-        FileNotFoundError: something that is named is not there.
-        ValueError: there is no photo at all.
-    """
-    found: list[Path] = []
-    for path in images:
-        if path.is_dir():
-            found += find_photos(path)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"there is no photo or folder {path}")
-    if not found:
-        raise ValueError(f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, images))}")
-    return found
-
-
 def run(options: argparse.Namespace) -> None:
-    paths = named_photos(options.images)
-    model, about = load_model(options.model)
-    mean, std = scaling(options, about)
-    pixels = torch.stack([load_photo(path, about["img_size"]) for path in paths])
-    images = (pixels - mean) / std
+    paths = find_named_photos(options.images)
+    loaded = load_model(options.model, options.mean, options.std)
+    model = loaded.model
+    pixels = torch.stack([load_photo(path, loaded.img_size) for path in paths])
+    images = loaded.normalise(pixels)
     apply(model.eval(), rate=0, llf=options.llf, num_outputs=0)
     if options.queries is None:
         calibration.calibrate(model, images)

@@ -27,9 +27,7 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     return x.float() @ (wide.sum(0) if wide.ndim == 2 else wide)
 
 
-def select(
-    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _refuse(priority)
     batch, n = scores.shape
     everything = torch.arange(n, device=scores.device).expand(batch, -1)

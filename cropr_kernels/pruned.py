@@ -79,6 +79,7 @@ class Pruned:
         predict: bool | None = None,
         protect: Tensor | None = None,
         padding: Tensor | None = None,
+        departures: Departures | None = None,
     ) -> "Featured":
         """Tokens after the last norm and auxiliary predictions (by default empty in eval).
 
@@ -91,8 +92,10 @@ class Pruned:
         stack: CroprModules = self.cropr
         engine, masks = stack.engine, embedded.masks
         aux: list[Tensor] = []
-        if isinstance(engine, str) or self.training or predict or _exporting() or _needs_gradient(x):
-            x, aux, rows, _, positions = self.cropr_stream(images, embedded=embedded, predict=predict)
+        watched = self.training or predict or departures is not None or _exporting() or _needs_gradient(x)
+        if isinstance(engine, str) or watched:
+            how = {"predict": predict, "departures": departures}
+            x, aux, rows, _, positions = self.cropr_stream(images, embedded=embedded, **how)
             x = self.norm(x)
         else:
             counts = stack.schedule(x.shape[1], len(self.blocks), prefix, stack.llf)
@@ -201,6 +204,7 @@ class Pruned:
         predict: bool | None = None,
         protect: Tensor | None = None,
         padding: Tensor | None = None,
+        departures: Departures | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The output and the auxiliary predictions: by default those of training, none in eval.
 
@@ -210,8 +214,8 @@ class Pruned:
         """
         if self.cropr.windows is not None:
             raise RuntimeError("with window attention a model gives features only: model.forward_features(images)")
-        masks = {"protect": protect, "padding": padding}
-        x, aux, absent = self.cropr_features(images, whole=not reads_class_token(self), predict=predict, **masks)
+        how = {"predict": predict, "protect": protect, "padding": padding, "departures": departures}
+        x, aux, absent = self.cropr_features(images, whole=not reads_class_token(self), **how)
         if absent is not None and not reads_class_token(self):
             if not averages_patches(self):
                 raise ValueError(

@@ -14,6 +14,26 @@ def find_photos(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
 
 
+def find_named_photos(paths: list[Path]) -> list[Path]:
+    """The photos that are named, and those of the folders that are.
+
+    Raises:
+        FileNotFoundError: something that is named is not there.
+        ValueError: there is no photo at all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += find_photos(path)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"there is no photo or folder {path}")
+    if not found:
+        raise ValueError(f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, paths))}")
+    return found
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import calibration
 from .loading import Loaded, load_model
 from .patch import apply
+from .tuning import default_rates
 from .viz import find_photos, load_photo
 
 
@@ -98,10 +99,3 @@ def run(options: argparse.Namespace) -> None:
     print(f"{used[0]} photos to fit, {used[1]} to compare, {broken} unreadable")
     what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
     print(f"{what}; wrote {options.out}")
-
-
-def default_rates(model: Any) -> list[int]:
-    """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
-    patches = model.cropr.grid[0] * model.cropr.grid[1]
-    most = (patches - 4) // len(model.cropr)
-    return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})

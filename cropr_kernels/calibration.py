@@ -176,6 +176,8 @@ def _set_queries(stack: Any, queries: Tensor) -> None:
     for module, query in zip(stack, queries):
         if isinstance(module, FoldedCropr):
             module.folded.copy_(query)
+        elif module.queries.shape[0] == 1:
+            module.queries.copy_(query)
         else:
             # Several queries stay apart, as their auxiliary predictions need it; their sum is what scores.
             module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
 from .adapters import anatomy, find_adapter
+from .benching import add_parser as add_benching
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
 from .exporting import add_parser as add_exporting
+from .inference import add_parser as add_inference
 from .mapping import add_parser as add_mapping
 from .naming import create_model
 from .patch import apply, deploy, remove
@@ -104,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_calibration(commands)
     add_mapping(commands)
     add_exporting(commands)
+    add_benching(commands)
+    add_inference(commands)
     add_tuning(commands)
     add_training(commands)
     options = parser.parse_args(arguments)

@@ -12,6 +12,7 @@ import torch
 from .exports import FORMATS, export, load_exported
 from .loading import add_model_arguments, load_pruned
 from .patch import deploy, set_rate
+from .text import table
 from .tuning import medians
 from .viz import find_named_photos, load_photo
 
@@ -80,13 +81,3 @@ def run(options: argparse.Namespace) -> None:
         f"milliseconds of a batch of {options.batch} on {options.device}, {options.dtype}; unpruned in the same format"
     )
     print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up"], rows))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells as aligned text, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = (
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-        for line in (head, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)

@@ -23,6 +23,7 @@ from .adapters import anatomy
 from .naming import create_model
 from .patch import apply, deploy
 from .pruned import require_pruned
+from .text import write_text
 
 
 class Tuned(NamedTuple):
@@ -85,6 +86,13 @@ def solve(
 def highest_rate(num_tokens: int, modules: int, num_prefix: int) -> float:
     """The rate that leaves one patch in the end."""
     return (num_tokens - num_prefix - 1) / modules
+
+
+def default_rates(model: Any) -> list[int]:
+    """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
+    patches = model.cropr.grid[0] * model.cropr.grid[1]
+    most = (patches - 4) // len(model.cropr)
+    return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
 
 def saved(costs: Mapping[int, float], keep: Sequence[int], num_tokens: int) -> float:
@@ -219,10 +227,7 @@ def tune(
 
 def save_tuned(path: str | Path, tuned: Tuned, about: Mapping[str, Any] | None = None) -> None:
     """Write a schedule as JSON, through a temporary file: `apply` takes the path as its `keep`."""
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**(about or {}), **tuned._asdict()}, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(Path(path), json.dumps({**(about or {}), **tuned._asdict()}, indent=1) + "\n")
 
 
 def add_parser(commands: Any) -> None:

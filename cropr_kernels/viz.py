@@ -200,6 +200,31 @@ def save_curves(path: Any, lines: list[dict[str, Any]], metric: str) -> None:
     plt.close(figure)
 
 
+def save_speed_curves(path: Any, rows: list[dict[str, Any]], title: str) -> None:
+    """Write one PNG: the speed-up at every rate, a line per batch size, beside the ratio of FLOPs.
+
+    Args:
+        path: file to write.
+        rows: of `cropr bench`: batch, rate, speedup, flop_ratio.
+        title: one line above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        own = [row for row in rows if row["batch"] == batch]
+        axis.plot([row["rate"] for row in own], [row["speedup"] for row in own], marker="o", label=f"batch {batch}")
+    axis.plot([row["rate"] for row in own], [row["flop_ratio"] for row in own], "k--", label="FLOPs")
+    axis.set_xlabel("tokens dropped after each block")
+    axis.set_ylabel("times as fast as unpruned")
+    axis.set_title(title, fontsize=9)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def load_photo(path: Any, size: int = 224) -> Tensor:
     """Read a photo, resize its shorter side to 8/7 of `size`, crop the centre: (3, size, size) in [0, 1].
 

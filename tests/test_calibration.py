@@ -168,6 +168,13 @@ def test_queries_go_to_a_file_and_come_back(tmp_path):
         cropr.load_queries(model, tmp_path / "none.pt")
 
 
+def test_queries_come_back_bit_for_bit(tmp_path):
+    model = cropr.apply(reference_vit(), rate=8, num_outputs=0)
+    cropr.save_queries(model, tmp_path / "queries.pt")
+    other = cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.pt")
+    assert all(torch.equal(a.query(), b.query()) for a, b in zip(model.cropr, other.cropr))
+
+
 def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     weights, photos = tmp_path / "model.pt", tmp_path / "photos" / "some"
@@ -189,7 +196,7 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
     for bad, message in [
         (["calibrate", str(weights), str(tmp_path / "nowhere")], "holds 0 photos"),
-        (["calibrate", "no_model", str(tmp_path)], "neither a model of timm nor a weight file"),
+        (["calibrate", "no_model", str(tmp_path)], "neither a model of timm, a weight file"),
         (["calibrate", str(tmp_path / "no.pt"), str(tmp_path)], "no weight file at"),
     ]:
         assert cli.main(bad) == 1 and message in capsys.readouterr().err

@@ -19,10 +19,10 @@ LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
     "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "masks", "blocks",
     "stream", "engine", "vit", "hosts", "adapters", "passage", "windows", "pruned", "patch", "maps", "portable",
-    "exports", "calibration", "weights", "viz", "naming", "tuning", "__init__", "tasks.features",
+    "exports", "calibration", "weights", "viz", "text", "naming", "tuning", "__init__", "tasks.features",
     "tasks.classification", "tasks.segmentation", "tasks.detection", "tasks.__init__", "train.config", "train.extras",
     "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop", "train.commands",
-    "train.__init__", "loading", "calibrating", "mapping", "exporting", "cli",
+    "train.__init__", "loading", "calibrating", "mapping", "exporting", "inference", "benching", "cli",
 ]  # fmt: skip
 
 

@@ -36,13 +36,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint.
 

@@ -11,7 +11,7 @@ import torch
 from ..maps import pruning_map
 from ..patch import set_rate
 from ..pruned import Pruned
-from .checkpoint import write_text
+from ..text import write_text
 from .config import PRESETS, Config
 from .data import Data, load_data, val_loader
 from .evaluate import MAIN, evaluate

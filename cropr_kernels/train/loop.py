@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..calibration import calibrate
 from ..patch import set_progress
 from ..pruned import Pruned
+from ..text import write_text
 from . import build, checkpoint
 from .config import Config
 from .data import Batches, Data, Samples, load_data, mixing, seed_of, seeded, train_loader, val_loader
@@ -121,7 +122,7 @@ class Run:
             dist.barrier()
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(own, self.config.to_json())
+            write_text(own, self.config.to_json())
             self._cut_log(0 if found is None else found["step"])
         return found
 
@@ -130,7 +131,7 @@ class Run:
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        checkpoint.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))
 
     def _calibrate(self) -> None:
         """Queries in closed form from training photos; every process comes to the same ones."""

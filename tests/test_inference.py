@@ -1,0 +1,197 @@
+"""`cropr infer`: photos and shards into Parquet, interrupted, resumed, by one process and by two."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cropr_kernels as cropr
+from cropr_kernels import cli
+from cropr_kernels.viz import find_photos, load_photo
+
+dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
+pytest.importorskip("webdataset", reason="webdataset is not installed")
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = find_photos(ROOT / "examples" / "photos")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The arguments of a small model, and the model."""
+    torch.manual_seed(0)
+    folder, plain = tmp_path_factory.mktemp("model"), cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
+    torch.save(plain.state_dict(), folder / "tiny.pt")
+    pruned = cropr.apply(plain, rate=8, num_outputs=0)
+    cropr.save_queries(pruned, folder / "queries.pt")
+    return [str(folder / "tiny.pt"), "--queries", str(folder / "queries.pt"), "--quiet"], cropr.deploy(pruned)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(ROOT / "examples" / "photos", folder / "below")
+    (folder / "broken.jpg").write_text("no image")
+    return folder
+
+
+def results(out):
+    rows = dataset.dataset(out, format="parquet").to_table().to_pylist()
+    return {row["name"]: row for row in rows}
+
+
+def test_a_folder_becomes_classes_and_errors(model, photos, tmp_path, capsys):
+    arguments, fast = model
+    more = ["--out", str(tmp_path / "out"), "--unit", "3", "--top", "2"]
+    assert cli.main(["infer", *arguments, str(photos), *more]) == 0
+    printed = capsys.readouterr().out
+    assert f"3 units; {len(PHOTOS) + 1} photos, 1 of them unreadable" in printed and "all 3 units are there" in printed
+    rows = results(tmp_path / "out")
+    assert len(rows) == len(PHOTOS) + 1
+    assert "cannot identify image file" in rows["broken.jpg"]["error"] and rows["broken.jpg"]["classes"] is None
+    for path in PHOTOS:
+        row = rows[f"below/{path.name}"]
+        best = fast((load_photo(path)[None] - 0.5) / 0.5).softmax(1).topk(2)
+        assert row["classes"] == best.indices[0].tolist() and row["error"] is None
+        assert row["probabilities"] == pytest.approx(best.values[0].tolist(), abs=1e-4)
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w") as shard:
+        for name, file in samples:
+            shard.add(file, name)
+
+
+def test_shards_give_what_the_photos_give(model, photos, tmp_path):
+    arguments, _ = model
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (tmp_path / "label.cls").write_text("3")
+    for index in range(2):
+        pairs = [((path.name, path), (f"{path.stem}.cls", tmp_path / "label.cls")) for path in PHOTOS[index::2]]
+        write_shard(shards / f"{index}.tar", [file for pair in pairs for file in pair])
+    write_shard(shards / "2.tar", [("lonely.cls", tmp_path / "label.cls"), ("bad.jpg", photos / "broken.jpg")])
+    assert cli.main(["infer", *arguments, str(shards), "--out", str(tmp_path / "a")]) == 0
+    assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "b")]) == 0
+    ours, theirs = results(tmp_path / "a"), results(tmp_path / "b")
+    assert ours["lonely"]["error"] == "no image in this sample" and "cannot identify" in ours["bad"]["error"]
+    for path in PHOTOS:
+        one, other = ours[path.stem], theirs[f"below/{path.name}"]
+        assert one["classes"] == other["classes"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+
+
+def test_features_instead_of_classes(model, photos, tmp_path):
+    arguments, fast = model
+    assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "out"), "--features"]) == 0
+    row = results(tmp_path / "out")[f"below/{PHOTOS[0].name}"]
+    expected = fast.forward_features((load_photo(PHOTOS[0])[None] - 0.5) / 0.5)[0, 0]
+    assert row["features"] == pytest.approx(expected.tolist(), abs=1e-3) and "classes" not in row
+
+
+def test_a_run_goes_on_and_another_one_is_refused(model, photos, tmp_path, capsys):
+    arguments, _ = model
+    out = tmp_path / "out"
+    command = ["infer", *arguments, str(photos), "--out", str(out), "--unit", "3"]
+    assert cli.main(command) == 0
+    before, times = results(out), {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    (out / "part-00001.parquet").unlink()
+    (out / ".part-00001.parquet.0.tmp").write_text("half of it")
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "1 units, 2 were there; 3 photos" in capsys.readouterr().out
+    assert results(out) == before
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.name != "part-00001.parquet")
+    for more, message in (
+        (["--rate", "9"], "schedule was rate=8, is rate=9"),
+        (["--top", "1"], "top was 5, is 1"),
+        (["--unit", "4"], "units was 3, is 2"),
+    ):
+        assert cli.main([*command, *more]) == 1
+        assert f"{out} holds the results of another run: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_loses_nothing(model, photos, tmp_path):
+    arguments, _ = model
+    for index in range(3):
+        shutil.copytree(ROOT / "examples" / "photos", photos / f"more{index}")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = ["infer", *arguments, str(photos), "--unit", "2", "--batch", "2", "--out"]
+    assert cli.main([*command, str(whole)]) == 0
+    process = subprocess.Popen([sys.executable, "-m", "cropr_kernels.cli", *command, str(out)], cwd=ROOT)
+    while len(list(out.glob("part-*.parquet"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "_SUCCESS").exists()
+    assert cli.main([*command, str(out)]) == 0
+    assert (out / "_SUCCESS").exists() and results(out) == results(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_units(model, photos, tmp_path):
+    arguments, _ = model
+    command = ["infer", *arguments, str(photos), "--unit", "3", "--out"]
+    assert cli.main([*command, str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    done = subprocess.run(
+        [*launch, "-m", "cropr_kernels.cli", *command, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 0 of 2: 2 units" in done.stdout and "process 1 of 2: 1 units" in done.stdout
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, row in one.items():
+        assert row["classes"] == two[name]["classes"] and row["error"] == two[name]["error"]
+    assert (tmp_path / "two" / "_SUCCESS").exists()
+
+
+def test_errors_say_what_is_wrong(model, photos, tmp_path, capsys, monkeypatch):
+    arguments, _ = model
+
+    def error(*more):
+        assert cli.main(["infer", *arguments, "--out", str(tmp_path / "out"), *map(str, more)]) == 1
+        return capsys.readouterr().err
+
+    assert "there is no folder or shard" in error(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no photos and no shards in" in error(tmp_path / "empty")
+    assert "is neither a folder nor a WebDataset shard (.tar)" in error(PHOTOS[0])
+    assert "--batch must be >= 1, got 0" in error(photos, "--batch", 0)
+    (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
+    assert "torn.tar" in error(tmp_path / "torn.tar")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "cropr infer needs pyarrow: pip install 'cropr_kernels[infer]'" in error(photos)
+
+
+def test_bench_measures_what_it_has_checked(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "bench"
+    arguments = ["bench", "vit_tiny_patch16_224", "--batch", "1", "--rates", "4", "12", "--rounds", "1", "--quiet"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert [row["rate"] for row in written["rows"]] == [0, 4, 12] and written["engine"] == "zero-copy"
+    plain, gentle, steep = written["rows"]
+    assert plain["speedup"] == 1 and steep["flop_ratio"] > gentle["flop_ratio"] > plain["flop_ratio"] == 1
+    assert out.with_suffix(".png").stat().st_size > 5000 and "FLOP ratio" in printed
+    assert cli.main([*arguments, "--batch", "0"]) == 1
+    assert "--batch must be >= 1, got 0" in capsys.readouterr().err
+    from cropr_kernels import benching
+
+    monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0})
+    assert cli.main([*arguments, "--out", str(out)]) == 1
+    assert "at rate 0 the engine differs from the functional ops" in capsys.readouterr().err

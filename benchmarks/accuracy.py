@@ -20,9 +20,9 @@ from off_the_shelf import DATA, WEIGHTS, Encoded
 from rivals import ONCE, SYSTEMS, Reduced, ReducedClassifier
 from rivals.stands import Random, Variance
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
+from cropr_kernels.flops import flop_counter
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.weights import load_weights
@@ -202,7 +202,7 @@ def main() -> None:
                 row: dict[str, Any] = {"group": group, "seed": seed, "method": name, "top-1": reached["top-1"]}
                 row |= {"aux": reached["aux"]} if "aux" in reached else {}
                 task = task.to("cpu").eval().requires_grad_(False)
-                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                with torch.no_grad(), flop_counter() as counter:
                     task(data.val[0][0][None])
                 row["GFLOPs"] = round(counter.get_total_flops() / 2e9, 3)
                 row["in box"] = share_in_box(task, data.val)

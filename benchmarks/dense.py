@@ -11,9 +11,9 @@ import torch
 from common import environment, save
 from off_the_shelf import WEIGHTS
 from rivals.stands import Random, Variance
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from cropr_kernels.flops import flop_counter
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 
@@ -70,7 +70,7 @@ def sweep(
                 stack[i] = stand(module.query())
         with tempfile.TemporaryDirectory() as folder:
             reached = train(config, folder, data=data, task=task)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             flops_of(task.to("cpu").eval().requires_grad_(False))
         figures = {key: value for key, value in reached.items() if key not in ("skipped", "images", "seconds", "aux")}
         rows.append({"seed": seed, "method": name, **figures, "GFLOPs": round(counter.get_total_flops() / 2e9, 3)})

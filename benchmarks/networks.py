@@ -41,12 +41,12 @@ Method = Callable[[Tensor], Tensor]
 
 
 class Published(Stand):
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*published(x, self.folded.to(x.dtype).unsqueeze(0), num_keep))
 
 
 class FreeSlice(Stand):
-    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, scores: Tensor | None = None) -> cropr.Split:
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         idx = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return cropr.Split(x[:, :num_keep], idx[:, :num_keep], x[:, num_keep:], idx[:, num_keep:])
 

@@ -26,9 +26,9 @@ from rivals import SYSTEMS, Reduced
 from rivals.stands import Stand
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
+from cropr_kernels.flops import flop_counter
 from cropr_kernels.tasks import Segmenter
 from cropr_kernels.tasks.segmentation import FUSIONS
 
@@ -190,7 +190,7 @@ def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, 
 
 def gflops(model: Any, image: Tensor) -> float:
     """Multiply-adds of one image, as the paper counts."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(image)
     return round(counter.get_total_flops() / 2e9, 3)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .adapters import anatomy
+from .flops import flop_counter
 from .naming import create_model
 from .patch import apply, deploy, set_rate
 from .text import table, write_text
@@ -63,7 +63,7 @@ def measure(model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds
             raise RuntimeError(
                 f"cropr bench: at rate {rate} the engine differs from the functional ops: {difference:.2g}"
             )
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             plain(images[:1])
         flops[rate] = counter.get_total_flops() / 2e9
         calls[rate] = lambda rate=rate: set_rate(fast, rate)(images)  # type: ignore[misc]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import Anatomy, anatomy, find_adapter
+from .flops import flop_counter
 from .modules import FoldedCropr
 from .patch import deploy, set_rate
 from .pruned import require_pruned
@@ -271,7 +271,7 @@ def agreement(
     outputs, flops = {}, {}
     for rate in dict.fromkeys([0, *rates]):
         set_rate(fast, rate)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             first = _answers(fast(batches[0]))
         flops[rate] = counter.get_total_flops()
         outputs[rate] = torch.cat([first, *(_answers(fast(batch)) for batch in batches[1:])]).double()

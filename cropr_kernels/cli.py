@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, ops
 from .adapters import anatomy, find_adapter
@@ -16,6 +15,7 @@ from .benching import add_parser as add_benching
 from .blocks import takes_extra_dimension
 from .calibrating import add_parser as add_calibration
 from .exporting import add_parser as add_exporting
+from .flops import flop_counter
 from .inference import add_parser as add_inference
 from .mapping import add_parser as add_mapping
 from .naming import create_model
@@ -68,7 +68,7 @@ def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
         apply(model, rate=pruned_rate, llf=llf, merge=merge, num_outputs=0)
         deployed = deploy(model)
         image = torch.zeros(1, 3, *(count * side for count, side in zip(grid, model.patch_embed.patch_size)))
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             deployed(image)
         counted[pruned_rate] = counter.get_total_flops() / 2e9
         stack = deployed.cropr

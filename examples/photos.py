@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cropr_kernels as cropr
+from cropr_kernels.flops import flop_counter
 from cropr_kernels.viz import load_photo
 
 PHOTOS = Path(__file__).parent / "photos"
@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def gflops(model: nn.Module, image: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(image)
     return counter.get_total_flops() / 2e9
 

@@ -121,6 +121,30 @@ def test_snippets_run(source, tmp_path, monkeypatch):
     exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests
 
 
+def test_the_api_reference_says_what_the_docstrings_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_api
+
+    assert make_api.page() == make_api.PAGE.read_text(), "run python docs/make_api.py"
+    names = [name for name in vars(cropr) if isinstance(getattr(cropr, name), type) or callable(getattr(cropr, name))]
+    assert all(f"### cropr.{name}\n" in make_api.page() for name in names)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    monkeypatch.setenv("EPOCHS", "1")
+    notebook = nbformat.read(ROOT / "examples" / "cropr.ipynb", 4)
+    stored = [len(cell.get("outputs", [])) for cell in notebook.cells]
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT / "examples"}}
+    ).execute()
+    assert [len(cell.get("outputs", [])) for cell in notebook.cells] == stored
+    assert "same patches leave: True" in str(notebook.cells)
+
+
 def headings(page):
     """Anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)

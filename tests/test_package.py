@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import cropr_kernels
-from cropr_kernels import cli, ops
+from cropr_kernels import cli, flops, ops
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cropr_kernels"
 # Each file imports only from those named before it.
 LAYERS = [
     "reference", "_C", "_checks", "kernels._launch", "kernels.select", "kernels.scores", "kernels.rows",
-    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "schedule", "modules", "merging", "masks", "blocks",
-    "stream", "engine", "vit", "hosts", "adapters", "passage", "windows", "pruned", "patch", "maps", "portable",
-    "exports", "calibration", "weights", "viz", "text", "naming", "tuning", "__init__", "tasks.features",
+    "kernels.attend", "kernels.merge", "kernels.stream", "ops", "flops", "schedule", "modules", "merging", "masks",
+    "blocks", "stream", "engine", "vit", "hosts", "adapters", "passage", "windows", "pruned", "patch", "maps",
+    "portable", "exports", "calibration", "weights", "viz", "text", "naming", "tuning", "__init__", "tasks.features",
     "tasks.classification", "tasks.segmentation", "tasks.detection", "tasks.__init__", "train.config", "train.extras",
     "train.data", "train.optim", "train.checkpoint", "train.build", "train.evaluate", "train.loop", "train.commands",
     "train.__init__", "loading", "calibrating", "mapping", "exporting", "inference", "benching", "cli",
@@ -132,3 +132,12 @@ def test_missing_extension_names_the_command_that_builds_it():
     last = done.stderr.strip().splitlines()[-1]
     assert "ImportError: cropr_kernels: the C++ extension cropr_kernels._C is missing" in last
     assert "pip install --no-build-isolation ." in last
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_the_cpu_is_counted(masked):
+    q = torch.randn(2, 3, 50, 16)
+    mask = torch.zeros(2, 1, 1, 50) if masked else None
+    with torch.no_grad(), flops.flop_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 50 * 50 * 16

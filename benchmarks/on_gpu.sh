@@ -29,7 +29,7 @@ for step in "${@:-tests models sanitize ops kernels networks compiled table stai
       for check in memcheck racecheck; do
         timeout 280 compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/test_rows.py \
           tests/test_select.py tests/test_attend.py tests/test_merge.py tests/test_stream.py \
-          -k "cuda and (shape0 or shape2 or hard or layout)" \
+          -k "cuda and (shape0 or shape2 or hard or layout or priority_comes)" \
           > "$OUT/$check.log" 2>&1 || { status=1; tail -20 "$OUT/$check.log"; }
       done ;;
     ops) logged ops python3 benchmarks/gpu.py --out "$OUT/gpu_ops.json" ;;

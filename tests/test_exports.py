@@ -178,6 +178,14 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("merge", [False, True])
+def test_packages_compiled_for_cuda_need_nothing_of_this_package(merge, tmp_path):
+    model, images = pruned(rate=9, merge=merge).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
+    done = cropr.export(model, images, tmp_path / "model.pt2", format="aoti", with_map=True)
+    assert done.ops == "aten" and done.same_map is True
+
+
 def test_the_model_stays_as_it_was(tmp_path):
     model, images = pruned(rate=9).train(), torch.randn(1, 3, 64, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -164,6 +164,22 @@ def test_masks_under_checkpointing_compile_and_windows():
         assert not torch.equal(windowed.forward_features(images, protect=protect), windowed.forward_features(images))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PADDED)
+def test_masks_on_cuda_give_the_cpu_result_replayed_too(kind):
+    model = prepared(kind, rate=9, llf=True)
+    images, padding = batch_of_sizes()
+    protect = torch.rand(3, *GRID) > 0.8
+    with torch.no_grad():
+        expected = model(images, protect=protect, padding=padding)
+        fast = cropr.deploy(model, cuda_graphs=2).cuda()
+        moved = images.cuda(), protect.cuda(), padding.cuda()
+        for _ in range(2):
+            torch.testing.assert_close(fast(*moved).cpu(), expected, rtol=1e-6, atol=1e-6)
+        replayed = fast(moved[0], padding=moved[2]).cpu()
+        torch.testing.assert_close(replayed, model(images, padding=padding), rtol=1e-6, atol=1e-6)
+
+
 def test_graphs_replay_masks():
     from test_engine import CountingGraphs
 

@@ -426,6 +426,12 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
+    assert cli.main(["export", str(out), "--format", "torch", "--rounds", "1", "--out", str(tmp_path / "files")]) == 0
+    assert (tmp_path / "files" / "run.pt2").is_file() and "run.pt2" in capsys.readouterr().out
+    assert (
+        cli.main(["infer", str(out), str(photos / "val"), "--rate", "2", "--out", str(tmp_path / "r"), "--quiet"]) == 0
+    )
+    assert "40 photos, 0 of them unreadable" in capsys.readouterr().out
     mixed = tmp_path / "mixed"
     for split in ("train", "val"):
         shutil.copytree(photos / split, mixed / split)
@@ -440,6 +446,7 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         (["train", "--out", str(tmp_path / "x")], "say where the dataset is: --data FOLDER"),
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
         (["eval", str(tmp_path / "none")], "there is none at"),
+        (["export", str(out), "--llf"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
     ]:
         assert cli.main(arguments) == 1
         said = capsys.readouterr().err

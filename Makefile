@@ -2,6 +2,8 @@
 # make bench  op throughput on this device                     make lint    formatters and type checks
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that run the tests, a thread each: their threads would only wait for one another.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 BUILD_DEPS := "torch>=2.10,<2.16" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
@@ -13,8 +15,8 @@ demo: $(VENV)/demo.done
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m kernels $(ARGS)
 
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/cpu.py $(ARGS)

@@ -226,7 +226,9 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     T* out = kept.data<T>();
     parallel_for(0, sides.batch * num_keep, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, num_keep, [&](int64_t b, int64_t first, int64_t last) {
-        gather_rows(rows.image(b), rows.stride_n, dim, plan.kept + b * num_keep, first, last, out + b * num_keep * dim);
+        gather_rows(
+            rows.image(b), rows.stride_n, dim, plan.kept + b * num_keep, first, last, out + b * num_keep * dim,
+            RowCopy(0));  // means are written over some of them next
       });
     });
     combine(rows, sides, plan, data<float>(weights), kept_sizes.data<float>(), [&](int64_t b, int64_t slot) {

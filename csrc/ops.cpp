@@ -16,12 +16,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
-void scatter_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
+void scatter_rows(
+    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out,
+    const RowCopy& copy) {
   for (int64_t i = first; i < last;) {
     const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
-    std::copy_n(x + i * stride_n, rows * dim, out + idx[i] * dim);
+    copy(x + i * stride_n, rows * dim, out + idx[i] * dim);
     i += rows;
   }
+  copy.finish();
 }
 
 // Rows [first, last) of the N that the two index lists hold together: kept first, then pruned.
@@ -93,12 +96,13 @@ SplitOutputs split_rows(
     int64_t* kept_pos = kept_idx.data<int64_t>();
     int64_t* pruned_pos = pruned_idx.data<int64_t>();
 
+    const RowCopy how(batch * n * dim * sizeof(T));
     const auto copy = [&](int64_t b, int64_t first, int64_t last) {
       split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
         const int64_t count = stays ? num_keep : num_prune;
         gather_rows(
             rows.image(b), rows.stride_n, dim, (stays ? kept_pos : pruned_pos) + b * count, from, to,
-            (stays ? kept_out : pruned_out) + b * count * dim);
+            (stays ? kept_out : pruned_out) + b * count * dim, how);
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
@@ -169,11 +173,12 @@ Returned gather(const Tensor& x, const Tensor& idx) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
     T* written = out.data<T>();
+    const RowCopy how(batch * count * dim * sizeof(T));
     parallel_for(0, batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
             rows.image(b), rows.stride_n, dim, data<int64_t>(positions) + b * count, first, last,
-            written + b * count * dim);
+            written + b * count * dim, how);
       });
     });
   });
@@ -213,12 +218,13 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
     using T = decltype(tag);
     const Rows<T> kept_in(kept_rows), pruned_in(pruned_rows);
     T* written = out.data<T>();
+    const RowCopy how(batch * n * dim * sizeof(T));
     parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
         split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
           const Rows<T>& rows = stays ? kept_in : pruned_in;
           const int64_t* idx = data<int64_t>(stays ? kept_pos : pruned_pos) + b * rows.count;
-          scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim);
+          scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim, how);
         });
       });
     });

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "copy.h"
 #include "simd.h"
 #include "tensor.h"
 
@@ -109,12 +110,15 @@ inline int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
 
 // out[i] = x[idx[i]] for i in [first, last)
 template <typename T>
-void gather_rows(const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out) {
+void gather_rows(
+    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out,
+    const RowCopy& copy) {
   for (int64_t i = first; i < last;) {
     const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
-    std::copy_n(x + idx[i] * stride_n, rows * dim, out + i * dim);
+    copy(x + idx[i] * stride_n, rows * dim, out + i * dim);
     i += rows;
   }
+  copy.finish();
 }
 
 // Every index in [0, n), so that no kernel leaves its buffers.

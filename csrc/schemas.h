@@ -1,4 +1,5 @@
-// The schemas of all ops, once: Python defines the ops from these (`_C.schemas`), a C++ program by loading libcropr_ops.
+// The schemas of all ops, once: Python defines the ops from these (`_C.schemas`), a C++ program by loading
+// libcropr_ops.
 #pragma once
 
 namespace cropr {

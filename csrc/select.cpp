@@ -57,18 +57,17 @@ CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t wan
 }
 
 template <typename T, typename U>
-CROPR_INLINE Threshold<U> order_body(
-    const T* scores, const int8_t* priority, int64_t n, int64_t wanted, U* keys) {
+CROPR_INLINE Threshold<U> order_body(const T* scores, const int8_t* priority, int64_t n, int64_t wanted, U* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = ordered_bits(load_one(scores + i));
   if (priority != nullptr) prefer(keys, priority, n, wanted);
   return find_threshold(keys, n, wanted);
 }
 
 // target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
-#define CROPR_ORDER(T)                                                                                     \
-  CROPR_CLONES Threshold<select_key_t<T>> order(                                                           \
-      const T* scores, const int8_t* priority, int64_t n, int64_t wanted, select_key_t<T>* keys) {         \
-    return order_body(scores, priority, n, wanted, keys);                                                  \
+#define CROPR_ORDER(T)                                                                             \
+  CROPR_CLONES Threshold<select_key_t<T>> order(                                                   \
+      const T* scores, const int8_t* priority, int64_t n, int64_t wanted, select_key_t<T>* keys) { \
+    return order_body(scores, priority, n, wanted, keys);                                          \
   }
 CROPR_ORDER(float)
 CROPR_ORDER(double)

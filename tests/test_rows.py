@@ -172,3 +172,22 @@ def test_prune_and_split_heed_priority(backend, shape, dtype):
         for got in (backend.prune(x, query, num_keep, num_prefix, given), split):
             assert torch.equal(got[1], chosen[0]) and torch.equal(got[3], chosen[1])
             assert same_bits(got[0], reference.gather(x, got[1])) and same_bits(got[2], reference.gather(x, got[3]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 777, 1021), torch.float32), ((1, 2400, 2047), torch.bfloat16), ((40, 61, 512), torch.float64)],
+)
+def test_rows_that_are_written_past_the_caches_keep_every_bit(backend, shape, dtype):
+    if backend.interpreted:
+        pytest.skip("millions of elements")
+    x = torch.empty(shape[0] * shape[1] * shape[2] + 3, dtype=dtype, device=backend.device)[3:].view(shape)
+    x.copy_(torch.randn(shape))
+    assert x.numel() * x.element_size() >= 8 << 20
+    kept, kept_idx, pruned, pruned_idx = backend.prune(
+        x, torch.randn(shape[2], device=backend.device), shape[1] // 2, 1
+    )
+    assert same_bits(kept, reference.gather(x, kept_idx)) and same_bits(pruned, reference.gather(x, pruned_idx))
+    assert same_bits(backend.restore(kept, kept_idx, pruned, pruned_idx), x)
+    everything = torch.cat([pruned_idx, kept_idx], 1)
+    assert same_bits(backend.gather(x, everything), torch.cat([pruned, kept], 1))

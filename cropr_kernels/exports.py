@@ -1,5 +1,6 @@
 """A pruned model as a file that runs elsewhere: torch.export, AOTInductor, ONNX; compared with it before it is kept."""
 
+import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,7 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aoti":
+        importlib.import_module("torch._inductor.codecache")  # torch 2.10 forgets to
         loaded = torch._inductor.aoti_load_package(str(path))
         return lambda images: _tensors(loaded(images))
     _need_onnx()

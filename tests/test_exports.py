@@ -106,7 +106,7 @@ def test_models_that_run_their_blocks_become_onnx_with_all_their_outputs(name, t
 
 
 FRESH = """
-import sys, torch
+import sys, torch, torch._inductor.codecache
 {imports}
 images, expected = torch.load({sample!r})
 for path in {programs!r}:

@@ -82,8 +82,10 @@ class Stream:
         if layer >= len(self.modules):
             return x
         module, count, prefix = self.modules[layer], self.counts[layer], self.num_prefix
-        absent = None if self.masks is None else self.masks.log_sizes(self.positions)
-        prediction, scores = module.predict(x, absent) if self.training else (None, None)
+        prediction, scores = None, None
+        if self.training:
+            absent = None if self.masks is None else self.masks.log_sizes(self.positions)
+            prediction, scores = module.predict(x, absent)
         if prediction is not None:
             self.aux.append(prediction)
         if count == x.shape[1]:

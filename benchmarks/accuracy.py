@@ -1,7 +1,7 @@
 """What pruning costs after fine-tuning: a pretrained ViT-Ti on Tiny-ImageNet, every method by the same recipe.
 
 python benchmarks/accuracy.py --data FOLDER [--photos 1600] [--compare 1000] [--epochs 1] [--seeds 2 3 4]
-                              [--cells main strong ablations ...] [--device cpu] [--out FILE]
+                              [--cells main 2x ablations ...] [--device cpu] [--out FILE]
 
 FOLDER as in off_the_shelf.py. Each seed draws its own photos, to train on from the training split and to compare on
 from the validation split; all methods see the same ones in the same order. Methods within a group of cells cost the
@@ -27,14 +27,21 @@ from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.weights import load_weights
 
-# 1.7 and 3 times fewer FLOPs than no pruning: fewer tokens after each block, or once; with the last block whole.
+# 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; with the last block whole.
 DEC, DEC_LLF, CONST, CONST_LLF = (
     dict(rate=14),
     dict(rate=17, llf=True),
     dict(const=(4, 79)),
     dict(const=(4, 60), llf=True),
 )
-STRONG, STRONG_LLF = dict(ratio=0.775), dict(ratio=0.68, llf=True)
+# The same for other factors. With four blocks whole, dropping once ends at 2.
+FACTORS: dict[str, list[dict[str, Any]]] = {
+    "1.5x": [dict(rate=11), dict(rate=14, llf=True), dict(const=(4, 103)), dict(const=(4, 88), llf=True)],
+    "2x": [dict(ratio=0.863), dict(ratio=0.826, llf=True), dict(const=(4, 51)), dict(const=(4, 27), llf=True)],
+    "3x": [dict(ratio=0.756), dict(ratio=0.656, llf=True)],
+    "4x": [dict(ratio=0.65), dict(ratio=0.44, llf=True)],
+}
+STRONG = FACTORS["3x"][0]
 CALIBRATED: dict[str, Any] = dict(calibrate=256)
 
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
@@ -58,14 +65,6 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"{name}, LLF": DEC_LLF for name in ("attention top-k", "variance", "random")},
         "non-salient, LLF": DEC_LLF | CALIBRATED,
     },
-    "strong": {
-        "Cropr": STRONG | CALIBRATED,
-        "Cropr, LLF": STRONG_LLF | CALIBRATED,
-        "attention top-k": STRONG,
-        "variance": STRONG,
-        "random": STRONG,
-        "non-salient": STRONG | CALIBRATED,
-    },
     "ablations": {
         "no MLP": STRONG | CALIBRATED | dict(mlp_ratio=0.0),
         "no stop-gradient": STRONG | CALIBRATED | dict(stop_gradient=False),
@@ -73,9 +72,17 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "queries fixed": STRONG | CALIBRATED | dict(fixed_queries=True),
         "random start": STRONG,
         "random start, several heads": STRONG | dict(num_heads=3),
-        "merging": STRONG | CALIBRATED | dict(merge=True),
     },
 }
+CROPR = ("Cropr", "Cropr, LLF", "Cropr, const", "Cropr, const, LLF")
+for factor, schedules in FACTORS.items():
+    dec = schedules[0]
+    CELLS[factor] = {
+        **{name: schedule | CALIBRATED for name, schedule in zip(CROPR, schedules)},
+        "Cropr, merging": dec | CALIBRATED | dict(merge=True),
+        **dict.fromkeys(("ToMe", "attention top-k", "variance", "random"), dec),
+        "non-salient": dec | CALIBRATED,
+    }
 STANDS = {"variance": Variance, "random": Random}
 
 
@@ -85,8 +92,8 @@ class NonSalient(cropr.Cropr):
     def query(self) -> Tensor:
         return -super().query()
 
-    def predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        prediction, scores = super().predict(x)
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        prediction, scores = super().predict(x, log_sizes)
         return prediction, None if scores is None else -scores
 
 

@@ -37,7 +37,7 @@ def trained(system: str, schedule: str) -> list[float]:
     if system != "Cropr" and "LLF" in schedule:
         name = f"{system}, LLF"
     rows = [] if found is None else found[1]
-    return [row["top-1"] for row in rows if row["group"] != "strong" and row["method"] == name]
+    return [row["top-1"] for row in rows if row["group"] in ("main", "rivals") and row["method"] == name]
 
 
 def cells(group: str) -> tuple[dict[str, Any], dict[tuple[str, int, int], dict[str, Any]]] | None:

@@ -159,7 +159,6 @@ def accuracy() -> str:
     env, rows = found
     groups = {
         "main": "1.7 times fewer FLOPs",
-        "strong": "3 times fewer FLOPs",
         "ablations": "3 times fewer FLOPs, parts",
     }
     body = []

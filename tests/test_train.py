@@ -367,6 +367,7 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(fusion="concat"), "fusion must be llf outside segmentation"),
         (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
         (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),
+        (dict(detector_options="box_nms_thresh"), "detector_options must be name=value, got 'box_nms_thresh'"),
     ]:
         with pytest.raises(ValueError, match=message):
             Config().changed(**values)

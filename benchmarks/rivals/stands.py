@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import cropr_kernels as cropr
 
+from .network import Given, attention_of
 from .selection import random_scores, variance_scores
 
 
@@ -38,3 +39,20 @@ class Variance(Stand):
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*torch.ops.cropr.split(x, variance_scores(x), num_keep, num_prefix))
+
+
+class AttentionTopK(Stand):
+    """Those stay that the class token attends to most in the block before: its row of the softmax, mean over heads."""
+
+    def __init__(self, query: Tensor, block: Any):
+        super().__init__(query)
+        self.row: Tensor | None = None
+        block.register_forward_pre_hook(self.look)
+
+    @torch.no_grad()
+    def look(self, block: Any, args: tuple[Tensor, ...]) -> None:
+        q, k, _ = block.attn.project(block.norm1(args[0]))
+        self.row = attention_of(q[:, :, :1], k, Given())[:, :, 0].mean(1)
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*torch.ops.cropr.split(x, self.row, num_keep, num_prefix))

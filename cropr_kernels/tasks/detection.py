@@ -4,6 +4,7 @@ The backbone keeps its one resolution and all other maps are made from its last 
 per patch (of the image, or of a window) in every module; the auxiliary heads say which categories a patch belongs to.
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -96,9 +97,11 @@ class Detector(nn.Module):
         masks: instance segmentation too (Mask R-CNN).
         mean, std: of the pixels, for the backbone.
         channels: of the pyramid.
+        options: others of torchvision's FasterRCNN or MaskRCNN, those of its proposals (rpn_...) and of its box head
+            (box_...), such as box_batch_size_per_image, the regions of a photo that the heads learn from.
 
     Raises:
-        ValueError: img_size is not square, or the backbone's map is not whole.
+        ValueError: img_size is not square, the backbone's map is not whole, or there is no such option.
         ImportError: torchvision is not installed.
     """
 
@@ -112,6 +115,7 @@ class Detector(nn.Module):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         channels: int = 256,
+        **options: Any,
     ):
         super().__init__()
         try:
@@ -125,9 +129,14 @@ class Detector(nn.Module):
         self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         kind = detection.MaskRCNN if masks else detection.FasterRCNN
+        taken = [name for name in inspect.signature(detection.FasterRCNN).parameters if name.startswith(("rpn_", "box_"))]
+        taken.remove("rpn_anchor_generator")  # it fits the pyramid
+        unknown = sorted(set(options) - set(taken))
+        if unknown:
+            raise ValueError(f"Detector: no such option {', '.join(unknown)}; options are {', '.join(taken)}")
         sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        heads = kind(_Width(channels), num_classes + 1, rpn_anchor_generator=anchors)
+        heads = kind(_Width(channels), num_classes + 1, rpn_anchor_generator=anchors, **options)
         self.rpn, self.roi_heads = heads.rpn, heads.roi_heads
         self.transform = detection.transform.GeneralizedRCNNTransform(
             self.side, self.side, list(mean), list(std), size_divisible=self.side

@@ -23,7 +23,7 @@ def backbone(config: Config, num_classes: int) -> Any:
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     options |= {"patch_size": config.patch_size} if config.patch_size else {}
     options |= {"global_pool": config.global_pool} if config.global_pool else {}
-    options |= config.constructor_options()
+    options |= config.options_of("model_options")
     if config.weights:
         model: Any = load_weights(config.weights, **options)[0]  # config.model is what `settled` found in it
     elif config.model in PRESETS and not config.pretrained:
@@ -87,4 +87,5 @@ def task(config: Config, num_classes: int) -> Any:
             mean=config.mean,
             std=config.std,
             channels=config.channels,
+            **config.options_of("detector_options"),
         )

@@ -90,6 +90,7 @@ class Config:
     # detection
     masks: bool = False  # instance segmentation too
     channels: int = 256  # of the feature pyramid
+    detector_options: tuple[str, ...] = ()  # options of torchvision's detector, as name=value: see tasks.Detector
 
     # writing
     save_steps: int = 500
@@ -122,7 +123,8 @@ class Config:
             "accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"
         )
         self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
-        self.constructor_options()
+        self.options_of("model_options")
+        self.options_of("detector_options")
         given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
@@ -148,13 +150,13 @@ class Config:
         """The schedule as `cropr.apply` takes it."""
         return {name: getattr(self, name) for name in ("rate", "keep", "ratio", "const")}
 
-    def constructor_options(self) -> dict[str, Any]:
-        """model_options as keyword arguments: JSON values, or else text."""
+    def options_of(self, field: Literal["model_options", "detector_options"]) -> dict[str, Any]:
+        """Those of a field as keyword arguments: JSON values, or else text."""
         options: dict[str, Any] = {}
-        for option in self.model_options:
+        for option in getattr(self, field):
             name, equals, value = option.partition("=")
             if not equals:
-                raise ValueError(f"config: model_options must be name=value, got {option!r}")
+                raise ValueError(f"config: {field} must be name=value, got {option!r}")
             try:
                 options[name] = json.loads(value)
             except json.JSONDecodeError:

@@ -301,7 +301,7 @@ def test_what_a_task_cannot_do_is_refused():
         Detector(pruned, 3, img_size=(64, 64))
     with pytest.raises(ValueError, match="img_size must be square, got 64 x 96"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 96))
-    with pytest.raises(ValueError, match=r"no such option box_size, rpn_anchor_generator; options are rpn_head, .*box_"):
+    with pytest.raises(ValueError, match="no such option box_size, rpn_anchor_generator; options are rpn_head,"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 64), box_size=3, rpn_anchor_generator=None)
     with pytest.raises(ValueError, match="fusion must be one of llf, concat"):
         Segmenter(pruned, 3, grid=(8, 8), fusion="sum")

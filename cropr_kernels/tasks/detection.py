@@ -129,7 +129,8 @@ class Detector(nn.Module):
         self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         kind = detection.MaskRCNN if masks else detection.FasterRCNN
-        taken = [name for name in inspect.signature(detection.FasterRCNN).parameters if name.startswith(("rpn_", "box_"))]
+        every = inspect.signature(detection.FasterRCNN).parameters
+        taken = [name for name in every if name.startswith(("rpn_", "box_"))]
         taken.remove("rpn_anchor_generator")  # it fits the pyramid
         unknown = sorted(set(options) - set(taken))
         if unknown:

@@ -1,0 +1,116 @@
+"""What scores know before any training: how well they foretell attention, and whether what they keep is the object.
+
+python benchmarks/scorers.py --data FOLDER [--photos 300] [--seeds 2 3 4] [--out FILE]
+
+FOLDER as in off_the_shelf.py. The unpruned network runs on photos of Tiny-ImageNet that no query was calibrated on. For
+each block: the rank correlation of the scores of the patches that leave it with how much the later blocks attend to
+them, and the share of the better half that lies in the object's box. The last rows say what Last Layer Fusion, and
+dropping at once, take from the network's answers before it is trained.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, save
+from off_the_shelf import DATA, WEIGHTS, Encoded, calibrated, log_probabilities, read_photos
+from rivals.network import Given, attention_of
+from rivals.selection import variance_scores
+from torch import Tensor
+from tqdm import tqdm
+
+import cropr_kernels as cropr
+from cropr_kernels.calibration import importance
+from cropr_kernels.weights import load_weights
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "dec, R = 14": dict(rate=14),
+    "dec, R = 14, LLF": dict(rate=14, llf=True),
+    "dec, R = 17, LLF": dict(rate=17, llf=True),
+    "const": dict(const=(4, 79)),
+    "const, LLF": dict(const=(4, 60), llf=True),
+}
+CENTRES = (torch.arange(14) * 16 + 8 + 16) / 4  # of patches, in the photo's 64 pixels
+
+
+def ranks(values: Tensor) -> Tensor:
+    order = values.argsort(1).argsort(1).double()
+    return order - order.mean(1, keepdim=True)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's, of each row of (B, N)."""
+    return torch.nn.functional.cosine_similarity(ranks(a), ranks(b), dim=1)
+
+
+def patches_in(boxes: Tensor) -> Tensor:
+    """(B, 196) bool: which patches have their centre in the box."""
+    columns = (CENTRES >= boxes[:, :1]) & (CENTRES <= boxes[:, 2:3])
+    rows = (CENTRES >= boxes[:, 1:2]) & (CENTRES <= boxes[:, 3:])
+    return (rows[:, :, None] & columns[:, None]).flatten(1)
+
+
+def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """For each block but the last: what each scorer gives its patches, and how much later blocks attend to them."""
+    scores: list[dict[str, Tensor]] = []
+    attended: list[Tensor] = []
+    x, _ = base.embed(images)
+    for layer, block in enumerate(base.blocks):
+        q, k, _ = block.attn.project(block.norm1(x))
+        attended.append(importance(q, k, 1, class_token=True))
+        row = attention_of(q[:, :, :1], k, Given())[:, :, 0].mean(1)
+        x = block(x)
+        if layer < len(queries):
+            named = {"Cropr, calibrated": x @ queries[layer], "attention top-k": row, "variance": variance_scores(x)}
+            scores.append({name: values[:, 1:] for name, values in named.items()} | {"random": torch.rand(len(x), 196)})
+    return [(named, torch.stack(attended[layer + 1 :]).mean(0)) for layer, named in enumerate(scores)]
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str, Any]]:
+    path = options.data / DATA["Tiny-ImageNet"]
+    torch.manual_seed(seed)
+    model = calibrated(base, read_photos(path, 0, options.photos, seed)[0])
+    images, _ = read_photos(path, 1, options.photos, seed)
+    inside = patches_in(torch.as_tensor(Encoded(path, 1, options.photos, seed).boxes).float())
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
+    for part, box in zip(images.split(50), inside.split(50)):
+        for layer, (named, target) in enumerate(scores_of(base, queries, part)):
+            for name, scores in named.items():
+                kept = scores.topk(98, 1).indices
+                both = torch.stack([correlation(scores, target), box.gather(1, kept).double().mean(1)], 1)
+                found.setdefault((name, layer), []).append(both)
+    rows: list[dict[str, Any]] = []
+    for (name, layer), parts in found.items():
+        rank, share = torch.cat(parts).mean(0).tolist()
+        rows.append({"seed": seed, "scorer": name, "block": layer, "correlation": rank, "in box": 100 * share})
+    expected = log_probabilities(base, images)
+    for name, schedule in SCHEDULES.items():
+        pruned = cropr.apply(load_weights(options.data / WEIGHTS)[0].eval(), **schedule, num_outputs=0)
+        for module, one in zip(pruned.cropr, model.cropr):
+            module.load_state_dict(one.state_dict())
+        own = log_probabilities(pruned, images)
+        agreement = (own.argmax(1) == expected.argmax(1)).double().mean().item()
+        divergence = (expected.exp() * (expected - own)).sum(1).mean().item()
+        rows.append({"seed": seed, "schedule": name, "agreement": 100 * agreement, "KL": divergence})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--out", type=Path, default=RESULTS / "scorers.json")
+    options = parser.parse_args()
+    base = load_weights(options.data / WEIGHTS)[0].eval()
+    env, rows = environment("cpu") | {"photos": options.photos}, []
+    for seed in tqdm(options.seeds, desc="seeds"):
+        rows += measure(options, base, seed)
+        save(options.out, env, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 # Everything that needs a GPU, on a machine that already has torch, triton, cmake, ninja, pybind11 and pytest. Builds in
 # place, then runs the named steps, each under ten minutes; results go to $OUT after every cell, so a run that is cut
 # off loses nothing.
-#   bash benchmarks/on_gpu.sh [tests|models|sanitize|ops|kernels|networks|compiled|table|staircase|training|demo|accuracy|camvid|bccd ...]
-# The last three want CROPR_DATA, the folder that the scripts describe, and the train extra; without it they are skipped.
+#   bash benchmarks/on_gpu.sh [tests|models|sanitize|ops|kernels|networks|compiled|table|staircase|training|demo|accuracy|camvid|bccd|coco128 ...]
+# The last four want CROPR_DATA, the folder that the scripts describe, and the train extra; without it they are skipped.
 # Default: all of them. A step that runs out of minutes says so; start it again and it goes on where it stopped.
 # Afterwards copy $OUT/*.json to benchmarks/results/ and run benchmarks/report.py and benchmarks/roofline.py.
 set -uo pipefail
@@ -18,7 +18,7 @@ logged() {  # logged NAME COMMAND...
   shift
   timeout 580 "$@" 2>&1 | tee "$OUT/$name.log" || status=1
 }
-for step in "${@:-tests models sanitize ops kernels networks compiled table staircase training demo accuracy camvid bccd}"; do for part in $step; do
+for step in "${@:-tests models sanitize ops kernels networks compiled table staircase training demo accuracy camvid bccd coco128}"; do for part in $step; do
   echo "== $part"
   case $part in
     tests)
@@ -41,13 +41,15 @@ for step in "${@:-tests models sanitize ops kernels networks compiled table stai
     table) logged table python3 benchmarks/table.py --out "$OUT/cuda_table.json" ;;
     staircase) logged staircase python3 benchmarks/staircase.py --out "$OUT/cuda_staircase.json" ;;
     training) logged training python3 benchmarks/training.py --out "$OUT/cuda_training.json" ;;
-    accuracy|camvid|bccd)
+    accuracy|camvid|bccd|coco128)
       if [ ! -d "${CROPR_DATA:-}" ]; then echo "skipped: CROPR_DATA names no folder"; continue; fi
       case $part in
         accuracy) logged accuracy python3 benchmarks/accuracy.py --data "$CROPR_DATA" --photos 30000 --compare 5000 \
           --epochs 5 --batch 128 --lr 3e-4 --workers 12 --out "$OUT/accuracy.json" ;;
         camvid) logged camvid python3 benchmarks/segmentation.py --data "$CROPR_DATA" --epochs 60 --out "$OUT/segmentation.json" ;;
-        bccd) logged bccd python3 benchmarks/detection.py --data "$CROPR_DATA" --epochs 60 --out "$OUT/detection_bccd.json" ;;
+        bccd|coco128)
+          logged $part python3 benchmarks/detection.py --data "$CROPR_DATA" --set $part --epochs 60 \
+            --out "$OUT/detection_$part.json" ;;
       esac ;;
     demo) logged demo python3 examples/demo.py --out "$OUT" ;;
     *) echo "unknown step: $part"; exit 2 ;;

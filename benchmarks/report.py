@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comparison
+import evidence
 from render import grid, load, spread, where
 
 README = Path(__file__).parent.parent / "README.md"
@@ -151,53 +152,6 @@ def gpu_ops() -> str:
     return grid(["", "x", "dtype", "L2", "prune, us", *columns], body) + f"\n\n{where(env)}."
 
 
-def accuracy() -> str:
-    """Top-1 after a short training, by method."""
-    found = load("accuracy")
-    if found is None:
-        return "Classification: not measured yet."
-    env, rows = found
-    groups = {
-        "main": "1.7 times fewer FLOPs",
-        "ablations": "3 times fewer FLOPs, parts",
-    }
-    body = []
-    shown = [row for row in rows if row["group"] in groups]  # the others are in comparison.md
-    for group, method in dict.fromkeys((row["group"], row["method"]) for row in shown):
-        own = [row for row in rows if (row["group"], row["method"]) == (group, method)]
-        boxes = [row["in box"] for row in own if row["in box"] is not None]
-        line = [
-            "" if method == "no pruning" else groups[group],
-            method,
-            f"{own[0]['GFLOPs']:.2f}",
-            spread([row["top-1"] for row in own], 1),
-        ]
-        body.append([*line, spread(boxes, 0) if boxes else "-", str(len(own))])
-    note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; epochs: {env['epochs']}, over {env['photos']} photos, AdamW, "
-        f"learning rate {env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range "
-        "over seeds, which draw their own photos. In the box: of the patches that stay to the end, the share in the "
-        "object's box."
-    )
-    head = ["", "method", "GFLOPs", "top-1, %", "in the box, %", "seeds"]
-    return grid(head, body) + f"\n\n{note} {where(env)}."
-
-
-def by_method(name: str, title: str, columns: dict[str, int]) -> str:
-    """Mean and range over seeds of some columns, a line a method."""
-    found = load(name)
-    if found is None:
-        return f"{title}: not measured yet."
-    env, rows = found
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        cells = [spread([row[column] for row in own], digits) for column, digits in columns.items()]
-        body.append([method, *cells, str(len(own))])
-    note = f"{title}; {env['epochs']} epochs, learning rate {env['lr']}, bfloat16; mean and range over seeds."
-    return grid(["method", *columns, "seeds"], body) + f"\n\n{note} {where(env)}."
-
-
 SECTIONS = {
     "cpu_ops": cpu_ops,
     "cpu_end_to_end": lambda: end_to_end("cpu"),
@@ -211,59 +165,8 @@ SECTIONS = {
 }
 
 
-def training_step() -> str:
-    """What a training step costs with Cropr."""
-    found = load("cpu_training")
-    if found is None:
-        return "A training step: not measured yet."
-    env, rows = found
-    body = [
-        [
-            row["model"],
-            str(row["batch"]),
-            str(row["rate"]),
-            f"{row['unpruned / Cropr']:.2f}x",
-            f"{100 * row['auxiliary path adds']:.0f} %",
-        ]
-        for row in rows
-    ]
-    head = ["model", "batch", "R", "training with Cropr, speed-up", "auxiliary path adds"]
-    return grid(head, body) + f"\n\nForward, loss and backward, bfloat16 autocast; medians. {where(env)}."
-
-
-def calibration_target() -> str:
-    """KL with the largest later attention as the target of calibration, against that with its mean."""
-    mean, largest = load("off_the_shelf"), load("off_the_shelf_largest")
-    if mean is None or largest is None:
-        return "Not measured yet."
-    body = []
-    for method, data in dict.fromkeys((row["method"], row["data"]) for row in largest[1]):
-        line = [comparison.LABELS[method].strip("*"), data]
-        for rate in sorted({row["rate"] for row in largest[1]}):
-            values = [
-                statistics.mean(r["KL"] for r in rows if (r["method"], r["data"], r["rate"]) == (method, data, rate))
-                for _, rows in (mean, largest)
-            ]
-            line.append(f"{values[0]:.3f}, {values[1]:.3f}")
-        body.append(line)
-    head = ["", "", *(f"R = {rate}" for rate in sorted({row["rate"] for row in largest[1]}))]
-    return grid(head, body) + f"\n\nKL with the mean, with the largest; mean of the same seeds. {where(largest[0])}."
-
-
-CAMVID = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160"
-CAMVID_COLUMNS = {"mIoU": 1, "pixels": 1, "GFLOPs": 2}
-TRAINING = {
-    "calibration_target": calibration_target,
-    "training_step": training_step,
-    "accuracy": accuracy,
-    "segmentation": lambda: by_method("segmentation", CAMVID, CAMVID_COLUMNS),
-    "segmentation_low_rate": lambda: by_method("segmentation_low_rate", CAMVID, CAMVID_COLUMNS),
-    "detection_bccd": lambda: by_method(
-        "detection_bccd", "BCCD, ViT-Ti/16 at 256 px", {"AP box": 1, "AP box 50": 1, "GFLOPs": 2}
-    ),
-}
 DOCS = README.parent / "docs"
-PAGES = {README: SECTIONS, DOCS / "training.md": TRAINING, DOCS / "comparison.md": comparison.SECTIONS}
+PAGES = {README: SECTIONS, DOCS / "training.md": evidence.SECTIONS, DOCS / "comparison.md": comparison.SECTIONS}
 
 
 def render(text: str, sections: dict[str, Callable[[], str]]) -> str:
@@ -319,6 +222,7 @@ def main() -> None:
         return
     plot()
     comparison.plot()
+    evidence.plot()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def patches_in(boxes: Tensor) -> Tensor:
     """(B, 196) bool: which patches have their centre in the box."""
-    columns = (CENTRES >= boxes[:, :1]) & (CENTRES <= boxes[:, 2:3])
-    rows = (CENTRES >= boxes[:, 1:2]) & (CENTRES <= boxes[:, 3:])
+    columns = (boxes[:, :1] <= CENTRES) & (boxes[:, 2:3] >= CENTRES)
+    rows = (boxes[:, 1:2] <= CENTRES) & (boxes[:, 3:] >= CENTRES)
     return (rows[:, :, None] & columns[:, None]).flatten(1)
 
 

@@ -40,16 +40,18 @@ def factors() -> str:
         return "At other FLOPs: not measured yet."
     env, rows = found
     groups = sorted({row["group"] for row in rows if row["group"].endswith("x")}, key=lambda name: float(name[:-1]))
-    body = []
+    body, counts = [], set()
     for method in dict.fromkeys(row["method"] for row in rows if row["group"] in groups):
         line = [method]
         for group in groups:
             own = [row["top-1"] for row in rows if (row["group"], row["method"]) == (group, method)]
             line.append(spread(own, 1) if own else "-")
+            counts.add(len(own))
         body.append(line)
     plain = [row["top-1"] for row in rows if row["method"] == "no pruning"]
     seeds = len({row["seed"] for row in rows})
-    note = f"Top-1 in %; columns: times fewer FLOPs; no pruning {spread(plain, 1)}; {seeds} seeds, as above."
+    note = f"Top-1 in %; columns: times fewer FLOPs; no pruning {spread(plain, 1)}; {seeds} seeds, as above"
+    note += "; one seed where there is no range." if 1 in counts else "."
     return grid(["method", *groups], body) + f"\n\n{note} {where(env)}."
 
 

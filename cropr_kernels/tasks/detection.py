@@ -130,8 +130,8 @@ class Detector(nn.Module):
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         kind = detection.MaskRCNN if masks else detection.FasterRCNN
         every = inspect.signature(detection.FasterRCNN).parameters
-        taken = [name for name in every if name.startswith(("rpn_", "box_"))]
-        taken.remove("rpn_anchor_generator")  # it fits the pyramid
+        fixed = ("rpn_anchor_generator", "box_predictor")  # they fit the pyramid and the classes
+        taken = [name for name in every if name.startswith(("rpn_", "box_")) and name not in fixed]
         unknown = sorted(set(options) - set(taken))
         if unknown:
             raise ValueError(f"Detector: no such option {', '.join(unknown)}; options are {', '.join(taken)}")

@@ -4,8 +4,8 @@ python benchmarks/scorers.py --data FOLDER [--photos 300] [--seeds 2 3 4] [--out
 
 FOLDER as in off_the_shelf.py. The unpruned network runs on photos of Tiny-ImageNet that no query was calibrated on. For
 each block: the rank correlation of the scores of the patches that leave it with how much the later blocks attend to
-them, and the share of the better half that lies in the object's box. The last rows say what Last Layer Fusion, and
-dropping at once, take from the network's answers before it is trained.
+them, and the share of the better half that lies in the object's box. The last rows say what Last Layer Fusion, dropping
+at once, and other scores in some blocks or in all, take from the network's answers before it is trained.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from common import RESULTS, environment, save
 from off_the_shelf import DATA, WEIGHTS, Encoded, calibrated, log_probabilities, read_photos
 from rivals.network import Given, attention_of
 from rivals.selection import variance_scores
+from rivals.stands import AttentionTopK, Random, Variance
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +31,16 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 17, LLF": dict(rate=17, llf=True),
     "const": dict(const=(4, 79)),
     "const, LLF": dict(const=(4, 60), llf=True),
+}
+STANDS: dict[str, Any] = {"attention top-k": AttentionTopK, "variance": Variance, "random": Random}
+# Who scores in the place of the query behind which of the 11 blocks, at R = 14.
+OTHERS: dict[str, tuple[str, list[int]]] = {
+    "dec, R = 14, attention top-k": ("attention top-k", [*range(11)]),
+    "dec, R = 14, attention top-k but for blocks 1 and 8": ("attention top-k", [1, 2, 3, 4, 5, 6, 8, 9, 10]),
+    "dec, R = 14, variance": ("variance", [*range(11)]),
+    "dec, R = 14, variance but for blocks 3 to 8": ("variance", [0, 1, 8, 9, 10]),
+    "dec, R = 14, random": ("random", [*range(11)]),
+    "dec, R = 14, random but for blocks 3 to 8": ("random", [0, 1, 8, 9, 10]),
 }
 CENTRES = (torch.arange(14) * 16 + 8 + 16) / 4  # of patches, in the photo's 64 pixels
 
@@ -87,10 +98,14 @@ def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str,
         rank, share = torch.cat(parts).mean(0).tolist()
         rows.append({"seed": seed, "scorer": name, "block": layer, "correlation": rank, "in box": 100 * share})
     expected = log_probabilities(base, images)
-    for name, schedule in SCHEDULES.items():
+    for name, schedule in (SCHEDULES | dict.fromkeys(OTHERS, SCHEDULES["dec, R = 14"])).items():
         pruned = cropr.apply(load_weights(options.data / WEIGHTS)[0].eval(), **schedule, num_outputs=0)
         for module, one in zip(pruned.cropr, model.cropr):
             module.load_state_dict(one.state_dict())
+        kind, where = OTHERS.get(name, ("", []))
+        for layer in where:
+            place = (pruned.blocks[layer],) if kind == "attention top-k" else ()
+            pruned.cropr[layer] = STANDS[kind](pruned.cropr[layer].query(), *place)
         own = log_probabilities(pruned, images)
         agreement = (own.argmax(1) == expected.argmax(1)).double().mean().item()
         divergence = (expected.exp() * (expected - own)).sum(1).mean().item()

@@ -16,7 +16,6 @@ from rivals.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from rivals.merging import DPCKNN, merge_fused, merge_pairs
 from rivals.network import Given, Reduction, Selector, attention_of, patches_of
 from rivals.selection import ATS, EViT, KMedoids
-from rivals.stands import AttentionTopK
 
 COUNTS = [50, 40, 31]
 DIM, TOKENS, HEADS, KEEP = 8, 22, 2, 14
@@ -54,18 +53,6 @@ def test_without_reduction_they_are_the_plain_model(name):
     model, images = randomise(reference_vit(init_values=0.1)).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(Reduced(model, SYSTEMS[name], [65, 65, 65])(images), model(images))
-
-
-@pytest.mark.parametrize("llf", [False, True])
-@torch.no_grad()
-def test_attention_top_k_in_a_pruned_model_is_that_of_the_rivals(llf):
-    model, images = randomise(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
-    counts = cropr.schedule.resolve(rate=9)(65, len(model.blocks), 1, llf)
-    want = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
-    cropr.apply(model, rate=9, llf=llf)
-    for layer, module in enumerate(model.cropr):
-        model.cropr[layer] = AttentionTopK(module.query(), model.blocks[layer])
-    torch.testing.assert_close(model(images), want)
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "ATS, trimmed"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, save
-from off_the_shelf import DATA, WEIGHTS, Encoded
+from off_the_shelf import DATA, WEIGHTS, Encoded, patches_in
 from rivals import ONCE, SYSTEMS, Reduced, ReducedClassifier
 from rivals.stands import Random, Variance
 from torch import Tensor
@@ -140,7 +140,7 @@ def build_task(config: Config, name: str) -> Any:
     if kind in STANDS:
         stack = task.backbone.cropr
         for i, module in enumerate(stack):
-            stack[i] = STANDS[kind](module.query())
+            stack[i] = STANDS[kind](module.query(), task.backbone.blocks[i])
     elif kind in SYSTEMS:
         base = load_weights(config.weights)[0]
         tokens = base.num_prefix_tokens + base.grid**2
@@ -161,13 +161,11 @@ def share_in_box(task: Any, data: Photos) -> float | None:
     if not hasattr(task.backbone, "cropr") or data.encoded.boxes is None:
         return None
     inside, count = 0.0, min(200, len(data))
-    centres = (torch.arange(14) * 16 + 8 + 16) / 4  # in the photo's 64 pixels
+    boxes = patches_in(torch.as_tensor(data.encoded.boxes[:count]).float()).unflatten(1, (14, 14))
     for i in range(count):
         left = cropr.pruning_map(task.backbone, data[i][0][None])[0]
         stays = left == left.max()
-        x0, y0, x1, y1 = data.encoded.boxes[i].tolist()
-        columns, rows = (centres >= x0) & (centres <= x1), (centres >= y0) & (centres <= y1)
-        inside += float((stays & rows[:, None] & columns).sum() / stays.sum())
+        inside += float((stays & boxes[i]).sum() / stays.sum())
     return round(100 * inside / count, 2)
 
 

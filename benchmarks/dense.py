@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from common import environment, save
 from off_the_shelf import WEIGHTS
-from rivals.stands import AttentionTopK, Random, Variance
+from rivals.stands import AttentionTopK, Random, Stand, Variance
 from tqdm import tqdm
 
 from cropr_kernels.flops import flop_counter
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 
-STANDS = {"random": Random, "variance": Variance, "top-k": AttentionTopK}  # by the last word of a method's name
+STANDS: dict[str, type[Stand]] = {
+    "random": Random,
+    "variance": Variance,
+    "top-k": AttentionTopK,
+}  # by the last word of a method's name
 
 
 def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) -> argparse.ArgumentParser:
@@ -67,8 +71,7 @@ def sweep(
         if stand is not None:
             stack = task.backbone.cropr
             for i, module in enumerate(stack):
-                where = (task.backbone.blocks[i],) if stand is AttentionTopK else ()
-                stack[i] = stand(module.query(), *where)
+                stack[i] = stand(module.query(), task.backbone.blocks[i])
         with tempfile.TemporaryDirectory() as folder:
             reached = train(config, folder, data=data, task=task)
         with torch.no_grad(), flop_counter() as counter:

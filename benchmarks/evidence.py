@@ -62,11 +62,7 @@ def ablations() -> str:
         return "Its parts: not measured yet."
     env, rows = found
     shown = {("3x", "Cropr"): "**as it is**, from calibrated queries"}
-    shown |= {
-        (group, method): method
-        for group, method in ((row["group"], row["method"]) for row in rows)
-        if group == "ablations"
-    }
+    shown |= {("ablations", row["method"]): row["method"] for row in rows if row["group"] == "ablations"}
     body = []
     for (group, method), label in shown.items():
         own = [row for row in rows if (row["group"], row["method"]) == (group, method)]

@@ -64,6 +64,14 @@ class Encoded:
         return Image.open(io.BytesIO(self.bytes[self.offsets[i] : self.offsets[i + 1]].tobytes())).convert("RGB")
 
 
+def patches_in(boxes: Tensor) -> Tensor:
+    """(B, 196) bool: which patches, at 224 px, have their centre in the box (B, 4) of a photo of 64 pixels."""
+    centres = (torch.arange(14) * 16 + 8 + 16) / 4
+    columns = (boxes[:, :1] <= centres) & (boxes[:, 2:3] >= centres)
+    rows = (boxes[:, 1:2] <= centres) & (boxes[:, 3:] >= centres)
+    return (rows[:, :, None] & columns[:, None]).flatten(1)
+
+
 def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """Photos (count, 3, 224, 224), resized to 256, centre crop, mean = std = 0.5; and the name of each one's class."""
     archive, photos = Encoded(path, split, count, seed), []

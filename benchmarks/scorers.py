@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, save
-from off_the_shelf import DATA, WEIGHTS, Encoded, calibrated, log_probabilities, read_photos
+from off_the_shelf import DATA, WEIGHTS, Encoded, calibrated, log_probabilities, patches_in, read_photos
 from rivals.network import Given, attention_of
 from rivals.selection import variance_scores
 from rivals.stands import AttentionTopK, Random, Variance
@@ -42,7 +42,6 @@ OTHERS: dict[str, tuple[str, list[int]]] = {
     "dec, R = 14, random": ("random", [*range(11)]),
     "dec, R = 14, random but for blocks 3 to 8": ("random", [0, 1, 8, 9, 10]),
 }
-CENTRES = (torch.arange(14) * 16 + 8 + 16) / 4  # of patches, in the photo's 64 pixels
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -53,13 +52,6 @@ def ranks(values: Tensor) -> Tensor:
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's, of each row of (B, N)."""
     return torch.nn.functional.cosine_similarity(ranks(a), ranks(b), dim=1)
-
-
-def patches_in(boxes: Tensor) -> Tensor:
-    """(B, 196) bool: which patches have their centre in the box."""
-    columns = (boxes[:, :1] <= CENTRES) & (boxes[:, 2:3] >= CENTRES)
-    rows = (boxes[:, 1:2] <= CENTRES) & (boxes[:, 3:] >= CENTRES)
-    return (rows[:, :, None] & columns[:, None]).flatten(1)
 
 
 def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
@@ -104,8 +96,7 @@ def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str,
             module.load_state_dict(one.state_dict())
         kind, where = OTHERS.get(name, ("", []))
         for layer in where:
-            place = (pruned.blocks[layer],) if kind == "attention top-k" else ()
-            pruned.cropr[layer] = STANDS[kind](pruned.cropr[layer].query(), *place)
+            pruned.cropr[layer] = STANDS[kind](pruned.cropr[layer].query(), pruned.blocks[layer])
         own = log_probabilities(pruned, images)
         agreement = (own.argmax(1) == expected.argmax(1)).double().mean().item()
         divergence = (expected.exp() * (expected - own)).sum(1).mean().item()

@@ -12,11 +12,11 @@ from .selection import random_scores, variance_scores
 
 
 class Stand(nn.Module):
-    """It holds the query of the module it replaces."""
+    """It holds the query of the module it replaces, and may look at the block before it."""
 
     folded: Tensor
 
-    def __init__(self, query: Tensor):
+    def __init__(self, query: Tensor, block: Any = None):
         super().__init__()
         self.register_buffer("folded", query)
 
@@ -45,7 +45,7 @@ class AttentionTopK(Stand):
     """Those stay that the class token attends to most in the block before: its row of the softmax, mean over heads."""
 
     def __init__(self, query: Tensor, block: Any):
-        super().__init__(query)
+        super().__init__(query, block)
         self.row: Tensor | None = None
         block.register_forward_pre_hook(self.look)
 

@@ -266,6 +266,26 @@ def test_detection_trains_every_head_and_finds_boxes_in_photos_of_any_size(masks
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_under_autocast_a_detectors_heads_take_16_bits_and_what_boxes_are_read_from_32():
+    task, made = detector(masks=True), {}
+    for name, layer in task.named_modules():
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: made.update({name: output}))
+    images, target = [torch.rand(3, 64, 64) for _ in BOXES], targets_of(*BOXES, masks=True)
+    torch.manual_seed(0)
+    expected = task(images, target)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = task(images, target)
+        found = task.eval()(images)[0]["boxes"]
+    for name in ("rpn.head.conv.0.0", "roi_heads.box_head.fc7", "roi_heads.mask_head.0.0"):
+        assert made[name].dtype == torch.bfloat16, name
+    predicted = [*made["rpn.head"][0], *made["rpn.head"][1], *made["roi_heads.box_predictor"], found]
+    assert {one.dtype for one in [*predicted, made["roi_heads.mask_predictor"]]} == {torch.float32}
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=0.05, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from cropr_kernels.train import Config, build

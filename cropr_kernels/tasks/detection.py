@@ -86,6 +86,29 @@ class _Width(nn.Module):
         self.out_channels = out_channels
 
 
+class _Float32:
+    """Stands before a layer's class: under autocast this layer keeps float32, and those around it do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())  # type: ignore[misc, no-any-return]
+
+
+class _Linear32(_Float32, nn.Linear):
+    pass
+
+
+class _Conv32(_Float32, nn.Conv2d):
+    pass
+
+
+def _keep_float32(heads: nn.Module) -> None:
+    """What boxes, scores and masks are read from: boxes are pixels, and 16 bits are too few for them."""
+    for name, layer in heads.named_modules():
+        if name.endswith((".cls_logits", ".cls_score", ".bbox_pred", ".mask_fcn_logits")):
+            layer.__class__ = _Linear32 if isinstance(layer, nn.Linear) else _Conv32
+
+
 class Detector(nn.Module):
     """A backbone without a head, the pyramid, and torchvision's region proposals and heads.
 
@@ -138,6 +161,7 @@ class Detector(nn.Module):
         sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
         heads = kind(_Width(channels), num_classes + 1, rpn_anchor_generator=anchors, **options)
+        _keep_float32(heads)
         self.rpn, self.roi_heads = heads.rpn, heads.roi_heads
         self.transform = detection.transform.GeneralizedRCNNTransform(
             self.side, self.side, list(mean), list(std), size_divisible=self.side
@@ -166,10 +190,8 @@ class Detector(nn.Module):
         pixels = batch.tensors[:, :, : grid[0] * patch[0], : grid[1] * patch[1]]
         tokens, aux = patch_features(self.backbone, pixels, predict=learns)
         maps = self.pyramid(tokens.transpose(1, 2).unflatten(2, grid))
-        with torch.autocast(pixels.device.type, enabled=False):  # boxes are pixels: 16 bits are too few for them
-            maps = OrderedDict((name, level.float()) for name, level in maps.items())
-            proposals, losses = self.rpn(batch, maps, target)
-            found, more = self.roi_heads(maps, proposals, batch.image_sizes, target)
+        proposals, losses = self.rpn(batch, maps, target)
+        found, more = self.roi_heads(maps, proposals, batch.image_sizes, target)
         if not learns:
             return self.transform.postprocess(found, batch.image_sizes, sizes)
         main = sum((losses | more).values())

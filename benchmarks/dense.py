@@ -59,7 +59,8 @@ def sweep(
 ) -> None:
     """Train every method with every seed, and save after each; flops_of(task) runs what is counted."""
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
-    env |= {name: value for name, value in vars(options).items() if name in ("epochs", "lr", "photos", "one_category")}
+    named = ("epochs", "lr", "batch", "photos", "one_category")
+    env |= {name: value for name, value in vars(options).items() if name in named}
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     done = {(row["seed"], row["method"]) for row in rows}
     cells = [(seed, name) for seed in options.seeds for name in options.methods if (seed, name) not in done]

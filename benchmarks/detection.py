@@ -1,7 +1,7 @@
 """Pruning under a detector, by the same recipe: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
 
-python benchmarks/detection.py --data FOLDER [--set bccd|coco128] [--one-category] [--photos N] [--epochs 6]
-                               [--seeds 2 3 4] [--methods ...]
+python benchmarks/detection.py --data FOLDER [--set bccd|coco128] [--one-category] [--photos N] [--batch 4]
+                               [--epochs 6] [--seeds 2 3 4] [--methods ...]
 
 FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of off_the_shelf.py. The network
 sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % are left) by queries that are calibrated
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--set", choices=["bccd", "coco128"], default="bccd")
     parser.add_argument("--one-category", action="store_true")
     parser.add_argument("--photos", type=int)
+    parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
 
@@ -79,7 +80,7 @@ def main() -> None:
                 img_size=(SIDE, SIDE),
                 channels=64,
                 detector_options=(*REGIONS, f"box_detections_per_img={FOUND[options.set]}"),
-                batch_size=4,
+                batch_size=options.batch,
                 layer_decay=0.8,
                 head_lr_scale=5.0,
                 scale=(0.8, 1.2),

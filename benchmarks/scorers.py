@@ -25,8 +25,27 @@ import cropr_kernels as cropr
 from cropr_kernels.calibration import importance
 from cropr_kernels.weights import load_weights
 
+
+def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:
+    """Counts that fall by (how many blocks lie behind)^power, at the FLOPs of R = 14: over 1, most leave late."""
+
+    def flops(counts: list[int]) -> int:
+        return sum(count * (6 * width + count) for count in [total, *counts])
+
+    def counts_of(scale: float) -> list[int]:
+        return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
+
+    goal = flops(cropr.schedule.rate(total, modules + 1, 14))
+    return min((counts_of(scale / 4) for scale in range(4 * total)), key=lambda counts: abs(flops(counts) - goal))
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),
+    **{f"dec, R falls ({power})": dict(keep=curve(power)) for power in (0.5, 0.7)},
+    **{f"dec, R rises ({power})": dict(keep=curve(power)) for power in (1.3, 1.5)},
+    "merging, R = 14": dict(rate=14, merge=True),
+    **{f"merging, R falls ({power})": dict(keep=curve(power), merge=True) for power in (0.5, 0.7)},
+    **{f"merging, R rises ({power})": dict(keep=curve(power), merge=True) for power in (1.3, 1.5)},
     "dec, R = 14, LLF": dict(rate=14, llf=True),
     "dec, R = 17, LLF": dict(rate=17, llf=True),
     "const": dict(const=(4, 79)),

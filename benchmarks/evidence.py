@@ -128,6 +128,8 @@ def by_method(name: str, title: str, columns: dict[str, int]) -> str:
         own = [row for row in rows if row["method"] == method]
         cells = [spread([row[column] for row in own], digits) for column, digits in columns.items()]
         body.append([method, *cells, str(len(own))])
+    title += f", {env['photos']} of its photos, drawn by the seed" if env.get("photos") else ""
+    title += ", all objects of one category" if env.get("one_category") else ""
     note = f"{title}; {env['epochs']} epochs, learning rate {env['lr']}, bfloat16; mean and range over seeds."
     return grid(["method", *columns, "seeds"], body) + f"\n\n{note} {where(env)}."
 
@@ -184,6 +186,7 @@ SECTIONS = {
     "scorers": scorers,
     "untrained": untrained,
     "segmentation": lambda: by_method("segmentation", CAMVID, CAMVID_COLUMNS),
+    "segmentation_long": lambda: by_method("segmentation_long", CAMVID, CAMVID_COLUMNS),
     "segmentation_low_rate": lambda: by_method("segmentation_low_rate", CAMVID, CAMVID_COLUMNS),
     "detection_bccd": lambda: by_method("detection_bccd", "BCCD, ViT-Ti/16 at 256 px", DETECTION_COLUMNS),
     "detection_coco128": lambda: by_method(

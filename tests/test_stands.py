@@ -1,5 +1,6 @@
-"""What stands where a Cropr module stands, in the benches that train: other scores, and Cropr's reversed."""
+"""What the benches that train need of their own: other scores in the place of Cropr's, photos of a data set."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -39,3 +40,28 @@ def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_g
     assert torch.equal(module(x, 10, 1, scores).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
     losses = Classifier(model)(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
     assert losses["aux"].isfinite()
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "all for both"])
+def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split, tmp_path):
+    pytest.importorskip("timm", reason="needs the train extra")
+    detection = pytest.importorskip("detection", reason="needs the train extra")
+    images = [{"id": i} | ({"split": "train" if i % 3 else "val"} if split else {}) for i in range(12)]
+    objects = [{"id": i, "image_id": i % 12, "category_id": i} for i in range(24)]
+    about = {"images": images, "annotations": objects, "categories": [{"id": i, "name": str(i)} for i in range(24)]}
+    (tmp_path / "annotations.json").write_text(json.dumps(about))
+
+    def read(seed, photos, one_category):
+        paths = detection.split_of(tmp_path, tmp_path, seed, photos, one_category)
+        return [json.loads(path.read_text()) for path in paths]
+
+    train, val = read(0, 5, True)
+    assert len(train["images"]) == 5 and len(val["images"]) == (4 if split else 5)
+    assert split or train["images"] == val["images"]
+    for part in (train, val):
+        ids = {image["id"] for image in part["images"]}
+        assert sorted(one["id"] for one in part["annotations"]) == sorted(i for i in range(24) if i % 12 in ids)
+        assert {one["category_id"] for one in part["annotations"]} == {1} and len(part["categories"]) == 1
+    assert read(1, 5, True)[0]["images"] != train["images"] == read(0, 5, False)[0]["images"]
+    assert [len(part["images"]) for part in read(0, None, False)] == ([8, 4] if split else [12, 12])
+    assert read(0, 99, False)[0]["categories"] == about["categories"]

@@ -105,8 +105,9 @@ class _Conv32(_Float32, nn.Conv2d):
 def _keep_float32(heads: nn.Module) -> None:
     """What boxes, scores and masks are read from: boxes are pixels, and 16 bits are too few for them."""
     for name, layer in heads.named_modules():
-        if name.endswith((".cls_logits", ".cls_score", ".bbox_pred", ".mask_fcn_logits")):
-            layer.__class__ = _Linear32 if isinstance(layer, nn.Linear) else _Conv32
+        kept = {nn.Linear: _Linear32, nn.Conv2d: _Conv32}.get(type(layer))
+        if kept and name.endswith((".cls_logits", ".cls_score", ".bbox_pred", ".mask_fcn_logits")):
+            layer.__class__ = kept
 
 
 class Detector(nn.Module):

@@ -17,11 +17,8 @@ from cropr_kernels.flops import flop_counter
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 
-STANDS: dict[str, type[Stand]] = {
-    "random": Random,
-    "variance": Variance,
-    "top-k": AttentionTopK,
-}  # by the last word of a method's name
+# By the last word of a method's name.
+STANDS: dict[str, type[Stand]] = {"random": Random, "variance": Variance, "top-k": AttentionTopK}
 
 
 def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) -> argparse.ArgumentParser:

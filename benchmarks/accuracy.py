@@ -27,6 +27,20 @@ from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.weights import load_weights
 
+
+def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:
+    """Counts that fall by (how many blocks lie behind)^power, at the FLOPs of R = 14: over 1, most leave late."""
+
+    def flops(counts: list[int]) -> int:
+        return sum(count * (6 * width + count) for count in [total, *counts])
+
+    def counts_of(scale: float) -> list[int]:
+        return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
+
+    goal = flops(cropr.schedule.rate(total, modules + 1, 14))
+    return min((counts_of(scale / 4) for scale in range(4 * total)), key=lambda counts: abs(flops(counts) - goal))
+
+
 # 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; with the last block whole.
 DEC, DEC_LLF, CONST, CONST_LLF = (
     dict(rate=14),
@@ -64,6 +78,13 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         **dict.fromkeys(("DPC-KNN, learned weights", "k-medoids", "pixel variance"), DEC),
         **{f"{name}, LLF": DEC_LLF for name in ("attention top-k", "variance", "random")},
         "non-salient, LLF": DEC_LLF | CALIBRATED,
+    },
+    "schedules": {
+        "no pruning": {},
+        "Cropr": DEC | CALIBRATED,
+        "Cropr, R falls": CALIBRATED | dict(keep=tuple(curve(0.7))),
+        "Cropr, merging": DEC | CALIBRATED | dict(merge=True),
+        "Cropr, merging, R rises": CALIBRATED | dict(keep=tuple(curve(1.3)), merge=True),
     },
     "ablations": {
         "no MLP": STRONG | CALIBRATED | dict(mlp_ratio=0.0),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import curve
 from common import RESULTS, environment, save
 from off_the_shelf import DATA, WEIGHTS, Encoded, calibrated, log_probabilities, patches_in, read_photos
 from rivals.network import Given, attention_of
@@ -24,20 +25,6 @@ from tqdm import tqdm
 import cropr_kernels as cropr
 from cropr_kernels.calibration import importance
 from cropr_kernels.weights import load_weights
-
-
-def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:
-    """Counts that fall by (how many blocks lie behind)^power, at the FLOPs of R = 14: over 1, most leave late."""
-
-    def flops(counts: list[int]) -> int:
-        return sum(count * (6 * width + count) for count in [total, *counts])
-
-    def counts_of(scale: float) -> list[int]:
-        return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
-
-    goal = flops(cropr.schedule.rate(total, modules + 1, 14))
-    return min((counts_of(scale / 4) for scale in range(4 * total)), key=lambda counts: abs(flops(counts) - goal))
-
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),

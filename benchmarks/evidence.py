@@ -180,7 +180,8 @@ SECTIONS = {
     "calibration_target": calibration_target,
     "training_step": training_step,
     "accuracy": lambda: accuracy("accuracy", ("main",)),  # the rivals are in comparison.md
-    "accuracy_long": lambda: accuracy("accuracy_long", ("main", "rivals")),
+    "accuracy_long": lambda: accuracy("accuracy_long", ("main", "rivals", "schedules")),
+    "accuracy_schedules": lambda: accuracy("accuracy_schedules", ("schedules",)),
     "accuracy_factors": factors,
     "ablations": ablations,
     "scorers": scorers,

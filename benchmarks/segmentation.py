@@ -4,8 +4,8 @@ python benchmarks/segmentation.py --data FOLDER [--epochs 8] [--seeds 2 3 4] [--
 
 FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of off_the_shelf.py. Photos are resized to 240 x 180,
 and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after each block, from half of the
-epochs on, by queries that are calibrated and stay so, unless their name says otherwise. A run that is cut off goes on
-where it stopped.
+epochs on, by queries that are calibrated and stay so, unless their name says otherwise. A last block that is fast
+learns at the rate of what is new, the decoders. A run that is cut off goes on where it stopped.
 """
 
 import tempfile
@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "cross-attention + concatenation": PRUNED | dict(fusion="cross_attn_concat"),
     "MHSA + concatenation": PRUNED | dict(fusion="mhsa_concat"),
     "DToP": LEARNED | dict(fusion="dtop", calibrate=0),
+    "no pruning, last block fast": dict(last_block_lr_scale=10.0),
+    "LLF, last block fast": PRUNED | dict(llf=True, last_block_lr_scale=10.0),
     "LLF, random": PRUNED | dict(llf=True, calibrate=0),
     "LLF, variance": PRUNED | dict(llf=True, calibrate=0),
     "LLF, learned queries": LEARNED | dict(llf=True),

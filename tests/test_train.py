@@ -361,6 +361,7 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(accumulate=3), "accumulate must be a divisor of batch_size=64, got 3"),
         (dict(task="detection", num_queries=4), "num_queries must be 1, the default, for detection: one per patch"),
         (dict(layer_decay=0), r"layer_decay must be in \(0, 1\], got 0"),
+        (dict(last_block_lr_scale=-1.0), r"last_block_lr_scale must be >= 0, got -1.0"),
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
         (dict(task="detection", rate=8), "llf must be true for detection"),
         (dict(task="segmentation", num_classes=3, stride="300,8"), r"stride must be from 1 to img_size=\(224, 224\)"),
@@ -409,6 +410,11 @@ def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
     assert [round(lr_share(wanted, epoch), 3) for epoch in (1, 2, 6, 10)] == [0.5, 1.0, 0.5, 0.0]
     poly = dataclasses.replace(wanted, lr_schedule="poly", warmup_epochs=0)
     assert lr_share(poly, 5) == pytest.approx(0.5**0.9)
+    faster = param_groups(task, dataclasses.replace(wanted, last_block_lr_scale=6.0))
+    scales = {id(p): group["lr_scale"] for group in faster for p in group["params"]}
+    for name, parameter in named.items():
+        times = 6 if name.startswith("backbone.blocks.3.") else 1
+        assert scales[id(parameter)] == times * groups[id(parameter)]["lr_scale"], name
     ramp = dataclasses.replace(wanted, curriculum=0.5)
     assert [progress(ramp, epoch) for epoch in (0, 2.5, 5, 9)] == [0, 0.5, 1, 1] and progress(wanted, 0) == 1
     assert seed_of(1, 2) != seed_of(2, 1)

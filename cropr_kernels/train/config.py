@@ -61,6 +61,7 @@ class Config:
     layer_decay: float = 1.0
     head_lr_scale: float = 1.0  # of what is new: decoders, and the Cropr modules but for their queries
     query_lr_scale: float = 1.0  # of the queries
+    last_block_lr_scale: float = 1.0  # of the last block, which with LLF meets tokens it was not pretrained on
     drop_path: float = 0.0
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     amp: Literal["none", "bfloat16", "float16"] = "none"
@@ -112,7 +113,9 @@ class Config:
             "max_bad_steps",
         ):
             self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix"):
+        scales = ("head_lr_scale", "query_lr_scale", "last_block_lr_scale")
+        rest = ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix")
+        for name in (*scales, *rest):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         for name in ("curriculum", "flip", "erasing"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")

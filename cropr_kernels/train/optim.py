@@ -38,11 +38,14 @@ def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
+        layer = layer_of(name, depth)
+        scale = config.layer_decay ** (depth + 1 - layer)
         if name.startswith("backbone.cropr.") and name.endswith(".queries"):
             scale *= config.query_lr_scale
         elif is_new(name):
             scale *= config.head_lr_scale
+        elif layer == depth:
+            scale *= config.last_block_lr_scale
         decays = parameter.ndim > 1 and not name.endswith(_NO_DECAY)
         weight_decay = config.weight_decay if decays else 0.0
         group = groups.setdefault(

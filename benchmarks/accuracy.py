@@ -86,6 +86,11 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "Cropr, merging": DEC | CALIBRATED | dict(merge=True),
         "Cropr, merging, R rises": CALIBRATED | dict(keep=tuple(curve(1.3)), merge=True),
     },
+    "last block": {
+        "Cropr, LLF": DEC_LLF | CALIBRATED,
+        "Cropr, LLF, last block 10x as fast": DEC_LLF | CALIBRATED | dict(last_block_lr_scale=10.0),
+        "no pruning, last block 10x as fast": dict(last_block_lr_scale=10.0),
+    },
     "ablations": {
         "no MLP": STRONG | CALIBRATED | dict(mlp_ratio=0.0),
         "no stop-gradient": STRONG | CALIBRATED | dict(stop_gradient=False),

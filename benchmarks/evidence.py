@@ -181,7 +181,7 @@ SECTIONS = {
     "training_step": training_step,
     "accuracy": lambda: accuracy("accuracy", ("main",)),  # the rivals are in comparison.md
     "accuracy_long": lambda: accuracy("accuracy_long", ("main", "rivals", "schedules")),
-    "accuracy_schedules": lambda: accuracy("accuracy_schedules", ("schedules",)),
+    "accuracy_variants": lambda: accuracy("accuracy_variants", ("schedules", "last block")),
     "accuracy_factors": factors,
     "ablations": ablations,
     "scorers": scorers,

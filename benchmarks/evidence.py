@@ -180,7 +180,7 @@ SECTIONS = {
     "calibration_target": calibration_target,
     "training_step": training_step,
     "accuracy": lambda: accuracy("accuracy", ("main",)),  # the rivals are in comparison.md
-    "accuracy_long": lambda: accuracy("accuracy_long", ("main", "rivals", "schedules")),
+    "accuracy_long": lambda: accuracy("accuracy_long", ("main", "rivals")),
     "accuracy_variants": lambda: accuracy("accuracy_variants", ("schedules", "last block")),
     "accuracy_factors": factors,
     "ablations": ablations,

@@ -22,10 +22,10 @@ from rivals.stands import Random, Variance
 from torch import Tensor
 
 import cropr_kernels as cropr
-from cropr_kernels.flops import flop_counter
+from cropr_kernels.models.weights import load_weights
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
-from cropr_kernels.weights import load_weights
+from cropr_kernels.utils.flops import flop_counter
 
 
 def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:

@@ -23,7 +23,7 @@ from common import (
     topk_and_index_select,
 )
 
-from cropr_kernels import reference
+from cropr_kernels.ops import reference
 
 CELLS = [("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)] + [
     ("cuda", shape, dtype) for shape in GPU_SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -13,9 +13,9 @@ from off_the_shelf import WEIGHTS
 from rivals.stands import AttentionTopK, Random, Stand, Variance
 from tqdm import tqdm
 
-from cropr_kernels.flops import flop_counter
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
+from cropr_kernels.utils.flops import flop_counter
 
 # By the last word of a method's name.
 STANDS: dict[str, type[Stand]] = {"random": Random, "variance": Variance, "top-k": AttentionTopK}

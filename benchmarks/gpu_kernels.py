@@ -19,8 +19,8 @@ from gpu import COLD_BYTES, capture, replay
 from torch import Tensor
 
 import cropr_kernels as cropr
-from cropr_kernels import reference
-from cropr_kernels.blocks import attention_by_bias, attention_by_dimension
+from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
+from cropr_kernels.ops import reference
 
 ops = torch.ops.cropr
 Calls = dict[str, Callable[[Tensor], Any]]

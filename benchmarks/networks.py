@@ -25,7 +25,7 @@ from rivals.stands import Random, Stand
 from torch import Tensor
 
 import cropr_kernels as cropr
-from cropr_kernels.engine import Graphs
+from cropr_kernels.pruning.engine import Graphs
 
 # image size, rate, Last Layer Fusion; ViT-L and EVA-02-L at 512 px as in the paper
 MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {

@@ -16,8 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cropr_kernels.kernels import attend, merge, rows, scores, select, stream
-from cropr_kernels.kernels._launch import PINNED, registers
+from cropr_kernels.ops.triton import attend, merge, scores, select
+from cropr_kernels.ops.triton import prune as rows
+from cropr_kernels.ops.triton import residual as stream
+from cropr_kernels.ops.triton.utils import PINNED, registers
 
 ARCHITECTURES = [80, 90, 100]
 TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}

@@ -14,7 +14,7 @@ from common import RESULTS, environment, quantile, save
 from networks import seconds_of
 
 import cropr_kernels as cropr
-from cropr_kernels.engine import Graphs
+from cropr_kernels.pruning.engine import Graphs
 
 
 @torch.inference_mode()

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cropr_kernels as cropr
-from cropr_kernels.flops import flop_counter
 from cropr_kernels.tasks import Segmenter
 from cropr_kernels.tasks.segmentation import FUSIONS
+from cropr_kernels.utils.flops import flop_counter
 
 GROUPS = ("classification", "fusions", "architecture", "precision")
 # By depth. The paper's rate at 24 blocks; at 12 the rates at which accuracy.py trains.

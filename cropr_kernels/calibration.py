@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .adapters import Anatomy, anatomy, find_adapter
-from .flops import flop_counter
-from .modules import FoldedCropr
-from .patch import deploy, set_rate
-from .pruned import require_pruned
+from .models.adapters import Anatomy, anatomy, find_adapter
+from .pruning.api import deploy, set_rate
+from .pruning.model import require_pruned
+from .pruning.module import FoldedCropr
+from .utils.flops import flop_counter
 
 
 class _AttentionInputs(TorchFunctionMode):

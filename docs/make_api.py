@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import cropr_kernels
-from cropr_kernels import ops, reference, schedule, tasks
+from cropr_kernels import ops, schedule, tasks
+from cropr_kernels.ops import reference
 
 PAGE = Path(__file__).parent / "api.md"
 HEAD = """# API reference

@@ -13,8 +13,8 @@ import photos
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.viz import save_merge_maps, save_pruning_maps
-from cropr_kernels.weights import load_weights
+from cropr_kernels.models.weights import load_weights
+from cropr_kernels.utils.viz import save_merge_maps, save_pruning_maps
 
 
 def run_digits(out: Path, epochs: int) -> None:

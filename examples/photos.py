@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from cropr_kernels.flops import flop_counter
-from cropr_kernels.viz import load_photo
+from cropr_kernels.utils.flops import flop_counter
+from cropr_kernels.utils.viz import load_photo
 
 PHOTOS = Path(__file__).parent / "photos"
 RATE = 8

@@ -22,7 +22,7 @@ ROWS = ("prune", "split", "gather", "restore")
 ATTEND = ("attend", "attend_scores", "attend_backward")
 MERGE = ("merge", "merge_")
 OPS = ("scores", "select", *ROWS, *ATTEND, *MERGE, *STREAM)
-FAMILIES = {"rows": ROWS, "attend": ATTEND, "merge": MERGE, "stream": STREAM}
+FAMILIES = {"prune": ROWS, "attend": ATTEND, "merge": MERGE, "residual": STREAM}
 FILES = {op: file for file, family in FAMILIES.items() for op in family}
 
 
@@ -44,7 +44,7 @@ class Backend:
 
 
 def _reference_attend_backward(grad: Any, x: Any, queries: Any, scale: float) -> Any:
-    from cropr_kernels import reference
+    from cropr_kernels.ops import reference
 
     queries = queries.detach().requires_grad_()
     reference.attend(x, queries, scale).backward(grad)
@@ -53,14 +53,14 @@ def _reference_attend_backward(grad: Any, x: Any, queries: Any, scale: float) ->
 
 def make_backend(name: str) -> Backend:
     if name == "reference":
-        module = importlib.import_module("cropr_kernels.reference")
+        module = importlib.import_module("cropr_kernels.ops.reference")
         ops = {op: getattr(module, op) for op in OPS if op != "attend_backward"}
         return Backend(name, "cpu", {**ops, "attend_backward": _reference_attend_backward})
     if name == "triton":
         return Backend(
             name,
             "cpu",
-            {op: getattr(importlib.import_module(f"cropr_kernels.kernels.{FILES.get(op, op)}"), op) for op in OPS},
+            {op: getattr(importlib.import_module(f"cropr_kernels.ops.triton.{FILES.get(op, op)}"), op) for op in OPS},
         )
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cropr_kernels.vit import ViT, ViTConfig
+from cropr_kernels.models.vit import ViT, ViTConfig
 
 SMALL = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=5)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, odd_layouts, tokens
 
-from cropr_kernels import reference
+from cropr_kernels.ops import reference
 
 pytestmark = pytest.mark.kernels
 
@@ -113,7 +113,7 @@ def test_small_scratch_gives_the_same_result(kernels, monkeypatch):
     """Images go through the scratch buffer a few at a time; how many must not matter."""
     if kernels.name == "cpp":
         pytest.skip("the C++ kernel always takes one image at a time")
-    from cropr_kernels.kernels import attend as module
+    from cropr_kernels.ops.triton import attend as module
 
     x, queries, grad, scale = make((3, 4, 20, 32), torch.float32, kernels.device)
     whole = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)

@@ -7,8 +7,8 @@ import torch
 from models import MODELS, randomise, reference_vit, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels import cli
 from cropr_kernels.calibration import importance
+from cropr_kernels.cli import __main__ as cli
 
 
 def slow_queries(model, images, ridge):
@@ -206,7 +206,7 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
 def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data):
     from test_vit import read_photos
 
-    from cropr_kernels.weights import load_weights
+    from cropr_kernels.models.weights import load_weights
 
     model, _ = load_weights(data / "vit_tiny_p16_224_tin200_fp16.safetensors")
     images, _ = read_photos(data, 100)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.engine import Captured, Graphs
+from cropr_kernels.pruning.engine import Captured, Graphs
 
 ENGINE_MODELS = {
     **MODELS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels import viz
+from cropr_kernels.utils import viz
 
 ROOT = Path(__file__).parent.parent
 

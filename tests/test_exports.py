@@ -12,7 +12,11 @@ from models import MODELS, randomise, reference_vit
 from test_hosts import HOSTS
 
 import cropr_kernels as cropr
-from cropr_kernels import cli, exports, ops, portable, reference
+from cropr_kernels import export as exports
+from cropr_kernels import ops
+from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.ops import decompositions as portable
+from cropr_kernels.ops import reference
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations

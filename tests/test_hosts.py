@@ -8,8 +8,8 @@ from models import SMALL, randomise, reference_vit
 from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
-from cropr_kernels.adapters import anatomy
-from cropr_kernels.passage import PassedBlock, _mask_at
+from cropr_kernels.models.adapters import anatomy
+from cropr_kernels.pruning.block_wrapper import PassedBlock, _mask_at
 
 HF = dict(
     hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=8

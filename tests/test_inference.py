@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels import cli
-from cropr_kernels.viz import find_photos, load_photo
+from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.utils.viz import find_photos, load_photo
 
 dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
 pytest.importorskip("webdataset", reason="webdataset is not installed")
@@ -190,7 +190,7 @@ def test_bench_measures_what_it_has_checked(tmp_path, capsys, monkeypatch):
     assert out.with_suffix(".png").stat().st_size > 5000 and "FLOP ratio" in printed
     assert cli.main([*arguments, "--batch", "0"]) == 1
     assert "--batch must be >= 1, got 0" in capsys.readouterr().err
-    from cropr_kernels import benching
+    from cropr_kernels.cli import bench as benching
 
     monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0})
     assert cli.main([*arguments, "--out", str(out)]) == 1

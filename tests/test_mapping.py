@@ -7,7 +7,8 @@ import torch
 from models import reference_vit
 
 import cropr_kernels as cropr
-from cropr_kernels import cli, viz
+from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.utils import viz
 
 PHOTOS = Path(__file__).parent.parent / "examples" / "photos"
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")

@@ -5,9 +5,9 @@ import torch
 from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels.adapters import anatomy, find_adapter
-from cropr_kernels.masks import level_padding, make_masks
-from cropr_kernels.windows import Windows
+from cropr_kernels.models.adapters import anatomy, find_adapter
+from cropr_kernels.pruning.masks import level_padding, make_masks
+from cropr_kernels.pruning.windows import Windows
 
 GRID, PATCH, SIZES = (8, 8), (8, 8), [(64, 64), (40, 61), (17, 24)]
 PADDED = [kind for kind in MODELS if "any size" not in kind]

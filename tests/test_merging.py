@@ -10,8 +10,8 @@ from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 from torch import nn
 
 import cropr_kernels as cropr
-from cropr_kernels.blocks import attention_by_bias, attention_by_dimension, proportional_attention
-from cropr_kernels.merging import follow
+from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension, proportional_attention
+from cropr_kernels.pruning.merging import follow
 
 WAYS = {
     "default": cropr.Merge(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.vit import ViT, ViTConfig
+from cropr_kernels.models.vit import ViT, ViTConfig
 
 DEPTH, RATE = 5, 3
 COMMON = dict(img_size=24, patch_size=4, embed_dim=32, depth=DEPTH, num_heads=2, num_classes=7)

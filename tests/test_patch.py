@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.vit import ViT
+from cropr_kernels.models.vit import ViT
 
 
 @pytest.fixture(params=MODELS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, odd_layouts, same_bits, tokens
 
-from cropr_kernels import reference
+from cropr_kernels.ops import reference
 
 pytestmark = pytest.mark.kernels
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cropr_kernels import reference
+from cropr_kernels.ops import reference
 
 ops = torch.ops.cropr
 

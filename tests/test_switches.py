@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models import reference_vit
 
 import cropr_kernels as cropr
-from cropr_kernels.modules import Cropr
+from cropr_kernels.pruning.module import Cropr
 
 X = dict(size=(2, 17, 24))
 

@@ -385,7 +385,7 @@ REACHES = {"segmentation": ("mIoU", 60), "detection": ("AP box 50", 8)}
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_learns_and_its_commands_measure_and_draw(name, scenes, tmp_path, capsys):
     pytest.importorskip("torchmetrics", reason="needs the train extra")
-    from cropr_kernels import cli
+    from cropr_kernels.cli import __main__ as cli
     from cropr_kernels.train import Config, train
 
     config = Config(

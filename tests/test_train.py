@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import cropr_kernels as cropr
-from cropr_kernels import cli
+from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.train import PRESETS, Config, checkpoint, train
 from cropr_kernels.train.data import Batches, Data, Samples, load_data, mixing, seed_of
 from cropr_kernels.train.loop import rebuild

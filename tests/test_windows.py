@@ -5,7 +5,7 @@ import torch
 from models import randomise, reference_vit, timm_eva
 
 import cropr_kernels as cropr
-from cropr_kernels.adapters import find_adapter
+from cropr_kernels.models.adapters import find_adapter
 
 IMAGES = dict(size=(2, 3, 64, 96))  # 8 x 12 patches: 2 x 3 windows of 4 x 4
 GRID, SIZE = (8, 12), 4

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cropr_kernels.blocks import proportional_attention, rope_at
-from cropr_kernels.vit import ViT, rotate
+from cropr_kernels.models.blocks import proportional_attention, rope_at
+from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
 Need = Literal["attention", "class row", "keys", "values", "patches"]

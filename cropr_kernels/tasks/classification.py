@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pruned import Pruned
+from ..pruning.model import Pruned
 
 
 class Classifier(nn.Module):

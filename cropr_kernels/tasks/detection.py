@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import boxes_on_grid
-from ..pruned import Pruned
+from ..pruning.masks import boxes_on_grid
+from ..pruning.model import Pruned
 from .features import patch_features
 
 

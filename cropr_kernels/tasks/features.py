@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..pruned import Pruned
+from ..pruning.model import Pruned
 
 
 class Features(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import Split
-from ..pruned import Pruned
-from ..stream import Left, Streamed
-from ..vit import Block, ViTConfig
+from ..models.vit import Block, ViTConfig
+from ..pruning.model import Pruned
+from ..pruning.module import Split
+from ..pruning.state import Left, Streamed
 from .features import patch_features, token_norm
 
 FUSIONS = ("llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")

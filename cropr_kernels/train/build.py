@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from ..adapters import find_adapter
-from ..patch import apply
+from ..models.adapters import find_adapter
+from ..models.vit import PRESETS, create_vit
+from ..models.weights import load_weights
+from ..pruning.api import apply
+from ..pruning.windows import Windows
 from ..tasks import Classifier, Detector, Segmenter
-from ..vit import PRESETS, create_vit
-from ..weights import load_weights
-from ..windows import Windows
+from ..utils.optional import need
 from .config import Config
-from .extras import need
 
 
 def backbone(config: Config, num_classes: int) -> Any:

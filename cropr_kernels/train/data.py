@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..viz import find_photos
+from ..utils.optional import need
+from ..utils.viz import find_photos
 from .config import Config
-from .extras import need
 
 TRIES = 16  # neighbours tried in place of a sample that cannot be read
 

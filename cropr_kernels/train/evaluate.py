@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..utils.optional import need
 from .config import Config
-from .extras import need
 
 
 def evaluate(

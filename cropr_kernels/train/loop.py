@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..calibration import calibrate
-from ..patch import set_progress
-from ..pruned import Pruned
-from ..text import write_text
+from ..pruning.api import set_progress
+from ..pruning.model import Pruned
+from ..utils.io import write_text
+from ..utils.optional import need
 from . import build, checkpoint
 from .config import Config
 from .data import Batches, Data, Samples, load_data, mixing, seed_of, seeded, train_loader, val_loader
 from .evaluate import MAIN, autocast, evaluate
-from .extras import need
 from .optim import lr_share, param_groups, progress
 
 

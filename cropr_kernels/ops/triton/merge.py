@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows, tickets, width_block
-from .rows import gather
+from .. import validation as _checks
+from .prune import gather
 from .select import is_last
+from .utils import PINNED, acc_dtype, dense_rows, tickets, width_block
 
 _NUM_WARPS = 4
 _TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import anatomy
-from .pruned import grid_of, require_pruned
+from ..models.adapters import anatomy
+from .model import grid_of, require_pruned
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """`cropr bench`: how fast a model runs on this device, unpruned and at several rates."""
 
 import argparse
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__
-from .adapters import anatomy
-from .flops import flop_counter
-from .naming import create_model
-from .patch import apply, deploy, set_rate
-from .text import table, write_text
-from .tuning import default_rates, medians
-from .viz import save_speed_curves
+from ..models.adapters import anatomy
+from ..models.naming import create_model
+from ..pruning.api import apply, deploy, set_rate
+from ..tuning import default_rates, medians
+from ..utils.flops import flop_counter
+from ..utils.io import table, write_text
+from ..utils.viz import save_speed_curves
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -98,7 +98,11 @@ def run(options: argparse.Namespace) -> None:
         rows += [{"batch": batch, **row} for row in found]
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else options.device
     about = {"model": options.model, "llf": options.llf, "merge": options.merge, "dtype": dtype, "device": device}
-    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "cropr_kernels": __version__}
+    about |= {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cropr_kernels": importlib.metadata.version("cropr_kernels"),
+    }
     engine = deploy(model).cropr.engine
     about["engine"] = engine if isinstance(engine, str) else "zero-copy"
     written = options.out.with_suffix(".json")

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import schedule as schedules
-from .adapters import Anatomy, anatomy, fuse_blocks, take_apart
+from .. import schedule as schedules
+from ..models.adapters import Anatomy, anatomy, fuse_blocks, take_apart
+from .block_wrapper import Passage, PrunedWithin, connect, disconnect
 from .engine import Graphs
 from .merging import Merge
-from .modules import Cropr, FoldedCropr
-from .passage import Passage, PrunedWithin, connect, disconnect
-from .pruned import CroprModules, Pruned, require_pruned
+from .model import CroprModules, Pruned, require_pruned
+from .module import Cropr, FoldedCropr
 from .windows import Windows
 
 _pruned_classes: dict[type, type] = {}
@@ -50,7 +50,7 @@ def apply(
     every token in the original order, without it those that stayed.
 
     Args:
-        model: `cropr_kernels.vit.ViT`, timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with
+        model: `cropr_kernels.models.vit.ViT`, timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with
             registers), DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
         rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`. keep may be a file that
             `cropr tune` wrote.
@@ -82,7 +82,7 @@ def apply(
     if known.hosted and (merge or windows):
         raise ValueError(
             f"cropr.apply: {type(model).__name__} runs its blocks itself: merge and windows are for timm models and "
-            "cropr_kernels.vit.ViT"
+            "cropr_kernels.models.vit.ViT"
         )
     if windows is not None and (not llf or merge):
         raise ValueError("cropr.apply: windows need llf=True, so that the map is whole again, and do not merge")
@@ -186,7 +186,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
 
     Args:
         model: pruned by `apply`.
-        engine: run the blocks on the zero-copy engine (`cropr_kernels.engine`) where it knows them; the logits are then
+        engine: run the blocks on the zero-copy engine (`pruning.engine`) where it knows them; the logits are then
             those of model.eval() up to rounding. Blocks it does not know use the functional ops; `cropr info MODEL`
             and the repr of `model.cropr` say so and why. False: functional ops, logits of model.eval() bit for bit.
             Inputs that require a gradient, and `pruning_map`, take the functional ops too.

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from . import calibration
-from .adapters import anatomy
-from .loading import load_model
-from .maps import pruning_map
-from .patch import apply, deploy, set_rate
-from .viz import find_named_photos, load_photo, save_pruning_frames, save_pruning_maps
+from .. import calibration
+from ..models.adapters import anatomy
+from ..pruning.api import apply, deploy, set_rate
+from ..pruning.maps import pruning_map
+from ..utils.viz import find_named_photos, load_photo, save_pruning_frames, save_pruning_maps
+from .common import load_model
 
 
 def add_parser(commands: Any) -> None:

@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from . import __version__, ops
-from .adapters import anatomy, find_adapter
-from .benching import add_parser as add_benching
-from .blocks import takes_extra_dimension
-from .calibrating import add_parser as add_calibration
-from .exporting import add_parser as add_exporting
-from .flops import flop_counter
-from .inference import add_parser as add_inference
-from .mapping import add_parser as add_mapping
-from .naming import create_model
-from .patch import apply, deploy, remove
-from .train.commands import add_parsers as add_training
-from .tuning import add_parser as add_tuning
+from .. import ops
+from ..models.adapters import anatomy, find_adapter
+from ..models.blocks import takes_extra_dimension
+from ..models.naming import create_model
+from ..pruning.api import apply, deploy, remove
+from ..utils.flops import flop_counter
+from .bench import add_parser as add_benching
+from .calibrate import add_parser as add_calibration
+from .export import add_parser as add_exporting
+from .infer import add_parser as add_inference
+from .map import add_parser as add_mapping
+from .train import add_parsers as add_training
+from .tune import add_parser as add_tuning
 
 
 def info() -> str:
     """What is installed and what it runs on, one fact per line."""
     facts = {
-        "cropr_kernels": __version__,
+        "cropr_kernels": importlib.metadata.version("cropr_kernels"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",

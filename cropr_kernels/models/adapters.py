@@ -23,7 +23,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """cropr_kernels.vit.ViT."""
+    """cropr_kernels.models.vit.ViT."""
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return model.embed(images)
@@ -69,7 +69,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         return adapter
     raise TypeError(
         f"cropr.apply: no adapter for {type(model).__module__}.{type(model).__name__}; supported are "
-        f"cropr_kernels.vit.ViT, timm VisionTransformer and Eva, {SUPPORTED}. An adapter needs a list of blocks, each "
+        f"cropr_kernels.ViT, timm VisionTransformer and Eva, {SUPPORTED}. An adapter needs a list of blocks, each "
         "called with the tokens (B, N, D), and to know how many of the first tokens are no patches"
     )
 

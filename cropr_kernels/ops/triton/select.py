@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, dense_rows
+from .. import validation as _checks
+from .utils import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
 _COUNT_BITS = 21  # three counts travel through one 64-bit sum

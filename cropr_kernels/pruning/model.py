@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import schedule as schedules
-from .adapters import averages_patches, find_adapter, reads_class_token
-from .blocks import FusedBlock
+from .. import schedule as schedules
+from ..models.adapters import averages_patches, find_adapter, reads_class_token
+from ..models.blocks import FusedBlock
+from .block_wrapper import Passage, PrunedWithin
 from .engine import Graphs, run_stream
 from .masks import Masks, level_padding, make_masks
 from .merging import Merge
-from .passage import Passage, PrunedWithin
-from .stream import Departures, Streamed, run_blocks
+from .state import Departures, Streamed, run_blocks
 from .windows import Windows
 
 

@@ -5,7 +5,7 @@
 
 So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of x, where the
 dropped tokens still are. Merging changes the rows that tokens go into, and moves none. The functional form of the same
-stream is `cropr_kernels.stream`.
+stream is `cropr_kernels.pruning.state`.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import FusedBlock, Rotary
+from ..models.blocks import FusedBlock, Rotary
 from .masks import Masks
 from .merging import Merge, follow
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows
+from .. import validation as _checks
 from .scores import scores
+from .utils import PINNED, acc_dtype, dense_rows
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 

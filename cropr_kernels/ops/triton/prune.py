@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, dense_rows, width_block
+from .. import validation as _checks
 from .scores import launch_scores_select
 from .select import select
+from .utils import PINNED, dense_rows, width_block
 
 _BLOCK_R = 8
 _NUM_WARPS = 4

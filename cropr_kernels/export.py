@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .adapters import anatomy
-from .patch import deploy
-from .portable import decompositions
-from .pruned import require_pruned
+from .models.adapters import anatomy
+from .ops.decompositions import decompositions
+from .pruning.api import deploy
+from .pruning.model import require_pruned
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest output; float64 scores are float32

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .calibration import load_queries
-from .patch import apply, set_rate
-from .pruned import Pruned
-from .weights import load_weights
+from ..calibration import load_queries
+from ..models.weights import load_weights
+from ..pruning.api import apply, set_rate
+from ..pruning.model import Pruned
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -64,7 +64,7 @@ def _load(name: str) -> Loaded:
 
 
 def _load_run(folder: Path) -> Loaded:
-    from .train.loop import rebuild
+    from ..train.loop import rebuild
 
     task, config, _ = rebuild(folder)
     if config.task != "classification":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import FusedBlock, rope_at
+from ..models.blocks import FusedBlock, rope_at
 from .masks import Masks
 from .merging import Merge, weigh
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .exports import FORMATS, export, load_exported
-from .loading import add_model_arguments, load_pruned
-from .patch import deploy, set_rate
-from .text import table
-from .tuning import medians
-from .viz import find_named_photos, load_photo
+from ..export import FORMATS, export, load_exported
+from ..pruning.api import deploy, set_rate
+from ..tuning import medians
+from ..utils.io import table
+from ..utils.viz import find_named_photos, load_photo
+from .common import add_model_arguments, load_pruned
 
 
 def add_parser(commands: Any) -> None:

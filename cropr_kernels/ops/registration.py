@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _checks
+from . import validation as _checks
 
 try:
-    from ._C import build_info as build_info  # importing _C registers the CPU kernels
-    from ._C import schemas
+    from .._C import build_info as build_info  # importing _C registers the CPU kernels
+    from .._C import schemas
 except ImportError as error:
     raise ImportError(
         "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "
@@ -30,17 +30,17 @@ except ImportError as error:
 
 def cpp_library() -> Path | None:
     """The shared library with which a C++ program has the ops and their CPU kernels; None if it was not built."""
-    return next(Path(__file__).parent.glob("libcropr_ops.*"), None)
+    return next(Path(__file__).parents[1].glob("libcropr_ops.*"), None)
 
 
 # The ops whose CUDA launchers are in each file of kernels/.
 _LAUNCHERS = {
     "scores": ("scores",),
     "select": ("select",),
-    "rows": ("prune", "split", "gather", "restore"),
+    "prune": ("prune", "split", "gather", "restore"),
     "attend": ("attend", "attend_scores", "attend_backward"),
     "merge": ("merge", "merge_"),
-    "stream": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
+    "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
 }
 _FILES = {op: file for file, ops in _LAUNCHERS.items() for op in ops}
 
@@ -48,7 +48,7 @@ _FILES = {op: file for file, ops in _LAUNCHERS.items() for op in ops}
 def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         try:
-            kernels = importlib.import_module(f"cropr_kernels.kernels.{module}")
+            kernels = importlib.import_module(f"cropr_kernels.ops.triton.{module}")
         except ImportError as error:
             raise ImportError(f"cropr::{name}: CUDA tensors need triton: pip install triton ({error})") from error
         return getattr(kernels, name)(*args)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hosts import shuffles_patches
+from ..models.hosts import shuffles_patches
 from .masks import make_masks
-from .stream import Departures, Stream
+from .state import Departures, Stream
 
 
 class Passage:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import anatomy
-from .loading import Loaded, add_model_arguments, load_pruned
-from .patch import deploy
-from .text import write_text
-from .viz import PHOTO_SUFFIXES, find_photos, load_photo
+from ..models.adapters import anatomy
+from ..pruning.api import deploy
+from ..utils.io import write_text
+from ..utils.viz import PHOTO_SUFFIXES, find_photos, load_photo
+from .common import Loaded, add_model_arguments, load_pruned
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
 

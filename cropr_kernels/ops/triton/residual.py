@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows, registers
+from .. import validation as _checks
 from .scores import fold_query
 from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
+from .utils import PINNED, acc_dtype, dense_rows, registers
 
 
 @triton.jit

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..maps import pruning_map
-from ..patch import set_rate
-from ..pruned import Pruned
-from ..text import write_text
-from .config import PRESETS, Config
-from .data import Data, load_data, val_loader
-from .evaluate import MAIN, evaluate
-from .extras import need
-from .loop import processes, rebuild, train
+from ..pruning.api import set_rate
+from ..pruning.maps import pruning_map
+from ..pruning.model import Pruned
+from ..train.config import PRESETS, Config
+from ..train.data import Data, load_data, val_loader
+from ..train.evaluate import MAIN, evaluate
+from ..train.loop import processes, rebuild, train
+from ..utils.io import write_text
+from ..utils.optional import need
 
 
 def add_parsers(commands: Any) -> None:
@@ -121,7 +121,7 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
     except ImportError as error:
         print(f"no pictures: {error}")
         return
-    from ..viz import save_curves, save_pruning_maps
+    from ..utils.viz import save_curves, save_pruning_maps
 
     lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
     if lines:

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks
-from ._launch import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
+from .. import validation as _checks
 from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
+from .utils import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])

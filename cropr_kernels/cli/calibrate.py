@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calibration
-from .loading import Loaded, load_model
-from .patch import apply
-from .tuning import default_rates
-from .viz import find_photos, load_photo
+from .. import calibration
+from ..pruning.api import apply
+from ..tuning import default_rates
+from ..utils.viz import find_photos, load_photo
+from .common import Loaded, load_model
 
 
 def add_parser(commands: Any) -> None:

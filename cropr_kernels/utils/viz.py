@@ -38,7 +38,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("cropr_kernels.viz needs matplotlib: pip install 'cropr_kernels[viz]'") from error
+        raise ImportError("cropr_kernels.utils.viz needs matplotlib: pip install 'cropr_kernels[viz]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -49,7 +49,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("cropr_kernels.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
+        raise ImportError("cropr_kernels.utils.viz needs pillow: pip install 'cropr_kernels[viz]'") from error
     return Image
 
 

@@ -22,13 +22,13 @@ for step in "${@:-tests models sanitize ops kernels networks compiled table stai
   echo "== $part"
   case $part in
     tests)
-      logged tests python3 -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" -k cuda tests/test_select.py \
-        tests/test_rows.py tests/test_attend.py tests/test_merge.py tests/test_stream.py tests/test_contract.py ;;
+      logged tests python3 -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" -k cuda tests/ops/test_select.py \
+        tests/ops/test_prune.py tests/ops/test_attend.py tests/ops/test_merge.py tests/ops/test_residual.py tests/ops/test_contract.py ;;
     models) logged models python3 -m pytest -q -p no:cacheprovider --junitxml="$OUT/models.xml" -m gpu tests ;;
     sanitize)
       for check in memcheck racecheck; do
-        timeout 280 compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/test_rows.py \
-          tests/test_select.py tests/test_attend.py tests/test_merge.py tests/test_stream.py \
+        timeout 280 compute-sanitizer --tool $check --error-exitcode 9 python3 -m pytest -q -p no:cacheprovider tests/ops/test_prune.py \
+          tests/ops/test_select.py tests/ops/test_attend.py tests/ops/test_merge.py tests/ops/test_residual.py \
           -k "cuda and (shape0 or shape2 or hard or layout or priority_comes)" \
           > "$OUT/$check.log" 2>&1 || { status=1; tail -20 "$OUT/$check.log"; }
       done ;;

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, randomise, reference_vit, timm_vit
+from helpers.models import MODELS, randomise, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import importance
@@ -204,7 +204,7 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data):
-    from test_vit import read_photos
+    from helpers.photos import read_photos
 
     from cropr_kernels.models.weights import load_weights
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from helpers.models import reference_vit, timm_vit
 from hypothesis import given
 from hypothesis import strategies as st
-from models import reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import schedule, tuning

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, tokens
+from helpers.cases import DTYPES, tokens
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import reference_vit
+from helpers.models import reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils import viz
 
-PHOTOS = Path(__file__).parent.parent / "examples" / "photos"
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import randomise, reference_vit, timm_eva
+from helpers.models import randomise, reference_vit, timm_eva
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_adapter

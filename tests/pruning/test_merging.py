@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 from torch import nn
 
 import cropr_kernels as cropr

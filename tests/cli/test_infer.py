@@ -20,7 +20,7 @@ from cropr_kernels.utils.viz import find_photos, load_photo
 dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
 pytest.importorskip("webdataset", reason="webdataset is not installed")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PHOTOS = find_photos(ROOT / "examples" / "photos")
 
 

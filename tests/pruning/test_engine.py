@@ -7,12 +7,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from helpers.graphs import CountingGraphs
+from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.pruning.engine import Captured, Graphs
+from cropr_kernels.pruning.engine import Graphs
 
 ENGINE_MODELS = {
     **MODELS,
@@ -240,20 +241,6 @@ def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
 
 
 # CUDA graphs
-
-
-class CountingGraphs(Graphs):
-    """Graphs whose capture needs no GPU: replay runs the function again."""
-
-    def capture(self, run, inputs):
-        self.captures = getattr(self, "captures", 0) + 1
-        static, output = tuple(value.clone() for value in inputs), run(*inputs)
-
-        class Replay:
-            def replay(self):
-                output.copy_(run(*static))
-
-        return Captured(Replay(), static, output)
 
 
 def test_graphs_are_bounded_and_results_are_the_callers_own():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, odd_layouts, same_bits, tokens
+from helpers.cases import DTYPES, odd_layouts, same_bits, tokens
 
 from cropr_kernels.ops import reference
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from models import randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import randomise, reference_vit, timm_eva, timm_vit
 from torch import nn
 
 import cropr_kernels as cropr

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import anatomy, find_adapter
@@ -181,7 +181,7 @@ def test_masks_on_cuda_give_the_cpu_result_replayed_too(kind):
 
 
 def test_graphs_replay_masks():
-    from test_engine import CountingGraphs
+    from helpers.graphs import CountingGraphs
 
     graphs, masks = CountingGraphs(2), (torch.ones(2), torch.zeros(2))
     run = lambda x, mask: x * mask  # noqa: E731

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import randomise, reference_vit
+from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.tasks import Classifier
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rivals import SYSTEMS, Reduced
 from rivals.stands import AttentionTopK
 

@@ -1,10 +1,10 @@
 """The reference ViT against timm's own forward, and on its own."""
 
-import io
 import json
 
 import pytest
 import torch
+from helpers.photos import read_photos
 
 import cropr_kernels as cropr
 from cropr_kernels.models.vit import PRESETS, ViT, ViTConfig
@@ -55,22 +55,6 @@ def test_other_image_sizes_equal_timm(name, size):
     images = torch.randn(1, 3, *size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
-
-
-def read_photos(data, count):
-    """The first validation photos of Tiny-ImageNet as the pretrained model wants them, and their labels."""
-    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
-    archive = np.load(data / "tinyimagenet100_64.npz")
-    buffer, offsets = archive["buf"], archive["offsets"]
-    classes = [str(name).split()[0] for name in archive["classes"]]  # WordNet ids
-    chosen = np.flatnonzero(archive["split"] == 1)[:: 5000 // count][:count]
-    pixels, labels = [], []
-    for i in chosen:
-        photo = image.open(io.BytesIO(buffer[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")
-        photo = photo.resize((256, 256), image.Resampling.BICUBIC).crop((16, 16, 240, 240))
-        pixels.append(torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 127.5 - 1)
-        labels.append(classes[int(archive["labels"][i])])
-    return torch.stack(pixels), labels
 
 
 @torch.inference_mode()

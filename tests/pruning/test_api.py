@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, randomise, reference_vit, timm_vit
+from helpers.models import MODELS, randomise, reference_vit, timm_vit
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode

@@ -41,6 +41,51 @@ MODELS = {
 }
 
 
+# Models that run their blocks themselves.
+
+HF = dict(
+    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=8
+)
+TEXT = dict(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, bos_token_id=0
+)
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def siglip_classifier():
+    t = transformers()
+    return t.SiglipForImageClassification(t.SiglipConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+
+
+def torchvision_vit():
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    return torchvision.models.VisionTransformer(64, 8, 4, 2, 64, 128, num_classes=5)
+
+
+def hf(model, config, **options):
+    t = transformers()
+    return getattr(t, model)(getattr(t, config)(**HF, **options))
+
+
+HOSTS = {
+    "ViT": lambda: hf("ViTForImageClassification", "ViTConfig", num_labels=5),
+    "ViT, features": lambda: hf("ViTModel", "ViTConfig"),
+    "ViT-MAE": lambda: hf("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
+    "DINOv2": lambda: hf("Dinov2ForImageClassification", "Dinov2Config", num_labels=5, drop_path_rate=0.1),
+    "DINOv2 with registers": lambda: hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "DINOv3": lambda: hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=3),
+    "SigLIP": lambda: hf("SiglipVisionModel", "SiglipVisionConfig"),
+    "SigLIP, classifier": siglip_classifier,
+    "CLIP": lambda: hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=16),
+    "torchvision": torchvision_vit,
+}
+PREFIX = {"DINOv2 with registers": 5, "DINOv3": 4, "SigLIP": 0, "SigLIP, classifier": 0}
+CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision")
+
+
 def randomise(model):
     """Nothing at its neutral value."""
     with torch.no_grad():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, same_bits
+from helpers.cases import DTYPES, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

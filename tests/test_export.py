@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import SHAPES
-from models import MODELS, randomise, reference_vit
-from test_hosts import HOSTS
+from helpers.cases import SHAPES
+from helpers.models import HOSTS, MODELS, randomise, reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import export as exports

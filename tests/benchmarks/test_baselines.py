@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import randomise, reference_vit
+from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rivals import ONCE, SYSTEMS, Reduced, ReducedClassifier
 from rivals.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from rivals.merging import DPCKNN, merge_fused, merge_pairs

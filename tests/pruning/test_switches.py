@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import reference_vit
+from helpers.models import reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.pruning.module import Cropr

@@ -81,7 +81,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock(depth=6)
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(cropr.patch.Pruned, "forward", lambda model, images: clock.of(model, images))
+    monkeypatch.setattr(cropr.pruning.model.Pruned, "forward", lambda model, images: clock.of(model, images))
     return clock
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..export import FORMATS, export, load_exported
+from ..exporting import FORMATS, export, load_exported
 from ..pruning.api import deploy, set_rate
 from ..tuning import medians
 from ..utils.io import table

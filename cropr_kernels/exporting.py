@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .models.adapters import anatomy
 from .ops.decompositions import decompositions
 from .pruning.api import deploy
-from .pruning.model import require_pruned
+from .pruning.model import require_pruned, run
+from .pruning.state import PruningOptions
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest output; float64 scores are float32
@@ -37,27 +37,8 @@ class _Outputs(nn.Module):
         self.model, self.with_map = model, with_map
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if not self.with_map:
-            return _tensors(self.model(images))
-        known, prefix = anatomy(self.model), anatomy(self.model).num_prefix
-        grid = images.shape[2] // known.patch_size[0], images.shape[3] // known.patch_size[1]
-        left = torch.full_like(images[:, 0, :1, :1].reshape(-1, 1), len(known.blocks), dtype=torch.int64)
-        left = left.repeat(1, grid[0] * grid[1])
-
-        def record(layer: int, positions: Tensor) -> None:
-            nonlocal left
-            left = left.scatter(1, positions - prefix, torch.full_like(positions, layer + 1))
-
-        if known.hosted:
-            passage = self.model.cropr.passage
-            passage.departures = record
-            try:
-                outputs = _tensors(self.model(images))
-            finally:
-                passage.departures = None
-        else:
-            outputs = _tensors(self.model.cropr_output(images, departures=record)[0])
-        return *outputs, left.unflatten(1, grid)
+        output, state = run(self.model, lambda: self.model.cropr.spec.tower(images), PruningOptions())
+        return (*_tensors(output), state.pruning_map(images.device)) if self.with_map else _tensors(output)
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from . import schedule as schedules
-from .models.adapters import anatomy
 from .pruning.api import deploy
 from .pruning.model import require_pruned
+from .pruning.model import run as pruned_run
+from .pruning.state import PruningOptions
 from .utils.io import write_text
 
 
@@ -88,7 +90,7 @@ def highest_rate(num_tokens: int, modules: int, num_prefix: int) -> float:
 
 def default_rates(model: Any) -> list[int]:
     """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
-    patches = model.cropr.grid[0] * model.cropr.grid[1]
+    patches = model.cropr.config.grid[0] * model.cropr.config.grid[1]
     most = (patches - 4) // len(model.cropr)
     return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
@@ -163,16 +165,17 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    known, fast = anatomy(model), deploy(model)
-    modules, prefix, depth = len(stack), known.num_prefix, len(known.blocks)
-    tokens = prefix + (images.shape[2] // known.patch_size[0]) * (images.shape[3] // known.patch_size[1])
+    fast, spec = deploy(model), stack.spec
+    modules, prefix, depth = len(stack), spec.num_prefix, len(spec.blocks)
+    _, state = pruned_run(fast, lambda: fast(images), PruningOptions())
+    tokens = state.num_tokens
 
     def run(keep: Sequence[int]) -> Callable[[], Any]:
-        schedule = schedules.resolve(keep=list(keep))
-        schedule(tokens, depth, prefix, stack.llf)
+        config = replace(stack.config, schedule=schedules.resolve(keep=list(keep)))
+        config.counts(tokens, depth, prefix)
 
         def call() -> Any:
-            fast.cropr.schedule = schedule
+            fast.cropr.config = config
             return fast(images)
 
         return call

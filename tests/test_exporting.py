@@ -59,7 +59,7 @@ CASES = [
     ("reference", {}),
     ("reference", {"llf": True}),
     ("reference", {"merge": True}),
-    ("reference", {"merge": cropr.Merge(similarity="keys", candidates=2.0)}),
+    ("reference", {"merge": cropr.Merge(candidates=2.0)}),
     ("reference, registers", {"llf": True}),
     ("timm ViT, no class token", {}),
     ("timm EVA-02", {"llf": True}),

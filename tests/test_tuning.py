@@ -70,8 +70,8 @@ class Clock:
 
     def of(self, model, images):
         tokens = 1 + (images.shape[2] // 8) * (images.shape[3] // 8)
-        counts = [tokens, *model.cropr.schedule(tokens, self.depth, 1, model.cropr.llf)]
-        counts += counts[:1] if model.cropr.llf else []
+        counts = [tokens, *model.cropr.config.counts(tokens, self.depth, 1)]
+        counts += counts[:1] if model.cropr.config.llf else []
         prunes = sum(a != b for a, b in itertools.pairwise(counts))
         self.now += 3.0 + sum(-(-count // 16) for count in counts) + self.prune * prunes
         return images
@@ -94,7 +94,7 @@ def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     in_time = cropr.tune(model, torch.zeros(2, 3, 64, 64), latency_ms=tuned.pruned_ms, rounds=1)
     assert in_time.pruned_ms <= tuned.pruned_ms * 1.02
-    assert str(model.cropr.schedule) == "rate=0"  # only read
+    assert str(model.cropr.config.schedule) == "rate=0"  # only read
 
 
 def test_where_pruning_does_not_pay_it_says_so(clock):
@@ -138,8 +138,8 @@ def test_apply_takes_the_file(tmp_path):
     path = tmp_path / "schedule.json"
     tuning.save_tuned(path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}), {"model": "x"})
     model = cropr.apply(timm_vit(), keep=path)
-    assert model.cropr.schedule(65, 4, 1, False) == [50, 40, 30]
-    assert cropr.apply(reference_vit(), keep=str(path)).cropr.schedule(65, 4, 1, False) == [50, 40, 30]
+    assert model.cropr.config.counts(65, 4, 1) == [50, 40, 30]
+    assert cropr.apply(reference_vit(), keep=str(path)).cropr.config.counts(65, 4, 1) == [50, 40, 30]
     with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks \(llf=True\), got 3"):
         cropr.apply(reference_vit(), keep=path, llf=True)
     with pytest.raises(FileNotFoundError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..models.adapters import anatomy, find_adapter
+from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..models.naming import create_model
 from ..pruning.api import apply, deploy, remove
@@ -60,9 +60,8 @@ def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
     """How a model would be pruned and what would run it, one fact per line."""
     model = create_model(name).eval()
     facts = {"model": f"{name}, {type(model).__module__}.{type(model).__name__}"}
-    facts["adapter"] = type(find_adapter(model)).__name__
     counted: dict[int, float] = {}
-    known = anatomy(model)
+    known = find_spec(model)
     grid = known.grid
     for pruned_rate in (0, rate):
         apply(model, rate=pruned_rate, llf=llf, merge=merge, num_outputs=0)
@@ -74,16 +73,16 @@ def model_info(name: str, rate: int, *, llf: bool, merge: bool = False) -> str:
         stack = deployed.cropr
         remove(model)
     tokens = model.num_prefix_tokens + grid[0] * grid[1]
-    counts = stack.schedule(tokens, len(model.blocks), model.num_prefix_tokens, llf)
+    counts = stack.config.counts(tokens, len(model.blocks), model.num_prefix_tokens)
     facts["tokens"] = f"{tokens} of width {model.embed_dim}, {model.num_prefix_tokens} of them never pruned"
     facts["blocks"] = f"{len(model.blocks)} x {type(model.blocks[0]).__name__}"
     facts["kept after each block"] = " ".join(map(str, counts)) + (", all in the last block" if llf else "")
     facts["GFLOPs an image"] = f"{counted[0]:.1f} unpruned, {counted[rate]:.1f} at rate {rate}"
     facts["engine"] = (
-        f"off, the functional ops run it: {stack.engine}" if isinstance(stack.engine, str) else "zero-copy, every block"
+        f"off, the functional ops run it: {stack.engine_reason}" if stack.engine is None else "zero-copy, every block"
     )
-    if stack.merging is not None:
-        facts["merging"] = str(stack.merging)
+    if stack.config.merge is not None:
+        facts["merging"] = str(stack.config.merge)
         width = model.embed_dim // model.blocks[0].attn.num_heads
         room = takes_extra_dimension(width, torch.bfloat16)
         facts["log(size) in attention"] = (

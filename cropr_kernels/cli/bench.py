@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.adapters import anatomy
+from ..models.adapters import find_spec
 from ..models.naming import create_model
 from ..pruning.api import apply, deploy, set_rate
 from ..tuning import default_rates, medians
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     model = create_model(options.model).eval().to(options.device, getattr(torch, dtype))
     apply(model, rate=0, llf=options.llf, merge=options.merge, num_outputs=0)
-    known = anatomy(model)
+    known = find_spec(model)
     rates = options.rates or default_rates(model)
     rows: list[dict[str, Any]] = []
     for batch in options.batch:
@@ -103,8 +103,7 @@ def run(options: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "cropr_kernels": importlib.metadata.version("cropr_kernels"),
     }
-    engine = deploy(model).cropr.engine
-    about["engine"] = engine if isinstance(engine, str) else "zero-copy"
+    about["engine"] = deploy(model).cropr.engine_reason or "zero-copy"
     written = options.out.with_suffix(".json")
     write_text(written, json.dumps({**about, "rows": rows}, indent=1) + "\n")
     cells = [

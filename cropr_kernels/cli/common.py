@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calibration import load_queries
 from ..models.weights import load_weights
 from ..pruning.api import apply, set_rate
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -95,7 +95,7 @@ def load_pruned(options: argparse.Namespace) -> Loaded:
     """
     loaded = load_model(options.model, options.mean, options.std)
     model = loaded.model
-    if isinstance(model, Pruned):
+    if is_pruned(model):
         if options.llf or options.merge or options.keep:
             raise ValueError(f"{options.model} says itself how it is pruned: leave out --llf, --merge and --keep")
         if options.rate is not None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.adapters import anatomy
+from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..utils.io import write_text
 from ..utils.viz import PHOTO_SUFFIXES, find_photos, load_photo
@@ -181,9 +181,9 @@ def run(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     units = find_units(options.source, options.unit)
     loaded = load_pruned(options)
-    if options.features and anatomy(loaded.model).num_classes:
+    if options.features and find_spec(loaded.model).num_classes:
         loaded.model.head = torch.nn.Identity()
-    top = 0 if options.features or not anatomy(loaded.model).num_classes else options.top
+    top = 0 if options.features or not find_spec(loaded.model).num_classes else options.top
     fast = deploy(loaded.model.to(device, dtype))
     options.out.mkdir(parents=True, exist_ok=True)
     _settle(options.out / _SETTINGS, _settings(options, loaded, units, top, str(dtype)))
@@ -221,9 +221,9 @@ def _settings(
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
         "model": options.model,
-        "schedule": str(stack.schedule),
-        "llf": stack.llf,
-        "merge": str(stack.merging),
+        "schedule": str(stack.config.schedule),
+        "llf": stack.config.llf,
+        "merge": str(stack.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
         "mean": list(loaded.mean),
         "std": list(loaded.std),

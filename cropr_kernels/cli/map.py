@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import calibration
-from ..models.adapters import anatomy
+from ..models.adapters import find_spec
 from ..pruning.api import apply, deploy, set_rate
 from ..pruning.maps import pruning_map
 from ..utils.viz import find_named_photos, load_photo, save_pruning_frames, save_pruning_maps
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         calibration.load_queries(model, options.queries)
     maps = torch.cat([pruning_map(set_rate(deploy(model), options.rate), batch) for batch in images.split(16)])
-    depth = len(anatomy(model).blocks)
+    depth = len(find_spec(model).blocks)
     options.out.mkdir(parents=True, exist_ok=True)
     first = options.out / "maps.png"
     save_pruning_maps(first, pixels[:8], maps[:8], depth, [path.stem for path in paths[:8]])

@@ -10,7 +10,7 @@ import torch
 
 from ..pruning.api import set_rate
 from ..pruning.maps import pruning_map
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
 from ..train.config import PRESETS, Config
 from ..train.data import Data, load_data, val_loader
 from ..train.evaluate import MAIN, evaluate
@@ -85,7 +85,7 @@ def run_eval(options: argparse.Namespace) -> None:
     data = load_data(config)
     if data.classes != classes:
         raise ValueError(f"the run knows {len(classes)} classes, and this dataset has other ones, {len(data.classes)}")
-    pruned = isinstance(task.backbone, Pruned)
+    pruned = is_pruned(task.backbone)
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
     rows: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ def run_eval(options: argparse.Namespace) -> None:
             if rate is not None:
                 set_rate(task.backbone, rate)
             loader = val_loader(data.val, config, rank=place.rank, world=place.world)
-            schedule = str(task.backbone.cropr.schedule) if pruned else "no pruning"
+            schedule = str(task.backbone.cropr.config.schedule) if pruned else "no pruning"
             metrics = evaluate(task, loader, config, len(classes), place.device, not options.quiet and place.rank == 0)
             rows.append({"schedule": schedule, **metrics})
         if place.rank:
@@ -127,7 +127,7 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
     if lines:
         save_curves(options.out / "curves.png", lines, MAIN[config.task])
         print(f"wrote {options.out / 'curves.png'}")
-    if not options.pictures or not isinstance(task.backbone, Pruned):
+    if not options.pictures or not is_pruned(task.backbone):
         return
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     step = max(len(data.val) // options.pictures, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapters import anatomy
+from ..models.adapters import find_spec
 from ..models.naming import create_model
 from ..pruning.api import apply
 from ..tuning import save_tuned, tune
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--batch must be >= 1, got {options.batch}")
     model = create_model(options.model).eval().to(options.device, getattr(torch, dtype))
     apply(model, rate=0, llf=options.llf, merge=options.merge, num_outputs=0)
-    known = anatomy(model)
+    known = find_spec(model)
     sides = (count * side for count, side in zip(known.grid, known.patch_size))
     images = torch.randn(options.batch, 3, *sides).to(options.device, getattr(torch, dtype))
     with warnings.catch_warnings(record=True) as caught:

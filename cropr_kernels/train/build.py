@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapters import find_adapter
+from ..models.adapters import find_spec
 from ..models.vit import PRESETS, create_vit
 from ..models.weights import load_weights
 from ..pruning.api import apply
@@ -34,8 +34,8 @@ def backbone(config: Config, num_classes: int) -> Any:
             raise ValueError(f"config: model {config.model!r} is neither a preset of cropr_kernels nor a model of timm")
         size = {"img_size": config.img_size, "dynamic_img_size": True}
         model = timm.create_model(config.model, pretrained=config.pretrained, **options, **size)
-    find_adapter(model)
-    model.grad_checkpointing = config.grad_checkpointing
+    find_spec(model)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     return model.train()
 
 
@@ -69,16 +69,11 @@ def task(config: Config, num_classes: int) -> Any:
                 num_queries=config.num_queries if config.task == "classification" else per_patch,
                 num_outputs=num_classes if config.prunes and not config.fixed_queries else 0,
                 mlp_ratio=config.mlp_ratio,
-                num_heads=config.num_heads,
-                stop_gradient=config.stop_gradient,
-                sampling=config.sampling,
             )
-            for module in model.cropr:
-                module.queries.requires_grad_(module.aggregator is not None)
         if config.task == "classification":
             return Classifier(model, config.smoothing)
         if config.task == "segmentation":
-            return Segmenter(model, num_classes, grid=grid, fusion=config.fusion, ignore_index=config.ignore_index)
+            return Segmenter(model, num_classes, grid=grid, ignore_index=config.ignore_index)
         return Detector(
             model,
             num_classes,

@@ -40,12 +40,8 @@ class Config:
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch
     mlp_ratio: float = 4.0
-    num_heads: int | None = None
-    stop_gradient: bool = True
-    sampling: bool = False
     calibrate: int = 0  # training photos from which queries are set in closed form before the first step
     fixed_queries: bool = False  # queries do not learn, and there are no auxiliary heads: those of calibrate stay
-    fusion: Literal["llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop"] = "llf"  # segmentation
     window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
     global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same
 
@@ -140,9 +136,8 @@ class Config:
         if self.stride is not None:
             fits = all(1 <= step <= side for step, side in zip(self.stride, self.img_size))
             self._require("stride", fits, f"from 1 to img_size={self.img_size}")
-        if self.fusion != "llf":
-            self._require("fusion", self.task == "segmentation", "llf outside segmentation")
-            self._require("llf", not self.llf, f"false with fusion={self.fusion}")
+        if self.task == "segmentation" and self.prunes:
+            self._require("llf", self.llf, "true for segmentation: the decoder needs the whole map")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..calibration import calibrate
 from ..pruning.api import set_progress
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
 from ..utils.io import write_text
 from ..utils.optional import need
 from . import build, checkpoint
@@ -99,7 +99,7 @@ class Run:
         self.totals = {"skipped": 0, "not_finite": 0}
         self.last_metrics: dict[str, Any] = {}
         resumed = self._claim_folder()
-        if resumed is None and config.calibrate and isinstance(task.backbone, Pruned):
+        if resumed is None and config.calibrate and is_pruned(task.backbone):
             self._calibrate()
         self.wrapped = self._share(self.task)
         groups = param_groups(self.task, config)
@@ -228,7 +228,7 @@ class Run:
         share = lr_share(config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * share
-        if isinstance(self.task.backbone, Pruned):
+        if is_pruned(self.task.backbone):
             set_progress(self.task.backbone, progress(config, epoch))
         # loss, main, aux; samples that could not be read
         sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -287,7 +287,7 @@ class Run:
     def _evaluate(self) -> None:
         config = self.config
         task: Any = self.task if self.ema is None else self.ema.module
-        if isinstance(task.backbone, Pruned):
+        if is_pruned(task.backbone):
             set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
         loader = val_loader(self.data.val, config, rank=self.place.rank, world=self.place.world)
         self.last_metrics = evaluate(task, loader, config, len(self.data.classes), self.place.device, self.show)

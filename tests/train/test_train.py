@@ -79,7 +79,7 @@ def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
 RECIPES = {
     "plain": {},
     "everything": dict(ema=0.9, accumulate=2, mixup=0.5, cutmix=0.5, drop_path=0.2, clip_grad=1.0, curriculum=0.5,
-                       sampling=True, llf=True, amp="bfloat16", auto_augment="rand-m5-mstd0.5", erasing=0.3, workers=1),
+                       llf=True, amp="bfloat16", auto_augment="rand-m5-mstd0.5", erasing=0.3, workers=1),
     "float16": dict(amp="float16", grad_checkpointing=True),
 }  # fmt: skip
 
@@ -365,7 +365,6 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
         (dict(task="detection", rate=8), "llf must be true for detection"),
         (dict(task="segmentation", num_classes=3, stride="300,8"), r"stride must be from 1 to img_size=\(224, 224\)"),
-        (dict(fusion="concat"), "fusion must be llf outside segmentation"),
         (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
         (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),
         (dict(detector_options="box_nms_thresh"), "detector_options must be name=value, got 'box_nms_thresh'"),

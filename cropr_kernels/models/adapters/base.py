@@ -1,0 +1,115 @@
+"""What pruning and the engine must know of a model, whatever its family."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from ..blocks import Rotary
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A Vision Transformer as pruning sees it. Its own forward calls the blocks one after the other."""
+
+    blocks: list[nn.Module]
+    projection: nn.Module  # its output (B, D, grid height, grid width) is the patch grid
+    norm: nn.Module  # the last norm of the tokens
+    tower: nn.Module  # what is called with the images
+    num_prefix: int  # P, first tokens that are no patches
+    dim: int
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]  # patches in height and width at the model's own image size
+    num_classes: int  # 0: it has no classifier
+    class_token: bool  # the head looks at the class token; else at the patches
+    pooling: Literal["token", "average", "other"]  # what the head makes of the tokens
+    returns_tokens: bool  # the output also holds the tokens, or the head reads the patches
+    refusal: str | None = None  # why single patches cannot be named by their place in the image
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A pre-norm block x + g1 * attention(norm1(x)), x + g2 * mlp(norm2(x)), as the engine runs it.
+
+    Modules are looked up in `block` at every call, so replaced parameters are seen.
+    """
+
+    block: Any
+    norm1: str  # names of its modules
+    norm2: str
+    attn: str
+    attend: Callable[[Any, Tensor, Rotary | None, Tensor | None], Tensor]  # attn, h, rotary, log_sizes -> update
+    scales: Callable[[Any], tuple[Tensor | None, Tensor | None]]  # block -> LayerScale's g1, g2
+    mlp: str = "mlp"
+
+    def watched(self) -> list[nn.Module]:
+        """Modules that the engine opens or passes by: with hooks on one of them the block must be called itself."""
+        names = (self.norm1, self.norm2, "ls1", "ls2", "layer_scale1", "layer_scale2", "drop_path1", "drop_path2")
+        found = [getattr(self.block, name, None) for name in (*names, "dropout", "drop_path")]
+        attn = getattr(self.block, self.attn)
+        return [self.block, *(module for module in found if module is not None), attn, *attn.children()]
+
+
+class Adapter(Protocol):
+    """One file of this folder: what is known of one family."""
+
+    SUPPORTED: str  # the family, as the error for unknown models names it
+
+    @staticmethod
+    def find(model: nn.Module) -> ModelSpec | None:
+        """The model's spec, or None if it is of another family."""
+        ...
+
+    @staticmethod
+    def parts(block: nn.Module) -> BlockParts | str | None:
+        """A block of the family as the engine runs it, or why it cannot; None if the block is of another family."""
+        ...
+
+
+def known_classes(module: str, *names: str) -> tuple[type, ...]:
+    """Classes of a module that is already imported: nobody has one of them otherwise."""
+    return tuple(cls for name in names if (cls := getattr(sys.modules.get(module), name, None)) is not None)
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width from one number or two."""
+    return (value[0], value[1]) if isinstance(value, list | tuple) else (value, value)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a block as its library defines it: pruned blocks are of a subclass."""
+    return getattr(type(module), "cropr_base", type(module))
+
+
+def layer_norm_refusal(parts: BlockParts) -> str | None:
+    """What keeps the norms of a block out of the engine; None if nothing does."""
+    for name in (parts.norm1, parts.norm2):
+        norm = getattr(parts.block, name)
+        if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
+            return f"{name} is {type(norm).__name__}, not LayerNorm over the width"
+    return None
+
+
+def hook_refusal(parts: BlockParts) -> str | None:
+    """Hooks, replaced forwards and parametrizations, which only fire where the block is called itself."""
+    for module in parts.watched():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for.
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks) or "forward" in vars(
+            module
+        ):
+            return f"forward hooks on {type(module).__name__}"
+        if "parametrizations" in module._modules:
+            return f"a parametrization of {type(module).__name__}"
+    return None
+
+
+def plain_linears(attn: nn.Module, *names: str) -> str | None:
+    """Why the projections of an attention must be called and not opened; None if they are plain."""
+    for name in names:
+        module = getattr(attn, name, None)
+        if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
+            return f"{name} is {type(module).__name__}"
+    return None

@@ -97,7 +97,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "*fp32"
         elif name in ("partial_ptr", "similarity_ptr"):
             types[name] = acc
-        elif name in ("tickets_ptr", "leaves_ptr"):
+        elif name in ("counters_ptr", "leaves_ptr"):
             types[name] = "*i32"
         elif name == "priority_ptr":
             types[name] = "*i8"

@@ -62,7 +62,6 @@ def run_stream(
     """
     idx: Tensor | None = None
     alive, depth = x.shape[1], len(blocks)
-    tickets: Tensor | None = None
     merged = Merged(merge, x, num_prefix) if merge is not None and counts and counts[-1] < alive else None
     priority = None if masks is None else masks.priority
     log_sizes = None if masks is None else masks.log_sizes(None)
@@ -72,8 +71,7 @@ def run_stream(
         scale1, scale2 = fused.scales(block)
         rotary = None if rope is None else Rotary(rope, idx, num_prefix)
         prunes = layer < len(modules) and counts[layer] < alive
-        compares = prunes and merge is not None and merge.similarity == "keys"
-        update, keys = fused.attention(h, rotary, log_sizes, keys=compares)
+        update, _ = fused.attention(h, rotary, log_sizes)
         _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, block.norm2.weight, block.norm2.bias, block.norm2.eps)
         update = block.mlp(h)
@@ -82,13 +80,11 @@ def run_stream(
         reunites = llf and layer + 2 == depth and (prunes or idx is not None)
         if prunes:
             query = modules[layer].query()
-            tickets = x.new_zeros(x.shape[0], dtype=torch.int32) if tickets is None else tickets
             if merged is None:
-                chosen = (tickets, counts[layer], num_prefix)
-                idx, _ = ops.add_select_(x, idx, update, scale2, query, *chosen, priority=priority)
+                idx, _ = ops.add_select_(x, idx, update, scale2, query, counts[layer], num_prefix, priority=priority)
                 log_sizes = None if masks is None else masks.log_sizes(idx)
             else:
-                idx = merged.add_merge_(x, idx, update, scale2, query, tickets, counts[layer], keys, priority)
+                idx = merged.add_merge_(x, idx, update, scale2, query, counts[layer], priority)
                 log_sizes = merged.log_sizes
             alive = counts[layer]
         elif reunites or not isinstance(following, nn.LayerNorm):
@@ -119,19 +115,15 @@ class Merged:
         update: Tensor,
         gamma: Tensor | None,
         query: Tensor,
-        tickets: Tensor,
         num_keep: int,
-        keys: Tensor | None,
         priority: Tensor | None,
     ) -> Tensor:
         """End a block as add_select_ does, and merge who leaves: (B, num_keep), the positions that stay."""
         count, prefix = update.shape[1], self.num_prefix
         weight = self.how.size_weight if self.merges else 0.0  # at first every size is one
         safe = self.how.num_safe(count, num_keep, prefix)
-        split = ops.add_select_(x, idx, update, gamma, query, tickets, safe, prefix, self.sizes, weight, priority)
-        if keys is not None and idx is not None:  # by position, as merge_ looks them up
-            keys = keys.new_zeros((*x.shape[:2], keys.shape[2])).scatter_(1, idx.unsqueeze(-1).expand_as(keys), keys)
-        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, tickets, num_keep, keys, prefix)
+        split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, self.sizes, weight, priority)
+        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix)
         self.merges += 1
         self.log_sizes = kept_sizes.log() if self.how.proportional else None
         return kept_idx

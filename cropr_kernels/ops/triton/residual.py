@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import validation as _checks
 from .scores import fold_query
 from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, dense_rows, registers
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def weigh_scores(
 def stream_kernel(
     x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr,
     weight_ptr, bias_ptr, eps, out_ptr,
-    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight, priority_ptr,
+    query_ptr, scores_ptr, counters_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight, priority_ptr,
     n, count, num_keep, num_prefix, dim,
     HAS_IDX: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr,
     NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr, WEIGH: tl.constexpr,
@@ -145,7 +145,7 @@ def stream_kernel(
         if BLOCK_B > 0:
             score += tl.sum(more * load_vector(query_ptr, more_cols, dim, True, 0.0, ACC)[None, :], axis=1)
         tl.store(scores_ptr + flat, score.to(tl.float32), mask=rows < count)
-        if is_last(tickets_ptr + b, tiles):
+        if is_last(counters_ptr + b, tiles):
             if WEIGH:
                 weigh_scores(
                     scores_ptr + b * count, sizes_ptr + b * n, idx_ptr + b * count, count, num_prefix, size_weight,
@@ -187,7 +187,6 @@ def _launch(
     eps: float = 0.0,
     out: Tensor | None = None,
     query: Tensor | None = None,
-    tickets: Tensor | None = None,
     kept_idx: Tensor | None = None,
     pruned_idx: Tensor | None = None,
     num_prefix: int = 0,
@@ -211,7 +210,7 @@ def _launch(
             x if update is None else update.contiguous(), x if gamma is None else gamma,
             x if weight is None else weight, x if bias is None else bias, eps, x if out is None else out,
             x if query is None else query, scores,
-            x if tickets is None else tickets, x if kept_idx is None else kept_idx,
+            None if kept_idx is None else block_counters(x), x if kept_idx is None else kept_idx,
             x if pruned_idx is None else pruned_idx, x if sizes is None else sizes, size_weight,
             priority_bytes(priority, x),
             n, count, num_keep, num_prefix, dim,
@@ -267,7 +266,6 @@ def add_select_(
     update: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     sizes: Tensor | None = None,
@@ -275,13 +273,13 @@ def add_select_(
     priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch cropr::add_select_; positions as in add_."""
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes, priority)
+    _checks.add_select(x, idx, update, gamma, query, num_keep, num_prefix, sizes, priority)
     counts = (num_keep, update.shape[1] - num_keep)
     kept_idx, pruned_idx = (x.new_empty((x.shape[0], count), dtype=torch.int64) for count in counts)
     folded = fold_query(query, acc_dtype(x.dtype))
     _launch(
         x, idx, update=update, gamma=_dense(gamma),
-        query=folded, tickets=tickets, kept_idx=kept_idx, pruned_idx=pruned_idx, num_prefix=num_prefix,
+        query=folded, kept_idx=kept_idx, pruned_idx=pruned_idx, num_prefix=num_prefix,
         sizes=_dense(sizes) if size_weight else None, size_weight=size_weight, priority=priority,
     )  # fmt: skip
     return kept_idx, pruned_idx

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import validation as _checks
 from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -19,7 +19,7 @@ def scores_kernel(
     scores_ptr,
     stride_xb,
     stride_xn,
-    tickets_ptr,
+    counters_ptr,
     kept_idx_ptr,
     pruned_idx_ptr,
     priority_ptr,
@@ -49,7 +49,7 @@ def scores_kernel(
         acc += x.to(acc.dtype) * q[None, :]
     tl.store(scores_ptr + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
     if SELECT:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
-        if is_last(tickets_ptr + b, tiles):
+        if is_last(counters_ptr + b, tiles):
             select_image(
                 scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
                 n, num_keep, num_prefix, kept_idx_ptr, priority_ptr + b * n,
@@ -93,7 +93,7 @@ def _launch(
             out,
             x.stride(0),
             x.stride(1),
-            out if kept_idx is None else tickets(batch, x.device),
+            None if kept_idx is None else block_counters(x),
             kept_idx,
             pruned_idx,
             priority_bytes(priority, out),

@@ -163,17 +163,13 @@ def select_image(
 
 
 @triton.jit
-def is_last(ticket_ptr, programs):
+def is_last(counter_ptr, programs):
     """Whether all other programs of this image have called this before; what they stored is then visible here.
 
-    The barrier orders this program's stores before its ticket, the ticket (release, acquire) orders programs. The
-    last one puts the ticket back to zero.
+    The barrier orders this program's stores before its count, the count (release, acquire) orders programs.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
-    if last:
-        tl.store(ticket_ptr, 0)
-    return last
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])

@@ -13,10 +13,9 @@ from torch import Tensor
 from .. import validation as _checks
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, acc_dtype, block_counters, dense_rows, width_block
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, triton_accumulator, width_block
 
 _NUM_WARPS = 4
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -265,7 +264,7 @@ def _launch(
             features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
             nearest, leaves, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
             dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
-            IN_PLACE=in_place, **blocks, ACC=_TRITON_TYPE[acc],
+            IN_PLACE=in_place, **blocks, ACC=triton_accumulator(features.dtype),
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)
@@ -275,7 +274,7 @@ def _launch(
                 n, num_keep, num_prune, dim,
                 IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
                 BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
-                ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=_NUM_WARPS, **PINNED,
+                ACC=triton_accumulator(x.dtype), num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 

@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
@@ -16,6 +17,11 @@ def registers(num_warps: int) -> dict[str, int]:
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """acc_dtype as Triton calls it."""
+    return tl.float64 if acc_dtype(dtype) == torch.float64 else tl.float32
 
 
 def block_counters(x: Tensor) -> Tensor:

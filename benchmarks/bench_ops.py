@@ -96,16 +96,15 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
     with torch.inference_mode():
         idx = ops.prune(x, query, keep, PREFIX)[1]
         update, weight, bias = torch.zeros_like(x[:, :keep]), torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
-        tickets = torch.zeros(batch, dtype=torch.int32, device=x.device)
         table = torch.zeros(n, 128, device=x.device)
         table[:, 64:] = 1.0  # a rotation by nothing, as the update adds nothing: the values stay what they are
         sizes, parent = torch.ones(batch, n, device=x.device), torch.arange(n, device=x.device).repeat(batch, 1)
         args: dict[str, tuple[Any, ...]] = {
-            "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, tickets, keep - 8, None, PREFIX),
+            "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
             "gather_norm": (x, idx, weight, bias, 1e-6),
             "add_": (x, idx, update, None),
             "add_norm_": (x, idx, update, None, weight, bias, 1e-6),
-            "add_select_": (x, idx, update, None, query, tickets, keep - 8, PREFIX),
+            "add_select_": (x, idx, update, None, query, keep - 8, PREFIX),
             "rotate_": (x[:, :keep].unflatten(2, (-1, 64)), table, idx, PREFIX),
         }
         mine, theirs = ([arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]] for _ in range(2))

@@ -75,10 +75,9 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     x = torch.randn(shape, device=device).to(dtype)
     update, weight, bias = (torch.randn(s, device=device).to(dtype) for s in (shape, dim, dim))
     query = torch.randn(dim, device=device)
-    tickets = torch.zeros(batch, dtype=torch.int32, device=device)
     update *= 1e-3  # the stream is updated again and again
     mine, plain = x.clone(), x.clone()
-    idx, _ = ops.add_select_(mine, None, update, None, query, tickets, keep, 1)
+    idx, _ = ops.add_select_(mine, None, update, None, query, keep, 1)
     reference.add_(plain, None, update, None)
     require((mine.float() - plain.float()).abs().max().item() < 0.1, "add_select_")
     exact = mine.double() @ query.double()
@@ -95,22 +94,22 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     require(torch.equal(ops.restore(*split), x), "restore")
 
     def pruning(y: Tensor) -> Tensor:
-        chosen, _ = ops.add_select_(y, None, update, None, query, tickets, keep, 1)
+        chosen, _ = ops.add_select_(y, None, update, None, query, keep, 1)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 
     sizes, parent = torch.ones(batch, n, device=device), torch.arange(n, device=device).repeat(batch, 1)
     safe = cropr.Merge().num_safe(n, keep, 1)
 
     def merging(y: Tensor) -> Tensor:
-        split = ops.add_select_(y, None, update, None, query, tickets, safe, 1, sizes, 2.0)
-        chosen, _, _ = ops.merge_(y, *split, sizes, parent, tickets, keep, None, 1)
+        split = ops.add_select_(y, None, update, None, query, safe, 1, sizes, 2.0)
+        chosen, _, _ = ops.merge_(y, *split, sizes, parent, keep, 1)
         sizes.fill_(1.0)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 
     require_same_merge(x, query, safe, keep)
     calls: Calls = {
         "add_norm_": lambda y: ops.add_norm_(y, None, update, None, weight, bias, 1e-6),
-        "add_select_": lambda y: ops.add_select_(y, None, update, None, query, tickets, keep, 1),
+        "add_select_": lambda y: ops.add_select_(y, None, update, None, query, keep, 1),
         "gather_norm": lambda y: ops.gather_norm(y, idx, weight, bias, 1e-6),
         "add_select_ + gather_norm": pruning,
         "add_select_ + merge_ + gather_norm": merging,

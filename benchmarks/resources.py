@@ -16,15 +16,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cropr_kernels.ops.triton import attend, merge, scores, select
+from cropr_kernels.ops.triton import attend, merge, residual, scores, select
 from cropr_kernels.ops.triton import prune as rows
-from cropr_kernels.ops.triton import residual as stream
-from cropr_kernels.ops.triton.utils import PINNED, registers
+from cropr_kernels.ops.triton.utils import PINNED, registers, triton_accumulator
 
 ARCHITECTURES = [80, 90, 100]
 TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
 # Arguments that are multiples of 16 in every real model: pointers, widths and strides.
 ALIGNED = re.compile(r"_ptr$|^dim$|^stride_")
+
+
+def absent(*names: str) -> dict[str, None]:
+    """Optional pointers that a launch leaves out."""
+    return {f"{name}_ptr": None for name in names}
+
+
+PRIORITIES: list[dict[str, Any]] = [{}, absent("priority")]
 
 
 def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -33,30 +40,28 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     edge, inner, warps = tiles["edge"], tiles["inner"], tiles["num_warps"]
     torch_dtype = getattr(torch, dtype)
     for n in (20, 197, 1025, 4096, 9216):
-        for priority in (False, True):
-            constants, num_warps = select.select_blocks(n, torch_dtype, priority=priority)
-            yield select.select_kernel, constants, num_warps
-            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True, priority=priority)
+        for priority in PRIORITIES:
+            constants, num_warps = select.select_blocks(n, torch_dtype)
+            yield select.select_kernel, constants | priority, num_warps
+            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
             num_warps = max(num_warps, 4)
-            blocks = scores.row_blocks(768, num_warps, torch_dtype)
-            yield scores.scores_kernel, {"SELECT": True, **blocks, **constants}, num_warps
-        yield scores.scores_kernel, {"SELECT": False, **blocks, **select.NO_SELECTION}, num_warps
-    acc = stream._TRITON_TYPE[attend.acc_dtype(torch_dtype)]
+            constants |= scores.row_blocks(768, num_warps, torch_dtype)
+            yield scores.scores_kernel, constants | priority, num_warps
+        yield scores.scores_kernel, constants | absent("counters", "kept_idx", "pruned_idx", "priority"), num_warps
+    acc = triton_accumulator(torch_dtype)
     for dim in (768, 1536):
-        flags = dict.fromkeys(("HAS_IDX", "HAS_UPDATE", "HAS_GAMMA", "NORM", "HAS_WEIGHT", "HAS_BIAS"), True)
-        flags |= {"SELECT": False, "WEIGH": False, "ACC": acc} | stream.row_blocks(dim, 4, torch_dtype)
-        yield stream.stream_kernel, {**flags, **select.NO_SELECTION}, 4
-        yield stream.stream_kernel, {**flags, **select.NO_SELECTION, "HAS_UPDATE": False, "HAS_GAMMA": False}, 4
+        blocks = {"ACC": acc} | residual.row_blocks(dim, 4, torch_dtype)
+        for missing in ((), ("update", "gamma"), ("weight", "bias", "out")):
+            yield residual.add_norm_kernel, blocks | absent(*missing), 4
         for n in (197, 9216) if dim == 768 else (1025,):
             constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
             num_warps = max(num_warps, 4)
-            blocks = stream.row_blocks(dim, num_warps, torch_dtype)
-            for weigh in (False, True):
-                for priority in (False, True):
-                    ends = {"NORM": False, "SELECT": True, "WEIGH": weigh, "PRIORITY": priority}
-                    yield stream.stream_kernel, {**flags, **constants, **blocks, **ends}, num_warps
+            constants |= {"ACC": acc} | residual.row_blocks(dim, num_warps, torch_dtype)
+            for sizes in ({}, absent("sizes")):
+                for priority in PRIORITIES:
+                    yield residual.add_select_kernel, constants | sizes | priority, num_warps
     for half in (False, True):
-        yield stream.rotate_kernel, {"HAS_IDX": True, "HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
+        yield residual.rotate_kernel, {"HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
     for in_place in (False, True):
         yield merge.targets_kernel, {"IN_PLACE": in_place, **merge.target_blocks(torch_dtype), "ACC": acc}, 4
         columns = 1024 // attend.acc_dtype(torch_dtype).itemsize
@@ -68,21 +73,18 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
     for flag in (False, True):
         yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
-        one = {
-            "BACKWARD": flag,
-            "RAW": not flag,
-            "SCALE": 0.03,
-            "BLOCK_N": attend.one_query_rows(torch_dtype),
-            "BLOCK_D": 2048,
-        }
-        yield attend.attend_one_kernel, one, 8
-        yield attend.softmax_kernel, {"BACKWARD": flag, "BLOCK_N": 1024}, 4
+        one = {"SCALE": 0.03, "BLOCK_N": attend.one_query_rows(torch_dtype), "BLOCK_D": 2048}
+        yield attend.attend_one_kernel, one | absent("raw" if flag else "grad"), 8
+        yield attend.softmax_kernel, {"BLOCK_N": 1024} | ({} if flag else absent("slope")), 4
         yield (
             attend.weighted_rows_kernel,
             {"SUM_BATCH": flag, "BLOCK_M": edge, "BLOCK_D": edge, "BLOCK_K": inner},
             warps,
         )
     yield attend.rows_dot_rows_kernel, {"BLOCK_M": edge, "BLOCK_N": edge, "BLOCK_K": inner}, warps
+
+
+WITH_BUDGET = (scores.scores_kernel, residual.add_norm_kernel, residual.add_select_kernel)
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -97,7 +99,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "*fp32"
         elif name in ("partial_ptr", "similarity_ptr"):
             types[name] = acc
-        elif name in ("tickets_ptr", "leaves_ptr"):
+        elif name in ("counters_ptr", "leaves_ptr"):
             types[name] = "*i32"
         elif name == "priority_ptr":
             types[name] = "*i8"
@@ -112,7 +114,9 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
         elif name == "table_ptr" or (kernel is not select.select_kernel and name == "scores_ptr"):
             types[name] = "*fp32"
         elif name == "out_ptr" and (
-            kernel is attend.rows_dot_rows_kernel or constants.get("SUM_BATCH") or constants.get("BACKWARD")
+            kernel is attend.rows_dot_rows_kernel
+            or constants.get("SUM_BATCH")
+            or (kernel is attend.attend_one_kernel and "grad_ptr" not in constants)
         ):
             types[name] = acc
         elif name.endswith("_ptr"):
@@ -131,7 +135,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, dtype
         if kind != "constexpr" and ALIGNED.search(name)
     }
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    budget = registers(num_warps) if kernel in (scores.scores_kernel, stream.stream_kernel) else {}
+    budget = registers(num_warps) if kernel in WITH_BUDGET else {}
     budget = merge.target_registers(getattr(torch, dtype)) if kernel is merge.targets_kernel else budget
     options = {"num_warps": num_warps, **budget, **PINNED}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

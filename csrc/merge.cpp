@@ -239,25 +239,23 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
 }
 
 std::tuple<Returned, Returned, Returned> merge_(
-    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, const Tensor& tickets,
-    int64_t num_keep, const OptionalTensor& features, int64_t num_prefix) {
+    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent,
+    int64_t num_keep, int64_t num_prefix) {
   const Sides sides("merge_", x, safe_idx, candidate_idx, num_keep, num_prefix);
   if (!x.is_contiguous()) fail("merge_: x must be contiguous, as it changes in place");
   check_sizes("merge_", x, sizes);
   if (!sizes.is_contiguous()) fail("merge_: sizes must be contiguous, as it changes in place");
-  check_features("merge_", x, features);
   check_cpu("merge_", "parent", parent);
   if (parent.scalar_type() != ScalarType::Long || parent.dim() != 2 || parent.size(0) != sides.batch ||
       parent.size(1) != sides.n || !parent.is_contiguous())
     fail(
         "merge_: parent must be contiguous int64 of shape (B, N) = (", sides.batch, ", ", sides.n, "), got ",
         dtype_of(parent), " ", shape_of(parent));
-  check_tickets("merge_", tickets, sides.batch);
   Output kept_idx({sides.batch, num_keep}, ScalarType::Long);
   Output pruned_idx({sides.batch, sides.num_prune}, ScalarType::Long);
   Output kept_sizes({sides.batch, num_keep}, ScalarType::Float);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(features ? *features : x, sides, plan);
+  make_plan(x, sides, plan);
   float *size = mutable_data<float>(sizes), *total = kept_sizes.data<float>();
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

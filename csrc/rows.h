@@ -175,10 +175,4 @@ inline void check_sizes(const char* op, const Tensor& x, const Tensor& sizes) {
     fail(op, ": sizes must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(sizes));
 }
 
-inline void check_tickets(const char* op, const Tensor& tickets, int64_t batch) {
-  check_cpu(op, "tickets", tickets);
-  if (tickets.scalar_type() != ScalarType::Int || tickets.dim() != 1 || tickets.size(0) != batch)
-    fail(op, ": tickets must be int32 of shape (B,) = (", batch, ",), got ", dtype_of(tickets), " ", shape_of(tickets));
-}
-
 }  // namespace cropr

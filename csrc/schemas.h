@@ -25,12 +25,11 @@ constexpr const char* kSchemas[] = {
     "add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()",
     "add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? bias,"
     " float eps) -> Tensor",
-    "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, Tensor(b!) tickets,"
+    "add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query,"
     " SymInt num_keep, SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0,"
     " Tensor? priority=None) -> (Tensor kept_idx, Tensor pruned_idx)",
     "merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-    " Tensor(d!) tickets, SymInt num_keep, Tensor? features=None, SymInt num_prefix=0) -> (Tensor kept_idx,"
-    " Tensor pruned_idx, Tensor kept_sizes)",
+    " SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
     "rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
 };
 

@@ -196,13 +196,12 @@ void weigh_scores(
 
 std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
-    const Tensor& tickets, int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
+    int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
     const OptionalTensor& priority) {
   Stream stream("add_select_", x, idx, true);
   check_update("add_select_", stream, update, gamma);
   check_tokens_and_query("add_select_", x, query);
   const int64_t n = stream.n, count = stream.count, dim = stream.dim;
-  check_tickets("add_select_", tickets, stream.batch);
   check_counts("add_select_", count, num_keep, num_prefix);
   if (sizes) check_sizes("add_select_", x, *sizes);
   const Priority ranks("add_select_", priority, stream.batch, n);

@@ -207,7 +207,6 @@ def add_select_(
     update: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     sizes: Tensor | None = None,
@@ -235,9 +234,7 @@ def merge_(
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
-    tickets: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """merge where the tokens are: the kept rows of x (B, N, D) become the means.
@@ -250,9 +247,8 @@ def merge_(
     """
     both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
     safe, candidates = torch.searchsorted(both, safe_idx), torch.searchsorted(both, candidate_idx)
-    part = None if features is None else gather(features, both)
     kept, kept_at, pruned_at, kept_sizes, dest = merge(
-        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, part, num_prefix
+        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, None, num_prefix
     )
     kept_idx, pruned_idx = both.gather(1, kept_at), both.gather(1, pruned_at)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)

@@ -172,14 +172,13 @@ def _(
     update: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
     priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes, priority)
+    _checks.add_select(x, idx, update, gamma, query, num_keep, num_prefix, sizes, priority)
     batch, count, _ = update.shape
     pruned_idx = x.new_empty((batch, count - num_keep), dtype=torch.int64)
     return x.new_empty((batch, num_keep), dtype=torch.int64), pruned_idx
@@ -208,12 +207,10 @@ def _(
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
-    tickets: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, tickets, num_keep, features, num_prefix)
+    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
     return _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
 
 

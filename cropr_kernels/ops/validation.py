@@ -190,13 +190,11 @@ def merge_in_place(
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
-    tickets_: Tensor,
     num_keep: int,
-    features: Tensor | None,
     num_prefix: int,
 ) -> None:
     op = "merge_"
-    _merge(op, x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    _merge(op, x, safe_idx, candidate_idx, sizes, num_keep, None, num_prefix)
     for name, tensor in (("x", x), ("sizes", sizes)):
         if not tensor.is_contiguous():
             _fail(f"{op}: {name} must be contiguous, as it changes in place, got strides {tuple(tensor.stride())}")
@@ -206,7 +204,6 @@ def merge_in_place(
         _fail(
             f"{op}: parent must be contiguous int64 of shape (B, N) = {expected}, got {_dtype(parent)} {_shape(parent)}"
         )
-    tickets(op, x, tickets_)
 
 
 def attend(op: str, x: Tensor, queries: Tensor) -> None:
@@ -267,19 +264,12 @@ def update(op: str, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor
     channels(op, x, gamma=gamma)
 
 
-def tickets(op: str, x: Tensor, tickets: Tensor) -> None:
-    same_device(op, "tickets", tickets, x.device)
-    if tickets.dtype != torch.int32 or tuple(tickets.shape) != (x.shape[0],):
-        _fail(f"{op}: tickets must be int32 of shape (B,) = ({x.shape[0]},), got {_dtype(tickets)} {_shape(tickets)}")
-
-
 def add_select(
     x: Tensor,
     idx: Tensor | None,
     update_: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets_: Tensor,
     num_keep: int,
     num_prefix: int,
     sizes_: Tensor | None,
@@ -288,7 +278,6 @@ def add_select(
     op = "add_select_"
     update(op, x, idx, update_, gamma)
     tokens_and_query(op, x, query)
-    tickets(op, x, tickets_)
     counts(op, update_.shape[1], num_keep, num_prefix)
     if sizes_ is not None:
         sizes(op, x, sizes_)

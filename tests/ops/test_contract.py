@@ -45,12 +45,12 @@ def stream_samples(dtype=torch.float32):
         "add_": (x, idx, update, gamma),
         "add_norm_": (x, None, torch.randn(2, 9, 6, dtype=dtype), None, weight, None, 1e-6),
         "add_select_": (
-            x, idx, update, gamma, torch.randn(6), torch.zeros(2, dtype=torch.int32), 3, 1, torch.rand(2, 9) + 1, 2.0,
+            x, idx, update, gamma, torch.randn(6), 3, 1, torch.rand(2, 9) + 1, 2.0,
             torch.randint(-1, 2, (2, 9), dtype=torch.int8),
         ),
         "merge_": (
             x, idx, torch.tensor([[1, 8], [2, 3]]), torch.rand(2, 9) + 1, torch.arange(9).repeat(2, 1),
-            torch.zeros(2, dtype=torch.int32), 5, torch.randn(2, 9, 5), 1,
+            5, 1,
         ),
         "rotate_": (torch.randn(2, 4, 3, 6, dtype=dtype), torch.randn(8, 12), idx, 1),
     }  # fmt: skip
@@ -188,7 +188,7 @@ def test_autocast_leaves_scores_in_float32_and_rows_in_their_dtype():
         ("add_norm_", 0),
         ("add_select_", 2 * 2 * 4 * 6),
         ("merge", 2 * 2 * 4 * 5 * 6),
-        ("merge_", 2 * 2 * 4 * 2 * 5),
+        ("merge_", 2 * 2 * 4 * 2 * 6),
         ("rotate_", 0),
     ],
 )
@@ -276,11 +276,9 @@ def bad_calls():
 
 
 def bad_merge_calls():
-    x, sizes, parent, tickets = (
-        torch.zeros(2, 9, 6), torch.ones(2, 9), torch.arange(9).repeat(2, 1), torch.zeros(2, dtype=torch.int32)
-    )  # fmt: skip
+    x, sizes, parent = torch.zeros(2, 9, 6), torch.ones(2, 9), torch.arange(9).repeat(2, 1)
     safe, others = torch.arange(4).expand(2, -1), torch.arange(4, 9).expand(2, -1)
-    there = (x, safe, others, sizes, parent, tickets)
+    there = (x, safe, others, sizes, parent)
     return [
         ("merge", (x[0], safe, others, sizes, 6), r"merge: x must have shape \(B, N, D\), got \(9, 6\)"),
         ("merge", (x.int(), safe, others, sizes, 6), r"merge: x must be float32, float64, bfloat16 or float16, got"),
@@ -316,22 +314,17 @@ def bad_merge_calls():
         ("merge_", (*there[:3], sizes.t().contiguous().t(), *there[4:], 6), r"merge_: sizes must be contiguous"),
         (
             "merge_",
-            (*there[:4], parent.int(), tickets, 6),
+            (*there[:4], parent.int(), 6),
             r"merge_: parent must be contiguous int64 of shape \(B, N\) = \(2, 9\), got int32 \(2, 9\)",
-        ),
-        (
-            "merge_",
-            (*there[:5], tickets[:1], 6),
-            r"merge_: tickets must be int32 of shape \(B,\) = \(2,\), got int32 \(1,\)",
         ),
     ]
 
 
 def bad_stream_calls():
     x, query, vector = torch.zeros(2, 9, 6), torch.zeros(6), torch.zeros(5)
-    idx, update, tickets = torch.arange(4).expand(2, -1), torch.zeros(2, 4, 6), torch.zeros(2, dtype=torch.int32)
+    idx, update = torch.arange(4).expand(2, -1), torch.zeros(2, 4, 6)
     qk, table = torch.zeros(2, 4, 3, 6), torch.zeros(8, 12)
-    choose = (x, idx, update, None, query, tickets)
+    choose = (x, idx, update, None, query)
     return [
         ("gather_norm", (x[0], None, None, None, 1e-6), r"gather_norm: x must have shape \(B, N, D\), got \(9, 6\)"),
         ("gather_norm", (x, idx.int(), None, None, 1e-6), r"gather_norm: idx must be int64, got int32"),
@@ -364,13 +357,8 @@ def bad_stream_calls():
         ("add_select_", (*choose, 1, 2), r"add_select_: num_keep must be in \[num_prefix, N\] = \[2, 4\], got 1"),
         (
             "add_select_",
-            (*choose[:4], vector, tickets, 3),
+            (*choose[:4], vector, 3),
             r"add_select_: query must have the width of x, D = 6, got shape \(5,\)",
-        ),
-        (
-            "add_select_",
-            (*choose[:5], tickets.long(), 3),
-            r"add_select_: tickets must be int32 of shape \(B,\) = \(2,\), got int64 \(2,\)",
         ),
         (
             "add_select_",

@@ -115,14 +115,12 @@ def test_updates_of_another_width_are_added_in_full(backend):
 def test_add_select_composes_positions(backend, shape, prefix, dtype):
     x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)
-    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
     count = update.shape[1]
     for keep in {count, (count + prefix) // 2, prefix}:
         added, got = x.clone(), x.clone()
         backend.add_(added, idx, update, gamma)
-        kept, pruned = backend.add_select_(got, idx, update, gamma, query, tickets, keep, prefix)
+        kept, pruned = backend.add_select_(got, idx, update, gamma, query, keep, prefix)
         assert same_bits(got, added)
-        assert not tickets.any()
         rows = got if idx is None else reference.gather(got, idx)
         expected = backend.select(backend.scores(rows, query), keep, prefix)
         for positions, local in zip((kept, pruned), expected):
@@ -134,7 +132,6 @@ def test_add_select_composes_positions(backend, shape, prefix, dtype):
 def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     x, idx, update, gamma, *_ = stream(shape, torch.float32, backend.device)
     query = torch.randn(shape[2], device=backend.device)
-    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
     count = update.shape[1]
     sizes = torch.randint(1, 9, x.shape[:2], device=backend.device).float()
     added = x.clone()
@@ -145,7 +142,7 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     spread = scores[:, prefix:].std(1, correction=0, keepdim=True) if prefix < count else 0.0
     weighed = scores + 1.5 * spread * own.double().log()
     keep = (count + prefix) // 2
-    kept, pruned = backend.add_select_(x, idx, update, gamma, query, tickets, keep, prefix, sizes, 1.5)
+    kept, pruned = backend.add_select_(x, idx, update, gamma, query, keep, prefix, sizes, 1.5)
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
     stays = (positions.unsqueeze(2) == kept.unsqueeze(1)).any(2)
     assert stays[:, :prefix].all() and (stays.sum(1) == keep).all()
@@ -159,13 +156,12 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
 def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
     x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)
-    tickets = torch.zeros(shape[0], dtype=torch.int32, device=backend.device)
     priority = torch.randint(-1, 2, x.shape[:2], dtype=torch.int8, device=backend.device)
     count = update.shape[1]
     for keep in (count, (count + 1) // 2, 2):
         got = x.clone()
         kept, pruned = backend.add_select_(
-            got, idx, update, gamma, query, tickets, keep, 1, priority=priority
+            got, idx, update, gamma, query, keep, 1, priority=priority
         )  # fmt: skip
         rows = got if idx is None else reference.gather(got, idx)
         own = priority if idx is None else priority.gather(1, idx)
@@ -178,10 +174,9 @@ def test_scores_without_a_spread_are_not_weighed(backend):
     x = torch.randn(1, 20, 8, device=backend.device)
     query, update = torch.randn(8, device=backend.device), torch.zeros(1, 20, 8, device=backend.device)
     sizes = torch.randint(1, 9, (1, 20), device=backend.device).float()
-    tickets = torch.zeros(1, dtype=torch.int32, device=backend.device)
     x[0, 7] = float("inf") * query.sign()
-    plain = backend.add_select_(x, None, update, None, query, tickets, 9, 1)
-    weighed = backend.add_select_(x, None, update, None, query, tickets, 9, 1, sizes, 2.0)
+    plain = backend.add_select_(x, None, update, None, query, 9, 1)
+    weighed = backend.add_select_(x, None, update, None, query, 9, 1, sizes, 2.0)
     assert torch.equal(plain[0], weighed[0])
 
 
@@ -190,8 +185,7 @@ def test_add_select_with_ties_nan_and_many_queries(backend):
     x[1, 40, 3] = float("nan")
     idx = alive(2, 70, 60, backend.device)
     update, query = torch.zeros(2, 60, 16, device=backend.device), torch.randn(3, 16, device=backend.device)
-    tickets = torch.zeros(2, dtype=torch.int32, device=backend.device)
-    kept, _ = backend.add_select_(x, idx, update, None, query, tickets, 20, 1)
+    kept, _ = backend.add_select_(x, idx, update, None, query, 20, 1)
     assert torch.equal(kept[0], idx[0, :20])  # all tied: the lower positions stay
     assert (40 in idx[1]) == (40 in kept[1])  # NaN ranks highest
 

@@ -23,9 +23,7 @@ def launch(generator, device):
     kept, kept_idx, pruned, pruned_idx = ops.prune(x, query, keep, prefix)
     idx, update = kept_idx, torch.zeros(batch, keep, dim, device=device)
     again = generator.randint(min(prefix, keep), keep)
-    composed, _ = ops.add_select_(
-        x.clone(), idx, update, None, query, torch.zeros(batch, dtype=torch.int32, device=device), again, prefix
-    )
+    composed, _ = ops.add_select_(x.clone(), idx, update, None, query, again, prefix)
     merged = None
     if prefix < keep < n:
         stay = generator.randint(keep, n)
@@ -83,3 +81,20 @@ def test_one_graph_replayed_many_times():
         graph.replay()
         expected = reference.select(ops.scores(x, query), 500, 1)
         assert torch.equal(results[1], expected[0]) and torch.equal(results[3], expected[1])
+
+
+@pytest.mark.gpu
+def test_replays_of_compiled_cuda_graphs_agree_with_eager_calls():
+    """What counts the finished programs of an image must not outlive a launch: replays would find it counted."""
+
+    def step(x, update, query):
+        x = x.clone()
+        kept_idx, pruned_idx = ops.add_select_(x, None, update, None, query, 400, 1)
+        return ops.merge(x, kept_idx, pruned_idx, torch.ones_like(x[..., 0]), 500, None, 1)
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(20):
+        x, update, query = (torch.randn(shape, device="cuda") for shape in ((8, 577, 256), (8, 577, 256), (256,)))
+        torch.compiler.cudagraph_mark_step_begin()
+        got, expected = [part.clone() for part in compiled(x, update, query)], step(x, update, query)
+        assert all(map(torch.equal, got, expected))

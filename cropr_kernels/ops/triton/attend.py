@@ -23,9 +23,9 @@ _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an
 @triton.jit(do_not_specialize=["n"])
 def attend_one_kernel(
     x_ptr, query_ptr, grad_ptr, out_ptr, raw_ptr, stride_xb, stride_xn, n, dim,
-    SCALE: tl.constexpr, BACKWARD: tl.constexpr, RAW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = softmax(scale q.x) x, or with BACKWARD this image's share of the gradient of q. With RAW q.x as well.
+    """out[b] = softmax(scale q.x) x, or with grad this image's share of the gradient of q. raw, if given: q.x.
 
     With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three sums in one pass.
     """
@@ -33,7 +33,7 @@ def attend_one_kernel(
     acc_type: tl.constexpr = query_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_D)
     q = tl.load(query_ptr + cols, mask=cols < dim, other=0.0)
-    if BACKWARD:
+    if grad_ptr is not None:
         g = tl.load(grad_ptr + b * dim + cols, mask=cols < dim, other=0.0).to(acc_type)
     top = tl.full([], float("-inf"), acc_type)
     total = tl.zeros([], acc_type)
@@ -45,7 +45,7 @@ def attend_one_kernel(
         x_tile_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn + cols[None, :]
         x = tl.load(x_tile_ptr, mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0).to(acc_type)
         raw = tl.sum(x * q[None, :], axis=1)
-        if RAW:
+        if raw_ptr is not None:
             tl.store(raw_ptr + b * n + rows, raw.to(tl.float32), mask=rows < n)
         logits = tl.where(rows < n, raw * SCALE, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=0))
@@ -53,13 +53,13 @@ def attend_one_kernel(
         p = tl.exp(logits - new_top)
         total = total * rescale + tl.sum(p, axis=0)
         out = out * rescale + tl.sum(p[:, None] * x, axis=0)
-        if BACKWARD:
+        if grad_ptr is not None:
             slope = tl.sum(x * g[None, :], axis=1)
             mean = mean * rescale + tl.sum(p * slope, axis=0)
             weighted = weighted * rescale + tl.sum((p * slope)[:, None] * x, axis=0)
         top = new_top
     result = out / total
-    if BACKWARD:
+    if grad_ptr is not None:
         result = (weighted - mean * result) / total
     tl.store(out_ptr + b * dim + cols, result.to(out_ptr.dtype.element_ty), mask=cols < dim)
 
@@ -91,8 +91,8 @@ def rows_dot_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def softmax_kernel(logits_ptr, slope_ptr, n, BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """In place over one row: p = softmax(logits), or with BACKWARD p * (slope - sum p slope)."""
+def softmax_kernel(logits_ptr, slope_ptr, n, BLOCK_N: tl.constexpr):
+    """In place over one row: p = softmax(logits), or with slope p * (slope - sum p slope)."""
     row = tl.program_id(0).to(tl.int64) * n
     acc_type: tl.constexpr = logits_ptr.dtype.element_ty
     top = tl.full([BLOCK_N], float("-inf"), acc_type)
@@ -106,14 +106,14 @@ def softmax_kernel(logits_ptr, slope_ptr, n, BACKWARD: tl.constexpr, BLOCK_N: tl
         cols = start + tl.arange(0, BLOCK_N)
         p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest)
         total += p
-        if BACKWARD:
+        if slope_ptr is not None:
             mean += p * tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
     norm = 1.0 / tl.sum(total, axis=0)
     average = tl.sum(mean, axis=0) * norm
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest) * norm
-        if BACKWARD:
+        if slope_ptr is not None:
             slope = tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
             p = p * (slope - average)
         tl.store(logits_ptr + row + cols, p, mask=cols < n)
@@ -155,7 +155,7 @@ def _launch_one(
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](
             x, query.to(acc_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
-            SCALE=scale, BACKWARD=grad is not None, RAW=raw is not None,  # a constant of the model: one variant
+            SCALE=scale,  # a constant of the model: one variant
             BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
         )  # fmt: skip
 
@@ -188,8 +188,7 @@ def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
     count, m, n = logits.shape
     with torch.cuda.device_of(logits):
         softmax_kernel[(count * m,)](
-            logits, logits if slope is None else slope, n,
-            BACKWARD=slope is not None, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4, **PINNED,
+            logits, slope, n, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4, **PINNED,
         )  # fmt: skip
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from .. import validation as _checks
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, acc_dtype, dense_rows, tickets, width_block
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, triton_accumulator, width_block
 
 _NUM_WARPS = 4
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def settle_image(
 @triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
 def targets_kernel(
     feature_ptr, stride_fb, stride_fn, safe_idx_ptr, candidate_idx_ptr, partial_ptr, partial_idx_ptr, similarity_ptr,
-    nearest_idx_ptr, leaves_ptr, tickets_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
+    nearest_idx_ptr, leaves_ptr, counters_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
     dest_idx_ptr, n, num_safe, num_candidates, num_prune, num_prefix, dim,
     IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +154,7 @@ def targets_kernel(
         partial = tile * num_candidates + offs
         tl.store(partial_ptr + partial, best, mask=offs < num_candidates)
         tl.store(partial_idx_ptr + partial, slot.to(tl.int64), mask=offs < num_candidates)
-    if is_last(tickets_ptr + b, tiles):
+    if is_last(counters_ptr + b, tiles):
         num_keep = num_safe + num_candidates - num_prune
         settle_image(
             partial_ptr, partial_idx_ptr, similarity_ptr + b * num_candidates, nearest_idx_ptr + b * num_candidates,
@@ -232,7 +231,6 @@ def _launch(
     candidate_idx: Tensor,
     sizes: Tensor,
     dest: Tensor,
-    held_tickets: Tensor,
     num_keep: int,
     features: Tensor | None,
     num_prefix: int,
@@ -264,9 +262,9 @@ def _launch(
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles,)](
             features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
-            nearest, leaves, held_tickets, sizes, kept_idx, pruned_idx, slots, kept_sizes,
+            nearest, leaves, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
             dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
-            IN_PLACE=in_place, **blocks, ACC=_TRITON_TYPE[acc],
+            IN_PLACE=in_place, **blocks, ACC=triton_accumulator(features.dtype),
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)
@@ -276,7 +274,7 @@ def _launch(
                 n, num_keep, num_prune, dim,
                 IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
                 BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
-                ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=_NUM_WARPS, **PINNED,
+                ACC=triton_accumulator(x.dtype), num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 
@@ -294,8 +292,7 @@ def merge(
     _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     x = dense_rows(x)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
-    held = tickets(x.shape[0], x.device)
-    parts = (sizes.contiguous(), dest, held, num_keep, features, num_prefix)
+    parts = (sizes.contiguous(), dest, num_keep, features, num_prefix)
     return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
@@ -305,13 +302,11 @@ def merge_(
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
-    tickets: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, tickets, num_keep, features, num_prefix)
-    parts = (sizes, parent, tickets, num_keep, features, num_prefix)
+    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    parts = (sizes, parent, num_keep, None, num_prefix)
     _, kept_idx, pruned_idx, kept_sizes = _launch(x, safe_idx, candidate_idx, *parts, in_place=True)
     return kept_idx, pruned_idx, kept_sizes

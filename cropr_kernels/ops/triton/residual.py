@@ -13,44 +13,56 @@ from torch import Tensor
 
 from .. import validation as _checks
 from .scores import fold_query
-from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, dense_rows, registers
+from .select import is_last, priority_bytes, select_blocks, select_image
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, triton_accumulator
 
 
 @triton.jit
-def load_vector(ptr, cols, dim, GIVEN: tl.constexpr, default: tl.constexpr, ACC: tl.constexpr):
+def load_vector(ptr, cols, dim, default: tl.constexpr, ACC: tl.constexpr):
     value = tl.full(cols.shape, default, ACC)
-    if GIVEN:
+    if ptr is not None:
         value = tl.load(ptr + cols, mask=cols < dim, other=0.0).to(ACC)
     return value
 
 
 @triton.jit
-def load_rows(
-    x_ptr, update_ptr, gamma_ptr, cols, valid, dim,
-    HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr):
+    """This program's image, the active tokens it holds, which of them exist, and their rows of x and which are there.
+
+    Returns b, index in (B * K), mask of the index, position in x, mask of the position.
+    """
+    tiles = tl.cdiv(count, BLOCK_R)
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    flat, inside = b * count + rows, rows < count
+    position, valid = rows.to(tl.int64), inside
+    if idx_ptr is not None:
+        position = tl.load(idx_ptr + flat, mask=inside, other=-1)
+        valid = (position >= 0) & (position < n)
+    return b, flat, inside, position, valid
+
+
+@triton.jit
+def load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC: tl.constexpr):
     """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
-    if HAS_UPDATE:
+    if update_ptr is not None:
         step = tl.load(update_ptr + cols[None, :], mask=mask, other=0.0).to(ACC)
-        if HAS_GAMMA:
-            step = step * load_vector(gamma_ptr, cols, dim, True, 1.0, ACC)[None, :]
+        if gamma_ptr is not None:
+            step = step * load_vector(gamma_ptr, cols, dim, 1.0, ACC)[None, :]
         x = (x.to(ACC) + step).to(x.dtype)
         tl.store(x_ptr + cols[None, :], x, mask=mask)
     return x.to(ACC)
 
 
 @triton.jit
-def store_norm(
-    out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, valid, dim,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    weight = load_vector(weight_ptr, cols, dim, HAS_WEIGHT, 1.0, ACC)
-    bias = load_vector(bias_ptr, cols, dim, HAS_BIAS, 0.0, ACC)
+def store_norm(out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, ACC: tl.constexpr):
+    weight = load_vector(weight_ptr, cols, dim, 1.0, ACC)
+    bias = load_vector(bias_ptr, cols, dim, 0.0, ACC)
     out = (value - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols < dim)[None, :])
+    tl.store(out_ptr + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < dim)[None, :])
 
 
 @triton.jit
@@ -60,10 +72,38 @@ def squares(value, mean, cols, dim):
     return tl.sum(distance * distance, axis=1)
 
 
+@triton.jit(do_not_specialize=["n", "count"])
+def add_norm_kernel(
+    x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr, weight_ptr, bias_ptr, eps, out_ptr, n, count, dim,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
+    x_ptr += b * stride_xb + position[:, None] * stride_xn
+    if update_ptr is not None:
+        update_ptr += flat[:, None] * dim
+    cols = tl.arange(0, BLOCK_A)
+    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
+    if BLOCK_B > 0:
+        more_cols = BLOCK_A + tl.arange(0, BLOCK_B)
+        more = load_rows(x_ptr, update_ptr, gamma_ptr, more_cols, valid, dim, ACC)
+    if out_ptr is not None:
+        total = tl.sum(value, axis=1)
+        if BLOCK_B > 0:
+            total += tl.sum(more, axis=1)
+        mean = total / dim
+        spread = squares(value, mean, cols, dim)
+        if BLOCK_B > 0:
+            spread += squares(more, mean, more_cols, dim)
+        scale = 1.0 / tl.sqrt(spread / dim + eps)
+        out_ptr += flat[:, None] * dim
+        store_norm(out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, ACC)
+        if BLOCK_B > 0:
+            store_norm(out_ptr, more, mean, scale, weight_ptr, bias_ptr, more_cols, inside, dim, ACC)
+
+
 @triton.jit
-def weigh_scores(
-    scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, size_weight, HAS_IDX: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def adjust_scores_by_size(scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, size_weight, BLOCK_N: tl.constexpr):
     """scores += size_weight * their standard deviation over the patches * log(size), for one image, in place."""
     lanes = tl.arange(0, BLOCK_N)
     patches = tl.maximum(count - num_prefix, 1)
@@ -84,7 +124,7 @@ def weigh_scores(
         offs = start + lanes
         inside = offs < count
         position = offs.to(tl.int64)
-        if HAS_IDX:
+        if idx_ptr is not None:
             position = tl.load(idx_ptr + offs, inside, other=0)
         score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
         score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
@@ -93,70 +133,36 @@ def weigh_scores(
 
 
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
-def stream_kernel(
-    x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr,
-    weight_ptr, bias_ptr, eps, out_ptr,
-    query_ptr, scores_ptr, tickets_ptr, kept_idx_ptr, pruned_idx_ptr, sizes_ptr, size_weight, priority_ptr,
-    n, count, num_keep, num_prefix, dim,
-    HAS_IDX: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SELECT: tl.constexpr, WEIGH: tl.constexpr,
+def add_select_kernel(
+    x_ptr, idx_ptr, update_ptr, gamma_ptr, query_ptr, scores_ptr, counters_ptr, kept_idx_ptr, pruned_idx_ptr,
+    sizes_ptr, size_weight, priority_ptr, n, count, num_keep, num_prefix, dim,
     BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
-    PRIORITY: tl.constexpr,
 ):  # fmt: skip
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D); then their LayerNorm (B, K, D), or who of them stays."""
-    tiles = tl.cdiv(count, BLOCK_R)
-    pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
-    rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    flat = b * count + rows
-    valid = rows < count
-    position = rows.to(tl.int64)
-    if HAS_IDX:
-        position = tl.load(idx_ptr + flat, mask=valid, other=-1)
-        valid = (position >= 0) & (position < n)
-    x_ptr += b * stride_xb + position[:, None] * stride_xn
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D); an image's last program selects which of them are kept."""
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
+    x_ptr += b * n * dim + position[:, None] * dim
     update_ptr += flat[:, None] * dim
     cols = tl.arange(0, BLOCK_A)
-    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, HAS_UPDATE, HAS_GAMMA, ACC)
+    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
+    score = tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
     if BLOCK_B > 0:
-        more_cols = BLOCK_A + tl.arange(0, BLOCK_B)
-        more = load_rows(x_ptr, update_ptr, gamma_ptr, more_cols, valid, dim, HAS_UPDATE, HAS_GAMMA, ACC)
-    if NORM:
-        total = tl.sum(value, axis=1)
-        if BLOCK_B > 0:
-            total += tl.sum(more, axis=1)
-        mean = total / dim
-        spread = squares(value, mean, cols, dim)
-        if BLOCK_B > 0:
-            spread += squares(more, mean, more_cols, dim)
-        scale = 1.0 / tl.sqrt(spread / dim + eps)
-        out_ptr += flat[:, None] * dim
-        inside = rows < count
-        store_norm(
-            out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, HAS_WEIGHT, HAS_BIAS, ACC
+        cols = BLOCK_A + tl.arange(0, BLOCK_B)
+        value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
+        score += tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
+    tl.store(scores_ptr + flat, score.to(tl.float32), mask=inside)
+    if is_last(counters_ptr + b, tl.cdiv(count, BLOCK_R)):
+        scores_ptr += b * count
+        if idx_ptr is not None:
+            idx_ptr += b * count
+        if priority_ptr is not None:
+            priority_ptr += b * n
+        if sizes_ptr is not None:
+            adjust_scores_by_size(scores_ptr, sizes_ptr + b * n, idx_ptr, count, num_prefix, size_weight, BLOCK_N)
+        select_image(
+            scores_ptr, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep), count, num_keep,
+            num_prefix, idx_ptr, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
         )  # fmt: skip
-        if BLOCK_B > 0:
-            store_norm(
-                out_ptr, more, mean, scale, weight_ptr, bias_ptr, more_cols, inside, dim, HAS_WEIGHT, HAS_BIAS, ACC
-            )  # fmt: skip
-    if SELECT:
-        score = tl.sum(value * load_vector(query_ptr, cols, dim, True, 0.0, ACC)[None, :], axis=1)
-        if BLOCK_B > 0:
-            score += tl.sum(more * load_vector(query_ptr, more_cols, dim, True, 0.0, ACC)[None, :], axis=1)
-        tl.store(scores_ptr + flat, score.to(tl.float32), mask=rows < count)
-        if is_last(tickets_ptr + b, tiles):
-            if WEIGH:
-                weigh_scores(
-                    scores_ptr + b * count, sizes_ptr + b * n, idx_ptr + b * count, count, num_prefix, size_weight,
-                    HAS_IDX, BLOCK_N,
-                )  # fmt: skip
-            select_image(
-                scores_ptr + b * count, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep),
-                count, num_keep, num_prefix,
-                idx_ptr + b * count, priority_ptr + b * n,
-                HAS_IDX, PRIORITY, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
-            )  # fmt: skip
 
 
 def split_width(dim: int) -> tuple[int, int]:
@@ -173,58 +179,31 @@ def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_R": 1 << (rows.bit_length() - 1), "BLOCK_A": block_a, "BLOCK_B": block_b}
 
 
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
-def _launch(
+def _launch_add_norm(
     x: Tensor,
     idx: Tensor | None,
-    *,
-    update: Tensor | None = None,
-    gamma: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 0.0,
-    out: Tensor | None = None,
-    query: Tensor | None = None,
-    tickets: Tensor | None = None,
-    kept_idx: Tensor | None = None,
-    pruned_idx: Tensor | None = None,
-    num_prefix: int = 0,
-    sizes: Tensor | None = None,
-    size_weight: float = 0.0,
-    priority: Tensor | None = None,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor | None,
 ) -> None:
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
     if not (batch and count and dim):
         return
-    constants, scores, num_keep, num_warps = NO_SELECTION, x, 0, 4
-    if kept_idx is not None:
-        constants, warps = select_blocks(count, torch.float32, embedded=True, priority=priority is not None)
-        num_warps = max(num_warps, warps)
-        scores, num_keep = x.new_empty((batch, count), dtype=torch.float32), kept_idx.shape[1]
-    blocks = row_blocks(dim, num_warps, x.dtype)
+    blocks, num_warps = row_blocks(dim, 4, x.dtype), 4
     with torch.cuda.device_of(x):
-        stream_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
-            x, x.stride(0), x.stride(1), x if idx is None else idx.contiguous(),
-            x if update is None else update.contiguous(), x if gamma is None else gamma,
-            x if weight is None else weight, x if bias is None else bias, eps, x if out is None else out,
-            x if query is None else query, scores,
-            x if tickets is None else tickets, x if kept_idx is None else kept_idx,
-            x if pruned_idx is None else pruned_idx, x if sizes is None else sizes, size_weight,
-            priority_bytes(priority, x),
-            n, count, num_keep, num_prefix, dim,
-            HAS_IDX=idx is not None, HAS_UPDATE=update is not None, HAS_GAMMA=gamma is not None,
-            NORM=out is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            SELECT=kept_idx is not None, WEIGH=sizes is not None,
-            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], **blocks, **constants,
-            num_warps=num_warps, **registers(num_warps), **PINNED,
+        add_norm_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
+            x, x.stride(0), x.stride(1), _dense(idx), _dense(update), _dense(gamma), _dense(weight), _dense(bias),
+            eps, out, n, count, dim, **blocks, ACC=triton_accumulator(x.dtype), num_warps=num_warps,
+            **registers(num_warps), **PINNED,
         )  # fmt: skip
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -232,14 +211,14 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
     shape = _checks.stream("gather_norm", x, idx, in_place=False)
     _checks.channels("gather_norm", x, weight=weight, bias=bias)
     out = x.new_empty(shape)
-    _launch(dense_rows(x), idx, weight=_dense(weight), bias=_dense(bias), eps=eps, out=out)
+    _launch_add_norm(dense_rows(x), idx, None, None, weight, bias, eps, out)
     return out
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
     """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
     _checks.update("add_", x, idx, update, gamma)
-    _launch(x, idx, update=update, gamma=_dense(gamma))
+    _launch_add_norm(x, idx, update, gamma, None, None, 0.0, None)
 
 
 def add_norm_(
@@ -255,9 +234,7 @@ def add_norm_(
     _checks.update("add_norm_", x, idx, update, gamma)
     _checks.channels("add_norm_", x, weight=weight, bias=bias)
     out = x.new_empty(update.shape)
-    _launch(
-        x, idx, update=update, gamma=_dense(gamma), weight=_dense(weight), bias=_dense(bias), eps=eps, out=out
-    )  # fmt: skip
+    _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out)
     return out
 
 
@@ -267,7 +244,6 @@ def add_select_(
     update: Tensor,
     gamma: Tensor | None,
     query: Tensor,
-    tickets: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     sizes: Tensor | None = None,
@@ -275,22 +251,29 @@ def add_select_(
     priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch cropr::add_select_; positions as in add_."""
-    _checks.add_select(x, idx, update, gamma, query, tickets, num_keep, num_prefix, sizes, priority)
-    counts = (num_keep, update.shape[1] - num_keep)
-    kept_idx, pruned_idx = (x.new_empty((x.shape[0], count), dtype=torch.int64) for count in counts)
-    folded = fold_query(query, acc_dtype(x.dtype))
-    _launch(
-        x, idx, update=update, gamma=_dense(gamma),
-        query=folded, tickets=tickets, kept_idx=kept_idx, pruned_idx=pruned_idx, num_prefix=num_prefix,
-        sizes=_dense(sizes) if size_weight else None, size_weight=size_weight, priority=priority,
-    )  # fmt: skip
+    _checks.add_select(x, idx, update, gamma, query, num_keep, num_prefix, sizes, priority)
+    (batch, n, dim), count = x.shape, update.shape[1]
+    kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
+    if not (batch and count and dim):
+        return kept_idx, pruned_idx
+    selection, num_warps = select_blocks(count, torch.float32, embedded=True)
+    num_warps = max(num_warps, 4)
+    blocks = row_blocks(dim, num_warps, x.dtype)
+    with torch.cuda.device_of(x):
+        add_select_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
+            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, acc_dtype(x.dtype)),
+            x.new_empty((batch, count), dtype=torch.float32), block_counters(x), kept_idx, pruned_idx,
+            _dense(sizes) if size_weight else None, size_weight, priority_bytes(priority),
+            n, count, num_keep, num_prefix, dim, **blocks, ACC=triton_accumulator(x.dtype), **selection,
+            num_warps=num_warps, **registers(num_warps), **PINNED,
+        )  # fmt: skip
     return kept_idx, pruned_idx
 
 
 @triton.jit(do_not_specialize=["count", "num_prefix"])
 def rotate_kernel(
     x_ptr, stride_xb, stride_xn, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads, width,
-    HAS_IDX: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One token a program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
     patches = count - num_prefix
@@ -298,7 +281,7 @@ def rotate_kernel(
     b = (pid // patches).to(tl.int64)
     token = num_prefix + pid % patches
     position = token.to(tl.int64)
-    if HAS_IDX:
+    if idx_ptr is not None:
         position = tl.load(idx_ptr + b * count + token)
     table_ptr += (position - num_prefix) * 2 * width
     head = tl.arange(0, BLOCK_H)
@@ -337,9 +320,8 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
         return
     with torch.cuda.device_of(x):
         rotate_kernel[(batch * (count - num_prefix),)](
-            x, x.stride(0), x.stride(1), x.stride(2), table.contiguous(), x if idx is None else idx.contiguous(),
-            count, num_prefix, heads, width,
-            HAS_IDX=idx is not None, HALF=half,
+            x, x.stride(0), x.stride(1), x.stride(2), table.contiguous(), _dense(idx),
+            count, num_prefix, heads, width, HALF=half,
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_W=max(triton.next_power_of_2(width), 2),
-            ACC=_TRITON_TYPE[acc_dtype(x.dtype)], num_warps=4, **PINNED,
+            ACC=triton_accumulator(x.dtype), num_warps=4, **PINNED,
         )  # fmt: skip

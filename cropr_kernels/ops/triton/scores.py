@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import validation as _checks
-from .select import NO_SELECTION, is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, dense_rows, registers, tickets, width_block
+from .select import is_last, priority_bytes, select_blocks, select_image
+from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -19,7 +19,7 @@ def scores_kernel(
     scores_ptr,
     stride_xb,
     stride_xn,
-    tickets_ptr,
+    counters_ptr,
     kept_idx_ptr,
     pruned_idx_ptr,
     priority_ptr,
@@ -27,8 +27,6 @@ def scores_kernel(
     num_keep,
     num_prefix,
     dim,
-    SELECT: tl.constexpr,
-    PRIORITY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,12 +46,13 @@ def scores_kernel(
         x = tl.load(x_row_ptr + cols[None, :], mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0)
         acc += x.to(acc.dtype) * q[None, :]
     tl.store(scores_ptr + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
-    if SELECT:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
-        if is_last(tickets_ptr + b, tiles):
+    if kept_idx_ptr is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
+        if is_last(counters_ptr + b, tiles):
+            if priority_ptr is not None:
+                priority_ptr += b * n
             select_image(
                 scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-                n, num_keep, num_prefix, kept_idx_ptr, priority_ptr + b * n,
-                False, PRIORITY, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+                n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
             )  # fmt: skip
 
 
@@ -84,7 +83,7 @@ def _launch(
         return out
     # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
     # tuner, and the same with selection as without, or prune would disagree with scores.
-    blocks, num_warps = select_blocks(n, torch.float32, embedded=True, priority=priority is not None)
+    blocks, num_warps = select_blocks(n, torch.float32, embedded=True)
     num_warps = max(num_warps, 4)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
@@ -93,17 +92,16 @@ def _launch(
             out,
             x.stride(0),
             x.stride(1),
-            out if kept_idx is None else tickets(batch, x.device),
+            None if kept_idx is None else block_counters(x),
             kept_idx,
             pruned_idx,
-            priority_bytes(priority, out),
+            priority_bytes(priority),
             n,
             0 if kept_idx is None else kept_idx.shape[1],
             num_prefix,
             dim,
-            SELECT=kept_idx is not None,
             **row_blocks(dim, num_warps, x.dtype),
-            **(NO_SELECTION if kept_idx is None else blocks),
+            **blocks,
             num_warps=num_warps,
             **registers(num_warps),
             **PINNED,

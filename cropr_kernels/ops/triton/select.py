@@ -18,40 +18,33 @@ from .utils import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
 _COUNT_BITS = 21  # three counts travel through one 64-bit sum
-NO_SELECTION: dict[str, Any] = {"BLOCK_N": 1, "BITS": 32, "IN_REGISTERS": True, "COUNT_BITS": 1, "PRIORITY": False}
 
 
 @triton.jit
-def load_priority(priority_ptr, from_idx_ptr, offs, n, COMPOSE: tl.constexpr):
-    """Priorities of tokens, zero past n; with COMPOSE looked up by the positions from_idx that they came from."""
+def load_priority(priority_ptr, from_idx_ptr, offs, n):
+    """Priorities of tokens, zero past n; looked up by the positions from_idx that they came from, if there are any."""
     positions = offs.to(tl.int64)
-    if COMPOSE:
+    if from_idx_ptr is not None:
         positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
     return tl.load(priority_ptr + positions, mask=offs < n, other=0)
 
 
 @triton.jit
-def is_crowded(
-    priority_ptr, from_idx_ptr, n, num_keep, num_prefix, COMPOSE: tl.constexpr, PRIORITY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N: tl.constexpr):
     """Whether more tokens have priority than may stay: their scores then decide, and no other token stays."""
     crowded = n < 0
-    if PRIORITY:
+    if priority_ptr is not None:
         ahead = tl.zeros([BLOCK_N], tl.int32)
         for start in range(0, n, BLOCK_N):
             offs = start + tl.arange(0, BLOCK_N)
-            own = load_priority(priority_ptr, from_idx_ptr, offs, n, COMPOSE)
+            own = load_priority(priority_ptr, from_idx_ptr, offs, n)
             ahead += ((own > 0) & (offs >= num_prefix)).to(tl.int32)
         crowded = tl.sum(ahead, axis=0) > num_keep - num_prefix
     return crowded
 
 
 @triton.jit
-def load_keys(
-    scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded,
-    COMPOSE: tl.constexpr, PRIORITY: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
+def load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded, BITS: tl.constexpr):
     """Monotone keys: -0.0 equals +0.0, prefix and priority are the maximum, NaN next to it, positions past n zero."""
     value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")  # past L1: others wrote them
     if BITS == 32:
@@ -69,8 +62,8 @@ def load_keys(
     highest = tl.full(keys.shape, top, keys.dtype)
     lowest = tl.zeros_like(keys)
     keys = tl.where(value != value, highest - 1, keys)
-    if PRIORITY:
-        own = load_priority(priority_ptr, from_idx_ptr, offs, n, COMPOSE)
+    if priority_ptr is not None:
+        own = load_priority(priority_ptr, from_idx_ptr, offs, n)
         keys = tl.where((own > 0) & (crowded == 0), highest, keys)
         keys = tl.where((own < 0) | ((own <= 0) & crowded), lowest, keys)
     keys = tl.where(offs < num_prefix, highest, keys)
@@ -97,19 +90,15 @@ def select_image(
     num_prefix,
     from_idx_ptr,
     priority_ptr,
-    COMPOSE: tl.constexpr,
-    PRIORITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BITS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     COUNT_BITS: tl.constexpr,
 ):
-    """Split one image's positions; with COMPOSE into the positions from_idx that the tokens came from."""
+    """Split one image's positions, or the positions from_idx that its tokens came from."""
     lanes = tl.arange(0, BLOCK_N)
-    crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, COMPOSE, PRIORITY, BLOCK_N)
-    keys = load_keys(
-        scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded, COMPOSE, PRIORITY, BITS
-    )  # fmt: skip
+    crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N)
+    keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded, BITS)
 
     # The largest threshold that at least num_keep keys reach.
     threshold = tl.min(keys, axis=0) * 0
@@ -121,8 +110,7 @@ def select_image(
         if not IN_REGISTERS:
             for start in range(BLOCK_N, n, BLOCK_N):
                 chunk = load_keys(
-                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded,
-                    COMPOSE, PRIORITY, BITS,
+                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded, BITS
                 )  # fmt: skip
                 counts += count_three(chunk, threshold, shift, COUNT_BITS)
         packed = tl.sum(counts, axis=0)
@@ -136,9 +124,7 @@ def select_image(
     above = (keys > threshold).to(tl.int32)
     if not IN_REGISTERS:
         for start in range(BLOCK_N, n, BLOCK_N):
-            chunk = load_keys(
-                scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded, COMPOSE, PRIORITY, BITS
-            )  # fmt: skip
+            chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded, BITS)
             above += (chunk > threshold).to(tl.int32)
     ties_left = num_keep - tl.sum(above, axis=0)
 
@@ -146,15 +132,13 @@ def select_image(
     for start in range(0, n, BLOCK_N):
         offs = start + lanes
         if not IN_REGISTERS:
-            keys = load_keys(
-                scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded, COMPOSE, PRIORITY, BITS
-            )  # fmt: skip
+            keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded, BITS)
         tied = (keys == threshold).to(tl.int32)
         keep = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, axis=0) <= ties_left))
         keep = keep & (offs < n)
         rank = kept_before + tl.cumsum(keep.to(tl.int32), axis=0)  # kept tokens up to and with this one
         positions = offs.to(tl.int64)
-        if COMPOSE:
+        if from_idx_ptr is not None:
             positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
         tl.store(kept_idx_ptr + rank - 1, positions, mask=keep)
         tl.store(pruned_idx_ptr + offs - rank, positions, mask=(offs < n) & (keep == 0))
@@ -163,17 +147,13 @@ def select_image(
 
 
 @triton.jit
-def is_last(ticket_ptr, programs):
+def is_last(counter_ptr, programs):
     """Whether all other programs of this image have called this before; what they stored is then visible here.
 
-    The barrier orders this program's stores before its ticket, the ticket (release, acquire) orders programs. The
-    last one puts the ticket back to zero.
+    The barrier orders this program's stores before its count, the count (release, acquire) orders programs.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
-    if last:
-        tl.store(ticket_ptr, 0)
-    return last
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -186,27 +166,24 @@ def select_kernel(
     n,
     num_keep,
     num_prefix,
-    PRIORITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BITS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     COUNT_BITS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
+    if priority_ptr is not None:
+        priority_ptr += b * n
     select_image(
         scores_ptr + b * stride_sb, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-        n, num_keep, num_prefix, kept_idx_ptr, priority_ptr + b * n,
-        False, PRIORITY, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+        n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
     )  # fmt: skip
 
 
-def select_blocks(
-    n: int, dtype: torch.dtype, *, embedded: bool = False, priority: bool = False
-) -> tuple[dict[str, Any], int]:
+def select_blocks(n: int, dtype: torch.dtype, *, embedded: bool = False) -> tuple[dict[str, Any], int]:
     """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling.
 
     embedded: in a kernel that has registers of its own to hold as well.
-    priority: some tokens stay, or leave, whatever their score.
     """
     if n >= 1 << _COUNT_BITS:
         raise RuntimeError(f"select: N must be below {1 << _COUNT_BITS} on CUDA, got {n}")
@@ -216,15 +193,14 @@ def select_blocks(
         "BITS": 64 if dtype == torch.float64 else 32,
         "IN_REGISTERS": n <= block,
         "COUNT_BITS": _COUNT_BITS,
-        "PRIORITY": priority,
     }
     return constants, min(max(block // 128, 1), 16)
 
 
-def priority_bytes(priority: Tensor | None, instead: Tensor) -> Tensor:
-    """Priorities as contiguous int8, or a pointer that nobody reads."""
+def priority_bytes(priority: Tensor | None) -> Tensor | None:
+    """Priorities as contiguous int8."""
     if priority is None:
-        return instead
+        return None
     priority = priority.contiguous()
     return priority.view(torch.int8) if priority.dtype == torch.bool else priority
 
@@ -237,13 +213,13 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        constants, num_warps = select_blocks(n, scores.dtype, priority=priority is not None)
+        constants, num_warps = select_blocks(n, scores.dtype)
         with torch.cuda.device_of(scores):
             select_kernel[(batch,)](
                 scores,
                 kept_idx,
                 pruned_idx,
-                priority_bytes(priority, scores),
+                priority_bytes(priority),
                 scores.stride(0),
                 n,
                 num_keep,

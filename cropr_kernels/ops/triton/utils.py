@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
@@ -18,22 +19,17 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_held_tickets: dict[tuple[int, int], Tensor] = {}
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """acc_dtype as Triton calls it."""
+    return tl.float64 if acc_dtype(dtype) == torch.float64 else tl.float32
 
 
-def tickets(batch: int, device: torch.device) -> Tensor:
-    """Return at least B zeros, int32, with which the programs of an image find out who is last.
+def block_counters(x: Tensor) -> Tensor:
+    """Zeros (B,), int32: how many programs of each image are done, so that the last one knows itself.
 
-    Kernels leave zeros behind, so eager calls share one tensor per stream and launch nothing to clear it. A graph
-    under capture gets its own: what it captures must not be shared with the streams it will be replayed beside.
+    New for every launch, under a graph's capture too: whatever outlived one could be shared by streams or replays.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    held = _held_tickets.get(key)
-    if held is None or held.numel() < batch:
-        held = _held_tickets[key] = torch.zeros(max(batch, 1024), dtype=torch.int32, device=device)
-    return held
+    return torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .models.adapters import Anatomy, anatomy, find_adapter
+from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
 from .pruning.model import require_pruned
 from .pruning.module import FoldedCropr
 from .utils.flops import flop_counter
+from .utils.io import atomic_write
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -190,9 +192,8 @@ def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = No
         TypeError: the model is not pruned.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
-    temporary = Path(path).with_suffix(".tmp")
-    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
 
 
 @torch.no_grad()
@@ -235,16 +236,6 @@ class Agreement(NamedTuple):
     flops: float  # times fewer than unpruned
 
 
-def _answers(output: Any) -> Tensor:
-    """The logits of an output, or the features it gives of a whole image."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if (found := getattr(output, name, None)) is not None:
-            return found
-    raise ValueError(f"cropr.agreement: {type(output).__name__} has neither logits nor features of whole images")
-
-
 @torch.inference_mode()
 def agreement(
     model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32
@@ -272,9 +263,9 @@ def agreement(
     for rate in dict.fromkeys([0, *rates]):
         set_rate(fast, rate)
         with flop_counter() as counter:
-            first = _answers(fast(batches[0]))
+            first = outputs_of(fast(batches[0]))
         flops[rate] = counter.get_total_flops()
-        outputs[rate] = torch.cat([first, *(_answers(fast(batch)) for batch in batches[1:])]).double()
+        outputs[rate] = torch.cat([first, *(outputs_of(fast(batch)) for batch in batches[1:])]).double()
     expected, rows = outputs[0], []
     classifies = anatomy(model).num_classes > 0
     for rate in rates:

@@ -13,7 +13,7 @@ import photos
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import load_weights
 from cropr_kernels.utils.viz import save_merge_maps, save_pruning_maps
 
 

@@ -1,7 +1,5 @@
-"""Checkpoints that are whole or not there: written beside their name, flushed, and renamed."""
+"""Checkpoints: written whole or not at all, read with errors that say what is wrong."""
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..utils.io import atomic_write
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; what was there before stays until the new one is complete.
+    """Write a checkpoint; the one before stays until the new one is complete.
 
     Raises:
-        RuntimeError: it cannot be written, for want of space, say; the one before is as it was.
+        RuntimeError: it cannot be written, for want of space, say; the one before is still there.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        kept = f"{path} is still that of before" if path.exists() else "there is none"
+        kept = "the one before is still there" if path.exists() else "there is none"
         raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..utils.images import find_photos
 from ..utils.optional import need
-from ..utils.viz import find_photos
 from .config import Config
 
 TRIES = 16  # neighbours tried in place of a sample that cannot be read
@@ -38,7 +38,7 @@ def seed_of(*parts: int) -> int:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run with all generators seeded, and put them back as they were."""
-    numpy = need("numpy").random
+    numpy = need("numpy", "train", "cropr train").random
     states = random.getstate(), numpy.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     numpy.seed(seed)
@@ -170,7 +170,7 @@ def _part(config: Config, option: str, number: int, count: int) -> Path:
 
 def classification_transforms(config: Config) -> tuple[Any, Any]:
     """timm's transforms for training and evaluation."""
-    create = need("timm.data").create_transform
+    create = need("timm.data", "train", "cropr train").create_transform
     shared: dict[str, Any] = dict(
         input_size=(3, *config.img_size), mean=config.mean, std=config.std, interpolation="bicubic"
     )
@@ -187,7 +187,7 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
 
 
 def _folders(config: Config) -> Data:
-    datasets = need("torchvision.datasets")
+    datasets = need("torchvision.datasets", "train", "cropr train")
     training, evaluation = classification_transforms(config)
     train = datasets.ImageFolder(_part(config, "train_split", 0, 1), training)
     val = datasets.ImageFolder(_part(config, "val_split", 0, 1), evaluation)
@@ -218,8 +218,11 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
-        functional = need("torchvision.transforms.v2.functional")
+        image, tv_tensors = (
+            need("PIL.Image", "train", "cropr train"),
+            need("torchvision.tv_tensors", "train", "cropr train"),
+        )
+        functional = need("torchvision.transforms.v2.functional", "train", "cropr train")
         photo_path, label_path = self.pairs[index]
         with image.open(photo_path) as photo, image.open(label_path) as label:
             pixels = functional.pil_to_tensor(photo.convert("RGB"))
@@ -238,7 +241,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     def transform(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:
         """In training: resized by a random factor, a random crop, a flip, jitter. In evaluation: as it is."""
-        v2 = need("torchvision.transforms.v2")
+        v2 = need("torchvision.transforms.v2", "train", "cropr train")
         config = self.config
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
@@ -272,7 +275,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        coco = need("faster_coco_eval").COCO
+        coco = need("faster_coco_eval", "train", "cropr train").COCO
         self.root, self.config, self.train = images, config, train
         self.coco = coco(str(annotations), print_function=lambda *_: None)
         self.ids = sorted(self.coco.getImgIds())
@@ -289,8 +292,11 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
-        v2 = need("torchvision.transforms.v2")
+        image, tv_tensors = (
+            need("PIL.Image", "train", "cropr train"),
+            need("torchvision.tv_tensors", "train", "cropr train"),
+        )
+        v2 = need("torchvision.transforms.v2", "train", "cropr train")
         about = self.coco.loadImgs([self.ids[index]])[0]
         with image.open(self.root / about["file_name"]) as photo:
             pixels = tv_tensors.Image(v2.functional.pil_to_tensor(photo.convert("RGB")))
@@ -335,4 +341,6 @@ def mixing(config: Config, classes: int) -> Any:
     """timm's mixup and cutmix, or None. Labels are smoothed by the loss, whether they were mixed or not."""
     if not config.mixup and not config.cutmix:
         return None
-    return need("timm.data").Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+    return need("timm.data", "train", "cropr train").Mixup(
+        config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes
+    )

@@ -189,7 +189,7 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Train to the end."""
-        config, tqdm = self.config, need("tqdm").tqdm
+        config, tqdm = self.config, need("tqdm", "train", "cropr train").tqdm
         total = config.epochs * self.steps_an_epoch
         if self.step >= total:
             return self._finished()

@@ -87,7 +87,7 @@ RECIPES = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_at_any_moment_it_goes_on_to_the_same_losses(name, photos, tmp_path):
+def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_path):
     wanted = config(photos, save_steps=3, epochs=3, **RECIPES[name])
     train(wanted, tmp_path / "whole", show=False)
     cut = tmp_path / "cut"
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(RuntimeError, match=r"cannot write .*last.pt: .*; .*last.pt is still that of before"):
+        with pytest.raises(RuntimeError, match=r"cannot write .*last.pt: .*; .*the one before is still there"):
             checkpoint.save(path, {"model": {"w": torch.ones(10**5)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

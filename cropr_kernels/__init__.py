@@ -15,7 +15,7 @@ from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
 from .calibration import save_queries as save_queries
-from .export import export as export
+from .exporting import export as export
 from .models.vit import ViT as ViT
 from .models.vit import ViTConfig as ViTConfig
 from .models.vit import create_vit as create_vit

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..export import FORMATS, export, load_exported
+from ..exporting import FORMATS, export, load_exported
 from ..pruning.api import deploy, set_rate
 from ..utils.images import find_named_photos, load_photo
 from ..utils.io import table

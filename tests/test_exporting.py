@@ -11,8 +11,7 @@ from helpers.cases import SHAPES
 from helpers.models import HOSTS, MODELS, randomise, reference_vit
 
 import cropr_kernels as cropr
-from cropr_kernels import export as exports
-from cropr_kernels import ops
+from cropr_kernels import exporting, ops
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.ops import decompositions as portable
 from cropr_kernels.ops import reference
@@ -75,7 +74,7 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(kind, options, tm
     model = pruned(kind, rate=9, **options)
     done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True, dynamic_batch=True)
     assert done.ops == "aten" and done.difference < 1e-5 and done.same_map is True
-    run = exports.load_exported(done.path, "onnx")
+    run = exporting.load_exported(done.path, "onnx")
     for batch in (1, 3):
         images = torch.randn(batch, 3, 64, 64)
         output, left = run(images)
@@ -97,7 +96,7 @@ def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
             module.queries.zero_()  # all scores tie: the lower positions stay
     images = torch.randn(1, 3, 64, 64)
     done = cropr.export(model, images, tmp_path / "model.onnx", with_map=True)
-    left = exports.load_exported(done.path, "onnx")(images)[1].flatten()
+    left = exporting.load_exported(done.path, "onnx")(images)[1].flatten()
     assert (left == 4).sum() == 36 and (left[:36] == 4).all()
 
 
@@ -174,8 +173,8 @@ def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     model, images, path = pruned(rate=9), torch.randn(1, 3, 64, 64), tmp_path / "model.pt2"
-    load = exports.load_exported
-    monkeypatch.setattr(exports, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)])
+    load = exporting.load_exported
+    monkeypatch.setattr(exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)])
     with pytest.raises(RuntimeError, match=r"model.pt2 computes something else .* differ by 0.01 .*; it was not kept"):
         cropr.export(model, images, path, format="torch")
     assert not any(tmp_path.iterdir())

@@ -96,21 +96,20 @@ def run(options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cropr_kernels": importlib.metadata.version("cropr_kernels"),
-        "engine": engine if isinstance(engine, str) else "zero-copy",
+        "engine": f"off, {engine}" if isinstance(engine, str) else "zero-copy",
     }
     out, picture = (options.out.with_suffix(suffix) for suffix in (".json", ".png"))
     write_text(out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    names = ("speedup", "gflops", "flop_ratio")
-    cells = [
-        [
-            str(row["batch"]),
-            str(row["rate"]),
-            f"{row['images_per_second']:.1f}",
-            *(f"{row[name]:.2f}" for name in names),
-        ]
-        for row in rows
-    ]
-    print(table(["batch", "rate", "images/s", "speed-up", "GFLOPs", "FLOP ratio"], cells))
+    formats = {
+        "batch": "d",
+        "rate": "d",
+        "images_per_second": ".1f",
+        "speedup": ".2f",
+        "gflops": ".3g",
+        "flop_ratio": ".2f",
+    }
+    cells = [[format(row[name], one) for name, one in formats.items()] for row in rows]
+    print(table(["batch", "rate", "images/s", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0))
     print(f"{device}, {dtype}, engine {about['engine']}; wrote {out}")
     try:
         save_speed_curves(picture, rows, f"{options.model} on {device}, {dtype}")

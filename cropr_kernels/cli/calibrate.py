@@ -79,9 +79,17 @@ def run(options: argparse.Namespace) -> None:
     facts: dict[str, Any] = {"model": options.model, "llf": model.cropr.llf, "merge": model.cropr.merging is not None}
     facts |= {"rate": None if best is None else best.rate, "report": [row._asdict() for row in rows]}
     calibration.save_queries(model, options.out, facts)
-    kind = "same class, %" if anatomy(model).num_classes else "cosine, %"
-    cells = [[str(row.rate), f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"] for row in rows]
-    print(table(["rate", "times fewer FLOPs", kind, "KL"], cells, left=0))
+    classifies = anatomy(model).num_classes > 0
+    cells = [
+        [
+            str(row.rate),
+            f"{row.flops:.2f}",
+            f"{100 * row.agreement:.1f}",
+            f"{row.divergence:.3f}" if classifies else "-",
+        ]
+        for row in rows
+    ]
+    print(table(["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"], cells, left=0))
     unreadable = fit.unreadable + compare.unreadable
     used = fitted - fit.unreadable, len(compared) - compare.unreadable
     print(f"{used[0]} photos to fit, {used[1]} to compare, {unreadable} unreadable")

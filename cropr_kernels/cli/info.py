@@ -73,7 +73,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": f"{tokens} of width {known.dim}, {known.num_prefix} of them never pruned",
         "blocks": f"{depth} x {type(known.blocks[0]).__name__}",
         "kept after each block": " ".join(map(str, counts)) + (", all in the last block" if stack.llf else ""),
-        "GFLOPs an image": f"{gflops[1]:.1f} unpruned, {gflops[0]:.1f} at {stack.schedule}",
+        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {stack.schedule}",
         "engine": f"off, the functional ops run it: {stack.engine}"
         if isinstance(stack.engine, str)
         else "zero-copy, every block",

@@ -38,7 +38,8 @@ def seed_of(*parts: int) -> int:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run with all generators seeded, and put them back as they were."""
-    numpy = need("numpy", "train", "cropr train").random
+    from numpy import random as numpy  # torchvision brings it
+
     states = random.getstate(), numpy.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     numpy.seed(seed)

@@ -6,6 +6,12 @@ from typing import Any
 _DISTRIBUTIONS = {"PIL": "pillow", "faster_coco_eval": "faster-coco-eval", "sklearn": "scikit-learn"}
 
 
+def distribution(module: str) -> str:
+    """The name by which a module's library is installed."""
+    library = module.split(".")[0]
+    return _DISTRIBUTIONS.get(library, library)
+
+
 def need(module: str, extra: str, what: str) -> Any:
     """Import a module of a library that this package does not depend on.
 
@@ -17,11 +23,10 @@ def need(module: str, extra: str, what: str) -> Any:
     Raises:
         ImportError: the library is not installed: "cropr infer needs pyarrow: pip install 'cropr_kernels[infer]'".
     """
-    library = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != library:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        name = _DISTRIBUTIONS.get(library, library)
-        raise ImportError(f"{what} needs {name}: pip install 'cropr_kernels[{extra}]'") from error
+        message = f"{what} needs {distribution(module)}: pip install 'cropr_kernels[{extra}]'"
+        raise ImportError(message) from error

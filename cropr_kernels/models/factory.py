@@ -118,7 +118,7 @@ def pixels_of(model: Any, name: str) -> Pixels:
     if not isinstance(model, ViT):
         if hasattr(model, "pretrained_cfg"):
             about = need("timm.data", "timm", f"model {name!r}").resolve_model_data_config(model)
-            return Pixels(size, about["mean"], about["std"])
+            return Pixels(size, tuple(about["mean"]), tuple(about["std"]))
         if not hasattr(model, "config"):
             return Pixels(size, *_IMAGENET)
         if (Path(name) / "preprocessor_config.json").is_file():

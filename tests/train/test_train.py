@@ -433,6 +433,16 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
+    queries = tmp_path / "queries.pt"
+    for command, said in [
+        (["info", str(out)], "kept after each block  13 10 7"),
+        (["map", str(out), str(photos / "val" / "red"), "--out", str(tmp_path / "maps")], "6 of 16 patches are kept"),
+        (["calibrate", str(out), str(photos / "val"), "--out", str(queries), "--quiet"], "recommended: rate"),
+        (["bench", str(out), "--rounds", "1", "--out", str(tmp_path / "bench"), "--quiet"], "zero-copy"),
+    ]:
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert said in printed, printed
     assert cli.main(["export", str(out), "--format", "torch", "--rounds", "1", "--out", str(tmp_path / "files")]) == 0
     assert (tmp_path / "files" / "run.pt2").is_file() and "run.pt2" in capsys.readouterr().out
     assert (

@@ -3,7 +3,6 @@
 import argparse
 import random
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +39,18 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-class Photos:
-    """Photos as batches of 16; those that cannot be read are left out and counted."""
-
-    def __init__(self, paths: list[Path], pixels: Pixels, label: str, show: bool):
-        self.paths, self.pixels, self.label, self.show = paths, pixels, label, show
-        self.unreadable = 0
-
-    def _read(self) -> Iterator[Tensor]:
-        tqdm = need("tqdm", "demo", "cropr calibrate").tqdm
-        for path in tqdm(self.paths, desc=self.label, disable=not self.show, leave=False, mininterval=1):
-            try:
-                yield self.pixels.normalise(load_photo(path, self.pixels.img_size))
-            except OSError:
-                self.unreadable += 1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        photos = self._read()
-        while batch := list(islice(photos, 16)):
-            yield torch.stack(batch)
+def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[Path]) -> Iterator[Tensor]:
+    """Photos in batches of 16; those that cannot be read go to a list."""
+    tqdm = need("tqdm", "demo", "cropr calibrate").tqdm
+    photos: list[Tensor] = []
+    for path in tqdm(paths, desc=label, disable=not show, leave=False, mininterval=1):
+        try:
+            photos.append(pixels.normalise(load_photo(path, pixels.img_size)))
+        except OSError:
+            unreadable.append(path)
+        if len(photos) == 16 or (photos and path == paths[-1]):
+            yield torch.stack(photos)
+            photos = []
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,9 +63,10 @@ def run(options: argparse.Namespace) -> None:
     fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
     compared = paths[fitted : fitted + options.held_out]
     model, pixels, _ = load_model(options)
-    fit = Photos(paths[:fitted], pixels, "calibrating", not options.quiet)
-    compare = Photos(compared, pixels, "reading photos to compare on", not options.quiet)
-    calibration.calibrate(model, fit)
+    show = not options.quiet
+    unreadable: tuple[list[Path], list[Path]] = [], []
+    calibration.calibrate(model, batches(paths[:fitted], pixels, "calibrating", show, unreadable[0]))
+    compare = batches(compared, pixels, "reading photos to compare on", show, unreadable[1])
     rows = calibration.agreement(model, compare, options.rates or default_rates(model))
     best = calibration.recommend(rows, options.least / 100)
     facts: dict[str, Any] = {"model": options.model, "llf": model.cropr.llf, "merge": model.cropr.merging is not None}
@@ -90,8 +83,7 @@ def run(options: argparse.Namespace) -> None:
         for row in rows
     ]
     print(table(["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"], cells, left=0))
-    unreadable = fit.unreadable + compare.unreadable
-    used = fitted - fit.unreadable, len(compared) - compare.unreadable
-    print(f"{used[0]} photos to fit, {used[1]} to compare, {unreadable} unreadable")
+    used = fitted - len(unreadable[0]), len(compared) - len(unreadable[1])
+    print(f"{used[0]} photos to fit, {used[1]} to compare, {sum(map(len, unreadable))} unreadable")
     what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
     print(f"{what}; wrote {options.out}")

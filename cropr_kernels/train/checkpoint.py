@@ -52,15 +52,11 @@ def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
     """Load weights whose names and shapes must all match.
 
     Raises:
-        ValueError: they do not; the message lists what is missing, too much, or of another shape.
+        ValueError: they do not; the message lists the first differences.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    problems = [f"lacks {name}" for name in own if name not in found]
-    problems += [f"has {name} too much" for name in found if name not in own]
-    problems += [
-        f"{name} is {found[name]}, not {shape}" for name, shape in own.items() if found.get(name, shape) != shape
-    ]
+    own, found = ({name: tuple(value.shape) for name, value in one.items()} for one in (model.state_dict(), weights))
+    pairs = [(name, own.get(name, "absent"), found.get(name, "absent")) for name in own | found]
+    problems = [f"{name} must be {wanted}, is {got}" for name, wanted, got in pairs if wanted != got]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"checkpoint: {path} does not fit this model: {'; '.join(problems[:4])}{more}")

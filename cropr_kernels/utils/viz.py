@@ -1,4 +1,7 @@
-"""Pictures: which patches are pruned after which block, which are merged, how fast models are, how training went."""
+"""Pictures: which patches are pruned after which block, which are merged, how fast models are, how training went.
+
+All of them raise ImportError where matplotlib or Pillow is not installed.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,6 @@ def save_pruning_maps(
         titles: one line above each image.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: the batch sizes differ.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.9)
@@ -77,7 +79,6 @@ def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list
         titles: one line above each image.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: the batch sizes differ.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.0)
@@ -104,9 +105,6 @@ def save_pruning_frames(
         image: (C, H, W), C = 1 or 3, values in [0, 1].
         pruned_after: (grid height, grid width) from `pruning_map`.
         depth: blocks of the network.
-
-    Raises:
-        ImportError: Pillow is not installed.
     """
     Image = need("PIL.Image", "viz", "a picture")
     height, width = image.shape[1:]
@@ -137,9 +135,6 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
         path: file to write.
         lines: of metrics.jsonl (`cropr_kernels.train`).
         metric: the name of the metric in its evaluations, such as "top-1".
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val" in line]
@@ -170,9 +165,6 @@ def save_speed_curves(path: str | Path, rows: list[dict[str, Any]], title: str) 
         path: file to write.
         rows: of `cropr bench`: batch, rate, speedup, flop_ratio.
         title: one line above.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     figure = _figure(5, 3.4)
     axis = figure.subplots()

@@ -20,7 +20,7 @@ from .pruning.api import deploy, set_rate
 from .pruning.model import require_pruned
 from .pruning.module import FoldedCropr
 from .utils.flops import flop_counter
-from .utils.io import atomic_write
+from .utils.io import atomic_write, load_tensors
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -212,10 +212,8 @@ def load_queries(model: Any, path: str | Path) -> Any:
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
     try:
-        queries = torch.load(path, map_location="cpu", weights_only=True)["queries"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+        queries = load_tensors(path)["queries"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:

@@ -102,22 +102,18 @@ def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
             yield sample["__key__"], content
 
 
-class Read(NamedTuple):
-    """A photo as it was read: pixels, or why there are none."""
-
-    name: str
-    photo: Tensor | None
-    error: str | None
+Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels where there is no error
 
 
 def _read(sample: tuple[str, Any], size: tuple[int, int]) -> Read:
     name, content = sample
     if content is None:
-        return Read(name, None, "no image in this sample")
+        return {"name": name, "error": "no image in this sample"}, None
     try:
-        return Read(name, load_photo(io.BytesIO(content) if isinstance(content, bytes) else content, size), None)
+        photo = load_photo(io.BytesIO(content) if isinstance(content, bytes) else content, size)
     except OSError as error:
-        return Read(name, None, str(error))
+        return {"name": name, "error": str(error)}, None
+    return {"name": name, "error": None}, photo
 
 
 def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
@@ -137,8 +133,8 @@ def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolEx
 @torch.inference_mode()
 def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per photo: name, error, and classes with their probabilities, or features where top is 0."""
-    rows: list[dict[str, Any]] = [{"name": read.name, "error": read.error} for read in reads]
-    photos = [read.photo for read in reads if read.photo is not None]
+    rows = [row for row, _ in reads]
+    photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
     output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float()

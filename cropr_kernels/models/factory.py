@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.io import load_tensors
 from ..utils.optional import need
 from .adapters import anatomy
 from .vit import PRESETS, ViT, create_vit
@@ -137,11 +138,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 names = list(file.keys())
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         except safetensors.SafetensorError as error:
-            raise ValueError(f"load_weights: {path} is not a readable safetensors file: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"load_weights: {path} is not a readable PyTorch checkpoint: {error}") from error
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    state = load_tensors(path)
     for key in ("model", "state_dict", "model_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

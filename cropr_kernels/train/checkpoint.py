@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.io import atomic_write
+from ..utils.io import atomic_write, load_tensors
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -37,12 +37,7 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is no checkpoint.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is none at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"checkpoint: {path} holds no model")
     return state

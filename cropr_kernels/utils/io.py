@@ -5,6 +5,9 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -33,6 +36,21 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What torch.save wrote to a file, on the CPU: tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

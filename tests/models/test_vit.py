@@ -125,7 +125,7 @@ def test_bad_weight_files_get_one_clear_sentence(tmp_path):
         load_weights(tmp_path / "missing.safetensors")
     for name in ("a.safetensors", "b.pth"):
         (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(ValueError, match=r"is not a readable (safetensors file|PyTorch checkpoint)"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
             load_weights(tmp_path / name)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="no architecture has these 1 tensors"):

@@ -22,7 +22,7 @@ from rivals.stands import Random, Variance
 from torch import Tensor
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import load_weights
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
 from cropr_kernels.utils.flops import flop_counter

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import load_weights
 
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {"rate": 0},

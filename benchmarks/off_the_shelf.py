@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import load_weights
 
 DATA = {"Tiny-ImageNet": "tinyimagenet100_64.npz", "Imagenette": "imagenette_160.npz"}
 WEIGHTS = "vit_tiny_p16_224_tin200_fp16.safetensors"

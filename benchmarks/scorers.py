@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import importance
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import load_weights
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),

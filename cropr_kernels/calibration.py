@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
 from .pruning.model import require_pruned, run
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.state import PruningOptions
 from .utils.flops import flop_counter
+from .utils.io import atomic_write, load_tensors
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -189,9 +191,8 @@ def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = No
         TypeError: the model is not pruned.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
-    temporary = Path(path).with_suffix(".tmp")
-    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
 
 
 @torch.no_grad()
@@ -210,10 +211,8 @@ def load_queries(model: Any, path: str | Path) -> Any:
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
     try:
-        queries = torch.load(path, map_location="cpu", weights_only=True)["queries"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+        queries = load_tensors(path)["queries"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:
@@ -232,16 +231,6 @@ class Agreement(NamedTuple):
     agreement: float  # share of images with the same top class; of features the mean cosine
     divergence: float  # mean KL divergence from the unpruned model's probabilities; NaN for features
     flops: float  # times fewer than unpruned
-
-
-def _answers(output: Any) -> Tensor:
-    """The logits of an output, or the features it gives of a whole image."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if (found := getattr(output, name, None)) is not None:
-            return found
-    raise ValueError(f"cropr.agreement: {type(output).__name__} has neither logits nor features of whole images")
 
 
 @torch.inference_mode()
@@ -272,9 +261,9 @@ def agreement(
     for rate in dict.fromkeys([0, *rates]):
         set_rate(fast, rate)
         with flop_counter() as counter:
-            first = _answers(tower(batches[0]))
+            first = outputs_of(tower(batches[0]))
         flops[rate] = counter.get_total_flops()
-        outputs[rate] = torch.cat([first, *(_answers(tower(batch)) for batch in batches[1:])]).double()
+        outputs[rate] = torch.cat([first, *(outputs_of(tower(batch)) for batch in batches[1:])]).double()
     expected, rows = outputs[0], []
     classifies = model.cropr.spec.num_classes > 0
     for rate in rates:

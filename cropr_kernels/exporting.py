@@ -14,6 +14,8 @@ from .ops.decompositions import decompositions
 from .pruning.api import deploy
 from .pruning.model import require_pruned, run
 from .pruning.state import PruningOptions
+from .utils.io import publish
+from .utils.optional import need
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest output; float64 scores are float32
@@ -91,7 +93,8 @@ def export(
     if ops is None:
         ops = "aten" if format == "onnx" or (format == "aoti" and images.is_cuda) else "cropr"
     if format == "onnx":
-        _need_onnx()
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            need(library, "export", "cropr.export to ONNX")
         if ops == "cropr":
             raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
     wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
@@ -114,17 +117,8 @@ def export(
                 f"of the largest, allowed are {allowed:g}{what}; it was not kept"
             )
         for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):  # itself last
-            part.replace(path.parent / part.name)
+            publish(part, path.parent / part.name)
     return Exported(path, ops, difference, same_map)
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"cropr.export: ONNX needs {error.name}: pip install 'cropr_kernels[export]'") from error
 
 
 def _write(program: Any, file: Path, format: str) -> None:
@@ -157,9 +151,7 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
         importlib.import_module("torch._inductor.codecache")  # torch 2.10 forgets to
         loaded = torch._inductor.aoti_load_package(str(path))
         return lambda images: _tensors(loaded(images))
-    _need_onnx()
-    import onnxruntime
-
+    onnxruntime = need("onnxruntime", "export", "an ONNX file")
     options = onnxruntime.SessionOptions()
     # Its threads would go on spinning after a call, and slow down whatever the process does next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -13,7 +13,7 @@ import photos
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import create_model, load_weights
 from cropr_kernels.utils.viz import save_merge_maps, save_pruning_maps
 
 
@@ -73,11 +73,7 @@ def run_pretrained(out: Path, device: torch.device, weights: str | None) -> None
     if weights is not None:
         model, metadata = load_weights(weights)
     else:
-        try:
-            import timm
-        except ImportError as error:
-            raise SystemExit("--pretrained needs timm: pip install 'cropr_kernels[timm]'") from error
-        model, metadata = timm.create_model("vit_tiny_patch16_224", pretrained=True).eval(), {}
+        model, metadata = create_model("vit_tiny_patch16_224", pretrained=True), {}
     model = model.to(device)
     labels = class_names(model.num_classes, metadata)
     pixels = (images - 0.5) / 0.5

@@ -217,14 +217,14 @@ def test_the_command_writes_compares_and_times(tmp_path, capsys):
     weights, queries = tmp_path / "tiny.pt", tmp_path / "queries.pt"
     torch.save(model.state_dict(), weights)
     assert cli.main(["export", str(weights), "--out", str(tmp_path)]) == 1
-    assert "without queries tokens would leave at random" in capsys.readouterr().err
+    assert "without queries tokens would be pruned at random" in capsys.readouterr().err
     cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), queries)
     common = ["export", str(weights), "--queries", str(queries), "--rounds", "1", "--out", str(tmp_path / "out")]
     photos = str(ROOT / "examples" / "photos")
     assert cli.main([*common, "--rate", "9", "--format", "onnx", "--map", "--images", photos]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "tiny.onnx").is_file()
-    assert printed.count("the same patches leave behind the same blocks") == 1
+    assert printed.count("the same patches are pruned after the same blocks") == 1
     assert re.search(r"tiny.onnx +aten +\d+\.\d +\S+ +\S+ +\S+ +\d\.\d\d\n", printed)
     assert cli.main([*common, "--batch", "0"]) == 1
     assert "--batch must be >= 1, got 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`cropr tune`: schedules on the good side of the staircase, for a speed on the device at hand."""
+"""`cropr tune`: schedules of efficient token counts, for a speed on the device at hand."""
 
 import itertools
 import json
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import cropr_kernels as cropr
 from cropr_kernels import schedule, tuning
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.pruning.model import Pruned
+from cropr_kernels.utils import timing
 
 # Tiles of 16 tokens; 68 tokens are slower than 72.
 STAIRS = {count: -(-count // 16) * 1.0 + (0.5 if count == 68 else 0) for count in range(4, 201, 4)}
@@ -37,7 +39,7 @@ def test_monotone_costs_keep_their_mean_and_never_fall(costs):
     assert sum(values) == pytest.approx(sum(costs.values()))
 
 
-def test_a_schedule_drops_steadily_and_stays_on_the_good_side():
+def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     keep = tuning.solve(STAIRS, 30.0, 200, 11, 1)
     assert sum(STAIRS[200] - STAIRS[count] for count in keep) >= 30
     assert all(count in tuning.efficient(STAIRS) for count in keep)
@@ -63,7 +65,7 @@ def test_every_schedule_is_legal(modules, prefix, saving, data):
 
 
 class Clock:
-    """Stands for the device: a forward takes as long as its tokens on the stairs, and each pruning a little."""
+    """Stands for the device: a forward takes as long as its tokens on the curve, and each pruning a little."""
 
     def __init__(self, depth, prune=0.01):
         self.depth, self.prune, self.now = depth, prune, 0.0
@@ -80,8 +82,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock(depth=6)
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(cropr.pruning.model.Pruned, "forward", lambda model, images: clock.of(model, images))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(Pruned, "forward", lambda model, images: clock.of(model, images))
     return clock
 
 
@@ -112,7 +114,7 @@ def test_where_pruning_does_not_pay_it_says_so(clock):
 def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
     plain = tuning.medians
 
-    def noisy(calls, *rest):  # the schedule turns out slower than its stairs
+    def noisy(calls, *rest):  # the schedule turns out slower than its curve
         times = plain(calls, *rest)
         return {key: value * (1.3 if key == "pruned" else 1) for key, value in times.items()}
 

@@ -5,12 +5,10 @@ from typing import Any
 import torch
 
 from ..models.adapters import find_spec
-from ..models.vit import PRESETS, create_vit
-from ..models.weights import load_weights
+from ..models.factory import create_model, kind_of, load_weights
 from ..pruning.api import apply
 from ..pruning.windows import Windows
 from ..tasks import Classifier, Detector, Segmenter
-from ..utils.optional import need
 from .config import Config
 
 
@@ -18,29 +16,26 @@ def backbone(config: Config, num_classes: int) -> Any:
     """The network before pruning, with a head for so many classes, or none for 0.
 
     Raises:
-        ValueError: nobody knows the model, or the options do not fit it.
+        ValueError: there is no such model, or the options do not fit it.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     options |= {"patch_size": config.patch_size} if config.patch_size else {}
     options |= {"global_pool": config.global_pool} if config.global_pool else {}
     options |= config.options_of("model_options")
-    if config.weights:
-        model: Any = load_weights(config.weights, **options)[0]  # config.model is what `settled` found in it
-    elif config.model in PRESETS and not config.pretrained:
-        model = create_vit(config.model, **options)
-    else:
-        timm = need("timm")
-        if not timm.is_model(config.model.split(".")[0]):
-            raise ValueError(f"config: model {config.model!r} is neither a preset of cropr_kernels nor a model of timm")
-        size = {"img_size": config.img_size, "dynamic_img_size": True}
-        model = timm.create_model(config.model, pretrained=config.pretrained, **options, **size)
+    name = config.weights or config.model
+    kind = kind_of(name, pretrained=config.pretrained)
+    if kind not in ("preset", "timm", "weight file"):
+        raise ValueError(f"config: model must be a preset of cropr_kernels or a model of timm, got {name!r}")
+    if kind == "timm":
+        options |= {"img_size": config.img_size, "dynamic_img_size": True}
+    model = create_model(name, pretrained=config.pretrained, **options)
     find_spec(model)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.train()
 
 
 def settled(config: Config) -> Config:
-    """The configuration with the model that its weight file is of, where it has one."""
+    """The configuration with the name of the model that its weight file holds, where it has one."""
     return config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
 
 

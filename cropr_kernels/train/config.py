@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,33 +99,15 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
-        for name in (
-            "num_queries",
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "save_steps",
-            "log_steps",
-            "eval_epochs",
-            "max_bad_steps",
-        ):
-            self._require(name, getattr(self, name) >= 1, ">= 1")
-        scales = ("head_lr_scale", "query_lr_scale", "last_block_lr_scale")
-        rest = ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix")
-        for name in (*scales, *rest):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        for name in ("curriculum", "flip", "erasing"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("ema", "smoothing", "drop_path"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
-        self._require(
-            "accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"
-        )
+        for allowed, (holds, names) in _RANGES.items():
+            for name in names.split():
+                self._require(name, holds(getattr(self, name)), allowed)
+        divides = self.batch_size % self.accumulate == 0
+        self._require("accumulate", divides, f"a divisor of batch_size={self.batch_size}")
         self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
         self.options_of("model_options")
         self.options_of("detector_options")
-        given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
+        given = [name for name, value in self.schedule.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
         if self.task != "classification":
@@ -149,7 +132,7 @@ class Config:
         return {name: getattr(self, name) for name in ("rate", "keep", "ratio", "const")}
 
     def options_of(self, field: Literal["model_options", "detector_options"]) -> dict[str, Any]:
-        """Those of a field as keyword arguments: JSON values, or else text."""
+        """The name=value pairs of a field as keyword arguments: JSON values, or else text."""
         options: dict[str, Any] = {}
         for option in getattr(self, field):
             name, equals, value = option.partition("=")
@@ -207,6 +190,19 @@ class Config:
             raise ValueError(f"{path}: {error}") from error
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    ">= 1": (
+        lambda x: x >= 1,
+        "num_queries epochs batch_size accumulate save_steps log_steps eval_epochs max_bad_steps",
+    ),
+    ">= 0": (
+        lambda x: x >= 0,
+        "head_lr_scale query_lr_scale last_block_lr_scale lr warmup_epochs weight_decay clip_grad workers mixup cutmix",
+    ),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "curriculum flip erasing"),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "ema smoothing drop_path"),
+    "in (0, 1]": (lambda x: 0 < x <= 1, "layer_decay"),
+}
 _HINTS: dict[str, Any] = typing.get_type_hints(Config)
 _FREE = {"data", "device", "workers", "save_steps", "log_steps"}  # may change when a run is resumed
 

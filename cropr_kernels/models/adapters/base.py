@@ -20,6 +20,7 @@ class ModelSpec:
     tower: nn.Module  # what is called with the images
     num_prefix: int  # P, first tokens that are no patches
     dim: int
+    num_heads: int
     patch_size: tuple[int, int]
     grid: tuple[int, int]  # patches in height and width at the model's own image size
     num_classes: int  # 0: it has no classifier

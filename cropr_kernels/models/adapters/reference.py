@@ -23,6 +23,7 @@ def find(model: Any) -> ModelSpec | None:
         tower=model,
         num_prefix=model.num_prefix_tokens,
         dim=model.embed_dim,
+        num_heads=model.config.num_heads,
         patch_size=model.patch_embed.patch_size,
         grid=(model.grid, model.grid),
         num_classes=model.num_classes,

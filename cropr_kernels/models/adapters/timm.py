@@ -31,6 +31,7 @@ def find(model: Any) -> ModelSpec | None:
         tower=model,
         num_prefix=model.num_prefix_tokens,
         dim=model.embed_dim,
+        num_heads=model.blocks[0].attn.num_heads,
         patch_size=model.patch_embed.patch_size,
         grid=model.patch_embed.grid_size,
         num_classes=model.num_classes,

@@ -22,6 +22,7 @@ def find(model: Any) -> ModelSpec | None:
         tower=model,
         num_prefix=1,
         dim=model.hidden_dim,
+        num_heads=model.encoder.layers[0].num_heads,
         patch_size=(model.patch_size, model.patch_size),
         grid=(side, side),
         num_classes=model.num_classes,

@@ -74,6 +74,7 @@ def find(model: Any) -> ModelSpec | None:
         tower=tower,
         num_prefix=int(class_token) + getattr(source, "num_register_tokens", 0),
         dim=source.hidden_size,
+        num_heads=source.num_attention_heads,
         patch_size=patch,
         grid=(image[0] // patch[0], image[1] // patch[1]),
         num_classes=model.config.num_labels if classifies else 0,

@@ -44,12 +44,13 @@ class WrappedBlock:
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_rebuild, (self.cropr_base,), *rest)
+        made: Any = super().__reduce_ex__(protocol)
+        return _rebuild, (self.cropr_base,), *made[2:]
 
 
 def _rebuild(base: type) -> Any:
-    return wrapped_class(base).__new__(wrapped_class(base))
+    kind: Any = wrapped_class(base)
+    return kind.__new__(kind)
 
 
 def wrapped_class(base: type) -> type:
@@ -155,7 +156,7 @@ def _active(
     """What a block is called with beside its tokens, for the active ones: rows of rotary tables, parts of masks."""
     if state.positions is None and state.windows is None:
         return args, dict(kwargs)
-    given = {}
+    given: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in _TABLES and isinstance(value, tuple):
             given[name] = tuple(state.rotary_rows(layer, table) for table in value)

@@ -33,7 +33,6 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),
         (dict(task="detection", rate=8), "llf must be true for detection"),
         (dict(task="segmentation", num_classes=3, stride="300,8"), r"stride must be from 1 to img_size=\(224, 224\)"),
-        (dict(fusion="concat"), "fusion must be llf outside segmentation"),
         (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
         (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),
         (dict(detector_options="box_nms_thresh"), "detector_options must be name=value, got 'box_nms_thresh'"),

@@ -1,16 +1,21 @@
-"""Model families, one file each: where their blocks are, and how the engine runs them."""
+"""Model families, one file each.
+
+Each has SUPPORTED, the family's name in the error for unknown models; find(model), its `ModelSpec`, or None if the
+model is of another family; and parts(block), the `BlockParts` with which the engine runs a block, why it cannot, or
+None.
+"""
 
 from typing import Any
 
 from torch import nn
 
 from . import reference, timm, torchvision, transformers
-from .base import Adapter, layer_norm_refusal
 from .base import BlockParts as BlockParts
 from .base import ModelSpec as ModelSpec
 from .base import hook_refusal as hook_refusal
+from .base import layer_norm_refusal
 
-ADAPTERS: tuple[Adapter, ...] = (reference, timm, transformers, torchvision)
+ADAPTERS: tuple[Any, ...] = (reference, timm, transformers, torchvision)
 
 
 def find_spec(model: nn.Module) -> ModelSpec:

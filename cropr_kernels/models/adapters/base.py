@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -51,22 +51,6 @@ class BlockParts:
         found = [getattr(self.block, name, None) for name in (*names, "dropout", "drop_path")]
         attn = getattr(self.block, self.attn)
         return [self.block, *(module for module in found if module is not None), attn, *attn.children()]
-
-
-class Adapter(Protocol):
-    """One file of this folder: what is known of one family."""
-
-    SUPPORTED: str  # the family, as the error for unknown models names it
-
-    @staticmethod
-    def find(model: nn.Module) -> ModelSpec | None:
-        """The model's spec, or None if it is of another family."""
-        ...
-
-    @staticmethod
-    def parts(block: nn.Module) -> BlockParts | str | None:
-        """A block of the family as the engine runs it, or why it cannot; None if the block is of another family."""
-        ...
 
 
 def known_classes(module: str, *names: str) -> tuple[type, ...]:

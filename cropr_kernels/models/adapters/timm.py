@@ -15,8 +15,7 @@ SUPPORTED = "timm VisionTransformer and Eva"
 
 def find(model: Any) -> ModelSpec | None:
     families = known_classes("timm.models.vision_transformer", "VisionTransformer")
-    families += known_classes("timm.models.eva", "Eva")
-    if not isinstance(model, families):
+    if not any(isinstance(model, family) for family in families + known_classes("timm.models.eva", "Eva")):
         return None
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         raise ValueError("cropr.apply: the model already drops patches; create it with patch_drop_rate=0")

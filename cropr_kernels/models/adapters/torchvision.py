@@ -12,7 +12,7 @@ _MODULE = "torchvision.models.vision_transformer"
 
 
 def find(model: Any) -> ModelSpec | None:
-    if not isinstance(model, known_classes(_MODULE, "VisionTransformer")):
+    if not any(isinstance(model, family) for family in known_classes(_MODULE, "VisionTransformer")):
         return None
     side = model.image_size // model.patch_size
     return ModelSpec(

@@ -90,10 +90,11 @@ def parts(block: Any) -> BlockParts | str | None:
     if row is None:
         return None
     _, norm1, norm2, attn = row
-    if not hasattr(block, "mlp") or "uple" in str(inspect.signature(own_class(block).forward).return_annotation):
-        return f"{own_class(block).__name__} of this transformers version is built in another way"
+    kind: Any = own_class(block)
+    if not hasattr(block, "mlp") or "uple" in str(inspect.signature(kind.forward).return_annotation):
+        return f"{kind.__name__} of this transformers version is built in another way"
     if not (hasattr(getattr(block, attn), "o_proj") or hasattr(getattr(block, attn), "out_proj")):
-        return f"the attention of {own_class(block).__name__} in this transformers version is built in another way"
+        return f"the attention of {kind.__name__} in this transformers version is built in another way"
     return BlockParts(block, norm1, norm2, attn, _attend, _scales)
 
 

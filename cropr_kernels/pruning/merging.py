@@ -1,7 +1,7 @@
 """Merging instead of dropping: tokens that leave go into those that stay.
 
 A token then stands for `size` tokens: attention weighs it so, it is less likely to leave, and its patches are all
-where it is. Choices and their defaults are measured: README, benchmarks/off_the_shelf.py.
+where it is. Choices and their defaults are measured: README, benchmarks/accuracy/off_the_shelf.py.
 """
 
 import math

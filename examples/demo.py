@@ -1,20 +1,19 @@
 """The main job: train, deploy and time pruned Vision Transformers on whatever device is there.
 
-python examples/demo.py                      digits and the speed table
-python examples/demo.py --weights FILE       also classes and pruning maps of the photos, from a local weight file
-python examples/demo.py --pretrained         the same with timm's weights, which are downloaded
+python -m examples.demo                      digits and the speed table
+python -m examples.demo --weights FILE       also classes and pruning maps of the photos, from a local weight file
+python -m examples.demo --pretrained         the same with timm's weights, which are downloaded
 """
 
 import argparse
 from pathlib import Path
 
-import digits
-import photos
 import torch
 
 import cropr_kernels as cropr
 from cropr_kernels.models.factory import create_model, load_weights
 from cropr_kernels.utils.viz import save_merge_maps, save_pruning_maps
+from examples import digits, photos
 
 
 def run_digits(out: Path, epochs: int) -> None:

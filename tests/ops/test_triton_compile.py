@@ -3,8 +3,6 @@
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from resources import ARCHITECTURES, TYPES, compile_kernel, resources, rows, tool, variants
+from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_kernel, resources, rows, tool, variants
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -119,8 +119,6 @@ class Config:
         if self.stride is not None:
             fits = all(1 <= step <= side for step, side in zip(self.stride, self.img_size))
             self._require("stride", fits, f"from 1 to img_size={self.img_size}")
-        if self.task == "segmentation" and self.prunes:
-            self._require("llf", self.llf, "true for segmentation: the decoder needs the whole map")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

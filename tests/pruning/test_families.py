@@ -318,7 +318,7 @@ def test_refusals(images):
     with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
         find_spec(model).blocks[3](x)
     with pytest.raises(TypeError, match="has 2 vision towers"):
-        cropr.apply(torch.nn.ModuleDict({"vision_a": torchvision_vit(), "vision_b": torchvision_vit()}), rate=8)
+        cropr.apply(torch.nn.ModuleDict({"vision_a": HOSTS["ViT"](), "vision_b": HOSTS["ViT"]()}), rate=8)
     with pytest.raises(
         TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
     ):

@@ -53,6 +53,7 @@ def recipe(options: argparse.Namespace, seed: int, cell: dict[str, Any]) -> Conf
 
 def build_task(config: Config, name: str) -> Any:
     """The network of a method, in place of the one that the configuration describes."""
+    torch.manual_seed(config.seed)  # for random tokens
     task = build.task(config, 200)
     kind = name.removesuffix(", LLF")
     if kind in ("random", "variance"):

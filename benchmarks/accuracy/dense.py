@@ -59,6 +59,7 @@ def sweep(
     cells = list(results.remaining(itertools.product(options.seeds, options.methods)))
     for seed, name in tqdm(cells, desc="methods"):
         config = recipe(seed, name)
+        torch.manual_seed(seed)  # for random tokens
         data = load_data(config)
         task = build.task(config, len(data.classes))
         kind = name.removeprefix("LLF, ")

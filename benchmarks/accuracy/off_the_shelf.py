@@ -10,6 +10,7 @@ off_the_shelf_speed.json. A run that is cut off goes on where it stopped.
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,15 @@ def speed(options: argparse.Namespace, base: Any) -> None:
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
     models = {(rate, name): build(base, model, name, rate) for rate in options.rates for name in options.methods}
     models[0, "unpruned"] = unpruned(base)
-    turns = {cell: lambda method=method: seconds_of(method, images) for cell, method in models.items()}
-    in_turns(turns, 2)  # warm up
-    times = in_turns(turns, options.rounds)
+    with tqdm(total=(options.rounds + 2) * len(models), mininterval=5) as bar:
+
+        def turn(method: Callable[[Tensor], Tensor]) -> float:
+            bar.update()
+            return seconds_of(method, images)
+
+        turns = {cell: partial(turn, method) for cell, method in models.items()}
+        in_turns(turns, 2)  # warm up
+        times = in_turns(turns, options.rounds)
     plain = quantile(times[0, "unpruned"], 0.5)
     for (rate, name), own in times.items():
         rows.append({"rate": rate, "method": name, "speed-up": round(plain / quantile(own, 0.5), 3)})

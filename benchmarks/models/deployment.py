@@ -7,6 +7,12 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import PruningModule
+from cropr_kernels.models.vit import PRESETS
+
+
+def image_size(name: str) -> int:
+    """Pixels a side, of a preset."""
+    return int(PRESETS[name].get("img_size", 224))
 
 
 def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-import cropr_kernels as cropr
-from benchmarks.models.deployment import create
+from benchmarks.models.deployment import create, image_size
 from benchmarks.models.systems import architectures, by_precision, fusions, systems
 from benchmarks.models.timing import cell
 from benchmarks.utils.results import RESULTS, Results, environment, name_of
@@ -45,7 +44,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
     builds: dict[tuple[str, str, int], Build] = {}
     for name in names:
-        size = cropr.vit.PRESETS[name].get("img_size", 224)
+        size = image_size(name)
         for group, make in (("classification", systems), ("architecture", architectures)):
             builds[group, name, size] = partial(built_on, make, name, options.device, dtype)
     for size in options.sizes:

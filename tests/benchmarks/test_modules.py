@@ -1,6 +1,7 @@
 """Modules in place of Cropr's, and the photos that detection trains on."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +79,14 @@ def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split,
     assert read(1, 5, True)[0]["images"] != train["images"] == read(0, 5, False)[0]["images"]
     assert [len(part["images"]) for part in read(0, None, False)] == ([8, 4] if split else [12, 12])
     assert read(0, 99, False)[0]["categories"] == about["categories"]
+
+
+def test_random_tokens_are_drawn_by_the_seed(monkeypatch):
+    classification = pytest.importorskip("benchmarks.accuracy.classification", reason="needs the train extra")
+    model = cropr.apply(randomise(reference_vit()), rate=9)
+    monkeypatch.setattr(classification.build, "task", lambda config, classes: SimpleNamespace(backbone=model))
+    drawn = []
+    for seed in (3, 3, 4):
+        task = classification.build_task(SimpleNamespace(seed=seed), "random")
+        drawn.append(task.backbone.cropr[0](torch.ones(1, 65, model.embed_dim), 20, 1).kept_idx)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

@@ -1,9 +1,13 @@
 """The table of systems: all of them, measured, on one set of weights."""
 
+import sys
+
+import pytest
 import torch
 from helpers.models import randomise, reference_vit
 
 from benchmarks.baselines.registry import ROWS
+from benchmarks.models import networks, table
 from benchmarks.models.systems import architectures, systems
 from benchmarks.models.timing import cell
 
@@ -25,3 +29,11 @@ def test_the_table_measures_every_system_on_one_set_of_weights():
         assert {parameter.data_ptr() for parameter in backbone.parameters()} <= own, name
     flops = {row["system"]: row["GFLOPs"] for row in scorers}
     assert flops["simple"] == flops["several heads, folded"] < flops["several heads, as published"]
+
+
+@pytest.mark.parametrize("script", [networks, table], ids=lambda script: script.__name__)
+def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--minutes", "-1", "--out", str(tmp_path / "out.json")])
+    script.main()
+    assert capsys.readouterr().out == "out of minutes: start again to go on\n"
+    assert not list(tmp_path.iterdir())

@@ -323,7 +323,7 @@ def test_refusals(images):
         TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
     ):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
-    with pytest.raises(ValueError, match="ViTMAEModelOutput has neither logits nor features"):
+    with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"):
         cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])
 
 

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
 #include "rows.h"
@@ -14,7 +13,6 @@ namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 
 // Who is sure to stay and who may leave, as ascending positions of x (B, N, D); num_keep of them stay in all.
 struct Sides {
@@ -23,46 +21,23 @@ struct Sides {
   int64_t batch, n, num_safe, num_candidates, num_keep, num_prune, num_prefix;
 
   Sides(
-      const char* op, const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep,
-      int64_t prefix) {
-    check_dim(op, "x", x, 3, "(B, N, D)");
-    check_float(op, "x", x);
-    batch = x.size(0), n = x.size(1), num_keep = keep, num_prefix = prefix;
-    num_safe = take(op, "safe_idx", "(B, S)", safe_idx);
-    num_candidates = take(op, "candidate_idx", "(B, C)", candidate_idx);
-    const int64_t all = num_safe + num_candidates;
-    num_prune = all - num_keep;
-    if (num_prefix < 0 || num_prefix > num_safe)
-      fail(op, ": num_prefix must be in [0, S] = [0, ", num_safe, "], got ", num_prefix);
-    if (num_keep < num_safe || num_keep > all)
-      fail(op, ": num_keep must be in [S, S + C] = [", num_safe, ", ", all, "], got ", num_keep);
+      const Op& op, const Dims& dims, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep, int64_t prefix)
+      : safe(torch::stable::contiguous(safe_idx)),
+        candidates(torch::stable::contiguous(candidate_idx)),
+        safe_pos(data<int64_t>(safe)),
+        candidate_pos(data<int64_t>(candidates)),
+        batch(dims['B']),
+        n(dims['N']),
+        num_safe(dims['S']),
+        num_candidates(dims['C']),
+        num_keep(keep),
+        num_prune(num_safe + num_candidates - keep),
+        num_prefix(prefix) {
     if (num_prune > 0 && num_safe == num_prefix)
-      fail(op, ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", num_prefix);
-    safe = torch::stable::contiguous(safe_idx), candidates = torch::stable::contiguous(candidate_idx);
-    safe_pos = data<int64_t>(safe), candidate_pos = data<int64_t>(candidates);
+      fail(name_of(op), ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", prefix);
     check_positions_once(op, "safe_idx and candidate_idx", safe_pos, num_safe, candidate_pos, num_candidates, batch, n);
   }
-
-  int64_t take(const char* op, const char* name, const char* shape, const Tensor& idx) const {
-    check_cpu(op, name, idx);
-    check_dim(op, name, idx, 2, shape);
-    check_index(op, name, idx);
-    if (idx.size(0) != batch)
-      fail(op, ": ", name, " must have the batch size of x, B = ", batch, ", got shape ", shape_of(idx));
-    return idx.size(1);
-  }
 };
-
-void check_features(const char* op, const Tensor& x, const OptionalTensor& features) {
-  if (!features) return;
-  check_cpu(op, "features", *features);
-  check_dim(op, "features", *features, 3, "(B, N, C)");
-  check_float(op, "features", *features);
-  if (features->size(0) != x.size(0) || features->size(1) != x.size(1))
-    fail(
-        op, ": features must have the batch and tokens of x, (", x.size(0), ", ", x.size(1), "), got ",
-        shape_of(*features));
-}
 
 // For each candidate the most similar safe token behind the prefix, by the cosine of their features, and how similar;
 // the lower position of equals. NaN is the lowest similarity.
@@ -199,13 +174,13 @@ void combine(
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
     const OptionalTensor& features, int64_t num_prefix) {
-  const Sides sides("merge", x, safe_idx, candidate_idx, num_keep, num_prefix);
-  check_sizes("merge", x, sizes);
-  check_features("merge", x, features);
-  if (sides.num_safe + sides.num_candidates != sides.n)
+  constexpr const Op& op = op_named("merge");
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, given(features)}, {num_prefix, num_keep});
+  if (dims['S'] + dims['C'] != dims['N'])
     fail(
-        "merge: safe_idx and candidate_idx must together hold N = ", sides.n, " positions, got ", sides.num_safe, " + ",
-        sides.num_candidates);
+        "merge: safe_idx and candidate_idx must together hold N = ", dims['N'], " positions, got ", dims['S'], " + ",
+        dims['C']);
+  const Sides sides(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
   const int64_t dim = x.size(2), num_prune = sides.num_prune;
   const Tensor dense = with_dense_rows(x), weights = torch::stable::contiguous(sizes);
   Output kept({sides.batch, num_keep, dim}, x.scalar_type());
@@ -239,18 +214,11 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
 }
 
 std::tuple<Returned, Returned, Returned> merge_(
-    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent,
-    int64_t num_keep, int64_t num_prefix) {
-  const Sides sides("merge_", x, safe_idx, candidate_idx, num_keep, num_prefix);
-  if (!x.is_contiguous()) fail("merge_: x must be contiguous, as it changes in place");
-  check_sizes("merge_", x, sizes);
-  if (!sizes.is_contiguous()) fail("merge_: sizes must be contiguous, as it changes in place");
-  check_cpu("merge_", "parent", parent);
-  if (parent.scalar_type() != ScalarType::Long || parent.dim() != 2 || parent.size(0) != sides.batch ||
-      parent.size(1) != sides.n || !parent.is_contiguous())
-    fail(
-        "merge_: parent must be contiguous int64 of shape (B, N) = (", sides.batch, ", ", sides.n, "), got ",
-        dtype_of(parent), " ", shape_of(parent));
+    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, int64_t num_keep,
+    int64_t num_prefix) {
+  constexpr const Op& op = op_named("merge_");
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, &parent}, {num_prefix, num_keep});
+  const Sides sides(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
   Output kept_idx({sides.batch, num_keep}, ScalarType::Long);
   Output pruned_idx({sides.batch, sides.num_prune}, ScalarType::Long);
   Output kept_sizes({sides.batch, num_keep}, ScalarType::Float);

@@ -1,6 +1,5 @@
 // CPU kernels of cropr::scores, select, prune, gather and restore.
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "rows.h"
@@ -12,7 +11,6 @@ namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
@@ -35,7 +33,7 @@ void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body
 }
 
 Returned scores(const Tensor& x, const Tensor& query) {
-  check_tokens_and_query("scores", x, query);
+  check(op_named("scores"), {&x, &query});
   const Tensor dense = with_dense_rows(x);
   Output out({x.size(0), x.size(1)}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto tag) {
@@ -49,11 +47,9 @@ Returned scores(const Tensor& x, const Tensor& query) {
 
 std::tuple<Returned, Returned> select(
     const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_dim("select", "scores", scores, 2, "(B, N)");
-  check_float("select", "scores", scores);
-  const int64_t batch = scores.size(0), n = scores.size(1);
-  check_counts("select", n, num_keep, num_prefix);
-  const Priority ranks("select", priority, batch, n);
+  const Dims dims = check(op_named("select"), {&scores, given(priority)}, {num_prefix, num_keep});
+  const int64_t batch = dims['B'], n = dims['N'];
+  const Priority ranks(priority, n);
   const Tensor dense = with_dense_rows(scores);
   Output kept_idx({batch, num_keep}, ScalarType::Long);
   Output pruned_idx({batch, n - num_keep}, ScalarType::Long);
@@ -137,37 +133,23 @@ SplitOutputs split_rows(
 
 SplitOutputs prune(
     const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_tokens_and_query("prune", x, query);
-  check_counts("prune", x.size(1), num_keep, num_prefix);
-  const Priority ranks("prune", priority, x.size(0), x.size(1));
-  return split_rows(x, &query, nullptr, num_keep, num_prefix, ranks);
+  const Dims dims = check(op_named("prune"), {&x, &query, given(priority)}, {num_prefix, num_keep});
+  return split_rows(x, &query, nullptr, num_keep, num_prefix, Priority(priority, dims['N']));
 }
 
 SplitOutputs split(
     const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_cpu("split", "scores", scores);
-  check_dim("split", "x", x, 3, "(B, N, D)");
-  check_float("split", "x", x);
-  if (scores.scalar_type() != ScalarType::Float) fail("split: scores must be float32, got ", dtype_of(scores));
-  if (scores.dim() != 2 || scores.size(0) != x.size(0) || scores.size(1) != x.size(1))
-    fail("split: scores must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(scores));
-  check_counts("split", x.size(1), num_keep, num_prefix);
+  const Dims dims = check(op_named("split"), {&x, &scores, given(priority)}, {num_prefix, num_keep});
   const Tensor dense = torch::stable::contiguous(scores);
-  const Priority ranks("split", priority, x.size(0), x.size(1));
-  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix, ranks);
+  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix, Priority(priority, dims['N']));
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {
-  check_cpu("gather", "idx", idx);
-  check_dim("gather", "x", x, 3, "(B, N, D)");
-  check_float("gather", "x", x);
-  check_dim("gather", "idx", idx, 2, "(B, K)");
-  check_index("gather", "idx", idx);
-  if (idx.size(0) != x.size(0))
-    fail("gather: idx must have the batch size of x, B = ", x.size(0), ", got shape ", shape_of(idx));
+  constexpr const Op& op = op_named("gather");
+  const Dims dims = check(op, {&x, &idx});
   const Tensor dense = with_dense_rows(x), positions = torch::stable::contiguous(idx);
-  const int64_t batch = x.size(0), count = idx.size(1), dim = x.size(2);
-  check_positions("gather", "idx", data<int64_t>(positions), batch * count, x.size(1));
+  const int64_t batch = dims['B'], count = dims['K'], dim = dims['D'];
+  check_positions(op, "idx", data<int64_t>(positions), batch * count, dims['N']);
   Output out({batch, count, dim}, x.scalar_type());
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -185,34 +167,15 @@ Returned gather(const Tensor& x, const Tensor& idx) {
   return out.release();
 }
 
-void check_restore_part(
-    const char* name, const char* idx_name, const Tensor& part, const Tensor& idx, const Tensor& kept) {
-  check_cpu("restore", name, part);
-  check_cpu("restore", idx_name, idx);
-  check_dim("restore", name, part, 3, "(B, tokens, D)");
-  check_float("restore", name, part);
-  check_dim("restore", idx_name, idx, 2, "(B, tokens)");
-  check_index("restore", idx_name, idx);
-  if (idx.size(0) != part.size(0) || idx.size(1) != part.size(1))
-    fail(
-        "restore: ", idx_name, " must have the first two sizes of ", name, ", ", shape_of(part), ", got ",
-        shape_of(idx));
-  if (part.size(0) != kept.size(0) || part.size(2) != kept.size(2))
-    fail("restore: ", name, " must have the batch and width of kept, ", shape_of(kept), ", got ", shape_of(part));
-  if (part.scalar_type() != kept.scalar_type())
-    fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ", dtype_of(part));
-}
-
 Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
-  check_restore_part("kept", "kept_idx", kept, kept_idx, kept);
-  check_restore_part("pruned", "pruned_idx", pruned, pruned_idx, kept);
-  const int64_t batch = kept.size(0), num_keep = kept.size(1), num_prune = pruned.size(1), dim = kept.size(2);
+  constexpr const Op& op = op_named("restore");
+  const Dims dims = check(op, {&kept, &kept_idx, &pruned, &pruned_idx});
+  const int64_t batch = dims['B'], num_keep = dims['K'], num_prune = dims['R'], dim = dims['D'];
   const int64_t n = num_keep + num_prune;
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
   const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
   check_positions_once(
-      "restore", "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune,
-      batch, n);
+      op, "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch, n);
   Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

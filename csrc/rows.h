@@ -1,10 +1,10 @@
-// Rows of token tensors, for the kernels that walk them: views, ranges for threads, checks, scores.
+// Rows of token tensors, for the kernels that walk them: views, ranges for threads, scores.
 #pragma once
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "copy.h"
 #include "simd.h"
 #include "tensor.h"
@@ -56,16 +56,6 @@ void fold_query(const Tensor& query, A* folded) {
     weighted_sum<Q>(rows, stride, count, dim, ones.data(), sum.data());
     std::copy(sum.begin(), sum.end(), folded);
   });
-}
-
-inline void check_tokens_and_query(const char* op, const Tensor& x, const Tensor& query) {
-  check_cpu(op, "query", query);
-  check_dim(op, "x", x, 3, "(B, N, D)");
-  check_float(op, "x", x);
-  if (query.dim() != 1 && query.dim() != 2) fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
-  check_float(op, "query", query);
-  if (query.size(query.dim() - 1) != x.size(2))
-    fail(op, ": query must have the width of x, D = ", x.size(2), ", got shape ", shape_of(query));
 }
 
 // float32 whatever the input: in bfloat16 scores tie often.
@@ -121,39 +111,11 @@ void gather_rows(
   copy.finish();
 }
 
-// Every index in [0, n), so that no kernel leaves its buffers.
-inline void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
-  for (int64_t i = 0; i < count; ++i)
-    if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
-}
-
-// The two lists together hold each position of an image at most once; where they hold n, that is exactly once.
-inline void check_positions_once(
-    const char* op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
-    int64_t batch, int64_t n) {
-  std::vector<int64_t> owner(n, -1);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < num_one + num_other; ++i) {
-      const int64_t position = i < num_one ? one[b * num_one + i] : other[b * num_other + i - num_one];
-      if (position < 0 || position >= n || owner[position] == b)
-        fail(
-            op, ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
-            position < 0 || position >= n ? "" : " twice", " in image ", b);
-      owner[position] = b;
-    }
-  }
-}
-
-// Who stays and who leaves before the scores are asked: (B, N), int8 or bool (true: stays). Null where there is none.
+// Who is kept and who is pruned before the scores are asked: (B, N), int8 or bool (true: kept). Null where absent.
 class Priority {
  public:
-  Priority(const char* op, const std::optional<Tensor>& given, int64_t batch, int64_t n) : n_(n) {
+  Priority(const OptionalTensor& given, int64_t n) : n_(n) {
     if (!given) return;
-    check_cpu(op, "priority", *given);
-    if (given->scalar_type() != ScalarType::Char && given->scalar_type() != ScalarType::Bool)
-      fail(op, ": priority must be int8 or bool, got ", dtype_of(*given));
-    if (given->dim() != 2 || given->size(0) != batch || given->size(1) != n)
-      fail(op, ": priority must have shape (B, N) = (", batch, ", ", n, "), got ", shape_of(*given));
     dense_ = torch::stable::contiguous(*given);
     values_ = static_cast<const int8_t*>(dense_.const_data_ptr());
   }
@@ -166,13 +128,5 @@ class Priority {
   const int8_t* values_ = nullptr;
   int64_t n_;
 };
-
-// How many tokens each token of x stands for.
-inline void check_sizes(const char* op, const Tensor& x, const Tensor& sizes) {
-  check_cpu(op, "sizes", sizes);
-  if (sizes.scalar_type() != ScalarType::Float) fail(op, ": sizes must be float32, got ", dtype_of(sizes));
-  if (sizes.dim() != 2 || sizes.size(0) != x.size(0) || sizes.size(1) != x.size(1))
-    fail(op, ": sizes must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(sizes));
-}
 
 }  // namespace cropr

@@ -1,7 +1,6 @@
-// CPU kernels of the engine's residual stream: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
+// CPU kernels of the engine's residual residual: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "rows.h"
 #include "select.h"
@@ -12,28 +11,18 @@ namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 
-// The stream x (B, N, D) and the K tokens alive in each image: positions idx (B, K), or all N without idx.
-struct Stream {
+// The residual x (B, N, D) and the K tokens alive in each image: positions idx (B, K), or all N without idx.
+struct Residual {
   Tensor x;
   OptionalTensor idx;                  // contiguous
   const int64_t* positions = nullptr;  // of idx: asking a tensor for it is a call into libtorch
   int64_t batch, n, count, dim;
 
-  Stream(const char* op, const Tensor& stream, const OptionalTensor& alive, bool in_place) : x(stream) {
-    check_dim(op, "x", x, 3, "(B, N, D)");
-    check_float(op, "x", x);
-    if (in_place && !x.is_contiguous()) fail(op, ": x must be contiguous, as it changes in place");
-    batch = x.size(0), n = x.size(1), dim = x.size(2), count = n;
-    if (!alive) return;
-    check_cpu(op, "idx", *alive);
-    check_dim(op, "idx", *alive, 2, "(B, K)");
-    check_index(op, "idx", *alive);
-    if (alive->size(0) != batch)
-      fail(op, ": idx must have the batch size of x, B = ", batch, ", got shape ", shape_of(*alive));
-    idx = torch::stable::contiguous(*alive);
-    count = idx->size(1);
+  Residual(const Op& op, const Dims& dims, const Tensor& tensor, const OptionalTensor& active)
+      : x(tensor), batch(dims['B']), n(dims['N']), count(dims['K']), dim(dims['D']) {
+    if (!active) return;
+    idx = torch::stable::contiguous(*active);
     positions = data<int64_t>(*idx);
     check_positions(op, "idx", positions, batch * count, n);
   }
@@ -60,37 +49,17 @@ class Channels {
   bool given_;
 };
 
-void check_channels(const char* op, const char* name, const Tensor& x, const OptionalTensor& vector) {
-  if (!vector) return;
-  check_cpu(op, name, *vector);
-  check_float(op, name, *vector);
-  const int64_t dim = x.size(x.dim() - 1);
-  if (vector->dim() != 1 || vector->size(0) != dim)
-    fail(op, ": ", name, " must have shape (D,) = (", dim, ",), got ", shape_of(*vector));
-}
-
-void check_update(const char* op, const Stream& stream, const Tensor& update, const OptionalTensor& gamma) {
-  check_cpu(op, "update", update);
-  check_float(op, "update", update);
-  if (update.dim() != 3 || update.size(0) != stream.batch || update.size(1) != stream.count ||
-      update.size(2) != stream.dim)
-    fail(
-        op, ": update must have shape (B, K, D) = (", stream.batch, ", ", stream.count, ", ", stream.dim, "), got ",
-        shape_of(update));
-  check_channels(op, "gamma", stream.x, gamma);
-}
-
-// Adds every update to its row of the stream and calls after(b, i, wide) with what the row now holds. T is the type of
-// x, U that of the updates.
+// Adds every update to its row of the residual and calls after(b, i, wide) with what the row now holds. T is the type
+// of x, U that of the updates.
 template <typename T, typename U, typename After>
-void add_rows(Stream& stream, const Tensor& update, const OptionalTensor& gamma, const After& after) {
+void add_rows(Residual& residual, const Tensor& update, const OptionalTensor& gamma, const After& after) {
   using A = acc_t<T>;
   Channels<A> scale(gamma);
-  T* x = mutable_data<T>(stream.x);
+  T* x = mutable_data<T>(residual.x);
   const U* updates = data<U>(update);
-  const int64_t n = stream.n, count = stream.count, dim = stream.dim;
+  const int64_t n = residual.n, count = residual.count, dim = residual.dim;
   const A* factors = scale.data();
-  parallel_for(0, stream.batch * count, row_grain(2 * dim), [&](int64_t begin, int64_t end) {
+  parallel_for(0, residual.batch * count, row_grain(2 * dim), [&](int64_t begin, int64_t end) {
     Scratch<A> wide(dim), step(dim);
     for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -102,21 +71,21 @@ void add_rows(Stream& stream, const Tensor& update, const OptionalTensor& gamma,
           widen_row<U>(from, dim, step.data());
           values = step.data();
         }
-        add_row<T>(x + (b * n + stream.position(b, i)) * dim, values, factors, dim, wide.data());
+        add_row<T>(x + (b * n + residual.position(b, i)) * dim, values, factors, dim, wide.data());
         after(b, i, wide.data());
       }
     });
   });
 }
 
-// Calls body(T{}, U{}, update) with the types of the stream and of the updates: those of another width than x are
+// Calls body(T{}, U{}, update) with the types of the residual and of the updates: those of another width than x are
 // brought to the accumulation type first.
 template <typename Body>
-void with_update_types(const Stream& stream, const Tensor& update, const Body& body) {
-  with_float_type(stream.x.scalar_type(), [&](auto tag) {
+void with_update_types(const Residual& residual, const Tensor& update, const Body& body) {
+  with_float_type(residual.x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Tensor dense = torch::stable::contiguous(update);
-    if (update.scalar_type() == stream.x.scalar_type()) {
+    if (update.scalar_type() == residual.x.scalar_type()) {
       body(tag, tag, dense);
     } else {
       constexpr auto wide = std::is_same_v<acc_t<T>, double> ? ScalarType::Double : ScalarType::Float;
@@ -127,23 +96,23 @@ void with_update_types(const Stream& stream, const Tensor& update, const Body& b
 
 Returned gather_norm(
     const Tensor& x, const OptionalTensor& idx, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  Stream stream("gather_norm", x, idx, false);
-  check_channels("gather_norm", "weight", x, weight);
-  check_channels("gather_norm", "bias", x, bias);
+  constexpr const Op& op = op_named("gather_norm");
+  const Residual residual(op, check(op, {&x, given(idx), given(weight), given(bias)}), x, idx);
   const Tensor dense = with_dense_rows(x);
-  Output out({stream.batch, stream.count, stream.dim}, x.scalar_type());
+  Output out({residual.batch, residual.count, residual.dim}, x.scalar_type());
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
     Channels<acc_t<T>> scale(weight), shift(bias);
     const auto *scales = scale.data(), *shifts = shift.data();
     T* written = out.data<T>();
-    parallel_for(0, stream.batch * stream.count, row_grain(2 * stream.dim), [&](int64_t begin, int64_t end) {
-      Scratch<acc_t<T>> wide(stream.dim);
-      for_each_image_range(begin, end, stream.count, [&](int64_t b, int64_t first, int64_t last) {
+    parallel_for(0, residual.batch * residual.count, row_grain(2 * residual.dim), [&](int64_t begin, int64_t end) {
+      Scratch<acc_t<T>> wide(residual.dim);
+      for_each_image_range(begin, end, residual.count, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-          widen_row<T>(rows.image(b) + stream.position(b, i) * rows.stride_n, stream.dim, wide.data());
-          norm_row<T>(wide.data(), scales, shifts, eps, stream.dim, written + (b * stream.count + i) * stream.dim);
+          widen_row<T>(rows.image(b) + residual.position(b, i) * rows.stride_n, residual.dim, wide.data());
+          norm_row<T>(
+              wide.data(), scales, shifts, eps, residual.dim, written + (b * residual.count + i) * residual.dim);
         }
       });
     });
@@ -152,28 +121,27 @@ Returned gather_norm(
 }
 
 void add_(Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma) {
-  Stream stream("add_", x, idx, true);
-  check_update("add_", stream, update, gamma);
-  with_update_types(stream, update, [&](auto tag, auto update_tag, const Tensor& updates) {
-    add_rows<decltype(tag), decltype(update_tag)>(stream, updates, gamma, [](int64_t, int64_t, const auto*) {});
+  constexpr const Op& op = op_named("add_");
+  Residual residual(op, check(op, {&x, given(idx), &update, given(gamma)}), x, idx);
+  with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
+    add_rows<decltype(tag), decltype(update_tag)>(residual, updates, gamma, [](int64_t, int64_t, const auto*) {});
   });
 }
 
 Returned add_norm_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  Stream stream("add_norm_", x, idx, true);
-  check_update("add_norm_", stream, update, gamma);
-  check_channels("add_norm_", "weight", x, weight);
-  check_channels("add_norm_", "bias", x, bias);
-  Output out({stream.batch, stream.count, stream.dim}, x.scalar_type());
-  with_update_types(stream, update, [&](auto tag, auto update_tag, const Tensor& updates) {
+  constexpr const Op& op = op_named("add_norm_");
+  const Dims dims = check(op, {&x, given(idx), &update, given(gamma), given(weight), given(bias)});
+  Residual residual(op, dims, x, idx);
+  Output out({residual.batch, residual.count, residual.dim}, x.scalar_type());
+  with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     using T = decltype(tag);
     Channels<acc_t<T>> scale(weight), shift(bias);
     const auto *scales = scale.data(), *shifts = shift.data();
     T* written = out.data<T>();
-    const int64_t count = stream.count, dim = stream.dim;
-    add_rows<T, decltype(update_tag)>(stream, updates, gamma, [&](int64_t b, int64_t i, const acc_t<T>* wide) {
+    const int64_t count = residual.count, dim = residual.dim;
+    add_rows<T, decltype(update_tag)>(residual, updates, gamma, [&](int64_t b, int64_t i, const acc_t<T>* wide) {
       norm_row<T>(wide, scales, shifts, eps, dim, written + (b * count + i) * dim);
     });
   });
@@ -181,68 +149,69 @@ Returned add_norm_(
 }
 
 // scores += size_weight * their standard deviation over the patches * log(size), for the tokens alive in image b.
-void weigh_scores(
-    const Stream& stream, int64_t b, int64_t num_prefix, double size_weight, const float* sizes, float* scores) {
-  const int64_t patches = std::max<int64_t>(stream.count - num_prefix, 1);
+void adjust_scores_by_size(
+    const Residual& residual, int64_t b, int64_t num_prefix, double size_weight, const float* sizes, float* scores) {
+  const int64_t patches = std::max<int64_t>(residual.count - num_prefix, 1);
   double mean = 0, squares = 0;
-  for (int64_t i = num_prefix; i < stream.count; ++i) mean += scores[i];
+  for (int64_t i = num_prefix; i < residual.count; ++i) mean += scores[i];
   mean /= patches;
-  for (int64_t i = num_prefix; i < stream.count; ++i) squares += (scores[i] - mean) * (scores[i] - mean);
+  for (int64_t i = num_prefix; i < residual.count; ++i) squares += (scores[i] - mean) * (scores[i] - mean);
   const double scale = size_weight * std::sqrt(squares / patches);
   if (!std::isfinite(scale)) return;  // scores with NaN or infinity have no spread
-  for (int64_t i = 0; i < stream.count; ++i)
-    scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[stream.position(b, i)])));
+  for (int64_t i = 0; i < residual.count; ++i)
+    scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[residual.position(b, i)])));
 }
 
 std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
     int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
     const OptionalTensor& priority) {
-  Stream stream("add_select_", x, idx, true);
-  check_update("add_select_", stream, update, gamma);
-  check_tokens_and_query("add_select_", x, query);
-  const int64_t n = stream.n, count = stream.count, dim = stream.dim;
-  check_counts("add_select_", count, num_keep, num_prefix);
-  if (sizes) check_sizes("add_select_", x, *sizes);
-  const Priority ranks("add_select_", priority, stream.batch, n);
-  const bool weighs = sizes && size_weight != 0;
-  const Tensor weights = weighs ? torch::stable::contiguous(*sizes) : x;
-  const float* size = weighs ? data<float>(weights) : nullptr;
+  constexpr const Op& op = op_named("add_select_");
+  const Dims dims =
+      check(op, {&x, given(idx), &update, given(gamma), &query, given(sizes), given(priority)}, {num_prefix, num_keep});
+  Residual residual(op, dims, x, idx);
+  const int64_t n = dims['N'], count = dims['K'], dim = dims['D'];
+  const Priority ranks(priority, n);
+  const bool adjusts = sizes && size_weight != 0;
+  const Tensor weights = adjusts ? torch::stable::contiguous(*sizes) : x;
+  const float* size = adjusts ? data<float>(weights) : nullptr;
   const int64_t num_prune = count - num_keep;
-  Output kept({stream.batch, num_keep}, ScalarType::Long), pruned({stream.batch, num_prune}, ScalarType::Long);
+  Output kept({residual.batch, num_keep}, ScalarType::Long), pruned({residual.batch, num_prune}, ScalarType::Long);
   int64_t *kept_pos = kept.data<int64_t>(), *pruned_pos = pruned.data<int64_t>();
-  with_update_types(stream, update, [&](auto tag, auto update_tag, const Tensor& updates) {
+  with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     using T = decltype(tag);
-    add_rows<T, decltype(update_tag)>(stream, updates, gamma, [](int64_t, int64_t, const auto*) {});
+    add_rows<T, decltype(update_tag)>(residual, updates, gamma, [](int64_t, int64_t, const auto*) {});
     Scratch<acc_t<T>> folded(dim);
     fold_query(query, folded.data());
-    Scratch<float> values(stream.batch * count);
+    Scratch<float> values(residual.batch * count);
     const T* rows = data<T>(x);
     const acc_t<T>* direction = folded.data();
     float* scores = values.data();
-    parallel_for(0, stream.batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
+    parallel_for(0, residual.batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t i = first; i < last;) {
-          const int64_t run = stream.positions ? run_length(stream.positions + b * count, i, last) : last - first;
-          score_rows<T>(rows + (b * n + stream.position(b, i)) * dim, dim, run, dim, direction, scores + b * count + i);
+          const int64_t run = residual.positions ? run_length(residual.positions + b * count, i, last) : last - first;
+          score_rows<T>(
+              rows + (b * n + residual.position(b, i)) * dim, dim, run, dim, direction, scores + b * count + i);
           i += run;
         }
       });
     });
-    parallel_for(0, stream.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
+    parallel_for(0, residual.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
       Scratch<select_key_t<float>> keys(count);
       Scratch<int8_t> own(priority ? count : 0);
       for (int64_t b = begin; b < end; ++b) {
         int64_t *stay = kept_pos + b * num_keep, *leave = pruned_pos + b * num_prune;
-        if (size != nullptr) weigh_scores(stream, b, num_prefix, size_weight, size + b * n, scores + b * count);
+        if (size != nullptr)
+          adjust_scores_by_size(residual, b, num_prefix, size_weight, size + b * n, scores + b * count);
         const int8_t* rank = ranks.image(b);
         if (rank != nullptr) {
-          for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[stream.position(b, i)];
+          for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[residual.position(b, i)];
           rank = own.data();
         }
         select_image(scores + b * count, rank, count, num_keep, num_prefix, keys.data(), stay, leave);
-        for (int64_t i = 0; i < num_keep; ++i) stay[i] = stream.position(b, stay[i]);
-        for (int64_t i = 0; i < num_prune; ++i) leave[i] = stream.position(b, leave[i]);
+        for (int64_t i = 0; i < num_keep; ++i) stay[i] = residual.position(b, stay[i]);
+        for (int64_t i = 0; i < num_prune; ++i) leave[i] = residual.position(b, leave[i]);
       }
     });
   });
@@ -262,29 +231,16 @@ CROPR_INLINE void rotate_head(T* x, const A* sin, const A* cos, int64_t width, b
 }
 
 void rotate_(Tensor x, const Tensor& table, const OptionalTensor& idx, int64_t num_prefix, bool half) {
-  check_dim("rotate_", "x", x, 4, "(B, K, H, C)");
-  check_float("rotate_", "x", x);
-  const int64_t batch = x.size(0), count = x.size(1), heads = x.size(2), width = x.size(3);
+  constexpr const Op& op = op_named("rotate_");
+  const Dims dims = check(op, {&x, &table, given(idx)}, {num_prefix});
+  const int64_t batch = dims['B'], count = dims['K'], heads = dims['H'], width = dims['C'], patches = dims['P'];
   if (width % 2) fail("rotate_: x must have an even number of channels, got ", width);
-  if (x.stride(3) != 1 && width > 1)
-    fail("rotate_: x must have a stride of 1 in the last dimension, as it changes in place");
-  check_cpu("rotate_", "table", table);
-  check_float("rotate_", "table", table);
-  if (table.dim() != 2 || table.size(1) != 2 * width)
-    fail("rotate_: table must have shape (patches, 2 C) = (patches, ", 2 * width, "), got ", shape_of(table));
-  if (num_prefix < 0 || num_prefix > count)
-    fail("rotate_: num_prefix must be in [0, K] = [0, ", count, "], got ", num_prefix);
-  const int64_t patches = table.size(0);
   Tensor positions;
   const int64_t* at = nullptr;
   if (!idx) {
     if (patches < count - num_prefix)
       fail("rotate_: table must have a row for each of the ", count - num_prefix, " patches, got ", patches);
   } else {
-    check_cpu("rotate_", "idx", *idx);
-    check_index("rotate_", "idx", *idx);
-    if (idx->dim() != 2 || idx->size(0) != batch || idx->size(1) != count)
-      fail("rotate_: idx must have shape (B, K) = (", batch, ", ", count, "), got ", shape_of(*idx));
     positions = torch::stable::contiguous(*idx);
     at = data<int64_t>(positions);
     for (int64_t b = 0; b < batch; ++b)

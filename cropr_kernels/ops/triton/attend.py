@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .scores import scores
 from .utils import PINNED, acc_dtype, dense_rows
 
@@ -217,13 +217,13 @@ def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in float32."""
-    _checks.attend("attend", x, queries)
+    check("attend", x, queries, scale)
     return _attend(x, queries, scale, None)
 
 
 def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Launch cropr::attend_scores: one query has the scores at hand, many are folded into one more pass."""
-    _checks.attend("attend_scores", x, queries)
+    check("attend_scores", x, queries, scale)
     if queries.shape[0] != 1:
         return _attend(x, queries, scale, None), scores(x, queries)
     raw = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -251,7 +251,7 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
 
 def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
-    _checks.attend_backward(grad_out, x, queries)
+    check("attend_backward", grad_out, x, queries, scale)
     x, acc = dense_rows(x), acc_dtype(x.dtype)
     (batch, n, dim), m = x.shape, queries.shape[0]
     if not grad_out.numel():

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .prune import gather
 from .select import is_last
 from .utils import PINNED, acc_dtype, block_counters, dense_rows, triton_accumulator, width_block
@@ -289,7 +289,7 @@ def merge(
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
-    _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     x = dense_rows(x)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
     parts = (sizes.contiguous(), dest, num_keep, features, num_prefix)
@@ -306,7 +306,7 @@ def merge_(
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
     parts = (sizes, parent, num_keep, None, num_prefix)
     _, kept_idx, pruned_idx, kept_sizes = _launch(x, safe_idx, candidate_idx, *parts, in_place=True)
     return kept_idx, pruned_idx, kept_sizes

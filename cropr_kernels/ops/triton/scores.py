@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .select import is_last, priority_bytes, select_blocks, select_image
 from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, width_block
 
@@ -122,5 +122,5 @@ def launch_scores_select(
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
     """Launch cropr::scores; shapes as in the op's contract."""
-    _checks.tokens_and_query("scores", x, query)
+    check("scores", x, query)
     return _launch(x, query, None, None, 0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .utils import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
@@ -207,7 +207,7 @@ def priority_bytes(priority: Tensor | None) -> Tensor | None:
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch cropr::select; shapes as in the op's contract."""
-    _checks.select(scores, num_keep, num_prefix, priority)
+    check("select", scores, num_keep, num_prefix, priority)
     scores = dense_rows(scores)
     batch, n = scores.shape
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)

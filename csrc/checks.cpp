@@ -38,21 +38,18 @@ const char* next_alternative(const char* shape) {
   return *shape == '|' ? shape + 1 : nullptr;
 }
 
-bool fits(const char* shape, const Tensor& tensor, Dims& dims) {
+// Whether sizes have this shape; if so, their letters are in dims from then on.
+bool fits(const char* shape, const int64_t* sizes, int64_t rank, Dims& dims) {
+  if (for_each_dim(shape, [](int64_t, char, int64_t) {}) != rank) return false;
   Dims found = dims;
   bool same = true;
-  const int64_t rank = tensor.dim();
-  const int64_t count = for_each_dim(shape, [&](int64_t factor, char letter, int64_t i) {
-    if (i >= rank) return;
-    const int64_t size = tensor.size(i);
-    if (found[letter] < 0)
-      found[letter] = size;
-    else
-      same = same && size == factor * found[letter];
+  for_each_dim(shape, [&](int64_t factor, char letter, int64_t i) {
+    int64_t& size = found[letter];
+    if (size < 0) size = sizes[i];
+    same = same && sizes[i] == factor * size;
   });
-  if (!same || count != rank) return false;
-  dims = found;
-  return true;
+  if (same) dims = found;
+  return same;
 }
 
 // As in "(B = 2, K) or (M, 2 C = 8)": with the sizes that are known.
@@ -86,16 +83,18 @@ void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarT
     fail(
         name_of(op), ": ", input.name, " must be ", kTypeNames[static_cast<int>(input.types)],
         input.types == Types::kOfFirst ? std::string(", ") + dtype_name(first) : "", ", got ", dtype_name(type));
+  int64_t* sizes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));  // all of them in one call
+  const int64_t rank = tensor.dim();
   bool fine = false;
   for (const char* shape = input.shape; shape != nullptr && !fine; shape = next_alternative(shape))
-    fine = fits(shape, tensor, dims);
+    fine = fits(shape, sizes, rank, dims);
   if (!fine)
     fail(name_of(op), ": ", input.name, " must have shape ", expected(input.shape, dims), ", got ", shape_of(tensor));
-  const int64_t last = tensor.dim() - 1;
   if (input.layout == Layout::kContiguous && !tensor.is_contiguous())
     fail(
         name_of(op), ": ", input.name, " must be contiguous, as it changes in place, got strides ", strides_of(tensor));
-  if (input.layout == Layout::kDenseRows && tensor.size(last) > 1 && tensor.stride(last) != 1)
+  if (input.layout == Layout::kDenseRows && sizes[rank - 1] > 1 && tensor.stride(rank - 1) != 1)
     fail(
         name_of(op), ": ", input.name,
         " must have a stride of 1 in the last dimension, as it changes in place, got strides ", strides_of(tensor));

@@ -20,17 +20,17 @@ inline const Tensor* given(const OptionalTensor& tensor) {
 class Dims {
  public:
   Dims() {
-    sizes_.fill(-1);
+    sizes_.fill(-1);  // not known
   }
   int64_t& operator[](char letter) {
-    return sizes_[letter - 'A'];
+    return sizes_[letter - 'B'];
   }
   int64_t operator[](char letter) const {
-    return sizes_[letter - 'A'];
+    return sizes_[letter - 'B'];
   }
 
  private:
-  std::array<int64_t, 26> sizes_;
+  std::array<int64_t, 'S' - 'B' + 1> sizes_;
 };
 
 // Tensors in the order of op.inputs, null where one is left out, and numbers in the order of op.ranges. The first

@@ -15,8 +15,8 @@ constexpr const char* kTypeNames[] = {
 
 enum class Layout { kAny, kContiguous, kDenseRows };
 
-// A tensor. A letter of its shape is a size: where it stands again it is the same again; 2C is twice C. '|' parts
-// alternatives. Where an optional tensor is left out, letters that only it has are N.
+// A tensor. A letter of its shape, B to S, is a size: where it stands again it is the same again; 2C is twice C. '|'
+// parts alternatives. Where an optional tensor is left out, letters that only it has are N.
 struct Input {
   const char* name = nullptr;
   Types types = Types::kFloat;

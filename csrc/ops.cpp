@@ -33,12 +33,12 @@ void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body
 }
 
 Returned scores(const Tensor& x, const Tensor& query) {
-  check(op_named("scores"), {&x, &query});
+  const Dims dims = check(op_named("scores"), {&x, &query});
   const Tensor dense = with_dense_rows(x);
-  Output out({x.size(0), x.size(1)}, ScalarType::Float);
+  Output out({dims['B'], dims['N']}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    Scratch<acc_t<T>> folded(x.size(2));
+    Scratch<acc_t<T>> folded(dims['D']);
     fold_query(query, folded.data());
     score_batch(Rows<T>(dense), folded.data(), out.data<float>());
   });
@@ -74,9 +74,10 @@ using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
 
 // Kept and pruned rows with their positions, by the scores of the query or, if that is null, by given ones (B, N).
 SplitOutputs split_rows(
-    const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
-    const Priority& priority) {
-  const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
+    const Dims& dims, const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
+    const OptionalTensor& priorities) {
+  const int64_t batch = dims['B'], n = dims['N'], dim = dims['D'], num_prune = n - num_keep;
+  const Priority priority(priorities, n);
   const Tensor dense = with_dense_rows(x);
   Output kept({batch, num_keep, dim}, x.scalar_type());
   Output kept_idx({batch, num_keep}, ScalarType::Long);
@@ -134,14 +135,14 @@ SplitOutputs split_rows(
 SplitOutputs prune(
     const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
   const Dims dims = check(op_named("prune"), {&x, &query, given(priority)}, {num_prefix, num_keep});
-  return split_rows(x, &query, nullptr, num_keep, num_prefix, Priority(priority, dims['N']));
+  return split_rows(dims, x, &query, nullptr, num_keep, num_prefix, priority);
 }
 
 SplitOutputs split(
     const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
   const Dims dims = check(op_named("split"), {&x, &scores, given(priority)}, {num_prefix, num_keep});
   const Tensor dense = torch::stable::contiguous(scores);
-  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix, Priority(priority, dims['N']));
+  return split_rows(dims, x, nullptr, data<float>(dense), num_keep, num_prefix, priority);
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {

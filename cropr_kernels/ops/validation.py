@@ -7,19 +7,21 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from .extension import table
 
 Dims = dict[str, int]  # sizes by their letters in the table
+Shape = list[tuple[int, str]]  # factor and letter of each dimension
 _ANY, _CONTIGUOUS, _DENSE_ROWS = range(3)
-_DIM = re.compile(r"(\d?)([A-Z])")
 
 
 class _Input(NamedTuple):
     name: str
     dtypes: str  # as errors name them
-    shape: str
+    allowed: list[torch.dtype]  # empty: that of the first tensor
+    shapes: list[Shape]  # any of them
     layout: int
 
 
@@ -29,9 +31,15 @@ class _Op(NamedTuple):
     ranges: tuple[tuple[str, str, str], ...]  # name, low, high
 
 
+def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> _Input:
+    allowed = [] if dtypes.startswith("the dtype") else [getattr(torch, t) for t in re.split(", | or ", dtypes)]
+    shapes = [[(int(n or 1), letter) for n, letter in re.findall(r"(\d?)([A-Z])", one)] for one in shape.split("|")]
+    return _Input(name, dtypes, allowed, shapes, layout)
+
+
 def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
-    return schema.partition("(")[0], _Op(names, tuple(_Input(*fields) for fields in inputs), ranges)
+    return schema.partition("(")[0], _Op(names, tuple(_parse_input(*fields) for fields in inputs), ranges)
 
 
 _OPS = dict(_parse(*row) for row in table)
@@ -40,12 +48,8 @@ _OPS = dict(_parse(*row) for row in table)
 def check(op: str, *args: Any) -> Dims:
     """Refuse what the op does not accept, in one sentence, and return the sizes by their letters.
 
-    Args:
-        op: name without its namespace.
-        args: all arguments of the op, in the order of its schema.
-
-    Raises:
-        RuntimeError: names the op, the argument, what was allowed and what came.
+    args are all those of the schema, in its order. RuntimeError names the op, the argument, what was allowed and what
+    came.
     """
     spec = _OPS[op]
     values = dict(zip(spec.arguments, args, strict=True))
@@ -53,12 +57,12 @@ def check(op: str, *args: Any) -> Dims:
     dims: Dims = {}
     for input in spec.inputs:
         if values[input.name] is None:
-            for _, letter in _DIM.findall(input.shape):
+            for _, letter in input.shapes[0]:
                 dims[letter] = dims.get(letter, dims.get("N", 0))
         else:
             _check_input(op, input, values[input.name], first, dims)
     for name, low, high in spec.ranges:
-        least, most = (_bound(text, dims, values) for text in (low, high))
+        least, most = _bound(low, dims, values), _bound(high, dims, values)
         if not least <= values[name] <= most:
             _fail(op, f"{name} must be in [{low}, {high}] = [{least}, {most}], got {values[name]}")
     if op in _RULES:
@@ -70,13 +74,11 @@ def _check_input(op: str, input: _Input, tensor: Tensor, first: Tensor, dims: Di
     name = input.name
     if tensor.device != first.device:
         _fail(op, f"{name} must be on the same device as the other tensors, {first.device}, got {tensor.device}")
-    like_first = input.dtypes.startswith("the dtype")
-    allowed = [_dtype(first)] if like_first else re.split(", | or ", input.dtypes)
-    if _dtype(tensor) not in allowed:
-        wanted = f"{input.dtypes}, {allowed[0]}" if like_first else input.dtypes
+    if tensor.dtype not in (input.allowed or [first.dtype]):
+        wanted = input.dtypes if input.allowed else f"{input.dtypes}, {_dtype(first)}"
         _fail(op, f"{name} must be {wanted}, got {_dtype(tensor)}")
-    if not any(_fits(shape, tensor, dims) for shape in input.shape.split("|")):
-        shapes = " or ".join(_expected(shape, dims) for shape in input.shape.split("|"))
+    if not any(_fits(shape, tensor.shape, dims) for shape in input.shapes):
+        shapes = " or ".join(_expected(shape, dims) for shape in input.shapes)
         _fail(op, f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
     if input.layout == _CONTIGUOUS and not tensor.is_contiguous():
         _fail(op, f"{name} must be contiguous, as it changes in place, got strides {tensor.stride()}")
@@ -85,30 +87,34 @@ def _check_input(op: str, input: _Input, tensor: Tensor, first: Tensor, dims: Di
         _fail(op, f"{name} must have {rows}, as it changes in place, got strides {tensor.stride()}")
 
 
-def _fits(shape: str, tensor: Tensor, dims: Dims) -> bool:
-    """Whether the tensor has this shape; if so, its sizes are in dims from then on."""
-    parts = _DIM.findall(shape)
-    if len(parts) != tensor.ndim:
+def _fits(shape: Shape, sizes: torch.Size, dims: Dims) -> bool:
+    """Whether sizes have this shape; if so, its letters are in dims from then on."""
+    if len(shape) != len(sizes):
         return False
-    found = dict(dims)
-    for (factor, letter), size in zip(parts, tensor.shape):
-        if size != int(factor or 1) * found.setdefault(letter, size):
+    known = len(dims)
+    for (factor, letter), size in zip(shape, sizes):
+        if letter not in dims:
+            dims[letter] = size
+        elif size != factor * dims[letter]:
+            while len(dims) > known:
+                dims.popitem()
             return False
-    dims.update(found)
     return True
 
 
-def _expected(shape: str, dims: Dims) -> str:
+def _expected(shape: Shape, dims: Dims) -> str:
     """As in "(B = 2, K)" or "(P, 2 C = 8)": with the sizes that are known."""
     parts = []
-    for factor, letter in _DIM.findall(shape):
-        size = f" = {int(factor or 1) * dims[letter]}" if letter in dims else ""
-        parts.append(f"{factor} {letter}{size}".strip())
+    for factor, letter in shape:
+        text = letter if factor == 1 else f"{factor} {letter}"
+        parts.append(f"{text} = {factor * dims[letter]}" if letter in dims else text)
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _bound(text: str, dims: Dims, values: dict[str, Any]) -> int:
-    return values[text] if text in values else sum(dims[letter] for letter in re.findall("[A-Z]", text))
+    if text in dims:
+        return dims[text]
+    return values[text] if text in values else sum(dims[letter] for letter in text if letter.isupper())
 
 
 def _dtype(t: Tensor) -> str:

@@ -1,6 +1,6 @@
 // CPU kernels of cropr::attend and its gradient for the queries.
 //
-// One query streams the tokens past itself. Many queries are matrix products: those run in the BLAS behind
+// One query reads the tokens once. Many queries are matrix products: those run in the BLAS behind
 // aten::mm, one image at a time, so that nothing larger than (M, N) ever exists.
 #include <algorithm>
 #include <array>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "row_kernels.h"
 #include "rows.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {

@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "simd.h"
+#include "row_kernels.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK

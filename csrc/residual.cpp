@@ -1,10 +1,10 @@
-// CPU kernels of the engine's residual residual: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
+// CPU kernels of the residual buffer: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
 #include <algorithm>
 #include <cmath>
 
+#include "row_kernels.h"
 #include "rows.h"
 #include "select.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {
@@ -12,7 +12,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// The residual x (B, N, D) and the K tokens alive in each image: positions idx (B, K), or all N without idx.
+// The residual buffer x (B, N, D) and the K active tokens of each image: positions idx (B, K), or all N without idx.
 struct Residual {
   Tensor x;
   OptionalTensor idx;                  // contiguous
@@ -148,7 +148,7 @@ Returned add_norm_(
   return out.release();
 }
 
-// scores += size_weight * their standard deviation over the patches * log(size), for the tokens alive in image b.
+// scores += size_weight * their standard deviation over the patches * log(size), for the active tokens of image b.
 void adjust_scores_by_size(
     const Residual& residual, int64_t b, int64_t num_prefix, double size_weight, const float* sizes, float* scores) {
   const int64_t patches = std::max<int64_t>(residual.count - num_prefix, 1);
@@ -201,7 +201,7 @@ std::tuple<Returned, Returned> add_select_(
       Scratch<select_key_t<float>> keys(count);
       Scratch<int8_t> own(priority ? count : 0);
       for (int64_t b = begin; b < end; ++b) {
-        int64_t *stay = kept_pos + b * num_keep, *leave = pruned_pos + b * num_prune;
+        int64_t *keep = kept_pos + b * num_keep, *drop = pruned_pos + b * num_prune;
         if (size != nullptr)
           adjust_scores_by_size(residual, b, num_prefix, size_weight, size + b * n, scores + b * count);
         const int8_t* rank = ranks.image(b);
@@ -209,9 +209,9 @@ std::tuple<Returned, Returned> add_select_(
           for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[residual.position(b, i)];
           rank = own.data();
         }
-        select_image(scores + b * count, rank, count, num_keep, num_prefix, keys.data(), stay, leave);
-        for (int64_t i = 0; i < num_keep; ++i) stay[i] = residual.position(b, stay[i]);
-        for (int64_t i = 0; i < num_prune; ++i) leave[i] = residual.position(b, leave[i]);
+        select_image(scores + b * count, rank, count, num_keep, num_prefix, keys.data(), keep, drop);
+        for (int64_t i = 0; i < num_keep; ++i) keep[i] = residual.position(b, keep[i]);
+        for (int64_t i = 0; i < num_prune; ++i) drop[i] = residual.position(b, drop[i]);
       }
     });
   });

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "row_kernels.h"
 #include "rows.h"
 #include "select.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {
@@ -95,11 +95,11 @@ SplitOutputs split_rows(
 
     const RowCopy how(batch * n * dim * sizeof(T));
     const auto copy = [&](int64_t b, int64_t first, int64_t last) {
-      split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
-        const int64_t count = stays ? num_keep : num_prune;
+      split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+        const int64_t count = kept_side ? num_keep : num_prune;
         gather_rows(
-            rows.image(b), rows.stride_n, dim, (stays ? kept_pos : pruned_pos) + b * count, from, to,
-            (stays ? kept_out : pruned_out) + b * count * dim, how);
+            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count, from, to,
+            (kept_side ? kept_out : pruned_out) + b * count * dim, how);
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
@@ -185,9 +185,9 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
     const RowCopy how(batch * n * dim * sizeof(T));
     parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
-        split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
-          const Rows<T>& rows = stays ? kept_in : pruned_in;
-          const int64_t* idx = data<int64_t>(stays ? kept_pos : pruned_pos) + b * rows.count;
+        split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+          const Rows<T>& rows = kept_side ? kept_in : pruned_in;
+          const int64_t* idx = data<int64_t>(kept_side ? kept_pos : pruned_pos) + b * rows.count;
           scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim, how);
         });
       });

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from .extension import NAMES, table
 from .validation import check
 
-# The ops whose CUDA launchers are in each file of kernels/.
-_LAUNCHERS = {
+# The ops whose launchers are in each file of triton/.
+FAMILIES = {
     "scores": ("scores",),
     "select": ("select",),
     "prune": ("prune", "split", "gather", "restore"),
@@ -26,7 +26,7 @@ _LAUNCHERS = {
     "merge": ("merge", "merge_"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
 }
-_FILES = {op: file for file, ops in _LAUNCHERS.items() for op in ops}
+FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
 
 
 def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
@@ -43,7 +43,7 @@ def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
 _library = torch.library.Library("cropr", "DEF")
 for _name, _row in zip(NAMES, table):
     _library.define(_row[0], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _cuda_launcher(_name, _FILES[_name]), "CUDA")
+    _library.impl(_name, _cuda_launcher(_name, FILES[_name]), "CUDA")
 
 
 # Fake kernels: shapes and dtypes, and the same refusals as the real ones.
@@ -280,7 +280,7 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
     if not ctx.needs_input_grad[0]:
         return (None,) * len(ctx.needs_input_grad)
     sizes, kept_sizes, dest = ctx.saved_tensors
-    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean that it went into
+    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
     return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
 
 

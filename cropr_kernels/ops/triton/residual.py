@@ -1,7 +1,7 @@
-"""The engine's residual stream on CUDA: rows are read and written where they are, in one pass each.
+"""The residual buffer of the engine on CUDA: rows are read and written where they are, in one pass each.
 
 A program holds a tile of whole rows in registers: it adds the update, stores the row, and takes the LayerNorm or the
-score from what it just stored. The last program of an image to finish selects the tokens that stay.
+score from what it just stored. The last program of an image to finish selects the tokens that are kept.
 
 A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
 """
@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ..validation import check
 from .scores import fold_query
 from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, triton_accumulator
+from .utils import PINNED, block_counters, dense_rows, registers, triton_accumulator
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def add_select_(
     blocks = row_blocks(dim, num_warps, x.dtype)
     with torch.cuda.device_of(x):
         add_select_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
-            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, acc_dtype(x.dtype)),
+            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, accumulation_dtype(x.dtype)),
             x.new_empty((batch, count), dtype=torch.float32), block_counters(x), kept_idx, pruned_idx,
             _dense(sizes) if size_weight else None, size_weight, priority_bytes(priority),
             n, count, num_keep, num_prefix, dim, **blocks, ACC=triton_accumulator(x.dtype), **selection,

@@ -2,7 +2,7 @@
 
 One program per image: its own here, elsewhere the last of those that wrote the image's scores (`is_last`). Scores
 become integers of the same order; the threshold, the K-th largest key, is found two bits at a time by counting; equal
-keys are settled by position. Every step is an integer operation, so the result is the same on every run. Up to
+keys are ordered by position. Every step is an integer operation, so the result is the same on every run. Up to
 _MAX_BLOCK tokens (half of it in kernels that do more) stay in registers; above, they are re-read in chunks.
 """
 
@@ -31,7 +31,7 @@ def load_priority(priority_ptr, from_idx_ptr, offs, n):
 
 @triton.jit
 def is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N: tl.constexpr):
-    """Whether more tokens have priority than may stay: their scores then decide, and no other token stays."""
+    """Whether more tokens have priority than are kept: their scores then decide, and no other token is kept."""
     crowded = n < 0
     if priority_ptr is not None:
         ahead = tl.zeros([BLOCK_N], tl.int32)

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cropr_kernels.ops.reference import accumulation_dtype
 from cropr_kernels.ops.triton import attend, merge, residual, scores, select
 from cropr_kernels.ops.triton import prune as rows
 from cropr_kernels.ops.triton.utils import PINNED, registers, triton_accumulator
@@ -64,7 +65,7 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield residual.rotate_kernel, {"HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
     for in_place in (False, True):
         yield merge.targets_kernel, {"IN_PLACE": in_place, **merge.target_blocks(torch_dtype), "ACC": acc}, 4
-        columns = 1024 // attend.acc_dtype(torch_dtype).itemsize
+        columns = 1024 // accumulation_dtype(torch_dtype).itemsize
         yield (
             merge.means_kernel,
             {"IN_PLACE": in_place, "BLOCK_R": merge.means_rows(torch_dtype), "BLOCK_D": columns, "ACC": acc},
@@ -99,7 +100,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "*fp32"
         elif name in ("partial_ptr", "similarity_ptr"):
             types[name] = acc
-        elif name in ("counters_ptr", "leaves_ptr"):
+        elif name in ("counters_ptr", "is_pruned_ptr"):
             types[name] = "*i32"
         elif name == "priority_ptr":
             types[name] = "*i8"

@@ -1,40 +1,24 @@
 """The ops of namespace ``cropr``: their definition, fake kernels, gradients and FLOP formulas.
 
-The only file that registers anything in Python. Schemas are those of csrc/schemas.h; CPU kernels register when ``_C``
-is imported; CUDA kernels are the Triton launchers of ``kernels/``, imported at their first call.
+The only file that registers anything in Python. Schemas are those of csrc/library.h; CPU kernels register when ``_C``
+is imported; CUDA kernels are the Triton launchers of ``ops/triton/``, imported at their first call.
 
 Shapes: B images, N tokens in, K kept, R = N - K pruned, D width, M queries, P prefix tokens.
 """
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import validation as _checks
+from .extension import NAMES, table
+from .validation import check
 
-try:
-    from .._C import build_info as build_info  # importing _C registers the CPU kernels
-    from .._C import schemas
-except ImportError as error:
-    raise ImportError(
-        "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "
-        f"({error}). Build it with 'pip install --no-build-isolation .' or, in the source tree, "
-        "'python setup.py build_ext --inplace'."
-    ) from error
-
-
-def cpp_library() -> Path | None:
-    """The shared library with which a C++ program has the ops and their CPU kernels; None if it was not built."""
-    return next(Path(__file__).parents[1].glob("libcropr_ops.*"), None)
-
-
-# The ops whose CUDA launchers are in each file of kernels/.
-_LAUNCHERS = {
+# The ops whose launchers are in each file of triton/.
+FAMILIES = {
     "scores": ("scores",),
     "select": ("select",),
     "prune": ("prune", "split", "gather", "restore"),
@@ -42,7 +26,7 @@ _LAUNCHERS = {
     "merge": ("merge", "merge_"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
 }
-_FILES = {op: file for file, ops in _LAUNCHERS.items() for op in ops}
+FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
 
 
 def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
@@ -56,11 +40,10 @@ def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
     return launch
 
 
-NAMES = tuple(schema.partition("(")[0] for schema in schemas)
 _library = torch.library.Library("cropr", "DEF")
-for _name, _schema in zip(NAMES, schemas):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _cuda_launcher(_name, _FILES[_name]), "CUDA")
+for _name, _row in zip(NAMES, table):
+    _library.define(_row[0], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _cuda_launcher(_name, FILES[_name]), "CUDA")
 
 
 # Fake kernels: shapes and dtypes, and the same refusals as the real ones.
@@ -68,13 +51,13 @@ for _name, _schema in zip(NAMES, schemas):
 
 @torch.library.register_fake("cropr::scores", lib=_library)
 def _(x: Tensor, query: Tensor) -> Tensor:
-    _checks.tokens_and_query("scores", x, query)
+    check("scores", x, query)
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("cropr::select", lib=_library)
 def _(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _checks.select(scores, num_keep, num_prefix, priority)
+    check("select", scores, num_keep, num_prefix, priority)
     batch, n = scores.shape
     indices = (scores.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, n - num_keep))
     kept_idx, pruned_idx = indices
@@ -85,7 +68,7 @@ def _(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | Non
 def _(
     x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.prune(x, query, num_keep, num_prefix, priority)
+    check("prune", x, query, num_keep, num_prefix, priority)
     return _fake_split(x, num_keep)
 
 
@@ -93,7 +76,7 @@ def _(
 def _(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.split(x, scores, num_keep, num_prefix, priority)
+    check("split", x, scores, num_keep, num_prefix, priority)
     return _fake_split(x, num_keep)
 
 
@@ -109,45 +92,44 @@ def _fake_split(x: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 @torch.library.register_fake("cropr::gather", lib=_library)
 def _(x: Tensor, idx: Tensor) -> Tensor:
-    _checks.gather(x, idx)
+    check("gather", x, idx)
     return x.new_empty((x.shape[0], idx.shape[1], x.shape[2]))
 
 
 @torch.library.register_fake("cropr::restore", lib=_library)
 def _(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
-    _checks.restore(kept, kept_idx, pruned, pruned_idx)
+    check("restore", kept, kept_idx, pruned, pruned_idx)
     return kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))
 
 
 @torch.library.register_fake("cropr::attend", lib=_library)
 def _(x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    _checks.attend("attend", x, queries)
+    check("attend", x, queries, scale)
     return x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
 
 
 @torch.library.register_fake("cropr::attend_scores", lib=_library)
 def _(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _checks.attend("attend_scores", x, queries)
+    check("attend_scores", x, queries, scale)
     out = x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
     return out, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("cropr::attend_backward", lib=_library)
 def _(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    _checks.attend_backward(grad_out, x, queries)
+    check("attend_backward", grad_out, x, queries, scale)
     return queries.new_empty(queries.shape)
 
 
 @torch.library.register_fake("cropr::gather_norm", lib=_library)
 def _(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    shape = _checks.stream("gather_norm", x, idx, in_place=False)
-    _checks.channels("gather_norm", x, weight=weight, bias=bias)
-    return x.new_empty(shape)
+    dims = check("gather_norm", x, idx, weight, bias, eps)
+    return x.new_empty((dims["B"], dims["K"], dims["D"]))
 
 
 @torch.library.register_fake("cropr::add_", lib=_library)
 def _(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
-    _checks.update("add_", x, idx, update, gamma)
+    check("add_", x, idx, update, gamma)
 
 
 @torch.library.register_fake("cropr::add_norm_", lib=_library)
@@ -160,8 +142,7 @@ def _(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    _checks.update("add_norm_", x, idx, update, gamma)
-    _checks.channels("add_norm_", x, weight=weight, bias=bias)
+    check("add_norm_", x, idx, update, gamma, weight, bias, eps)
     return x.new_empty(update.shape)
 
 
@@ -178,8 +159,8 @@ def _(
     size_weight: float = 0.0,
     priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _checks.add_select(x, idx, update, gamma, query, num_keep, num_prefix, sizes, priority)
-    batch, count, _ = update.shape
+    dims = check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
+    batch, count = dims["B"], dims["K"]
     pruned_idx = x.new_empty((batch, count - num_keep), dtype=torch.int64)
     return x.new_empty((batch, num_keep), dtype=torch.int64), pruned_idx
 
@@ -194,7 +175,7 @@ def _(
     features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     batch, n, dim = x.shape
     kept_idx, pruned_idx, kept_sizes = _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
     return x.new_empty((batch, num_keep, dim)), kept_idx, pruned_idx, kept_sizes, safe_idx.new_empty((batch, n))
@@ -210,7 +191,7 @@ def _(
     num_keep: int,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
     return _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
 
 
@@ -225,7 +206,7 @@ def _fake_merged(
 
 @torch.library.register_fake("cropr::rotate_", lib=_library)
 def _(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    _checks.rotate(x, table, idx, num_prefix)
+    check("rotate_", x, table, idx, num_prefix, half)
 
 
 # Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the ops' own.
@@ -299,7 +280,7 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
     if not ctx.needs_input_grad[0]:
         return (None,) * len(ctx.needs_input_grad)
     sizes, kept_sizes, dest = ctx.saved_tensors
-    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean that it went into
+    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
     return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
 
 

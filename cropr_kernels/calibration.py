@@ -45,13 +45,9 @@ class _AttentionInputs(TorchFunctionMode):
 def importance(query: Tensor, key: Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
     """How much the output attends to each patch: (B, patches) float32, each row sums to one.
 
-    Attention probabilities, averaged over heads and over the tokens that the head pools: the class token (the first),
-    or all patches where there is none.
-
-    Args:
-        query, key: (B, heads, N, C), as they enter the attention, rotary positions applied.
-        num_prefix: P, first tokens that are not patches.
-        class_token: whether the head pools the first token.
+    Attention probabilities, averaged over heads and over the tokens that the head pools: the first with a class token,
+    else all patches, those behind the P = num_prefix first tokens. Query and key are (B, heads, N, C), as they enter
+    the attention, rotary positions applied.
     """
     pooled = query[:, :, :1] if class_token else query[:, :, num_prefix:]
     scale = query.shape[-1] ** -0.5
@@ -68,11 +64,8 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _observe(model: Any, images: Tensor, see: Callable[[Tensor, Tensor, Tensor], None], kwargs: dict) -> None:
-    """Run the unpruned model; after each block see(its tokens (B, N, D), the query and key of its attention).
-
-    Raises:
-        ValueError: a block does not call scaled_dot_product_attention once.
-    """
+    """Run the unpruned model; after each block see(its tokens (B, N, D), the query and key of its attention)."""
+    spec, fast_path = model.cropr.spec, torch.backends.mha.get_fastpath_enabled()
     with _AttentionInputs() as attention:
 
         def record(layer: int, x: Tensor) -> None:
@@ -83,11 +76,7 @@ def _observe(model: Any, images: Tensor, see: Callable[[Tensor, Tensor, Tensor],
                 )
             see(x, *attention.seen.pop())
 
-        def embedded(module: Any, args: Any) -> None:
-            attention.seen.clear()
-
-        spec, fast_path = model.cropr.spec, torch.backends.mha.get_fastpath_enabled()
-        handle = spec.blocks[0].register_forward_pre_hook(embedded)
+        handle = spec.blocks[0].register_forward_pre_hook(lambda block, args: attention.seen.clear())
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
             run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=record))
@@ -97,10 +86,7 @@ def _observe(model: Any, images: Tensor, see: Callable[[Tensor, Tensor, Tensor],
 
 
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
-    if isinstance(images, Tensor):
-        yield from images.split(batch_size)
-        return
-    for batch in images:
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
         yield batch[0] if isinstance(batch, tuple | list) else batch
 
 
@@ -137,22 +123,20 @@ def calibrate(
         raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(stack[0]).__name__}")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
-    spec = stack.spec
-    dim, prefix = spec.dim, spec.num_prefix
-    device = next(model.parameters()).device
-    gram = torch.zeros(len(stack), dim, dim, dtype=torch.float64, device=device)
-    moment = torch.zeros(len(stack), dim, dtype=torch.float64, device=device)
+    spec, prefix, device = stack.spec, stack.spec.num_prefix, next(model.parameters()).device
+    gram = torch.zeros(len(stack), spec.dim, spec.dim, dtype=torch.float64, device=device)
+    moment = torch.zeros(len(stack), spec.dim, dtype=torch.float64, device=device)
+    tokens: list[Tensor] = []
+    attended: list[Tensor] = []
+
+    def see(x: Tensor, query: Tensor, key: Tensor) -> None:
+        tokens.append(x[:, prefix:])
+        attended.append(importance(query, key, prefix, class_token=spec.class_token))
+
     count, was_training = 0, model.training
     model.eval()
     try:
         for batch in _batches(images, batch_size):
-            tokens: list[Tensor] = []
-            attended: list[Tensor] = []
-
-            def see(x: Tensor, query: Tensor, key: Tensor, tokens: Any = tokens, attended: Any = attended) -> None:
-                tokens.append(x[:, prefix:])
-                attended.append(importance(query, key, prefix, class_token=spec.class_token))
-
             _observe(model, batch.to(device), see, kwargs)
             for layer in range(len(stack)):
                 target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
@@ -160,6 +144,8 @@ def calibrate(
                 rows = rows - rows.mean(1, keepdim=True)
                 gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
                 moment[layer] += torch.einsum("bnd,bn->d", rows, target)
+            tokens.clear()
+            attended.clear()
             count += len(batch)
     finally:
         model.train(was_training)
@@ -167,8 +153,7 @@ def calibrate(
         raise ValueError("cropr.calibrate: needs at least one image, got none")
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += ridge * diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    queries = F.normalize(torch.linalg.solve(gram, moment), dim=1)
-    _set_queries(stack, queries)
+    _set_queries(stack, F.normalize(torch.linalg.solve(gram, moment), dim=1))
     return model
 
 
@@ -250,31 +235,28 @@ def agreement(
         TypeError: the model is not pruned.
         ValueError: there are no images, or a rate drops more tokens than there are.
     """
-    require_pruned(model, "cropr.agreement")
-    fast, rates = deploy(model), list(rates)
-    tower = fast.cropr.spec.tower
-    device = next(model.parameters()).device
+    classifies = require_pruned(model, "cropr.agreement").spec.num_classes > 0
+    fast, device = deploy(model), next(model.parameters()).device
     batches = [batch.to(device) for batch in _batches(images, batch_size)]
     if not batches:
         raise ValueError("cropr.agreement: needs at least one image, got none")
-    outputs, flops = {}, {}
-    for rate in dict.fromkeys([0, *rates]):
-        set_rate(fast, rate)
+
+    def measure(rate: int) -> tuple[Tensor, int]:
+        tower = set_rate(fast, rate).cropr.spec.tower
         with flop_counter() as counter:
             first = outputs_of(tower(batches[0]))
-        flops[rate] = counter.get_total_flops()
-        outputs[rate] = torch.cat([first, *(outputs_of(tower(batch)) for batch in batches[1:])]).double()
-    expected, rows = outputs[0], []
-    classifies = model.cropr.spec.num_classes > 0
+        outputs = torch.cat([first, *(outputs_of(tower(batch)) for batch in batches[1:])])
+        return outputs.double(), counter.get_total_flops()
+
+    (expected, flops), rows = measure(0), []
     for rate in rates:
-        own = outputs[rate]
+        own, own_flops = measure(rate)
         if classifies:
-            log_p, log_q = expected.log_softmax(1), own.log_softmax(1)
-            same = (expected.argmax(1) == own.argmax(1)).double().mean().item()
-            divergence = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
+            divergence = F.kl_div(own.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
+            same = (expected.argmax(1) == own.argmax(1)).double().mean()
         else:
-            same, divergence = F.cosine_similarity(expected, own).mean().item(), float("nan")
-        rows.append(Agreement(rate, same, divergence, flops[0] / flops[rate]))
+            same, divergence = F.cosine_similarity(expected, own).mean(), torch.tensor(float("nan"))
+        rows.append(Agreement(rate, same.item(), divergence.item(), flops / own_flops))
     return rows
 
 

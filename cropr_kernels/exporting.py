@@ -85,9 +85,8 @@ def export(
     require_pruned(model, "cropr.export")
     path = Path(path)
     if format not in FORMATS or ops not in (None, "cropr", "aten"):
-        raise ValueError(
-            f"cropr.export: format must be one of {', '.join(FORMATS)} and ops cropr or aten, got {format!r}, {ops!r}"
-        )
+        known = f"format must be one of {', '.join(FORMATS)} and ops cropr or aten"
+        raise ValueError(f"cropr.export: {known}, got {format!r}, {ops!r}")
     if path.suffix != FORMATS[format]:
         raise ValueError(f"cropr.export: a file of format {format} must end in {FORMATS[format]}, got {path.name}")
     if ops is None:
@@ -108,10 +107,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
         file = Path(folder) / path.name
         _write(program, file, format)
-        difference, same_map = _compare(load_exported(file, format)(images), expected, with_map)
+        difference, same_map = _compare(list(load_exported(file, format)(images)), list(expected), with_map)
         allowed = _TOLERANCE.get(images.dtype, _COARSE)
         if difference > allowed or same_map is False:
-            what = "" if same_map is not False else ", and other patches leave"
+            what = ", and other patches leave" if same_map is False else ""
             raise RuntimeError(
                 f"cropr.export: {path.name} computes something else than the model: outputs differ by {difference:.2g} "
                 f"of the largest, allowed are {allowed:g}{what}; it was not kept"
@@ -140,11 +139,7 @@ def _write(program: Any, file: Path, format: str) -> None:
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A file that `export` wrote, as a function of images; ONNX runs on the CPU or CUDA provider of onnxruntime.
-
-    Raises:
-        ImportError: onnxruntime is not installed.
-    """
+    """A file that `export` wrote, as a function of images; ONNX runs on the CPU or CUDA provider of onnxruntime."""
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aoti":
@@ -155,26 +150,21 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
     options = onnxruntime.SessionOptions()
     # Its threads would go on spinning after a call, and slow down whatever the process does next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=[name for name in wanted if name in onnxruntime.get_available_providers()]
-    )
-    name = session.get_inputs()[0].name
+    there = onnxruntime.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        outputs = session.run(None, {name: images.cpu().numpy()})
+        outputs = session.run(None, {"images": images.cpu().numpy()})
         return tuple(torch.from_numpy(output).to(images.device) for output in outputs)
 
     return run
 
 
-def _compare(got: Any, expected: tuple[Tensor, ...], with_map: bool) -> tuple[float, bool | None]:
-    got, same_map = list(_tensors(got)), None
-    wanted = list(expected)
-    if with_map:
-        same_map = torch.equal(got.pop().cpu(), wanted.pop().cpu())
-    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(got, wanted) if b.is_floating_point()]
-    if any(a.shape != b.shape for a, b in pairs) or len(got) != len(wanted):
+def _compare(got: list[Tensor], wanted: list[Tensor], with_map: bool) -> tuple[float, bool | None]:
+    same_map = torch.equal(got.pop().cpu(), wanted.pop().cpu()) if with_map else None
+    if [one.shape for one in got] != [one.shape for one in wanted]:
         return float("inf"), same_map
-    differences = [((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs if b.numel()]
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(got, wanted) if b.is_floating_point() and b.numel()]
+    differences = [((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs]
     return max(differences, default=0.0), same_map

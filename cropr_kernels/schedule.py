@@ -6,6 +6,7 @@ before the last block drops would come straight back (paper section 3.2).
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,27 +14,20 @@ from typing import Any
 
 
 def num_modules(depth: int, llf: bool) -> int:
-    """Return how many Cropr modules a network of `depth` blocks holds.
-
-    Raises:
-        ValueError: the network is too shallow to prune.
-    """
-    modules = depth - (2 if llf else 1)
-    if modules < 1:
-        needed = 3 if llf else 2
-        raise ValueError(f"schedule: depth must be at least {needed} {'with' if llf else 'without'} LLF, got {depth}")
-    return modules
+    """Return how many Cropr modules a network of `depth` blocks holds; ValueError if it is too shallow for one."""
+    last, how = (2, "with") if llf else (1, "without")
+    if depth <= last:
+        raise ValueError(f"schedule: depth must be at least {last + 1} {how} LLF, got {depth}")
+    return depth - last
 
 
 def _check(counts: list[int], num_tokens: int, num_prefix: int, what: str) -> list[int]:
-    before = num_tokens
-    for module, count in enumerate(counts):
+    for module, (before, count) in enumerate(zip([num_tokens, *counts], counts)):
         if not num_prefix + 1 <= count <= before:
             raise ValueError(
                 f"schedule: {what} keeps {count} of {before} tokens in module {module}; it must keep at least one "
                 f"patch beside the {num_prefix} prefix tokens and at most the {before} there are"
             )
-        before = count
     return counts
 
 
@@ -50,10 +44,11 @@ def rate(num_tokens: int, depth: int, rate: int, num_prefix: int = 1, llf: bool 
         llf: whether Last Layer Fusion follows.
 
     Returns:
-        Kept tokens after each module.
+        Kept tokens after each module, prefix included.
 
     Raises:
-        ValueError: more tokens would be dropped than there are, or the rate is negative.
+        ValueError: the network is too shallow, the option is out of range, or a module would keep less than one patch
+            or more tokens than there are.
     """
     if rate < 0:
         raise ValueError(f"schedule: rate must be >= 0, got {rate}")
@@ -63,17 +58,9 @@ def rate(num_tokens: int, depth: int, rate: int, num_prefix: int = 1, llf: bool 
 
 
 def keep(num_tokens: int, depth: int, keep: Sequence[int], num_prefix: int = 1, llf: bool = False) -> list[int]:
-    """Keep exactly the listed counts; a count equal to the one before drops nothing in that module.
+    """Keep exactly the counts in `keep`, one per module, never rising; an equal count drops nothing in its module.
 
-    Args:
-        keep: kept tokens after each module, prefix included, never rising.
-        num_tokens, depth, num_prefix, llf: as in `rate`.
-
-    Returns:
-        The same counts.
-
-    Raises:
-        ValueError: the list has the wrong length, rises, or keeps less than one patch.
+    Other arguments, result and errors are those of `rate`.
     """
     modules = num_modules(depth, llf)
     if len(keep) != modules:
@@ -82,39 +69,23 @@ def keep(num_tokens: int, depth: int, keep: Sequence[int], num_prefix: int = 1, 
 
 
 def ratio(num_tokens: int, depth: int, ratio: float, num_prefix: int = 1, llf: bool = False) -> list[int]:
-    """Keep the share `ratio` of the patches each module receives, rounded up.
+    """Keep the share `ratio`, in (0, 1], of the patches each module receives, rounded up.
 
-    Args:
-        ratio: in (0, 1].
-        num_tokens, depth, num_prefix, llf: as in `rate`.
-
-    Returns:
-        Kept tokens after each module.
-
-    Raises:
-        ValueError: the ratio is outside (0, 1].
+    Other arguments, result and errors are those of `rate`.
     """
     if not 0.0 < ratio <= 1.0:
         raise ValueError(f"schedule: ratio must be in (0, 1], got {ratio}")
     patches, counts = num_tokens - num_prefix, []
     for _ in range(num_modules(depth, llf)):
-        patches = -int(-ratio * patches // 1)  # ceiling
+        patches = math.ceil(ratio * patches)
         counts.append(num_prefix + patches)
     return _check(counts, num_tokens, num_prefix, f"ratio {ratio}")
 
 
 def const(num_tokens: int, depth: int, const: Sequence[int], num_prefix: int = 1, llf: bool = False) -> list[int]:
-    """Prune once: after the first `after` blocks keep `count` tokens, and all of those from then on.
+    """Prune once: const = (after, count) keeps `count` tokens after the first `after` blocks, and from then on.
 
-    Args:
-        const: (after, count); count includes the prefix.
-        num_tokens, depth, num_prefix, llf: as in `rate`.
-
-    Returns:
-        Kept tokens after each module.
-
-    Raises:
-        ValueError: there is no module there, or more tokens would be kept than there are.
+    Other arguments, result and errors are those of `rate`.
     """
     modules = num_modules(depth, llf)
     if len(const) != 2 or not 1 <= const[0] <= modules:
@@ -145,11 +116,7 @@ class Bound:
         return [num_tokens - int(self.share * (num_tokens - count)) for count in counts]
 
     def at(self, share: float) -> "Bound":
-        """The same schedule, pruning only this share of it.
-
-        Raises:
-            ValueError: share is outside [0, 1].
-        """
+        """The same schedule, pruning only this share of it; ValueError where it is outside [0, 1]."""
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"schedule: share must be in [0, 1], got {share}")
         return replace(self, share=share)
@@ -172,21 +139,11 @@ def resolve(**options: Any) -> Bound:
         raise ValueError(f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(given) or 'none'}")
     [(kind, value)] = given.items()
     if kind == "keep" and isinstance(value, str | Path):
-        value = read_keep(value)
+        path = Path(value)
+        try:
+            value = json.loads(path.read_text())["keep"]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"schedule: {path} holds no schedule: {error}") from error
+        if not (isinstance(value, list) and all(isinstance(count, int) for count in value)):
+            raise ValueError(f"schedule: keep in {path} must be a list of integers, got {value}")
     return Bound(kind, value)
-
-
-def read_keep(path: str | Path) -> list[int]:
-    """The counts in a file that `cropr tune` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no schedule.
-    """
-    try:
-        keep = json.loads(Path(path).read_text())["keep"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"schedule: {path} holds no schedule: {error}") from error
-    if not (isinstance(keep, list) and all(isinstance(count, int) for count in keep)):
-        raise ValueError(f"schedule: keep in {path} must be a list of integers, got {keep}")
-    return keep

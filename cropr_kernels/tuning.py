@@ -68,12 +68,9 @@ def steady(costs: Mapping[int, float], rate: float, num_tokens: int, modules: in
 def solve(
     costs: Mapping[int, float], saving: float, num_tokens: int, modules: int, num_prefix: int
 ) -> list[int] | None:
-    """Kept tokens after each module that save at least so much, at the lowest rate, or None if nothing does.
+    """Kept tokens after each module that save so many seconds, at the lowest rate, or None if nothing does.
 
-    Args:
-        costs: tokens -> seconds of a block with so many, and of the pruning before it; it holds num_tokens.
-        saving: seconds to save.
-        num_tokens, modules, num_prefix: tokens that enter, Cropr modules, tokens that are never pruned.
+    `costs` are the seconds of a block, and of the pruning before it, by its tokens; num_tokens is among them.
     """
     for quarter in range(int(4 * highest_rate(num_tokens, modules, num_prefix)) + 1):
         keep = steady(costs, quarter / 4, num_tokens, modules, num_prefix)
@@ -130,10 +127,8 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    fast, spec = deploy(model), stack.spec
-    modules, prefix, depth = len(stack), spec.num_prefix, len(spec.blocks)
-    _, state = pruned_run(fast, lambda: fast(images), PruningOptions())
-    tokens = state.num_tokens
+    fast, modules, prefix, depth = deploy(model), len(stack), stack.spec.num_prefix, len(stack.spec.blocks)
+    tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 
     def run(keep: Sequence[int]) -> Callable[[], Any]:
         config = replace(stack.config, schedule=schedules.resolve(keep=list(keep)))
@@ -154,8 +149,8 @@ def tune(
     times = medians(calls, images.device, rounds, show)
     whole = times[tokens]
     overhead = max((times["gentle"] - whole) / modules, 0.0)  # of pruning, a module; one is in every count's time
-    costs = {count: (times[count] - whole + (modules - 1) * overhead) / modules for count in counts} | {tokens: 0.0}
-    costs = monotone(costs)
+    costs = {count: (times[count] - whole + (modules - 1) * overhead) / modules for count in counts}
+    costs = monotone(costs | {tokens: 0.0})
     goal = whole / speedup if speedup is not None else (latency_ms or 0.0) / 1e3
     saving, tried, here = whole - goal, [], f"at batch {len(images)} on {images.device}"
     for _ in range(5):  # the measurement says how far the curve was off

@@ -65,7 +65,7 @@ class PatchLogits(torch.nn.Module):
         self.segmenter = segmenter
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.segmenter.logits(images).output
+        return self.segmenter.logits(images)[0]
 
 
 def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, Any]:

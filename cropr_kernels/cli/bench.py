@@ -23,7 +23,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "bench",
         help="measure a model on this device, unpruned and at several rates",
@@ -33,19 +32,13 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, "model", "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench"), help="what to write, without suffix (default: bench)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
     parser.set_defaults(run=run)
 
 
 @torch.inference_mode()
 def measure(model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int, show: bool) -> list[dict]:
-    """One row per rate, 0 first: seconds of a batch, images a second, speed-up, GFLOPs an image, and its ratio.
-
-    Raises:
-        RuntimeError: the engine computes something else than the functional ops.
-    """
+    """One row per rate, 0 first; RuntimeError where the engine computes something else than the functional ops."""
     fast, plain = deploy(model, cuda_graphs=graphs), deploy(model, engine=False)
     calls: dict[Any, Callable[[], Any]] = {}
     gflops: dict[int, float] = {}
@@ -59,18 +52,11 @@ def measure(model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds
             plain(images[:1])
         gflops[rate] = counter.get_total_flops() / 2e9
         calls[rate] = lambda rate=rate: set_rate(fast, rate)(images)  # type: ignore[misc]
-    times = medians(calls, images.device, rounds, show)
-    return [
-        {
-            "rate": rate,
-            "seconds": times[rate],
-            "images_per_second": len(images) / times[rate],
-            "speedup": times[0] / times[rate],
-            "gflops": gflops[rate],
-            "flop_ratio": gflops[0] / gflops[rate],
-        }
-        for rate in rates
-    ]
+    rows = []
+    for rate, seconds in medians(calls, images.device, rounds, show).items():
+        row = {"rate": rate, "seconds": seconds, "images_per_second": len(images) / seconds, "gflops": gflops[rate]}
+        rows.append(row | {"flop_ratio": gflops[0] / gflops[rate]})
+    return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,14 +64,13 @@ def run(options: argparse.Namespace) -> None:
     place = place_of(options)
     model.to(**place)
     rates = [0, *(rate for rate in options.rates or default_rates(model) if rate)]
-    how: dict[str, Any] = {"graphs": len(rates) if options.cuda_graphs else 0, "rounds": options.rounds}
-    rows: list[dict[str, Any]] = []
+    graphs, rows = len(rates) if options.cuda_graphs else 0, []
     for batch in options.batch:
         images = torch.randn(batch, 3, *pixels.img_size).to(**place)
-        rows += [{"batch": batch, **row} for row in measure(model, images, rates, show=not options.quiet, **how)]
-    device, dtype = str(place["device"]), str(place["dtype"]).removeprefix("torch.")
-    if place["device"].type == "cuda":
-        device = torch.cuda.get_device_name(place["device"])
+        found = measure(model, images, rates, graphs=graphs, rounds=options.rounds, show=not options.quiet)
+        rows += [{"batch": batch, **row} for row in found]
+    device, dtype = place["device"], str(place["dtype"]).removeprefix("torch.")
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     reason = deploy(model).cropr.engine_reason
     about = {
         "model": options.model,
@@ -98,16 +83,9 @@ def run(options: argparse.Namespace) -> None:
         "cropr_kernels": importlib.metadata.version("cropr_kernels"),
         "engine": f"off, {reason}" if reason else "zero-copy",
     }
-    out, picture = (options.out.with_suffix(suffix) for suffix in (".json", ".png"))
+    out, picture = options.out.with_suffix(".json"), options.out.with_suffix(".png")
     write_text(out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    formats = {
-        "batch": "d",
-        "rate": "d",
-        "images_per_second": ".1f",
-        "speedup": ".2f",
-        "gflops": ".3g",
-        "flop_ratio": ".2f",
-    }
+    formats = dict(batch="d", rate="d", images_per_second=".1f", speedup=".2f", gflops=".3g", flop_ratio=".2f")
     cells = [[format(row[name], one) for name, one in formats.items()] for row in rows]
     print(table(["batch", "rate", "images/s", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0))
     print(f"{device}, {dtype}, engine {about['engine']}; wrote {out}")

@@ -20,7 +20,6 @@ from .common import add_arguments, load_model
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "calibrate",
         help="prune a pretrained model without labels and without training",
@@ -32,9 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("queries.pt"), help="file to write (default: queries.pt)")
     parser.add_argument("--photos", type=int, default=400, help="photos to calibrate on, at most (default: 400)")
     parser.add_argument("--held-out", type=int, default=200, help="other photos to compare on, at most (default: 200)")
-    parser.add_argument(
-        "--least", type=float, default=95.0, help="agreement of the recommended rate in %% (default: 95)"
-    )
+    parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
     parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
     parser.set_defaults(run=run)
 
@@ -56,9 +53,7 @@ def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadabl
 def run(options: argparse.Namespace) -> None:
     paths = find_photos(options.folder)
     if len(paths) < 2:
-        raise ValueError(
-            f"{options.folder} must hold 2 photos or more, one to fit and one to compare, got {len(paths)}"
-        )
+        raise ValueError(f"{options.folder} must hold 2 photos or more, to fit and to compare, got {len(paths)}")
     random.Random(options.seed).shuffle(paths)
     fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
     compared = paths[fitted : fitted + options.held_out]
@@ -69,23 +64,14 @@ def run(options: argparse.Namespace) -> None:
     compare = batches(compared, pixels, "reading photos to compare on", show, unreadable[1])
     rows = calibration.agreement(model, compare, options.rates or default_rates(model))
     best = calibration.recommend(rows, options.least / 100)
-    facts: dict[str, Any] = {
-        "model": options.model,
-        "llf": model.cropr.config.llf,
-        "merge": model.cropr.config.merge is not None,
-    }
+    config = model.cropr.config
+    facts: dict[str, Any] = {"model": options.model, "llf": config.llf, "merge": config.merge is not None}
     facts |= {"rate": None if best is None else best.rate, "report": [row._asdict() for row in rows]}
     calibration.save_queries(model, options.out, facts)
     classifies = find_spec(model).num_classes > 0
-    cells = [
-        [
-            str(row.rate),
-            f"{row.flops:.2f}",
-            f"{100 * row.agreement:.1f}",
-            f"{row.divergence:.3f}" if classifies else "-",
-        ]
-        for row in rows
-    ]
+    cells = [[f"{row.rate}", f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"] for row in rows]
+    if not classifies:
+        cells = [[*row[:-1], "-"] for row in cells]
     print(table(["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"], cells, left=0))
     used = fitted - len(unreadable[0]), len(compared) - len(unreadable[1])
     print(f"{used[0]} photos to fit, {used[1]} to compare, {sum(map(len, unreadable))} unreadable")

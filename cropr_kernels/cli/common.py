@@ -49,11 +49,7 @@ def add_pruning(parser: Any) -> None:
 
 
 def check_counts(options: argparse.Namespace) -> None:
-    """Refuse numbers of things that must be at least 1.
-
-    Raises:
-        ValueError: one is less; the message names the argument.
-    """
+    """Raise ValueError where a number of things is below 1; the message names the argument."""
     for name in _COUNTS:
         value = getattr(options, name, None)
         least = min(value) if isinstance(value, list) else value
@@ -79,9 +75,7 @@ class Loaded(NamedTuple):
 def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
     """The model that the arguments name, pruned as they say, at rate 0 if they cannot; a run as it was trained.
 
-    Raises:
-        FileNotFoundError, ValueError: there is no such model, or the arguments do not fit it.
-        ImportError: the library of the model is not installed.
+    Raises what `create_model`, `rebuild` and `apply` raise, and ValueError where the arguments do not fit the model.
     """
     given, name = vars(options), options.model
     rate, keep, merge = given.get("rate", 0), given.get("keep"), given.get("merge", False)
@@ -106,11 +100,7 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
 
 
 def load_with_queries(options: argparse.Namespace) -> Loaded:
-    """The model of these arguments, with queries.
-
-    Raises:
-        ValueError: nothing says what its queries are, or the arguments do not fit it.
-    """
+    """The model of these arguments, with queries; ValueError where nothing says what they are."""
     loaded = load_model(options)
     if options.queries is not None:
         load_queries(loaded.model, options.queries)

@@ -4,6 +4,7 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from .common import DTYPES, add_arguments, add_pruning, load_with_queries, place
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "export",
         help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
@@ -28,9 +28,7 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, "--batch", "--device", "--rounds")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument(
-        "--ops", choices=["cropr", "aten"], help="aten: the file needs nothing of this package (default: as fits)"
-    )
+    parser.add_argument("--ops", choices=["cropr", "aten"], help="aten: the file needs no cropr ops (default: as fits)")
     parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
     parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
     parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
@@ -47,14 +45,10 @@ def run(options: argparse.Namespace) -> None:
         paths = find_named_photos(options.images)
         photos = torch.stack([load_photo(paths[i % len(paths)], pixels.img_size) for i in range(options.batch)])
     images = pixels.normalise(photos).to(**place)
-    stem = Path(options.model).stem
+    stem, rows = Path(options.model).stem, [["PyTorch", "cropr", "", ""]]
     fast = deploy(model.to(**place))
     plain = set_rate(deploy(model), 0)
-    rows = [["PyTorch", "cropr", "", ""]]
-    calls: dict[tuple[str, bool], Callable[[], Any]] = {
-        ("PyTorch", False): lambda: plain(images),
-        ("PyTorch", True): lambda: fast(images),
-    }
+    calls: dict[tuple[str, bool], Callable[[Any], Any]] = {("PyTorch", False): plain, ("PyTorch", True): fast}
     with tempfile.TemporaryDirectory() as scratch:
         for format in options.format:
             name = f"{stem}_aoti.pt2" if format == "aoti" else f"{stem}{FORMATS[format]}"
@@ -67,11 +61,11 @@ def run(options: argparse.Namespace) -> None:
             if done.same_map:
                 print(f"{done.path}: the same patches are pruned after the same blocks")
             for pruned, path in ((True, done.path), (False, bare.path)):
-                call = load_exported(path, format)
-                calls[str(done.path), pruned] = lambda call=call: call(images)  # type: ignore[misc]
+                calls[str(done.path), pruned] = load_exported(path, format)
             rows.append([str(done.path), done.ops, f"{done.path.stat().st_size / 1e6:.1f}", f"{done.difference:.1e}"])
         with torch.inference_mode():
-            times = medians(calls, images.device, options.rounds, False)
+            ready = {name: partial(call, images) for name, call in calls.items()}
+            times = medians(ready, images.device, options.rounds, False)
     for row in rows:
         before, after = times[row[0], False], times[row[0], True]
         row += [f"{1e3 * before:.2f}", f"{1e3 * after:.2f}", f"{before / after:.2f}"]

@@ -27,7 +27,7 @@ from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, load_photo
 from ..utils.io import atomic_write, write_text
 from ..utils.optional import need
-from .common import Loaded, add_arguments, add_pruning, load_with_queries, place_of
+from .common import add_arguments, add_pruning, load_with_queries, place_of
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
 
@@ -41,7 +41,6 @@ class Unit(NamedTuple):
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "infer",
         help="classify or embed a folder of photos or WebDataset shards, into Parquet",
@@ -61,20 +60,14 @@ def add_parser(commands: Any) -> None:
 
 
 def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
-    """The units of folders and shards, in an order that depends on their names only.
-
-    Raises:
-        FileNotFoundError: a source does not exist.
-        ValueError: one is neither a folder nor a .tar file, or there is nothing in any.
-    """
+    """The units of folders and shards, in an order that depends on their names only; errors name what is none."""
     units: list[Unit] = []
     for source in sources:
         if source.is_dir():
-            shards, photos = sorted(source.rglob("*.tar")), find_photos(source)
-            units += [Unit(str(shard.relative_to(source)), (), shard) for shard in shards]
+            units += [Unit(str(shard.relative_to(source)), (), shard) for shard in sorted(source.rglob("*.tar"))]
+            photos = find_photos(source)
             for first in range(0, len(photos), unit):
-                part = tuple(photos[first : first + unit])
-                units.append(Unit(f"{source.name}/{first}", part, source))
+                units.append(Unit(f"{source.name}/{first}", tuple(photos[first : first + unit]), source))
         elif not source.exists():
             raise FileNotFoundError(f"there is no folder or shard {source}")
         elif source.suffix == ".tar":
@@ -87,11 +80,7 @@ def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
 
 
 def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """Name and content (a path, or bytes) of each photo of a unit; None where a sample of a shard has none.
-
-    Raises:
-        OSError, tarfile.TarError: the shard is damaged.
-    """
+    """Name and content (a path, or a file) of each photo of a unit; None where a sample of a shard has none."""
     if unit.photos:
         yield from ((str(path.relative_to(unit.root)), path) for path in unit.photos)
         return
@@ -99,21 +88,19 @@ def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
     with open(unit.root, "rb") as stream:
         for sample in tar.group_by_keys(tar.tar_file_expander([{"url": str(unit.root), "stream": stream}])):
             content = next((value for key, value in sample.items() if f".{key.lower()}" in PHOTO_SUFFIXES), None)
-            yield sample["__key__"], content
+            yield sample["__key__"], None if content is None else io.BytesIO(content)
 
 
 Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels where there is no error
 
 
-def _read(sample: tuple[str, Any], size: tuple[int, int]) -> Read:
-    name, content = sample
-    if content is None:
-        return {"name": name, "error": "no image in this sample"}, None
+def _read(name: str, content: Any, size: tuple[int, int]) -> Read:
     try:
-        photo = load_photo(io.BytesIO(content) if isinstance(content, bytes) else content, size)
+        if content is None:
+            raise OSError("no image in this sample")
+        return {"name": name, "error": None}, load_photo(content, size)
     except OSError as error:
         return {"name": name, "error": str(error)}, None
-    return {"name": name, "error": None}, photo
 
 
 def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
@@ -121,13 +108,12 @@ def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolEx
     source = samples(unit)
 
     def start() -> list[Any]:
-        return [threads.submit(_read, sample, size) for sample in islice(source, batch)]
+        return [threads.submit(_read, *sample, size) for sample in islice(source, batch)]
 
     waiting = start()
     while waiting:
-        following = start()
-        yield [future.result() for future in waiting]
-        waiting = following
+        ready, waiting = waiting, start()
+        yield [future.result() for future in ready]
 
 
 @torch.inference_mode()
@@ -138,15 +124,14 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
     if not photos:
         return rows
     output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float()
+    readable = [row for row in rows if row["error"] is None]
     if top:
         best = output.softmax(1).topk(min(top, output.shape[1]))
-        found = {"classes": best.indices.tolist(), "probabilities": best.values.tolist()}
+        for row, classes, probabilities in zip(readable, best.indices.tolist(), best.values.tolist()):
+            row |= {"classes": classes, "probabilities": probabilities}
     else:
-        found = {"features": output.tolist()}
-    readable = [row for row in rows if row["error"] is None]
-    for name, values in found.items():
-        for row, value in zip(readable, values):
-            row[name] = value
+        for row, features in zip(readable, output.tolist()):
+            row["features"] = features
     return rows
 
 
@@ -158,14 +143,15 @@ def run(options: argparse.Namespace) -> None:
     if place["device"].type == "cuda" and "LOCAL_RANK" in os.environ:
         place["device"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     units = find_units(options.source, options.unit)
-    loaded = load_with_queries(options)
-    model, pixels, _ = loaded
-    top = options.top if find_spec(model).num_classes and not options.features else 0
-    if options.features and find_spec(model).num_classes:
+    model, pixels, _ = load_with_queries(options)
+    classifies = find_spec(model).num_classes > 0
+    top = options.top if classifies and not options.features else 0
+    if options.features and classifies:
         remove_classifier(model)
     fast = deploy(model.to(**place))
     options.out.mkdir(parents=True, exist_ok=True)
-    _settle(options.out / _SETTINGS, _settings(options, loaded, units, top, str(place["dtype"])))
+    facts = {"mean": [*pixels.mean], "std": [*pixels.std], "top": top, "dtype": str(place["dtype"])}
+    _settle(options.out / _SETTINGS, {"model": options.model, **_settings(model.cropr, units), **facts})
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
     mine = list(zip(units, parts))[rank::world]
     todo = [(unit, part) for unit, part in mine if not part.exists()]
@@ -195,34 +181,22 @@ def run(options: argparse.Namespace) -> None:
         print(f"{who}all {len(parts)} units are there: {options.out}")
 
 
-def _settings(
-    options: argparse.Namespace, loaded: Loaded, units: Sequence[Unit], top: int, dtype: str
-) -> dict[str, Any]:
-    """Everything that the content of the files depends on."""
-    stack = loaded.model.cropr
+def _settings(stack: Any, units: Sequence[Unit]) -> dict[str, Any]:
+    """What the content of the files depends on, of the pruning and of the photos."""
     queries = torch.stack([module.query().float().cpu() for module in stack]) if len(stack) else torch.empty(0)
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
-        "model": options.model,
         "schedule": str(stack.config.schedule),
         "llf": stack.config.llf,
         "merge": str(stack.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
-        "mean": list(loaded.pixels.mean),
-        "std": list(loaded.pixels.std),
-        "top": top,
-        "dtype": dtype,
         "units": len(units),
         "names": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
 
 
 def _settle(path: Path, settings: dict[str, Any]) -> None:
-    """Write what a run is, or check that it is the run that the folder holds.
-
-    Raises:
-        ValueError: it is another one.
-    """
+    """Write what a run is; ValueError where the folder holds another run."""
     if not path.exists():
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return

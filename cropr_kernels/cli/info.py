@@ -17,7 +17,6 @@ from .common import add_arguments, load_model
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
     add_arguments(parser, "--rate", "--llf", "--merge")
     parser.add_argument("model", nargs="?", help="as of the other commands; a name has random weights")
@@ -68,15 +67,14 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     tokens = known.num_prefix + stack.config.grid[0] * stack.config.grid[1]
     counts = stack.config.counts(tokens, depth, known.num_prefix)
     remove(model)
+    off = f"off, the functional ops run it: {stack.engine_reason}"
     facts = {
         "model": f"{options.model}, {type(model).__module__}.{type(model).__name__}",
         "tokens": f"{tokens} of width {known.dim}, {known.num_prefix} of them never pruned",
         "blocks": f"{depth} x {type(known.blocks[0]).__name__}",
         "kept after each block": " ".join(map(str, counts)) + (", all in the last block" if stack.config.llf else ""),
         "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {stack.config.schedule}",
-        "engine": f"off, the functional ops run it: {stack.engine_reason}"
-        if stack.engine is None
-        else "zero-copy, every block",
+        "engine": off if stack.engine is None else "zero-copy, every block",
     }
     if stack.config.merge is not None:
         width = known.dim // known.num_heads

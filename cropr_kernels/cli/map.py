@@ -16,7 +16,6 @@ from .common import add_arguments, load_model
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "map",
         help="pictures of what a model prunes from photos, block by block",

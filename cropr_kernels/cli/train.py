@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..models.adapters import find_spec
 from ..pruning.api import set_rate
@@ -22,7 +23,6 @@ from .common import add_arguments
 
 
 def add_parser(commands: Any) -> None:
-    """The arguments of both commands."""
     training = commands.add_parser(
         "train",
         help="train a pruned Vision Transformer",
@@ -51,16 +51,10 @@ def add_parser(commands: Any) -> None:
 
 
 def configure(options: argparse.Namespace) -> Config:
-    """The configuration that the arguments of `cropr train` describe.
-
-    Raises:
-        ValueError: an option is malformed, unknown, or cannot be.
-    """
-    config = PRESETS[options.preset] if options.preset else Config()
-    if options.config:
-        config = Config.read(options.config)
-    elif not options.preset and (options.out / "config.json").exists():
-        config = Config.read(options.out / "config.json")
+    """The configuration that the arguments of `cropr train` describe."""
+    config, own = PRESETS.get(options.preset, Config()), options.out / "config.json"
+    if options.config or (not options.preset and own.exists()):
+        config = Config.read(options.config or own)
     malformed = [option for option in options.options if "=" not in option]
     if malformed:
         raise ValueError(f"options must be name=value, got {malformed[0]!r}")
@@ -87,10 +81,9 @@ def run_eval(options: argparse.Namespace) -> None:
     data = load_data(config)
     if data.classes != classes:
         raise ValueError(f"the dataset must have the {len(classes)} classes of the run, has {len(data.classes)} others")
-    pruned = is_pruned(task.backbone)
+    pruned, rows = is_pruned(task.backbone), []
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
-    rows: list[dict[str, Any]] = []
     with processes(config) as place:
         task = task.to(place.device)
         for rate in options.rates or [None]:
@@ -120,14 +113,13 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     step = max(len(data.val) // options.pictures, 1)
     shown, maps = [], []
-    for index in list(range(0, len(data.val), step))[: options.pictures]:
+    for index in range(0, len(data.val), step)[: options.pictures]:
         image = data.val[index][0]
         if config.task == "detection":
             pixels = task.pixels([image])[0]
-        else:
-            height, width = (min(own, side) for own, side in zip(image.shape[1:], config.img_size))
-            pixels = torch.zeros(3, *config.img_size)
-            pixels[:, :height, :width] = image[:, :height, :width]
+        else:  # cut or padded to the size of training
+            height, width = image.shape[1:]
+            pixels = F.pad(image, (0, config.img_size[1] - width, 0, config.img_size[0] - height))
         maps.append(pruning_map(task.backbone, pixels[None])[0])
         shown.append(pixels * std + mean)
     depth = len(find_spec(task.backbone).blocks)

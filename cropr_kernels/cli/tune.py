@@ -12,7 +12,6 @@ from .common import add_arguments, load_model, place_of
 
 
 def add_parser(commands: Any) -> None:
-    """The command's arguments."""
     parser = commands.add_parser(
         "tune",
         help="find the schedule that reaches a speed on this device",
@@ -24,9 +23,7 @@ def add_parser(commands: Any) -> None:
     goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
     goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
     add_arguments(parser, "model", "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
-    parser.add_argument(
-        "--out", type=Path, default=Path("schedule.json"), help="file to write (default: schedule.json)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
     parser.set_defaults(run=run)
 
 

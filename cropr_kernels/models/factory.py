@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 _TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes of names that timm looks up elsewhere
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class Pixels(NamedTuple):
@@ -40,20 +39,13 @@ def is_transformers_folder(path: str | Path) -> bool:
         return False
 
 
-def kind_of(
-    name: str, *, pretrained: bool = False
-) -> Literal["weight file", "transformers", "preset", "torchvision", "timm"]:
-    """What a name means; a preset with pretrained=True is timm's model of the same name.
-
-    Raises:
-        ValueError: it means nothing.
-        ImportError: it may be a model of timm, and timm is not installed.
-    """
+def kind_of(name: str, *, pretrained: bool = False) -> str:
+    """What a name means: "weight file", "transformers", "preset", "torchvision" or "timm"; raises as `create_model`."""
     if Path(name).suffix in WEIGHT_FILES:
         return "weight file"
     if is_transformers_folder(name):
         return "transformers"
-    if name in PRESETS and not pretrained:
+    if name in PRESETS and not pretrained:  # timm has weights for the same names
         return "preset"
     if name in _TORCHVISION:
         return "torchvision"
@@ -80,54 +72,44 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         FileNotFoundError: there is no such file.
         ImportError: the library of the model is not installed.
     """
-    kind = kind_of(name, pretrained=pretrained)
+    kind, what = kind_of(name, pretrained=pretrained), f"model {name!r}"
     if kind == "weight file":
         model: Any = load_weights(name, **options)[0]
     elif kind == "preset":
         model = create_vit(name, **options)
-    elif kind == "transformers":
-        model = _load_folder(name, options)
     elif kind == "torchvision":
-        models = need("torchvision.models", "train", f"model {name!r}")
-        model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+        weights = "DEFAULT" if pretrained else None
+        model = need("torchvision.models", "train", what).get_model(name, weights=weights, **options)
+    elif kind == "timm":
+        model = need("timm", "timm", what).create_model(name, pretrained=pretrained, **options)
     else:
-        model = need("timm", "timm", f"model {name!r}").create_model(name, pretrained=pretrained, **options)
+        transformers = need("transformers", "transformers", what)
+        architectures = transformers.AutoConfig.from_pretrained(name).architectures or []
+        own = [one for one in architectures if one.endswith(("ForImageClassification", "WithProjection"))]
+        family = getattr(transformers, own[0]) if own else transformers.AutoModel
+        model = family.from_pretrained(name, dtype=torch.float32, **options)
+        model = model.vision_model if hasattr(model, "text_model") else model
     return model.eval()
 
 
-def _load_folder(folder: str, options: dict[str, Any]) -> Any:
-    transformers = need("transformers", "transformers", f"model {folder!r}")
-    names = transformers.AutoConfig.from_pretrained(folder).architectures or []
-    own = [name for name in names if name.endswith(("ForImageClassification", "WithProjection"))]
-    family = getattr(transformers, own[0]) if own else transformers.AutoModel
-    model = family.from_pretrained(folder, dtype=torch.float32, **options)
-    return model.vision_model if hasattr(model, "text_model") else model
-
-
 def pixels_of(model: Any, name: str) -> Pixels:
-    """How the images of a model are prepared: as its own configuration says, mean and std 0.5 where nothing does.
+    """How the images of a model of `create_model(name)` are prepared, by its own configuration or preprocessor.
 
-    Args:
-        model: of `create_model`.
-        name: what it was created from: a folder of transformers may hold the configuration of a preprocessor.
-
-    Raises:
-        TypeError: its family is not known.
+    Mean and standard deviation are 0.5 where nothing says them. Raises TypeError where the family is not known.
     """
     known = find_spec(model)
+    mean = std = (0.5, 0.5, 0.5)
+    if hasattr(model, "pretrained_cfg"):
+        about = need("timm.data", "timm", f"model {name!r}").resolve_model_data_config(model)
+        mean, std = about["mean"], about["std"]
+    elif not hasattr(model, "config"):
+        mean, std = _IMAGENET
+    elif (Path(name) / "preprocessor_config.json").is_file():
+        processor = need("transformers", "transformers", f"model {name!r}").AutoImageProcessor.from_pretrained(name)
+        normalises = processor.do_normalize
+        mean, std = (processor.image_mean, processor.image_std) if normalises else ((0.0,) * 3, (1.0,) * 3)
     size = known.grid[0] * known.patch_size[0], known.grid[1] * known.patch_size[1]
-    if not isinstance(model, ViT):
-        if hasattr(model, "pretrained_cfg"):
-            about = need("timm.data", "timm", f"model {name!r}").resolve_model_data_config(model)
-            return Pixels(size, tuple(about["mean"]), tuple(about["std"]))
-        if not hasattr(model, "config"):
-            return Pixels(size, *_IMAGENET)
-        if (Path(name) / "preprocessor_config.json").is_file():
-            processor = need("transformers", "transformers", f"model {name!r}").AutoImageProcessor.from_pretrained(name)
-            if not processor.do_normalize:
-                return Pixels(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-            return Pixels(size, tuple(processor.image_mean), tuple(processor.image_std))
-    return Pixels(size, *_HALF)
+    return Pixels(size, tuple(mean), tuple(std))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -148,16 +130,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {}
 
 
-def _match(state: dict[str, Tensor]) -> tuple[str, int]:
-    """The preset whose parameters have these names and shapes, and the number of classes."""
-    shapes = {name: tensor.shape for name, tensor in state.items() if not name.startswith("head.")}
-    head = state.get("head.weight")
-    classes = 0 if head is None else head.shape[0]
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items() if not name.startswith("head.")}
+
+
+def _match(state: dict[str, Tensor], classes: int) -> str:
+    """The preset whose parameters have these names and shapes, apart from those of the head."""
     for name in PRESETS:
         with torch.device("meta"):
-            candidate = create_vit(name, num_classes=classes).state_dict()
-        if {key: value.shape for key, value in candidate.items() if not key.startswith("head.")} == shapes:
-            return name, classes
+            candidate = create_vit(name, num_classes=classes)
+        if _shapes(candidate.state_dict()) == _shapes(state):
+            return name
     raise ValueError(f"load_weights: no architecture has these {len(state)} tensors; known are {', '.join(PRESETS)}")
 
 
@@ -169,7 +152,7 @@ def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str
         overrides: fields of ``ViTConfig`` to change. With another num_classes the head is a new one.
 
     Returns:
-        The model in eval mode, float32, and the file's metadata (empty for PyTorch files).
+        The model in eval mode, float32, and the file's metadata with the preset's name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -180,7 +163,8 @@ def load_weights(path: str | Path, **overrides: Any) -> tuple[ViT, dict[str, str
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: no weight file at {path}")
     state, metadata = _read(path)
-    name, classes = _match(state)
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    name = _match(state, classes)
     model = create_vit(name, **{"num_classes": classes, **overrides})
     if model.num_classes != classes:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}

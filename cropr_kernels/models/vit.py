@@ -5,8 +5,8 @@ State dicts of timm's ``vit_*``, ``deit_*`` (class token, registers, average poo
 Darcet et al. 2024 (registers), Fang et al. 2023 (EVA-02).
 """
 
-import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_NORM_EPS = 1e-6
+_layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,6 @@ class ViTConfig:
     def num_prefix_tokens(self) -> int:
         """Class token and registers: tokens that are not patches."""
         return int(self.class_token) + self.reg_tokens
-
-    @property
-    def norm_after_pool(self) -> bool:
-        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
-
-
-def _layer_norm(dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, eps=_NORM_EPS)
 
 
 class DropPath(nn.Module):
@@ -116,10 +108,9 @@ def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, d
     coordinates are stretched to the grid the frequencies were trained at.
     """
     bands = 10000.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
-    axes = []
-    for size in (height, width):
-        axis = torch.arange(size, device=device, dtype=torch.float32)
-        axes.append(axis if ref_grid is None else axis / size * ref_grid)
+    axes = [torch.arange(size, device=device, dtype=torch.float32) for size in (height, width)]
+    if ref_grid is not None:
+        axes = [axis / len(axis) * ref_grid for axis in axes]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     angles = (grid.unsqueeze(-1) * bands).reshape(height * width, -1).repeat_interleave(2, dim=-1)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -141,13 +132,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        dim = config.embed_dim
-        self.num_heads, self.num_prefix = config.num_heads, config.num_prefix_tokens
-        head_dim = dim // config.num_heads
-        self.style = config.qkv
+        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        self.num_heads, self.num_prefix, self.style = config.num_heads, config.num_prefix_tokens, config.qkv
         if self.style == "split":
-            self.q_proj = nn.Linear(dim, dim)
-            self.k_proj = nn.Linear(dim, dim, bias=False)
+            self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim)
         else:
             self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and self.style == "joint")
@@ -186,14 +174,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, drop_path: float):
         super().__init__()
-        dim = config.embed_dim
-        self.norm1 = _layer_norm(dim)
-        self.attn = Attention(config)
-        self.ls1 = nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
+        dim, scale = config.embed_dim, config.init_values
+        self.norm1, self.attn = _layer_norm(dim), Attention(config)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = _layer_norm(dim)
-        self.mlp = Mlp(config)
-        self.ls2 = nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
+        self.norm2, self.mlp = _layer_norm(dim), Mlp(config)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
@@ -205,9 +191,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.patch_size = (config.patch_size, config.patch_size)
-        self.proj = nn.Conv2d(
-            config.in_chans, config.embed_dim, config.patch_size, config.patch_size, bias=not config.pre_norm
-        )
+        side = config.patch_size
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, side, side, bias=not config.pre_norm)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H / patch, W / patch, D)."""
@@ -222,14 +207,12 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
+        dim = config.embed_dim
         if config.global_pool == "token" and not config.class_token:
             raise ValueError("ViT: global_pool='token' needs class_token=True")
-        if config.embed_dim % config.num_heads:
-            raise ValueError(
-                f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {config.embed_dim}"
-            )
-        self.config = config
-        dim, self.grid = config.embed_dim, config.img_size // config.patch_size
+        if dim % config.num_heads:
+            raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {dim}")
+        self.config, self.grid = config, config.img_size // config.patch_size
         self.num_prefix_tokens, self.num_classes, self.embed_dim = config.num_prefix_tokens, config.num_classes, dim
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
@@ -239,8 +222,9 @@ class ViT(nn.Module):
         self.norm_pre = _layer_norm(dim) if config.pre_norm else nn.Identity()
         step = config.drop_path_rate / max(config.depth - 1, 1)  # stochastic depth rises linearly with the layer
         self.blocks = nn.ModuleList([Block(config, step * layer) for layer in range(config.depth)])
-        self.norm = nn.Identity() if config.norm_after_pool else _layer_norm(dim)
-        self.fc_norm = _layer_norm(dim) if config.norm_after_pool else nn.Identity()
+        pools_first = config.global_pool == "avg" if config.fc_norm is None else config.fc_norm
+        self.norm = nn.Identity() if pools_first else _layer_norm(dim)
+        self.fc_norm = _layer_norm(dim) if pools_first else nn.Identity()
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
         self.grad_checkpointing = False
         self._init_weights()
@@ -270,11 +254,9 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, P + patches, D) and, for rotary models, the rotary table (patches, 2 * head_dim)."""
-        patch = self.config.patch_size
-        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
-            raise ValueError(
-                f"ViT: images must have shape (B, {self.config.in_chans}, H, W), got {tuple(images.shape)}"
-            )
+        patch, channels = self.config.patch_size, self.config.in_chans
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"ViT: images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
         if images.shape[2] % patch or images.shape[3] % patch or not images.shape[2] or not images.shape[3]:
             raise ValueError(f"ViT: image height and width must be multiples of {patch}, got {tuple(images.shape[2:])}")
         x = self.patch_embed(images)
@@ -285,20 +267,17 @@ class ViT(nn.Module):
             x = torch.cat([*prefix, x + pos_embed], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + pos_embed
-        rope = None
-        if self.config.rope:
-            head_dim = self.embed_dim // self.config.num_heads
-            rope = rotary_table(height, width, head_dim, self.config.rope_ref_grid, x.device)
-        return self.norm_pre(x), rope
+        if not self.config.rope:
+            return self.norm_pre(x), None
+        head_dim = self.embed_dim // self.config.num_heads
+        return self.norm_pre(x), rotary_table(height, width, head_dim, self.config.rope_ref_grid, x.device)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the last block, (B, P + patches, D)."""
         x, rope = self.embed(images)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, rope=rope, use_reentrant=False)
-            else:
-                x = block(x, rope=rope)
+            again = self.grad_checkpointing and self.training
+            x = checkpoint(block, x, rope=rope, use_reentrant=False) if again else block(x, rope=rope)
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -314,19 +293,16 @@ def _sizes(width: int, depth: int = 12) -> dict[str, Any]:
     return {"embed_dim": width, "depth": depth, "num_heads": width // 64}
 
 
+_PLAIN = {"tiny": _sizes(192), "small": _sizes(384), "base": _sizes(768), "large": _sizes(1024, 24)}
 _EVA02 = {"global_pool": "avg", "mlp_ratio": 4 * 2 / 3, "swiglu": True, "rope": True, "patch_size": 14}
 _EVA02_SMALL = {**_EVA02, "qkv": "joint_eva", "rope_ref_grid": 16}
 _EVA02_LARGE = {**_EVA02, "qkv": "split", "scale_mlp": True, "rope_ref_grid": 16, "img_size": 448}
 _REGISTERS_GAP = {"class_token": False, "no_embed_class": True, "reg_tokens": 4, "global_pool": "avg", "img_size": 256}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    **{
-        f"{family}_{name}_patch16_{size}": {**_sizes(width, depth), "img_size": size}
-        for family, names in (("vit", ("tiny", "small", "base", "large")), ("deit", ("tiny", "small", "base")))
-        for name, width, depth in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
-        if name in names
-        for size in (224, 384)
-    },
+    **{f"vit_{name}_patch16_{side}": {**own, "img_size": side} for name, own in _PLAIN.items() for side in (224, 384)},
+    **{f"deit_{name}_patch16_{side}": {**_PLAIN[name], "img_size": side}
+       for name in ("tiny", "small", "base") for side in (224, 384)},
     "vit_medium_patch16_gap_256": {
         **_sizes(512), "class_token": False, "global_pool": "avg", "qkv_bias": False, "init_values": 1e-6,
         "fc_norm": False, "img_size": 256,
@@ -356,8 +332,8 @@ def create_vit(name: str, **overrides: Any) -> ViT:
     """
     if name not in PRESETS:
         raise ValueError(f"create_vit: name must be one of {', '.join(PRESETS)}; got {name!r}")
-    fields = {field.name for field in dataclasses.fields(ViTConfig)}
-    unknown = sorted(set(overrides) - fields)
+    fields = sorted(ViTConfig.__dataclass_fields__)
+    unknown = sorted(set(overrides) - set(fields))
     if unknown:
-        raise ValueError(f"create_vit: no such option {', '.join(unknown)}; options are {', '.join(sorted(fields))}")
+        raise ValueError(f"create_vit: no such option {', '.join(unknown)}; options are {', '.join(fields)}")
     return ViT(ViTConfig(**{**PRESETS[name], **overrides}))

@@ -34,10 +34,7 @@ class Classifier(nn.Module):
         output, aux = self.backbone(images) if is_pruned(self.backbone) else (self.backbone(images), [])
         aux = [_of_image(prediction) for prediction in aux]
         main = self.criterion(output, target)
-        return {
-            "main": main,
-            "aux": sum((self.criterion(prediction, target) for prediction in aux), main.new_zeros(())),
-        }
+        return {"main": main, "aux": sum((self.criterion(one, target) for one in aux), main.new_zeros(()))}
 
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Logits (B, classes) of every auxiliary head, in order, and of the output last."""

@@ -22,14 +22,10 @@ from .features import patch_features
 def patch_categories(
     targets: Sequence[dict[str, Tensor]], num_classes: int, grid: tuple[int, int], patch: tuple[int, int]
 ) -> Tensor:
-    """Which categories touch each patch: (B, patches, num_classes) float, 1 where one of their objects does.
+    """Which categories touch each patch of a grid: (B, patches, num_classes) float, 1 where one of their objects does.
 
-    Args:
-        targets: per image boxes (n, 4) as x0, y0, x1, y1 in pixels, labels (n,) from 1, and masks (n, H, W) if there
-            are any; an object then is where its mask is, else where its box is.
-        num_classes: categories.
-        grid: patches in height and width.
-        patch: pixels of a patch in height and width.
+    Targets are per image boxes (n, 4) as x0, y0, x1, y1 in pixels, labels (n,) from 1, and masks (n, H, W) if there are
+    any; an object then is where its mask is, else where its box is.
     """
     whole = []
     for target in targets:
@@ -55,12 +51,8 @@ class SimplePyramid(nn.Module):
         def up(source: int) -> nn.Module:
             return nn.ConvTranspose2d(source, source // 2, 2, 2)
 
-        paths = [
-            (nn.Sequential(up(dim), LayerNorm2d(dim // 2), nn.GELU(), up(dim // 2)), dim // 4),
-            (up(dim), dim // 2),
-            (nn.Identity(), dim),
-            (nn.MaxPool2d(2), dim),
-        ]
+        finest = nn.Sequential(up(dim), LayerNorm2d(dim // 2), nn.GELU(), up(dim // 2))
+        paths = [(finest, dim // 4), (up(dim), dim // 2), (nn.Identity(), dim), (nn.MaxPool2d(2), dim)]
         self.maps = nn.ModuleList(
             nn.Sequential(
                 path,
@@ -79,14 +71,6 @@ class SimplePyramid(nn.Module):
         return maps
 
 
-class _Width(nn.Module):
-    """Stands for the backbone while torchvision builds the heads behind it."""
-
-    def __init__(self, out_channels: int):
-        super().__init__()
-        self.out_channels = out_channels
-
-
 class _Float32:
     """Stands before a layer's class: under autocast this layer keeps float32, and those around it do not."""
 
@@ -95,12 +79,10 @@ class _Float32:
             return super().forward(x.float())  # type: ignore[misc, no-any-return]
 
 
-class _Linear32(_Float32, nn.Linear):
-    pass
+class _Linear32(_Float32, nn.Linear): ...
 
 
-class _Conv32(_Float32, nn.Conv2d):
-    pass
+class _Conv32(_Float32, nn.Conv2d): ...
 
 
 def _keep_float32(heads: nn.Module) -> None:
@@ -159,12 +141,13 @@ class Detector(nn.Module):
             raise ValueError(f"Detector: no such option {', '.join(unknown)}; options are {', '.join(taken)}")
         sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        heads = kind(_Width(channels), num_classes + 1, rpn_anchor_generator=anchors, **options)
+        width = nn.Identity()  # stands for the backbone while torchvision builds the heads behind it
+        width.out_channels = channels  # type: ignore[assignment]
+        heads = kind(width, num_classes + 1, rpn_anchor_generator=anchors, **options)
         _keep_float32(heads)
         self.rpn, self.roi_heads = heads.rpn, heads.roi_heads
-        self.transform = detection.transform.GeneralizedRCNNTransform(
-            self.side, self.side, list(mean), list(std), size_divisible=self.side
-        )
+        resize = detection.transform.GeneralizedRCNNTransform
+        self.transform = resize(self.side, self.side, list(mean), list(std), size_divisible=self.side)
 
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
         """What the backbone sees of photos (3, H, W) in [0, 1]: resized, padded and normalised, (B, 3, side, side)."""
@@ -197,6 +180,5 @@ class Detector(nn.Module):
         total = torch.zeros_like(main)
         if aux and target is not None:
             categories = patch_categories(target, self.num_classes, grid, patch)
-            for prediction in aux:
-                total = total + F.binary_cross_entropy_with_logits(prediction.float(), categories)
+            total = sum((F.binary_cross_entropy_with_logits(one.float(), categories) for one in aux), total)
         return {"main": main, "aux": total}

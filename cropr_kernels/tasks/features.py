@@ -1,30 +1,16 @@
 """What dense tasks take from a backbone: the features of all patches, normalised."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..pruning.model import features, is_pruned
 
 
-class Features(NamedTuple):
-    """Tokens of all patches (B, patches, D), and the auxiliary predictions (B, patches, outputs), one per module."""
+def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> tuple[Tensor, list[Tensor]]:
+    """Tokens of all patches (B, patches, D), and auxiliary predictions (B, patches, outputs), one per module.
 
-    tokens: Tensor
-    aux: list[Tensor]
-
-
-def token_norm(backbone: Any) -> Any:
-    """The last norm of the tokens: models that average over patches have it behind the average."""
-    behind = getattr(backbone, "fc_norm", None)
-    return behind if isinstance(behind, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm) else backbone.norm
-
-
-def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
-    """Features of a backbone that is not pruned, or pruned with Last Layer Fusion.
-
-    Raises:
-        ValueError: it is pruned without: the map is not whole.
+    Raises ValueError where the backbone is pruned without Last Layer Fusion: the map is not whole.
     """
     aux: list[Tensor] = []
     prefix = backbone.num_prefix_tokens
@@ -36,5 +22,7 @@ def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
     else:
         x = backbone.forward_features(images)
     tokens = x[:, prefix:]
-    norm = token_norm(backbone)
-    return Features(tokens if norm is backbone.norm else norm(tokens), aux)
+    behind = getattr(backbone, "fc_norm", None)  # where a model averages over the patches first, its norm is here
+    if isinstance(behind, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm):
+        tokens = behind(tokens)
+    return tokens, aux

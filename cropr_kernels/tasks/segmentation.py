@@ -3,7 +3,8 @@
 Last Layer Fusion brings the pruned tokens back before the last block.
 """
 
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,8 @@ from ..pruning.model import is_pruned
 from .features import patch_features
 
 
-class PatchLogits(NamedTuple):
-    """Logits of all patches (B, patches, classes): the decoder's, and those of the modules."""
-
-    output: Tensor
-    aux: list[Tensor]
-
-
 def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Mean cross-entropy of logits (B, classes, ...) over the places of target (B, ...) that have a class.
-
-    0 where none has.
-    """
+    """Mean cross-entropy of logits (B, classes, ...) over the places of target (B, ...) with a class; 0 without any."""
     total = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="sum")
     return total / (target != ignore_index).sum().clamp_min(1)
 
@@ -49,10 +40,10 @@ class Segmenter(nn.Module):
         self.backbone, self.grid, self.ignore_index = backbone, grid, ignore_index
         self.head = nn.Linear(backbone.embed_dim, num_classes)
 
-    def logits(self, images: Tensor, *, predict: bool = False) -> PatchLogits:
+    def logits(self, images: Tensor, *, predict: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
         tokens, aux = patch_features(self.backbone, images, predict=predict)
-        return PatchLogits(self.head(tokens), aux)
+        return self.head(tokens), aux
 
     def aux_loss(self, prediction: Tensor, labels: Tensor) -> Tensor:
         """Loss of an auxiliary prediction (B, patches, classes) against labels (B, patches)."""
@@ -68,14 +59,11 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, target: Tensor | None = None) -> Any:
         """Losses {"main", "aux"} in training with a target (B, H, W) int64, else logits (B, classes, H, W)."""
         if not self.training or target is None:
-            return self.to_map(self.logits(images).output, images)
+            return self.to_map(self.logits(images)[0], images)
         logits, aux = self.logits(images, predict=True)
         main = pixel_loss(self.to_map(logits, images), target, self.ignore_index)
-        total = main.new_zeros(())
         labels = patch_labels(target, self.grid) if aux else target
-        for prediction in aux:
-            total = total + self.aux_loss(prediction, labels)
-        return {"main": main, "aux": total}
+        return {"main": main, "aux": sum((self.aux_loss(one, labels) for one in aux), main.new_zeros(()))}
 
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Label logits (B, patches, classes) of every auxiliary head, in order, and of the decoder last."""
@@ -85,10 +73,7 @@ class Segmenter(nn.Module):
     def slide(self, images: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
         """Logits (B, classes, H, W) of images of any size, averaged over windows of the training size.
 
-        Images smaller than a window are padded with zeros.
-
-        Raises:
-            ValueError: windows so far apart would leave gaps.
+        Images smaller than a window are padded with zeros. ValueError where windows so far apart would leave gaps.
         """
         if not all(1 <= step <= side for step, side in zip(stride, size)):
             raise ValueError(f"Segmenter.slide: stride must be from 1 to the window's size {size}, got {stride}")
@@ -96,14 +81,13 @@ class Segmenter(nn.Module):
         padded = F.pad(images, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
         total = padded.new_zeros(len(images), self.head.out_features, *padded.shape[2:], dtype=torch.float32)
         count = total.new_zeros(padded.shape[2:])
-        for top in _starts(padded.shape[2], size[0], stride[0]):
-            for left in _starts(padded.shape[3], size[1], stride[1]):
-                window = ..., slice(top, top + size[0]), slice(left, left + size[1])
-                total[window] += self(padded[window])
-                count[window] += 1
+        # Windows begin so that they cover everything and the last one ends at the edge.
+        starts = [
+            [*range(0, length - side, step), length - side]
+            for length, side, step in zip(padded.shape[2:], size, stride)
+        ]
+        for top, left in itertools.product(*starts):
+            window = ..., slice(top, top + size[0]), slice(left, left + size[1])
+            total[window] += self(padded[window])
+            count[window] += 1
         return (total / count)[:, :, :height, :width]
-
-
-def _starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows begin, so that they cover everything and the last one ends at the edge."""
-    return [*range(0, max(length - size, 0), stride), length - size]

@@ -13,14 +13,9 @@ from .config import Config
 
 
 def backbone(config: Config, num_classes: int) -> Any:
-    """The network before pruning, with a head for so many classes, or none for 0.
-
-    Raises:
-        ValueError: there is no such model, or the options do not fit it.
-    """
+    """The network before pruning, with a head for so many classes, or none for 0."""
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
-    options |= {"patch_size": config.patch_size} if config.patch_size else {}
-    options |= {"global_pool": config.global_pool} if config.global_pool else {}
+    options |= {name: own for name in ("patch_size", "global_pool") if (own := getattr(config, name))}
     options |= config.options_of("model_options")
     name = config.weights or config.model
     kind = kind_of(name, pretrained=config.pretrained)
@@ -40,11 +35,7 @@ def settled(config: Config) -> Config:
 
 
 def task(config: Config, num_classes: int) -> Any:
-    """The backbone, pruned as the configuration says, and its task around it. Seeds its own random numbers.
-
-    Raises:
-        ValueError: the options do not fit together.
-    """
+    """The backbone, pruned as the configuration says, in its task; ValueError where options do not fit together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = backbone(config, num_classes if config.task == "classification" else 0)

@@ -5,23 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..utils.io import atomic_write, load_tensors
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before stays until the new one is complete.
-
-    Raises:
-        RuntimeError: it cannot be written, for want of space, say; the one before is still there.
-    """
+    """Write a checkpoint; the one before stays until the new one is complete, and where that raises RuntimeError."""
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
@@ -31,12 +21,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no checkpoint.
-    """
+    """Read a checkpoint. Raises FileNotFoundError where there is none, ValueError where the file is none."""
     state = load_tensors(path)
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"checkpoint: {path} holds no model")
@@ -44,11 +29,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Load weights whose names and shapes must all match.
-
-    Raises:
-        ValueError: they do not; the message lists the first differences.
-    """
+    """Load weights. Raises ValueError, with the first differences, where a name or a shape does not match."""
     own, found = ({name: tuple(value.shape) for name, value in one.items()} for one in (model.state_dict(), weights))
     pairs = [(name, own.get(name, "absent"), found.get(name, "absent")) for name in own | found]
     problems = [f"{name} must be {wanted}, is {got}" for name, wanted, got in pairs if wanted != got]
@@ -58,19 +39,15 @@ def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
     model.load_state_dict(weights)
 
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Whole tensors on the CPU, also where they are sharded. All processes must call it."""
-    return {
-        "model": get_model_state_dict(model, options=_FULL),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_FULL),
-    }
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    return {"model": weights, "optimizer": moments}
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of state_of; every process has read the whole checkpoint."""
     options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, state["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    weights, moments = state["model"], state["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)

@@ -99,26 +99,25 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
-        for allowed, (holds, names) in _RANGES.items():
+        for allowed, (within, names) in _RANGES.items():
             for name in names.split():
-                self._require(name, holds(getattr(self, name)), allowed)
-        divides = self.batch_size % self.accumulate == 0
-        self._require("accumulate", divides, f"a divisor of batch_size={self.batch_size}")
-        self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
+                self._require(name, within(getattr(self, name)), allowed)
         self.options_of("model_options")
         self.options_of("detector_options")
         given = [name for name, value in self.schedule.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
-        if self.task != "classification":
-            self._require("num_queries", self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is")
-        if self.task == "segmentation":
-            self._require("num_classes", self.num_classes >= 1, ">= 1 for segmentation")
-        if self.task == "detection" and self.prunes:
-            self._require("llf", self.llf, "true for detection: the pyramid needs the whole map")
-        if self.stride is not None:
-            fits = all(1 <= step <= side for step, side in zip(self.stride, self.img_size))
-            self._require("stride", fits, f"from 1 to img_size={self.img_size}")
+        steps = zip(self.stride or (1, 1), self.img_size)
+        free, pyramid = self.task == "classification", self.task == "detection" and self.prunes
+        for name, holds, allowed in [
+            ("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"),
+            ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
+            ("num_queries", free or self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is"),
+            ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
+            ("llf", self.llf or not pyramid, "true for detection: the pyramid needs the whole map"),
+            ("stride", all(1 <= step <= side for step, side in steps), f"from 1 to img_size={self.img_size}"),
+        ]:
+            self._require(name, holds, allowed)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -147,11 +146,7 @@ class Config:
         return any(value is not None for value in self.schedule.values())
 
     def changed(self, **values: Any) -> "Config":
-        """A copy with other values.
-
-        Raises:
-            ValueError: there is no such option, or a value cannot be.
-        """
+        """A copy with other values; ValueError where there is no such option, or a value cannot be."""
         unknown = sorted(set(values) - set(_HINTS))
         if unknown:
             raise ValueError(f"config: no such option {', '.join(unknown)}; options are {', '.join(_HINTS)}")
@@ -170,12 +165,7 @@ class Config:
 
     @staticmethod
     def read(path: str | Path) -> "Config":
-        """Read config.json.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no JSON object, or holds what cannot be; the message names the file.
-        """
+        """Read config.json; ValueError, which names the file, where it is no JSON object or holds what cannot be."""
         try:
             values = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
@@ -206,15 +196,10 @@ _FREE = {"data", "device", "workers", "save_steps", "log_steps"}  # may change w
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """A value as its field's type: JSON has no tuples, the command line only text.
-
-    Raises:
-        ValueError: it is no such value.
-    """
+    """A value as its field's type: JSON has no tuples, the command line only text."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        kind = next(option for option in inner if option is not type(None))
-        return None if value is None or value in ("none", "null") else _coerce(name, value, kind)
+    if origin is types.UnionType:  # with None, which stands last
+        return None if value in (None, "none", "null") else _coerce(name, value, inner[0])
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"config: {name} must be one of {', '.join(map(repr, inner))}, got {value!r}")
@@ -225,10 +210,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             many = "some" if inner[-1] is ... else str(len(inner))
             raise ValueError(f"config: {name} must be {many} values, got {value!r}")
         return tuple(_coerce(name, item, inner[0]) for item in items if item != "")
-    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+    if type(value) is hint:
         return value
+    if hint is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     try:
         if hint is bool or isinstance(value, bool) or (hint is int and isinstance(value, float)):
             raise TypeError

@@ -8,12 +8,13 @@ import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..utils.images import find_photos
 from ..utils.optional import need
@@ -23,11 +24,11 @@ TRIES = 16  # neighbours tried in place of a sample that cannot be read
 
 
 class Data(NamedTuple):
-    """What a run is trained and evaluated on. Classes without the background of detection."""
+    """What a run is trained and evaluated on."""
 
     train: Any
     val: Any
-    classes: list[str]
+    classes: list[str]  # without the background of detection
 
 
 def seed_of(*parts: int) -> int:
@@ -40,16 +41,16 @@ def seeded(seed: int) -> Iterator[None]:
     """Run with all generators seeded, and put them back as they were."""
     from numpy import random as numpy  # torchvision brings it
 
-    states = random.getstate(), numpy.get_state(), torch.random.get_rng_state()
-    random.seed(seed)
-    numpy.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        numpy.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+    own, of_numpy = random.getstate(), numpy.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        numpy.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            numpy.set_state(of_numpy)
 
 
 class Sample(NamedTuple):
@@ -116,12 +117,11 @@ class Batches:
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Any, Any, int]:
-    """Images and targets, stacked where they are tensors or numbers, and how many samples were replaced."""
-    images, targets = [sample.image for sample in samples], [sample.target for sample in samples]
-    if isinstance(targets[0], dict):
-        return images, targets, sum(sample.skipped for sample in samples)
-    stacked = torch.stack(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
-    return torch.stack(images), stacked, sum(sample.skipped for sample in samples)
+    """Images and targets, stacked but for those of detection, and how many samples were replaced."""
+    images, targets, skipped = ([*part] for part in zip(*samples))
+    if not isinstance(targets[0], dict):
+        images, targets = default_collate(images), default_collate(targets)
+    return images, targets, sum(skipped)
 
 
 def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
@@ -146,31 +146,39 @@ def load_data(config: Config) -> Data:
     """The dataset that a configuration names.
 
     Raises:
-        FileNotFoundError: a part of it is missing; the message names the option.
+        FileNotFoundError, ImportError: a part of it, or a library of the train extra, is missing.
         ValueError: it does not hold what its task needs.
-        ImportError: a library of the train extra is missing.
     """
-    return {"classification": _folders, "segmentation": _label_maps, "detection": _coco}[config.task](config)
+    parts = [_parts(config, option) for option in ("train_split", "val_split")]
+    if config.task == "classification":
+        folder = need("torchvision.datasets", "train", "cropr train").ImageFolder
+        train, val = (folder(*own, transform) for own, transform in zip(parts, classification_transforms(config)))
+    else:
+        dataset: Any = LabelMaps if config.task == "segmentation" else Boxes
+        train, val = dataset(*parts[0], config, train=True), dataset(*parts[1], config, train=False)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"train and val have different classes: {', '.join(odd[:5]) or 'they differ in order'}")
+    return Data(train, val, train.classes)
 
 
-def _part(config: Config, option: str, number: int, count: int) -> Path:
-    parts = getattr(config, option)
-    if len(parts) != count:
-        raise ValueError(f"config: {option} must be {count} paths for {config.task}, got {parts!r}")
-    path = Path(config.data) / parts[number]
-    if not path.exists():
-        raise FileNotFoundError(f"config: {option} names {path}, and there is no such file or folder")
-    return path
+def _parts(config: Config, option: str) -> list[Path]:
+    """The paths that make one part of the dataset, all of which are there."""
+    names, count = getattr(config, option), 1 if config.task == "classification" else 2
+    if len(names) != count:
+        raise ValueError(f"config: {option} must be {count} paths for {config.task}, got {names!r}")
+    paths = [Path(config.data) / name for name in names]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"config: {option} names {path}, and there is no such file or folder")
+    return paths
 
 
 def classification_transforms(config: Config) -> tuple[Any, Any]:
     """timm's transforms for training and evaluation."""
-    create = need("timm.data", "train", "cropr train").create_transform
-    shared: dict[str, Any] = dict(
-        input_size=(3, *config.img_size), mean=config.mean, std=config.std, interpolation="bicubic"
-    )
+    size, create = (3, *config.img_size), need("timm.data", "train", "cropr train").create_transform
+    create = partial(create, size, mean=config.mean, std=config.std, interpolation="bicubic")
     training = create(
-        **shared,
         is_training=True,
         scale=config.scale,
         hflip=config.flip,
@@ -178,18 +186,7 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
         auto_augment=config.auto_augment or None,
         re_prob=config.erasing,
     )
-    return training, create(**shared, is_training=False, crop_pct=0.875)
-
-
-def _folders(config: Config) -> Data:
-    datasets = need("torchvision.datasets", "train", "cropr train")
-    training, evaluation = classification_transforms(config)
-    train = datasets.ImageFolder(_part(config, "train_split", 0, 1), training)
-    val = datasets.ImageFolder(_part(config, "val_split", 0, 1), evaluation)
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train and val have different classes: {', '.join(odd[:5])}")
-    return Data(train, val, train.classes)
+    return training, create(is_training=False, crop_pct=0.875)
 
 
 def _read(path: Path, mode: str | None = None) -> Tensor:
@@ -199,18 +196,10 @@ def _read(path: Path, mode: str | None = None) -> Tensor:
         return to_tensor(image.convert(mode) if mode else image)
 
 
-def _both(dataset: Any, config: Config) -> Any:
-    """A dataset of images and annotations, for training and for evaluation."""
-    for option in ("train_split", "val_split"):
-        images, annotations = (_part(config, option, number, 2) for number in (0, 1))
-        yield dataset(images, annotations, config, train=option == "train_split")
-
-
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     """Photos and label maps of the same names: (3, H, W) and (H, W) int64.
 
-    Raises:
-        ValueError: there are none, or a photo has no label map.
+    In training resized by a random factor, cropped at random, flipped and jittered; in evaluation as they are.
     """
 
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
@@ -222,37 +211,33 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"segmentation: {what}")
         self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
         self.config, self.train = config, train
+        self.classes = [str(index) for index in range(config.num_classes)]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        photo_path, label_path = self.pairs[index]
+        config, (photo_path, label_path) = self.config, self.pairs[index]
         pixels, classes = _read(photo_path, "RGB"), _read(label_path)[:1].long()
         if pixels.shape[1:] != classes.shape[1:]:
             raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
-        if self.config.reduce_zero_label:
-            classes = torch.where(classes == 0, self.config.ignore_index, classes - 1)
-        highest = classes.where(classes != self.config.ignore_index, -1).max()
-        if highest >= self.config.num_classes:
+        if config.reduce_zero_label:
+            classes = torch.where(classes == 0, config.ignore_index, classes - 1)
+        highest = classes.where(classes != config.ignore_index, -1).max()
+        if highest >= config.num_classes:
             raise ValueError(
-                f"{label_path} has label {int(highest)}; labels must be below num_classes={self.config.num_classes} or "
-                f"ignore_index={self.config.ignore_index}"
+                f"{label_path} has label {int(highest)}; labels must be below num_classes={config.num_classes} or "
+                f"ignore_index={config.ignore_index}"
             )
-        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
-        return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
-
-    def transform(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:
-        """In training: resized by a random factor, a random crop, a flip, jitter. In evaluation: as it is."""
         v2 = need("torchvision.transforms.v2", "train", "cropr train")
-        config = self.config
+        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
+        image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
-            height, width = image.shape[1:]
             factor, jitter = random.uniform(*config.scale), config.color_jitter
             image, label = v2.Compose(
                 [
-                    v2.Resize((max(round(height * factor), 1), max(round(width * factor), 1))),
+                    v2.Resize([max(round(side * factor), 1) for side in image.shape[1:]]),
                     v2.RandomCrop(config.img_size, pad_if_needed=True, fill=fill),
                     v2.RandomHorizontalFlip(config.flip),
                     *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
@@ -260,11 +245,6 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             )(image, label)
         image = v2.functional.normalize(image.float() / 255, config.mean, config.std)
         return image.as_subclass(Tensor), label.as_subclass(Tensor)[0]
-
-
-def _label_maps(config: Config) -> Data:
-    train, val = _both(LabelMaps, config)
-    return Data(train, val, [str(index) for index in range(config.num_classes)])
 
 
 class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
@@ -282,9 +262,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         if not self.ids or not self.categories:
             counts = f"{len(self.ids)} images and {len(self.categories)} categories"
             raise ValueError(f"detection: {annotations} must hold images and categories, holds {counts}")
-
-    def names(self) -> list[str]:
-        return [category["name"] for category in self.coco.loadCats(self.categories)]
+        self.classes = [category["name"] for category in self.coco.loadCats(self.categories)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -298,10 +276,9 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[about["id"]]))
         found = [one for one in found if not one.get("iscrowd") and min(one["bbox"][2:]) > 0]
         boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         target: dict[str, Any] = {
-            "boxes": v2.functional.convert_bounding_box_format(
-                tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size), new_format="XYXY"
-            ),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([self.categories.index(one["category_id"]) + 1 for one in found], dtype=torch.int64),
         }
         if self.config.masks:
@@ -319,13 +296,6 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
             )(pixels, target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
         return (pixels.float() / 255).as_subclass(Tensor), {**plain, "image_id": self.ids[index]}
-
-
-def _coco(config: Config) -> Data:
-    train, val = _both(Boxes, config)
-    if train.categories != val.categories:
-        raise ValueError("train and val have different categories")
-    return Data(train, val, train.names())
 
 
 def mixing(config: Config, classes: int) -> Any:

@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +31,8 @@ def evaluate(
     skipped, images_seen, seconds = 0, 0, 0.0
     try:
         with torch.no_grad(), autocast(config, device):
-            for images, target, replaced in tqdm(
-                loader, desc="evaluation", disable=not show, leave=False, mininterval=1
-            ):
+            bar = tqdm(loader, desc="evaluation", disable=not show, leave=False, mininterval=1)
+            for images, target, replaced in bar:
                 start = time.perf_counter()
                 metric.update(task, images, target)
                 seconds += time.perf_counter() - start
@@ -60,25 +61,21 @@ class Top:
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
         accuracy = need("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
-        self.device, self.num_classes = device, num_classes
-        self.top = {
-            f"top-{k}": accuracy(num_classes, top_k=k, average="micro").to(device) for k in (1, 5) if k <= num_classes
-        }
-        self.aux: list[Any] = []
+        metric = partial(accuracy, num_classes, average="micro")
+        self.device, self.top = device, {f"top-{k}": metric(top_k=k).to(device) for k in (1, 5) if k <= num_classes}
+        self.aux: dict[int, Any] = defaultdict(lambda: metric().to(device))
 
     def update(self, task: Any, images: Tensor, target: Tensor) -> None:
         *aux, logits = task.predictions(images.to(self.device))
         target = target.to(self.device)
         for metric in self.top.values():
             metric.update(logits, target)
-        if not self.aux:
-            self.aux = [type(self.top["top-1"])(self.num_classes, average="micro").to(self.device) for _ in aux]
-        for metric, prediction in zip(self.aux, aux):
-            metric.update(prediction, target)
+        for index, prediction in enumerate(aux):
+            self.aux[index].update(prediction, target)
 
     def compute(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: _percent(metric.compute()) for name, metric in self.top.items()}
-        return values | ({"aux": [_percent(metric.compute()) for metric in self.aux]} if self.aux else {})
+        return values | ({"aux": [_percent(metric.compute()) for metric in self.aux.values()]} if self.aux else {})
 
 
 class Overlap:
@@ -116,15 +113,12 @@ class Precision:
 
     def update(self, task: Any, images: list[Tensor], target: list[dict[str, Any]]) -> None:
         found = task([image.to(self.device) for image in images])
-        wanted = ("boxes", "labels", *(("masks",) if self.masks else ()))
-        predictions, truths = [], []
         for own, true in zip(found, target):
             prediction = {name: own[name].cpu() for name in ("boxes", "scores", "labels")}
+            truth = {name: true[name] for name in ("boxes", "labels")}
             if self.masks:
-                prediction["masks"] = (own["masks"][:, 0] > 0.5).cpu()
-            predictions.append(prediction)
-            truths.append({name: true[name].bool() if name == "masks" else true[name] for name in wanted})
-        self.metric.update(predictions, truths)
+                prediction["masks"], truth["masks"] = (own["masks"][:, 0] > 0.5).cpu(), true["masks"].bool()
+            self.metric.update([prediction], [truth])
 
     def compute(self) -> dict[str, Any]:
         with warnings.catch_warnings():

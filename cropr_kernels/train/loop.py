@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
 from ..calibration import calibrate
 from ..pruning.api import set_progress
@@ -89,7 +90,7 @@ class Run:
     """One training run of one process."""
 
     def __init__(self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool):
-        self.config, self.out, self.data, self.place = config, out, data, place
+        self.config, self.out, self.data, self.place, self.log = config, out, data, place, out / "metrics.jsonl"
         self.task = task.to(place.device).train()
         self.writes = place.rank == 0
         self.show = show and self.writes
@@ -102,8 +103,7 @@ class Run:
         if resumed is None and config.calibrate and is_pruned(task.backbone):
             self._calibrate()
         self.wrapped = self._share(self.task)
-        groups = param_groups(self.task, config)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
+        self.optimizer = torch.optim.AdamW(param_groups(self.task, config), lr=config.lr, betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
         self.ema = AveragedModel(self.task, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         if resumed is not None:
@@ -123,15 +123,12 @@ class Run:
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(own, self.config.to_json())
-            self._cut_log(0 if found is None else found["step"])
+            # What was logged after the checkpoint will be logged again.
+            step = 0 if found is None else found["step"]
+            lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(self.log, "".join(kept))
         return found
-
-    def _cut_log(self, step: int) -> None:
-        """Leave out what was logged after the checkpoint: it will be logged again."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
 
     def _calibrate(self) -> None:
         """Queries in closed form from training photos; every process comes to the same ones."""
@@ -184,21 +181,23 @@ class Run:
     def _log(self, line: dict[str, Any]) -> None:
         where = {"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)}
         if self.writes:
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with open(self.log, "a") as file:
                 file.write(json.dumps(where | line) + "\n")
 
     def go(self) -> dict[str, Any]:
-        """Train to the end."""
-        config, tqdm = self.config, need("tqdm", "train", "cropr train").tqdm
+        """Train to the end. A run that had ended before gives its last evaluation."""
+        config, place, tqdm = self.config, self.place, need("tqdm", "train", "cropr train").tqdm
         total = config.epochs * self.steps_an_epoch
         if self.step >= total:
-            return self._finished()
+            lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+            return next(line["val"] for line in reversed(lines) if "val" in line)
         with tqdm(total=total, initial=self.step, desc="training", disable=not self.show, mininterval=1) as bar:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
-                sizes = {"rank": self.place.rank, "world": self.place.world, "first_step": first}
-                batches = Batches(len(self.data.train), config, epoch, **sizes)
-                loader = iter(make_loader(self.data.train, batches, config))
+                shared = Batches(
+                    len(self.data.train), config, epoch, rank=place.rank, world=place.world, first_step=first
+                )
+                loader = iter(make_loader(self.data.train, shared, config))
                 for _ in range(first, self.steps_an_epoch):
                     start = time.perf_counter()
                     losses = self._step(loader)
@@ -215,11 +214,6 @@ class Run:
                         self._save()
         return self.last_metrics
 
-    def _finished(self) -> dict[str, Any]:
-        """The last evaluation of a run that had ended before."""
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        return next(line["val"] for line in reversed(lines) if "val" in line)
-
     def _step(self, loader: Iterator[Any]) -> dict[str, Any]:
         """One update from batch_size images; none where the loss or its gradient is not finite."""
         config, device = self.config, self.place.device
@@ -232,8 +226,7 @@ class Run:
         # loss, main, aux; samples that could not be read
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for part in range(config.accumulate):
-            images, target, skipped = next(loader)
-            images, target = _to(images, device), _to(target, device)
+            images, target, skipped = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), next(loader))
             with seeded(seed_of(config.seed, self.step, part, self.place.rank)), self._synchronised(part):
                 if self.mix is not None:
                     images, target = self.mix(images, target)
@@ -297,22 +290,13 @@ class Run:
             self._write("best.pt", {"model": weights, "step": self.step, "metrics": self.last_metrics})
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    return [_to(item, device) for item in value] if isinstance(value, list) else value
-
-
 def rebuild(out: str | Path) -> tuple[Any, Config, list[str]]:
     """The task of a run in eval mode, its configuration and its classes: from best.pt, else last.pt.
 
-    Raises:
-        FileNotFoundError, ValueError: there is no checkpoint, or it does not fit its configuration.
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it does not fit its configuration.
     """
-    out = Path(out)
-    path = out / "best.pt" if (out / "best.pt").exists() else out / "last.pt"
+    best, last = Path(out) / "best.pt", Path(out) / "last.pt"
+    path = best if best.exists() else last
     state = checkpoint.load(path)
     config = dataclasses.replace(Config().changed(**json.loads(state["config"])), pretrained=False)
     task = build.task(config.changed(weights=""), len(state["classes"]))

@@ -9,18 +9,15 @@ from torch import nn
 from .config import Config
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token", "queries", "q_bias", "v_bias")
-_FIRST = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
+_FIRST = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre"))
 
 
 def layer_of(name: str, depth: int) -> int:
     """Layer of a parameter of a task: 0 for the embedding, l + 1 for block l, depth + 1 for all that follows."""
-    path = name.removeprefix("backbone.")
-    if path == name:
-        return depth + 1
-    block = re.match(r"blocks\.(\d+)\.", path)
+    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if path.startswith(_FIRST) else depth + 1
+    return 0 if name.startswith(_FIRST) else depth + 1
 
 
 def is_new(name: str) -> bool:
@@ -46,13 +43,9 @@ def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
             scale *= config.head_lr_scale
         elif layer == depth:
             scale *= config.last_block_lr_scale
-        decays = parameter.ndim > 1 and not name.endswith(_NO_DECAY)
-        weight_decay = config.weight_decay if decays else 0.0
-        group = groups.setdefault(
-            (scale, weight_decay),
-            {"params": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": weight_decay},
-        )
-        group["params"].append(parameter)
+        decay = config.weight_decay if parameter.ndim > 1 and not name.endswith(_NO_DECAY) else 0.0
+        group = {"params": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        groups.setdefault((scale, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -60,8 +53,7 @@ def lr_share(config: Config, epoch: float) -> float:
     """Share of the full learning rate at a time given in epochs: linear warm-up, then cosine or polynomial to zero."""
     if epoch < config.warmup_epochs:
         return max(epoch / config.warmup_epochs, 1e-3)
-    rest = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
-    rest = min(rest, 1.0)
+    rest = min((epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9), 1.0)
     return (1 - rest) ** config.poly_power if config.lr_schedule == "poly" else 0.5 * (1 + math.cos(math.pi * rest))
 
 

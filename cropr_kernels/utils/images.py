@@ -18,12 +18,7 @@ def find_photos(folder: Path) -> list[Path]:
 
 
 def find_named_photos(paths: Sequence[Path]) -> list[Path]:
-    """The photos among these paths, and those of the folders among them.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: there is no photo at all.
-    """
+    """The photos among these paths, and those of the folders among them; ValueError if there is none at all."""
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no photo or folder {path}")
@@ -36,13 +31,8 @@ def find_named_photos(paths: Sequence[Path]) -> list[Path]:
 def load_photo(file: Any, size: int | tuple[int, int] = 224) -> Tensor:
     """Read a photo, resize it to cover 8/7 of `size`, crop the centre: (3, height, width) float32 in [0, 1].
 
-    Args:
-        file: a path, or a binary file object.
-        size: height and width, or both in one.
-
-    Raises:
-        ImportError: Pillow is not installed.
-        OSError: the file does not exist, is no image, is damaged, or has more pixels than Pillow allows.
+    `file` is a path, or a binary file object. Raises ImportError where Pillow is not installed, OSError where the file
+    does not exist, is no image, is damaged, or has more pixels than Pillow allows.
     """
     Image = need("PIL.Image", "viz", "reading photos")
     height, width = (size, size) if isinstance(size, int) else size

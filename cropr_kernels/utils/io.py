@@ -39,12 +39,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def load_tensors(path: str | Path) -> Any:
-    """What torch.save wrote to a file, on the CPU: tensors and plain values only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read.
-    """
+    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if unreadable."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -56,10 +51,6 @@ def load_tensors(path: str | Path) -> Any:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Cells as aligned text, the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in (head, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    sides = ["<"] * left + [">"] * (len(head) - left)
+    lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in (head, *rows)]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)

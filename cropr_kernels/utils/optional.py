@@ -13,12 +13,7 @@ def distribution(module: str) -> str:
 
 
 def need(module: str, extra: str, what: str) -> Any:
-    """Import a module of a library that this package does not depend on.
-
-    Args:
-        module: such as "PIL.Image".
-        extra: of this package, that installs the library.
-        what: the feature that needs it, as the subject of the error.
+    """Import a module, such as "PIL.Image", of a library that only `what` needs, and that an extra installs.
 
     Raises:
         ImportError: the library is not installed: "cropr infer needs pyarrow: pip install 'cropr_kernels[infer]'".

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,26 +11,9 @@ import torch
 from .optional import need
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, until its result is there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int, show: bool) -> dict[Any, float]:
-    """Median seconds of every call; they take turns in shuffled order, after one round that does not count.
-
-    Args:
-        calls: what to time, by name.
-        device: where they run.
-        rounds: timings of each, at least 1.
-        show: whether to show a progress bar (tqdm).
-    """
+    """Median seconds of every call of `rounds` timings; they take turns in shuffled order, after a round to warm up."""
+    settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     order, shuffler = list(calls), random.Random(0)
     times: dict[Any, list[float]] = {key: [] for key in calls}
     turns: Any = range(rounds + 1)
@@ -38,7 +22,10 @@ def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds
     for turn in turns:
         shuffler.shuffle(order)
         for key in order:
-            spent = seconds(calls[key], device)
+            settle()
+            start = time.perf_counter()
+            calls[key]()
+            settle()
             if turn:
-                times[key].append(spent)
+                times[key].append(time.perf_counter() - start)
     return {key: sorted(values)[len(values) // 2] for key, values in times.items()}

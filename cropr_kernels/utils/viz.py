@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .io import atomic_write
@@ -45,17 +46,10 @@ def _two_rows(images: Tensor, maps: Tensor, titles: list[str] | None, margin: fl
 def save_pruning_maps(
     path: str | Path, images: Tensor, maps: Tensor, depth: int, titles: list[str] | None = None
 ) -> None:
-    """Write one PNG: each image above its pruning map laid over it.
+    """Write one PNG: each image, with its title, above its pruning map laid over it.
 
-    Args:
-        path: file to write.
-        images: (B, C, H, W), C = 1 or 3, values in [0, 1].
-        maps: (B, grid height, grid width) from `pruning_map`: the number of blocks each patch went through.
-        depth: blocks of the network; a patch that holds this number was never pruned.
-        titles: one line above each image.
-
-    Raises:
-        ValueError: the batch sizes differ.
+    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from `pruning_map`: the number of
+    blocks each patch went through, of `depth` if it was never pruned. ValueError where the batch sizes differ.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.9)
     extent = (-0.5, images.shape[3] - 0.5, images.shape[2] - 0.5, -0.5)
@@ -70,19 +64,11 @@ def save_pruning_maps(
 def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list[str] | None = None) -> None:
     """Write one PNG: each image above its tokens, every patch in the mean colour of the token that it is part of.
 
-    Lines run between patches of different tokens: what looks like one tile is one token.
-
-    Args:
-        path: file to write.
-        images: (B, C, H, W), C = 1 or 3, values in [0, 1].
-        maps: (B, grid height, grid width) from `merge_map`: patches with one number are one token.
-        titles: one line above each image.
-
-    Raises:
-        ValueError: the batch sizes differ.
+    Lines run between patches of different tokens: what looks like one tile is one token. The arguments are those of
+    `save_pruning_maps`, with maps from `merge_map`: patches with one number are one token.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.0)
-    patches = torch.nn.functional.adaptive_avg_pool2d(images.float(), (maps.shape[1], maps.shape[2])).flatten(2).cpu()
+    patches = F.adaptive_avg_pool2d(images.float(), (maps.shape[1], maps.shape[2])).flatten(2).cpu()
     for axis, colours, own in zip(axes[1], patches, maps.cpu()):
         labels = own.flatten()
         sums = colours.new_zeros(len(colours), int(labels.max()) + 1).index_add_(1, labels, colours)
@@ -98,24 +84,18 @@ def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list
 def save_pruning_frames(
     animation: str | Path, strip: str | Path, image: Tensor, pruned_after: Tensor, depth: int
 ) -> None:
-    """Write an animation (GIF) and a strip (PNG) of one photo: the patches that are left after each block.
+    """Write an animation (GIF), from the whole photo on, and a strip (PNG): the patches left after each block.
 
-    Args:
-        animation, strip: files to write; the animation starts with the whole photo.
-        image: (C, H, W), C = 1 or 3, values in [0, 1].
-        pruned_after: (grid height, grid width) from `pruning_map`.
-        depth: blocks of the network.
+    The photo is (C, H, W), C = 1 or 3, in [0, 1]; pruned_after (grid height, grid width) is its `pruning_map`.
     """
     Image = need("PIL.Image", "viz", "a picture")
     height, width = image.shape[1:]
-    pixels = image.clamp(0, 1).expand(3, -1, -1).cpu()
-    grey = 0.15 * pixels.mean(0, keepdim=True).expand(3, -1, -1) + 0.85
-    blocks = pruned_after.cpu().repeat_interleave(height // pruned_after.shape[0], 0)
-    blocks = blocks.repeat_interleave(width // pruned_after.shape[1], 1)
+    pixels = _pixels(image)
+    grey = 0.15 * pixels.mean(2, keepdim=True) + 0.85
+    blocks = F.interpolate(pruned_after[None, None].float().cpu(), (height, width))[0, 0, :, :, None]
     frames = []
     for block in range(depth):
-        shown = torch.where(blocks <= block, grey, pixels)
-        shown = (shown * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        shown = (torch.where(blocks <= block, grey, pixels) * 255).round().to(torch.uint8)
         frames.append(Image.frombytes("RGB", (width, height), bytes(shown.flatten().tolist())))
     times = [800, *[250] * (depth - 2), 1500]
     with atomic_write(animation) as temporary:
@@ -131,13 +111,9 @@ def save_pruning_frames(
 def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> None:
     """Write one PNG of a training run: losses, the metric, and that of every auxiliary head in the end.
 
-    Args:
-        path: file to write.
-        lines: of metrics.jsonl (`cropr_kernels.train`).
-        metric: the name of the metric in its evaluations, such as "top-1".
+    `lines` are those of metrics.jsonl (`cropr_kernels.train`), `metric` a name in its evaluations, such as "top-1".
     """
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "val" in line]
+    steps, evaluations = ([line for line in lines if kind in line] for kind in ("loss", "val"))
     aux = next((line["val"]["aux"] for line in reversed(evaluations) if "aux" in line["val"]), None)
     figure = _figure(7 if aux is None else 10, 3)
     axes = figure.subplots(1, 2 if aux is None else 3)
@@ -145,26 +121,20 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
         values = [line[name] for line in steps]
         if any(values):
             axes[0].plot([line["epoch"] for line in steps], values, label=f"{name} loss")
-    axes[0].set_yscale("log")
+    axes[0].set(yscale="log", xlabel="epoch")
     axes[0].legend()
     axes[1].plot([line["epoch"] for line in evaluations], [line["val"][metric] for line in evaluations], marker="o")
-    axes[1].set_ylabel(f"{metric}, %")
-    for axis in axes[:2]:
-        axis.set_xlabel("epoch")
+    axes[1].set(xlabel="epoch", ylabel=f"{metric}, %")
     if aux is not None:
         axes[2].bar(range(1, len(aux) + 1), aux)
-        axes[2].set_xlabel("after block")
-        axes[2].set_ylabel(f"{metric} of the auxiliary head, %")
+        axes[2].set(xlabel="after block", ylabel=f"{metric} of the auxiliary head, %")
     _save(figure, path)
 
 
 def save_speed_curves(path: str | Path, rows: list[dict[str, Any]], title: str) -> None:
     """Write one PNG: the speed-up at every rate, a line per batch size, beside the ratio of FLOPs.
 
-    Args:
-        path: file to write.
-        rows: of `cropr bench`: batch, rate, speedup, flop_ratio.
-        title: one line above.
+    `rows` are those of `cropr bench`: batch, rate, speedup, flop_ratio.
     """
     figure = _figure(5, 3.4)
     axis = figure.subplots()
@@ -172,8 +142,7 @@ def save_speed_curves(path: str | Path, rows: list[dict[str, Any]], title: str) 
         own = [row for row in rows if row["batch"] == batch]
         axis.plot([row["rate"] for row in own], [row["speedup"] for row in own], marker="o", label=f"batch {batch}")
     axis.plot([row["rate"] for row in own], [row["flop_ratio"] for row in own], "k--", label="FLOPs")
-    axis.set_xlabel("tokens pruned after each block")
-    axis.set_ylabel("times as fast as unpruned")
+    axis.set(xlabel="tokens pruned after each block", ylabel="times as fast as unpruned")
     axis.set_title(title, fontsize=9)
     axis.legend()
     _save(figure, path)

@@ -133,10 +133,10 @@ def slow_cropr(image, state, queries, config, llf):
         stay = [i for i in range(len(tokens)) if i not in leaving]
         order, tokens, positions = ([part[i] for i in stay] for part in (order, tokens, positions))
         kept_positions.append(order)
-    if not config.norm_after_pool:
+    if "norm.weight" in state:
         tokens = [norm(t, state, "norm") for t in tokens]
     pooled = tokens[0] if config.global_pool == "token" else sum(tokens[num_prefix:]) / (len(tokens) - num_prefix)
-    if config.norm_after_pool:
+    if "fc_norm.weight" in state:
         pooled = norm(pooled, state, "fc_norm")
     return linear(pooled, state, "head"), kept_positions
 

@@ -341,7 +341,8 @@ def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
 
     (tmp_path / "photos").symlink_to(scenes / "train" / "photos")
     (tmp_path / "labels").mkdir()
-    config = Config(task="segmentation", data=str(tmp_path), num_classes=3, train_split=("photos", "labels"))
+    parts = ("photos", "labels")
+    config = Config(task="segmentation", data=str(tmp_path), num_classes=3, train_split=parts, val_split=parts)
     with pytest.raises(ValueError, match=r"00.png has no label map in .*labels"):
         load_data(config)
     fewer = Config(

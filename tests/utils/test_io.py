@@ -51,6 +51,7 @@ def test_only_utils_io_renames_files():
 
 def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)  # another test may have imported it
     with pytest.raises(ImportError, match=re.escape("a picture needs pillow: pip install 'cropr_kernels[viz]'")):
         optional.need("PIL.Image", "viz", "a picture")
     assert optional.need("json.decoder", "viz", "nothing").__name__ == "json.decoder"

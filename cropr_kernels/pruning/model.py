@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.adapters import BlockParts, ModelSpec, hook_refusal
+from ..models.adapters import BlockParts, ModelSpec, engine_refusal
 from .config import PruningConfig
 from .engine import Graphs
 from .masks import level_padding
@@ -37,8 +37,8 @@ class CroprModules(nn.ModuleList):
         return traced if under_way or torch.compiler.is_compiling() else self.slots.own
 
     def engine_is_clear(self) -> bool:
-        """Whether nobody has put hooks on what the engine passes by, since deploy."""
-        return self.engine is not None and not any(hook_refusal(parts) for parts in self.engine)
+        """Whether the blocks still are what deploy saw: no hooks, no other layers in place of those that are opened."""
+        return self.engine is not None and not any(engine_refusal(parts) for parts in self.engine)
 
     def __repr__(self) -> str:
         engine = f"off ({self.engine_reason})" if self.engine is None else "on"

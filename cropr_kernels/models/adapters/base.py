@@ -43,7 +43,7 @@ class BlockParts:
     attn: str
     attend: Callable[[Any, Tensor, Rotary | None, Tensor | None], Tensor]  # attn, h, rotary, log_sizes -> update
     scales: Callable[[Any], tuple[Tensor | None, Tensor | None]]  # block -> LayerScale's g1, g2
-    mlp: str = "mlp"
+    opened: tuple[str, ...] = ()  # parts of the attention that `attend` looks into
 
     def watched(self) -> list[nn.Module]:
         """Modules that the engine opens or passes by: with hooks on one of them the block must be called itself."""
@@ -68,33 +68,22 @@ def own_class(module: nn.Module) -> type:
     return getattr(type(module), "cropr_base", type(module))
 
 
-def layer_norm_refusal(parts: BlockParts) -> str | None:
-    """What keeps the norms of a block out of the engine; None if nothing does."""
+def engine_refusal(parts: BlockParts) -> str | None:
+    """Why the engine must leave a block to its own forward as it now stands; None if it need not."""
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
         if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
             return f"{name} is {type(norm).__name__}, not LayerNorm over the width"
-    return None
-
-
-def hook_refusal(parts: BlockParts) -> str | None:
-    """Hooks, replaced forwards and parametrizations, which only fire where the block is called itself."""
+    for name in parts.opened:
+        module = getattr(getattr(parts.block, parts.attn), name, None)
+        if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
+            return f"{name} is {type(module).__name__}"
     for module in parts.watched():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers leaves hooks on its blocks that do nothing until hidden states are asked for.
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks) or "forward" in vars(
-            module
-        ):
+        foreign = any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+        if foreign or "forward" in vars(module):
             return f"forward hooks on {type(module).__name__}"
         if "parametrizations" in module._modules:
             return f"a parametrization of {type(module).__name__}"
-    return None
-
-
-def plain_linears(attn: nn.Module, *names: str) -> str | None:
-    """Why the projections of an attention must be called and not opened; None if they are plain."""
-    for name in names:
-        module = getattr(attn, name, None)
-        if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
-            return f"{name} is {type(module).__name__}"
     return None

@@ -12,7 +12,8 @@ from torch import nn
 from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
 from .base import ModelSpec as ModelSpec
-from .base import engine_refusal as engine_refusal
+from .base import engine_refusal
+from .base import is_hooked as is_hooked
 
 ADAPTERS: tuple[Any, ...] = (reference, timm, transformers, torchvision)
 

@@ -372,7 +372,8 @@ def test_the_engine_gives_what_the_functional_ops_give(name, options, images):
     images = images.double()
     cropr.apply(model, rate=8, num_outputs=0, **options)
     fast, functional = cropr.deploy(model), cropr.deploy(model, engine=False)
-    assert fast.cropr.engine is not None, fast.cropr.engine_reason
+    why = fast.cropr.engine_reason
+    assert fast.cropr.engine is not None or "transformers version is built in another way" in why, why
     assert_equal(run(fast, images), run(functional, images), rtol=1e-9, atol=1e-9)
 
 

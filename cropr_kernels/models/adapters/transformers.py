@@ -50,7 +50,7 @@ def find(model: Any) -> ModelSpec | None:
         raise TypeError(
             f"cropr.apply: {type(model).__name__} has {len(stacks)} vision towers; give cropr.apply the one to prune"
         )
-    if known_classes("transformers.backbone_utils", "BackboneMixin") and "Backbone" in type(model).__name__:
+    if type(model).__name__.endswith("Backbone"):
         raise ValueError(
             f"cropr.apply: {type(model).__name__} gives maps of several blocks, which pruned blocks have not; take the "
             "model without Backbone in its name"

@@ -12,6 +12,7 @@ from helpers.models import (
     PREFIX,
     SMALL,
     TEXT,
+    outputs_of,
     randomise,
     reference_vit,
     timm_vit,
@@ -361,14 +362,6 @@ def test_what_the_padding_holds_is_of_no_account(name, llf, images):
         pooled = [outputs_of(output) for output in outputs]
         torch.testing.assert_close(*pooled, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(outputs_of(one(images)), pooled[0], rtol=1e-3, atol=1e-3)
-
-
-def outputs_of(output):
-    """What a model says of a whole image."""
-    if isinstance(output, torch.Tensor):
-        return output
-    names = ("logits", "image_embeds", "pooler_output")
-    return next(output[name] for name in names if output.get(name) is not None)
 
 
 @pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)

@@ -4,8 +4,9 @@ B images, N tokens, K kept, R = N - K pruned, D channels, M queries; the first P
 registers) are never pruned. Tensors are float32, float64, bfloat16 or float16 unless said otherwise, of any strides;
 positions are int64. Sums run in float32, in float64 for float64 tokens. Same input, same bits, on every run.
 
-Functions whose names end in _, and gather_norm, are those of the engine: x (B, N, D) is the residual buffer, contiguous,
-changed in place and without gradient; idx (B, K) are the positions of the active tokens, none twice (None: all).
+Functions whose names end in _, and gather_norm, are those of the engine: x (B, N, D) is the residual buffer,
+contiguous, changed in place and without gradient; idx (B, K) are the positions of the active tokens, none twice (None:
+all).
 
 Every function raises RuntimeError in one sentence that names the op, the argument, what was allowed and what came. On
 a CPU positions are checked as well; on CUDA one that does not exist reads and writes nothing.

@@ -29,6 +29,7 @@ class _Op(NamedTuple):
     arguments: tuple[str, ...]  # names, in the order of the schema
     inputs: tuple[Input, ...]
     ranges: tuple[tuple[str, str, str], ...]  # name, low, high
+    optional: tuple[str, ...]  # tensors that may be None
 
 
 def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
@@ -39,7 +40,8 @@ def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
 
 def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
-    return schema.partition("(")[0], _Op(names, tuple(_parse_input(*fields) for fields in inputs), ranges)
+    parsed = tuple(_parse_input(*fields) for fields in inputs)
+    return schema.partition("(")[0], _Op(names, parsed, ranges, tuple(re.findall(r"Tensor\? (\w+)", schema)))
 
 
 OPS = dict(_parse(*row) for row in table)

@@ -59,7 +59,8 @@ def find(model: Any) -> ModelSpec | None:
     blocks: list[Any] = list(stack)
     class_token = known[own_class(blocks[0])][0]
     owners = [model, *(model.get_submodule(".".join(path.split(".")[:i])) for i in range(1, path.count(".") + 1))]
-    tower = next((module for module in owners if getattr(module, "main_input_name", "") == "pixel_values"), owners[-1])
+    embeds = [module for module in owners if any(isinstance(part, nn.Conv2d) for part in module.modules())]
+    tower = model if model.main_input_name == "pixel_values" else embeds[-1]  # that of a model with text too
     source = getattr(model.config, "vision_config", model.config)
     image, patch = pair(source.image_size), pair(source.patch_size)
     norms = [getattr(module, name) for module in reversed(owners) for name in _NORMS if hasattr(module, name)]

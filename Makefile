@@ -12,14 +12,14 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.done
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m kernels $(ARGS)
 
 bench: $(VENV)/test.done
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.prune_cpu $(ARGS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/pre-commit run --all-files

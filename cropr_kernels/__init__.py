@@ -15,7 +15,7 @@ from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
 from .calibration import save_queries as save_queries
-from .export import export as export
+from .exporting import export as export
 from .models.vit import ViT as ViT
 from .models.vit import ViTConfig as ViTConfig
 from .models.vit import create_vit as create_vit
@@ -29,7 +29,9 @@ from .pruning.maps import pruning_map as pruning_map
 from .pruning.masks import pad_images as pad_images
 from .pruning.masks import protect_boxes as protect_boxes
 from .pruning.merging import Merge as Merge
+from .pruning.model import features as features
 from .pruning.module import Cropr as Cropr
+from .pruning.module import Scorer as Scorer
 from .pruning.module import Split as Split
 from .pruning.module import loss as loss
 from .pruning.windows import Windows as Windows

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .models.adapters import Anatomy, anatomy, find_adapter
+from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
-from .pruning.model import require_pruned
-from .pruning.module import FoldedCropr
+from .pruning.model import require_pruned, run
+from .pruning.module import Cropr, FoldedCropr
+from .pruning.state import PruningOptions
 from .utils.flops import flop_counter
+from .utils.io import atomic_write, load_tensors
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -65,8 +67,8 @@ def _ranks(values: Tensor) -> Tensor:
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
 
 
-def _observe(model: Any, known: Anatomy, images: Tensor, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-    """Run the unpruned model; behind each block see(its tokens (B, N, D), the query and key of its attention).
+def _observe(model: Any, images: Tensor, see: Callable[[Tensor, Tensor, Tensor], None], kwargs: dict) -> None:
+    """Run the unpruned model; after each block see(its tokens (B, N, D), the query and key of its attention).
 
     Raises:
         ValueError: a block does not call scaled_dot_product_attention once.
@@ -81,20 +83,16 @@ def _observe(model: Any, known: Anatomy, images: Tensor, see: Callable[[Tensor, 
                 )
             see(x, *attention.seen.pop())
 
-        if not known.hosted:
-            x, rope = find_adapter(model).embed(model, images)
+        def embedded(module: Any, args: Any) -> None:
             attention.seen.clear()
-            for layer, block in enumerate(known.blocks):
-                x = block(x) if rope is None else block(x, rope=rope)
-                record(layer, x)
-            return
-        passage, fast_path = model.cropr.passage, torch.backends.mha.get_fastpath_enabled()
-        passage.observer = record
+
+        spec, fast_path = model.cropr.spec, torch.backends.mha.get_fastpath_enabled()
+        handle = spec.blocks[0].register_forward_pre_hook(embedded)
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
-            model(images)
+            run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=record))
         finally:
-            passage.observer = None
+            handle.remove()
             torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
@@ -107,7 +105,9 @@ def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor
 
 
 @torch.no_grad()
-def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2, batch_size: int = 32) -> Any:
+def calibrate(
+    model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2, batch_size: int = 32, **kwargs: Any
+) -> Any:
     """Set the queries of a pruned model in closed form, from unlabelled images and without training.
 
     For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centred
@@ -121,6 +121,7 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
             start with one (a DataLoader). A few hundred are enough.
         ridge: regularisation, as a share of the mean squared channel.
         batch_size: images at a time where `images` is one tensor.
+        kwargs: what else the model is called with.
 
     Returns:
         The same model.
@@ -130,14 +131,14 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
         ValueError: there are no images, ridge is not positive, or a block has no attention to look at.
     """
     stack: Any = require_pruned(model, "cropr.calibrate")
-    if stack.windows is not None:
+    if stack.config.windows is not None:
         raise ValueError("cropr.calibrate: models with window attention are not supported")
-    if any(getattr(module, "aggregator", None) and module.aggregator.attention for module in stack):
-        raise ValueError("cropr.calibrate: queries with projections (num_heads) are learned, not solved for")
+    if not all(type(module) in (Cropr, FoldedCropr) for module in stack):
+        raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(stack[0]).__name__}")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
-    known = anatomy(model)
-    dim, prefix = known.dim, known.num_prefix
+    spec = stack.spec
+    dim, prefix = spec.dim, spec.num_prefix
     device = next(model.parameters()).device
     gram = torch.zeros(len(stack), dim, dim, dtype=torch.float64, device=device)
     moment = torch.zeros(len(stack), dim, dtype=torch.float64, device=device)
@@ -150,9 +151,9 @@ def calibrate(model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2
 
             def see(x: Tensor, query: Tensor, key: Tensor, tokens: Any = tokens, attended: Any = attended) -> None:
                 tokens.append(x[:, prefix:])
-                attended.append(importance(query, key, prefix, class_token=known.class_token))
+                attended.append(importance(query, key, prefix, class_token=spec.class_token))
 
-            _observe(model, known, batch.to(device), see)
+            _observe(model, batch.to(device), see, kwargs)
             for layer in range(len(stack)):
                 target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
                 rows = tokens[layer].double()
@@ -190,9 +191,8 @@ def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = No
         TypeError: the model is not pruned.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
-    temporary = Path(path).with_suffix(".tmp")
-    torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
 
 
 @torch.no_grad()
@@ -211,10 +211,8 @@ def load_queries(model: Any, path: str | Path) -> Any:
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
     try:
-        queries = torch.load(path, map_location="cpu", weights_only=True)["queries"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+        queries = load_tensors(path)["queries"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:
@@ -233,16 +231,6 @@ class Agreement(NamedTuple):
     agreement: float  # share of images with the same top class; of features the mean cosine
     divergence: float  # mean KL divergence from the unpruned model's probabilities; NaN for features
     flops: float  # times fewer than unpruned
-
-
-def _answers(output: Any) -> Tensor:
-    """The logits of an output, or the features it gives of a whole image."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if (found := getattr(output, name, None)) is not None:
-            return found
-    raise ValueError(f"cropr.agreement: {type(output).__name__} has neither logits nor features of whole images")
 
 
 @torch.inference_mode()
@@ -264,6 +252,7 @@ def agreement(
     """
     require_pruned(model, "cropr.agreement")
     fast, rates = deploy(model), list(rates)
+    tower = fast.cropr.spec.tower
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in _batches(images, batch_size)]
     if not batches:
@@ -272,11 +261,11 @@ def agreement(
     for rate in dict.fromkeys([0, *rates]):
         set_rate(fast, rate)
         with flop_counter() as counter:
-            first = _answers(fast(batches[0]))
+            first = outputs_of(tower(batches[0]))
         flops[rate] = counter.get_total_flops()
-        outputs[rate] = torch.cat([first, *(_answers(fast(batch)) for batch in batches[1:])]).double()
+        outputs[rate] = torch.cat([first, *(outputs_of(tower(batch)) for batch in batches[1:])]).double()
     expected, rows = outputs[0], []
-    classifies = anatomy(model).num_classes > 0
+    classifies = model.cropr.spec.num_classes > 0
     for rate in rates:
         own = outputs[rate]
         if classifies:

@@ -1,16 +1,15 @@
-"""A schedule for a latency: measure the staircase of time against tokens on this device, and stay on its good side.
+"""A schedule for a latency, from the latency curve of a model on this device: time against the number of tokens.
 
 Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A
-count is efficient if no larger one is as fast. The schedule drops tokens at a constant rate, the lowest that meets the
-budget, with every count raised to the next efficient one: more tokens, and never slower. Times are made monotone first
-(isotonic regression), which pools what noise has mixed up, and keeps steps.
+count is efficient if no larger one is as fast. The schedule prunes at a constant rate, the lowest that meets the goal,
+with every count raised to the next efficient one: more tokens, and never slower. The curve is made monotone first
+(isotonic regression), which pools noise and keeps steps.
 """
 
 import json
-import random
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +17,23 @@ import torch
 from torch import Tensor
 
 from . import schedule as schedules
-from .models.adapters import anatomy
 from .pruning.api import deploy
 from .pruning.model import require_pruned
+from .pruning.model import run as pruned_run
+from .pruning.state import PruningOptions
 from .utils.io import write_text
+from .utils.timing import medians
 
 
 class Tuned(NamedTuple):
     """A schedule, and how fast it is."""
 
     keep: list[int]  # kept tokens after each module: cropr.apply(model, keep=...)
-    predicted: float  # speed-up over the unpruned model, from the staircase
+    predicted: float  # speed-up over the unpruned model, from the latency curve
     measured: float  # the same, measured afterwards
     unpruned_ms: float  # a forward, measured in turns with the pruned one
     pruned_ms: float
-    staircase: dict[int, float]  # tokens -> milliseconds of a block with so many, over one with all; pruning included
+    latency_curve: dict[int, float]  # tokens -> milliseconds of a block with pruning, minus that of one with all tokens
 
 
 def efficient(costs: Mapping[int, float]) -> list[int]:
@@ -72,7 +73,7 @@ def solve(
     Args:
         costs: tokens -> seconds of a block with so many, and of the pruning before it; it holds num_tokens.
         saving: seconds to save.
-        num_tokens, modules, num_prefix: tokens that enter, Cropr modules, tokens that never leave.
+        num_tokens, modules, num_prefix: tokens that enter, Cropr modules, tokens that are never pruned.
     """
     for quarter in range(int(4 * highest_rate(num_tokens, modules, num_prefix)) + 1):
         keep = steady(costs, quarter / 4, num_tokens, modules, num_prefix)
@@ -82,13 +83,13 @@ def solve(
 
 
 def highest_rate(num_tokens: int, modules: int, num_prefix: int) -> float:
-    """The rate that leaves one patch in the end."""
+    """The rate that keeps one patch in the end."""
     return (num_tokens - num_prefix - 1) / modules
 
 
 def default_rates(model: Any) -> list[int]:
     """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
-    patches = model.cropr.grid[0] * model.cropr.grid[1]
+    patches = model.cropr.config.grid[0] * model.cropr.config.grid[1]
     most = (patches - 4) // len(model.cropr)
     return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
@@ -96,39 +97,6 @@ def default_rates(model: Any) -> list[int]:
 def saved(costs: Mapping[int, float], keep: Sequence[int], num_tokens: int) -> float:
     """Seconds that a schedule saves."""
     return sum(costs[num_tokens] - costs[count] for count in keep)
-
-
-def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Seconds of one call, until its result is there."""
-
-    def seconds(call: Callable[[], Any]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    return seconds
-
-
-def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int, show: bool) -> dict[Any, float]:
-    """Median seconds of every call; they take turns in shuffled order, after one round that does not count."""
-    order, shuffler, seconds = list(calls), random.Random(0), timer(device)
-    times: dict[Any, list[float]] = {key: [] for key in calls}
-    turns: Any = range(rounds + 1)
-    if show:
-        from tqdm import tqdm
-
-        turns = tqdm(turns, desc="measuring", leave=False, mininterval=1)
-    for turn in turns:
-        shuffler.shuffle(order)
-        for key in order:
-            spent = seconds(calls[key])
-            if turn:
-                times[key].append(spent)
-    return {key: sorted(values)[len(values) // 2] for key, values in times.items()}
 
 
 @torch.inference_mode()
@@ -141,17 +109,16 @@ def tune(
     rounds: int = 9,
     show: bool = False,
 ) -> Tuned:
-    """Choose how many tokens stay after each block, for a speed on this device, and measure it.
+    """Choose how many tokens are kept after each block, for a speed on this device, and measure it.
 
-    The network is timed with every number of tokens behind its first block, which gives the staircase of all blocks
-    together; then `solve` chooses, and the schedule it chose is timed against no pruning. Where that falls short, it
-    chooses again, for as much more.
+    The model is timed with several numbers of tokens after its first block, which gives the latency curve of all blocks
+    together. `solve` chooses a schedule, which is timed against no pruning; where it falls short, it chooses again.
 
     Args:
-        model: pruned by `apply`, in the precision and on the device it shall run in; it is read only.
-        images: (B, C, H, W), a batch as it shall be run.
+        model: pruned by `apply`, on the device and in the precision to tune for; it is not changed.
+        images: (B, C, H, W), a batch of the size to tune for.
         speedup, latency_ms: what to reach; exactly one. Latency is that of a forward of the batch.
-        rounds: timings of every count, of which the median counts.
+        rounds: timings of every count; the median is used.
         show: whether to show a progress bar (tqdm).
 
     Raises:
@@ -163,16 +130,17 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    known, fast = anatomy(model), deploy(model)
-    modules, prefix, depth = len(stack), known.num_prefix, len(known.blocks)
-    tokens = prefix + (images.shape[2] // known.patch_size[0]) * (images.shape[3] // known.patch_size[1])
+    fast, spec = deploy(model), stack.spec
+    modules, prefix, depth = len(stack), spec.num_prefix, len(spec.blocks)
+    _, state = pruned_run(fast, lambda: fast(images), PruningOptions())
+    tokens = state.num_tokens
 
     def run(keep: Sequence[int]) -> Callable[[], Any]:
-        schedule = schedules.resolve(keep=list(keep))
-        schedule(tokens, depth, prefix, stack.llf)
+        config = replace(stack.config, schedule=schedules.resolve(keep=list(keep)))
+        config.counts(tokens, depth, prefix)
 
         def call() -> Any:
-            fast.cropr.schedule = schedule
+            fast.cropr.config = config
             return fast(images)
 
         return call
@@ -190,7 +158,7 @@ def tune(
     costs = monotone(costs)
     goal = whole / speedup if speedup is not None else (latency_ms or 0.0) / 1e3
     saving, tried, here = whole - goal, [], f"at batch {len(images)} on {images.device}"
-    for _ in range(5):  # what was measured says how far the staircase was off
+    for _ in range(5):  # the measurement says how far the curve was off
         keep = solve(costs, saving, tokens, modules, prefix)
         if keep is None:
             break
@@ -216,7 +184,7 @@ def tune(
     elif not reached:
         warnings.warn(
             f"cropr.tune: the goal was not reached {here}: {measured:.2f} times as fast, {1e3 * again['pruned']:.3g} "
-            "ms. Where other work shares the device, times are noisy: try again, or more rounds",
+            "ms. On a shared device times are noisy: try again, or with more rounds",
             stacklevel=2,
         )
     milliseconds = {count: 1e3 * (costs[count] - costs[tokens]) for count in sorted(costs)}
@@ -224,5 +192,5 @@ def tune(
 
 
 def save_tuned(path: str | Path, tuned: Tuned, about: Mapping[str, Any] | None = None) -> None:
-    """Write a schedule as JSON, through a temporary file: `apply` takes the path as its `keep`."""
-    write_text(Path(path), json.dumps({**(about or {}), **tuned._asdict()}, indent=1) + "\n")
+    """Write a schedule as JSON: `apply` takes the path as its `keep`."""
+    write_text(path, json.dumps({**(about or {}), **tuned._asdict()}, indent=1) + "\n")

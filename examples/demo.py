@@ -1,20 +1,19 @@
 """The main job: train, deploy and time pruned Vision Transformers on whatever device is there.
 
-python examples/demo.py                      digits and the speed table
-python examples/demo.py --weights FILE       also classes and pruning maps of the photos, from a local weight file
-python examples/demo.py --pretrained         the same with timm's weights, which are downloaded
+python -m examples.demo                      digits and the speed table
+python -m examples.demo --weights FILE       also classes and pruning maps of the photos, from a local weight file
+python -m examples.demo --pretrained         the same with timm's weights, which are downloaded
 """
 
 import argparse
 from pathlib import Path
 
-import digits
-import photos
 import torch
 
 import cropr_kernels as cropr
-from cropr_kernels.models.weights import load_weights
+from cropr_kernels.models.factory import create_model, load_weights
 from cropr_kernels.utils.viz import save_merge_maps, save_pruning_maps
+from examples import digits, photos
 
 
 def run_digits(out: Path, epochs: int) -> None:
@@ -73,11 +72,7 @@ def run_pretrained(out: Path, device: torch.device, weights: str | None) -> None
     if weights is not None:
         model, metadata = load_weights(weights)
     else:
-        try:
-            import timm
-        except ImportError as error:
-            raise SystemExit("--pretrained needs timm: pip install 'cropr_kernels[timm]'") from error
-        model, metadata = timm.create_model("vit_tiny_patch16_224", pretrained=True).eval(), {}
+        model, metadata = create_model("vit_tiny_patch16_224", pretrained=True), {}
     model = model.to(device)
     labels = class_names(model.num_classes, metadata)
     pixels = (images - 0.5) / 0.5

@@ -1,20 +1,19 @@
 """Run ViTs over photos, unpruned and with Cropr, and compare speed in one table."""
 
 import os
-import random
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 import cropr_kernels as cropr
 from cropr_kernels.utils.flops import flop_counter
-from cropr_kernels.utils.viz import load_photo
+from cropr_kernels.utils.images import load_photo
+from cropr_kernels.utils.io import table as text_table
+from cropr_kernels.utils.timing import medians
 
 PHOTOS = Path(__file__).parent / "photos"
 RATE = 8
@@ -49,11 +48,6 @@ def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
     return made
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def gflops(model: nn.Module, image: Tensor) -> float:
     with flop_counter() as counter:
         model(image)
@@ -71,7 +65,8 @@ def pruning_share(model: nn.Module, images: Tensor) -> float:
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities, acc_events=True) as profiler:
         model(images)
-        synchronize(images.device)
+        if on_gpu:
+            torch.cuda.synchronize()
     total = ours = 0.0
     for event in profiler.key_averages():
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -83,53 +78,41 @@ def pruning_share(model: nn.Module, images: Tensor) -> float:
 
 @torch.inference_mode()
 def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
-    """Time every variant of every model, interleaved, and return one row each; the median counts."""
+    """Time every variant of every model, in turns, and return one row each; the median is used."""
     rows, device = [], images.device
     pixels = (images - 0.5) / 0.5
-    with tqdm(total=len(names) * (repeats + 1) * 3, desc="photos", leave=False, mininterval=1) as bar:
-        for name in names:
-            torch.manual_seed(0)
-            base = cropr.create_vit(name).eval().to(device)
-            made = variants(base)
-            expected = base(pixels[:1])
-            cropr.apply(base, rate=0)
-            if not torch.equal(base(pixels[:1]), expected):
-                raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
-            cropr.remove(base)
-            times: dict[str, list[float]] = {method: [] for method in made}
-            turns, shuffler = list(made.items()), random.Random(0)
-            for repeat in range(repeats + 1):
-                shuffler.shuffle(turns)
-                for method, model in turns:
-                    synchronize(device)
-                    start = time.perf_counter()
-                    model(pixels)
-                    synchronize(device)
-                    if repeat:  # the first round warms up
-                        times[method].append(time.perf_counter() - start)
-                    bar.update()
-            first_time = statistics.median(times["no pruning"])
-            first_flops = gflops(base, pixels[:1])
-            for method, model in made.items():
-                seconds, flops = statistics.median(times[method]), gflops(model, pixels[:1])
-                rows.append(
-                    Row(
-                        model=name,
-                        method=method,
-                        images_per_s=len(images) / seconds,
-                        speed_up=first_time / seconds,
-                        gflops=flops,
-                        flop_ratio=first_flops / flops,
-                        pruning_share=0.0 if model is base else pruning_share(model, pixels),
-                    )
+    for name in names:
+        torch.manual_seed(0)
+        base = cropr.create_vit(name).eval().to(device)
+        made = variants(base)
+        expected = base(pixels[:1])
+        cropr.apply(base, rate=0)
+        if not torch.equal(base(pixels[:1]), expected):
+            raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
+        cropr.remove(base)
+        calls = {method: lambda model=model: model(pixels) for method, model in made.items()}
+        times = medians(calls, device, repeats, True)
+        first_time = times["no pruning"]
+        first_flops = gflops(base, pixels[:1])
+        for method, model in made.items():
+            seconds, flops = times[method], gflops(model, pixels[:1])
+            rows.append(
+                Row(
+                    model=name,
+                    method=method,
+                    images_per_s=len(images) / seconds,
+                    speed_up=first_time / seconds,
+                    gflops=flops,
+                    flop_ratio=first_flops / flops,
+                    pruning_share=0.0 if model is base else pruning_share(model, pixels),
                 )
+            )
     return rows
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text, one line each."""
-    head = ("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning")
-    lines = [head] + [
+    lines = [
         (
             row.model,
             row.method,
@@ -141,20 +124,14 @@ def table(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return text_table(("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"), lines, left=2)
 
 
 def save_plot(path: Path, rows: list[Row], device: str) -> None:
     """Bars of images/s per model and method, each with its speed-up."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     models = list(dict.fromkeys(row.model for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.2), squeeze=False, layout="constrained")
-    for axis, model in zip(axes[0], models):
+    figure = Figure(figsize=(4.2 * len(models), 3.2), layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
         own = [row for row in rows if row.model == model]
         bars = axis.bar([row.method for row in own], [row.images_per_s for row in own], color=["0.6", "C0", "C2"])
         axis.bar_label(bars, [f"{row.speed_up:.2f}x" for row in own])
@@ -164,4 +141,3 @@ def save_plot(path: Path, rows: list[Row], device: str) -> None:
         axis.margins(y=0.15)
     figure.suptitle(f"Throughput on {device}", fontsize=10)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -115,9 +115,9 @@ def test_refusals():
         cropr.calibrate(model, torch.randn(1, 3, 64, 64), ridge=0)
     with pytest.raises(TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"):
         cropr.calibrate(reference_vit(), torch.randn(1, 3, 64, 64))
-    several = cropr.apply(reference_vit(), rate=8, num_heads=2)
-    with pytest.raises(ValueError, match=r"queries with projections \(num_heads\) are learned"):
-        cropr.calibrate(several, torch.randn(1, 3, 64, 64))
+    other = cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: torch.nn.Identity())
+    with pytest.raises(ValueError, match="sets the queries of Cropr modules, got Identity"):
+        cropr.calibrate(other, torch.randn(1, 3, 64, 64))
     windows = cropr.apply(reference_vit(), rate=1, llf=True, windows=cropr.Windows(4))
     with pytest.raises(ValueError, match="window attention are not supported"):
         cropr.calibrate(windows, torch.randn(1, 3, 64, 64))
@@ -195,8 +195,8 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
     cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
     for bad, message in [
-        (["calibrate", str(weights), str(tmp_path / "nowhere")], "holds 0 photos"),
-        (["calibrate", "no_model", str(tmp_path)], "neither a model of timm, a weight file"),
+        (["calibrate", str(weights), str(tmp_path / "nowhere")], "must hold 2 photos or more"),
+        (["calibrate", "no_model", str(tmp_path)], "a model must be a preset of cropr_kernels, a model of timm"),
         (["calibrate", str(tmp_path / "no.pt"), str(tmp_path)], "no weight file at"),
     ]:
         assert cli.main(bad) == 1 and message in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
 def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data):
     from helpers.photos import read_photos
 
-    from cropr_kernels.models.weights import load_weights
+    from cropr_kernels.models.factory import load_weights
 
     model, _ = load_weights(data / "vit_tiny_p16_224_tin200_fp16.safetensors")
     images, _ = read_photos(data, 100)

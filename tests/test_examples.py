@@ -1,6 +1,7 @@
 """The demo's parts, the pictures, and every snippet of the README."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,22 +15,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def examples(monkeypatch):
+def examples():
     for package in ("sklearn", "matplotlib", "PIL", "tqdm"):
         pytest.importorskip(package, reason=f"the demo extra is not installed: {package}")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import demo
-    import digits
-    import photos
+    from examples import demo, digits, photos
 
-    yield demo, digits, photos
-    for name in ("demo", "digits", "photos"):
-        sys.modules.pop(name, None)
+    return demo, digits, photos
 
 
 @pytest.mark.slow
 def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
-    """A real model, trained end to end: half the tokens, the same digits. Three seeds: benchmarks/digits.py."""
+    """A real model, trained end to end: half the tokens, the same digits. Three seeds: benchmarks/accuracy/digits."""
     _, digits, _ = examples
     plain = digits.train(seed=0, rate=0, show=False)
     pruned = digits.train(seed=0, rate=digits.RATE, show=False)
@@ -91,18 +87,19 @@ def test_merge_maps_are_drawn_and_need_one_map_per_image(tmp_path):
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install 'cropr_kernels\[viz\]'"):
         viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
 
 
-def test_readme_says_what_the_results_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import report
+def test_pages_say_what_the_results_say():
+    from benchmarks.report.pages import PAGES
+    from benchmarks.report.render import render
 
-    for page, sections in report.PAGES.items():
+    for page, sections in PAGES.items():
         text = page.read_text()
-        assert report.render(text, sections) == text, "run python benchmarks/report.py"
+        assert render(text, sections) == text, "run python -m benchmarks.report"
 
 
 def snippets():
@@ -121,13 +118,11 @@ def test_snippets_run(source, tmp_path, monkeypatch):
     exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests
 
 
-def test_the_api_reference_says_what_the_docstrings_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import make_api
-
-    assert make_api.page() == make_api.PAGE.read_text(), "run python docs/make_api.py"
+def test_the_api_reference_says_what_the_docstrings_say():
+    page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
+    assert page == (ROOT / "docs" / "api.md").read_text(), "run python docs/make_api.py"
     names = [name for name in vars(cropr) if isinstance(getattr(cropr, name), type) or callable(getattr(cropr, name))]
-    assert all(f"### cropr.{name}\n" in make_api.page() for name in names)
+    assert all(f"### cropr.{name}\n" in page for name in names)
 
 
 @pytest.mark.slow

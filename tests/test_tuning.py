@@ -1,4 +1,4 @@
-"""`cropr tune`: schedules on the good side of the staircase, for a speed on the device at hand."""
+"""`cropr tune`: schedules of efficient token counts, for a speed on the device at hand."""
 
 import itertools
 import json
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import cropr_kernels as cropr
 from cropr_kernels import schedule, tuning
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.models.vit import ViT
+from cropr_kernels.utils import timing
 
 # Tiles of 16 tokens; 68 tokens are slower than 72.
 STAIRS = {count: -(-count // 16) * 1.0 + (0.5 if count == 68 else 0) for count in range(4, 201, 4)}
@@ -37,7 +39,7 @@ def test_monotone_costs_keep_their_mean_and_never_fall(costs):
     assert sum(values) == pytest.approx(sum(costs.values()))
 
 
-def test_a_schedule_drops_steadily_and_stays_on_the_good_side():
+def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     keep = tuning.solve(STAIRS, 30.0, 200, 11, 1)
     assert sum(STAIRS[200] - STAIRS[count] for count in keep) >= 30
     assert all(count in tuning.efficient(STAIRS) for count in keep)
@@ -63,25 +65,26 @@ def test_every_schedule_is_legal(modules, prefix, saving, data):
 
 
 class Clock:
-    """Stands for the device: a forward takes as long as its tokens on the stairs, and each pruning a little."""
+    """Stands for the device: a forward takes as long as its tokens on the curve, and each pruning a little."""
 
     def __init__(self, depth, prune=0.01):
         self.depth, self.prune, self.now = depth, prune, 0.0
 
-    def of(self, model, images):
+    def of(self, model, images, output):
         tokens = 1 + (images.shape[2] // 8) * (images.shape[3] // 8)
-        counts = [tokens, *model.cropr.schedule(tokens, self.depth, 1, model.cropr.llf)]
-        counts += counts[:1] if model.cropr.llf else []
+        counts = [tokens, *model.cropr.config.counts(tokens, self.depth, 1)]
+        counts += counts[:1] if model.cropr.config.llf else []
         prunes = sum(a != b for a, b in itertools.pairwise(counts))
         self.now += 3.0 + sum(-(-count // 16) for count in counts) + self.prune * prunes
-        return images
+        return output
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock(depth=6)
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(cropr.patch.Pruned, "forward", lambda model, images: clock.of(model, images))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    forward = ViT.forward
+    monkeypatch.setattr(ViT, "forward", lambda model, images: clock.of(model, images, forward(model, images)))
     return clock
 
 
@@ -94,7 +97,7 @@ def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     in_time = cropr.tune(model, torch.zeros(2, 3, 64, 64), latency_ms=tuned.pruned_ms, rounds=1)
     assert in_time.pruned_ms <= tuned.pruned_ms * 1.02
-    assert str(model.cropr.schedule) == "rate=0"  # only read
+    assert str(model.cropr.config.schedule) == "rate=0"  # only read
 
 
 def test_where_pruning_does_not_pay_it_says_so(clock):
@@ -112,7 +115,7 @@ def test_where_pruning_does_not_pay_it_says_so(clock):
 def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
     plain = tuning.medians
 
-    def noisy(calls, *rest):  # the schedule turns out slower than its stairs
+    def noisy(calls, *rest):  # the schedule turns out slower than its curve
         times = plain(calls, *rest)
         return {key: value * (1.3 if key == "pruned" else 1) for key, value in times.items()}
 
@@ -138,8 +141,8 @@ def test_apply_takes_the_file(tmp_path):
     path = tmp_path / "schedule.json"
     tuning.save_tuned(path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}), {"model": "x"})
     model = cropr.apply(timm_vit(), keep=path)
-    assert model.cropr.schedule(65, 4, 1, False) == [50, 40, 30]
-    assert cropr.apply(reference_vit(), keep=str(path)).cropr.schedule(65, 4, 1, False) == [50, 40, 30]
+    assert model.cropr.config.counts(65, 4, 1) == [50, 40, 30]
+    assert cropr.apply(reference_vit(), keep=str(path)).cropr.config.counts(65, 4, 1) == [50, 40, 30]
     with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks \(llf=True\), got 3"):
         cropr.apply(reference_vit(), keep=path, llf=True)
     with pytest.raises(FileNotFoundError):

@@ -1,114 +1,122 @@
-"""From the arguments of a command to a pretrained model, pruned."""
+"""What the commands share: arguments, the models they name, where those run."""
 
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..calibration import load_queries
-from ..models.weights import load_weights
+from ..models.factory import Pixels, create_model, is_transformers_folder, pixels_of
 from ..pruning.api import apply, set_rate
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
+from ..train.loop import rebuild
 
-WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+DTYPES = ("float32", "bfloat16", "float16")
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "model": dict(
+        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, a folder of transformers, or a "
+        "run of cropr train"
+    ),
+    "--queries": dict(type=Path, help="what cropr calibrate wrote; a run of cropr train has its own"),
+    "--rate": dict(type=int, help="tokens pruned after each block (default: 8, or that of the run)"),
+    "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
+    "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
+    "--llf": dict(action="store_true", help="Last Layer Fusion"),
+    "--merge": dict(action="store_true", help="merge the pruned tokens into those that are kept"),
+    "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
+    "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
+    "--batch": dict(type=int, default=1, help="images at a time (default: %(default)s)"),
+    "--rounds": dict(type=int, default=9, help="timings of each, the median is used (default: %(default)s)"),
+    "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"),
+    "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
+    "--quiet": dict(action="store_true", help="no progress bar"),
+}
+_COUNTS = ("batch", "rounds", "photos", "held_out", "top", "unit", "workers")
+
+
+def add_arguments(parser: Any, *names: str) -> None:
+    """Arguments that several commands have."""
+    for name in names:
+        parser.add_argument(name, **_ARGUMENTS[name])
+
+
+def add_pruning(parser: Any) -> None:
+    """The arguments of `load_with_queries`."""
+    add_arguments(parser, "model", "--queries", "--llf", "--merge", "--mean", "--std")
+    schedule = parser.add_mutually_exclusive_group()
+    add_arguments(schedule, "--rate", "--keep")
+
+
+def check_counts(options: argparse.Namespace) -> None:
+    """Refuse numbers of things that must be at least 1.
+
+    Raises:
+        ValueError: one is less; the message names the argument.
+    """
+    for name in _COUNTS:
+        value = getattr(options, name, None)
+        least = min(value) if isinstance(value, list) else value
+        if least is not None and least < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {least}")
+
+
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Device and dtype, as `Tensor.to` takes them."""
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return {"device": device, "dtype": getattr(torch, dtype)}
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode, and how its images are prepared."""
+    """A pruned model in eval mode, how its images are prepared, and whether it was trained pruned."""
 
     model: Any
-    img_size: int
-    mean: tuple[float, ...]  # of each channel
-    std: tuple[float, ...]
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (..., 3, H, W) in [0, 1] as the model takes them."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (pixels - mean) / std
+    pixels: Pixels
+    trained: bool  # a run of cropr train, with a schedule and queries of its own
 
 
-def load_model(name: str, mean: Any = None, std: Any = None) -> Loaded:
-    """A pretrained model by name: timm's, a weight file, or the folder of a classifier that `cropr train` made.
-
-    Args:
-        mean, std: of the pixels, three numbers each; default the model's own, 0.5 where nothing says it.
+def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
+    """The model that the arguments name, pruned as they say, at rate 0 if they cannot; a run as it was trained.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file or model.
-        ImportError: it is a model of timm, and timm is not installed.
+        FileNotFoundError, ValueError: there is no such model, or the arguments do not fit it.
+        ImportError: the library of the model is not installed.
     """
-    loaded = _load(name)
-    return loaded._replace(mean=tuple(mean or loaded.mean), std=tuple(std or loaded.std))
-
-
-def _load(name: str) -> Loaded:
-    half = (0.5, 0.5, 0.5)
-    if (Path(name) / "config.json").is_file():
-        return _load_run(Path(name))
-    if Path(name).suffix in WEIGHT_FILES:
-        model: Any = load_weights(name)[0]
-        return Loaded(model, model.config.img_size, half, half)
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("models by name are timm's: pip install 'cropr_kernels[timm]'") from error
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"{name} is neither a model of timm, a weight file ({', '.join(WEIGHT_FILES)}), nor a run of cropr train"
-        )
-    model = timm.create_model(name, pretrained=True).eval()
-    about = timm.data.resolve_model_data_config(model)
-    return Loaded(model, about["input_size"][1], about["mean"], about["std"])
-
-
-def _load_run(folder: Path) -> Loaded:
-    from ..train.loop import rebuild
-
-    task, config, _ = rebuild(folder)
-    if config.task != "classification":
-        raise ValueError(f"{folder} holds a run of {config.task}; only classifiers are supported here")
-    return Loaded(task.backbone.eval(), config.img_size[0], config.mean, config.std)
-
-
-def add_model_arguments(parser: Any) -> None:
-    """The arguments that `load_pruned` reads."""
-    parser.add_argument(
-        "model", help="a model of timm, which downloads its weights, a local weight file, or a run of cropr train"
-    )
-    parser.add_argument("--queries", type=Path, help="what cropr calibrate wrote; a run of cropr train has its own")
-    schedule = parser.add_mutually_exclusive_group()
-    schedule.add_argument("--rate", type=int, help="tokens dropped after each block (default: 8, or a run's own)")
-    schedule.add_argument("--keep", type=Path, help="a schedule that cropr tune wrote")
-    parser.add_argument("--llf", action="store_true", help="Last Layer Fusion")
-    parser.add_argument("--merge", action="store_true", help="tokens that leave merge into those that stay")
-    parser.add_argument("--mean", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
-    parser.add_argument("--std", type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)")
-
-
-def load_pruned(options: argparse.Namespace) -> Loaded:
-    """The model of these arguments, pruned and with its queries.
-
-    Raises:
-        ValueError: nothing says what its queries are, or the options do not fit it.
-    """
-    loaded = load_model(options.model, options.mean, options.std)
-    model = loaded.model
-    if isinstance(model, Pruned):
-        if options.llf or options.merge or options.keep:
-            raise ValueError(f"{options.model} says itself how it is pruned: leave out --llf, --merge and --keep")
-        if options.rate is not None:
-            set_rate(model, options.rate)
+    given, name = vars(options), options.model
+    rate, keep, merge = given.get("rate", 0), given.get("keep"), given.get("merge", False)
+    if (Path(name) / "config.json").is_file() and not is_transformers_folder(name):
+        task, config, _ = rebuild(name)
+        if config.task != "classification":
+            raise ValueError(f"{name} must be a run of classification, is one of {config.task}")
+        model, pixels = task.backbone, Pixels(config.img_size, config.mean, config.std)
     else:
-        rate = 8 if options.rate is None and options.keep is None else options.rate
-        schedule = {"rate": rate} if options.keep is None else {"keep": options.keep}
-        apply(model, **schedule, llf=options.llf, merge=options.merge, num_outputs=0)
-        if options.queries is None and rate != 0:
-            raise ValueError(
-                "without queries tokens would leave at random: --queries FILE names what 'cropr calibrate MODEL "
-                "FOLDER' wrote; --rate 0 prunes nothing"
-            )
+        model = create_model(name, pretrained=pretrained)
+        pixels = pixels_of(model, name)
+    trained = is_pruned(model)
+    if not trained:
+        schedule = {"rate": 8 if rate is None else rate} if keep is None else {"keep": keep}
+        apply(model, **schedule, llf=options.llf, merge=merge, num_outputs=0)
+    elif options.llf or merge or keep is not None:
+        raise ValueError(f"{name} says itself how it is pruned: leave out --llf, --merge and --keep")
+    elif given.get("rate") is not None:
+        set_rate(model, rate)
+    own = {part: tuple(given[part]) for part in ("mean", "std") if given.get(part)}
+    return Loaded(model, pixels._replace(**own), trained)
+
+
+def load_with_queries(options: argparse.Namespace) -> Loaded:
+    """The model of these arguments, with queries.
+
+    Raises:
+        ValueError: nothing says what its queries are, or the arguments do not fit it.
+    """
+    loaded = load_model(options)
     if options.queries is not None:
-        load_queries(model, options.queries)
+        load_queries(loaded.model, options.queries)
+    elif not loaded.trained and options.rate != 0:
+        raise ValueError(
+            "without queries tokens would be pruned at random: --queries FILE names what 'cropr calibrate MODEL "
+            "FOLDER' writes; --rate 0 prunes nothing"
+        )
     return loaded

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..export import FORMATS, export, load_exported
+from ..exporting import FORMATS, export, load_exported
 from ..pruning.api import deploy, set_rate
-from ..tuning import medians
+from ..utils.images import find_named_photos, load_photo
 from ..utils.io import table
-from ..utils.viz import find_named_photos, load_photo
-from .common import add_model_arguments, load_pruned
+from ..utils.timing import medians
+from .common import DTYPES, add_arguments, add_pruning, load_with_queries, place_of
 
 
 def add_parser(commands: Any) -> None:
@@ -24,51 +24,49 @@ def add_parser(commands: Any) -> None:
         help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
         description="Write a pruned model in each format, compare what it computes with the model, and time it.",
     )
-    add_model_arguments(parser)
+    add_pruning(parser)
+    add_arguments(parser, "--batch", "--device", "--rounds")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
     parser.add_argument(
         "--ops", choices=["cropr", "aten"], help="aten: the file needs nothing of this package (default: as fits)"
     )
     parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time (default: 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
-    parser.add_argument("--map", action="store_true", help="also give the block behind which each patch left")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each (default: 15)")
+    parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
     parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: exported)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.batch < 1:
-        raise ValueError(f"--batch must be >= 1, got {options.batch}")
-    loaded, dtype = load_pruned(options), getattr(torch, options.dtype)
-    model = loaded.model.to(options.device, dtype)
+    model, pixels, _ = load_with_queries(options)
+    place = place_of(options)
     if options.images is None:
-        pixels = torch.rand(options.batch, 3, loaded.img_size, loaded.img_size, generator=torch.Generator())
+        photos = torch.rand(options.batch, 3, *pixels.img_size)
     else:
         paths = find_named_photos(options.images)
-        pixels = torch.stack([load_photo(paths[i % len(paths)], loaded.img_size) for i in range(options.batch)])
-    images = loaded.normalise(pixels).to(options.device, dtype)
-    stem = Path(options.model).stem.replace("/", "_")
-    fast = deploy(model)
+        photos = torch.stack([load_photo(paths[i % len(paths)], pixels.img_size) for i in range(options.batch)])
+    images = pixels.normalise(photos).to(**place)
+    stem = Path(options.model).stem
+    fast = deploy(model.to(**place))
     plain = set_rate(deploy(model), 0)
     rows = [["PyTorch", "cropr", "", ""]]
-    calls: dict[tuple[str, bool], Callable[[], Any]] = {}
-    calls["PyTorch", False], calls["PyTorch", True] = lambda: plain(images), lambda: fast(images)
+    calls: dict[tuple[str, bool], Callable[[], Any]] = {
+        ("PyTorch", False): lambda: plain(images),
+        ("PyTorch", True): lambda: fast(images),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         for format in options.format:
             name = f"{stem}_aoti.pt2" if format == "aoti" else f"{stem}{FORMATS[format]}"
-            how = {"format": format, "ops": options.ops if format != "onnx" else None}
-            how["dynamic_batch"] = options.dynamic_batch
+            ops = options.ops if format != "onnx" else None
+            how: dict[str, Any] = {"format": format, "ops": ops, "dynamic_batch": options.dynamic_batch}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # exporters warn of their own deprecations
                 done = export(model, images, options.out / name, with_map=options.map, **how)
-                bare = export(plain, images, Path(scratch) / name, **how).path
+                bare = export(plain, images, Path(scratch) / name, **how)
             if done.same_map:
-                print(f"{done.path}: the same patches leave behind the same blocks")
-            for pruned, path in ((True, done.path), (False, bare)):
+                print(f"{done.path}: the same patches are pruned after the same blocks")
+            for pruned, path in ((True, done.path), (False, bare.path)):
                 call = load_exported(path, format)
                 calls[str(done.path), pruned] = lambda call=call: call(images)  # type: ignore[misc]
             rows.append([str(done.path), done.ops, f"{done.path.stat().st_size / 1e6:.1f}", f"{done.difference:.1e}"])
@@ -77,7 +75,6 @@ def run(options: argparse.Namespace) -> None:
     for row in rows:
         before, after = times[row[0], False], times[row[0], True]
         row += [f"{1e3 * before:.2f}", f"{1e3 * after:.2f}", f"{before / after:.2f}"]
-    print(
-        f"milliseconds of a batch of {options.batch} on {options.device}, {options.dtype}; unpruned in the same format"
-    )
-    print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up"], rows))
+    dtype = str(images.dtype).removeprefix("torch.")
+    print(f"milliseconds of a batch of {options.batch} on {options.device}, {dtype}; unpruned in the same format")
+    print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up"], rows, left=2))

@@ -1,8 +1,8 @@
 """`cropr infer`: a pruned model over a folder of photos or WebDataset shards, by one process or many, into Parquet.
 
 The work falls into units, a shard or a few thousand photos of a folder, and each unit makes one file that is whole or
-not there. Processes share the units and need no word from each other; a run that was stopped goes on with the units it
-has no file of, however many processes it then has.
+not there. Processes share the units and do not communicate; a run that was stopped resumes with the units that have no
+file, with any number of processes.
 """
 
 import argparse
@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.adapters import anatomy
+from ..models.adapters import find_spec
+from ..models.factory import Pixels
+from ..models.outputs import outputs_of, remove_classifier
 from ..pruning.api import deploy
-from ..utils.io import write_text
-from ..utils.viz import PHOTO_SUFFIXES, find_photos, load_photo
-from .common import Loaded, add_model_arguments, load_pruned
+from ..utils.images import PHOTO_SUFFIXES, find_photos, load_photo
+from ..utils.io import atomic_write, write_text
+from ..utils.optional import need
+from .common import Loaded, add_arguments, add_pruning, load_with_queries, place_of
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
 
@@ -42,10 +45,11 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "infer",
         help="classify or embed a folder of photos or WebDataset shards, into Parquet",
-        description="Run a pruned model over photos. OUT receives part-00000.parquet and so on; the same command goes "
-        "on where it was stopped. Under torchrun all processes share the work.",
+        description="Run a pruned model over photos. Writes part-00000.parquet and so on; the same command resumes "
+        "where it was stopped. Under torchrun all processes share the work.",
     )
-    add_model_arguments(parser)
+    add_pruning(parser)
+    add_arguments(parser, "--device", "--dtype", "--quiet")
     parser.add_argument("source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--features", action="store_true", help="features in place of classes")
@@ -53,17 +57,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--unit", type=int, default=2048, help="photos of a folder in one file (default: 2048)")
     parser.add_argument("--workers", type=int, default=4, help="threads that read photos (default: 4)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
 def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
-    """The units of some folders and shards, in an order that depends on nothing but their names.
+    """The units of folders and shards, in an order that depends on their names only.
 
     Raises:
-        FileNotFoundError: a source is not there.
+        FileNotFoundError: a source does not exist.
         ValueError: one is neither a folder nor a .tar file, or there is nothing in any.
     """
     units: list[Unit] = []
@@ -79,7 +80,7 @@ def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
         elif source.suffix == ".tar":
             units.append(Unit(source.name, (), source))
         else:
-            raise ValueError(f"{source} is neither a folder nor a WebDataset shard (.tar)")
+            raise ValueError(f"a source must be a folder or a WebDataset shard (.tar), got {source}")
     if not units:
         raise ValueError(f"no photos and no shards in {', '.join(map(str, sources))}")
     return units
@@ -94,34 +95,29 @@ def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
     if unit.photos:
         yield from ((str(path.relative_to(unit.root)), path) for path in unit.photos)
         return
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
+    tar = need("webdataset.tariterators", "infer", "cropr infer")
     with open(unit.root, "rb") as stream:
-        for sample in group_by_keys(tar_file_expander([{"url": str(unit.root), "stream": stream}])):
+        for sample in tar.group_by_keys(tar.tar_file_expander([{"url": str(unit.root), "stream": stream}])):
             content = next((value for key, value in sample.items() if f".{key.lower()}" in PHOTO_SUFFIXES), None)
             yield sample["__key__"], content
 
 
-class Read(NamedTuple):
-    """A photo as it was read: pixels, or why there are none."""
-
-    name: str
-    pixels: Tensor | None
-    error: str | None
+Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels where there is no error
 
 
-def _read(sample: tuple[str, Any], size: int) -> Read:
+def _read(sample: tuple[str, Any], size: tuple[int, int]) -> Read:
     name, content = sample
     if content is None:
-        return Read(name, None, "no image in this sample")
+        return {"name": name, "error": "no image in this sample"}, None
     try:
-        return Read(name, load_photo(io.BytesIO(content) if isinstance(content, bytes) else content, size), None)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that are broken or no image
-        return Read(name, None, str(error) or type(error).__name__)
+        photo = load_photo(io.BytesIO(content) if isinstance(content, bytes) else content, size)
+    except OSError as error:
+        return {"name": name, "error": str(error)}, None
+    return {"name": name, "error": None}, photo
 
 
-def batches(unit: Unit, size: int, batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
-    """Photos of a unit in their order, so many at a time; the next ones are read while these are with the model."""
+def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
+    """Photos of a unit in their order, so many at a time; the next ones are read while the model runs on these."""
     source = samples(unit)
 
     def start() -> list[Any]:
@@ -135,75 +131,62 @@ def batches(unit: Unit, size: int, batch: int, threads: ThreadPoolExecutor) -> I
 
 
 @torch.inference_mode()
-def infer_unit(fast: Any, loaded: Loaded, reads: Iterator[list[Read]], top: int, how: Any, progress: Any) -> Any:
-    """A table of the results: name, error, and classes with their probabilities, or features."""
-    import pyarrow
-
-    columns: dict[str, list[Any]] = {"name": [], "error": []}
-    values: dict[str, list[Any]] = {"classes": [], "probabilities": []} if top else {"features": []}
-    for batch in reads:
-        columns["name"] += [read.name for read in batch]
-        columns["error"] += [read.error for read in batch]
-        found: dict[str, Iterator[Any]] = {name: iter(()) for name in values}
-        pixels = [read.pixels for read in batch if read.pixels is not None]
-        if pixels:
-            output = fast(loaded.normalise(torch.stack(pixels)).to(**how)).float()
-            if top:
-                best = output.softmax(1).topk(min(top, output.shape[1]))
-                found = {"classes": iter(best.indices.tolist()), "probabilities": iter(best.values.tolist())}
-            else:
-                found = {"features": iter(output.tolist())}
-        for name, column in values.items():
-            column += [None if read.pixels is None else next(found[name]) for read in batch]
-        progress.update(len(batch))
-    kinds = {"classes": pyarrow.int32(), "probabilities": pyarrow.float32(), "features": pyarrow.float32()}
-    arrays = {name: pyarrow.array(column, pyarrow.string()) for name, column in columns.items()}
-    arrays |= {name: pyarrow.array(column, pyarrow.list_(kinds[name])) for name, column in values.items()}
-    return pyarrow.table(arrays)
+def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per photo: name, error, and classes with their probabilities, or features where top is 0."""
+    rows = [row for row, _ in reads]
+    photos = [photo for _, photo in reads if photo is not None]
+    if not photos:
+        return rows
+    output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float()
+    if top:
+        best = output.softmax(1).topk(min(top, output.shape[1]))
+        found = {"classes": best.indices.tolist(), "probabilities": best.values.tolist()}
+    else:
+        found = {"features": output.tolist()}
+    readable = [row for row in rows if row["error"] is None]
+    for name, values in found.items():
+        for row, value in zip(readable, values):
+            row[name] = value
+    return rows
 
 
 def run(options: argparse.Namespace) -> None:
-    for name, module in (("pyarrow", "pyarrow"), ("webdataset", "webdataset"), ("tqdm", "tqdm")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise ImportError(f"cropr infer needs {name}: pip install 'cropr_kernels[infer]'") from error
-    from pyarrow import parquet
-    from tqdm import tqdm
-
-    for name in ("batch", "unit", "workers", "top"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be >= 1, got {getattr(options, name)}")
+    pyarrow, parquet, tqdm = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "tqdm"))
+    need("webdataset", "infer", "cropr infer")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device(options.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    place = place_of(options)
+    if place["device"].type == "cuda" and "LOCAL_RANK" in os.environ:
+        place["device"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     units = find_units(options.source, options.unit)
-    loaded = load_pruned(options)
-    if options.features and anatomy(loaded.model).num_classes:
-        loaded.model.head = torch.nn.Identity()
-    top = 0 if options.features or not anatomy(loaded.model).num_classes else options.top
-    fast = deploy(loaded.model.to(device, dtype))
+    loaded = load_with_queries(options)
+    model, pixels, _ = loaded
+    top = options.top if find_spec(model).num_classes and not options.features else 0
+    if options.features and find_spec(model).num_classes:
+        remove_classifier(model)
+    fast = deploy(model.to(**place))
     options.out.mkdir(parents=True, exist_ok=True)
-    _settle(options.out / _SETTINGS, _settings(options, loaded, units, top, str(dtype)))
+    _settle(options.out / _SETTINGS, _settings(options, loaded, units, top, str(place["dtype"])))
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
-    mine = [(unit, part) for index, (unit, part) in enumerate(zip(units, parts)) if index % world == rank]
+    mine = list(zip(units, parts))[rank::world]
     todo = [(unit, part) for unit, part in mine if not part.exists()]
+    texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
+    columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
+    schema = pyarrow.schema({"name": texts, "error": texts} | columns)
     done = unreadable = 0
-    bar = tqdm(desc="photos", unit="", disable=options.quiet or rank > 0, mininterval=1)
+    bar = tqdm.tqdm(desc="photos", unit="", disable=options.quiet or rank > 0, mininterval=1)
     with ThreadPoolExecutor(options.workers) as threads, bar:
         for unit, part in todo:
-            reads = batches(unit, loaded.img_size, options.batch, threads)
+            rows: list[dict[str, Any]] = []
             try:
-                table = infer_unit(fast, loaded, reads, top, {"device": device, "dtype": dtype}, bar)
+                for reads in batches(unit, pixels.img_size, options.batch, threads):
+                    rows += results(fast, pixels, reads, top, place)
+                    bar.update(len(reads))
             except (OSError, ValueError, tarfile.TarError) as error:
                 raise RuntimeError(f"{unit.root}: {error}; {len(mine) - len(todo)} units were done before") from error
-            temporary = part.with_name(f".{part.name}.{rank}.tmp")
-            parquet.write_table(table, temporary)
-            temporary.replace(part)
-            done += table.num_rows
-            unreadable += table.num_rows - table.column("error").null_count
+            with atomic_write(part) as temporary:
+                parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
+            done += len(rows)
+            unreadable += sum(row["error"] is not None for row in rows)
     before = f", {len(mine) - len(todo)} were there" if len(todo) < len(mine) else ""
     who = f"process {rank} of {world}: " if world > 1 else ""
     print(f"{who}{len(todo)} units{before}; {done} photos, {unreadable} of them unreadable")
@@ -215,18 +198,18 @@ def run(options: argparse.Namespace) -> None:
 def _settings(
     options: argparse.Namespace, loaded: Loaded, units: Sequence[Unit], top: int, dtype: str
 ) -> dict[str, Any]:
-    """All that decides what the files hold."""
+    """Everything that the content of the files depends on."""
     stack = loaded.model.cropr
     queries = torch.stack([module.query().float().cpu() for module in stack]) if len(stack) else torch.empty(0)
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
         "model": options.model,
-        "schedule": str(stack.schedule),
-        "llf": stack.llf,
-        "merge": str(stack.merging),
+        "schedule": str(stack.config.schedule),
+        "llf": stack.config.llf,
+        "merge": str(stack.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
-        "mean": list(loaded.mean),
-        "std": list(loaded.std),
+        "mean": list(loaded.pixels.mean),
+        "std": list(loaded.pixels.std),
         "top": top,
         "dtype": dtype,
         "units": len(units),
@@ -235,7 +218,7 @@ def _settings(
 
 
 def _settle(path: Path, settings: dict[str, Any]) -> None:
-    """Write down what a run is, or make sure that it is the run that the folder holds.
+    """Write what a run is, or check that it is the run that the folder holds.
 
     Raises:
         ValueError: it is another one.

@@ -8,31 +8,33 @@ from typing import Any
 
 import torch
 
+from ..models.adapters import find_spec
 from ..pruning.api import set_rate
 from ..pruning.maps import pruning_map
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
 from ..train.config import PRESETS, Config
 from ..train.data import Data, load_data, val_loader
 from ..train.evaluate import MAIN, evaluate
 from ..train.loop import processes, rebuild, train
-from ..utils.io import write_text
-from ..utils.optional import need
+from ..utils.io import table, write_text
+from ..utils.viz import save_curves, save_pruning_maps
+from .common import add_arguments
 
 
-def add_parsers(commands: Any) -> None:
-    """The two commands' arguments."""
+def add_parser(commands: Any) -> None:
+    """The arguments of both commands."""
     training = commands.add_parser(
         "train",
         help="train a pruned Vision Transformer",
-        description="Train, or go on with the run that OUT holds. Options are those of config.json, as name=value: "
-        "rate=8 llf=true img_size=224,224. Under torchrun all processes share the work.",
+        description="Train, or resume the run in OUT. Options are those of config.json, as name=value: rate=8 llf=true "
+        "img_size=224,224. Under torchrun all processes share the work.",
     )
     source = training.add_mutually_exclusive_group()
     source.add_argument("--preset", choices=PRESETS, help="a published recipe to start from")
     source.add_argument("--config", type=Path, help="a config.json to start from")
     training.add_argument("--data", help="root folder of the dataset")
     training.add_argument("--out", type=Path, required=True, help="folder of the run")
-    training.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_arguments(training, "--quiet")
     training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
     training.set_defaults(run=run_train)
     measuring = commands.add_parser(
@@ -44,7 +46,7 @@ def add_parsers(commands: Any) -> None:
     measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
     measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
     measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
-    measuring.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_arguments(measuring, "--quiet")
     measuring.set_defaults(run=run_eval)
 
 
@@ -59,15 +61,15 @@ def configure(options: argparse.Namespace) -> Config:
         config = Config.read(options.config)
     elif not options.preset and (options.out / "config.json").exists():
         config = Config.read(options.out / "config.json")
-    pairs = dict(option.partition("=")[::2] for option in options.options)
     malformed = [option for option in options.options if "=" not in option]
     if malformed:
         raise ValueError(f"options must be name=value, got {malformed[0]!r}")
+    values: dict[str, Any] = dict(option.partition("=")[::2] for option in options.options)
     if options.data:
-        pairs["data"] = options.data
-    schedules = {"rate", "keep", "ratio", "const"} & set(pairs)
-    cleared: dict[str, Any] = dict.fromkeys(("rate", "keep", "ratio", "const")) if schedules else {}
-    config = config.changed(**{**cleared, **pairs})
+        values["data"] = options.data
+    if config.schedule.keys() & values.keys():  # a schedule replaces that of the preset
+        values = dict.fromkeys(config.schedule) | values
+    config = config.changed(**values)
     if not config.data:
         raise ValueError("say where the dataset is: --data FOLDER")
     return config
@@ -84,8 +86,8 @@ def run_eval(options: argparse.Namespace) -> None:
     config = config.changed(data=options.data) if options.data else config
     data = load_data(config)
     if data.classes != classes:
-        raise ValueError(f"the run knows {len(classes)} classes, and this dataset has other ones, {len(data.classes)}")
-    pruned = isinstance(task.backbone, Pruned)
+        raise ValueError(f"the dataset must have the {len(classes)} classes of the run, has {len(data.classes)} others")
+    pruned = is_pruned(task.backbone)
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
     rows: list[dict[str, Any]] = []
@@ -95,39 +97,25 @@ def run_eval(options: argparse.Namespace) -> None:
             if rate is not None:
                 set_rate(task.backbone, rate)
             loader = val_loader(data.val, config, rank=place.rank, world=place.world)
-            schedule = str(task.backbone.cropr.schedule) if pruned else "no pruning"
+            schedule = str(task.backbone.cropr.config.schedule) if pruned else "no pruning"
             metrics = evaluate(task, loader, config, len(classes), place.device, not options.quiet and place.rank == 0)
             rows.append({"schedule": schedule, **metrics})
         if place.rank:
             return
     write_text(options.out / "eval.json", json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
-    draw(task.cpu(), config, data, options)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Metrics as aligned text."""
     names = [name for name in rows[0] if name not in ("aux", "schedule")]
-    lines = [["schedule", *names], *([row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    print(table(["schedule", *names], [[row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows]))
+    draw(task.cpu(), config, data, options)
 
 
 @torch.no_grad()
 def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> None:
-    """maps.png, where the model prunes, and curves.png, how training went."""
-    try:
-        need("matplotlib")
-    except ImportError as error:
-        print(f"no pictures: {error}")
-        return
-    from ..utils.viz import save_curves, save_pruning_maps
-
+    """Write curves.png, how training went, and maps.png, where the model prunes."""
     lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
     if lines:
         save_curves(options.out / "curves.png", lines, MAIN[config.task])
         print(f"wrote {options.out / 'curves.png'}")
-    if not options.pictures or not isinstance(task.backbone, Pruned):
+    if not options.pictures or not is_pruned(task.backbone):
         return
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     step = max(len(data.val) // options.pictures, 1)
@@ -142,6 +130,6 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
             pixels[:, :height, :width] = image[:, :height, :width]
         maps.append(pruning_map(task.backbone, pixels[None])[0])
         shown.append(pixels * std + mean)
-    depth = len(task.backbone.blocks)  # type: ignore[attr-defined]
+    depth = len(find_spec(task.backbone).blocks)
     save_pruning_maps(options.out / "maps.png", torch.stack(shown), torch.stack(maps), depth)
     print(f"wrote {options.out / 'maps.png'}")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _NORM_EPS = 1e-6
 
@@ -169,16 +170,15 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention over the heads and the output projection: (B, N, D)."""
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(self.norm(out))
+    def close(self, heads: Tensor) -> Tensor:
+        """Heads (B, heads, N, head_dim) side by side, and the output projection: (B, N, D)."""
+        return self.proj(self.norm(heads.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x)
         if rope is not None:
             q, k = rotate(q, rope, self.num_prefix), rotate(k, rope, self.num_prefix)
-        return self.mix(q, k, v)
+        return self.close(F.scaled_dot_product_attention(q, k, v))
 
 
 class Block(nn.Module):
@@ -242,7 +242,12 @@ class ViT(nn.Module):
         self.norm = nn.Identity() if config.norm_after_pool else _layer_norm(dim)
         self.fc_norm = _layer_norm(dim) if config.norm_after_pool else nn.Identity()
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self.grad_checkpointing = False
         self._init_weights()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations of a block for backward, run it again instead."""
+        self.grad_checkpointing = enable
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -290,7 +295,10 @@ class ViT(nn.Module):
         """All tokens after the last block, (B, P + patches, D)."""
         x, rope = self.embed(images)
         for block in self.blocks:
-            x = block(x, rope=rope)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rope=rope, use_reentrant=False)
+            else:
+                x = block(x, rope=rope)
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:

@@ -1,26 +1,34 @@
 """apply, remove, set_rate, deploy: put Cropr into a model that exists, in place, and take it out again."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from torch import nn
 
 from .. import schedule as schedules
-from ..models.adapters import Anatomy, anatomy, fuse_blocks, take_apart
-from .block_wrapper import Passage, PrunedWithin, connect, disconnect
+from ..models.adapters import engine_parts, find_spec
+from .block_wrapper import unwrap, wrap
+from .config import PruningConfig
 from .engine import Graphs
 from .merging import Merge
-from .model import CroprModules, Pruned, require_pruned
-from .module import Cropr, FoldedCropr
+from .model import (
+    CroprModules,
+    GraphedForward,
+    after_forward,
+    before_forward,
+    fill_padding,
+    is_pruned,
+    keep_grid,
+    require_pruned,
+)
+from .module import Cropr, FoldedCropr, Scorer
 from .windows import Windows
 
-_pruned_classes: dict[type, type] = {}
-
-
-def _pruned_class(base: type, mixin: type) -> type:
-    if base not in _pruned_classes:
-        _pruned_classes[base] = type(f"Cropr{base.__name__}", (mixin, base), {"__module__": __name__})
-    return _pruned_classes[base]
+_HOOKS = (before_forward, after_forward, keep_grid, fill_padding)
 
 
 def apply(
@@ -29,123 +37,164 @@ def apply(
     rate: int | None = None,
     keep: Sequence[int] | str | Path | None = None,
     ratio: float | None = None,
-    llf: bool = False,
     const: tuple[int, int] | None = None,
+    llf: bool = False,
     merge: bool | Merge = False,
     windows: Windows | None = None,
     img_size: tuple[int, int] | None = None,
     num_queries: int = 1,
     num_outputs: int | None = None,
     mlp_ratio: float = 4.0,
-    num_heads: int | None = None,
-    stop_gradient: bool = True,
-    sampling: bool = False,
+    make_module: Callable[[int, nn.Module], Scorer] | None = None,
 ) -> Any:
     """Put Cropr modules between the blocks of a model, in place.
 
-    The backbone's parameters, names and weights stay as they are; `model.cropr` is added, one module per pruned
-    block. Afterwards model(images) returns (output, auxiliary predictions) in training and the output in eval.
+    The model keeps its class, its forward, its parameters and all its outputs; `model.cropr` is added, one module per
+    pruned block. Afterwards model(images) returns (output, auxiliary predictions) in training and the output in eval,
+    and takes two masks more, (B, grid height, grid width) bool: `protect`, patches that are kept while anything else
+    can be pruned (`protect_boxes`; where more are protected than may be kept their scores decide), and `padding`,
+    patches that are none (`pad_images`: they are pruned first, and neither tokens nor the head see them; each image
+    needs a token that is no padding).
 
-    A transformers or torchvision model keeps its own forward, and all its outputs; with `llf` its last_hidden_state has
-    every token in the original order, without it those that stayed.
+    With `llf` the tokens after the last block are all tokens in their original order, without it those kept.
 
     Args:
-        model: `cropr_kernels.models.vit.ViT`, timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with
-            registers), DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
+        model: `cropr_kernels.ViT`; timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with registers),
+            DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
         rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`. keep may be a file that
             `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens return before the last block.
-        merge: tokens that leave merge into those that stay, instead of being lost: best for a model that was not
-            trained to be pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A
-            `Merge` says how; True is `Merge()`.
-        windows: window attention; every window drops equally many, so schedules count the tokens of one window. Needs
+        merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was not trained to be
+            pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A `Merge` says how;
+            True is `Merge()`.
+        windows: window attention; every window prunes equally many, so schedules count the tokens of one window. Needs
             llf. The class token and registers are left out, and the model gives features (B, patches, D) only.
         img_size: height and width in pixels that the schedule is for; default the model's own. Other sizes still run.
         num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch of a window).
         num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
-        mlp_ratio, num_heads, stop_gradient, sampling: options of `Cropr`.
+        mlp_ratio: of the modules' MLP, see `Cropr`.
+        make_module: called as make_module(layer, block) for what stands after each pruned block in place of `Cropr`:
+            any module with the methods of `Scorer`.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: the model's family is not known.
-        ValueError: the model is pruned already, the schedule does not fit it, tokens shall merge in blocks whose
-            attention cannot weigh them, or windows come without llf, with merge, or for a model that runs its blocks
-            itself.
+        ValueError: the model is pruned already, the schedule does not fit it, or windows come without llf, with merge,
+            or for a model that gives its tokens in no other way than through its head.
     """
-    if isinstance(model, Pruned | PrunedWithin):
+    if is_pruned(model):
         raise ValueError(
             "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
         )
-    known = anatomy(model)
-    if known.hosted and (merge or windows):
-        raise ValueError(
-            f"cropr.apply: {type(model).__name__} runs its blocks itself: merge and windows are for timm models and "
-            "cropr_kernels.models.vit.ViT"
-        )
+    spec = find_spec(model)
     if windows is not None and (not llf or merge):
         raise ValueError("cropr.apply: windows need llf=True, so that the map is whole again, and do not merge")
-    schedule = schedules.resolve(rate=rate, keep=keep, ratio=ratio, const=const)
-    depth = len(known.blocks)
-    count = schedules.num_modules(depth, llf)
-    outputs = known.num_classes if num_outputs is None else num_outputs
-    options: dict[str, Any] = dict(num_heads=num_heads, stop_gradient=stop_gradient, sampling=sampling)
-    modules = [Cropr(known.dim, outputs, num_queries, mlp_ratio, **options) for _ in range(count)]
-    merging = (merge if isinstance(merge, Merge) else Merge()) if merge else None
-    apart = take_apart(model) if not known.hosted else None
-    if merging is not None and isinstance(apart, str):
-        raise ValueError(f"cropr.apply: merge needs attention that weighs tokens: {apart}")
-    patch = known.patch_size
-    grid = known.grid if img_size is None else (img_size[0] // patch[0], img_size[1] // patch[1])
-    stack = CroprModules(modules, schedule, llf, grid, merging, windows)
-    stack.apart = stack.apart if apart is None else apart
-    schedule(*_default_tokens(known, stack), llf)  # refuse now what could only fail later
-    model.cropr = stack.to(next(model.parameters()).device).train(model.training)
-    if llf:
-        # All tokens meet again in the last block: dropping it for some images would drop the fusion.
-        for module in known.blocks[-1].modules():
-            if getattr(module, "drop_prob", 0.0):
-                _override(stack, module, "drop_prob", 0.0)
-    if windows is not None:
-        for block in known.blocks:  # rotary positions start at the first token now
-            for name in ("num_prefix", "num_prefix_tokens"):
-                if hasattr(block.attn, name):
-                    _override(stack, block.attn, name, 0)
-    if known.hosted:
-        stack.passage = Passage(stack, depth, known.num_prefix)
-        connect(known.blocks, stack.passage)
-    model.__class__ = _pruned_class(type(model), PrunedWithin if known.hosted else Pruned)
+    if windows is not None and not hasattr(model, "forward_features"):
+        raise ValueError(f"cropr.apply: windows are for timm models and cropr_kernels.ViT, got {type(model).__name__}")
+    config = PruningConfig(
+        schedules.resolve(rate=rate, keep=keep, ratio=ratio, const=const),
+        llf,
+        (merge if isinstance(merge, Merge) else Merge()) if merge else None,
+        windows,
+        spec.grid if img_size is None else (img_size[0] // spec.patch_size[0], img_size[1] // spec.patch_size[1]),
+    )
+    _counts(config, spec)  # refuse now what could only fail later
+    outputs = spec.num_classes if num_outputs is None else num_outputs
+    if make_module is None:
+        make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries, mlp_ratio)  # noqa: E731
+    count = schedules.num_modules(len(spec.blocks), llf)
+    modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
+    stack = CroprModules(modules, config, spec)
+    own = next((p for p in spec.blocks[0].parameters() if p.is_floating_point() and not p.is_meta), None)
+    if own is not None:
+        stack.to(own.device, own.dtype)
+    model.cropr = stack.train(model.training)
+    _replace_attributes(model, stack)
+    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    model.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
+    spec.projection.register_forward_hook(partial(keep_grid, stack))
+    if spec.pooling == "average":
+        spec.norm.register_forward_hook(partial(fill_padding, stack))
+    wrap(spec.blocks, stack)
     return model
 
 
-def _override(stack: CroprModules, module: Any, name: str, value: Any) -> None:
-    stack.overridden.append((module, name, getattr(module, name)))
+def _replace_attributes(model: Any, stack: CroprModules) -> None:
+    """What a pruned model does in another way."""
+    spec, config = stack.spec, stack.config
+    if config.llf:
+        # All tokens meet again in the last block: dropping it for some images would drop the fusion.
+        for module in spec.blocks[-1].modules():
+            if getattr(module, "drop_prob", 0.0):
+                _replace(stack, module, "drop_prob", 0.0)
+    if config.windows is not None:
+        for block in spec.blocks:  # rotary positions start at the first token now
+            for name in ("num_prefix", "num_prefix_tokens"):
+                if hasattr(block.attn, name):
+                    _replace(stack, block.attn, name, 0)
+    if hasattr(model, "set_grad_checkpointing"):  # around the block alone: what is pruned is decided once
+        stack.recompute = bool(model.grad_checkpointing)
+        _replace(stack, model, "grad_checkpointing", False)
+        _replace(stack, model, "set_grad_checkpointing", partial(_set_recompute, stack))
+    if hasattr(model, "forward_intermediates"):
+        _replace(stack, model, "forward_intermediates", _refuse_intermediates)
+
+
+def _set_recompute(stack: CroprModules, enable: bool = True) -> None:
+    stack.recompute = enable
+
+
+def _refuse_intermediates(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "cropr: maps of several blocks are not supported, as pruned tokens are in none of them but the last with LLF; "
+        "call cropr.remove(model) first"
+    )
+
+
+def _replace(stack: CroprModules, module: Any, name: str, value: Any) -> None:
+    stack.replaced.append((module, name, vars(module).get(name, _Absent)))
     setattr(module, name, value)
 
 
-def _default_tokens(known: Anatomy, stack: CroprModules) -> tuple[int, int, int]:
-    """Tokens in a row of the batch at the image size of apply, blocks, and prefix tokens: what schedules take."""
-    depth = len(known.blocks)
-    if stack.windows is not None:
-        return stack.windows.size**2, depth, 0
-    height, width = stack.grid
-    return known.num_prefix + height * width, depth, known.num_prefix
+class _Absent:
+    """Stands for an attribute that was its class's."""
+
+
+def _counts(config: PruningConfig, spec: Any) -> list[int]:
+    """Kept tokens after each module at the image size of apply."""
+    return config.counts(spec.num_prefix + config.grid[0] * config.grid[1], len(spec.blocks), spec.num_prefix)
 
 
 def remove(model: Any) -> Any:
-    """Undo `apply` in place: class, parameters and stochastic depth are those of before.
+    """Undo `apply` in place: classes, hooks, parameters and stochastic depth are those of before.
 
     Raises:
         TypeError: the model is not pruned.
     """
     stack = require_pruned(model, "cropr.remove")
-    for module, name, value in stack.overridden:
-        setattr(module, name, value)
-    if stack.passage is not None:
-        disconnect(anatomy(model).blocks)
+    for module, name, value in reversed(stack.replaced):
+        if value is _Absent:
+            delattr(module, name)
+        else:
+            setattr(module, name, value)
+    if hasattr(model, "set_grad_checkpointing"):
+        model.grad_checkpointing = stack.recompute
+    if isinstance(vars(model).get("forward"), GraphedForward):
+        del model.forward
+    for module in (model, stack.spec.projection, stack.spec.norm):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in _HOOKS]:
+                del hooks[key]
+                for flags in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)
+    unwrap(stack.spec.blocks)
     del model.cropr
-    model.__class__ = type(model).__mro__[2]
     return model
 
 
@@ -157,9 +206,9 @@ def set_rate(model: Any, rate: int) -> Any:
         ValueError: the rate drops more tokens than there are at the image size given to apply.
     """
     stack = require_pruned(model, "cropr.set_rate")
-    schedule = schedules.resolve(rate=rate)
-    schedule(*_default_tokens(anatomy(model), stack), stack.llf)
-    stack.schedule = schedule
+    config = replace(stack.config, schedule=schedules.resolve(rate=rate))
+    _counts(config, stack.spec)
+    stack.config = config
     return model
 
 
@@ -175,7 +224,7 @@ def set_progress(model: Any, share: float) -> Any:
         ValueError: share is outside [0, 1].
     """
     stack = require_pruned(model, "cropr.set_progress")
-    stack.schedule = stack.schedule.at(share)
+    stack.config = replace(stack.config, schedule=stack.config.schedule.at(share))
     return model
 
 
@@ -196,25 +245,26 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: cuda_graphs is negative, or the model runs its blocks itself.
+        ValueError: cuda_graphs is negative.
     """
-    stack = require_pruned(model, "cropr.deploy")
+    require_pruned(model, "cropr.deploy")
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
-    if cuda_graphs and stack.passage is not None:
-        raise ValueError(f"cropr.deploy: cuda_graphs cannot capture {type(model).__name__}; use torch.compile")
-    folded = [FoldedCropr(module) if isinstance(module, Cropr) else copy.deepcopy(module) for module in stack]
-    light = CroprModules(folded, stack.schedule, stack.llf, stack.grid, windows=stack.windows)
-    deployed = copy.deepcopy(model, memo={id(stack): light})  # the copy takes `light` wherever the model has `stack`
-    light.merging = stack.merging
-    if stack.passage is None:
-        light.apart = take_apart(deployed)
-    if stack.passage is not None:
-        light.passage = anatomy(deployed).blocks[0].cropr_passage[0]
-        light.engine = "the model runs its blocks itself"
-    elif stack.windows is not None:
-        light.engine = "window attention"
+    deployed = copy.deepcopy(model)
+    light: CroprModules = deployed.cropr
+    for layer, module in enumerate(light):
+        if isinstance(module, Cropr):
+            light[layer] = FoldedCropr(module)
+    light.engine = None
+    if light.config.windows is not None:
+        light.engine_reason = "window attention"
+    elif not engine:
+        light.engine_reason = "switched off by deploy(engine=False)"
     else:
-        light.engine = fuse_blocks(deployed) if engine else "switched off by deploy(engine=False)"
+        parts = engine_parts(light.spec)
+        light.engine, light.engine_reason = (None, parts) if isinstance(parts, str) else (parts, "")
+        light.watched = [one for parts in light.engine or () for one in parts.watched()]
     light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
+    if cuda_graphs:
+        deployed.forward = GraphedForward(deployed)
     return deployed.eval().requires_grad_(False)

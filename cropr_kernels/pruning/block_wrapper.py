@@ -1,149 +1,182 @@
-"""Pruning from within: for models that run their blocks themselves, such as those of transformers and torchvision.
+"""One wrapper around a block, for every family: the model's own loop calls it, and it prunes after the block.
 
-Their code stays as it is, and they keep all their outputs. Each block's class changes, so that a call of it goes
-through a `Passage`: tokens leave behind the block, and with Last Layer Fusion they are back before the last one.
+The class of a block becomes a subclass with the same name, so that what looks for it by class or name finds it;
+parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..models.hosts import shuffles_patches
-from .masks import make_masks
-from .state import Departures, Stream
+from ..models.blocks import Rotary, SizeWeightedAttention
+from .engine import run_engine
+from .state import PruningOptions, PruningState
 
-
-class Passage:
-    """What the blocks of one model share while a batch goes through them. It begins anew at the first block."""
-
-    def __init__(self, stack: Any, depth: int, num_prefix: int):
-        self.stack, self.depth, self.num_prefix = stack, depth, num_prefix
-        self.stream: Stream | None = None
-        self.following = 0  # the block that runs next
-        self.aux: list[Tensor] = []
-        self.departures: Departures | None = None  # called whenever tokens leave
-        self.protect: Tensor | None = None  # of the batch under way, (B, grid height, grid width)
-        self.observer: Callable[[int, Tensor], None] | None = None  # called behind every block, and nothing is pruned
-
-    def run(
-        self, layer: int, block: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """What block `layer` gives for the tokens alive, without those that leave behind it.
-
-        Raises:
-            ValueError: the block is called with a tensor that is neither a rotary table nor a mask (B, 1, N, N).
-            RuntimeError: the blocks do not run one after the other.
-        """
-        if self.observer is not None:
-            output = block(x, *args, **kwargs)
-            self.observer(layer, output[0] if isinstance(output, tuple) else output)
-            return output
-        tables = kwargs.get("position_embeddings")
-        if layer == 0:
-            self.stream, self.following = self._begin(x, tables), 0
-        stream = self.stream
-        if stream is None or layer != self.following:
-            raise RuntimeError(f"cropr: block {layer} of a pruned model ran without those before it")
-        x, alive = stream.enter(layer, x), stream.positions
-        if alive is not None:
-            args = tuple(_mask_at(value, alive) for value in args)
-            kwargs = {name: _mask_at(value, alive) for name, value in kwargs.items() if name != "position_embeddings"}
-            if stream.rope is not None:
-                kwargs["position_embeddings"] = stream.rope.chunk(2, dim=-1)
-        output = block(x, *args, **kwargs)
-        x, *others = output if isinstance(output, tuple) else (output,)
-        x, self.following = stream.leave(layer, x), layer + 1
-        if self.following == self.depth:
-            self.aux, self.stream = stream.aux, None
-        return (x, *others) if isinstance(output, tuple) else x
-
-    def _begin(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Stream:
-        stack, prefix = self.stack, self.num_prefix
-        masks = make_masks(self.protect, None, x.shape[0], x.shape[1] - prefix, prefix)
-        return Stream(
-            stack,
-            stack.schedule(x.shape[1], self.depth, self.num_prefix, stack.llf),
-            self.depth,
-            num_prefix=self.num_prefix,
-            llf=stack.llf,
-            rope=None if tables is None else torch.cat(tables, -1),
-            training=stack.training,
-            departures=self.departures,
-            masks=masks,
-        )
-
-    def take_aux(self) -> list[Tensor]:
-        """The auxiliary predictions of the last batch, which are then forgotten."""
-        aux, self.aux = self.aux, []
-        return aux
+_wrapped_classes: dict[type, type] = {}
+_TABLES = ("rope", "position_embeddings")  # rotary tables: of timm and this package's ViT, and of transformers
 
 
-def _mask_at(value: Any, alive: Tensor) -> Any:
-    """An attention mask (B or 1, heads or 1, queries or 1, N) for the tokens alive (B, K); what is no tensor, as is."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim != 4:
-        raise ValueError(
-            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
-            "(B, 1, N, N)"
-        )
-    value = value.expand(alive.shape[0], -1, -1, -1)
-    if value.shape[2] != 1:
-        value = value.gather(2, alive[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
-    return value.gather(3, alive[:, None, None].expand(-1, *value.shape[1:3], -1))
+class WrappedBlock:
+    """Mixed into a block's class."""
 
-
-class PassedBlock:
-    """Mixed into a block's class: its calls go through the passage. Recomputation stays within the block."""
-
-    cropr_passage: tuple[Passage, int]
+    cropr_place: tuple[Any, int]  # the Cropr modules of the model, and which of its blocks this is
+    cropr_base: type  # the block's class
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        passage, layer = self.cropr_passage
-        return passage.run(layer, super().__call__, x, args, kwargs)  # type: ignore[misc]
+        return run_block(*self.cropr_place, super().__call__, x, args, kwargs)  # type: ignore[misc]
 
-
-class PrunedWithin:
-    """Mixed into a model's class: the same outputs; in training (output, auxiliary predictions).
-
-    protect, (B, grid height, grid width) bool, names patches that stay while anything else can leave.
-    """
-
-    cropr: Any
-    training: bool
-
-    def forward(self, *args: Any, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: Any) -> Any:
-        if padding is not None:
-            raise ValueError(f"cropr: padding is not supported for {type(self).__mro__[2].__name__}")
-        if protect is not None and shuffles_patches(self):
-            raise ValueError(
-                f"cropr: protect is not supported for {type(self).__mro__[2].__name__}: it shuffles patches"
-            )
-        self.cropr.passage.protect = protect
-        try:
+    def forward(self, *args: Any, cropr_log_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The block's own forward, its attention weighing tokens: recomputation in backward passes here again."""
+        if cropr_log_sizes is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        seen: list[bool] = []
+        with SizeWeightedAttention(cropr_log_sizes, seen):
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.cropr.passage.protect = None
-        return (output, self.cropr.passage.take_aux()) if self.training else output
+        if not seen:
+            raise ValueError(
+                f"cropr: merging and padding need attention that calls scaled_dot_product_attention, and "
+                f"{self.cropr_base.__name__} does not (timm: fused attention; transformers: "
+                "attn_implementation='sdpa')"
+            )
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        return _rebuild, (self.cropr_base,), *made[2:]
 
 
-_passed_classes: dict[type, type] = {}
+def _rebuild(base: type) -> Any:
+    kind: Any = wrapped_class(base)
+    return kind.__new__(kind)
 
 
-def connect(blocks: Any, passage: Passage) -> None:
-    """Lead all calls of these blocks through a passage."""
+def wrapped_class(base: type) -> type:
+    """The class of a pruned block: it goes by the name of its base."""
+    if base not in _wrapped_classes:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "cropr_base": base}
+        _wrapped_classes[base] = type(base.__name__, (WrappedBlock, base), names)
+    return _wrapped_classes[base]
+
+
+def wrap(blocks: list[nn.Module], stack: Any) -> None:
+    """Lead all calls of these blocks through `run_block`."""
     for layer, block in enumerate(blocks):
-        base = type(block)
-        if base not in _passed_classes:
-            _passed_classes[base] = type(f"Cropr{base.__name__}", (PassedBlock, base), {"__module__": __name__})
-        block.cropr_passage = passage, layer
-        block.__class__ = _passed_classes[base]
+        block.cropr_place = stack, layer  # type: ignore[assignment]
+        block.__class__ = wrapped_class(type(block))
 
 
-def disconnect(blocks: Any) -> None:
-    """Undo `connect`."""
+def unwrap(blocks: list[nn.Module]) -> None:
+    """Undo `wrap`."""
     for block in blocks:
-        block.__class__ = type(block).__mro__[2]
-        del block.cropr_passage
+        block.__class__ = type(block).cropr_base  # type: ignore[attr-defined]
+        del block.cropr_place
+
+
+def run_block(
+    stack: Any, layer: int, block: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What block `layer` gives for the active tokens, without those that are pruned after it.
+
+    Raises:
+        ValueError: the block is called with a tensor that is neither a rotary table nor a mask (B, 1, N, N).
+        RuntimeError: the blocks do not run one after the other.
+    """
+    slot = stack.slot
+    options = slot.options or PruningOptions()
+    if options.observe is not None:
+        output = block(x, *args, **kwargs)
+        options.observe(layer, _first(output))
+        return output
+    if layer == 0:
+        slot.state = PruningState(slot.stack or stack, x, options, slot.grid)
+        if options.engine and _engine_runs(slot.state, x, args, kwargs):
+            slot.state.next_layer = 1
+            return run_engine(slot.state, x, _rotary(slot.state, kwargs))
+    state: PruningState | None = slot.state
+    if state is None or layer != state.next_layer:
+        raise RuntimeError(
+            f"cropr: block {layer} of a pruned model ran without those before it (recomputation in backward is "
+            "switched on by model.set_grad_checkpointing() after cropr.apply)"
+        )
+    state.next_layer += 1
+    if not state.done:
+        x = state.before_block(layer, x)
+        args, kwargs = _active(state, layer, args, kwargs)
+        log_sizes = state.log_sizes()
+        if log_sizes is not None:
+            kwargs["cropr_log_sizes"] = log_sizes
+        if stack.recompute and stack.training:
+            output = checkpoint(block, x, *args, use_reentrant=False, **kwargs)
+        else:
+            output = block(x, *args, **kwargs)
+        x, *others = output if isinstance(output, tuple) else (output,)
+        x = state.after_block(layer, x)
+        output = (x, *others) if isinstance(output, tuple) else x
+    else:
+        output = x
+    if layer == state.last:
+        if state.masks is not None and state.stack.spec.pooling == "average":
+            slot.padding = state.masks.padding_at(state.positions)
+        if slot.options is None:  # nobody asks for more
+            slot.state = None
+    return output
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _engine_runs(state: PruningState, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    stack = state.stack
+    if stack.engine is None or stack.training or state.predicts or state.options.collect or _exporting():
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    given = [*args, *(value for name, value in kwargs.items() if name not in _TABLES)]
+    return not any(isinstance(value, Tensor) for value in given) and stack.engine_is_clear()
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces (its default, non-strict way): exported programs hold the functional ops."""
+    # Dynamo up to torch 2.11 takes is_exporting() for true in torch.compile as well.
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
+def _rotary(state: PruningState, kwargs: dict[str, Any]) -> Rotary | None:
+    table = next((kwargs[name] for name in _TABLES if kwargs.get(name) is not None), None)
+    return None if table is None else Rotary(table, None, state.num_prefix)
+
+
+def _active(
+    state: PruningState, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is called with beside its tokens, for the active ones: rows of rotary tables, parts of masks."""
+    if state.positions is None and state.windows is None:
+        return args, dict(kwargs)
+    given: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in _TABLES and isinstance(value, tuple):
+            given[name] = tuple(state.rotary_rows(layer, table) for table in value)
+        elif name in _TABLES and value is not None:
+            given[name] = state.rotary_rows(layer, value)
+        else:
+            given[name] = _mask_at(value, state.positions)
+    return tuple(_mask_at(value, state.positions) for value in args), given
+
+
+def _mask_at(value: Any, positions: Tensor | None) -> Any:
+    """An attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); what is no tensor, as is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim != 4 or positions is None:
+        raise ValueError(
+            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
+            "(B, 1, N, N), without window attention"
+        )
+    value = value.expand(positions.shape[0], -1, -1, -1)
+    if value.shape[2] != 1:
+        value = value.gather(2, positions[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
+    return value.gather(3, positions[:, None, None].expand(-1, *value.shape[1:3], -1))

@@ -1,112 +1,102 @@
 """The inference engine: one residual buffer in which no token ever moves.
 
-    x (B, N, D) holds every token at its position for the whole network; idx (B, K) names those still alive.
+    x (B, N, D) holds every token at its position for the whole network; idx (B, K) names the active ones.
     h = norm(x[idx]);  x[idx] += attention(h), h = norm(x[idx]);  x[idx] += mlp(h), idx = idx[select(x[idx] . q)]
 
 So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of x, where the
-dropped tokens still are. Merging changes the rows that tokens go into, and moves none. The functional form of the same
-stream is `cropr_kernels.pruning.state`.
+pruned tokens still are. Merging changes the rows that tokens go into, and moves none. The first block of a pruned model
+calls it; those behind pass on what it gives. The functional form of the same is `PruningState`.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..models.blocks import FusedBlock, Rotary
-from .masks import Masks
-from .merging import Merge, follow
+from ..models.adapters import BlockParts
+from ..models.blocks import Rotary
+from .merging import Merge, resolve_parents
+from .state import PruningState
 
 ops = torch.ops.cropr
 
 
-class Ended(NamedTuple):
-    """What leaves the engine."""
-
-    tokens: Tensor  # after the norm: (B, K, D) in order of position, or all (B, N, D) with LLF
-    rows: Tensor | None  # (B, N), where tokens merged: the row of `tokens` in which each token is
-    positions: Tensor | None  # (B, K), of the tokens; None: all, in order
-
-
-def run_stream(
-    blocks: Sequence[FusedBlock],
-    modules: Any,
-    counts: Sequence[int],
-    x: Tensor,
-    norm: Any,
-    *,
-    num_prefix: int,
-    llf: bool,
-    rope: Tensor | None = None,
-    merge: Merge | None = None,
-    masks: Masks | None = None,
-) -> Ended:
-    """Run x through the blocks and the last norm. Inference only: x changes in place and has no gradient.
+def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
+    """Run x through all blocks; `state` learns which tokens are active in the end.
 
     Args:
-        blocks: one FusedBlock per block.
-        modules: Cropr modules, one per count; block l is followed by module l.
-        counts: kept tokens after each module; a count equal to that before it prunes nothing.
-        x: (B, N, D), the residual buffer; contiguous, and nobody else's.
-        norm: what follows the last block; fused if it is a LayerNorm.
-        num_prefix: P, first tokens that are never pruned.
-        llf: the last block sees all tokens again.
-        rope: rotary table (patches, 2 C), rows by patch position.
-        merge: how tokens that leave merge into those that stay.
-        masks: tokens that stay or leave whatever their score, and those that no other may see; no padding with merge.
+        state: of this forward, before its first block.
+        x: (B, N, D), nobody else's: it changes in place, and has no gradient.
+        rotary: the rotary table, if the blocks take one.
+
+    Returns:
+        The active tokens (B, K, D) in order of position; all (B, N, D) with Last Layer Fusion, and where tokens merged
+        and the caller wants all positions.
 
     Raises:
         RuntimeError: gradients are enabled and a block's parameters require them.
     """
-    idx: Tensor | None = None
-    alive, depth = x.shape[1], len(blocks)
-    merged = Merged(merge, x, num_prefix) if merge is not None and counts and counts[-1] < alive else None
+    blocks: list[BlockParts] = state.stack.engine
+    counts, prefix, masks = state.counts, state.num_prefix, state.masks
+    x, idx = x.contiguous(), None
+    count = x.shape[1]
+    merged = Merged(state.config.merge, x, prefix) if state.config.merge is not None and counts[-1] < count else None
     priority = None if masks is None else masks.priority
     log_sizes = None if masks is None else masks.log_sizes(None)
-    h = _norm_of(x, None, blocks[0].block.norm1)
-    for layer, fused in enumerate(blocks):
-        block = fused.block
-        scale1, scale2 = fused.scales(block)
-        rotary = None if rope is None else Rotary(rope, idx, num_prefix)
-        prunes = layer < len(modules) and counts[layer] < alive
-        update, _ = fused.attention(h, rotary, log_sizes)
+    h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))
+    for layer, parts in enumerate(blocks):
+        block = parts.block
+        scale1, scale2 = parts.scales(block)
+        norm2 = getattr(block, parts.norm2)
+        where = None if rotary is None else rotary._replace(idx=idx)
+        update = parts.attend(getattr(block, parts.attn), h, where, log_sizes)
         _refuse_gradient(update)
-        h = ops.add_norm_(x, idx, update, scale1, block.norm2.weight, block.norm2.bias, block.norm2.eps)
+        h = ops.add_norm_(x, idx, update, scale1, norm2.weight, norm2.bias, norm2.eps)
         update = block.mlp(h)
         _refuse_gradient(update)
-        following = blocks[layer + 1].block.norm1 if layer + 1 < depth else norm
-        reunites = llf and layer + 2 == depth and (prunes or idx is not None)
+        if layer == state.last:
+            ops.add_(x, idx, update, scale2)
+            break
+        following = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
+        prunes = layer < len(counts) and counts[layer] < count
+        reunites = state.config.llf and layer + 1 == state.last and (prunes or idx is not None)
         if prunes:
-            query = modules[layer].query()
+            query = state.stack[layer].query()
             if merged is None:
-                idx, _ = ops.add_select_(x, idx, update, scale2, query, counts[layer], num_prefix, priority=priority)
+                idx, _ = ops.add_select_(x, idx, update, scale2, query, counts[layer], prefix, priority=priority)
                 log_sizes = None if masks is None else masks.log_sizes(idx)
             else:
                 idx = merged.add_merge_(x, idx, update, scale2, query, counts[layer], priority)
                 log_sizes = merged.log_sizes
-            alive = counts[layer]
-        elif reunites or not isinstance(following, nn.LayerNorm):
+            count = counts[layer]
+        elif reunites:
             ops.add_(x, idx, update, scale2)
         else:
             h = ops.add_norm_(x, idx, update, scale2, following.weight, following.bias, following.eps)
             continue
         if reunites:
-            idx, alive, merged = None, x.shape[1], None
+            idx, count, merged = None, x.shape[1], None
             log_sizes = None if masks is None else masks.log_sizes(None)
-        h = _norm_of(x, idx, following)
-    return Ended(h, None if merged is None or idx is None else merged.rows(idx), idx)
+        h = _norm(x, idx, following)
+    state.done, state.positions = True, idx
+    if idx is None:
+        return x
+    whole = merged is not None and state.options.whole
+    return ops.gather(x, merged.positions() if merged is not None and whole else idx)
 
 
 class Merged:
     """What merging remembers while a batch goes through the network."""
 
-    def __init__(self, how: Merge, x: Tensor, num_prefix: int):
-        self.how, self.num_prefix, self.merges = how, num_prefix, 0
+    def __init__(self, merge: Merge, x: Tensor, num_prefix: int):
+        self.merge, self.num_prefix, self.merges = merge, num_prefix, 0
         self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
         self.parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)  # where each token went
-        self.log_sizes: Tensor | None = None  # (B, K), of the tokens alive, for their attention
+        self.log_sizes: Tensor | None = None  # (B, K), of the active tokens, for their attention
 
     def add_merge_(
         self,
@@ -118,19 +108,19 @@ class Merged:
         num_keep: int,
         priority: Tensor | None,
     ) -> Tensor:
-        """End a block as add_select_ does, and merge who leaves: (B, num_keep), the positions that stay."""
-        count, prefix = update.shape[1], self.num_prefix
-        weight = self.how.size_weight if self.merges else 0.0  # at first every size is one
-        safe = self.how.num_safe(count, num_keep, prefix)
+        """End a block as add_select_ does, and merge the pruned tokens: (B, num_keep), the positions kept."""
+        prefix = self.num_prefix
+        weight = self.merge.size_weight if self.merges else 0.0  # at first every size is one
+        safe = self.merge.num_safe(update.shape[1], num_keep, prefix)
         split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, self.sizes, weight, priority)
         kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix)
         self.merges += 1
-        self.log_sizes = kept_sizes.log() if self.how.proportional else None
+        self.log_sizes = kept_sizes.log()
         return kept_idx
 
-    def rows(self, idx: Tensor) -> Tensor:
-        """For every token the row among those at idx (B, K), ascending, in which it is: (B, N)."""
-        return torch.searchsorted(idx, follow(self.parent, self.merges))
+    def positions(self) -> Tensor:
+        """For every token the position at which it is now: (B, N)."""
+        return resolve_parents(self.parent, self.merges)
 
 
 def _refuse_gradient(update: Tensor) -> None:
@@ -142,23 +132,21 @@ def _refuse_gradient(update: Tensor) -> None:
         )
 
 
-def _norm_of(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:
-    """The norm of the tokens alive; a LayerNorm reads them where they are."""
-    if isinstance(norm, nn.LayerNorm):
-        return ops.gather_norm(x, idx, norm.weight, norm.bias, norm.eps)
-    return norm(x if idx is None else ops.gather(x, idx))
+def _norm(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:
+    return ops.gather_norm(x, idx, norm.weight, norm.bias, norm.eps)
 
 
 class Captured(NamedTuple):
     graph: Any
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    output: Any
 
 
 class Graphs:
     """CUDA graphs of one model, captured at the first call for each key, the least recently used dropped first.
 
-    A replay runs the whole network without Python or launches. Every graph holds the memory of one forward.
+    A replay runs the whole network without Python or launches. Every graph holds the memory of one forward. Threads
+    take turns: a graph has one set of inputs.
     """
 
     def __init__(self, capacity: int):
@@ -166,21 +154,23 @@ class Graphs:
             raise ValueError(f"Graphs: capacity must be >= 1, got {capacity}")
         self.capacity = capacity
         self.captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.lock = threading.Lock()
 
-    def __call__(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], key: Hashable) -> Tensor:
+    def __call__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], key: Hashable) -> Any:
         """run(*inputs), replayed; the result is a copy that later calls leave alone."""
-        found = self.captured.get(key)
-        if found is None:
-            while len(self.captured) >= self.capacity:
-                self.captured.popitem(last=False)
-            found = self.captured[key] = self.capture(run, inputs)
-        self.captured.move_to_end(key)
-        for static, value in zip(found.inputs, inputs):
-            static.copy_(value)
-        found.graph.replay()
-        return found.output.clone()
+        with self.lock:
+            found = self.captured.get(key)
+            if found is None:
+                while len(self.captured) >= self.capacity:
+                    self.captured.popitem(last=False)
+                found = self.captured[key] = self.capture(run, inputs)
+            self.captured.move_to_end(key)
+            for static, value in zip(found.inputs, inputs):
+                static.copy_(value)
+            found.graph.replay()
+            return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, found.output)
 
-    def capture(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Captured:
+    def capture(self, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Captured:
         static, device = tuple(value.clone() for value in inputs), inputs[0].device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -189,7 +179,7 @@ class Graphs:
                 run(*static)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
             output = run(*static)
         return Captured(graph, static, output)
 

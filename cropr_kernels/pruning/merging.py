@@ -1,12 +1,11 @@
-"""Merging instead of dropping: tokens that leave go into those that stay.
+"""Merging instead of dropping: pruned tokens go into kept ones.
 
-A token then stands for `size` tokens: attention weighs it so, it is less likely to leave, and its patches are all
-where it is. Choices and their defaults are measured: README, benchmarks/off_the_shelf.py.
+A token then stands for `size` tokens: attention weighs it so, it is less likely to be pruned, and its patches are all
+where it is. Choices and their defaults are measured: docs/benchmarks.md.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,16 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Merge:
-    """How tokens that leave are merged into those that stay.
+    """How pruned tokens are merged into kept ones: each into the one it is most like, by the cosine of the tokens.
 
     Args:
-        candidates: >= 1. To drop R tokens, the candidates * R with the lowest scores may leave, and those of them leave
-            that are most like a token that is sure to stay: what is redundant goes before what is not. 1: no such
-            choice, the lowest scores leave.
+        candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, and those of them
+            are that are most like a token that is sure to be kept: what is redundant goes before what is not. 1: no
+            such choice, the lowest scores are pruned.
         size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
-            others had better stay.
-        similarity: cosine of the tokens, or of their attention keys, averaged over heads.
-        proportional: attention weighs a token by its size (adds log(size) to its logits).
+            others had better be kept.
 
     Raises:
         ValueError: an option is out of range.
@@ -31,27 +28,23 @@ class Merge:
 
     candidates: float = 1.5
     size_weight: float = 2.0
-    similarity: Literal["tokens", "keys"] = "tokens"
-    proportional: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("candidates", 1), ("size_weight", 0)):
             value = getattr(self, name)
             if not least <= value < math.inf:
                 raise ValueError(f"Merge: {name} must be finite and >= {least}, got {value}")
-        if self.similarity not in ("tokens", "keys"):
-            raise ValueError(f"Merge: similarity must be 'tokens' or 'keys', got {self.similarity!r}")
 
     def num_safe(self, count: int, num_keep: int, num_prefix: int) -> int:
-        """Of `count` tokens, how many are sure to stay where num_keep do: at least one patch, and half of them.
+        """Of `count` tokens, how many are sure to be kept where num_keep are: at least one patch, and half of them.
 
-        The half only bounds the choice; where more than half must leave, the rest is safe.
+        The half only bounds the choice; where more than half must go, the rest is safe.
         """
         wanted = count - int(self.candidates * (count - num_keep))
         return min(num_keep, max(wanted, num_prefix + (count - num_prefix + 1) // 2))
 
 
-def weigh(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int) -> Tensor:
+def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int) -> Tensor:
     """scores (B, K) + size_weight * their standard deviation over the patches * log(sizes)."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
@@ -60,7 +53,7 @@ def weigh(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int) ->
     return scores + size_weight * spread * sizes.log()
 
 
-def follow(parent: Tensor, merges: int) -> Tensor:
+def resolve_parents(parent: Tensor, merges: int) -> Tensor:
     """Where each token is after so many merges, (B, N): it went to parent[b, n], which may have moved on from there."""
     hops = 1
     while hops < merges:

@@ -1,89 +1,181 @@
-"""Tokens through pruned blocks: the functional form of Cropr, for training, export and blocks nobody fused.
+"""What travels with the tokens of one forward: positions, sizes, masks, pruned tokens, auxiliary predictions.
 
-Positions travel with the tokens, so that rotary tables, Last Layer Fusion and maps find each token again.
+It belongs to that forward and to the thread that runs it, never to the model.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..models.blocks import FusedBlock, rope_at
-from .masks import Masks
-from .merging import Merge, weigh
-
-Departures = Callable[[int, Tensor], None]
+from ..models.blocks import rope_at
+from .masks import Masks, make_masks
+from .merging import Merge, size_adjusted_scores
 
 
-class Left(NamedTuple):
-    """Tokens that left (B, R, D), as they were then, their positions, and those of the tokens that stayed."""
+class PruningOptions(NamedTuple):
+    """What a caller asks of one forward."""
+
+    protect: Tensor | None = None  # (B, grid height, grid width) bool: patches kept while anything else can go
+    padding: Tensor | None = None  # (B, grid height, grid width) bool: patches that are none
+    predict: bool | None = None  # compute auxiliary predictions; None: in training
+    observe: Callable[[int, Tensor], None] | None = None  # called after every block with its tokens; nothing is pruned
+    collect: bool = False  # keep the pruned tokens, and those after the last block
+    engine: bool = False  # the engine may run the blocks: the caller looks at nothing between them
+    whole: bool = True  # where tokens merged, copy each to all positions that it stands for
+
+
+class PrunedTokens(NamedTuple):
+    """Tokens (B, R, D) as they were when pruned, their positions, and those of the tokens that were kept."""
 
     tokens: Tensor
     idx: Tensor
     kept_idx: Tensor
 
 
-class Streamed(NamedTuple):
-    """What leaves the last block."""
+class Slot:
+    """The forward under way on one model."""
 
-    tokens: Tensor  # (B, K, D), or (B, N, D) in original order with LLF
-    aux: list[Tensor]
-    rows: Tensor | None  # (B, N), where tokens merged: the row of those kept last in which each token is
-    left: Left | None  # where it was asked for, and tokens left
-    positions: Tensor | None  # (B, K), of the tokens; None: all, in order
+    def __init__(self) -> None:
+        self.options: PruningOptions | None = None  # of the forward under way, or about to begin
+        self.stack: Any = None  # its Cropr modules: those of a replica where there are several
+        self.grid: tuple[int, int] | None = None  # patches in height and width of the images just embedded
+        self.state: PruningState | None = None
+        self.padding: Tensor | None = None  # (B, K), of the tokens that the last norm is about to see
+
+    def clear(self) -> None:
+        self.options = self.stack = self.state = self.padding = None
 
 
-class Stream:
-    """What travels with the tokens of one batch: positions, sizes, rotary rows, those that left, predictions.
+class Slots(threading.local):
+    """A slot of every thread's own."""
 
-    Whoever runs the blocks calls `enter` before each of them and `leave` behind it. The arguments are those of
-    `run_blocks`.
+    def __init__(self) -> None:
+        self.own = Slot()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Slots":
+        return Slots()
+
+    def __reduce__(self) -> tuple[type["Slots"], tuple[()]]:
+        return Slots, ()
+
+
+class PruningState:
+    """One batch on its way through the blocks.
+
+    Args:
+        stack: the Cropr modules, with their `config` and `spec`.
+        x: (B, N, D), the tokens that enter the first block.
+        options: what the caller asks.
+        grid: patches in height and width, where the embedding told.
+
+    Raises:
+        ValueError: a mask or the schedule does not fit, or windows do not fit the grid.
     """
 
-    def __init__(
-        self,
-        modules: Any,
-        counts: Sequence[int],
-        depth: int,
-        *,
-        num_prefix: int,
-        llf: bool,
-        rope: Tensor | None = None,
-        training: bool = False,
-        departures: Departures | None = None,
-        how: Merge | None = None,
-        collect: bool = False,
-        masks: Masks | None = None,
-    ):
-        self.masks = masks
-        self.modules, self.counts, self.last, self.num_prefix, self.llf = modules, counts, depth - 1, num_prefix, llf
-        self.training, self.departures, self.how, self.collect = training, departures, how, collect
-        self.table = rope
-        self.rope = rope.unsqueeze(1) if rope is not None and rope.ndim == 3 else rope  # rows of the tokens alive
-        self.positions: Tensor | None = None  # of the tokens alive; None: all, in order
-        self.sizes: Tensor | None = None
-        self.rows: Tensor | None = None
-        self.gone: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, stack: Any, x: Tensor, options: PruningOptions, grid: tuple[int, int] | None):
+        config, spec = stack.config, stack.spec
+        prefix, depth = spec.num_prefix, len(spec.blocks)
+        patches = x.shape[1] - prefix
+        grids = [one for one in (grid, config.grid) if one is not None and one[0] * one[1] == patches]
+        self.grid = grids[0] if grids else None
+        self.stack, self.config, self.options, self.last = stack, config, options, depth - 1
+        self.counts = config.counts(x.shape[1], depth, prefix)
+        self.windows, self.num_images, self.dropped_prefix = config.windows, x.shape[0], 0
+        self.masks = make_masks(options.protect, options.padding, x.shape[0], patches, prefix)
+        if self.windows is not None:
+            if self.grid is None:
+                raise ValueError(f"cropr: cannot tell height and width of {patches} patches, which windows need")
+            if self.masks is not None:
+                rows = self.windows.split(self.masks.priority[:, prefix:].unsqueeze(-1), self.grid)
+                self.masks = Masks(rows.squeeze(-1), None)
+            self.dropped_prefix, prefix = prefix, 0
+        self.num_prefix, self.num_tokens = prefix, x.shape[1] if self.windows is None else self.windows.size**2
+        self.next_layer = 0
+        self.done = False  # the engine has run all blocks
+        self.positions: Tensor | None = None  # (B, K), of the active tokens; None: all, in order
+        self.sizes: Tensor | None = None  # (B, K) float32, where tokens merge
+        self.rows: Tensor | None = None  # (B, N), where tokens merged: the row of those kept in which each token is
         self.aux: list[Tensor] = []
+        self.pruned_idx: list[tuple[int, Tensor]] = []  # layer, and the positions (B, R) pruned after it
+        self.pruned_tokens: list[Tensor] = []
+        self.tokens: Tensor | None = None  # after the last block, where they are collected
 
-    def enter(self, layer: int, x: Tensor) -> Tensor:
-        """The tokens that a block shall see: all of them in the last one with LLF."""
-        if not (self.llf and layer == self.last and self.positions is not None):
-            return x
-        x = torch.ops.cropr.restore(x, self.positions, *(torch.cat(parts, 1) for parts in zip(*self.gone)))
-        self.rope = self.table.unsqueeze(1) if self.table is not None and self.table.ndim == 3 else self.table
-        self.sizes, self.gone, self.positions = None, [], None
+    @property
+    def predicts(self) -> bool:
+        return self.stack.training if self.options.predict is None else self.options.predict
+
+    def before_block(self, layer: int, x: Tensor) -> Tensor:
+        """The tokens that a block shall see: all of them in the last one with Last Layer Fusion."""
+        windows = self.windows
+        if layer == 0 and windows is not None and self.grid is not None:
+            x = windows.split(x[:, self.dropped_prefix :], self.grid)
+        if self.config.llf and layer == self.last and self.positions is not None:
+            pruned = torch.cat(self.pruned_tokens, 1), torch.cat([idx for _, idx in self.pruned_idx], 1)
+            x = torch.ops.cropr.restore(x, self.positions, *pruned)
+            self.positions = self.sizes = None
+        if windows is not None and layer in windows.global_blocks:
+            x = x.reshape(self.num_images, -1, x.shape[2])
         return x
 
-    def leave(self, layer: int, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The tokens that are left of those a block gave (B, N, D); keys (B, N, C) are what merging compares."""
-        if layer >= len(self.modules):
-            return x
-        module, count, prefix = self.modules[layer], self.counts[layer], self.num_prefix
+    def after_block(self, layer: int, x: Tensor) -> Tensor:
+        """The tokens that are kept of those a block gave."""
+        windows = self.windows
+        if windows is not None and layer in windows.global_blocks:
+            x = x.reshape(self.num_images * windows.count(self.grid or (0, 0)), -1, x.shape[2])
+        if layer < len(self.counts):
+            x = self._prune(layer, x)
+        return self._finish(x) if layer == self.last else x
+
+    def rotary_rows(self, layer: int, table: Tensor) -> Tensor:
+        """Rows of a rotary table (patches, C) for the active tokens: (B, 1, K, C), or the table where all are."""
+        windows = self.windows
+        if windows is None:
+            return table if self.positions is None else rope_at(table, self.positions, self.num_prefix)
+        rows = windows.rope(table, self.grid or (0, 0), self.num_images)
+        rows = rows.unsqueeze(1) if self.positions is None else rope_at(rows, self.positions, 0)
+        return rows.reshape(self.num_images, 1, -1, rows.shape[-1]) if layer in windows.global_blocks else rows
+
+    def log_sizes(self) -> Tensor | None:
+        """What attention adds to the logits of each active token, (B, K); None where that is nothing."""
+        if self.masks is not None and self.masks.padding is not None:
+            return self.masks.log_sizes(self.positions)
+        return None if self.sizes is None else self.sizes.log()
+
+    def pruned(self) -> PrunedTokens | None:
+        """The pruned tokens, where they were collected and there are any."""
+        if not self.pruned_tokens or self.positions is None:
+            return None
+        idx = torch.cat([idx for _, idx in self.pruned_idx], 1)
+        return PrunedTokens(torch.cat(self.pruned_tokens, 1), idx, self.positions)
+
+    def pruning_map(self, device: torch.device) -> Tensor:
+        """(B, grid height, grid width) int64: the number of blocks each patch went through."""
+        windows, grid = self.windows, self.require_grid()
+        rows = self.num_images * (1 if windows is None else windows.count(grid))
+        blocks = torch.full((rows, self.num_tokens - self.num_prefix), self.last + 1, device=device)
+        for layer, idx in self.pruned_idx:
+            blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
+        if windows is not None:
+            blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
+        return blocks.unflatten(1, grid)
+
+    def require_grid(self) -> tuple[int, int]:
+        """Patches in height and width.
+
+        Raises:
+            ValueError: they are unknown.
+        """
+        if self.grid is None:
+            raise ValueError(f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} patches")
+        return self.grid
+
+    def _prune(self, layer: int, x: Tensor) -> Tensor:
+        module, count, prefix = self.stack[layer], self.counts[layer], self.num_prefix
         prediction, scores = None, None
-        if self.training:
+        if self.predicts:
             absent = None if self.masks is None else self.masks.log_sizes(self.positions)
             prediction, scores = module.predict(x, absent)
         if prediction is not None:
@@ -93,118 +185,42 @@ class Stream:
         before, priority = self.positions, None if self.masks is None else self.masks.priority
         if priority is not None and before is not None:
             priority = priority.gather(1, before)
-        if self.how is None:
+        collects = self.config.llf or self.options.collect
+        if self.config.merge is None:
             x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores, priority)
         else:
-            x, kept_idx, pruned, pruned_idx = self._merge(self.how, x, module, count, scores, keys, priority)
-        left = pruned_idx if before is None else before.gather(1, pruned_idx)
+            before_merge = x
+            x, kept_idx, pruned_idx = self._merge(self.config.merge, x, module, count, scores, priority)
+            pruned = torch.ops.cropr.gather(before_merge, pruned_idx) if collects else None
         self.positions = kept_idx if before is None else before.gather(1, kept_idx)
-        if self.llf or self.collect:
-            self.gone.append((pruned, left))
-        if self.departures is not None:
-            self.departures(layer, left)
-        if self.table is not None:
-            self.rope = rope_at(self.table, self.positions, prefix)
+        self.pruned_idx.append((layer, pruned_idx if before is None else before.gather(1, pruned_idx)))
+        if collects:
+            self.pruned_tokens.append(pruned)
         return x
 
-    def log_sizes(self) -> Tensor | None:
-        """What attention adds to the logits of each token alive, (B, K); None where that is nothing."""
-        if self.masks is not None and self.masks.padding is not None:
-            return self.masks.log_sizes(self.positions)
-        return None if self.sizes is None or self.how is None or not self.how.proportional else self.sizes.log()
-
     def _merge(
-        self,
-        how: Merge,
-        x: Tensor,
-        module: Any,
-        count: int,
-        scores: Tensor | None,
-        keys: Tensor | None,
-        priority: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        before, prefix = x, self.num_prefix
+        self, merge: Merge, x: Tensor, module: Any, count: int, scores: Tensor | None, priority: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefix = self.num_prefix
         scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
         if self.sizes is None:
             self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
         else:
-            scores = weigh(scores, self.sizes, how.size_weight, prefix)
-        split = torch.ops.cropr.select(scores, how.num_safe(x.shape[1], count, prefix), prefix, priority)
-        x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(x, *split, self.sizes, count, keys, prefix)
+            scores = size_adjusted_scores(scores, self.sizes, merge.size_weight, prefix)
+        split = torch.ops.cropr.select(scores, merge.num_safe(x.shape[1], count, prefix), prefix, priority)
+        x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(
+            x, *split, self.sizes, count, num_prefix=prefix
+        )
         self.rows = dest if self.rows is None else dest.gather(1, self.rows)
-        pruned = torch.ops.cropr.gather(before, pruned_idx) if self.llf or self.collect else None
-        return x, kept_idx, pruned, pruned_idx
+        return x, kept_idx, pruned_idx
 
-    def left(self) -> Left | None:
-        """The tokens that left, where they were collected and any did."""
-        if not self.gone or self.positions is None:
-            return None
-        tokens, positions = (torch.cat(parts, 1) for parts in zip(*self.gone))
-        return Left(tokens, positions, self.positions)
-
-
-def run_blocks(
-    blocks: Any,
-    modules: Any,
-    counts: Sequence[int],
-    x: Tensor,
-    *,
-    num_prefix: int,
-    llf: bool,
-    rope: Tensor | None = None,
-    training: bool = False,
-    recompute: bool = False,
-    departures: Departures | None = None,
-    merge: Merge | None = None,
-    collect: bool = False,
-    masks: Masks | None = None,
-    apart: Sequence[FusedBlock] = (),
-) -> Streamed:
-    """Run x (B, N, D) through the blocks, pruning to counts[l] tokens after block l.
-
-    With LLF every pruned token, as it was when it left, returns to its position before the last block.
-
-    Args:
-        blocks: a sequence of modules, called as block(x), or block(x, rope=...) where there is a rotary table.
-        modules: a sequence of Cropr modules, one per count; block l is followed by module l.
-        counts: kept tokens after each module.
-        num_prefix: P, first tokens that are never pruned.
-        rope: (patches, C), rows by patch position; (B, patches, C) where each image has a table of its own.
-        training: also compute the auxiliary predictions.
-        recompute: keep no activations of a block for backward, run it again instead.
-        departures: called as departures(block, positions (B, R)) whenever tokens leave.
-        merge: how tokens that leave merge into those that stay.
-        collect: also return the tokens that left; with LLF there are none.
-        masks: tokens that stay or leave whatever their score, and those that no other may see.
-        apart: the blocks taken apart, where there is padding or tokens merge.
-
-    Returns:
-        The tokens after the last block and the auxiliary predictions, one per module that has them.
-    """
-    stream = Stream(
-        modules,
-        counts,
-        len(blocks),
-        num_prefix=num_prefix,
-        llf=llf,
-        rope=rope,
-        training=training,
-        departures=departures,
-        how=merge,
-        collect=collect,
-        masks=masks,
-    )
-    compares = merge is not None and merge.similarity == "keys"
-    for layer, block in enumerate(blocks):
-        x, keys, log_sizes = stream.enter(layer, x), None, stream.log_sizes()
-        if log_sizes is None and not compares:
-            kwargs: dict[str, Any] = {} if stream.rope is None else {"rope": stream.rope}
-            x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
-        else:
-            parts = (x, stream.rope, num_prefix, log_sizes)  # a block whose attention weighs tokens
-            run = apart[layer].sized
-            x, keys = (
-                checkpoint(run, *parts, keys=compares, use_reentrant=False) if recompute else run(*parts, keys=compares)
-            )
-        x = stream.leave(layer, x, keys)
-    return Streamed(x, stream.aux, stream.rows, stream.left(), stream.positions)
+    def _finish(self, x: Tensor) -> Tensor:
+        """What the model shall see of the tokens after the last block."""
+        if self.options.collect:
+            self.tokens = x
+        if self.rows is not None and self.positions is not None and self.options.whole:
+            x = torch.ops.cropr.gather(x, self.rows)
+        if self.windows is not None:
+            grid = self.require_grid()
+            x, self.aux = self.windows.join(x, grid), [self.windows.join(one, grid) for one in self.aux]
+        return x

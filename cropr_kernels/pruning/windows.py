@@ -4,9 +4,7 @@ Tokens are stored window by window, one row of the batch each. Every window drop
 the whole map is the same block on another view of the same memory.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,23 +59,3 @@ class Windows:
     def rope(self, table: Tensor, grid: tuple[int, int], batch: int) -> Tensor:
         """A rotary table (H * W, C) for the rows of split: (B * windows, size * size, C)."""
         return table[self.order(grid, table.device)].repeat(batch, 1, 1)
-
-    def blocks(self, blocks: Sequence[Any], grid: tuple[int, int]) -> list[Any]:
-        """The blocks, for tokens stored window by window."""
-        count = self.count(grid)
-        return [AcrossWindows(block, count) if i in self.global_blocks else block for i, block in enumerate(blocks)]
-
-
-@dataclass(frozen=True)
-class AcrossWindows:
-    """A block that sees all windows of an image at once."""
-
-    block: Any
-    windows: int
-
-    def __call__(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B * windows, K, D); rope (B * windows, 1, K, C)."""
-        whole = x.reshape(-1, self.windows * x.shape[1], x.shape[2])
-        if rope is None:
-            return self.block(whole).view_as(x)
-        return self.block(whole, rope=rope.reshape(len(whole), 1, -1, rope.shape[-1])).view_as(x)

@@ -5,7 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned, run
+from ..pruning.state import PruningOptions
 
 
 class Classifier(nn.Module):
@@ -30,7 +31,7 @@ class Classifier(nn.Module):
         """Losses {"main", "aux"} in training with a target, else logits (B, classes)."""
         if not self.training or target is None:
             return self.backbone(images)
-        output, aux = self.backbone(images) if isinstance(self.backbone, Pruned) else (self.backbone(images), [])
+        output, aux = self.backbone(images) if is_pruned(self.backbone) else (self.backbone(images), [])
         aux = [_of_image(prediction) for prediction in aux]
         main = self.criterion(output, target)
         return {
@@ -40,10 +41,10 @@ class Classifier(nn.Module):
 
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Logits (B, classes) of every auxiliary head, in order, and of the output last."""
-        if not isinstance(self.backbone, Pruned):
+        if not is_pruned(self.backbone):
             return [self.backbone(images)]
-        output, aux = self.backbone.cropr_output(images, predict=True)
-        return [*map(_of_image, aux), output]
+        output, state = run(self.backbone, lambda: self.backbone(images), PruningOptions(predict=True))
+        return [*map(_of_image, state.aux), output]
 
 
 def _of_image(prediction: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..pruning.masks import boxes_on_grid
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
+from ..utils.optional import need
 from .features import patch_features
 
 
@@ -142,13 +143,10 @@ class Detector(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        try:
-            from torchvision.models import detection
-        except ImportError as error:
-            raise ImportError("Detector needs torchvision: pip install 'cropr_kernels[train]'") from error
+        detection = need("torchvision.models.detection", "train", "Detector")
         if img_size[0] != img_size[1]:
             raise ValueError(f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}")
-        if isinstance(backbone, Pruned) and not backbone.cropr.llf:
+        if is_pruned(backbone) and not backbone.cropr.config.llf:
             raise ValueError("Detector: the pyramid needs the whole map: cropr.apply(..., llf=True)")
         self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)

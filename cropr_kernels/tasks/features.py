@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..pruning.model import Pruned
+from ..pruning.model import features, is_pruned
 
 
 class Features(NamedTuple):
@@ -21,12 +21,18 @@ def token_norm(backbone: Any) -> Any:
 
 
 def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> Features:
-    """Features of a backbone that is not pruned, or pruned with Last Layer Fusion."""
+    """Features of a backbone that is not pruned, or pruned with Last Layer Fusion.
+
+    Raises:
+        ValueError: it is pruned without: the map is not whole.
+    """
     aux: list[Tensor] = []
     prefix = backbone.num_prefix_tokens
-    if isinstance(backbone, Pruned):
-        x, aux, _ = backbone.cropr_features(images, predict=predict)
-        prefix = 0 if backbone.cropr.windows is not None else prefix
+    if is_pruned(backbone):
+        if not backbone.cropr.config.llf:
+            raise ValueError("cropr: dense tasks need the whole map: cropr.apply(..., llf=True)")
+        x, aux = features(backbone, images, predict=predict)
+        prefix = 0 if backbone.cropr.config.windows is not None else prefix
     else:
         x = backbone.forward_features(images)
     tokens = x[:, prefix:]

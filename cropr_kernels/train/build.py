@@ -4,13 +4,11 @@ from typing import Any
 
 import torch
 
-from ..models.adapters import find_adapter
-from ..models.vit import PRESETS, create_vit
-from ..models.weights import load_weights
+from ..models.adapters import find_spec
+from ..models.factory import create_model, kind_of, load_weights
 from ..pruning.api import apply
 from ..pruning.windows import Windows
 from ..tasks import Classifier, Detector, Segmenter
-from ..utils.optional import need
 from .config import Config
 
 
@@ -18,29 +16,26 @@ def backbone(config: Config, num_classes: int) -> Any:
     """The network before pruning, with a head for so many classes, or none for 0.
 
     Raises:
-        ValueError: nobody knows the model, or the options do not fit it.
+        ValueError: there is no such model, or the options do not fit it.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     options |= {"patch_size": config.patch_size} if config.patch_size else {}
     options |= {"global_pool": config.global_pool} if config.global_pool else {}
     options |= config.options_of("model_options")
-    if config.weights:
-        model: Any = load_weights(config.weights, **options)[0]  # config.model is what `settled` found in it
-    elif config.model in PRESETS and not config.pretrained:
-        model = create_vit(config.model, **options)
-    else:
-        timm = need("timm")
-        if not timm.is_model(config.model.split(".")[0]):
-            raise ValueError(f"config: model {config.model!r} is neither a preset of cropr_kernels nor a model of timm")
-        size = {"img_size": config.img_size, "dynamic_img_size": True}
-        model = timm.create_model(config.model, pretrained=config.pretrained, **options, **size)
-    find_adapter(model)
-    model.grad_checkpointing = config.grad_checkpointing
+    name = config.weights or config.model
+    kind = kind_of(name, pretrained=config.pretrained)
+    if kind not in ("preset", "timm", "weight file"):
+        raise ValueError(f"config: model must be a preset of cropr_kernels or a model of timm, got {name!r}")
+    if kind == "timm":
+        options |= {"img_size": config.img_size, "dynamic_img_size": True}
+    model = create_model(name, pretrained=config.pretrained, **options)
+    find_spec(model)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     return model.train()
 
 
 def settled(config: Config) -> Config:
-    """The configuration with the model that its weight file is of, where it has one."""
+    """The configuration with the name of the model that its weight file holds, where it has one."""
     return config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
 
 
@@ -69,16 +64,11 @@ def task(config: Config, num_classes: int) -> Any:
                 num_queries=config.num_queries if config.task == "classification" else per_patch,
                 num_outputs=num_classes if config.prunes and not config.fixed_queries else 0,
                 mlp_ratio=config.mlp_ratio,
-                num_heads=config.num_heads,
-                stop_gradient=config.stop_gradient,
-                sampling=config.sampling,
             )
-            for module in model.cropr:
-                module.queries.requires_grad_(module.aggregator is not None)
         if config.task == "classification":
             return Classifier(model, config.smoothing)
         if config.task == "segmentation":
-            return Segmenter(model, num_classes, grid=grid, fusion=config.fusion, ignore_index=config.ignore_index)
+            return Segmenter(model, num_classes, grid=grid, ignore_index=config.ignore_index)
         return Detector(
             model,
             num_classes,

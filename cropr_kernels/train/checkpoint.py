@@ -1,7 +1,5 @@
-"""Checkpoints that are whole or not there: written beside their name, flushed, and renamed."""
+"""Checkpoints: written whole or not at all, read with errors that say what is wrong."""
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..utils.io import atomic_write, load_tensors
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; what was there before stays until the new one is complete.
+    """Write a checkpoint; the one before stays until the new one is complete.
 
     Raises:
-        RuntimeError: it cannot be written, for want of space, say; the one before is as it was.
+        RuntimeError: it cannot be written, for want of space, say; the one before is still there.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        kept = f"{path} is still that of before" if path.exists() else "there is none"
+        kept = "the one before is still there" if path.exists() else "there is none"
         raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
 
 
@@ -43,12 +37,7 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is no checkpoint.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is none at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"checkpoint: {path} holds no model")
     return state
@@ -58,15 +47,11 @@ def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
     """Load weights whose names and shapes must all match.
 
     Raises:
-        ValueError: they do not; the message lists what is missing, too much, or of another shape.
+        ValueError: they do not; the message lists the first differences.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    problems = [f"lacks {name}" for name in own if name not in found]
-    problems += [f"has {name} too much" for name in found if name not in own]
-    problems += [
-        f"{name} is {found[name]}, not {shape}" for name, shape in own.items() if found.get(name, shape) != shape
-    ]
+    own, found = ({name: tuple(value.shape) for name, value in one.items()} for one in (model.state_dict(), weights))
+    pairs = [(name, own.get(name, "absent"), found.get(name, "absent")) for name in own | found]
+    problems = [f"{name} must be {wanted}, is {got}" for name, wanted, got in pairs if wanted != got]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"checkpoint: {path} does not fit this model: {'; '.join(problems[:4])}{more}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,12 +41,8 @@ class Config:
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch
     mlp_ratio: float = 4.0
-    num_heads: int | None = None
-    stop_gradient: bool = True
-    sampling: bool = False
     calibrate: int = 0  # training photos from which queries are set in closed form before the first step
     fixed_queries: bool = False  # queries do not learn, and there are no auxiliary heads: those of calibrate stay
-    fusion: Literal["llf", "concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop"] = "llf"  # segmentation
     window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
     global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same
 
@@ -102,33 +99,15 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
-        for name in (
-            "num_queries",
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "save_steps",
-            "log_steps",
-            "eval_epochs",
-            "max_bad_steps",
-        ):
-            self._require(name, getattr(self, name) >= 1, ">= 1")
-        scales = ("head_lr_scale", "query_lr_scale", "last_block_lr_scale")
-        rest = ("lr", "warmup_epochs", "weight_decay", "drop_path", "clip_grad", "workers", "mixup", "cutmix")
-        for name in (*scales, *rest):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        for name in ("curriculum", "flip", "erasing"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("ema", "smoothing", "drop_path"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
-        self._require(
-            "accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"
-        )
+        for allowed, (holds, names) in _RANGES.items():
+            for name in names.split():
+                self._require(name, holds(getattr(self, name)), allowed)
+        divides = self.batch_size % self.accumulate == 0
+        self._require("accumulate", divides, f"a divisor of batch_size={self.batch_size}")
         self._require("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp")
         self.options_of("model_options")
         self.options_of("detector_options")
-        given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
+        given = [name for name, value in self.schedule.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
         if self.task != "classification":
@@ -140,9 +119,6 @@ class Config:
         if self.stride is not None:
             fits = all(1 <= step <= side for step, side in zip(self.stride, self.img_size))
             self._require("stride", fits, f"from 1 to img_size={self.img_size}")
-        if self.fusion != "llf":
-            self._require("fusion", self.task == "segmentation", "llf outside segmentation")
-            self._require("llf", not self.llf, f"false with fusion={self.fusion}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -154,7 +130,7 @@ class Config:
         return {name: getattr(self, name) for name in ("rate", "keep", "ratio", "const")}
 
     def options_of(self, field: Literal["model_options", "detector_options"]) -> dict[str, Any]:
-        """Those of a field as keyword arguments: JSON values, or else text."""
+        """The name=value pairs of a field as keyword arguments: JSON values, or else text."""
         options: dict[str, Any] = {}
         for option in getattr(self, field):
             name, equals, value = option.partition("=")
@@ -212,6 +188,19 @@ class Config:
             raise ValueError(f"{path}: {error}") from error
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    ">= 1": (
+        lambda x: x >= 1,
+        "num_queries epochs batch_size accumulate save_steps log_steps eval_epochs max_bad_steps",
+    ),
+    ">= 0": (
+        lambda x: x >= 0,
+        "head_lr_scale query_lr_scale last_block_lr_scale lr warmup_epochs weight_decay clip_grad workers mixup cutmix",
+    ),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "curriculum flip erasing"),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "ema smoothing drop_path"),
+    "in (0, 1]": (lambda x: 0 < x <= 1, "layer_decay"),
+}
 _HINTS: dict[str, Any] = typing.get_type_hints(Config)
 _FREE = {"data", "device", "workers", "save_steps", "log_steps"}  # may change when a run is resumed
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..utils.images import find_photos
 from ..utils.optional import need
-from ..utils.viz import find_photos
 from .config import Config
 
 TRIES = 16  # neighbours tried in place of a sample that cannot be read
 
 
 class Data(NamedTuple):
-    """What a run learns from and is measured on. Classes without the background of detection."""
+    """What a run is trained and evaluated on. Classes without the background of detection."""
 
     train: Any
     val: Any
@@ -38,7 +38,8 @@ def seed_of(*parts: int) -> int:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run with all generators seeded, and put them back as they were."""
-    numpy = need("numpy").random
+    from numpy import random as numpy  # torchvision brings it
+
     states = random.getstate(), numpy.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     numpy.seed(seed)
@@ -91,16 +92,13 @@ class Batches:
 
     def __init__(self, count: int, config: Config, epoch: int, *, rank: int = 0, world: int = 1, first_step: int = 0):
         share = config.accumulate * world
+        size = f"train: batch_size={config.batch_size}"
         if config.batch_size % share:
-            raise ValueError(
-                f"train: batch_size={config.batch_size} must be a multiple of accumulate x processes = {share}"
-            )
+            raise ValueError(f"{size} must be a multiple of accumulate x processes = {share}")
         if (config.mixup or config.cutmix) and config.batch_size // share % 2:
-            raise ValueError(
-                f"train: mixup and cutmix take images in pairs: batch_size={config.batch_size} / {share} is odd"
-            )
+            raise ValueError(f"{size} must be a multiple of 2 x {share}: mixup and cutmix take images in pairs")
         if count < config.batch_size:
-            raise ValueError(f"train: batch_size={config.batch_size} is more than the {count} training samples")
+            raise ValueError(f"{size} must be at most the {count} training samples")
         self.count, self.config, self.epoch, self.rank, self.world = count, config, epoch, rank, world
         self.first_step, self.steps = first_step, count // config.batch_size
 
@@ -126,18 +124,15 @@ def collate(samples: Sequence[Sample]) -> tuple[Any, Any, int]:
     return torch.stack(images), stacked, sum(sample.skipped for sample in samples)
 
 
-def train_loader(dataset: Any, batches: Batches, config: Config) -> DataLoader[Any]:
-    return _loader(dataset, batches, config)
-
-
 def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
     """Every sample once, shared out to the processes; an image at a time where sizes differ."""
     size = config.batch_size // config.accumulate if config.task == "classification" else 1
     keys = [(-1, index) for index in range(rank, len(dataset), world)]
-    return _loader(dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config)
+    return make_loader(dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config)
 
 
-def _loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
+def make_loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
+    """Samples of a dataset in batches of keys (epoch, index)."""
     return DataLoader(
         Samples(dataset, config.seed),
         batch_sampler=batches,
@@ -170,7 +165,7 @@ def _part(config: Config, option: str, number: int, count: int) -> Path:
 
 def classification_transforms(config: Config) -> tuple[Any, Any]:
     """timm's transforms for training and evaluation."""
-    create = need("timm.data").create_transform
+    create = need("timm.data", "train", "cropr train").create_transform
     shared: dict[str, Any] = dict(
         input_size=(3, *config.img_size), mean=config.mean, std=config.std, interpolation="bicubic"
     )
@@ -187,7 +182,7 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
 
 
 def _folders(config: Config) -> Data:
-    datasets = need("torchvision.datasets")
+    datasets = need("torchvision.datasets", "train", "cropr train")
     training, evaluation = classification_transforms(config)
     train = datasets.ImageFolder(_part(config, "train_split", 0, 1), training)
     val = datasets.ImageFolder(_part(config, "val_split", 0, 1), evaluation)
@@ -195,6 +190,20 @@ def _folders(config: Config) -> Data:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f"train and val have different classes: {', '.join(odd[:5])}")
     return Data(train, val, train.classes)
+
+
+def _read(path: Path, mode: str | None = None) -> Tensor:
+    """An image file as it is (channels, H, W), or converted to a mode of Pillow."""
+    to_tensor = need("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
+    with need("PIL.Image", "train", "cropr train").open(path) as image:
+        return to_tensor(image.convert(mode) if mode else image)
+
+
+def _both(dataset: Any, config: Config) -> Any:
+    """A dataset of images and annotations, for training and for evaluation."""
+    for option in ("train_split", "val_split"):
+        images, annotations = (_part(config, option, number, 2) for number in (0, 1))
+        yield dataset(images, annotations, config, train=option == "train_split")
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
@@ -218,12 +227,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
-        functional = need("torchvision.transforms.v2.functional")
         photo_path, label_path = self.pairs[index]
-        with image.open(photo_path) as photo, image.open(label_path) as label:
-            pixels = functional.pil_to_tensor(photo.convert("RGB"))
-            classes = functional.pil_to_tensor(label)[:1].long()
+        pixels, classes = _read(photo_path, "RGB"), _read(label_path)[:1].long()
         if pixels.shape[1:] != classes.shape[1:]:
             raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
         if self.config.reduce_zero_label:
@@ -234,17 +239,17 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path} has label {int(highest)}; labels must be below num_classes={self.config.num_classes} or "
                 f"ignore_index={self.config.ignore_index}"
             )
+        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
         return self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(classes))
 
     def transform(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:
         """In training: resized by a random factor, a random crop, a flip, jitter. In evaluation: as it is."""
-        v2 = need("torchvision.transforms.v2")
+        v2 = need("torchvision.transforms.v2", "train", "cropr train")
         config = self.config
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
             height, width = image.shape[1:]
-            factor = random.uniform(*config.scale)
-            jitter = config.color_jitter
+            factor, jitter = random.uniform(*config.scale), config.color_jitter
             image, label = v2.Compose(
                 [
                     v2.Resize((max(round(height * factor), 1), max(round(width * factor), 1))),
@@ -258,10 +263,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _label_maps(config: Config) -> Data:
-    train, val = (
-        LabelMaps(_part(config, option, 0, 2), _part(config, option, 1, 2), config, train=option == "train_split")
-        for option in ("train_split", "val_split")
-    )
+    train, val = _both(LabelMaps, config)
     return Data(train, val, [str(index) for index in range(config.num_classes)])
 
 
@@ -272,15 +274,14 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        coco = need("faster_coco_eval").COCO
+        coco = need("faster_coco_eval", "train", "cropr train").COCO
         self.root, self.config, self.train = images, config, train
         self.coco = coco(str(annotations), print_function=lambda *_: None)
         self.ids = sorted(self.coco.getImgIds())
         self.categories = sorted(self.coco.getCatIds())
         if not self.ids or not self.categories:
-            raise ValueError(
-                f"detection: {annotations} holds {len(self.ids)} images and {len(self.categories)} categories"
-            )
+            counts = f"{len(self.ids)} images and {len(self.categories)} categories"
+            raise ValueError(f"detection: {annotations} must hold images and categories, holds {counts}")
 
     def names(self) -> list[str]:
         return [category["name"] for category in self.coco.loadCats(self.categories)]
@@ -289,11 +290,10 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image, tv_tensors = need("PIL.Image"), need("torchvision.tv_tensors")
-        v2 = need("torchvision.transforms.v2")
+        v2 = need("torchvision.transforms.v2", "train", "cropr train")
+        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
         about = self.coco.loadImgs([self.ids[index]])[0]
-        with image.open(self.root / about["file_name"]) as photo:
-            pixels = tv_tensors.Image(v2.functional.pil_to_tensor(photo.convert("RGB")))
+        pixels = tv_tensors.Image(_read(self.root / about["file_name"], "RGB"))
         size = tuple(pixels.shape[1:])
         found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[about["id"]]))
         found = [one for one in found if not one.get("iscrowd") and min(one["bbox"][2:]) > 0]
@@ -322,10 +322,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def _coco(config: Config) -> Data:
-    train, val = (
-        Boxes(_part(config, option, 0, 2), _part(config, option, 1, 2), config, train=option == "train_split")
-        for option in ("train_split", "val_split")
-    )
+    train, val = _both(Boxes, config)
     if train.categories != val.categories:
         raise ValueError("train and val have different categories")
     return Data(train, val, train.names())
@@ -335,4 +332,5 @@ def mixing(config: Config, classes: int) -> Any:
     """timm's mixup and cutmix, or None. Labels are smoothed by the loss, whether they were mixed or not."""
     if not config.mixup and not config.cutmix:
         return None
-    return need("timm.data").Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+    mixup = need("timm.data", "train", "cropr train").Mixup
+    return mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)

@@ -21,7 +21,7 @@ def evaluate(
     masks. All in percent; `skipped` samples could not be read. `aux`, in classification, is the top-1 of every
     auxiliary head.
     """
-    tqdm = need("tqdm").tqdm
+    tqdm = need("tqdm", "train", "cropr train").tqdm
     kinds: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
     was_training = task.training
     task.eval()
@@ -59,7 +59,7 @@ class Top:
     """Top-1 and top-5 of the output, top-1 of every auxiliary head."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        accuracy = need("torchmetrics.classification").MulticlassAccuracy
+        accuracy = need("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
         self.device, self.num_classes = device, num_classes
         self.top = {
             f"top-{k}": accuracy(num_classes, top_k=k, average="micro").to(device) for k in (1, 5) if k <= num_classes
@@ -85,7 +85,7 @@ class Overlap:
     """Mean intersection over union of the classes that occur, and the share of right pixels."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        confusion = need("torchmetrics.classification").MulticlassConfusionMatrix
+        confusion = need("torchmetrics.classification", "train", "cropr train").MulticlassConfusionMatrix
         self.config, self.device = config, device
         self.confusion = confusion(num_classes, ignore_index=config.ignore_index).to(device)
         self.stride = config.stride or tuple(max(side * 2 // 3, 1) for side in config.img_size)
@@ -109,7 +109,7 @@ class Precision:
         kinds = ("bbox", "segm") if config.masks else ("bbox",)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.metric = need("torchmetrics.detection").MeanAveragePrecision(
+            self.metric = need("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
                 iou_type=kinds, backend="faster_coco_eval"
             )
         self.device, self.masks = device, config.masks

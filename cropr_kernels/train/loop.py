@@ -1,4 +1,4 @@
-"""The training loop: steps that can be repeated exactly, a log of every one of them, checkpoints to go on from."""
+"""The training loop: steps that can be repeated exactly, a log of them, checkpoints to resume from."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..calibration import calibrate
 from ..pruning.api import set_progress
-from ..pruning.model import Pruned
+from ..pruning.model import is_pruned
 from ..utils.io import write_text
 from ..utils.optional import need
 from . import build, checkpoint
 from .config import Config
-from .data import Batches, Data, Samples, load_data, mixing, seed_of, seeded, train_loader, val_loader
+from .data import Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
 from .evaluate import MAIN, autocast, evaluate
 from .optim import lr_share, param_groups, progress
 
@@ -57,15 +57,15 @@ def processes(config: Config) -> Iterator[Place]:
 def train(
     config: Config, out: str | Path, *, data: Data | None = None, task: Any = None, show: bool = True
 ) -> dict[str, Any]:
-    """Train a task, or go on with a run that was interrupted, to the same losses as if it had not been.
+    """Train a task, or resume a run that was interrupted, to the same losses as without the interruption.
 
     Writes into `out`: config.json; metrics.jsonl, one line for every log_steps steps and every evaluation; last.pt, to
-    go on from, every save_steps steps and at the end of an epoch; best.pt, the weights that were best so far (of the
-    average, where there is one). Under torchrun all processes share the work; batch_size is that of all together.
+    resume from, every save_steps steps and at the end of an epoch; best.pt, the best weights so far (of the average,
+    where there is one). Under torchrun all processes share the work; batch_size is that of all together.
 
     Args:
         config: the run.
-        out: folder to write to. Where it holds a run already, that run goes on; it must be the same one.
+        out: folder to write to. If it holds a run, that one resumes; it must be the same one.
         data: datasets to use instead of those that the configuration names.
         task: a network to train instead of the one that the configuration describes (`cropr_kernels.tasks`).
         show: whether to show progress bars.
@@ -99,7 +99,7 @@ class Run:
         self.totals = {"skipped": 0, "not_finite": 0}
         self.last_metrics: dict[str, Any] = {}
         resumed = self._claim_folder()
-        if resumed is None and config.calibrate and isinstance(task.backbone, Pruned):
+        if resumed is None and config.calibrate and is_pruned(task.backbone):
             self._calibrate()
         self.wrapped = self._share(self.task)
         groups = param_groups(self.task, config)
@@ -110,7 +110,7 @@ class Run:
             self._restore(resumed)
 
     def _claim_folder(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, if the folder holds this run."""
+        """The checkpoint to resume from, if the folder holds this run."""
         own, last = self.out / "config.json", self.out / "last.pt"
         found = None
         if last.exists():
@@ -175,21 +175,21 @@ class Run:
         state = checkpoint.state_of(self.task, self.optimizer)
         state |= {"scaler": self.scaler.state_dict(), "ema": None if self.ema is None else self.ema.state_dict()}
         state |= {"step": self.step, "best": self.best, "totals": self.totals, "bad_in_a_row": self.bad_in_a_row}
+        self._write("last.pt", state)
+
+    def _write(self, name: str, state: dict[str, Any]) -> None:
         if self.writes:
-            checkpoint.save(
-                self.out / "last.pt", state | {"config": self.config.to_json(), "classes": self.data.classes}
-            )
+            checkpoint.save(self.out / name, state | {"config": self.config.to_json(), "classes": self.data.classes})
 
     def _log(self, line: dict[str, Any]) -> None:
+        where = {"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)}
         if self.writes:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(
-                    json.dumps({"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)} | line) + "\n"
-                )
+                file.write(json.dumps(where | line) + "\n")
 
     def go(self) -> dict[str, Any]:
         """Train to the end."""
-        config, tqdm = self.config, need("tqdm").tqdm
+        config, tqdm = self.config, need("tqdm", "train", "cropr train").tqdm
         total = config.epochs * self.steps_an_epoch
         if self.step >= total:
             return self._finished()
@@ -197,9 +197,8 @@ class Run:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
                 sizes = {"rank": self.place.rank, "world": self.place.world, "first_step": first}
-                loader = iter(
-                    train_loader(self.data.train, Batches(len(self.data.train), config, epoch, **sizes), config)
-                )
+                batches = Batches(len(self.data.train), config, epoch, **sizes)
+                loader = iter(make_loader(self.data.train, batches, config))
                 for _ in range(first, self.steps_an_epoch):
                     start = time.perf_counter()
                     losses = self._step(loader)
@@ -228,7 +227,7 @@ class Run:
         share = lr_share(config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * share
-        if isinstance(self.task.backbone, Pruned):
+        if is_pruned(self.task.backbone):
             set_progress(self.task.backbone, progress(config, epoch))
         # loss, main, aux; samples that could not be read
         sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -287,7 +286,7 @@ class Run:
     def _evaluate(self) -> None:
         config = self.config
         task: Any = self.task if self.ema is None else self.ema.module
-        if isinstance(task.backbone, Pruned):
+        if is_pruned(task.backbone):
             set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
         loader = val_loader(self.data.val, config, rank=self.place.rank, world=self.place.world)
         self.last_metrics = evaluate(task, loader, config, len(self.data.classes), self.place.device, self.show)
@@ -295,11 +294,7 @@ class Run:
         if self.last_metrics[MAIN[config.task]] > self.best:
             self.best = self.last_metrics[MAIN[config.task]]
             weights = checkpoint.state_of(task, self.optimizer)["model"] if self.ema is None else task.state_dict()
-            if self.writes:
-                state = {"model": weights, "step": self.step, "metrics": self.last_metrics}
-                checkpoint.save(
-                    self.out / "best.pt", state | {"config": config.to_json(), "classes": self.data.classes}
-                )
+            self._write("best.pt", {"model": weights, "step": self.step, "metrics": self.last_metrics})
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,18 +1,32 @@
-"""Libraries that only training needs, imported where they are used."""
+"""Libraries that only some features need, imported where they are used."""
 
 import importlib
 from typing import Any
 
+_DISTRIBUTIONS = {"PIL": "pillow", "faster_coco_eval": "faster-coco-eval", "sklearn": "scikit-learn"}
 
-def need(module: str) -> Any:
-    """Import a module of the `train` extra.
+
+def distribution(module: str) -> str:
+    """The name by which a module's library is installed."""
+    library = module.split(".")[0]
+    return _DISTRIBUTIONS.get(library, library)
+
+
+def need(module: str, extra: str, what: str) -> Any:
+    """Import a module of a library that this package does not depend on.
+
+    Args:
+        module: such as "PIL.Image".
+        extra: of this package, that installs the library.
+        what: the feature that needs it, as the subject of the error.
 
     Raises:
-        ImportError: it is not installed; the message names the extra.
+        ImportError: the library is not installed: "cropr infer needs pyarrow: pip install 'cropr_kernels[infer]'".
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0]:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise ImportError(f"training needs {error.name}: pip install 'cropr_kernels[train]'") from error
+        message = f"{what} needs {distribution(module)}: pip install 'cropr_kernels[{extra}]'"
+        raise ImportError(message) from error

@@ -1,40 +1,35 @@
-"""What the benches that train need of their own: other scores in the place of Cropr's, photos of a data set."""
+"""Modules in place of Cropr's, and the photos that detection trains on."""
 
 import json
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
+from benchmarks.baselines.modules import AttentionTopK, SeveralHeads, TrainedNonSalient, replace_modules
+from benchmarks.baselines.network import Reduced
+from benchmarks.baselines.registry import SYSTEMS
 from cropr_kernels.tasks import Classifier
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from rivals import SYSTEMS, Reduced
-from rivals.stands import AttentionTopK
 
 
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
-def test_attention_top_k_in_a_pruned_model_is_that_of_the_rivals(llf):
+def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
     model, images = randomise(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
     counts = cropr.schedule.resolve(rate=9)(65, len(model.blocks), 1, llf)
     want = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
     cropr.apply(model, rate=9, llf=llf)
-    for layer, module in enumerate(model.cropr):
-        model.cropr[layer] = AttentionTopK(module.query(), model.blocks[layer])
+    replace_modules(model, AttentionTopK)
     torch.testing.assert_close(model(images), want)
 
 
 def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_gives_the_scores():
-    pytest.importorskip("timm", reason="needs the train extra")
-    accuracy = pytest.importorskip("accuracy", reason="needs the train extra")
     model = cropr.apply(randomise(reference_vit()), rate=9)
     module, x = model.cropr[0], torch.randn(2, 65, model.embed_dim)
     dropped = module(x, 56, 1).pruned_idx
-    module.__class__ = accuracy.NonSalient
+    module.__class__ = TrainedNonSalient
     assert torch.equal(module(x, 10, 1).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
     _, scores = module.train().predict(x)
     assert torch.equal(module(x, 10, 1, scores).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
@@ -42,10 +37,29 @@ def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_g
     assert losses["aux"].isfinite()
 
 
+def test_non_salient_keeps_what_cropr_drops():
+    x = torch.randn(2, 10, 8)
+    module = cropr.Cropr(8, 3)
+    plain = module(x, 5).kept_idx
+    expected, _ = module.predict(x)
+    module.__class__ = TrainedNonSalient
+    prediction, scores = module.predict(x)
+    for split in (module(x, 5), module(x, 5, 0, scores)):
+        assert torch.equal(split.pruned_idx, plain)
+    assert torch.equal(prediction, expected)
+
+
+def test_several_heads_as_published_choose_what_the_folded_ones_do():
+    module = randomise(cropr.Cropr(16, 3, num_heads=4))
+    x = torch.randn(2, 20, 16)
+    published, folded = SeveralHeads(module)(x, 12, 1), module.eval()(x, 12, 1)
+    assert torch.equal(published.kept_idx, folded.kept_idx) and torch.equal(published.kept, folded.kept)
+
+
 @pytest.mark.parametrize("split", [True, False], ids=["split", "all for both"])
 def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split, tmp_path):
     pytest.importorskip("timm", reason="needs the train extra")
-    detection = pytest.importorskip("detection", reason="needs the train extra")
+    detection = pytest.importorskip("benchmarks.accuracy.detection", reason="needs the train extra")
     images = [{"id": i} | ({"split": "train" if i % 3 else "val"} if split else {}) for i in range(12)]
     objects = [{"id": i, "image_id": i % 12, "category_id": i} for i in range(24)]
     about = {"images": images, "annotations": objects, "categories": [{"id": i, "name": str(i)} for i in range(24)]}
@@ -65,3 +79,14 @@ def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split,
     assert read(1, 5, True)[0]["images"] != train["images"] == read(0, 5, False)[0]["images"]
     assert [len(part["images"]) for part in read(0, None, False)] == ([8, 4] if split else [12, 12])
     assert read(0, 99, False)[0]["categories"] == about["categories"]
+
+
+def test_random_tokens_are_drawn_by_the_seed(monkeypatch):
+    classification = pytest.importorskip("benchmarks.accuracy.classification", reason="needs the train extra")
+    model = cropr.apply(randomise(reference_vit()), rate=9)
+    monkeypatch.setattr(classification.build, "task", lambda config, classes: SimpleNamespace(backbone=model))
+    drawn = []
+    for seed in (3, 3, 4):
+        task = classification.build_task(SimpleNamespace(seed=seed), "random")
+        drawn.append(task.backbone.cropr[0](torch.ones(1, 65, model.embed_dim), 20, 1).kept_idx)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

@@ -15,7 +15,7 @@ import torch
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
-from cropr_kernels.utils.viz import find_photos, load_photo
+from cropr_kernels.utils.images import find_photos, load_photo
 
 dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
 pytest.importorskip("webdataset", reason="webdataset is not installed")
@@ -97,14 +97,14 @@ def test_features_instead_of_classes(model, photos, tmp_path):
     assert row["features"] == pytest.approx(expected.tolist(), abs=1e-3) and "classes" not in row
 
 
-def test_a_run_goes_on_and_another_one_is_refused(model, photos, tmp_path, capsys):
+def test_a_run_resumes_and_another_one_is_refused(model, photos, tmp_path, capsys):
     arguments, _ = model
     out = tmp_path / "out"
     command = ["infer", *arguments, str(photos), "--out", str(out), "--unit", "3"]
     assert cli.main(command) == 0
     before, times = results(out), {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     (out / "part-00001.parquet").unlink()
-    (out / ".part-00001.parquet.0.tmp").write_text("half of it")
+    (out / ".0123abcd.part-00001.parquet").write_text("half of it")
     capsys.readouterr()
     assert cli.main(command) == 0
     assert "1 units, 2 were there; 3 photos" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_errors_say_what_is_wrong(model, photos, tmp_path, capsys, monkeypatch):
     assert "there is no folder or shard" in error(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no photos and no shards in" in error(tmp_path / "empty")
-    assert "is neither a folder nor a WebDataset shard (.tar)" in error(PHOTOS[0])
+    assert "a source must be a folder or a WebDataset shard (.tar), got" in error(PHOTOS[0])
     assert "--batch must be >= 1, got 0" in error(photos, "--batch", 0)
     (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
     assert "torn.tar" in error(tmp_path / "torn.tar")

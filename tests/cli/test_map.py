@@ -42,7 +42,7 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
     photos = [str(PHOTOS / "rocket.jpg"), str(PHOTOS / "coffee.jpg")]
     assert cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "41 of 196 patches stay" in text and "calibrated on these 3 photos" in text
+    assert "41 of 196 patches are kept" in text and "calibrated on these 3 photos" in text
     names = {f"{name}{end}" for name in ("rocket", "coffee", "rocket_2") for end in (".gif", "_blocks.png")}
     assert {path.name for path in out.iterdir()} == names | {"maps.png"}
     with Image.open(out / "coffee.gif") as animation:

@@ -92,3 +92,20 @@ def randomise(model):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def embed(model, images):
+    """The tokens that enter the first block of a timm model or the reference ViT, and the rotary table, if any."""
+    if isinstance(model, ViT):
+        return model.embed(images)
+    embedded = model._pos_embed(model.patch_embed(images))
+    x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+    return model.norm_pre(x), rope
+
+
+def outputs_of(output):
+    """What a model says of a whole image."""
+    if isinstance(output, torch.Tensor):
+        return output
+    names = ("logits", "image_embeds", "pooler_output")
+    return next(output[name] for name in names if output.get(name) is not None)

@@ -62,7 +62,7 @@ def test_pretrained_weights_classify_real_photos_as_timm_does(data):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     from safetensors.torch import load_file
 
-    from cropr_kernels.models.weights import load_weights
+    from cropr_kernels.models.factory import load_weights
 
     path = data / "vit_tiny_p16_224_tin200_fp16.safetensors"
     ours, metadata = load_weights(path)
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused(call, message):
 def test_load_weights_finds_the_architecture(tmp_path):
     from safetensors.torch import save_file
 
-    from cropr_kernels.models.weights import load_weights
+    from cropr_kernels.models.factory import load_weights
 
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3).eval()
     save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"classes": "a b c"})
@@ -119,13 +119,13 @@ def test_load_weights_finds_the_architecture(tmp_path):
 
 
 def test_bad_weight_files_get_one_clear_sentence(tmp_path):
-    from cropr_kernels.models.weights import load_weights
+    from cropr_kernels.models.factory import load_weights
 
     with pytest.raises(FileNotFoundError, match="load_weights: no weight file at"):
         load_weights(tmp_path / "missing.safetensors")
     for name in ("a.safetensors", "b.pth"):
         (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(ValueError, match=r"is not a readable (safetensors file|PyTorch checkpoint)"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
             load_weights(tmp_path / name)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="no architecture has these 1 tensors"):
@@ -136,7 +136,7 @@ def test_bad_weight_files_get_one_clear_sentence(tmp_path):
 
 
 def test_load_weights_takes_another_head_and_says_what_does_not_fit(tmp_path):
-    from cropr_kernels.models.weights import load_weights
+    from cropr_kernels.models.factory import load_weights
 
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "weights.pt")

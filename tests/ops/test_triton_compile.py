@@ -4,8 +4,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from resources import ARCHITECTURES, TYPES, compile_launch, launches, resources, tool
-
+from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_launch, launches, resources, tool
 from cropr_kernels.ops.registration import FILES
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
 from cropr_kernels.pruning.engine import Graphs
+from cropr_kernels.pruning.model import graph_key
 
 ENGINE_MODELS = {
     **MODELS,
@@ -34,7 +35,7 @@ def both(kind, dtype=torch.float64, **schedule):
     """The same model on the functional ops and on the engine."""
     model = cropr.apply(randomise(ENGINE_MODELS[kind]()).eval().to(dtype), **schedule)
     functional, engine = cropr.deploy(model, engine=False), cropr.deploy(model)
-    assert isinstance(engine.cropr.engine, list), engine.cropr.engine
+    assert engine.cropr.engine is not None, engine.cropr.engine_reason
     return functional, engine
 
 
@@ -59,7 +60,7 @@ def test_engine_equals_the_functional_ops(kind, llf):
     functional, engine = both(kind, rate=8, llf=llf)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
-    features = engine.forward_features(images), functional.forward_features(images)
+    features = cropr.features(engine, images)[0], functional.forward_features(images)
     torch.testing.assert_close(*features, rtol=1e-9, atol=1e-9)
     assert features[0].shape[1] == (engine.num_prefix_tokens + 64 if llf else features[1].shape[1])
 
@@ -192,15 +193,15 @@ def test_what_the_engine_does_not_know_runs_on_the_functional_ops_and_says_why()
         return model
 
     for make, reason in (
-        (hooked, "block 2: forward hooks on the block"),
+        (hooked, "block 2: forward hooks on Block"),
         (norm_replaced, "block 1: norm2 is Odd, not LayerNorm over the width"),
         (block_replaced, "block 3: torch.nn.modules.transformer.TransformerEncoderLayer is not a block it knows"),
         (lambda: timm_eva(use_post_norm=True), "block 0: timm.models.eva.EvaBlockPostNorm is not a block it knows"),
     ):
         model = cropr.apply(make().eval(), rate=0)
-        model.cropr.schedule = cropr.schedule.resolve(rate=8)
+        cropr.set_rate(model, 8)
         deployed = cropr.deploy(model)
-        assert deployed.cropr.engine == reason
+        assert deployed.cropr.engine_reason == reason
         assert f"engine off ({reason})" in repr(deployed.cropr)
         if make is not block_replaced:
             images = torch.randn(1, 3, 64, 64)
@@ -262,11 +263,14 @@ def test_graphs_are_bounded_and_results_are_the_callers_own():
 def test_the_key_of_a_graph_holds_all_that_changes_its_result():
     model = cropr.deploy(cropr.apply(reference_vit(), rate=8), cuda_graphs=4)
     images = torch.randn(1, 3, 64, 64)
-    keys = {model.cropr_key(images), model.cropr_key(images.double()), model.cropr_key(images.repeat(2, 1, 1, 1))}
+    key = lambda: graph_key(model, images)  # noqa: E731
+    keys = {key(), graph_key(model, images.double()), graph_key(model, images.repeat(2, 1, 1, 1))}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        keys.add(model.cropr_key(images))
-    keys.add(cropr.set_rate(model, 4).cropr_key(images))
-    keys.add(model.bfloat16().cropr_key(images))
+        keys.add(key())
+    cropr.set_rate(model, 4)
+    keys.add(key())
+    model.bfloat16()
+    keys.add(key())
     assert len(keys) == 6
     assert model(images.bfloat16()).shape == (1, 5)  # CPU inputs ignore graphs
     with pytest.raises(ValueError, match="cuda_graphs must be >= 0, got -1"):

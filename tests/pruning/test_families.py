@@ -8,19 +8,22 @@ from helpers.models import (
     CLASSIFIERS,
     HF,
     HOSTS,
+    MODELS,
     PREFIX,
     SMALL,
     TEXT,
+    outputs_of,
     randomise,
     reference_vit,
+    timm_vit,
     torchvision_vit,
     transformers,
 )
 from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
-from cropr_kernels.models.adapters import anatomy
-from cropr_kernels.pruning.block_wrapper import PassedBlock, _mask_at
+from cropr_kernels.models.adapters import find_spec
+from cropr_kernels.pruning.block_wrapper import WrappedBlock, _mask_at
 
 
 @pytest.fixture(params=HOSTS)
@@ -53,8 +56,8 @@ def assert_equal(one, other, **tolerance):
 
 
 def test_what_is_known_of_them(name, model):
-    known = anatomy(model)
-    assert len(known.blocks) == 4 and known.dim == 64 and known.grid == (8, 8) and known.hosted
+    known = find_spec(model)
+    assert len(known.blocks) == 4 and known.dim == 64 and known.grid == (8, 8)
     assert known.num_prefix == PREFIX.get(name, 1)
     assert known.num_classes == (5 if name in CLASSIFIERS else 0)
 
@@ -80,7 +83,7 @@ def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
 
 def slow(model, images, queries, counts, prefix, llf):
     """What leaves the last block, one image at a time, tokens in lists; rotary tables are looked up by position."""
-    blocks, seen = anatomy(model).blocks, []
+    blocks, seen = find_spec(model).blocks, []
     handle = blocks[0].register_forward_pre_hook(lambda block, *inputs: seen.append(inputs), with_kwargs=True)
     run(model, images)
     handle.remove()
@@ -114,8 +117,8 @@ def test_tokens_equal_a_slow_implementation(name, model, images, llf):
     model, images = model.double(), images.double()
     plain = copy.deepcopy(model)
     cropr.apply(model, rate=8, llf=llf)
-    known, seen = anatomy(model), []
-    counts = model.cropr.schedule(64 + known.num_prefix, 4, known.num_prefix, llf)
+    known, seen = find_spec(model), []
+    counts = model.cropr.config.counts(64 + known.num_prefix, 4, known.num_prefix)
     queries = [module.query().double() for module in model.cropr]
     known.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
     run(model, images)
@@ -226,8 +229,8 @@ def test_training_gives_predictions_and_stops_their_gradient(model, images, llf)
         assert (parameter.grad is not None) == key.startswith("cropr."), key
     main = next(iter(output.values())) if hasattr(output, "values") and not torch.is_tensor(output) else output
     main.square().mean().backward()
-    assert all(parameter.grad is not None for parameter in anatomy(model).blocks[0].parameters())
-    assert model.cropr.passage.take_aux() == []  # nothing is kept
+    assert all(parameter.grad is not None for parameter in find_spec(model).blocks[0].parameters())
+    assert model.cropr.slot.state is None and model.cropr.slot.options is None  # nothing is kept
 
 
 def test_recomputation_gives_the_same_gradients(images):
@@ -250,11 +253,11 @@ def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, im
     fast = cropr.deploy(model)
     assert_equal(run(fast, images), expected, rtol=1e-5, atol=1e-5)
     cropr.set_rate(fast, 12)
-    assert fast.cropr.passage is not model.cropr.passage and not any(p.requires_grad for p in fast.parameters())
+    assert fast.cropr.slots is not model.cropr.slots and not any(p.requires_grad for p in fast.parameters())
     assert_equal(run(model, images), expected)
     assert list(model.state_dict()) == keys and not any("aggregator" in key for key in fast.state_dict())
     cropr.remove(fast)
-    assert not any(isinstance(module, PassedBlock) for module in fast.modules())
+    assert not any(isinstance(module, WrappedBlock) for module in fast.modules())
 
 
 @torch.no_grad()
@@ -282,7 +285,7 @@ def test_the_vision_tower_of_clip_is_found():
     t = transformers()
     model = t.CLIPModel(t.CLIPConfig(vision_config=HF, text_config=TEXT)).eval()
     cropr.apply(model, rate=8)
-    assert anatomy(model).num_prefix == 1 and len(model.cropr) == 3
+    assert find_spec(model).num_prefix == 1 and len(model.cropr) == 3
     with torch.no_grad():
         text = model.get_text_features(input_ids=torch.tensor([[1, 2, 3]]))
     cropr.remove(model)
@@ -305,26 +308,23 @@ def test_masks_follow_the_tokens():
 
 
 def test_refusals(images):
-    for options in ({"merge": True}, {"windows": cropr.Windows(4, (3,)), "llf": True}):
-        with pytest.raises(ValueError, match="VisionTransformer runs its blocks itself"):
-            cropr.apply(torchvision_vit(), rate=8, **options)
+    with pytest.raises(ValueError, match=r"windows are for timm models and cropr_kernels.ViT, got VisionTransformer"):
+        cropr.apply(torchvision_vit(), rate=8, windows=cropr.Windows(4, (3,)), llf=True)
     model = cropr.apply(torchvision_vit(), rate=8)
-    with pytest.raises(ValueError, match="cuda_graphs cannot capture"):
-        cropr.deploy(model, cuda_graphs=1)
     with pytest.raises(ValueError, match="pruned already"):
         cropr.apply(model, rate=8)
     with pytest.raises(RuntimeError, match="block 2 of a pruned model ran without those before it"):
-        anatomy(model).blocks[2](torch.randn(2, 65, 64))
-    x = anatomy(model).blocks[0](torch.randn(2, 65, 64))
+        find_spec(model).blocks[2](torch.randn(2, 65, 64))
+    x = find_spec(model).blocks[0](torch.randn(2, 65, 64))
     with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
-        anatomy(model).blocks[3](x)
+        find_spec(model).blocks[3](x)
     with pytest.raises(TypeError, match="has 2 vision towers"):
-        cropr.apply(torch.nn.ModuleDict({"vision_a": torchvision_vit(), "vision_b": torchvision_vit()}), rate=8)
+        cropr.apply(torch.nn.ModuleDict({"vision_a": HOSTS["ViT"](), "vision_b": HOSTS["ViT"]()}), rate=8)
     with pytest.raises(
         TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
     ):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
-    with pytest.raises(ValueError, match="ViTMAEModelOutput has neither logits nor features"):
+    with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"):
         cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])
 
 
@@ -343,5 +343,85 @@ def test_protected_patches_stay(name, model, images):
     assert_equal(run(model, images), before)  # a mask is for one call
     with pytest.raises(ValueError, match=r"cropr: protect must be bool of shape .* B = 2 and 64 patches"):
         model(images, protect=protect[:, :3])
-    with pytest.raises(ValueError, match="cropr: padding is not supported for"):
-        model(images, padding=protect)
+
+
+EVERY = {**MODELS, **HOSTS}
+PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP")]
+
+
+@pytest.mark.parametrize("name", PADDABLE)
+@pytest.mark.parametrize("llf", [False, True])
+@torch.no_grad()
+def test_what_the_padding_holds_is_of_no_account(name, llf, images):
+    model = cropr.apply(randomise(EVERY[name]()).eval(), rate=8, llf=llf, num_outputs=0)
+    padding = torch.zeros(2, 8, 8, dtype=torch.bool)
+    padding[0, 6:], padding[1, :, 5:] = True, True
+    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images)
+    for one in (model, cropr.deploy(model)):
+        outputs = [one(batch, padding=padding) for batch in (images, other)]
+        pooled = [outputs_of(output) for output in outputs]
+        torch.testing.assert_close(*pooled, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(outputs_of(one(images)), pooled[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)
+@pytest.mark.parametrize("name", HOSTS)
+@torch.no_grad()
+def test_the_engine_gives_what_the_functional_ops_give(name, options, images):
+    model = randomise(HOSTS[name]()).double().eval()
+    images = images.double()
+    cropr.apply(model, rate=8, num_outputs=0, **options)
+    fast, functional = cropr.deploy(model), cropr.deploy(model, engine=False)
+    assert fast.cropr.engine is not None, fast.cropr.engine_reason
+    assert_equal(run(fast, images), run(functional, images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "ViT-MAE"])
+@torch.no_grad()
+def test_merged_tokens_cover_all_positions(name, llf, images):
+    model = randomise(HOSTS[name]()).eval()
+    plain = run(model, images)
+    cropr.apply(model, rate=8, merge=True, llf=llf, num_outputs=0)
+    merged = run(model, images)
+    assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in plain.items()}
+    tokens = merged.get("last_hidden_state")
+    if tokens is not None and not llf:
+        where, prefix = cropr.merge_map(model, images).flatten(1), PREFIX.get(name, 1)
+        for b in range(2):
+            for token in where[b].unique():
+                rows = tokens[b, prefix:][where[b] == token]
+                assert torch.equal(rows, rows[:1].expand_as(rows))
+
+
+@pytest.mark.parametrize("convert", [as_transformers, as_torchvision])
+@pytest.mark.parametrize("llf", [False, True])
+@torch.no_grad()
+def test_merged_models_of_other_families_equal_the_merged_timm_model(convert, llf, images, monkeypatch):
+    monkeypatch.setitem(HF, "intermediate_size", 256)
+    vit = randomise(reference_vit()).eval()
+    timm = timm_vit().eval()
+    timm.load_state_dict(vit.state_dict())
+    models = [vit, timm, convert(vit).eval()]
+    for model in models:
+        cropr.apply(model, rate=8, merge=True, llf=llf, num_outputs=0)
+        for module, first in zip(model.cropr, vit.cropr):
+            module.queries.copy_(first.queries)
+    for family in (models, [cropr.deploy(model) for model in models]):
+        expected = run(family[0], images)["logits"]
+        for other in family[1:]:
+            torch.testing.assert_close(run(other, images)["logits"], expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(cropr.merge_map(other, images), cropr.merge_map(family[0], images))
+
+
+def test_merging_trains_through_recomputation(images):
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = cropr.apply(randomise(HOSTS["ViT"]()), rate=8, merge=True)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        output, aux = model.train()(images)
+        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
+        grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    assert_equal(*({key: grad for key, grad in own.items() if grad is not None} for own in grads))

@@ -7,18 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
-from torch import nn
 
 import cropr_kernels as cropr
 from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension, proportional_attention
-from cropr_kernels.pruning.merging import follow
+from cropr_kernels.pruning.merging import resolve_parents
 
 WAYS = {
     "default": cropr.Merge(),
     "no choice of the redundant": cropr.Merge(candidates=1),
     "three times as many candidates": cropr.Merge(candidates=3),
-    "keys": cropr.Merge(similarity="keys"),
-    "plain attention, sizes do not protect": cropr.Merge(proportional=False, size_weight=0),
+    "sizes do not protect": cropr.Merge(size_weight=0),
 }
 
 
@@ -36,15 +34,13 @@ def slow_image(model, tokens, counts, how):
         x = torch.stack([value for value, _, _ in alive])
         q, k, v = (part[0] for part in block.attn.project(block.norm1(x)[None]))
         logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        if how.proportional:
-            logits = logits + torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
+        logits = logits + torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
         heads = logits.softmax(-1) @ v
         x = x + block.ls1(block.attn.proj(block.attn.norm(heads.transpose(0, 1).flatten(1))))
         x = x + block.ls2(block.mlp(block.norm2(x)))
         alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
         if layer < len(counts):
-            features = k.mean(0) if how.similarity == "keys" else x
-            alive = slow_merge(alive, features, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how)
+            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how)
     rows = torch.empty_like(tokens)
     for value, _, patches in alive:
         rows[patches] = value
@@ -82,7 +78,7 @@ def test_logits_are_those_of_a_slow_merge(options, how):
     model = randomise(reference_vit(**options)).double().eval()
     cropr.apply(model, rate=9, merge=how)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
-    counts = model.cropr.schedule(model.num_prefix_tokens + 64, 4, model.num_prefix_tokens, False)
+    counts = model.cropr.config.counts(model.num_prefix_tokens + 64, 4, model.num_prefix_tokens)
     expected = slow_logits(model, images, counts, how)
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-6)
@@ -177,7 +173,7 @@ def test_merged_tokens_are_copied_to_all_they_stand_for():
     with torch.no_grad():
         tokens, where = model.forward_features(images)[:, 1:], cropr.merge_map(model, images).flatten(1)
         deployed = cropr.deploy(model)
-        torch.testing.assert_close(deployed.forward_features(images)[:, 1:], tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cropr.features(deployed, images)[0][:, 1:], tokens, rtol=1e-4, atol=1e-4)
         assert torch.equal(cropr.merge_map(deployed, images).flatten(1), where)
     left = cropr.pruning_map(model, images).flatten(1) == 4
     for b in range(2):
@@ -204,8 +200,8 @@ def test_maps_without_merging():
 
 def test_follow_finds_the_end_of_every_chain():
     parent = torch.tensor([[0, 3, 2, 5, 2, 7, 2, 7]])  # 1 -> 3 -> 5 -> 7
-    assert follow(parent, 3)[0].tolist() == [0, 7, 2, 7, 2, 7, 2, 7]
-    assert follow(parent[:, :1], 0).tolist() == [[0]]
+    assert resolve_parents(parent, 3)[0].tolist() == [0, 7, 2, 7, 2, 7, 2, 7]
+    assert resolve_parents(parent[:, :1], 0).tolist() == [[0]]
 
 
 # Options and refusals
@@ -230,22 +226,16 @@ def test_options_out_of_range_are_refused():
         cropr.Merge(size_weight=-1)
     with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got nan"):
         cropr.Merge(candidates=float("nan"))
-    with pytest.raises(ValueError, match=r"Merge: similarity must be 'tokens' or 'keys', got 'values'"):
-        cropr.Merge(similarity="values")
 
 
 def test_blocks_that_cannot_weigh_tokens_are_refused():
     model = timm_vit()
-    model.blocks[1].register_forward_hook(lambda *_: None)
+    model.blocks[1].attn.fused_attn = False
+    cropr.apply(model, rate=8, merge=True)
     with pytest.raises(
-        ValueError, match=r"merge needs attention that weighs tokens: block 1: forward hooks on the block"
+        ValueError, match=r"merging and padding need attention that calls scaled_dot_product_attention, and Block does"
     ):
-        cropr.apply(model, rate=8, merge=True)
-    model = timm_vit()
-    model.blocks[2].attn = nn.Identity()
-    with pytest.raises(ValueError, match=r"weighs tokens: block 2: attention is Identity"):
-        cropr.apply(model, rate=8, merge=True)
-    assert not hasattr(model, "cropr")
+        model(torch.randn(1, 3, 64, 64))
 
 
 def test_eva_attention_with_a_gate_is_refused():
@@ -307,7 +297,7 @@ def test_recomputed_activations_give_the_same_gradients():
     grads = []
     for recompute in (False, True):
         torch.manual_seed(2)
-        model = cropr.apply(randomise(timm_vit()).train(), rate=8, merge=cropr.Merge(similarity="keys"))
+        model = cropr.apply(randomise(timm_vit()).train(), rate=8, merge=True)
         model.set_grad_checkpointing(recompute)
         model(torch.randn(2, 3, 64, 64))[0].square().sum().backward()
         grads.append(model.blocks[0].mlp.fc1.weight.grad)

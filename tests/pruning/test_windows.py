@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit, timm_eva
+from helpers.models import embed, randomise, reference_vit, timm_eva
 
 import cropr_kernels as cropr
-from cropr_kernels.models.adapters import find_adapter
 
 IMAGES = dict(size=(2, 3, 64, 96))  # 8 x 12 patches: 2 x 3 windows of 4 x 4
 GRID, SIZE = (8, 12), 4
@@ -23,7 +22,7 @@ def build(name, **options):
 
 
 def patches_of(model, images):
-    x, rope = find_adapter(model).embed(model, images)
+    x, rope = embed(model, images)
     return x[:, model.num_prefix_tokens :], rope
 
 
@@ -92,7 +91,7 @@ def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_feature
     model, images = build("rotary")
     windows = cropr.Windows(SIZE, (1,))
     cropr.apply(model, rate=3, llf=True, windows=windows, num_queries=SIZE**2, num_outputs=7)
-    features, aux, _ = model.double().train().cropr_features(images)
+    features, aux = cropr.features(model.double().train(), images, predict=True)
     assert features.shape == (2, 96, 64) and [prediction.shape for prediction in aux] == [(2, 96, 7)] * 2
     x = torch.arange(2 * 96 * 5.0).view(2, 96, 5)
     assert torch.equal(windows.join(windows.split(x, GRID), GRID), x)

@@ -14,7 +14,7 @@ pytest.importorskip("torchvision", reason="needs the train extra")
 
 from cropr_kernels.tasks import Classifier, Detector, Segmenter
 from cropr_kernels.tasks.detection import patch_categories
-from cropr_kernels.tasks.segmentation import FUSIONS, patch_labels, pixel_loss
+from cropr_kernels.tasks.segmentation import patch_labels, pixel_loss
 
 BACKBONES = {
     "reference": lambda: reference_vit(num_classes=0),
@@ -25,11 +25,11 @@ BACKBONES = {
 CLASSES = 3
 
 
-def segmenter(name="reference", fusion="llf", grid=(8, 8), rate=9, **options):
+def segmenter(name="reference", grid=(8, 8), rate=9, **options):
     model = BACKBONES[name]()
     patches = grid[0] * grid[1]
-    cropr.apply(model, rate=rate, llf=fusion == "llf", num_queries=patches, num_outputs=CLASSES, **options)
-    return randomise(Segmenter(model, CLASSES, grid=grid, fusion=fusion)).train()
+    cropr.apply(model, rate=rate, llf=True, num_queries=patches, num_outputs=CLASSES, **options)
+    return randomise(Segmenter(model, CLASSES, grid=grid)).train()
 
 
 # Classification
@@ -80,9 +80,8 @@ def test_pixels_without_a_class_count_nowhere():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_trains_every_parameter_and_runs_at_other_sizes(name, fusion):
-    task = segmenter(name, fusion)
+def test_segmentation_trains_every_parameter_and_runs_at_other_sizes(name):
+    task = segmenter(name)
     images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
     target[0] = 255  # an empty annotation
     losses = task(images, target)
@@ -96,86 +95,24 @@ def test_every_fusion_trains_every_parameter_and_runs_at_other_sizes(name, fusio
         assert task(images).shape == (2, CLASSES, 64, 64)
         predictions = task.predictions(images)
         assert [p.shape for p in predictions] == [(2, 64, CLASSES)] * len(predictions)
-        if not fusion.startswith("cross_attn"):
-            assert task(torch.randn(1, 3, 64, 96)).shape == (1, CLASSES, 64, 96)
+        assert task(torch.randn(1, 3, 64, 96)).shape == (1, CLASSES, 64, 96)
 
 
-@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "dtop"])
-def test_the_auxiliary_loss_stays_out_of_the_backbone(fusion):
-    task = segmenter(fusion=fusion)
+def test_the_auxiliary_loss_stays_out_of_the_backbone():
+    task = segmenter()
     task(torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64)))["aux"].backward()
     reached = [name for name, p in task.named_parameters() if p.grad is not None and p.grad.any()]
     assert reached and all(".cropr." in name for name in reached)
 
 
-def tokens_of(task, images):
-    """Tokens that stayed and left, by hand: [(position, row)] of one image, prefix included, no last norm."""
-    backbone = task.backbone
-    x, _ = backbone.embed(images)
-    stack, alive, gone = backbone.cropr, list(range(x.shape[1])), {}
-    counts = stack.schedule(x.shape[1], len(backbone.blocks), 1, stack.llf)
-    rows = dict(enumerate(x[0]))
-    for layer, block in enumerate(backbone.blocks):
-        out = block(torch.stack([rows[p] for p in alive])[None])[0]
-        rows |= dict(zip(alive, out))
-        if layer < len(counts):
-            kept = stack[layer](out[None], counts[layer], 1).kept_idx[0].tolist()
-            leaving = [p for i, p in enumerate(alive) if i not in kept]
-            gone |= dict.fromkeys(leaving, layer)
-            alive = [alive[i] for i in kept]
-    return rows, alive, gone
-
-
-@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "llf"])
 @torch.no_grad()
-def test_fusions_are_those_of_a_slow_implementation(fusion):
-    task = segmenter(fusion=fusion).eval()
-    images = torch.randn(1, 3, 64, 64)
-    rows, alive, gone = tokens_of(task, images)
-    norm = task.backbone.norm
-    stayed = torch.stack([rows[p] for p in alive])[None]
-    everything = torch.stack([rows[p] for p in range(65)])[None]
-    if fusion == "dtop":
-        expected = torch.stack(
-            [
-                task.backbone.cropr[gone[p]].classify(rows[p]) if p in gone else task.head(norm(rows[p]))
-                for p in range(1, 65)
-            ]
-        )[None]
-    else:
-        tokens = {
-            "concat": lambda: norm(everything)[:, 1:],
-            "mhsa_concat": lambda: norm(task.fuse.block(everything))[:, 1:],
-            "cross_attn": lambda: task.fuse.reader(norm(stayed)),
-            "cross_attn_concat": lambda: task.fuse.reader(norm(everything)),
-        }[fusion]()
-        expected = task.head(tokens)
-    torch.testing.assert_close(task.logits(images).output, expected, rtol=1e-4, atol=1e-4)
-    low = expected.transpose(1, 2).unflatten(2, (8, 8))
-    whole = F.interpolate(low, size=(64, 64), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(task(images), whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-@torch.no_grad()
-def test_a_deployed_backbone_gives_the_same_maps(fusion):
-    task = segmenter(fusion=fusion).eval()
+def test_a_deployed_backbone_gives_the_same_maps():
+    task = segmenter().eval()
     images = torch.randn(2, 3, 64, 64)
     expected = task(images)
     task.backbone = cropr.deploy(task.backbone)
     torch.testing.assert_close(task(images), expected, rtol=1e-4, atol=1e-4)
-    assert fusion != "llf" or not isinstance(task.backbone.cropr.engine, str)
-
-
-@torch.no_grad()
-def test_dtop_lets_the_surest_tokens_leave():
-    task = segmenter(fusion="dtop").eval()
-    images = torch.randn(1, 3, 64, 64)
-    first = task.backbone.cropr[0]
-    x = task.backbone.blocks[0](task.backbone.embed(images)[0])
-    sure = first.classify(x).softmax(-1).amax(-1)[0, 1:]
-    left = cropr.pruning_map(task.backbone, images).flatten() == 1
-    assert left.sum() == 10 and sure[left].min() >= sure[~left].max()
+    assert task.backbone.cropr.engine is not None
 
 
 @torch.no_grad()
@@ -323,10 +260,8 @@ def test_what_a_task_cannot_do_is_refused():
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 96))
     with pytest.raises(ValueError, match="no such option box_size, rpn_anchor_generator; options are rpn_head,"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 64), box_size=3, rpn_anchor_generator=None)
-    with pytest.raises(ValueError, match="fusion must be one of llf, concat"):
-        Segmenter(pruned, 3, grid=(8, 8), fusion="sum")
-    with pytest.raises(ValueError, match=r"fusion='llf' needs apply\(..., llf=True\)"):
-        Segmenter(pruned, 3, grid=(8, 8))
+    with pytest.raises(ValueError, match=r"dense tasks need the whole map: cropr.apply\(..., llf=True\)"):
+        Segmenter(pruned, 3, grid=(8, 8))(torch.rand(1, 3, 64, 64))
 
 
 # Each recipe, end to end

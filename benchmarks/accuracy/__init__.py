@@ -1,0 +1,1 @@
+"""What pruning costs: agreement with the unpruned network, and accuracy after training."""

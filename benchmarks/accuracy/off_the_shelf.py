@@ -1,0 +1,123 @@
+"""Token reduction without labels and without training: how much of a pretrained model's answers stays, how fast.
+
+python -m benchmarks.accuracy.off_the_shelf --data FOLDER [--photos 400] [--seeds 2 3 4] [--rates 4 8 12 15] [--speed]
+
+FOLDER as in data.py. Each seed draws its own photos: as many to calibrate on, from the training
+split, as to compare on, from the validation split. --speed times every method instead (nothing else should run): see
+off_the_shelf_speed.json. A run that is cut off goes on where it stopped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cropr_kernels as cropr
+from benchmarks.accuracy.agreement import agreement, calibrated, log_probabilities, percent_equal
+from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.baselines.network import Reduced
+from benchmarks.baselines.registry import OFF_THE_SHELF, SYSTEMS
+from benchmarks.models.deployment import deploy, pruned, unpruned
+from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.timing import in_turns, quantile, seconds_of
+
+MERGES = {
+    "merge": cropr.Merge(),
+    "merge, no choice of the redundant": cropr.Merge(candidates=1),
+    "merge, twice as many candidates": cropr.Merge(candidates=2),
+    "merge, sizes do not protect": cropr.Merge(size_weight=0),
+    "merge, similarity of keys": cropr.Merge(similarity="keys"),
+    "merge, plain attention": cropr.Merge(proportional=False),
+    "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
+}
+METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES]
+
+
+def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Tensor]:
+    """A method at a rate; `model` holds the calibrated queries."""
+    depth, tokens = len(base.blocks), base.num_prefix_tokens + base.grid**2
+    if name in SYSTEMS:
+        counts = cropr.schedule.rate(tokens, depth, rate, base.num_prefix_tokens)
+        return Reduced(base, SYSTEMS[name], counts).eval()
+    if name in MERGES:
+        merging = pruned(base, rate=rate, merge=MERGES[name])
+        merging.cropr.load_state_dict(model.cropr.state_dict())
+        return deploy(merging, base)
+    return cropr.set_rate(deploy(model, base), rate)
+
+
+def compare(options: argparse.Namespace, base: Any, classes: list[str]) -> None:
+    """Every method at every rate against the unpruned model, on the photos of every seed."""
+    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
+    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
+    cells = itertools.product(DATA, options.seeds, options.rates, options.methods)
+    for (data, seed), of_seed in itertools.groupby(results.remaining(cells), key=lambda cell: cell[:2]):
+        torch.manual_seed(seed)
+        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
+        images, names = read_photos(options.data / DATA[data], VAL, options.photos, seed)
+        target = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
+        known = bool((target >= 0).all())  # the model's head knows the classes of Tiny-ImageNet alone
+        expected, model = log_probabilities(base, images), calibrated(base, calibration)
+        for cell in tqdm(of_seed, desc=f"{data}, seed {seed}", mininterval=5):
+            _, _, rate, name = cell
+            got = log_probabilities(build(base, model, name, rate), images)
+            same, divergence = agreement(got, expected)
+            row = dict(zip(results.keys, cell)) | {"agreement": round(same, 2), "KL": round(divergence, 4)}
+            if known:
+                row["top-1"] = round(percent_equal(got.argmax(1), target), 2)
+                row["top-1 unpruned"] = round(percent_equal(expected.argmax(1), target), 2)
+            results.add(row)
+
+
+def speed(options: argparse.Namespace, base: Any) -> None:
+    """Every method at every rate against the unpruned model on the engine, in turns of one call in shuffled order."""
+    images = torch.randn(options.batch, 3, 224, 224)
+    model, rows = calibrated(base, torch.randn(8, 3, 224, 224)), []
+    env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
+    models = {(rate, name): build(base, model, name, rate) for rate in options.rates for name in options.methods}
+    models[0, "unpruned"] = unpruned(base)
+    with tqdm(total=(options.rounds + 2) * len(models), mininterval=5) as bar:
+
+        def turn(method: Callable[[Tensor], Tensor]) -> float:
+            bar.update()
+            return seconds_of(method, images)
+
+        turns = {cell: partial(turn, method) for cell, method in models.items()}
+        in_turns(turns, 2)  # warm up
+        times = in_turns(turns, options.rounds)
+    plain = quantile(times[0, "unpruned"], 0.5)
+    for (rate, name), own in times.items():
+        rows.append({"rate": rate, "method": name, "speed-up": round(plain / quantile(own, 0.5), 3)})
+        rows[-1]["p10 p90"] = [round(plain / quantile(own, q), 3) for q in (0.9, 0.1)]
+    Results(options.out, env).replace(rows)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])  # options were chosen on 0 and 1
+    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--speed", action="store_true", help="measure time instead of agreement")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    options.out = options.out or RESULTS / f"off_the_shelf{'_speed' if options.speed else ''}.json"
+    base, classes = load_model(options.data)
+    if options.speed:
+        speed(options, base)
+    else:
+        compare(options, base, classes)
+
+
+if __name__ == "__main__":
+    main()

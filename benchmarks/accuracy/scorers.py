@@ -1,0 +1,124 @@
+"""What scores know before any training: how well they foretell attention, and whether what they keep is the object.
+
+python -m benchmarks.accuracy.scorers --data FOLDER [--photos 300] [--seeds 2 3 4] [--out FILE]
+
+FOLDER as in data.py. The unpruned network runs on photos of Tiny-ImageNet that no query was calibrated on. For
+each block: the rank correlation of the scores of its patches with how much the later blocks attend to
+them, and the share of the better half that lies in the object's box. The last rows say what Last Layer Fusion, dropping
+at once, and other scores in some blocks or in all, take from the network's answers before it is trained.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.accuracy.agreement import agreement, calibrated, log_probabilities
+from benchmarks.accuracy.cells import curve
+from benchmarks.accuracy.data import DATA, TRAIN, VAL, Encoded, load_model, patches_in, read_photos
+from benchmarks.baselines.modules import MODULES, replace_modules
+from benchmarks.baselines.network import Context, attention_of
+from benchmarks.baselines.selection import variance_scores
+from benchmarks.models.deployment import pruned
+from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.calibration import importance
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "dec, R = 14": dict(rate=14),
+    **{f"dec, R falls ({power})": dict(keep=curve(power)) for power in (0.5, 0.7)},
+    **{f"dec, R rises ({power})": dict(keep=curve(power)) for power in (1.3, 1.5)},
+    "merging, R = 14": dict(rate=14, merge=True),
+    **{f"merging, R falls ({power})": dict(keep=curve(power), merge=True) for power in (0.5, 0.7)},
+    **{f"merging, R rises ({power})": dict(keep=curve(power), merge=True) for power in (1.3, 1.5)},
+    "dec, R = 14, LLF": dict(rate=14, llf=True),
+    "dec, R = 17, LLF": dict(rate=17, llf=True),
+    "const": dict(const=(4, 79)),
+    "const, LLF": dict(const=(4, 60), llf=True),
+}
+# Who scores in the place of the query behind which of the 11 blocks, at R = 14.
+OTHERS: dict[str, tuple[str, list[int]]] = {
+    "dec, R = 14, attention top-k": ("attention top-k", [*range(11)]),
+    "dec, R = 14, attention top-k but for blocks 1 and 8": ("attention top-k", [1, 2, 3, 4, 5, 6, 8, 9, 10]),
+    "dec, R = 14, variance": ("variance", [*range(11)]),
+    "dec, R = 14, variance but for blocks 3 to 8": ("variance", [0, 1, 8, 9, 10]),
+    "dec, R = 14, random": ("random", [*range(11)]),
+    "dec, R = 14, random but for blocks 3 to 8": ("random", [0, 1, 8, 9, 10]),
+}
+
+
+def ranks(values: Tensor) -> Tensor:
+    order = values.argsort(1).argsort(1).double()
+    return order - order.mean(1, keepdim=True)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's, of each row of (B, N)."""
+    return torch.nn.functional.cosine_similarity(ranks(a), ranks(b), dim=1)
+
+
+def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """For each block but the last: what each scorer gives its patches, and how much later blocks attend to them."""
+    scores: list[dict[str, Tensor]] = []
+    attended: list[Tensor] = []
+    x, _ = base.embed(images)
+    for layer, block in enumerate(base.blocks):
+        q, k, _ = block.attn.project(block.norm1(x))
+        attended.append(importance(q, k, 1, class_token=True))
+        row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
+        x = block(x)
+        if layer < len(queries):
+            named = {"Cropr, calibrated": x @ queries[layer], "attention top-k": row, "variance": variance_scores(x)}
+            scores.append({name: values[:, 1:] for name, values in named.items()} | {"random": torch.rand(len(x), 196)})
+    return [(named, torch.stack(attended[layer + 1 :]).mean(0)) for layer, named in enumerate(scores)]
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str, Any]]:
+    path = options.data / DATA["Tiny-ImageNet"]
+    torch.manual_seed(seed)
+    model = calibrated(base, read_photos(path, TRAIN, options.photos, seed)[0])
+    images, _ = read_photos(path, VAL, options.photos, seed)
+    inside = patches_in(torch.as_tensor(Encoded(path, VAL, options.photos, seed).boxes).float())
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
+    for part, box in zip(images.split(50), inside.split(50)):
+        for layer, (named, target) in enumerate(scores_of(base, queries, part)):
+            for name, scores in named.items():
+                kept = scores.topk(98, 1).indices
+                both = torch.stack([correlation(scores, target), box.gather(1, kept).double().mean(1)], 1)
+                found.setdefault((name, layer), []).append(both)
+    rows: list[dict[str, Any]] = []
+    for (name, layer), parts in found.items():
+        rank, share = torch.cat(parts).mean(0).tolist()
+        rows.append({"seed": seed, "scorer": name, "block": layer, "correlation": rank, "in box": 100 * share})
+    expected = log_probabilities(base, images)
+    for name, schedule in (SCHEDULES | dict.fromkeys(OTHERS, SCHEDULES["dec, R = 14"])).items():
+        other = pruned(base, **schedule)
+        for module, one in zip(other.cropr, model.cropr):
+            module.load_state_dict(one.state_dict())
+        if name in OTHERS:
+            kind, layers = OTHERS[name]
+            replace_modules(other, MODULES[kind], layers)
+        same, divergence = agreement(log_probabilities(other, images), expected)
+        rows.append({"seed": seed, "schedule": name, "agreement": same, "KL": divergence})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--out", type=Path, default=RESULTS / "scorers.json")
+    options = parser.parse_args()
+    base, _ = load_model(options.data)
+    results = Results(options.out, environment("cpu") | {"photos": options.photos})
+    for seed in tqdm(options.seeds, desc="seeds"):
+        results.add(*measure(options, base, seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The systems that Cropr is compared with, on the reference ViT and at the token counts of a schedule.
+
+Written to be fast in PyTorch, with this package's ops where they fit. `registry` makes each by name. A new one needs a
+file here, its line in the registry, and a test against a slow, obvious version.
+"""

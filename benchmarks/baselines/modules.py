@@ -1,0 +1,119 @@
+"""Modules that replace the Cropr modules of a pruned model, and choose the tokens that are kept in another way."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cropr_kernels as cropr
+from benchmarks.baselines.network import Context, attention_of
+from benchmarks.baselines.prune import published
+from benchmarks.baselines.selection import random_scores, variance_scores
+
+ops = torch.ops.cropr
+
+
+class PruningModule(nn.Module):
+    """Holds the query of the Cropr module that it replaces, and may look at the block before it."""
+
+    folded: Tensor
+
+    def __init__(self, module: Any, block: Any = None):
+        super().__init__()
+        self.register_buffer("folded", module.query())
+
+    def query(self) -> Tensor:
+        return self.folded
+
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[None, None]:
+        return None, None
+
+
+def replace_modules(model: Any, kind: type[PruningModule], layers: Sequence[int] | None = None) -> None:
+    """Replace the Cropr modules of these layers, of all by default."""
+    for layer in range(len(model.cropr)) if layers is None else layers:
+        model.cropr[layer] = kind(model.cropr[layer], model.blocks[layer])
+
+
+class Random(PruningModule):
+    """Uniformly random tokens are kept."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*ops.split(x, random_scores(x), num_keep, num_prefix))
+
+
+class Variance(PruningModule):
+    """Tokens with the highest variance over their channels are kept."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*ops.split(x, variance_scores(x), num_keep, num_prefix))
+
+
+class AttentionTopK(PruningModule):
+    """Those are kept that the class token attends to most in the block before: its softmax, mean over heads."""
+
+    def __init__(self, module: Any, block: Any):
+        super().__init__(module, block)
+        self.row: Tensor | None = None
+        block.register_forward_pre_hook(self.attend)
+
+    @torch.no_grad()
+    def attend(self, block: Any, args: tuple[Tensor, ...]) -> None:
+        q, k, _ = block.attn.project(block.norm1(args[0]))
+        self.row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*ops.split(x, self.row, num_keep, num_prefix))
+
+
+class NonSalient(PruningModule):
+    """Cropr reversed: the lowest scores are kept."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*ops.prune(x, -self.folded, num_keep, num_prefix))
+
+
+class TrainedNonSalient(cropr.Cropr):
+    """The same in training: the query learns as Cropr's does."""
+
+    def query(self) -> Tensor:
+        return -super().query()
+
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        prediction, scores = super().predict(x, log_sizes)
+        return prediction, None if scores is None else -scores
+
+
+class Published(PruningModule):
+    """Cropr's tokens by the published sequence of ops."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        return cropr.Split(*published(x, self.folded.to(x.dtype).unsqueeze(0), num_keep))
+
+
+class FreeSlice(PruningModule):
+    """The first tokens are kept, at no cost: the most that pruning could buy."""
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        idx = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return cropr.Split(x[:, :num_keep], idx[:, :num_keep], x[:, num_keep:], idx[:, num_keep:])
+
+
+class SeveralHeads(PruningModule):
+    """The multi-head scorer with projections as published: all tokens are projected to keys, queries are not folded."""
+
+    def __init__(self, module: cropr.Cropr, block: Any = None):
+        super().__init__(module)
+        attention: Any = module.aggregator.attention  # type: ignore[union-attr]
+        self.num_heads, self.k_proj = attention.num_heads, copy.deepcopy(attention.k_proj)
+        self.register_buffer("q", attention.q_proj(module.queries.detach()).detach())
+
+    def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
+        q, k = (part.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for part in (self.q, self.k_proj(x)))
+        scores = (q @ k.transpose(2, 3)).sum((1, 2)).float()
+        return cropr.Split(*ops.split(x, scores, num_keep, num_prefix))
+
+
+MODULES: dict[str, type[PruningModule]] = {"random": Random, "variance": Variance, "attention top-k": AttentionTopK}

@@ -1,0 +1,147 @@
+"""Ways to choose the tokens that stay: random, variance, attention top-k, EViT, ATS, k-medoids."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.baselines.network import Context, Reducer, Reduction, Selector, take
+
+ops = torch.ops.cropr
+
+
+def random_scores(x: Tensor) -> Tensor:
+    return torch.rand(x.shape[:2], device=x.device)
+
+
+def variance_scores(x: Tensor) -> Tensor:
+    """Variance of a token over its channels."""
+    return x.float().var(-1)
+
+
+class Random(Selector):
+    """Uniformly random tokens stay."""
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        return random_scores(x)
+
+
+class FeatureVariance(Selector):
+    """Tokens with the highest variance over their channels stay."""
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        return variance_scores(x)
+
+
+class PixelVariance(Selector):
+    """Tokens whose patch of the image has the highest variance stay: decided by the image alone."""
+
+    needs = frozenset({"patches"})
+
+    def prepare(self, patches: Tensor) -> Tensor:
+        return patches.float().var(-1)
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        scores = F.pad(context.need("patches"), (num_prefix, 0))
+        return scores if context.positions is None else scores.gather(1, context.positions)
+
+
+class AttentionTopK(Selector):
+    """Those stay that the class token attends to most in this block: its row of the softmax, mean over heads."""
+
+    needs = frozenset({"class row"})
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        return context.need("class_row").mean(1)
+
+
+class EViT(Reducer):
+    """Attention top-k between attention and MLP, and one token more: the attention-weighted sum of the others.
+
+    The sum is one of the num_keep. Source: Liang et al. 2022, equation 3.
+    """
+
+    needs = frozenset({"class row"})
+    place = "attention"
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        row = context.need("class_row").mean(1)
+        kept_idx, pruned_idx = ops.select(row.detach().float(), num_keep - 1, num_prefix)
+        share = row.gather(1, pruned_idx).unsqueeze(1).type_as(x)
+        return Reduction(torch.cat([ops.gather(x, kept_idx), share @ ops.gather(x, pruned_idx)], 1))
+
+
+class ATS(Reducer):
+    """Adaptive token sampling: num_keep evenly spaced points of the cumulated significance choose who stays.
+
+    Significance is the class token's attention times the norm of the value, of each head, normalised, and summed over
+    heads. A token may be chosen more than once, and stays once: images keep different numbers, at most num_keep. The
+    rest of the list is padding, of size 0. The choice comes before the attention, so only those chosen are queries of
+    it. Source: Fayyaz et al. 2022, section 3.
+    """
+
+    needs = frozenset({"class row", "values"})
+    place = "queries"
+
+    def __init__(self, *, trim: bool = False):
+        """trim: cut the padding down to the longest list of the batch, for which the host must wait."""
+        super().__init__()
+        self.trim = trim
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        head = (context.need("class_row") * context.need("values").float().norm(dim=-1))[:, :, num_prefix:]
+        score = (head / head.sum(-1, keepdim=True)).sum(1).detach()
+        cumulated = score.cumsum(1)
+        count = num_keep - num_prefix
+        points = (torch.arange(count, device=x.device) + 0.5) / count * cumulated[:, -1:]
+        chosen = torch.searchsorted(cumulated, points).clamp_max(score.shape[1] - 1)
+        first = F.pad(chosen[:, 1:] != chosen[:, :-1], (1, 0), value=True)
+        idx, sizes = F.pad(chosen + num_prefix, (num_prefix, 0)), F.pad(first, (num_prefix, 0), value=True).float()
+        idx[:, :num_prefix] = torch.arange(num_prefix, device=x.device)
+        if self.trim:
+            longest = int(sizes.sum(1).max())
+            order = sizes.sort(dim=1, descending=True, stable=True).indices[:, :longest]
+            idx, sizes = idx.gather(1, order), sizes.gather(1, order)
+        return Reduction(take(x, idx), idx, sizes=sizes)
+
+
+def distances(x: Tensor) -> Tensor:
+    """Euclidean distances of tokens (B, N, D) to one another, (B, N, N) float32."""
+    x = x.detach().float()
+    return torch.cdist(x, x)
+
+
+class KMedoids(Reducer):
+    """Tokens that stand for a cluster stay: rounds of k-medoids, weighted by the attention each token receives.
+
+    Starts at those that receive most. In each round tokens go to the nearest medoid, and of each cluster the member
+    with the least weighted distance to the others becomes its medoid. Source: Marin et al. 2021 (Token Pooling).
+    """
+
+    needs = frozenset({"attention"})
+
+    def __init__(self, rounds: int = 3):
+        super().__init__()
+        self.rounds = rounds
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        weight = context.need("attention").detach().sum((1, 2))[:, num_prefix:]
+        medoids = self.medoids(distances(x[:, num_prefix:]), weight, num_keep - num_prefix)
+        idx = F.pad(medoids.sort(1).values + num_prefix, (num_prefix, 0))
+        idx[:, :num_prefix] = torch.arange(num_prefix, device=x.device)
+        return Reduction(ops.gather(x, idx), idx)
+
+    def medoids(self, pairwise: Tensor, weight: Tensor, count: int) -> Tensor:
+        """Of points with distances (B, N, N) and weights (B, N): (B, count) positions, in no order."""
+        batch, points = weight.shape
+        medoids = weight.topk(count, dim=1).indices
+        own = torch.arange(count, device=pairwise.device).expand(batch, -1)
+        everyone = torch.arange(points, device=pairwise.device).expand(batch, -1)
+        for _ in range(self.rounds):
+            cluster = ops.gather(pairwise, medoids).argmin(1)  # distances are symmetric: rows are faster to fetch
+            cluster.scatter_(1, medoids, own)  # only among equal tokens would it not belong to itself anyway
+            together = cluster.unsqueeze(2) == cluster.unsqueeze(1)
+            cost = (torch.where(together, pairwise, 0.0) @ weight.unsqueeze(2)).squeeze(2)
+            least = cost.new_full((batch, count), torch.inf).scatter_reduce(1, cluster, cost, "amin")
+            best = everyone.masked_fill(cost > least.gather(1, cluster), points)
+            medoids = torch.full_like(medoids, points).scatter_reduce(1, cluster, best, "amin")
+        return medoids

@@ -1,0 +1,145 @@
+"""pytest-benchmark throughput of every op, CPU and CUDA; each case checks its result before it is timed.
+
+pytest benchmarks/kernels/bench_ops.py -o addopts= --benchmark-only --benchmark-json=ops.json
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.baselines.prune import (
+    PREFIX,
+    check,
+    copy,
+    ours,
+    published,
+    sort_and_index_select,
+    topk_and_index_select,
+)
+from benchmarks.kernels.shapes import CPU_SHAPES, GPU_SHAPES, make_inputs, num_keep
+from benchmarks.utils.timing import compiled
+from cropr_kernels.ops import reference
+
+CELLS = [("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)] + [
+    ("cuda", shape, dtype) for shape in GPU_SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+PRUNE = {
+    "cropr::prune": ours,
+    "copy of x": copy,
+    "published": published,
+    "sort + index_select": sort_and_index_select,
+    "top-k + index_select": topk_and_index_select,
+    "compiled published": published,
+    "compiled sort + index_select": sort_and_index_select,
+}
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]}-{'x'.join(map(str, cell[1]))}-{str(cell[2])[6:]}")
+def cell(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, int]:
+    device, shape, dtype = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    x, query = make_inputs(shape, dtype, device)
+    with torch.inference_mode():
+        check(x, query, num_keep(shape[1]))
+    return x, query, num_keep(shape[1])
+
+
+def run(benchmark: Any, x: torch.Tensor, function: Callable[..., Any], *args: Any) -> None:
+    """Time one call, the GPU's work included, with x's bytes in the record."""
+
+    def call() -> Any:
+        result = function(*args)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    with torch.inference_mode():
+        benchmark.extra_info["bytes of x"] = x.nbytes
+        benchmark(call)
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_prune(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
+    function = compiled(PRUNE[name]) if name.startswith("compiled") else PRUNE[name]
+    benchmark.group = f"prune {tuple(cell[0].shape)} {cell[0].dtype} {cell[0].device.type}"
+    run(benchmark, cell[0], function, *cell)
+
+
+@pytest.mark.parametrize("name", ["scores", "select", "split", "gather", "restore"])
+def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
+    x, query, keep = cell
+    ops = torch.ops.cropr
+    with torch.inference_mode():
+        scores = ops.scores(x, query)
+        kept, kept_idx, pruned, pruned_idx = ops.prune(x, query, keep, PREFIX)
+    args = {
+        "scores": (x, query),
+        "select": (scores, keep, PREFIX),
+        "split": (x, scores, keep, PREFIX),
+        "gather": (x, kept_idx),
+        "restore": (kept, kept_idx, pruned, pruned_idx),
+    }[name]
+    benchmark.group = f"{name} {tuple(x.shape)} {x.dtype} {x.device.type}"
+    run(benchmark, x, getattr(ops, name), *args)
+
+
+@pytest.mark.parametrize("name", ["gather_norm", "add_", "add_norm_", "add_select_", "merge_", "rotate_"])
+def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
+    x, query, keep = cell
+    (batch, n, _), ops = x.shape, torch.ops.cropr
+    with torch.inference_mode():
+        idx = ops.prune(x, query, keep, PREFIX)[1]
+        update, weight, bias = torch.zeros_like(x[:, :keep]), torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+        table = torch.zeros(n, 128, device=x.device)
+        table[:, 64:] = 1.0  # a rotation by nothing, as the update adds nothing: the values stay what they are
+        sizes, parent = torch.ones(batch, n, device=x.device), torch.arange(n, device=x.device).repeat(batch, 1)
+        args: dict[str, tuple[Any, ...]] = {
+            "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
+            "gather_norm": (x, idx, weight, bias, 1e-6),
+            "add_": (x, idx, update, None),
+            "add_norm_": (x, idx, update, None, weight, bias, 1e-6),
+            "add_select_": (x, idx, update, None, query, keep - 8, PREFIX),
+            "rotate_": (x[:, :keep].unflatten(2, (-1, 64)), table, idx, PREFIX),
+        }
+        mine, theirs = ([arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]] for _ in range(2))
+        got, expected = getattr(ops, name)(*mine), getattr(reference, name)(*theirs)
+        if name == "merge_":
+            assert (got[0] == expected[0]).double().mean() > 0.9 and torch.equal(got[2].sum(1), expected[2].sum(1))
+        else:
+            assert torch.equal(mine[0], args[name][0])
+        if name.endswith("norm") or name.endswith("norm_"):
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    benchmark.group = f"{name} {tuple(x.shape)} {x.dtype} {x.device.type}"
+    run(benchmark, x, getattr(ops, name), *args[name])
+
+
+@pytest.mark.parametrize("name", ["cropr::attend_scores", "PyTorch"])
+@pytest.mark.parametrize("count", [1, 196])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attend_forward_and_backward(benchmark: Any, device: str, count: int, name: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    x, _ = make_inputs((8 if device == "cpu" else 256, 197, 384), torch.float32, device)
+    queries = torch.randn(count, 384, device=device, requires_grad=True)
+    scale = 384**-0.5
+
+    def plain() -> torch.Tensor:
+        return torch.softmax(scale * (queries @ x.transpose(1, 2)), -1) @ x
+
+    def fused() -> torch.Tensor:
+        return torch.ops.cropr.attend_scores(x, queries, scale)[0]
+
+    torch.testing.assert_close(fused(), plain(), rtol=1e-3, atol=1e-3)
+    function = fused if name == "cropr::attend_scores" else plain
+
+    def step() -> None:
+        queries.grad = None
+        function().sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"attend, {count} queries, {device}"
+    benchmark(step)

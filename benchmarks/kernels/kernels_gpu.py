@@ -1,0 +1,241 @@
+"""Every other kernel on a CUDA GPU: selection, the engine's stream, merging, attention. A file after every cell.
+
+python -m benchmarks.kernels.kernels_gpu [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
+
+Replayed graphs taking turns, medians, as in prune_gpu; cold inputs are copies that exceed the L2 together. The marginal
+cost of pruning is add_select_ and gather_norm together, less the add_norm_ that a block without pruning would run.
+With --device cpu the same calls are checked and timed by the clock: that tests this script, and measures nothing.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cropr_kernels as cropr
+from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
+from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.timing import capture, cold_copies, quantile, replay
+from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
+from cropr_kernels.ops import reference
+
+ops = torch.ops.cropr
+Calls = dict[str, Callable[[Tensor], Any]]
+
+
+def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
+    """Microseconds of one call of each, medians with p10 and p90."""
+    if inputs[0].is_cuda:
+        times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
+    else:
+        times = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for x in inputs:
+                    call(x)
+                times[name].append(1e6 * (time.perf_counter() - start) / len(inputs))
+    row: dict[str, Any] = {}
+    for name, values in times.items():
+        row[f"{name}, us"] = round(quantile(values, 0.5), 3)
+        row[f"{name}, us p10 p90"] = [round(quantile(values, q), 3) for q in (0.1, 0.9)]
+    return row
+
+
+def copies(x: Tensor, cold: bool) -> list[Tensor]:
+    if not cold:
+        return [x] * 4
+    return cold_copies(x) if x.is_cuda else [x.clone() for _ in range(2)]
+
+
+def require(fine: bool, what: str) -> None:
+    if not fine:
+        raise RuntimeError(f"{what} gives a wrong result: not timed")
+
+
+def selection(shape: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
+    scores, keep = torch.randn(shape, device=device), num_keep(shape[1])
+    got, expected = ops.select(scores, keep, 1), reference.select(scores, keep, 1)
+    require(all(torch.equal(a, b) for a, b in zip(got, expected)), "select")
+    calls: Calls = {
+        "select": lambda s: ops.select(s, keep, 1),
+        "topk": lambda s: s.topk(keep, dim=1).indices,
+        "argsort": lambda s: s.argsort(dim=1, descending=True),
+    }
+    return {"kernel": "select", "shape": list(shape)} | timed(calls, [scores] * 4, rounds)
+
+
+def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> dict[str, Any]:
+    """One block's end, with and without pruning, on the residual stream; LLF and its concatenation."""
+    batch, n, dim = shape
+    keep = num_keep(n)
+    x = torch.randn(shape, device=device).to(dtype)
+    update, weight, bias = (torch.randn(s, device=device).to(dtype) for s in (shape, dim, dim))
+    query = torch.randn(dim, device=device)
+    update *= 1e-3  # the stream is updated again and again
+    mine, plain = x.clone(), x.clone()
+    idx, _ = ops.add_select_(mine, None, update, None, query, keep, 1)
+    reference.add_(plain, None, update, None)
+    require((mine.float() - plain.float()).abs().max().item() < 0.1, "add_select_")
+    exact = mine.double() @ query.double()
+    stays = torch.zeros_like(exact, dtype=torch.bool).scatter(1, idx, True)
+    lowest, highest = (
+        exact.masked_fill(~stays, float("inf"))[:, 1:].amin(1),
+        exact.masked_fill(stays, -float("inf")).amax(1),
+    )
+    require(bool((lowest + 1e-5 * exact.abs().max() >= highest).all()) and bool(stays[:, 0].all()), "add_select_")
+    normed = ops.gather_norm(mine, idx, weight, bias, 1e-6)
+    expected = reference.gather_norm(mine, idx, weight, bias, 1e-6)
+    require((normed.float() - expected.float()).abs().max().item() < 0.1, "gather_norm")
+    split = ops.prune(x, query, keep, 1)
+    require(torch.equal(ops.restore(*split), x), "restore")
+
+    def pruning(y: Tensor) -> Tensor:
+        chosen, _ = ops.add_select_(y, None, update, None, query, keep, 1)
+        return ops.gather_norm(y, chosen, weight, bias, 1e-6)
+
+    sizes, parent = torch.ones(batch, n, device=device), torch.arange(n, device=device).repeat(batch, 1)
+    safe = cropr.Merge().num_safe(n, keep, 1)
+
+    def merging(y: Tensor) -> Tensor:
+        split = ops.add_select_(y, None, update, None, query, safe, 1, sizes, 2.0)
+        chosen, _, _ = ops.merge_(y, *split, sizes, parent, keep, 1)
+        sizes.fill_(1.0)
+        return ops.gather_norm(y, chosen, weight, bias, 1e-6)
+
+    require_same_merge(x, query, safe, keep)
+    calls: Calls = {
+        "add_norm_": lambda y: ops.add_norm_(y, None, update, None, weight, bias, 1e-6),
+        "add_select_": lambda y: ops.add_select_(y, None, update, None, query, keep, 1),
+        "gather_norm": lambda y: ops.gather_norm(y, idx, weight, bias, 1e-6),
+        "add_select_ + gather_norm": pruning,
+        "add_select_ + merge_ + gather_norm": merging,
+        "fill of sizes": lambda y: sizes.fill_(1.0),
+        "torch add + layer_norm": lambda y: torch.layer_norm(y.add_(update), (dim,), weight, bias, 1e-6),
+        "copy of x": lambda y: y.clone(),
+        "restore": lambda y: ops.restore(*split),
+        "concatenation": lambda y: torch.cat([split[0], split[2]], 1),
+    }
+    row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
+    row |= timed(calls, copies(x, cold), rounds)
+    row["marginal cost of pruning, us"] = round(row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3)
+    merged, fill = row["add_select_ + merge_ + gather_norm, us"], row["fill of sizes, us"]
+    row["merging over pruning, us"] = round(merged - fill - row["add_select_ + gather_norm, us"], 3)
+    row["marginal cost / copy of x"] = round(row["marginal cost of pruning, us"] / row["copy of x, us"], 4)
+    return row
+
+
+def require_same_merge(x: Tensor, query: Tensor, safe: int, keep: int) -> None:
+    """The merge that is timed against the definition, in float32, where few similarities tie."""
+    split = ops.select(ops.scores(x, query), safe, 1)
+    sizes = torch.ones(x.shape[:2], device=x.device)
+    got = ops.merge(x.float(), *split, sizes, keep, None, 1)
+    expected = reference.merge(x.float(), *split, sizes, keep, None, 1)
+    require((got[1] == expected[1]).double().mean().item() > 0.99, "merge: who stays")
+    mass = (got[0].double() * got[3].unsqueeze(-1)).sum(1)
+    require(torch.allclose(mass, x.double().sum(1), rtol=1e-3, atol=1e-2), "merge: mass")
+
+
+def sized_attention(
+    batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, Any]:
+    """Proportional attention: log(size) as one more dimension, as a bias, as a score_mod of FlexAttention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    qkv = torch.randn(3, batch, heads, n, width, device=device).to(dtype)
+    log_sizes = torch.randint(1, 9, (batch, n), device=device).float().log()
+    calls: Calls = {
+        "plain": lambda t: torch.nn.functional.scaled_dot_product_attention(*t.unbind(0)),
+        "dimension": lambda t: attention_by_dimension(*t.unbind(0), log_sizes),
+        "bias": lambda t: attention_by_bias(*t.unbind(0), log_sizes),
+    }
+    exact = attention_by_bias(*qkv.double().unbind(0), log_sizes.double())
+    if device == "cuda":
+
+        def add_size(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + log_sizes[b, j]
+
+        flex = torch.compile(flex_attention)
+        calls["flex"] = lambda t: flex(*t.unbind(0), score_mod=add_size)
+    for name in set(calls) - {"plain"}:
+        require((calls[name](qkv).double() - exact).abs().max().item() < 0.05, f"attention by {name}")
+    row = {"kernel": "sized attention", "shape": [batch, heads, n, width], "dtype": name_of(dtype)}
+    row |= timed(calls, [qkv] * 2, rounds)
+    for name in set(calls) - {"plain"}:
+        row[f"{name} / plain"] = round(row[f"{name}, us"] / row["plain, us"], 3)
+    return row
+
+
+def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    """The training aggregator, forward and backward, and the memory it saves for backward."""
+    x = torch.randn(batch, n, dim, device=device).to(dtype)
+    queries = torch.randn(m, dim, device=device).to(dtype).requires_grad_()
+    grad, scale = torch.randn(batch, m, dim, device=device).to(dtype), dim**-0.5
+
+    def torch_attend(tokens: Tensor) -> Tensor:
+        return torch.softmax(scale * (queries @ tokens.transpose(1, 2)), -1) @ tokens
+
+    def sdpa(tokens: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(queries.expand(batch, -1, -1), tokens, tokens)
+
+    def both_ways(attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: torch.autograd.grad(attend(tokens), queries, grad)[0]
+
+    mine = both_ways(lambda tokens: ops.attend_scores(tokens, queries, scale)[0])
+    theirs = both_ways(torch_attend)
+    got, expected = mine(x).float(), theirs(x).float()
+    require(((got - expected).norm() / expected.norm()).item() < 0.05, "attend")
+    calls: Calls = {"attend": mine, "torch": theirs, "SDPA": both_ways(sdpa)}
+    row = {"kernel": "attend", "shape": [batch, m, n, dim], "dtype": name_of(dtype)} | timed(calls, [x] * 2, rounds)
+    row["torch / attend"] = round(row["torch, us"] / row["attend, us"], 3)
+    row["SDPA / attend"] = round(row["SDPA, us"] / row["attend, us"], 3)
+    if x.is_cuda:
+        for name, attend in (("attend", lambda t: ops.attend_scores(t, queries, scale)[0]), ("torch", torch_attend)):
+            before = torch.cuda.memory_allocated()
+            kept = attend(x)
+            row[f"{name}, saved MiB"] = round((torch.cuda.memory_allocated() - before - kept.nbytes) / 2**20, 1)
+            del kept
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.json")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    device, rounds, small = options.device, options.rounds, options.device == "cpu"
+    shapes = [(2, 197, 384)] if small else list(GPU_SHAPES)
+    cells: list[Callable[[], dict[str, Any]]] = []
+    for choice in ((4, 197),) if small else ((256, 197), (64, 1025), (8, 9216), (1, 197)):
+        cells.append(lambda choice=choice: selection(choice, device, rounds))
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for cold in (True, False):
+                cells.append(lambda s=shape, d=dtype, c=cold: stream(s, d, device, c, rounds))
+    attends = (
+        ((2, 1, 50, 64), (2, 40, 50, 64))
+        if small
+        else ((256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024))
+    )
+    for sizes in attends:
+        cells.append(lambda sizes=sizes: attention(*sizes, torch.bfloat16, device, rounds))
+    heads = (
+        ((2, 2, 50, 64),) if small else ((1, 16, 197, 64), (256, 16, 197, 64), (64, 16, 1025, 64), (8, 12, 4096, 64))
+    )
+    for sizes in heads:
+        cells.append(lambda sizes=sizes: sized_attention(*sizes, torch.bfloat16, device, rounds))
+    results = Results(options.out, environment(device))
+    for cell in cells:
+        results.add(cell())
+        print({key: value for key, value in results.rows[-1].items() if "p10" not in key}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

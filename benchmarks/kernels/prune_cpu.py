@@ -1,0 +1,110 @@
+"""Prune on the CPU against its baselines, one thread, taking turns: ratios within one run.
+
+python -m benchmarks.kernels.prune_cpu [--seconds 6] [--threads 1] [--compile] [--out benchmarks/results/cpu_ops.json]
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.baselines.prune import PRUNE, check
+from benchmarks.kernels.shapes import CPU_SHAPES, make_inputs, num_keep
+from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.timing import compiled, quantile
+
+TURN = 2e-3  # seconds
+PASSES = 6
+
+
+class Turns:
+    """Calls of functions that take turns, in an order that changes every round.
+
+    A turn lasts at least TURN. Its first call finds the caches as the others left them (`first`); the rest run back to
+    back (`steady` holds their mean). Times in seconds.
+    """
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        self.functions = functions
+        self.steady: dict[str, list[float]] = {name: [] for name in functions}
+        self.first: dict[str, list[float]] = {name: [] for name in functions}
+        self.shuffler = random.Random(0)
+
+    def run(self, args: tuple[Any, ...], seconds: float) -> None:
+        """Add turns for about so long; the first two rounds only warm up."""
+        turns, deadline, rounds = list(self.functions), time.perf_counter() + seconds, 0
+        while rounds < 4 or time.perf_counter() < deadline:
+            self.shuffler.shuffle(turns)
+            for name in turns:
+                calls: list[float] = []
+                while len(calls) < 2 or sum(calls) < TURN:
+                    start = time.perf_counter()
+                    result = self.functions[name](*args)
+                    calls.append(time.perf_counter() - start)
+                    del result
+                if rounds > 1:
+                    self.first[name].append(calls[0])
+                    self.steady[name].append(sum(calls[1:]) / len(calls[1:]))
+            rounds += 1
+
+
+class Cell:
+    """One shape and dtype and the times so far. Its tensors live only while it runs."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, with_compile: bool) -> None:
+        self.shape, self.dtype, self.keep = shape, dtype, num_keep(shape[1])
+        functions = dict(PRUNE)
+        if with_compile:
+            functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
+        self.turns = Turns(functions)
+
+    def run(self, seconds: float) -> None:
+        """Check the result, then take turns for so long."""
+        args = (*make_inputs(self.shape, self.dtype, "cpu"), self.keep)
+        check(*args)
+        self.turns.run(args, seconds)
+
+    def row(self) -> dict[str, Any]:
+        steady, first = self.turns.steady, self.turns.first
+        median = {name: quantile(values, 0.5) for name, values in steady.items()}
+        row: dict[str, Any] = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
+        row |= {"keep": self.keep, "turns": len(steady["prune"])}
+        row["prune / copy of x"] = median["prune"] / median["copy of x"]
+        for name in steady:
+            if name not in ("prune", "copy of x"):
+                row[f"{name} / prune"] = median[name] / median["prune"]
+        row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(first["copy of x"], 0.5)
+        row["spread of prune (p90 / p10)"] = quantile(steady["prune"], 0.9) / quantile(steady["prune"], 0.1)
+        return row
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=6.0, help="time per cell (default: 6)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of both sequences")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_ops.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = Results(options.out, environment("cpu"))
+    cells = [Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
+    # Every cell comes up in every pass: a busy minute of the machine then falls on all of them, not on one.
+    for cell in tqdm(cells * PASSES, desc="cpu ops", mininterval=1):
+        cell.run(options.seconds / PASSES)
+        results.replace([done.row() for done in cells if done.turns.steady["prune"]])
+    for row in results.rows:
+        ratios = "  ".join(
+            f"{name} {value:.2f}" for name, value in row.items() if " / " in name and "spread" not in name
+        )
+        print(f"{row['dtype']:9}{row['shape']!s:17}{ratios}")
+    print(f"goals: prune / copy of x <= 2.5, published / prune >= 4, sort + index_select / prune >= 1.5\n{options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What each kernel must do, the floor that sets on a GPU, and what was measured: writes docs/roofline.md.
+
+python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200 (HBM3e; bfloat16, dense)
+
+A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from benchmarks/results/; where
+there is none the page says so.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
+from benchmarks.utils.results import DOCS, load
+from cropr_kernels.utils.io import write_text
+
+PAGE = DOCS / "roofline.md"
+INTRO = """# Roofline
+
+For each kernel: the bytes it must move (every input read once, every output written once, bfloat16 tokens, int64
+positions, float32 scores), the operations it must do, and the floor that sets on an H200 ({bandwidth:.1f} TB/s,
+{flops:.0f} bfloat16 TFLOP/s). B images, N tokens, K kept of them, D channels, M queries. Times are in microseconds.
+Written by `python -m benchmarks.kernels.roofline` from `benchmarks/results/`; measured with cold caches.
+
+"""
+OUTRO = """
+## What each kernel does beyond its floor, and why
+
+- **prune** reads x twice: once for the scores, once for the copy, because no row can move before the last score of
+  its image is known. Where x fits the L2 cache the second read is not from memory. Two launches.
+- **add_select_ + gather_norm** against **add_norm_**: pruning costs one more read of the kept rows, for the same
+  reason, and one selection. The rows themselves stay where they are. Once x is larger than the L2 cache that read alone
+  is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: to get below it, the programs of an image
+  would have to hold their rows on chip until its selection is known (a thread block cluster, or a wait between
+  programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory.
+- **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
+  and add_select_ it is the last program of an image that selects, so it needs no launch of its own.
+- **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every active row
+  once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that take
+  others in. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would read a
+  sixteenth of that; it agrees less with the unpruned model (README).
+- **proportional attention** with one more dimension copies q, k and v, padded by 8 columns, before FlashAttention: 2.25
+  times their bytes, which a projection with padded weights would save.
+- **attend, M = 1** reads x once in each direction. A program works on one image: fewer images than processors leave
+  some idle.
+- **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them back: three passes over
+  (M, N) that a kernel keeping D = 1024 wide rows on chip would not need. Nothing of that shape is kept for backward.
+"""
+
+
+@dataclass
+class Work:
+    kernel: str
+    shape: str
+    bytes: float
+    flops: float
+    measured: float | None = None  # us
+
+
+def result(name: str) -> list[dict[str, Any]]:
+    found = load(name)
+    return [] if found is None else found[1]
+
+
+def find(rows: list[dict[str, Any]], key: str, **wanted: Any) -> float | None:
+    """A measured time, cold where there are both."""
+    for row in rows:
+        if key in row and row.get("L2", "cold") == "cold" and all(row.get(k) == v for k, v in wanted.items()):
+            return float(row[key])
+    return None
+
+
+def works() -> list[Work]:
+    """All kernels at the shapes the GPU suite measures."""
+    ops, kernels = result("gpu_ops"), result("gpu_kernels")
+    found: list[Work] = []
+    for shape in GPU_SHAPES:
+        b, n, d = shape
+        k, text, x = num_keep(n), "x".join(map(str, shape)), 2.0 * b * n * d
+        kept = 2.0 * b * k * d
+        wanted = {"shape": list(shape), "dtype": "bfloat16"}
+        found += [
+            Work("prune", text, 3 * x + b * n * 8, 2.0 * b * n * d, find(ops, "prune, us", **wanted)),
+            Work("restore", text, 2 * x + b * n * 8, 0, find(kernels, "restore, us", kernel="stream", **wanted)),
+            Work("add_norm_", text, 4 * x, 8.0 * b * n * d, find(kernels, "add_norm_, us", kernel="stream", **wanted)),
+            Work(
+                "add_select_ + gather_norm",
+                text,
+                3 * x + 2 * kept + b * (8 * n + 16 * k),
+                10.0 * b * n * d,
+                find(kernels, "add_select_ + gather_norm, us", kernel="stream", **wanted),
+            ),
+            Work(
+                "merging over pruning",
+                text,
+                x + 3 * (x - kept) + b * n * 28,
+                3.0 * b * k * (n - k) * d,
+                find(kernels, "merging over pruning, us", kernel="stream", **wanted),
+            ),
+        ]
+    for b, n in ((256, 197), (64, 1025), (8, 9216), (1, 197)):
+        measured = find(kernels, "select, us", kernel="select", shape=[b, n])
+        found.append(Work("select", f"{b}x{n}", b * n * 12, 0, measured))
+    for b, m, n, d in ((256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024)):
+        x, out = 2.0 * b * n * d, 2.0 * b * m * d
+        measured = find(kernels, "attend, us", kernel="attend", shape=[b, m, n, d])
+        # forward 2 products, backward 3 for the queries and the two that recompute the logits and slopes
+        work = Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, 10.0 * b * m * n * d, measured)
+        found.append(work)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s")
+    parser.add_argument("--flops", type=float, default=989e12, help="operations/s")
+    options = parser.parse_args()
+    lines = [
+        "| kernel | shape | MB | GFLOP | floor, us | bound by | measured, us | floor / measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for work in works():
+        by_bytes, by_flops = work.bytes / options.bandwidth * 1e6, work.flops / options.flops * 1e6
+        floor = max(by_bytes, by_flops)
+        bound = "memory" if by_bytes >= by_flops else "arithmetic"
+        measured = (
+            ("not yet measured", "-") if work.measured is None else (f"{work.measured}", f"{floor / work.measured:.2f}")
+        )
+        cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
+        lines.append("| " + " | ".join((*cells, *measured)) + " |")
+    intro = INTRO.format(bandwidth=options.bandwidth / 1e12, flops=options.flops / 1e12)
+    plain, pruning, merging = (
+        next(work.bytes for work in works() if work.kernel == kernel and work.shape == "256x197x1024")
+        for kernel in ("add_norm_", "add_select_ + gather_norm", "merging over pruning")
+    )
+    outro = OUTRO.format(marginal=(pruning - plain) / (4.0 * 256 * 197 * 1024), again=merging / options.bandwidth * 1e6)
+    write_text(PAGE, intro + "\n".join(lines) + "\n" + outro)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

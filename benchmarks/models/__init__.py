@@ -1,0 +1,1 @@
+"""Whole networks: speed and memory."""

@@ -1,0 +1,125 @@
+"""The networks of the paper's tables by name, each table's on one set of weights."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cropr_kernels as cropr
+from benchmarks.baselines.modules import NonSalient, Published, SeveralHeads
+from benchmarks.baselines.network import Reduced
+from benchmarks.baselines.registry import ROWS, SCHEDULES, SYSTEMS, Schedule
+from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_modules
+from cropr_kernels.tasks import Segmenter
+from cropr_kernels.tasks.segmentation import FUSIONS
+
+
+def scheduled(plain: Any, schedule: Schedule, **options: Any) -> Any:
+    return pruned(plain, **SCHEDULES[len(plain.blocks)][schedule], llf="LLF" in schedule, **options)
+
+
+def for_inference(models: dict[str, Any]) -> dict[str, Any]:
+    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
+
+
+def systems(plain: Any) -> dict[str, Any]:
+    """Every row of the classification table by its name, the unpruned network on the engine, and the plain one."""
+    models = {"unpruned": unpruned(plain), "plain": plain}
+    prefix, depth = plain.num_prefix_tokens, len(plain.blocks)
+    for system, schedule, _ in ROWS:
+        if system.startswith("Cropr"):
+            model = deploy(scheduled(plain, schedule, merge=system == "Cropr, merging"), plain)
+        elif system == "non-salient":
+            model = with_modules(scheduled(plain, schedule), plain, NonSalient)
+        else:
+            resolved = cropr.schedule.resolve(**SCHEDULES[depth][schedule])
+            counts = resolved(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
+            model = Reduced(plain, SYSTEMS[system], counts, llf="LLF" in schedule)
+        models[f"{system} | {schedule}"] = model
+    return for_inference(models)
+
+
+def architectures(plain: Any) -> dict[str, Any]:
+    """Scorers: the paper's, the same as published, and one with heads and projections, folded and as published."""
+    simple = scheduled(plain, "dec")
+    heads = scheduled(plain, "dec", num_outputs=1, num_heads=plain.config.num_heads)
+    return for_inference(
+        {
+            "unpruned": unpruned(plain),
+            "plain": plain,
+            "simple": deploy(simple, plain),
+            "simple, as published": with_modules(simple, plain, Published),
+            "several heads, folded": deploy(heads, plain),
+            "several heads, as published": with_modules(heads, plain, SeveralHeads),
+        }
+    )
+
+
+class PatchLogits(torch.nn.Module):
+    """A segmenter up to the logits of its patches: what follows is the same for all."""
+
+    def __init__(self, segmenter: Segmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter.logits(images).output
+
+
+def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A segmenter of 150 classes by each fusion. About six sevenths of the patches are pruned, as in the paper."""
+    grid = size // 16
+    plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
+    rate = round(grid**2 * 0.86 / (len(plain.blocks) - 1) / 4) * 4
+    models: dict[str, Any] = {"unpruned": Segmenter(plain, 150, grid=(grid, grid))}
+    for fusion in FUSIONS:
+        model = pruned(plain, rate=rate, llf=fusion == "llf")
+        models[fusion] = Segmenter(deploy(model, plain), 150, grid=(grid, grid), fusion=fusion)
+    return for_inference({name: PatchLogits(model).to(device, dtype) for name, model in models.items()})
+
+
+def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list[SDPBackend]]]:
+    """The paper's ablation of throughput: what computes, and which attention."""
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    flash = [SDPBackend.FLASH_ATTENTION, *([SDPBackend.CUDNN_ATTENTION] if device == "cuda" else [])]
+    return {
+        "float32": (nullcontext(), [SDPBackend.MATH]),
+        "autocast": (autocast(), [SDPBackend.MATH]),
+        "autocast, FlashAttention": (autocast(), flash),
+    }
+
+
+class Within(torch.nn.Module):
+    """A model that runs in a precision and with an attention of its own."""
+
+    def __init__(self, model: Any, precision: str, device: str):
+        super().__init__()
+        self.model, self.precision, self.device = model, precision, device
+
+    def forward(self, images: Tensor) -> Tensor:
+        context, attention = precisions(self.device)[self.precision]
+        with context, sdpa_kernel(attention):
+            return self.model(images)
+
+
+def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
+    """Unpruned, pruned and merged by ToMe, each in every precision; "unpruned" is that in float32."""
+    plain = create(name, device, torch.float32, img_size=size)
+    tokens, depth, prefix = plain.grid**2 + plain.num_prefix_tokens, len(plain.blocks), plain.num_prefix_tokens
+    rate = round(tokens * 14 / 197 / 4 * 12 / depth) * 4
+    models = {
+        "unpruned": unpruned(plain),
+        "Cropr": deploy(pruned(plain, rate=rate), plain),
+        "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.schedule.rate(tokens, depth, rate, prefix)).eval(),
+    }
+    cells = {
+        f"{key} | {precision}": Within(model, precision, device)
+        for precision in precisions(device)
+        for key, model in models.items()
+    }
+    return {"unpruned": cells["unpruned | float32"], **cells}

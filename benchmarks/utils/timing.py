@@ -1,0 +1,93 @@
+"""How time is taken: by the clock or by CUDA events, in turns, and in CUDA graphs."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from cropr_kernels.pruning.engine import Graphs
+
+Key = TypeVar("Key")
+COLD_BYTES = 400 << 20  # several times the L2 cache
+
+
+def quantile(values: list[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+
+def in_turns(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What each call returns in every round; they take turns, in an order that changes from round to round."""
+    found: dict[Key, list[float]] = {key: [] for key in calls}
+    order, shuffler = list(calls), random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for key in order:
+            found[key].append(calls[key]())
+    return found
+
+
+def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> float:
+    """Mean of so many calls back to back: by events on a GPU, where eager launches count as they come."""
+    if not x.is_cuda:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(x)
+        return (time.perf_counter() - start) / calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(calls):
+        function(x)
+    last.record()
+    last.synchronize()
+    return 1e-3 * first.elapsed_time(last) / calls
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True)
+
+
+def graphed(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The model replayed as a CUDA graph, captured at its first call."""
+    graphs = Graphs(1)
+    return lambda x: graphs(model, (x,), x.shape)
+
+
+def cold_copies(x: Tensor) -> list[Tensor]:
+    """Copies of x that exceed the L2 cache together."""
+    return [x.clone() for _ in range(min(max(2, COLD_BYTES // max(x.nbytes, 1)), 64))]
+
+
+def capture(function: Callable[..., Any], inputs: list[Tensor], *args: Any) -> torch.cuda.CUDAGraph:
+    """One graph that calls the function once on each input."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function(inputs[0], *args)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            function(x, *args)
+    return graph
+
+
+def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25) -> dict[str, list[float]]:
+    """Microseconds of one call, the graphs taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for round_ in range(rounds):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if round_ > 2:
+                times[name].append(1e3 * start.elapsed_time(stop) / calls)
+    return times

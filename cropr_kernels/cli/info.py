@@ -1,0 +1,89 @@
+"""`cropr info`: what is installed and what it runs on, or how a model would be pruned."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..models.adapters import find_spec
+from ..models.blocks import takes_extra_dimension
+from ..pruning.api import deploy, remove, set_rate
+from ..utils.flops import flop_counter
+from .common import add_arguments, load_model
+
+
+def add_parser(commands: Any) -> None:
+    """The command's arguments."""
+    parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
+    add_arguments(parser, "--rate", "--llf", "--merge")
+    parser.add_argument("model", nargs="?", help="as of the other commands; a name has random weights")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    facts = build_facts() if options.model is None else model_facts(options)
+    width = max(map(len, facts))
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()))
+
+
+def build_facts() -> dict[str, Any]:
+    """What is installed and what it runs on."""
+    facts = {
+        "cropr_kernels": importlib.metadata.version("cropr_kernels"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        **{name.replace("_", " "): value for name, value in ops.build_info().items()},
+        "library for C++": ops.cpp_library() or "not built",
+        "cpu threads": torch.get_num_threads(),
+        "cuda": "no GPU in reach",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["cuda"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
+    for op in sorted(ops.NAMES):
+        facts[f"cropr::{op}"] = ", ".join(
+            f"{key} ({language})"
+            for key, language in (("CPU", "C++"), ("CUDA", "Triton"))
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"cropr::{op}", key)
+        )
+    return facts
+
+
+@torch.inference_mode()
+def model_facts(options: argparse.Namespace) -> dict[str, Any]:
+    """How a model would be pruned and what would run it."""
+    model, pixels, _ = load_model(options, pretrained=False)
+    known, image = find_spec(model), torch.zeros(1, 3, *pixels.img_size)
+    deployed = deploy(model)
+    stack, depth, gflops = deployed.cropr, len(known.blocks), []
+    for one in (deployed, set_rate(deploy(model), 0)):
+        with flop_counter() as counter:
+            one(image)
+        gflops.append(counter.get_total_flops() / 2e9)
+    tokens = known.num_prefix + stack.config.grid[0] * stack.config.grid[1]
+    counts = stack.config.counts(tokens, depth, known.num_prefix)
+    remove(model)
+    facts = {
+        "model": f"{options.model}, {type(model).__module__}.{type(model).__name__}",
+        "tokens": f"{tokens} of width {known.dim}, {known.num_prefix} of them never pruned",
+        "blocks": f"{depth} x {type(known.blocks[0]).__name__}",
+        "kept after each block": " ".join(map(str, counts)) + (", all in the last block" if stack.config.llf else ""),
+        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {stack.config.schedule}",
+        "engine": f"off, the functional ops run it: {stack.engine_reason}"
+        if stack.engine is None
+        else "zero-copy, every block",
+    }
+    if stack.config.merge is not None:
+        width = known.dim // known.num_heads
+        facts["merging"] = str(stack.config.merge)
+        facts["log(size) in attention"] = (
+            "one more dimension of 16-bit heads on CUDA, else an additive bias"
+            if takes_extra_dimension(width, torch.bfloat16)
+            else f"an additive bias: heads of width {width} leave no room for one more dimension"
+        )
+    return facts

@@ -1,0 +1,32 @@
+"""What `apply` decides once, as one value."""
+
+from dataclasses import dataclass
+
+from ..schedule import Bound
+from .merging import Merge
+from .windows import Windows
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How a model is pruned."""
+
+    schedule: Bound
+    llf: bool  # all tokens return before the last block
+    merge: Merge | None  # pruned tokens merge into kept ones
+    windows: Windows | None
+    grid: tuple[int, int]  # patches in height and width that the schedule is checked against
+
+    def __str__(self) -> str:
+        merge = "" if self.merge is None else f", {self.merge}"
+        return f"{self.schedule}, llf={self.llf}{merge}"
+
+    def counts(self, num_tokens: int, depth: int, num_prefix: int) -> list[int]:
+        """Kept tokens after each module, for images of num_tokens tokens; with windows for a window.
+
+        Raises:
+            ValueError: the schedule does not fit them.
+        """
+        if self.windows is not None:
+            num_tokens, num_prefix = self.windows.size**2, 0
+        return self.schedule(num_tokens, depth, num_prefix, self.llf)

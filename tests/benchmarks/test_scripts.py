@@ -1,0 +1,89 @@
+"""The benchmarks as a tree: every script starts, imports go one way, files stay short; results survive a cut."""
+
+import ast
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.utils.results import Results
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+ORDER = ["utils", "baselines", "kernels", "models", "accuracy", "report"]
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+SCRIPTS = [module_of(path) for path in FILES if '__name__ == "__main__"' in path.read_text()]
+MODULES = [module_of(path) for path in FILES if path.name != "__init__.py"]
+
+
+def import_or_skip(module):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] not in ("benchmarks", "cropr_kernels", "examples"):
+            pytest.skip(f"an extra is not installed: {error}")
+        raise
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports_and_every_script_says_how_to_use_it(module, monkeypatch, capsys):
+    imported = import_or_skip(module)
+    if module in SCRIPTS:
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            imported.main()
+        assert stopped.value.code == 0
+        assert f"python -m {module.removesuffix('.__main__')}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_import_from_their_own_folder_or_from_those_before_it_and_no_scripts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+            other = node.module.split(".")[1]
+            assert ORDER.index(other) <= ORDER.index(path.relative_to(ROOT).parts[1]), node.module
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                assert name not in SCRIPTS, f"{path.name} imports the script {name}"
+
+
+def test_no_search_path_is_touched_and_files_stay_short():
+    for folder in ("benchmarks", "tests", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            touched = [node for node in ast.walk(ast.parse(text)) if ast.unparse(node) == "sys.path"]
+            assert not touched and "syspath_" + "prepend" not in text, path
+            assert folder == "tests" or len(text.splitlines()) <= 400, path
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+    path, cells = tmp_path / "results.json", [((1, 2), "a", 0), ((1, 2), "b", 1), ((3, 4), "a", 2)]
+    first = Results(path, {"device": "here"}, keys=("shape", "method"))
+    assert list(first.remaining(cells)) == cells
+    first.add({"shape": [1, 2], "method": "a", "us": 1.0})
+    second = Results(path, {"device": "there"}, keys=("shape", "method"))
+    assert list(second.remaining(cells)) == cells[1:]
+    second.add({"shape": [3, 4], "method": "a", "us": 2.0})
+    stored = json.loads(path.read_text())
+    assert stored["environment"] == {"device": "there"} and [row["us"] for row in stored["rows"]] == [1.0, 2.0]
+    assert list(Results(path, {}, keys=("shape", "method")).remaining(cells)) == cells[1:2]
+    assert list(second.remaining(cells, minutes=-1)) == [] and "out of minutes" in capsys.readouterr().out
+    assert Results(path, {}).rows == [], "without keys a run starts afresh"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():
+    from benchmarks.baselines.registry import BASELINES, ROWS, SCHEDULES
+
+    by_name = {baseline.name: baseline for baseline in BASELINES}
+    assert len(by_name) == len(BASELINES) and len(set(ROWS)) == len(ROWS)
+    for baseline in BASELINES:
+        assert baseline.trained_as is None or by_name[baseline.trained_as].trained
+        assert {*baseline.timed, *baseline.trained} <= set(SCHEDULES[12])
+        assert bool(baseline.keeps) != baseline.variant

@@ -1,0 +1,137 @@
+"""Baselines that choose tokens are what their papers say: each against a slow, obvious version."""
+
+import pytest
+import torch
+from helpers.baselines import DIM, HEADS, KEEP, TOKENS, context_of, make
+from helpers.models import randomise, reference_vit
+
+from benchmarks.baselines.network import Context, Reduced
+from benchmarks.baselines.registry import SYSTEMS
+from benchmarks.baselines.selection import ATS, EViT, KMedoids
+
+
+def test_attention_top_k_keeps_what_the_class_token_looks_at():
+    model = randomise(reference_vit(depth=2)).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        x, _ = model.embed(images)
+        q, k, _ = model.blocks[0].attn.project(model.blocks[0].norm1(x))
+        row = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0].mean(1)
+        row[:, 0] = 2.0
+        kept = row.topk(20).indices.sort(1).values
+        after = model.blocks[0](x).gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        expected = model.forward_head(model.norm(model.blocks[1](after)))
+        torch.testing.assert_close(Reduced(model, SYSTEMS["attention top-k"], [20])(images), expected)
+
+
+def test_pixel_variance_follows_the_patches_through_all_layers():
+    images = torch.randn(2, 3, 64, 64) * torch.linspace(0.1, 2, 64)
+    network, seen = make("pixel variance"), []
+    network.reducers["2"].register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
+    with torch.no_grad():
+        network(images)
+    context, reduction = seen[0]
+    active = context.positions.gather(1, reduction.idx)
+    variance = torch.stack(
+        [
+            torch.stack([image[:, r : r + 8, c : c + 8].var() for r in range(0, 64, 8) for c in range(0, 64, 8)])
+            for image in images
+        ]
+    )
+    expected = variance.topk(30).indices.sort(1).values + 1
+    assert torch.equal(active[:, 1:], expected) and (active[:, 0] == 0).all()
+
+
+def test_evit_fuses_pruned_tokens_by_attention():
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    context = context_of(x)
+    tokens = EViT()(x, context, KEEP, 1).tokens
+    for b in range(2):
+        row = context.class_row[b].mean(0)
+        order = sorted(range(1, TOKENS), key=lambda i: -row[i].item())
+        kept, pruned = sorted(order[: KEEP - 2]), order[KEEP - 2 :]
+        fused = sum(row[i] * x[b, i] for i in pruned)
+        torch.testing.assert_close(tokens[b], torch.stack([x[b, 0], *(x[b, i] for i in kept), fused]))
+
+
+def test_evit_merges_between_attention_and_mlp():
+    model = randomise(reference_vit(depth=2)).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        x, _ = model.embed(images)
+        first, second = model.blocks
+        q, k, _ = first.attn.project(first.norm1(x))
+        x = x + first.attn(first.norm1(x))
+        row = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
+        x = EViT()(x, Context(class_row=row), 20, 1).tokens
+        x = second(x + first.mlp(first.norm2(x)))
+        torch.testing.assert_close(Reduced(model, SYSTEMS["EViT"], [20])(images), model.forward_head(model.norm(x)))
+
+
+def test_ats_samples_the_cumulated_significance():
+    x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
+    context = context_of(x)
+    reduction = ATS()(x, context, KEEP, 1)
+    for b in range(3):
+        significance = torch.zeros(TOKENS - 1, dtype=torch.float64)
+        for head in range(HEADS):
+            of_head = torch.tensor(
+                [context.class_row[b, head, i] * context.values[b, head, i].norm() for i in range(1, TOKENS)]
+            )
+            significance += of_head / of_head.sum()
+        chosen, total = [], significance.sum().item()
+        for point in range(KEEP - 1):
+            threshold, running = (point + 0.5) / (KEEP - 1) * total, 0.0
+            for i in range(TOKENS - 1):
+                running += significance[i].item()
+                if running >= threshold:
+                    chosen.append(i + 1)
+                    break
+        real = reduction.sizes[b] > 0
+        assert reduction.idx[b][real].tolist() == [0, *sorted(set(chosen))]
+        torch.testing.assert_close(reduction.tokens[b], x[b, reduction.idx[b]])
+
+
+def test_ats_padding_changes_neither_output_nor_gradient():
+    images, grads, outputs = torch.randn(2, 3, 64, 64, dtype=torch.float64), [], []
+    for name in ("ATS", "ATS, trimmed"):
+        torch.manual_seed(1)
+        network = make(name).double()
+        output = network(images)
+        output.square().sum().backward()
+        outputs.append(output.detach())
+        grads.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def slow_medoids(points, weight, count, rounds):
+    medoids = weight.topk(count).indices.tolist()
+    for _ in range(rounds):
+        clusters = {m: [m] for m in medoids}
+        for i in range(len(points)):
+            if i not in medoids:
+                nearest = min(medoids, key=lambda m, i=i: (points[i] - points[m]).norm().item())
+                clusters[nearest].append(i)
+        medoids = [
+            min(members, key=lambda i, own=members: sum(weight[j] * (points[i] - points[j]).norm() for j in own).item())
+            for members in clusters.values()
+        ]
+    return sorted(medoids)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_k_medoids_keeps_the_middle_of_every_cluster(rounds):
+    x = torch.randn(3, TOKENS, DIM)
+    context = context_of(x)
+    idx = KMedoids(rounds)(x, context, KEEP, 1).idx
+    for b in range(3):
+        weight = context.attention[b].mean(0).sum(0)[1:]
+        expected = slow_medoids(x[b, 1:], weight, KEEP - 1, rounds)
+        assert idx[b].tolist() == [0, *(i + 1 for i in expected)]
+
+
+def test_k_medoids_of_equal_tokens_are_as_many_members():
+    x = torch.ones(1, TOKENS, DIM)
+    idx = KMedoids()(x, context_of(x), KEEP, 1).idx[0].tolist()
+    assert len(set(idx)) == KEEP and set(idx) <= set(range(TOKENS))

@@ -1,0 +1,39 @@
+"""The table of systems: all of them, measured, on one set of weights."""
+
+import sys
+
+import pytest
+import torch
+from helpers.models import randomise, reference_vit
+
+from benchmarks.baselines.registry import ROWS
+from benchmarks.models import networks, table
+from benchmarks.models.systems import architectures, systems
+from benchmarks.models.timing import cell
+
+
+def test_the_table_measures_every_system_on_one_set_of_weights():
+    plain = randomise(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
+    with torch.inference_mode():
+        models = systems(plain)
+        rows = {row["system"]: row for row in cell(models, torch.randn(1, 3, 224, 224), 2, "eager", 1)}
+        scorers = cell(architectures(plain), torch.randn(1, 3, 224, 224), 1, "eager", 1)
+    names = {f"{system} | {schedule}" for system, schedule, _ in ROWS}
+    assert set(rows) == names | {"unpruned", "plain"} and len(names) == len(ROWS)
+    for name, row in rows.items():
+        assert row["speed-up"] > 0 and row["peak MiB"] > 0
+        assert name in ("unpruned", "plain") or row["GFLOPs"] < 0.75 * rows["unpruned"]["GFLOPs"]
+    own = {parameter.data_ptr() for parameter in plain.parameters()}
+    for name, model in models.items():
+        backbone = getattr(model, "backbone", model)
+        assert {parameter.data_ptr() for parameter in backbone.parameters()} <= own, name
+    flops = {row["system"]: row["GFLOPs"] for row in scorers}
+    assert flops["simple"] == flops["several heads, folded"] < flops["several heads, as published"]
+
+
+@pytest.mark.parametrize("script", [networks, table], ids=lambda script: script.__name__)
+def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--minutes", "-1", "--out", str(tmp_path / "out.json")])
+    script.main()
+    assert capsys.readouterr().out == "out of minutes: start again to go on\n"
+    assert not list(tmp_path.iterdir())

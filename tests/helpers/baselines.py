@@ -1,0 +1,26 @@
+"""Baselines on a small ViT, and what their reducers may ask for."""
+
+import torch
+
+from benchmarks.baselines.network import Context, Reduced
+from benchmarks.baselines.registry import ONCE, SYSTEMS
+from helpers.models import randomise, reference_vit
+
+COUNTS = [50, 40, 31]
+DIM, TOKENS, HEADS, KEEP = 8, 22, 2, 14
+
+
+def counts_for(name):
+    return [65, 31, 31] if name in ONCE else COUNTS
+
+
+def make(name, **options):
+    return Reduced(randomise(reference_vit(**options)), SYSTEMS[name], counts_for(name)).eval()
+
+
+def context_of(x, prefix=1, sizes=None):
+    """Everything a reducer may ask for."""
+    batch, tokens, _ = x.shape
+    q, k, v = (torch.randn(batch, HEADS, tokens, 4, dtype=x.dtype) for _ in range(3))
+    attention = (q @ k.transpose(2, 3)).softmax(-1).to(x.dtype)
+    return Context(attention, attention[:, :, 0], k, v, torch.randn(batch, tokens - prefix, 12), None, sizes)

@@ -1,0 +1,94 @@
+"""Models by name: what a name means, whose weights it gives, how the model's images are prepared."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers.folders import FOLDERS, MEAN, STD
+from helpers.models import CLASSIFIERS, HOSTS, MODELS, reference_vit
+
+from cropr_kernels.models.factory import create_model, kind_of, pixels_of
+from cropr_kernels.models.outputs import outputs_of, remove_classifier
+from cropr_kernels.models.vit import ViT
+
+
+def test_what_a_name_means(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    for name, kind in (
+        ("vit_tiny_patch16_224", "preset"),
+        ("vit_tiny_patch16_224.augreg_in21k", "timm"),
+        ("deit_tiny_distilled_patch16_224", "timm"),
+        ("hf-hub:timm/vit_tiny_patch16_224", "timm"),
+        ("vit_b_16", "torchvision"),
+        ("weights.safetensors", "weight file"),
+        (str(tmp_path), "transformers"),
+    ):
+        assert kind_of(name) == kind
+    assert kind_of("vit_tiny_patch16_224", pretrained=True) == "timm"
+    (tmp_path / "config.json").write_text("[]")
+    for name in ("resnet_of_nobody", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"a model must be a preset .* or a folder of transformers, got "):
+            kind_of(name)
+
+
+def test_without_timm_presets_are_there_and_other_names_need_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert isinstance(create_model("vit_tiny_patch16_224", depth=2), ViT)
+    with pytest.raises(
+        ImportError, match=r"model 'eva_x', which is no preset .* needs timm: pip install 'cropr_kernels"
+    ):
+        create_model("eva_x")
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_files_and_folders_hold_their_weights_and_their_pixels(kind, tmp_path):
+    name = FOLDERS[kind](tmp_path)
+    model, again = (create_model(name, pretrained=True) for _ in range(2))
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    pixels = pixels_of(model, name)
+    stated = kind in ("timm", "transformers classifier")
+    assert pixels[1:] == ((MEAN, STD) if stated else ((0.5,) * 3, (0.5,) * 3))
+    assert pixels.img_size == ((224, 224) if kind == "weight file" else (64, 64))
+    images = torch.rand(2, 3, *pixels.img_size)
+    with torch.no_grad():
+        output = outputs_of(model(pixels.normalise(images)))
+        torch.testing.assert_close(outputs_of(again(pixels.normalise(images))), output)
+    assert output.shape == (2, 64 if "features" in kind or "tower" in kind else 5)
+
+
+def test_a_preprocessor_that_does_not_normalise_is_respected(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    name = FOLDERS["transformers features"](tmp_path)
+    transformers.ViTImageProcessor(do_normalize=False).save_pretrained(name)
+    assert pixels_of(create_model(name), name)[1:] == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_torchvision_takes_its_options_and_has_the_pixels_of_imagenet():
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = create_model("vit_b_32", num_classes=3, image_size=64)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert pixels_of(model, "vit_b_32") == ((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *CLASSIFIERS])
+def test_a_model_without_its_classifier_gives_the_features_that_it_reads(kind):
+    model = (MODELS | HOSTS)[kind]().eval()
+    images, seen = torch.randn(2, 3, 64, 64), []
+    last = [module for module in model.modules() if getattr(module, "out_features", 0) == 5][-1]
+    hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(images)
+        hook.remove()
+        remove_classifier(model)
+        assert torch.equal(outputs_of(model(images)), seen[0])
+
+
+def test_outputs_without_logits_or_features_are_refused():
+    with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got dict"):
+        outputs_of({})
+    model = reference_vit()
+    del model.head
+    with pytest.raises(TypeError, match="ViT must have a classifier named head, classifier or heads, has none"):
+        remove_classifier(model)

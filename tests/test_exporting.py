@@ -1,0 +1,230 @@
+"""Exported models: the plain PyTorch form of the ops, every format against the model, fresh processes, C++."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import SHAPES
+from helpers.models import HOSTS, MODELS, randomise, reference_vit
+
+import cropr_kernels as cropr
+from cropr_kernels import exporting, ops
+from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.ops import decompositions as portable
+from cropr_kernels.ops import reference
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations
+
+
+@pytest.fixture(autouse=True)
+def _needs_onnx():
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def pruned(kind="reference", **options):
+    torch.manual_seed(0)
+    return cropr.apply(randomise(MODELS[kind]()).eval(), num_outputs=0, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_operators_choose_and_move_as_the_ops_do(shape):
+    batch, n, dim, num_keep, prefix = shape
+    x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
+    expected, got = reference.prune(x, query, num_keep, prefix), portable.prune(x, query, num_keep, prefix)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert torch.equal(portable.restore(*got), x)
+    flipped = [part.flip(1) for part in got]
+    assert torch.equal(portable.restore(*flipped), x)
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_plain_merging_merges_as_the_op_does(prefix, with_features):
+    x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
+    safe, candidates = reference.select(torch.randn(3, 40), 25, prefix)
+    features = torch.randn(3, 40, 5) if with_features else None
+    for num_keep in (25, 31, 40):
+        expected = reference.merge(x, safe, candidates, sizes, num_keep, features, prefix)
+        got = portable.merge(x, safe, candidates, sizes, num_keep, features, prefix)
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b)
+
+
+CASES = [
+    ("reference", {}),
+    ("reference", {"llf": True}),
+    ("reference", {"merge": True}),
+    ("reference", {"merge": cropr.Merge(candidates=2.0)}),
+    ("reference, registers", {"llf": True}),
+    ("timm ViT, no class token", {}),
+    ("timm EVA-02", {"llf": True}),
+    ("timm EVA-02", {"merge": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_onnx_gives_the_same_logits_and_drops_the_same_patches(kind, options, tmp_path):
+    import onnx
+
+    model = pruned(kind, rate=9, **options)
+    done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True, dynamic_batch=True)
+    assert done.ops == "aten" and done.difference < 1e-5 and done.same_map is True
+    run = exporting.load_exported(done.path, "onnx")
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 64, 64)
+        output, left = run(images)
+        with torch.no_grad():
+            torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-5)
+        assert torch.equal(left, cropr.pruning_map(model, images))
+    graph = onnx.load(done.path).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    constants = {value.name for value in graph.initializer}
+    tops = [node for node in graph.node if node.op_type == "TopK"]
+    assert tops and all(node.input[1] in constants for node in tops)  # TensorRT wants the count to be one
+    assert not any(node.op_type in ("NonZero", "Loop", "If", "Unique") for node in graph.node)
+
+
+def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
+    model = pruned(rate=9)
+    with torch.no_grad():
+        for module in model.cropr:
+            module.queries.zero_()  # all scores tie: the lower positions stay
+    images = torch.randn(1, 3, 64, 64)
+    done = cropr.export(model, images, tmp_path / "model.onnx", with_map=True)
+    left = exporting.load_exported(done.path, "onnx")(images)[1].flatten()
+    assert (left == 4).sum() == 36 and (left[:36] == 4).all()
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "torchvision"])
+def test_models_that_run_their_blocks_become_onnx_with_all_their_outputs(name, tmp_path):
+    model = cropr.apply(randomise(HOSTS[name]()).eval(), rate=9, llf=True, num_outputs=0)
+    done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True)
+    assert done.difference < 1e-4 and done.same_map is True
+
+
+FRESH = """
+import sys, torch, torch._inductor.codecache
+{imports}
+images, expected = torch.load({sample!r})
+for path in {programs!r}:
+    got = torch.export.load(path).module()(images)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+for path in {packages!r}:
+    got = torch._inductor.aoti_load_package(path)(images)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+print("cropr_kernels" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """One model in both formats, with the ops and without them; an image and its logits."""
+    folder = tmp_path_factory.mktemp("packages")
+    model, images = pruned(rate=9, llf=True), torch.randn(1, 3, 64, 64)
+    for format in ("torch", "aoti"):
+        for kind in ("cropr", "aten"):
+            done = cropr.export(model, images, folder / f"{format}_{kind}.pt2", format=format, ops=kind)
+            assert done.difference < 1e-5
+    with torch.no_grad():
+        torch.save((images, model(images)), folder / "sample.pt")
+    (folder / "image.f32").write_bytes(images.numpy().tobytes())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cropr", "aten"])
+def test_programs_and_packages_run_in_a_fresh_process(packages, kind):
+    code = FRESH.format(
+        imports="import cropr_kernels" if kind == "cropr" else "",
+        sample=str(packages / "sample.pt"),
+        programs=[str(packages / f"torch_{kind}.pt2")],
+        packages=[str(packages / f"aoti_{kind}.pt2")],
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(kind == "cropr")
+
+
+@pytest.mark.slow
+def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
+    library = ops.cpp_library()
+    assert library is not None
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT / "examples" / "cpp", "-B", tmp_path]
+    options = [f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DCROPR_LIBRARY={library}"]
+    for command in ([*configure, *options], ["cmake", "--build", tmp_path]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    expected = torch.load(packages / "sample.pt")[1][0]
+    for kind in ("cropr", "aten"):
+        arguments = [tmp_path / "classify", packages / f"aoti_{kind}.pt2", packages / "image.f32", "64", "64"]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = {int(c): float(v) for c, v in re.findall(r"class (\d+)  (\S+)", done.stdout)}
+        assert len(found) == 5 and list(found) == expected.argsort(descending=True).tolist()
+        torch.testing.assert_close(torch.tensor([found[c] for c in range(5)]), expected, rtol=1e-4, atol=1e-4)
+    done = subprocess.run([tmp_path / "classify", *arguments[1:3]], capture_output=True, text=True)
+    assert done.returncode == 1 and "must hold 602112 bytes, holds 49152" in done.stderr
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    model, images, path = pruned(rate=9), torch.randn(1, 3, 64, 64), tmp_path / "model.pt2"
+    load = exporting.load_exported
+    monkeypatch.setattr(exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)])
+    with pytest.raises(RuntimeError, match=r"model.pt2 computes something else .* differ by 0.01 .*; it was not kept"):
+        cropr.export(model, images, path, format="torch")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("merge", [False, True])
+def test_packages_compiled_for_cuda_need_nothing_of_this_package(merge, tmp_path):
+    model, images = pruned(rate=9, merge=merge).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
+    done = cropr.export(model, images, tmp_path / "model.pt2", format="aoti", with_map=True)
+    assert done.ops == "aten" and done.same_map is True
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model, images = pruned(rate=9).train(), torch.randn(1, 3, 64, 64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cropr.export(model, images, tmp_path / "model.pt2", format="torch")
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_refusals(tmp_path, monkeypatch):
+    model, images = pruned(rate=9), torch.randn(1, 3, 64, 64)
+    with pytest.raises(TypeError, match=r"cropr.export: the model is not pruned"):
+        cropr.export(reference_vit(), images, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="format must be one of torch, aoti, onnx and ops cropr or aten, got 'tflite'"):
+        cropr.export(model, images, tmp_path / "a.onnx", format="tflite")
+    with pytest.raises(ValueError, match=r"a file of format onnx must end in .onnx, got a.pt2"):
+        cropr.export(model, images, tmp_path / "a.pt2")
+    with pytest.raises(ValueError, match="ONNX has none of the cropr ops"):
+        cropr.export(model, images, tmp_path / "a.onnx", ops="cropr")
+    with pytest.raises(ValueError, match="masks are not supported without the cropr ops"):
+        portable.select(torch.randn(1, 4), 2, 0, torch.zeros(1, 4, dtype=torch.int8))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"ONNX needs onnxruntime: pip install 'cropr_kernels\[export\]'"):
+        cropr.export(model, images, tmp_path / "a.onnx")
+
+
+def test_the_command_writes_compares_and_times(tmp_path, capsys):
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
+    weights, queries = tmp_path / "tiny.pt", tmp_path / "queries.pt"
+    torch.save(model.state_dict(), weights)
+    assert cli.main(["export", str(weights), "--out", str(tmp_path)]) == 1
+    assert "without queries tokens would be pruned at random" in capsys.readouterr().err
+    cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), queries)
+    common = ["export", str(weights), "--queries", str(queries), "--rounds", "1", "--out", str(tmp_path / "out")]
+    photos = str(ROOT / "examples" / "photos")
+    assert cli.main([*common, "--rate", "9", "--format", "onnx", "--map", "--images", photos]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "tiny.onnx").is_file()
+    assert printed.count("the same patches are pruned after the same blocks") == 1
+    assert re.search(r"tiny.onnx +aten +\d+\.\d +\S+ +\S+ +\S+ +\d\.\d\d\n", printed)
+    assert cli.main([*common, "--batch", "0"]) == 1
+    assert "--batch must be >= 1, got 0" in capsys.readouterr().err

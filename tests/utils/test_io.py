@@ -1,0 +1,134 @@
+"""Files that are whole or not there, optional libraries, text tables, photos, FLOPs."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import torchvision_vit
+
+from cropr_kernels.utils import images, io, optional
+from cropr_kernels.utils.flops import flop_counter
+
+ROOT = Path(__file__).parents[2]
+# The guard itself, and commands that have results without a picture.
+CATCH = {"optional.py", "bench.py", "train.py"}
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "file.txt"
+    io.write_text(path, "first")
+
+    def stop_half_way():
+        with io.atomic_write(path) as temporary:
+            assert temporary.parent == tmp_path and temporary.suffix == ".txt" and temporary != path
+            temporary.write_text("half")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        stop_half_way()
+    assert path.read_text() == "first"
+    with io.atomic_write(path) as temporary:
+        temporary.write_bytes(b"second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_nobody_wrote_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), io.atomic_write(tmp_path / "file.txt"):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_utils_io_renames_files():
+    """Whoever writes a file takes `atomic_write`."""
+    for path in (ROOT / "cropr_kernels").rglob("*.py"):
+        if path != Path(io.__file__):
+            assert not re.search(r"os\.replace|os\.rename|\.rename\(|\.replace\(path\)|fsync", path.read_text()), path
+
+
+def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=re.escape("a picture needs pillow: pip install 'cropr_kernels[viz]'")):
+        optional.need("PIL.Image", "viz", "a picture")
+    assert optional.need("json.decoder", "viz", "nothing").__name__ == "json.decoder"
+
+
+def test_an_error_inside_a_library_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_it_needs"):
+        optional.need("broken_library", "viz", "a picture")
+
+
+def test_every_extra_that_the_code_names_exists_and_installs_the_library():
+    extras = extras_of(ROOT / "pyproject.toml")
+    calls = 0
+    for path in (ROOT / "cropr_kernels").rglob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need":
+                extra = ast.literal_eval(node.args[1])
+                assert extra in extras, f"{path} names the extra {extra}"
+                if isinstance(node.args[0], ast.Constant):
+                    library = optional.distribution(node.args[0].value)
+                    assert library in extras[extra], f"{path}: the extra {extra} does not install {library}"
+                calls += 1
+        assert set(re.findall(r"cropr_kernels\[(\w+)\]", text)) <= set(extras), path
+    assert calls > 20
+
+
+def test_optional_libraries_are_guarded_once():
+    for path in (ROOT / "cropr_kernels").rglob("*.py"):
+        if path.name not in CATCH and path.parent.name != "ops":  # the C++ extension, Triton
+            assert not re.search(r"except (ImportError|ModuleNotFoundError)", path.read_text()), path
+
+
+def extras_of(path):
+    """The libraries that each extra installs, those of the extras that it names included."""
+    section = path.read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    found = re.findall(r"^(\w+) = \[(.*?)\]$", section, flags=re.MULTILINE | re.DOTALL)
+    lists = {name: re.findall(r'"([^"]+)"', body) for name, body in found}
+    own = {name: {re.split(r"[><=\[]", item)[0] for item in items} for name, items in lists.items()}
+    for name, items in lists.items():
+        for item in items:
+            for other in re.findall(r"cropr_kernels\[(\w+)\]", item):
+                own[name] |= own[other]
+    return own
+
+
+def test_tables_are_aligned():
+    assert io.table(["name", "x"], [["a", "1.5"], ["bcd", "10"]]).splitlines() == [
+        "name    x",
+        "a     1.5",
+        "bcd    10",
+    ]
+    assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left=2).splitlines() == ["a  b   c", "x  yy  1"]
+
+
+def test_photos_are_cropped_to_any_size_and_what_is_no_photo_is_an_os_error(tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (50, 80), (255, 0, 51)).save(path)
+    for size, shape in ((14, (3, 14, 14)), ((28, 56), (3, 28, 56)), ((112, 28), (3, 112, 28))):
+        pixels = images.load_photo(path, size)
+        assert pixels.shape == shape and pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels.mean((1, 2)), torch.tensor([1.0, 0.0, 0.2]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="decompression bomb"):
+        images.load_photo(path)
+    path.write_bytes(b"no picture")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        images.load_photo(path)
+
+
+def test_the_attention_of_torchvision_is_counted():
+    model, side = torchvision_vit().eval(), 64 // 8
+    tokens, dim, depth = side**2 + 1, 64, 4
+    block = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * tokens * dim * 128
+    with torch.no_grad(), flop_counter() as counter:
+        model(torch.randn(1, 3, 64, 64))
+    assert counter.get_total_flops() == 2 * (depth * block + (tokens - 1) * dim * 3 * 8 * 8 + dim * 5)
+    assert torch.backends.mha.get_fastpath_enabled()

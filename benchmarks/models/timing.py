@@ -68,7 +68,7 @@ def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> 
                 row[f"{name}, peak MiB"] = torch.cuda.max_memory_allocated() >> 20
                 if mode == "eager":
                     row[f"{name}, kernels"] = launches(ready[name], images)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # recorded, not hidden
+        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:  # recorded, not hidden
             ready.pop(name, None)
             row[f"{name}: error"] = str(error).splitlines()[0][:200]
     once = max(seconds_of(method, images) for method in ready.values())

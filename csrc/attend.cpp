@@ -1,6 +1,6 @@
 // CPU kernels of cropr::attend and its gradient for the queries.
 //
-// One query streams the tokens past itself. Many queries are matrix products: those run in the BLAS behind
+// One query reads the tokens once. Many queries are matrix products: those run in the BLAS behind
 // aten::mm, one image at a time, so that nothing larger than (M, N) ever exists.
 #include <algorithm>
 #include <array>
@@ -8,8 +8,9 @@
 #include <limits>
 #include <vector>
 
+#include "checks.h"
+#include "row_kernels.h"
 #include "rows.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {
@@ -17,15 +18,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-void check_attend(const char* op, const Tensor& x, const Tensor& queries) {
-  check_cpu(op, "queries", queries);
-  check_dim(op, "x", x, 3, "(B, N, D)");
-  check_float(op, "x", x);
-  check_dim(op, "queries", queries, 2, "(M, D)");
-  check_float(op, "queries", queries);
-  if (queries.size(1) != x.size(2))
-    fail(op, ": queries must have the width of x, D = ", x.size(2), ", got shape ", shape_of(queries));
-  if (x.size(1) == 0) fail(op, ": x must have at least one token, got shape ", shape_of(x));
+void check_attend(const Op& op, const Tensor& x, std::initializer_list<const Tensor*> tensors) {
+  if (check(op, tensors)['N'] == 0) fail(name_of(op), ": x must have at least one token, got shape ", shape_of(x));
 }
 
 template <typename A>
@@ -123,8 +117,7 @@ Tensor scaled_queries(const Tensor& queries, double scale) {
 }
 
 // Writes the scores (B, N) of cropr::scores too, if asked for: one query has them at hand.
-Tensor attend_all(const char* op, const Tensor& x, const Tensor& queries, double scale, float* scores) {
-  check_attend(op, x, queries);
+Tensor attend_all(const Tensor& x, const Tensor& queries, double scale, float* scores) {
   const int64_t batch = x.size(0), count = queries.size(0), dim = x.size(2);
   const Tensor dense = with_dense_rows(x);
   Tensor out = empty({batch, count, dim}, x.scalar_type());
@@ -152,13 +145,14 @@ Tensor attend_all(const char* op, const Tensor& x, const Tensor& queries, double
 }
 
 Tensor attend(const Tensor& x, const Tensor& queries, double scale) {
-  return attend_all("attend", x, queries, scale, nullptr);
+  check_attend(op_named("attend"), x, {&x, &queries});
+  return attend_all(x, queries, scale, nullptr);
 }
 
 std::tuple<Tensor, Tensor> attend_scores(const Tensor& x, const Tensor& queries, double scale) {
-  check_attend("attend_scores", x, queries);
+  check_attend(op_named("attend_scores"), x, {&x, &queries});
   Tensor scores = empty({x.size(0), x.size(1)}, ScalarType::Float);
-  Tensor out = attend_all("attend_scores", x, queries, scale, mutable_data<float>(scores));
+  Tensor out = attend_all(x, queries, scale, mutable_data<float>(scores));
   return {out, scores};
 }
 
@@ -187,15 +181,8 @@ void attend_one_backward(
 }
 
 Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& queries, double scale) {
-  check_attend("attend_backward", x, queries);
-  check_cpu("attend_backward", "grad_out", grad_out);
-  check_dim("attend_backward", "grad_out", grad_out, 3, "(B, M, D)");
-  check_float("attend_backward", "grad_out", grad_out);
+  check_attend(op_named("attend_backward"), x, {&x, &queries, &grad_out});
   const int64_t batch = x.size(0), n = x.size(1), count = queries.size(0), dim = x.size(2);
-  if (grad_out.size(0) != batch || grad_out.size(1) != count || grad_out.size(2) != dim)
-    fail(
-        "attend_backward: grad_out must have shape (B, M, D) = (", batch, ", ", count, ", ", dim, "), got ",
-        shape_of(grad_out));
   const Tensor dense = with_dense_rows(x);
   return with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

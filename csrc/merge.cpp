@@ -1,78 +1,53 @@
-// CPU kernels of cropr::merge and merge_: tokens that leave go into the most similar of those that are sure to stay.
+// CPU kernels of cropr::merge and merge_: pruned tokens are merged into the most similar safe ones.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
+#include "row_kernels.h"
 #include "rows.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 
-// Who is sure to stay and who may leave, as ascending positions of x (B, N, D); num_keep of them stay in all.
-struct Sides {
+// The safe tokens and the candidates for pruning, as ascending positions of x (B, N, D); num_keep of both are kept.
+struct Partition {
   Tensor safe, candidates;  // contiguous
   const int64_t *safe_pos, *candidate_pos;
   int64_t batch, n, num_safe, num_candidates, num_keep, num_prune, num_prefix;
 
-  Sides(
-      const char* op, const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep,
-      int64_t prefix) {
-    check_dim(op, "x", x, 3, "(B, N, D)");
-    check_float(op, "x", x);
-    batch = x.size(0), n = x.size(1), num_keep = keep, num_prefix = prefix;
-    num_safe = take(op, "safe_idx", "(B, S)", safe_idx);
-    num_candidates = take(op, "candidate_idx", "(B, C)", candidate_idx);
-    const int64_t all = num_safe + num_candidates;
-    num_prune = all - num_keep;
-    if (num_prefix < 0 || num_prefix > num_safe)
-      fail(op, ": num_prefix must be in [0, S] = [0, ", num_safe, "], got ", num_prefix);
-    if (num_keep < num_safe || num_keep > all)
-      fail(op, ": num_keep must be in [S, S + C] = [", num_safe, ", ", all, "], got ", num_keep);
+  Partition(
+      const Op& op, const Dims& dims, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep, int64_t prefix)
+      : safe(torch::stable::contiguous(safe_idx)),
+        candidates(torch::stable::contiguous(candidate_idx)),
+        safe_pos(data<int64_t>(safe)),
+        candidate_pos(data<int64_t>(candidates)),
+        batch(dims['B']),
+        n(dims['N']),
+        num_safe(dims['S']),
+        num_candidates(dims['C']),
+        num_keep(keep),
+        num_prune(num_safe + num_candidates - keep),
+        num_prefix(prefix) {
     if (num_prune > 0 && num_safe == num_prefix)
-      fail(op, ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", num_prefix);
-    safe = torch::stable::contiguous(safe_idx), candidates = torch::stable::contiguous(candidate_idx);
-    safe_pos = data<int64_t>(safe), candidate_pos = data<int64_t>(candidates);
+      fail(name_of(op), ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", prefix);
     check_positions_once(op, "safe_idx and candidate_idx", safe_pos, num_safe, candidate_pos, num_candidates, batch, n);
   }
-
-  int64_t take(const char* op, const char* name, const char* shape, const Tensor& idx) const {
-    check_cpu(op, name, idx);
-    check_dim(op, name, idx, 2, shape);
-    check_index(op, name, idx);
-    if (idx.size(0) != batch)
-      fail(op, ": ", name, " must have the batch size of x, B = ", batch, ", got shape ", shape_of(idx));
-    return idx.size(1);
-  }
 };
-
-void check_features(const char* op, const Tensor& x, const OptionalTensor& features) {
-  if (!features) return;
-  check_cpu(op, "features", *features);
-  check_dim(op, "features", *features, 3, "(B, N, C)");
-  check_float(op, "features", *features);
-  if (features->size(0) != x.size(0) || features->size(1) != x.size(1))
-    fail(
-        op, ": features must have the batch and tokens of x, (", x.size(0), ", ", x.size(1), "), got ",
-        shape_of(*features));
-}
 
 // For each candidate the most similar safe token behind the prefix, by the cosine of their features, and how similar;
 // the lower position of equals. NaN is the lowest similarity.
 template <typename T>
-void find_nearest(const Rows<T>& features, const Sides& sides, int64_t* nearest, double* similarities) {
+void find_nearest(const Rows<T>& features, const Partition& partition, int64_t* nearest, double* similarities) {
   using A = acc_t<T>;
   constexpr int64_t kTogether = 16;  // candidates that share one pass over the safe tokens
-  const int64_t dim = features.dim, groups = (sides.num_candidates + kTogether - 1) / kTogether;
+  const int64_t dim = features.dim, groups = (partition.num_candidates + kTogether - 1) / kTogether;
   if (groups == 0) return;
-  parallel_for(0, sides.batch * groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, partition.batch * groups, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> rows(kTogether * dim);
     Scratch<A> wide(dim);
     const auto norm = [&](const T* row) {
@@ -83,16 +58,16 @@ void find_nearest(const Rows<T>& features, const Sides& sides, int64_t* nearest,
     };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / groups, first = task % groups * kTogether;
-      const int64_t count = std::min(kTogether, sides.num_candidates - first);
+      const int64_t count = std::min(kTogether, partition.num_candidates - first);
       const T* image = features.image(b);
-      const int64_t* from = sides.candidate_pos + b * sides.num_candidates + first;
+      const int64_t* from = partition.candidate_pos + b * partition.num_candidates + first;
       for (int64_t r = 0; r < count; ++r) std::copy_n(image + from[r] * features.stride_n, dim, rows.data() + r * dim);
       A best[kTogether], products[kTogether];
       std::fill_n(best, kTogether, -std::numeric_limits<A>::infinity());
-      int64_t* mine = nearest + b * sides.num_candidates + first;
-      std::fill_n(mine, count, sides.num_prefix);
-      for (int64_t i = sides.num_prefix; i < sides.num_safe; ++i) {
-        const T* row = image + sides.safe_pos[b * sides.num_safe + i] * features.stride_n;
+      int64_t* mine = nearest + b * partition.num_candidates + first;
+      std::fill_n(mine, count, partition.num_prefix);
+      for (int64_t i = partition.num_prefix; i < partition.num_safe; ++i) {
+        const T* row = image + partition.safe_pos[b * partition.num_safe + i] * features.stride_n;
         const A length = norm(row);
         dot_rows<T>(rows.data(), dim, count, dim, wide.data(), products);
         for (int64_t r = 0; r < count; ++r) {
@@ -102,78 +77,79 @@ void find_nearest(const Rows<T>& features, const Sides& sides, int64_t* nearest,
       }
       for (int64_t r = 0; r < count; ++r) {
         const A similarity = best[r] / norm(rows.data() + r * dim);
-        similarities[b * sides.num_candidates + first + r] =
+        similarities[b * partition.num_candidates + first + r] =
             std::isnan(similarity) ? -std::numeric_limits<double>::infinity() : similarity;
       }
     }
   });
 }
 
-// Who leaves, and where to.
+// Which tokens are pruned, and into which they are merged.
 struct Plan {
   int64_t* kept;               // (B, num_keep), ascending positions
   int64_t* pruned;             // (B, num_prune), ascending positions
   std::vector<int64_t> slots;  // (B, num_prune): the row of kept that each of them goes into
 };
 
-// The candidates most like a safe token leave; of equals the higher position.
-void settle(const Sides& sides, const int64_t* nearest, const double* similarities, Plan& plan) {
-  plan.slots.resize(sides.batch * sides.num_prune);
-  std::vector<int64_t> order(sides.num_candidates), slot_of(sides.n);
-  std::vector<bool> leaves(sides.num_candidates);
-  for (int64_t b = 0; b < sides.batch; ++b) {
-    const int64_t* candidates = sides.candidate_pos + b * sides.num_candidates;
-    const int64_t* safe = sides.safe_pos + b * sides.num_safe;
-    const double* similarity = similarities + b * sides.num_candidates;
+// The candidates most like a safe token are pruned; of equals the higher position.
+void choose_targets(const Partition& partition, const int64_t* nearest, const double* similarities, Plan& plan) {
+  plan.slots.resize(partition.batch * partition.num_prune);
+  std::vector<int64_t> order(partition.num_candidates), slot_of(partition.n);
+  std::vector<bool> is_pruned(partition.num_candidates);
+  for (int64_t b = 0; b < partition.batch; ++b) {
+    const int64_t* candidates = partition.candidate_pos + b * partition.num_candidates;
+    const int64_t* safe = partition.safe_pos + b * partition.num_safe;
+    const double* similarity = similarities + b * partition.num_candidates;
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
       return similarity[i] != similarity[j] ? similarity[i] > similarity[j] : i > j;
     });
-    leaves.assign(sides.num_candidates, false);
-    for (int64_t r = 0; r < sides.num_prune; ++r) leaves[order[r]] = true;
-    int64_t *kept = plan.kept + b * sides.num_keep, *pruned = plan.pruned + b * sides.num_prune;
-    for (int64_t i = 0, c = 0, slot = 0; slot < sides.num_keep;) {
-      while (c < sides.num_candidates && leaves[c]) ++c;
-      const bool from_safe = c == sides.num_candidates || (i < sides.num_safe && safe[i] < candidates[c]);
+    is_pruned.assign(partition.num_candidates, false);
+    for (int64_t r = 0; r < partition.num_prune; ++r) is_pruned[order[r]] = true;
+    int64_t *kept = plan.kept + b * partition.num_keep, *pruned = plan.pruned + b * partition.num_prune;
+    for (int64_t i = 0, c = 0, slot = 0; slot < partition.num_keep;) {
+      while (c < partition.num_candidates && is_pruned[c]) ++c;
+      const bool from_safe = c == partition.num_candidates || (i < partition.num_safe && safe[i] < candidates[c]);
       kept[slot] = from_safe ? safe[i++] : candidates[c++];
       slot_of[kept[slot]] = slot;
       ++slot;
     }
-    for (int64_t c = 0, r = 0; c < sides.num_candidates; ++c) {
-      if (!leaves[c]) continue;
-      plan.slots[b * sides.num_prune + r] = slot_of[safe[nearest[b * sides.num_candidates + c]]];
+    for (int64_t c = 0, r = 0; c < partition.num_candidates; ++c) {
+      if (!is_pruned[c]) continue;
+      plan.slots[b * partition.num_prune + r] = slot_of[safe[nearest[b * partition.num_candidates + c]]];
       pruned[r++] = candidates[c];
     }
   }
 }
 
-void make_plan(const Tensor& features, const Sides& sides, Plan& plan) {
+void make_plan(const Tensor& features, const Partition& partition, Plan& plan) {
   const Tensor dense = with_dense_rows(features);
-  std::vector<int64_t> nearest(sides.batch * sides.num_candidates, sides.num_prefix);
+  std::vector<int64_t> nearest(partition.batch * partition.num_candidates, partition.num_prefix);
   std::vector<double> similarities(nearest.size());
   with_float_type(dense.scalar_type(), [&](auto tag) {
-    if (sides.num_prune > 0) find_nearest(Rows<decltype(tag)>(dense), sides, nearest.data(), similarities.data());
+    if (partition.num_prune > 0)
+      find_nearest(Rows<decltype(tag)>(dense), partition, nearest.data(), similarities.data());
   });
-  settle(sides, nearest.data(), similarities.data(), plan);
+  choose_targets(partition, nearest.data(), similarities.data(), plan);
 }
 
-// kept[slot] = (size * x + sum of those that came) / (size + sum of their sizes), rounded once, for every slot that
-// someone came to. `written(b, slot)` is where that row goes.
+// kept[slot] = (size * x + sum of those merged into it) / (size + sum of their sizes), rounded once, for every slot
+// that a pruned token goes into. `written(b, slot)` is where that row goes.
 template <typename T, typename Written>
 void combine(
-    const Rows<T>& x, const Sides& sides, const Plan& plan, const float* sizes, float* kept_sizes,
+    const Rows<T>& x, const Partition& partition, const Plan& plan, const float* sizes, float* kept_sizes,
     const Written& written) {
   using A = acc_t<T>;
-  parallel_for(0, sides.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, partition.batch, 1, [&](int64_t begin, int64_t end) {
     Scratch<A> sum(x.dim);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t *kept = plan.kept + b * sides.num_keep, *leaving = plan.pruned + b * sides.num_prune;
-      const int64_t* slots = plan.slots.data() + b * sides.num_prune;
-      const float* size = sizes + b * sides.n;
-      float* total = kept_sizes + b * sides.num_keep;
-      for (int64_t i = 0; i < sides.num_keep; ++i) total[i] = size[kept[i]];
-      std::vector<bool> done(sides.num_keep, false);
-      for (int64_t r = 0; r < sides.num_prune; ++r) {
+      const int64_t *kept = plan.kept + b * partition.num_keep, *pruned = plan.pruned + b * partition.num_prune;
+      const int64_t* slots = plan.slots.data() + b * partition.num_prune;
+      const float* size = sizes + b * partition.n;
+      float* total = kept_sizes + b * partition.num_keep;
+      for (int64_t i = 0; i < partition.num_keep; ++i) total[i] = size[kept[i]];
+      std::vector<bool> done(partition.num_keep, false);
+      for (int64_t r = 0; r < partition.num_prune; ++r) {
         const int64_t slot = slots[r];
         if (done[slot]) continue;
         done[slot] = true;
@@ -183,10 +159,10 @@ void combine(
           weighted_sum<T>(x.image(b) + position * x.stride_n, x.stride_n, 1, x.dim, &weight, sum.data());
         };
         add(kept[slot]);
-        for (int64_t other = r; other < sides.num_prune; ++other) {
+        for (int64_t other = r; other < partition.num_prune; ++other) {
           if (slots[other] != slot) continue;
-          add(leaving[other]);
-          total[slot] += size[leaving[other]];
+          add(pruned[other]);
+          total[slot] += size[pruned[other]];
         }
         T* row = written(b, slot);
         const A whole = total[slot];
@@ -199,39 +175,40 @@ void combine(
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
     const OptionalTensor& features, int64_t num_prefix) {
-  const Sides sides("merge", x, safe_idx, candidate_idx, num_keep, num_prefix);
-  check_sizes("merge", x, sizes);
-  check_features("merge", x, features);
-  if (sides.num_safe + sides.num_candidates != sides.n)
+  constexpr const Op& op = op_named("merge");
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, given(features)}, {num_prefix, num_keep});
+  if (dims['S'] + dims['C'] != dims['N'])
     fail(
-        "merge: safe_idx and candidate_idx must together hold N = ", sides.n, " positions, got ", sides.num_safe, " + ",
-        sides.num_candidates);
-  const int64_t dim = x.size(2), num_prune = sides.num_prune;
+        "merge: safe_idx and candidate_idx must together hold N = ", dims['N'], " positions, got ", dims['S'], " + ",
+        dims['C']);
+  const Partition partition(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
+  const int64_t dim = x.size(2), num_prune = partition.num_prune;
   const Tensor dense = with_dense_rows(x), weights = torch::stable::contiguous(sizes);
-  Output kept({sides.batch, num_keep, dim}, x.scalar_type());
-  Output kept_idx({sides.batch, num_keep}, ScalarType::Long), pruned_idx({sides.batch, num_prune}, ScalarType::Long);
-  Output kept_sizes({sides.batch, num_keep}, ScalarType::Float);
-  Output dest({sides.batch, sides.n}, ScalarType::Long);
+  Output kept({partition.batch, num_keep, dim}, x.scalar_type());
+  Output kept_idx({partition.batch, num_keep}, ScalarType::Long),
+      pruned_idx({partition.batch, num_prune}, ScalarType::Long);
+  Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
+  Output dest({partition.batch, partition.n}, ScalarType::Long);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(features ? *features : x, sides, plan);
-  int64_t* went = dest.data<int64_t>();
-  for (int64_t b = 0; b < sides.batch; ++b) {
-    for (int64_t i = 0; i < num_keep; ++i) went[b * sides.n + plan.kept[b * num_keep + i]] = i;
+  make_plan(features ? *features : x, partition, plan);
+  int64_t* row_of = dest.data<int64_t>();
+  for (int64_t b = 0; b < partition.batch; ++b) {
+    for (int64_t i = 0; i < num_keep; ++i) row_of[b * partition.n + plan.kept[b * num_keep + i]] = i;
     for (int64_t r = 0; r < num_prune; ++r)
-      went[b * sides.n + plan.pruned[b * num_prune + r]] = plan.slots[b * num_prune + r];
+      row_of[b * partition.n + plan.pruned[b * num_prune + r]] = plan.slots[b * num_prune + r];
   }
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
     T* out = kept.data<T>();
-    parallel_for(0, sides.batch * num_keep, row_grain(dim), [&](int64_t begin, int64_t end) {
+    parallel_for(0, partition.batch * num_keep, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, num_keep, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
             rows.image(b), rows.stride_n, dim, plan.kept + b * num_keep, first, last, out + b * num_keep * dim,
             RowCopy(0));  // means are written over some of them next
       });
     });
-    combine(rows, sides, plan, data<float>(weights), kept_sizes.data<float>(), [&](int64_t b, int64_t slot) {
+    combine(rows, partition, plan, data<float>(weights), kept_sizes.data<float>(), [&](int64_t b, int64_t slot) {
       return out + (b * num_keep + slot) * dim;
     });
   });
@@ -239,37 +216,30 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
 }
 
 std::tuple<Returned, Returned, Returned> merge_(
-    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent,
-    int64_t num_keep, int64_t num_prefix) {
-  const Sides sides("merge_", x, safe_idx, candidate_idx, num_keep, num_prefix);
-  if (!x.is_contiguous()) fail("merge_: x must be contiguous, as it changes in place");
-  check_sizes("merge_", x, sizes);
-  if (!sizes.is_contiguous()) fail("merge_: sizes must be contiguous, as it changes in place");
-  check_cpu("merge_", "parent", parent);
-  if (parent.scalar_type() != ScalarType::Long || parent.dim() != 2 || parent.size(0) != sides.batch ||
-      parent.size(1) != sides.n || !parent.is_contiguous())
-    fail(
-        "merge_: parent must be contiguous int64 of shape (B, N) = (", sides.batch, ", ", sides.n, "), got ",
-        dtype_of(parent), " ", shape_of(parent));
-  Output kept_idx({sides.batch, num_keep}, ScalarType::Long);
-  Output pruned_idx({sides.batch, sides.num_prune}, ScalarType::Long);
-  Output kept_sizes({sides.batch, num_keep}, ScalarType::Float);
+    Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, int64_t num_keep,
+    int64_t num_prefix) {
+  constexpr const Op& op = op_named("merge_");
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, &parent}, {num_prefix, num_keep});
+  const Partition partition(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
+  Output kept_idx({partition.batch, num_keep}, ScalarType::Long);
+  Output pruned_idx({partition.batch, partition.num_prune}, ScalarType::Long);
+  Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(x, sides, plan);
+  make_plan(x, partition, plan);
   float *size = mutable_data<float>(sizes), *total = kept_sizes.data<float>();
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     T* rows = mutable_data<T>(x);
-    combine(Rows<T>(x), sides, plan, size, total, [&](int64_t b, int64_t slot) {
-      return rows + (b * sides.n + plan.kept[b * num_keep + slot]) * x.size(2);
+    combine(Rows<T>(x), partition, plan, size, total, [&](int64_t b, int64_t slot) {
+      return rows + (b * partition.n + plan.kept[b * num_keep + slot]) * x.size(2);
     });
   });
   int64_t* into = mutable_data<int64_t>(parent);
-  for (int64_t b = 0; b < sides.batch; ++b) {
+  for (int64_t b = 0; b < partition.batch; ++b) {
     const int64_t* kept = plan.kept + b * num_keep;
-    for (int64_t i = 0; i < num_keep; ++i) size[b * sides.n + kept[i]] = total[b * num_keep + i];
-    for (int64_t r = 0; r < sides.num_prune; ++r)
-      into[b * sides.n + plan.pruned[b * sides.num_prune + r]] = kept[plan.slots[b * sides.num_prune + r]];
+    for (int64_t i = 0; i < num_keep; ++i) size[b * partition.n + kept[i]] = total[b * num_keep + i];
+    for (int64_t r = 0; r < partition.num_prune; ++r)
+      into[b * partition.n + plan.pruned[b * partition.num_prune + r]] = kept[plan.slots[b * partition.num_prune + r]];
   }
   return {kept_idx.release(), pruned_idx.release(), kept_sizes.release()};
 }

@@ -2,10 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
-#include <iterator>
 #include <string>
 
-#include "schemas.h"
+#include "library.h"
 
 namespace {
 
@@ -31,9 +30,21 @@ std::string instruction_set() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of cropr_kernels; importing this module registers them with the PyTorch dispatcher.";
-  pybind11::tuple schemas(std::size(cropr::kSchemas));
-  for (std::size_t i = 0; i < std::size(cropr::kSchemas); ++i) schemas[i] = cropr::kSchemas[i];
-  m.attr("schemas") = schemas;
+  // (schema, ((name, dtypes, shape, layout), ...), ((name, low, high), ...)) of every op.
+  pybind11::list ops;
+  for (const cropr::Op& op : cropr::kOps) {
+    pybind11::list inputs, ranges;
+    for (const cropr::Input& input : op.inputs)
+      if (input.name != nullptr)
+        inputs.append(
+            pybind11::make_tuple(
+                input.name, cropr::kTypeNames[static_cast<int>(input.types)], input.shape,
+                static_cast<int>(input.layout)));
+    for (const cropr::Range& range : op.ranges)
+      if (range.name != nullptr) ranges.append(pybind11::make_tuple(range.name, range.low, range.high));
+    ops.append(pybind11::make_tuple(op.schema, pybind11::tuple(inputs), pybind11::tuple(ranges)));
+  }
+  m.attr("ops") = pybind11::tuple(ops);
   m.def(
       "build_info",
       [] {

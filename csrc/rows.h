@@ -1,13 +1,17 @@
-// Rows of token tensors, for the kernels that walk them: views, ranges for threads, checks, scores.
+// Rows of token tensors, for the kernels that walk them: views, ranges for threads, scores, copies.
 #pragma once
 
 #include <algorithm>
-#include <optional>
+#include <cstring>
 #include <vector>
 
-#include "copy.h"
-#include "simd.h"
+#include "checks.h"
+#include "row_kernels.h"
 #include "tensor.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace cropr {
 
@@ -58,16 +62,6 @@ void fold_query(const Tensor& query, A* folded) {
   });
 }
 
-inline void check_tokens_and_query(const char* op, const Tensor& x, const Tensor& query) {
-  check_cpu(op, "query", query);
-  check_dim(op, "x", x, 3, "(B, N, D)");
-  check_float(op, "x", x);
-  if (query.dim() != 1 && query.dim() != 2) fail(op, ": query must have shape (D,) or (M, D), got ", shape_of(query));
-  check_float(op, "query", query);
-  if (query.size(query.dim() - 1) != x.size(2))
-    fail(op, ": query must have the width of x, D = ", x.size(2), ", got shape ", shape_of(query));
-}
-
 // float32 whatever the input: in bfloat16 scores tie often.
 template <typename T>
 void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
@@ -101,6 +95,49 @@ void score_batch(const Rows<T>& x, const acc_t<T>* query, float* out) {
   });
 }
 
+// From so many bytes on rows are written past the caches: what is written first would be evicted before anybody
+// reads it, and a line written so is not fetched from memory first. Below it a reader finds the rows in a cache.
+// Measured with a LayerNorm behind prune: 5 to 11 % less time for both at 8 to 50 MB, 2 to 3 % more at 5 to 6 MB.
+constexpr int64_t kPastCachesBytes = 8 << 20;
+
+inline void copy_past_caches(const char* from, int64_t bytes, char* to) {
+#if defined(__SSE2__)
+  constexpr int64_t line = 64;
+  const int64_t lead = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & (line - 1));
+  std::memcpy(to, from, lead);
+  int64_t i = lead;
+  for (; i + line <= bytes; i += line)
+    for (int64_t part = i; part < i + line; part += 16)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(to + part), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// How the rows of one call are copied. Whoever copied calls finish() before another thread may read.
+class RowCopy {
+ public:
+  explicit RowCopy(int64_t bytes) : past_caches_(bytes >= kPastCachesBytes) {}
+
+  template <typename T>
+  void operator()(const T* from, int64_t count, T* to) const {
+    if (past_caches_)
+      copy_past_caches(reinterpret_cast<const char*>(from), count * sizeof(T), reinterpret_cast<char*>(to));
+    else
+      std::copy_n(from, count, to);
+  }
+  void finish() const {
+#if defined(__SSE2__)
+    if (past_caches_) _mm_sfence();
+#endif
+  }
+
+ private:
+  bool past_caches_;
+};
+
 // Length of the run of consecutive positions that starts at idx[i]: such rows are copied in one go.
 inline int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
   int64_t length = 1;
@@ -121,39 +158,11 @@ void gather_rows(
   copy.finish();
 }
 
-// Every index in [0, n), so that no kernel leaves its buffers.
-inline void check_positions(const char* op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
-  for (int64_t i = 0; i < count; ++i)
-    if (idx[i] < 0 || idx[i] >= n) fail(op, ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
-}
-
-// The two lists together hold each position of an image at most once; where they hold n, that is exactly once.
-inline void check_positions_once(
-    const char* op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
-    int64_t batch, int64_t n) {
-  std::vector<int64_t> owner(n, -1);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < num_one + num_other; ++i) {
-      const int64_t position = i < num_one ? one[b * num_one + i] : other[b * num_other + i - num_one];
-      if (position < 0 || position >= n || owner[position] == b)
-        fail(
-            op, ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
-            position < 0 || position >= n ? "" : " twice", " in image ", b);
-      owner[position] = b;
-    }
-  }
-}
-
-// Who stays and who leaves before the scores are asked: (B, N), int8 or bool (true: stays). Null where there is none.
+// Who is kept and who is pruned before the scores are asked: (B, N), int8 or bool (true: kept). Null where absent.
 class Priority {
  public:
-  Priority(const char* op, const std::optional<Tensor>& given, int64_t batch, int64_t n) : n_(n) {
+  Priority(const OptionalTensor& given, int64_t n) : n_(n) {
     if (!given) return;
-    check_cpu(op, "priority", *given);
-    if (given->scalar_type() != ScalarType::Char && given->scalar_type() != ScalarType::Bool)
-      fail(op, ": priority must be int8 or bool, got ", dtype_of(*given));
-    if (given->dim() != 2 || given->size(0) != batch || given->size(1) != n)
-      fail(op, ": priority must have shape (B, N) = (", batch, ", ", n, "), got ", shape_of(*given));
     dense_ = torch::stable::contiguous(*given);
     values_ = static_cast<const int8_t*>(dense_.const_data_ptr());
   }
@@ -166,13 +175,5 @@ class Priority {
   const int8_t* values_ = nullptr;
   int64_t n_;
 };
-
-// How many tokens each token of x stands for.
-inline void check_sizes(const char* op, const Tensor& x, const Tensor& sizes) {
-  check_cpu(op, "sizes", sizes);
-  if (sizes.scalar_type() != ScalarType::Float) fail(op, ": sizes must be float32, got ", dtype_of(sizes));
-  if (sizes.dim() != 2 || sizes.size(0) != x.size(0) || sizes.size(1) != x.size(1))
-    fail(op, ": sizes must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(sizes));
-}
 
 }  // namespace cropr

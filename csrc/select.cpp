@@ -21,7 +21,7 @@ CROPR_INLINE select_key_t<F> ordered_bits(F value) {
 
 template <typename U>
 struct Threshold {
-  U key;         // keys above it stay
+  U key;         // keys above it are kept
   int64_t ties;  // and so many of those that equal it, lowest positions first
 };
 
@@ -35,16 +35,16 @@ CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t wante
     const U candidate = threshold | U(1) << bit;
     U count = 0;
     for (int64_t i = 0; i < n; ++i) count += keys[i] >= candidate;
-    const int64_t stay = static_cast<int64_t>(count);
-    if (stay >= wanted) threshold = candidate;
-    if (stay == wanted) return {threshold - 1, 0};
+    const int64_t reached = static_cast<int64_t>(count);
+    if (reached >= wanted) threshold = candidate;
+    if (reached == wanted) return {threshold - 1, 0};
   }
   U above = 0;
   for (int64_t i = 0; i < n; ++i) above += keys[i] > threshold;
   return {threshold, wanted - static_cast<int64_t>(above)};
 }
 
-// Priority comes before the score. Where more have it than may stay, their scores decide, and no other token stays.
+// Priority comes before the score. Where more have it than may be kept, their scores decide, and no other token is.
 template <typename U>
 CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t wanted) {
   int64_t ahead = 0;

@@ -1,4 +1,4 @@
-// What the kernels need from libtorch, through its stable ABI: views, outputs, checks, dtype dispatch.
+// What the kernels need from libtorch, through its stable ABI: views, outputs, dtype dispatch, errors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "simd.h"
+#include "row_kernels.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -38,8 +38,8 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline const char* dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return "float32";
     case ScalarType::Double:
@@ -57,36 +57,13 @@ inline const char* dtype_of(const Tensor& t) {
     case ScalarType::Bool:
       return "bool";
     default:
-      return toString(t.scalar_type());
+      return toString(type);
   }
-}
-
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  if (!t.is_cpu()) fail(op, ": ", name, " must be on the same device as the other tensors, cpu");
-}
-
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
-  if (t.dim() != dim) fail(op, ": ", name, " must have shape ", shape, ", got ", shape_of(t));
 }
 
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
          type == ScalarType::Half;
-}
-
-inline void check_float(const char* op, const char* name, const Tensor& t) {
-  if (!is_float(t.scalar_type()))
-    fail(op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_of(t));
-}
-
-inline void check_index(const char* op, const char* name, const Tensor& t) {
-  if (t.scalar_type() != ScalarType::Long) fail(op, ": ", name, " must be int64, got ", dtype_of(t));
-}
-
-inline void check_counts(const char* op, int64_t n, int64_t num_keep, int64_t num_prefix) {
-  if (num_prefix < 0 || num_prefix > n) fail(op, ": num_prefix must be in [0, N] = [0, ", n, "], got ", num_prefix);
-  if (num_keep < num_prefix || num_keep > n)
-    fail(op, ": num_keep must be in [num_prefix, N] = [", num_prefix, ", ", n, "], got ", num_keep);
 }
 
 // A tensor on its way out of a kernel, in the form the dispatcher's stack holds it.
@@ -147,7 +124,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Calls body(T{}) with the kernel's own type for a floating dtype that check_float has let through.
+// Calls body(T{}) with the kernel's own type for a floating dtype that check has let through.
 template <typename Body>
 auto with_float_type(ScalarType type, const Body& body) {
   switch (type) {

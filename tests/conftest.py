@@ -14,16 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-import cropr_kernels  # noqa: F401  (registers the ops)
+from cropr_kernels.ops.registration import FILES  # importing the package registers the ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-STREAM = ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_")
-ROWS = ("prune", "split", "gather", "restore")
-ATTEND = ("attend", "attend_scores", "attend_backward")
-MERGE = ("merge", "merge_")
-OPS = ("scores", "select", *ROWS, *ATTEND, *MERGE, *STREAM)
-FAMILIES = {"prune": ROWS, "attend": ATTEND, "merge": MERGE, "residual": STREAM}
-FILES = {op: file for file, family in FAMILIES.items() for op in family}
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,14 @@ def _reference_attend_backward(grad: Any, x: Any, queries: Any, scale: float) ->
 def make_backend(name: str) -> Backend:
     if name == "reference":
         module = importlib.import_module("cropr_kernels.ops.reference")
-        ops = {op: getattr(module, op) for op in OPS if op != "attend_backward"}
+        ops = {op: getattr(module, op) for op in FILES if op != "attend_backward"}
         return Backend(name, "cpu", {**ops, "attend_backward": _reference_attend_backward})
     if name == "triton":
-        return Backend(
-            name,
-            "cpu",
-            {op: getattr(importlib.import_module(f"cropr_kernels.ops.triton.{FILES.get(op, op)}"), op) for op in OPS},
-        )
+        modules = {file: importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in FILES.values()}
+        return Backend(name, "cpu", {op: getattr(modules[file], op) for op, file in FILES.items()})
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    return Backend(name, "cuda" if name == "cuda" else "cpu", {op: getattr(torch.ops.cropr, op) for op in OPS})
+    return Backend(name, "cuda" if name == "cuda" else "cpu", {op: getattr(torch.ops.cropr, op) for op in FILES})
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "cuda"])

@@ -115,9 +115,9 @@ def test_refusals():
         cropr.calibrate(model, torch.randn(1, 3, 64, 64), ridge=0)
     with pytest.raises(TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"):
         cropr.calibrate(reference_vit(), torch.randn(1, 3, 64, 64))
-    others = cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: torch.nn.Identity())
+    other = cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: torch.nn.Identity())
     with pytest.raises(ValueError, match="sets the queries of Cropr modules, got Identity"):
-        cropr.calibrate(others, torch.randn(1, 3, 64, 64))
+        cropr.calibrate(other, torch.randn(1, 3, 64, 64))
     windows = cropr.apply(reference_vit(), rate=1, llf=True, windows=cropr.Windows(4))
     with pytest.raises(ValueError, match="window attention are not supported"):
         cropr.calibrate(windows, torch.randn(1, 3, 64, 64))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import fold_queries
+
 
 def _refuse(priority: Tensor | None) -> None:
     if priority is not None:
@@ -23,21 +25,20 @@ def _ascending(positions: Tensor) -> Tensor:
 
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
-    wide = query.float()
-    return x.float() @ (wide.sum(0) if wide.ndim == 2 else wide)
+    return x.float() @ fold_queries(query).float()
 
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _refuse(priority)
     batch, n = scores.shape
-    everything = torch.arange(n, device=scores.device).expand(batch, -1)
+    positions = torch.arange(n, device=scores.device).expand(batch, -1)
     if num_keep in (num_prefix, n):
-        return everything[:, :num_keep], everything[:, num_keep:]
+        return positions[:, :num_keep], positions[:, num_keep:]
     patches, count = scores[:, num_prefix:], num_keep - num_prefix
     kept = _ascending(patches.topk(count, dim=1).indices) + num_prefix
-    # Where nobody asks for those that leave, this second sort is left out of the program.
-    left = _ascending(patches.topk(n - num_prefix, dim=1).indices[:, count:]) + num_prefix
-    return torch.cat([everything[:, :num_prefix], kept], 1), left
+    # Where nobody asks for the pruned positions, this second sort is left out of the program.
+    pruned = _ascending(patches.topk(n - num_prefix, dim=1).indices[:, count:]) + num_prefix
+    return torch.cat([positions[:, :num_prefix], kept], 1), pruned
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -76,32 +77,32 @@ def merge(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, n, _ = x.shape
     safe_count, candidates = safe_idx.shape[1], candidate_idx.shape[1]
-    leaves = safe_count + candidates - num_keep
+    num_prune = safe_count + candidates - num_keep
     positions = torch.arange(n, device=x.device).expand(batch, -1)
-    if leaves == 0:
+    if num_prune == 0:
         return x, positions, positions[:, :0], sizes, positions
     compared = (x if features is None else features).float()
     safe, others = gather(compared, safe_idx[:, num_prefix:]), gather(compared, candidate_idx)
     lengths = others.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
     best, nearest = (others @ safe.transpose(1, 2) / lengths).max(-1)
-    # Of equal candidates the higher position leaves: the order is turned round, as the top keeps the lower.
-    chosen = _ascending(candidates - 1 - best.flip(1).topk(leaves, dim=1).indices)
+    # Of equal candidates the higher position is pruned: the order is reversed, as the top keeps the lower.
+    chosen = _ascending(candidates - 1 - best.flip(1).topk(num_prune, dim=1).indices)
     pruned_idx = candidate_idx.gather(1, chosen)
-    target = safe_idx.gather(1, nearest.gather(1, chosen) + num_prefix)  # the position that each goes to
-    gone = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)
-    row = (~gone).long().cumsum(1) - 1  # of the tokens that stay
-    kept_idx = _ascending((gone.float() * n + positions).topk(num_keep, dim=1, largest=False).indices)
-    goes_to = (target.unsqueeze(2) == kept_idx.unsqueeze(1)).to(torch.float32)  # (B, leaving, K)
+    target = safe_idx.gather(1, nearest.gather(1, chosen) + num_prefix)  # the position that each is merged into
+    is_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)
+    row = (~is_pruned).long().cumsum(1) - 1  # of the kept tokens
+    kept_idx = _ascending((is_pruned.float() * n + positions).topk(num_keep, dim=1, largest=False).indices)
+    merges_into = (target.unsqueeze(2) == kept_idx.unsqueeze(1)).to(torch.float32)  # (B, R, K)
     weight = sizes.gather(1, pruned_idx)
     own = sizes.gather(1, kept_idx)
-    gained = (goes_to * weight.unsqueeze(2)).sum(1)
-    kept, left = gather(x, kept_idx), gather(x, pruned_idx).float()
-    sums = kept.float() * own.unsqueeze(2) + goes_to.transpose(1, 2) @ (left * weight.unsqueeze(2))
+    gained = (merges_into * weight.unsqueeze(2)).sum(1)
+    kept, pruned = gather(x, kept_idx), gather(x, pruned_idx).float()
+    sums = kept.float() * own.unsqueeze(2) + merges_into.transpose(1, 2) @ (pruned * weight.unsqueeze(2))
     means = (sums / (own + gained).unsqueeze(2)).to(x.dtype)
     kept = torch.where((gained == 0).unsqueeze(2), kept, means)
-    # A token that leaves is in the row of its target; the others are in their own.
+    # A pruned token is in the row of its target, a kept one in its own.
     into = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).long() * row.gather(1, target).unsqueeze(2)
-    dest = torch.where(gone, into.sum(1), row)
+    dest = torch.where(is_pruned, into.sum(1), row)
     return kept, kept_idx, pruned_idx, own + gained, dest
 
 

@@ -1,8 +1,8 @@
 """cropr::attend and its gradient on CUDA.
 
-One query (classification): a program per image streams the tokens once, with an online softmax, forward and
+One query (classification): a program per image reads the tokens once, with an online softmax, forward and
 backward. Many queries (dense tasks): tiled matrix products with head_dim = D of any size. The logits of a few
-images at a time live in a scratch buffer that is gone when the op returns; nothing of shape (B, M, N) is saved.
+images at a time are in a scratch buffer that is freed when the op returns; nothing of shape (B, M, N) is saved.
 """
 
 import torch
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..reference import accumulation_dtype
+from ..validation import check
 from .scores import scores
-from .utils import PINNED, acc_dtype, dense_rows
+from .utils import PINNED, dense_rows
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -154,7 +155,7 @@ def _launch_one(
     batch, n, dim = x.shape
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](
-            x, query.to(acc_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
+            x, query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
             SCALE=scale,  # a constant of the model: one variant
             BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
         )  # fmt: skip
@@ -208,22 +209,22 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
 
 def _chunk(x: Tensor, m: int) -> int:
     """How many images' logits fit the scratch buffer, at least one."""
-    return max(1, _SCRATCH_BYTES // (m * x.shape[1] * acc_dtype(x.dtype).itemsize))
+    return max(1, _SCRATCH_BYTES // (m * x.shape[1] * accumulation_dtype(x.dtype).itemsize))
 
 
 def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (queries.to(acc_dtype(dtype)) * scale).contiguous()
+    return (queries.to(accumulation_dtype(dtype)) * scale).contiguous()
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in float32."""
-    _checks.attend("attend", x, queries)
+    check("attend", x, queries, scale)
     return _attend(x, queries, scale, None)
 
 
 def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Launch cropr::attend_scores: one query has the scores at hand, many are folded into one more pass."""
-    _checks.attend("attend_scores", x, queries)
+    check("attend_scores", x, queries, scale)
     if queries.shape[0] != 1:
         return _attend(x, queries, scale, None), scores(x, queries)
     raw = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -242,7 +243,7 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
     queries = _scaled(queries, scale, x.dtype).to(x.dtype)
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]
-        logits = x.new_empty((part.shape[0], m, n), dtype=acc_dtype(x.dtype))
+        logits = x.new_empty((part.shape[0], m, n), dtype=accumulation_dtype(x.dtype))
         _launch_dot(queries, 0, part, logits)
         _launch_softmax(logits, None)
         _launch_weighted(logits, part, out[start : start + step], sum_batch=False)
@@ -251,8 +252,8 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
 
 def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
-    _checks.attend_backward(grad_out, x, queries)
-    x, acc = dense_rows(x), acc_dtype(x.dtype)
+    check("attend_backward", grad_out, x, queries, scale)
+    x, acc = dense_rows(x), accumulation_dtype(x.dtype)
     (batch, n, dim), m = x.shape, queries.shape[0]
     if not grad_out.numel():
         return torch.zeros_like(queries, memory_format=torch.contiguous_format)

@@ -1,8 +1,9 @@
-"""cropr::merge and merge_ on CUDA: tokens that leave go into the most similar safe ones, in two launches.
+"""cropr::merge and merge_ on CUDA: pruned tokens are merged into the most similar safe ones, in two launches.
 
 The first compares: a program holds a tile of safe tokens against all candidates, and the last program of an image
-settles who leaves and where to. The second writes the means, one program per leaving token: the first of those that
-share a target adds them all up, in order, so no two programs write one row and the bits are the same on every run.
+chooses which are pruned, and their targets. The second writes the means, one program per pruned token: the first of
+those that share a target adds them all up, in order, so no two programs write one row and the bits are the same on
+every run.
 """
 
 import torch
@@ -10,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..reference import accumulation_dtype
+from ..validation import check
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, acc_dtype, block_counters, dense_rows, triton_accumulator, width_block
+from .utils import PINNED, block_counters, dense_rows, triton_accumulator, width_block
 
 _NUM_WARPS = 4
 
@@ -27,26 +29,26 @@ def load_positions(idx_ptr, offs, count, n):
 
 
 @triton.jit
-def count_staying_before(candidate_idx_ptr, leaves_ptr, positions, num_candidates, BLOCK_C: tl.constexpr):
-    """How many candidates that stay have a position below each of `positions`."""
+def count_kept_before(candidate_idx_ptr, is_pruned_ptr, positions, num_candidates, BLOCK_C: tl.constexpr):
+    """How many kept candidates have a position below each of `positions`."""
     count = tl.zeros(positions.shape, tl.int32)
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
         at = tl.load(candidate_idx_ptr + offs, mask=inside, other=0)
-        stays = inside & (tl.load(leaves_ptr + offs, mask=inside, other=1, cache_modifier=".cg") == 0)
-        count += tl.sum((stays[None, :] & (at[None, :] < positions[:, None])).to(tl.int32), axis=1)
+        kept = inside & (tl.load(is_pruned_ptr + offs, mask=inside, other=1, cache_modifier=".cg") == 0)
+        count += tl.sum((kept[None, :] & (at[None, :] < positions[:, None])).to(tl.int32), axis=1)
     return count
 
 
 @triton.jit
-def settle_image(
-    partial_ptr, partial_idx_ptr, similarity_ptr, nearest_idx_ptr, leaves_ptr, safe_idx_ptr, candidate_idx_ptr,
+def choose_targets(
+    partial_ptr, partial_idx_ptr, similarity_ptr, nearest_idx_ptr, is_pruned_ptr, safe_idx_ptr, candidate_idx_ptr,
     sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr, dest_idx_ptr,
     n, tiles, num_safe, num_candidates, num_prune, num_prefix,
     IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Who of the candidates leaves one image, and where to; lists ascend by position."""
+    """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
@@ -65,47 +67,47 @@ def settle_image(
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
         mine = tl.load(similarity_ptr + offs, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        rank = tl.zeros([BLOCK_C], tl.int32)  # candidates that leave before this one
+        rank = tl.zeros([BLOCK_C], tl.int32)  # candidates that are pruned before this one
         for first in range(0, num_candidates, BLOCK_C):
             others = first + tl.arange(0, BLOCK_C)
             there = others < num_candidates
             other = tl.load(similarity_ptr + others, mask=there, other=float("-inf"), cache_modifier=".cg")
             equal = (other[None, :] == mine[:, None]) & (others[None, :] > offs[:, None])
-            sooner = there[None, :] & ((other[None, :] > mine[:, None]) | equal)
-            rank += tl.sum(sooner.to(tl.int32), axis=1)
-        tl.store(leaves_ptr + offs, (rank < num_prune).to(tl.int32), mask=inside)
+            before = there[None, :] & ((other[None, :] > mine[:, None]) | equal)
+            rank += tl.sum(before.to(tl.int32), axis=1)
+        tl.store(is_pruned_ptr + offs, (rank < num_prune).to(tl.int32), mask=inside)
     tl.debug_barrier()
-    left = num_prune * 0
+    pruned_before = num_prune * 0
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
-        leaves = tl.load(leaves_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
+        pruned = tl.load(is_pruned_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
         position, exists = load_positions(candidate_idx_ptr, offs, num_candidates, n)
-        goes, stays = exists & (leaves == 1), exists & (leaves == 0)
-        order = left + tl.cumsum(leaves, axis=0) - leaves  # those that leave before this one, by position
+        is_pruned, is_kept = exists & (pruned == 1), exists & (pruned == 0)
+        order = pruned_before + tl.cumsum(pruned, axis=0) - pruned  # pruned tokens below this position
         safe_before = tl.zeros([BLOCK_C], tl.int32)
         for first in range(0, num_safe, BLOCK_S):
             slots = first + tl.arange(0, BLOCK_S)
             at = tl.load(safe_idx_ptr + slots, mask=slots < num_safe, other=n)
             safe_before += tl.sum((at[None, :] < position[:, None]).to(tl.int32), axis=1)
         slot = safe_before + offs - order
-        tl.store(kept_idx_ptr + slot, position, mask=stays)
-        size = tl.load(sizes_ptr + position, mask=stays, other=0.0)
-        tl.store(kept_sizes_ptr + slot, size, mask=stays)
+        tl.store(kept_idx_ptr + slot, position, mask=is_kept)
+        size = tl.load(sizes_ptr + position, mask=is_kept, other=0.0)
+        tl.store(kept_sizes_ptr + slot, size, mask=is_kept)
         nearest = tl.load(nearest_idx_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
-        target = tl.load(safe_idx_ptr + nearest, mask=goes, other=0)
-        into = nearest + count_staying_before(candidate_idx_ptr, leaves_ptr, target, num_candidates, BLOCK_C)
-        tl.store(pruned_idx_ptr + order, position, mask=goes)
-        tl.store(slot_idx_ptr + order, into, mask=goes)
+        target = tl.load(safe_idx_ptr + nearest, mask=is_pruned, other=0)
+        into = nearest + count_kept_before(candidate_idx_ptr, is_pruned_ptr, target, num_candidates, BLOCK_C)
+        tl.store(pruned_idx_ptr + order, position, mask=is_pruned)
+        tl.store(slot_idx_ptr + order, into, mask=is_pruned)
         if IN_PLACE:
-            tl.store(dest_idx_ptr + position, target, mask=goes)
+            tl.store(dest_idx_ptr + position, target, mask=is_pruned)
         else:
-            tl.store(dest_idx_ptr + position, tl.where(leaves == 1, into, slot.to(tl.int64)), mask=exists)
-        left += tl.sum(leaves, axis=0)
+            tl.store(dest_idx_ptr + position, tl.where(pruned == 1, into, slot.to(tl.int64)), mask=exists)
+        pruned_before += tl.sum(pruned, axis=0)
     for start in range(0, num_safe, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         position, exists = load_positions(safe_idx_ptr, slots, num_safe, n)
-        slot = slots + count_staying_before(candidate_idx_ptr, leaves_ptr, position, num_candidates, BLOCK_C)
+        slot = slots + count_kept_before(candidate_idx_ptr, is_pruned_ptr, position, num_candidates, BLOCK_C)
         tl.store(kept_idx_ptr + slot, position, mask=exists)
         size = tl.load(sizes_ptr + position, mask=exists, other=0.0)
         tl.store(kept_sizes_ptr + slot, size, mask=exists)
@@ -116,7 +118,7 @@ def settle_image(
 @triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
 def targets_kernel(
     feature_ptr, stride_fb, stride_fn, safe_idx_ptr, candidate_idx_ptr, partial_ptr, partial_idx_ptr, similarity_ptr,
-    nearest_idx_ptr, leaves_ptr, counters_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
+    nearest_idx_ptr, is_pruned_ptr, counters_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
     dest_idx_ptr, n, num_safe, num_candidates, num_prune, num_prefix, dim,
     IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -156,9 +158,9 @@ def targets_kernel(
         tl.store(partial_idx_ptr + partial, slot.to(tl.int64), mask=offs < num_candidates)
     if is_last(counters_ptr + b, tiles):
         num_keep = num_safe + num_candidates - num_prune
-        settle_image(
+        choose_targets(
             partial_ptr, partial_idx_ptr, similarity_ptr + b * num_candidates, nearest_idx_ptr + b * num_candidates,
-            leaves_ptr + b * num_candidates, safe_idx_ptr, candidate_idx_ptr, sizes_ptr + b * n,
+            is_pruned_ptr + b * num_candidates, safe_idx_ptr, candidate_idx_ptr, sizes_ptr + b * n,
             kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * num_prune, slot_idx_ptr + b * num_prune,
             kept_sizes_ptr + b * num_keep, dest_idx_ptr + b * n,
             n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCK_S, BLOCK_C, ACC,
@@ -180,29 +182,29 @@ def means_kernel(
     slot = tl.load(slot_idx_ptr + mine)
     earlier = 0
     for start in range(0, mine, BLOCK_R):
-        leaving = start + tl.arange(0, BLOCK_R)
-        earlier += tl.sum((tl.load(slot_idx_ptr + leaving, mask=leaving < mine, other=-1) == slot).to(tl.int32), axis=0)
+        offs = start + tl.arange(0, BLOCK_R)
+        earlier += tl.sum((tl.load(slot_idx_ptr + offs, mask=offs < mine, other=-1) == slot).to(tl.int32), axis=0)
     target = tl.load(kept_idx_ptr + b * num_keep + slot)
     if (earlier == 0) & (target >= 0) & (target < n):
         x_ptr += b * stride_xb
         own = tl.load(sizes_ptr + target)
         total = own
         for start in range(0, num_prune, BLOCK_R):
-            leaving = start + tl.arange(0, BLOCK_R)
-            origin, leaves = load_positions(pruned_idx_ptr, leaving, num_prune, n)
-            comes = leaves & (tl.load(slot_idx_ptr + leaving, mask=leaves, other=-1) == slot)
-            total += tl.sum(tl.load(sizes_ptr + origin, mask=comes, other=0.0), axis=0)
+            offs = start + tl.arange(0, BLOCK_R)
+            origin, exists = load_positions(pruned_idx_ptr, offs, num_prune, n)
+            merges = exists & (tl.load(slot_idx_ptr + offs, mask=exists, other=-1) == slot)
+            total += tl.sum(tl.load(sizes_ptr + origin, mask=merges, other=0.0), axis=0)
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + slot) * dim
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
             sums = own * tl.load(x_ptr + target * stride_xn + cols, mask=cols < dim, other=0.0).to(ACC)
             for start in range(0, num_prune, BLOCK_R):
-                leaving = start + tl.arange(0, BLOCK_R)
-                origin, leaves = load_positions(pruned_idx_ptr, leaving, num_prune, n)
-                comes = leaves & (tl.load(slot_idx_ptr + leaving, mask=leaves, other=-1) == slot)
-                size = tl.load(sizes_ptr + origin, mask=comes, other=0.0)
+                offs = start + tl.arange(0, BLOCK_R)
+                origin, exists = load_positions(pruned_idx_ptr, offs, num_prune, n)
+                merges = exists & (tl.load(slot_idx_ptr + offs, mask=exists, other=-1) == slot)
+                size = tl.load(sizes_ptr + origin, mask=merges, other=0.0)
                 rows_ptr = x_ptr + origin[:, None] * stride_xn + cols[None, :]
-                rows = tl.load(rows_ptr, mask=comes[:, None] & (cols < dim)[None, :], other=0.0)
+                rows = tl.load(rows_ptr, mask=merges[:, None] & (cols < dim)[None, :], other=0.0)
                 sums += tl.sum(rows.to(ACC) * size[:, None], axis=0)
             tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=cols < dim)
         tl.store(kept_sizes_ptr + b * num_keep + slot, total)
@@ -216,7 +218,7 @@ def target_blocks(dtype: torch.dtype) -> dict[str, int]:
 
 
 def means_rows(dtype: torch.dtype) -> int:
-    """Leaving tokens that a program of means_kernel reads at a time: what registers hold without spilling."""
+    """Pruned tokens that a program of means_kernel reads at a time: what registers hold without spilling."""
     return 8 if dtype == torch.float64 else 16
 
 
@@ -246,11 +248,11 @@ def _launch(
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
-    safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), acc_dtype(features.dtype)
+    safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(features.dtype)
     blocks = target_blocks(features.dtype)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks["BLOCK_S"]), 1)
     partial = x.new_empty((batch, tiles, num_candidates), dtype=acc)
-    partial_idx, nearest, leaves = (
+    partial_idx, nearest, is_pruned = (
         x.new_empty(shape, dtype=dtype)
         for shape, dtype in (
             (partial.shape, torch.int64),
@@ -262,7 +264,7 @@ def _launch(
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles,)](
             features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
-            nearest, leaves, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
+            nearest, is_pruned, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
             dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
             IN_PLACE=in_place, **blocks, ACC=triton_accumulator(features.dtype),
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
@@ -273,7 +275,7 @@ def _launch(
                 x, x.stride(0), x.stride(1), kept_idx, pruned_idx, slots, sizes, kept_sizes, out,
                 n, num_keep, num_prune, dim,
                 IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
-                BLOCK_D=width_block(dim, 1024 // acc_dtype(x.dtype).itemsize),
+                BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
                 ACC=triton_accumulator(x.dtype), num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
@@ -289,7 +291,7 @@ def merge(
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
-    _checks.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     x = dense_rows(x)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
     parts = (sizes.contiguous(), dest, num_keep, features, num_prefix)
@@ -306,7 +308,7 @@ def merge_(
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    _checks.merge_in_place(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
     parts = (sizes, parent, num_keep, None, num_prefix)
     _, kept_idx, pruned_idx, kept_sizes = _launch(x, safe_idx, candidate_idx, *parts, in_place=True)
     return kept_idx, pruned_idx, kept_sizes

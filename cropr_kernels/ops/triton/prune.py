@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .scores import launch_scores_select
 from .select import select
 from .utils import PINNED, dense_rows, width_block
@@ -90,7 +90,7 @@ def prune(
     x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
-    _checks.prune(x, query, num_keep, num_prefix, priority)
+    check("prune", x, query, num_keep, num_prefix, priority)
     return _split(x, *launch_scores_select(x, query, num_keep, num_prefix, priority))
 
 
@@ -98,7 +98,7 @@ def split(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch cropr::split in two: the selection, and one pass that moves every row."""
-    _checks.split(x, scores, num_keep, num_prefix, priority)
+    check("split", x, scores, num_keep, num_prefix, priority)
     return _split(x, *select(scores, num_keep, num_prefix, priority))
 
 
@@ -111,7 +111,7 @@ def _split(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor) -> tuple[Tensor, Ten
 
 def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
     """Launch cropr::restore. Positions outside [0, N) move nothing: they are not checked on the device."""
-    _checks.restore(kept, kept_idx, pruned, pruned_idx)
+    check("restore", kept, kept_idx, pruned, pruned_idx)
     kept, pruned = dense_rows(kept), dense_rows(pruned)
     out = kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))
     _launch_split(out, kept, kept_idx.contiguous(), pruned, pruned_idx.contiguous(), scatter=True)
@@ -133,7 +133,7 @@ def gather_kernel(
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
     """Launch cropr::gather. Positions must lie in [0, N): they are not checked on the device."""
-    _checks.gather(x, idx)
+    check("gather", x, idx)
     x, idx = dense_rows(x), idx.contiguous()
     batch, n, dim = x.shape
     count = idx.shape[1]

@@ -1,7 +1,7 @@
-"""The engine's residual stream on CUDA: rows are read and written where they are, in one pass each.
+"""The residual buffer of the engine on CUDA: rows are read and written where they are, in one pass each.
 
 A program holds a tile of whole rows in registers: it adds the update, stores the row, and takes the LayerNorm or the
-score from what it just stored. The last program of an image to finish selects the tokens that stay.
+score from what it just stored. The last program of an image to finish selects the tokens that are kept.
 
 A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
 """
@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..reference import accumulation_dtype
+from ..validation import check
 from .scores import fold_query
 from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, triton_accumulator
+from .utils import PINNED, block_counters, dense_rows, registers, triton_accumulator
 
 
 @triton.jit
@@ -208,16 +209,15 @@ def _launch_add_norm(
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
-    shape = _checks.stream("gather_norm", x, idx, in_place=False)
-    _checks.channels("gather_norm", x, weight=weight, bias=bias)
-    out = x.new_empty(shape)
+    dims = check("gather_norm", x, idx, weight, bias, eps)
+    out = x.new_empty((dims["B"], dims["K"], dims["D"]))
     _launch_add_norm(dense_rows(x), idx, None, None, weight, bias, eps, out)
     return out
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
     """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
-    _checks.update("add_", x, idx, update, gamma)
+    check("add_", x, idx, update, gamma)
     _launch_add_norm(x, idx, update, gamma, None, None, 0.0, None)
 
 
@@ -231,8 +231,7 @@ def add_norm_(
     eps: float,
 ) -> Tensor:
     """Launch cropr::add_norm_; positions as in add_."""
-    _checks.update("add_norm_", x, idx, update, gamma)
-    _checks.channels("add_norm_", x, weight=weight, bias=bias)
+    check("add_norm_", x, idx, update, gamma, weight, bias, eps)
     out = x.new_empty(update.shape)
     _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out)
     return out
@@ -251,7 +250,7 @@ def add_select_(
     priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch cropr::add_select_; positions as in add_."""
-    _checks.add_select(x, idx, update, gamma, query, num_keep, num_prefix, sizes, priority)
+    check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
     (batch, n, dim), count = x.shape, update.shape[1]
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
     if not (batch and count and dim):
@@ -261,7 +260,7 @@ def add_select_(
     blocks = row_blocks(dim, num_warps, x.dtype)
     with torch.cuda.device_of(x):
         add_select_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
-            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, acc_dtype(x.dtype)),
+            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, accumulation_dtype(x.dtype)),
             x.new_empty((batch, count), dtype=torch.float32), block_counters(x), kept_idx, pruned_idx,
             _dense(sizes) if size_weight else None, size_weight, priority_bytes(priority),
             n, count, num_keep, num_prefix, dim, **blocks, ACC=triton_accumulator(x.dtype), **selection,
@@ -314,7 +313,7 @@ def rotate_kernel(
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
     """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the device."""
-    _checks.rotate(x, table, idx, num_prefix)
+    check("rotate_", x, table, idx, num_prefix, half)
     batch, count, heads, width = x.shape
     if not x.numel() or count == num_prefix:
         return

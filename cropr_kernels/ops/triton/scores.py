@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..reference import accumulation_dtype, fold_queries
+from ..validation import check
 from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, acc_dtype, block_counters, dense_rows, registers, width_block
+from .utils import PINNED, block_counters, dense_rows, registers, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -58,14 +59,12 @@ def scores_kernel(
 
 def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows a program scores and columns it takes at a time: 64 bytes of sums a thread."""
-    return {"BLOCK_R": 4 * num_warps, "BLOCK_D": width_block(dim, 512 // acc_dtype(dtype).itemsize)}
+    return {"BLOCK_R": 4 * num_warps, "BLOCK_D": width_block(dim, 512 // accumulation_dtype(dtype).itemsize)}
 
 
 def fold_query(query: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum (M, D) queries into the one vector (D,) that gives the same scores; no launch for a folded one."""
-    if query.ndim == 1:
-        return query.to(dtype).contiguous()
-    return query.to(acc_dtype(query.dtype)).sum(0).to(dtype)
+    """The folded query as kernels read it; no launch for one that is that already."""
+    return fold_queries(query).to(dtype).contiguous()
 
 
 def _launch(
@@ -88,7 +87,7 @@ def _launch(
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
             x,
-            fold_query(query, acc_dtype(x.dtype)),
+            fold_query(query, accumulation_dtype(x.dtype)),
             out,
             x.stride(0),
             x.stride(1),
@@ -112,7 +111,7 @@ def _launch(
 def launch_scores_select(
     x: Tensor, query: Tensor, num_keep: int, num_prefix: int, priority: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Positions that stay and that leave, in one launch."""
+    """Positions kept and pruned, in one launch."""
     batch, n, _ = x.shape
     kept_idx = x.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = x.new_empty((batch, n - num_keep), dtype=torch.int64)
@@ -122,5 +121,5 @@ def launch_scores_select(
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
     """Launch cropr::scores; shapes as in the op's contract."""
-    _checks.tokens_and_query("scores", x, query)
+    check("scores", x, query)
     return _launch(x, query, None, None, 0)

@@ -2,7 +2,7 @@
 
 One program per image: its own here, elsewhere the last of those that wrote the image's scores (`is_last`). Scores
 become integers of the same order; the threshold, the K-th largest key, is found two bits at a time by counting; equal
-keys are settled by position. Every step is an integer operation, so the result is the same on every run. Up to
+keys are ordered by position. Every step is an integer operation, so the result is the same on every run. Up to
 _MAX_BLOCK tokens (half of it in kernels that do more) stay in registers; above, they are re-read in chunks.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import validation as _checks
+from ..validation import check
 from .utils import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
@@ -31,7 +31,7 @@ def load_priority(priority_ptr, from_idx_ptr, offs, n):
 
 @triton.jit
 def is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N: tl.constexpr):
-    """Whether more tokens have priority than may stay: their scores then decide, and no other token stays."""
+    """Whether more tokens have priority than are kept: their scores then decide, and no other token is kept."""
     crowded = n < 0
     if priority_ptr is not None:
         ahead = tl.zeros([BLOCK_N], tl.int32)
@@ -207,7 +207,7 @@ def priority_bytes(priority: Tensor | None) -> Tensor | None:
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch cropr::select; shapes as in the op's contract."""
-    _checks.select(scores, num_keep, num_prefix, priority)
+    check("select", scores, num_keep, num_prefix, priority)
     scores = dense_rows(scores)
     batch, n = scores.shape
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
+
 # Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
 PINNED = {"enable_fp_fusion": True}
 
@@ -14,14 +16,9 @@ def registers(num_warps: int) -> dict[str, int]:
     return {"maxnreg": 96 if num_warps <= 8 else 128}
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """acc_dtype as Triton calls it."""
-    return tl.float64 if acc_dtype(dtype) == torch.float64 else tl.float32
+    """accumulation_dtype as Triton calls it."""
+    return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
 def block_counters(x: Tensor) -> Tensor:

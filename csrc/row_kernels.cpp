@@ -1,4 +1,4 @@
-#include "simd.h"
+#include "row_kernels.h"
 
 #include <cmath>
 #include <vector>

@@ -172,7 +172,7 @@ void dot_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t
 template <typename T>
 void weighted_sum(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out);
 
-// One row of the residual stream, dim elements; gamma, weight and bias may be null.
+// One row of the residual buffer, dim elements; gamma, weight and bias may be null.
 // x += gamma * update, rounded once; wide receives what is now in x.
 template <typename T>
 void add_row(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide);

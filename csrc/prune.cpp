@@ -1,18 +1,16 @@
 // CPU kernels of cropr::scores, select, prune, gather and restore.
 #include <algorithm>
-#include <optional>
 #include <vector>
 
+#include "row_kernels.h"
 #include "rows.h"
 #include "select.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-using OptionalTensor = std::optional<Tensor>;
 
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
@@ -35,12 +33,12 @@ void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body
 }
 
 Returned scores(const Tensor& x, const Tensor& query) {
-  check_tokens_and_query("scores", x, query);
+  const Dims dims = check(op_named("scores"), {&x, &query});
   const Tensor dense = with_dense_rows(x);
-  Output out({x.size(0), x.size(1)}, ScalarType::Float);
+  Output out({dims['B'], dims['N']}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    Scratch<acc_t<T>> folded(x.size(2));
+    Scratch<acc_t<T>> folded(dims['D']);
     fold_query(query, folded.data());
     score_batch(Rows<T>(dense), folded.data(), out.data<float>());
   });
@@ -49,11 +47,9 @@ Returned scores(const Tensor& x, const Tensor& query) {
 
 std::tuple<Returned, Returned> select(
     const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_dim("select", "scores", scores, 2, "(B, N)");
-  check_float("select", "scores", scores);
-  const int64_t batch = scores.size(0), n = scores.size(1);
-  check_counts("select", n, num_keep, num_prefix);
-  const Priority ranks("select", priority, batch, n);
+  const Dims dims = check(op_named("select"), {&scores, given(priority)}, {num_prefix, num_keep});
+  const int64_t batch = dims['B'], n = dims['N'];
+  const Priority ranks(priority, n);
   const Tensor dense = with_dense_rows(scores);
   Output kept_idx({batch, num_keep}, ScalarType::Long);
   Output pruned_idx({batch, n - num_keep}, ScalarType::Long);
@@ -78,9 +74,10 @@ using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
 
 // Kept and pruned rows with their positions, by the scores of the query or, if that is null, by given ones (B, N).
 SplitOutputs split_rows(
-    const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
-    const Priority& priority) {
-  const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), num_prune = n - num_keep;
+    const Dims& dims, const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
+    const OptionalTensor& priorities) {
+  const int64_t batch = dims['B'], n = dims['N'], dim = dims['D'], num_prune = n - num_keep;
+  const Priority priority(priorities, n);
   const Tensor dense = with_dense_rows(x);
   Output kept({batch, num_keep, dim}, x.scalar_type());
   Output kept_idx({batch, num_keep}, ScalarType::Long);
@@ -98,11 +95,11 @@ SplitOutputs split_rows(
 
     const RowCopy how(batch * n * dim * sizeof(T));
     const auto copy = [&](int64_t b, int64_t first, int64_t last) {
-      split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
-        const int64_t count = stays ? num_keep : num_prune;
+      split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+        const int64_t count = kept_side ? num_keep : num_prune;
         gather_rows(
-            rows.image(b), rows.stride_n, dim, (stays ? kept_pos : pruned_pos) + b * count, from, to,
-            (stays ? kept_out : pruned_out) + b * count * dim, how);
+            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count, from, to,
+            (kept_side ? kept_out : pruned_out) + b * count * dim, how);
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
@@ -137,37 +134,23 @@ SplitOutputs split_rows(
 
 SplitOutputs prune(
     const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_tokens_and_query("prune", x, query);
-  check_counts("prune", x.size(1), num_keep, num_prefix);
-  const Priority ranks("prune", priority, x.size(0), x.size(1));
-  return split_rows(x, &query, nullptr, num_keep, num_prefix, ranks);
+  const Dims dims = check(op_named("prune"), {&x, &query, given(priority)}, {num_prefix, num_keep});
+  return split_rows(dims, x, &query, nullptr, num_keep, num_prefix, priority);
 }
 
 SplitOutputs split(
     const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  check_cpu("split", "scores", scores);
-  check_dim("split", "x", x, 3, "(B, N, D)");
-  check_float("split", "x", x);
-  if (scores.scalar_type() != ScalarType::Float) fail("split: scores must be float32, got ", dtype_of(scores));
-  if (scores.dim() != 2 || scores.size(0) != x.size(0) || scores.size(1) != x.size(1))
-    fail("split: scores must have shape (B, N) = (", x.size(0), ", ", x.size(1), "), got ", shape_of(scores));
-  check_counts("split", x.size(1), num_keep, num_prefix);
+  const Dims dims = check(op_named("split"), {&x, &scores, given(priority)}, {num_prefix, num_keep});
   const Tensor dense = torch::stable::contiguous(scores);
-  const Priority ranks("split", priority, x.size(0), x.size(1));
-  return split_rows(x, nullptr, data<float>(dense), num_keep, num_prefix, ranks);
+  return split_rows(dims, x, nullptr, data<float>(dense), num_keep, num_prefix, priority);
 }
 
 Returned gather(const Tensor& x, const Tensor& idx) {
-  check_cpu("gather", "idx", idx);
-  check_dim("gather", "x", x, 3, "(B, N, D)");
-  check_float("gather", "x", x);
-  check_dim("gather", "idx", idx, 2, "(B, K)");
-  check_index("gather", "idx", idx);
-  if (idx.size(0) != x.size(0))
-    fail("gather: idx must have the batch size of x, B = ", x.size(0), ", got shape ", shape_of(idx));
+  constexpr const Op& op = op_named("gather");
+  const Dims dims = check(op, {&x, &idx});
   const Tensor dense = with_dense_rows(x), positions = torch::stable::contiguous(idx);
-  const int64_t batch = x.size(0), count = idx.size(1), dim = x.size(2);
-  check_positions("gather", "idx", data<int64_t>(positions), batch * count, x.size(1));
+  const int64_t batch = dims['B'], count = dims['K'], dim = dims['D'];
+  check_positions(op, "idx", data<int64_t>(positions), batch * count, dims['N']);
   Output out({batch, count, dim}, x.scalar_type());
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -185,34 +168,15 @@ Returned gather(const Tensor& x, const Tensor& idx) {
   return out.release();
 }
 
-void check_restore_part(
-    const char* name, const char* idx_name, const Tensor& part, const Tensor& idx, const Tensor& kept) {
-  check_cpu("restore", name, part);
-  check_cpu("restore", idx_name, idx);
-  check_dim("restore", name, part, 3, "(B, tokens, D)");
-  check_float("restore", name, part);
-  check_dim("restore", idx_name, idx, 2, "(B, tokens)");
-  check_index("restore", idx_name, idx);
-  if (idx.size(0) != part.size(0) || idx.size(1) != part.size(1))
-    fail(
-        "restore: ", idx_name, " must have the first two sizes of ", name, ", ", shape_of(part), ", got ",
-        shape_of(idx));
-  if (part.size(0) != kept.size(0) || part.size(2) != kept.size(2))
-    fail("restore: ", name, " must have the batch and width of kept, ", shape_of(kept), ", got ", shape_of(part));
-  if (part.scalar_type() != kept.scalar_type())
-    fail("restore: ", name, " must have the dtype of kept, ", dtype_of(kept), ", got ", dtype_of(part));
-}
-
 Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
-  check_restore_part("kept", "kept_idx", kept, kept_idx, kept);
-  check_restore_part("pruned", "pruned_idx", pruned, pruned_idx, kept);
-  const int64_t batch = kept.size(0), num_keep = kept.size(1), num_prune = pruned.size(1), dim = kept.size(2);
+  constexpr const Op& op = op_named("restore");
+  const Dims dims = check(op, {&kept, &kept_idx, &pruned, &pruned_idx});
+  const int64_t batch = dims['B'], num_keep = dims['K'], num_prune = dims['R'], dim = dims['D'];
   const int64_t n = num_keep + num_prune;
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
   const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
   check_positions_once(
-      "restore", "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune,
-      batch, n);
+      op, "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch, n);
   Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -221,9 +185,9 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
     const RowCopy how(batch * n * dim * sizeof(T));
     parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
-        split_range(first, last, num_keep, [&](bool stays, int64_t from, int64_t to) {
-          const Rows<T>& rows = stays ? kept_in : pruned_in;
-          const int64_t* idx = data<int64_t>(stays ? kept_pos : pruned_pos) + b * rows.count;
+        split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+          const Rows<T>& rows = kept_side ? kept_in : pruned_in;
+          const int64_t* idx = data<int64_t>(kept_side ? kept_pos : pruned_pos) + b * rows.count;
           scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim, how);
         });
       });

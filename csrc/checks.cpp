@@ -1,0 +1,161 @@
+#include "checks.h"
+
+#include <string>
+#include <vector>
+
+namespace cropr {
+namespace {
+
+bool allows(Types types, ScalarType type, ScalarType first) {
+  switch (types) {
+    case Types::kFloat32:
+      return type == ScalarType::Float;
+    case Types::kInt64:
+      return type == ScalarType::Long;
+    case Types::kPriority:
+      return type == ScalarType::Char || type == ScalarType::Bool;
+    case Types::kOfFirst:
+      return type == first;
+    default:
+      return is_float(type);
+  }
+}
+
+// Calls body(factor, letter, index) for each dimension of one alternative; gives how many there are.
+template <typename Body>
+int64_t for_each_dim(const char* shape, const Body& body) {
+  int64_t count = 0;
+  for (; *shape != '\0' && *shape != '|'; ++shape) {
+    int64_t factor = 1;
+    if (*shape >= '0' && *shape <= '9') factor = *shape++ - '0';
+    body(factor, *shape, count++);
+  }
+  return count;
+}
+
+const char* next_alternative(const char* shape) {
+  while (*shape != '\0' && *shape != '|') ++shape;
+  return *shape == '|' ? shape + 1 : nullptr;
+}
+
+// Whether sizes have this shape; if so, their letters are in dims from then on.
+bool fits(const char* shape, const int64_t* sizes, int64_t rank, Dims& dims) {
+  if (for_each_dim(shape, [](int64_t, char, int64_t) {}) != rank) return false;
+  Dims found = dims;
+  bool same = true;
+  for_each_dim(shape, [&](int64_t factor, char letter, int64_t i) {
+    int64_t& size = found[letter];
+    if (size < 0) size = sizes[i];
+    same = same && sizes[i] == factor * size;
+  });
+  if (same) dims = found;
+  return same;
+}
+
+// As in "(B = 2, K) or (M, 2 C = 8)": with the sizes that are known.
+std::string expected(const char* shape, const Dims& dims) {
+  std::ostringstream text;
+  for (const char* sep = ""; shape != nullptr; shape = next_alternative(shape), sep = " or ") {
+    text << sep << "(";
+    const int64_t count = for_each_dim(shape, [&](int64_t factor, char letter, int64_t i) {
+      text << (i ? ", " : "");
+      if (factor > 1) text << factor << " ";
+      text << letter;
+      if (dims[letter] >= 0) text << " = " << factor * dims[letter];
+    });
+    text << (count == 1 ? ",)" : ")");
+  }
+  return text.str();
+}
+
+std::string strides_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.stride(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarType first, Dims& dims) {
+  if (!tensor.is_cpu()) fail(name_of(op), ": ", input.name, " must be on the same device as the other tensors, cpu");
+  const ScalarType type = tensor.scalar_type();
+  if (!allows(input.types, type, first))
+    fail(
+        name_of(op), ": ", input.name, " must be ", kTypeNames[static_cast<int>(input.types)],
+        input.types == Types::kOfFirst ? std::string(", ") + dtype_name(first) : "", ", got ", dtype_name(type));
+  int64_t* sizes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));  // all of them in one call
+  const int64_t rank = tensor.dim();
+  bool fine = false;
+  for (const char* shape = input.shape; shape != nullptr && !fine; shape = next_alternative(shape))
+    fine = fits(shape, sizes, rank, dims);
+  if (!fine)
+    fail(name_of(op), ": ", input.name, " must have shape ", expected(input.shape, dims), ", got ", shape_of(tensor));
+  if (input.layout == Layout::kContiguous && !tensor.is_contiguous())
+    fail(
+        name_of(op), ": ", input.name, " must be contiguous, as it changes in place, got strides ", strides_of(tensor));
+  if (input.layout == Layout::kDenseRows && sizes[rank - 1] > 1 && tensor.stride(rank - 1) != 1)
+    fail(
+        name_of(op), ": ", input.name,
+        " must have a stride of 1 in the last dimension, as it changes in place, got strides ", strides_of(tensor));
+}
+
+int64_t bound(const char* sum, const Dims& dims, int64_t before) {
+  if (*sum >= 'a' && *sum <= 'z') return before;
+  int64_t value = 0;
+  for (; *sum != '\0'; ++sum)
+    if (*sum >= 'A' && *sum <= 'Z') value += dims[*sum];
+  return value;
+}
+
+}  // namespace
+
+Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> numbers) {
+  Dims dims;
+  const Input* input = op.inputs;
+  const ScalarType first = (*tensors.begin())->scalar_type();
+  for (const Tensor* tensor : tensors) {
+    if (tensor != nullptr)
+      check_input(op, *input, *tensor, first, dims);
+    else
+      for_each_dim(input->shape, [&](int64_t, char letter, int64_t) {
+        if (dims[letter] < 0) dims[letter] = dims['N'];
+      });
+    ++input;
+  }
+  int64_t before = 0;
+  const Range* range = op.ranges;
+  for (const int64_t value : numbers) {
+    const int64_t low = bound(range->low, dims, before), high = bound(range->high, dims, before);
+    if (value < low || value > high)
+      fail(
+          name_of(op), ": ", range->name, " must be in [", range->low, ", ", range->high, "] = [", low, ", ", high,
+          "], got ", value);
+    before = value;
+    ++range;
+  }
+  return dims;
+}
+
+void check_positions(const Op& op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
+  for (int64_t i = 0; i < count; ++i)
+    if (idx[i] < 0 || idx[i] >= n) fail(name_of(op), ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
+}
+
+void check_positions_once(
+    const Op& op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
+    int64_t batch, int64_t n) {
+  std::vector<int64_t> owner(n, -1);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < num_one + num_other; ++i) {
+      const int64_t position = i < num_one ? one[b * num_one + i] : other[b * num_other + i - num_one];
+      if (position < 0 || position >= n || owner[position] == b)
+        fail(
+            name_of(op), ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
+            position < 0 || position >= n ? "" : " twice", " in image ", b);
+      owner[position] = b;
+    }
+  }
+}
+
+}  // namespace cropr

@@ -51,5 +51,5 @@ def test_networks_may_be_checked_without_those_they_are_compared_with():
     plain = reference_vit().eval().requires_grad_(False)
     images = torch.randn(1, 3, 64, 64)
     check({"unpruned": plain, "functional": plain}, images)
-    with pytest.raises(RuntimeError, match="engine differs from functional by 1.0e"):
+    with pytest.raises(RuntimeError, match="engine differs from functional by"):
         check({"unpruned": plain, "functional": plain, "engine": lambda x: 2 * plain(x)}, images)

@@ -119,7 +119,7 @@ def calibrate(
     stack: Any = require_pruned(model, "cropr.calibrate")
     if stack.config.windows is not None:
         raise ValueError("cropr.calibrate: models with window attention are not supported")
-    if not all(type(module) in (Cropr, FoldedCropr) for module in stack):
+    if not all(isinstance(module, Cropr | FoldedCropr) for module in stack):
         raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(stack[0]).__name__}")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import cropr_kernels
-from cropr_kernels import ops, schedule, tasks
-from cropr_kernels.ops import reference
+from cropr_kernels import schedule, tasks
+from cropr_kernels.ops import functional
 
 PAGE = Path(__file__).parent / "api.md"
 HEAD = """# API reference
 
 Written by `python docs/make_api.py` from the docstrings. `import cropr_kernels as cropr` gives everything of the first
-section. The ops (`torch.ops.cropr.*`) are described by their definitions in plain PyTorch, the oracle of the tests.
+section; each function of `cropr.ops` calls the op of its name, `torch.ops.cropr.*`.
 """
 
 
@@ -51,7 +51,6 @@ def page() -> str:
     front = public(
         cropr_kernels, sorted((n for n in names if not inspect.ismodule(getattr(cropr_kernels, n))), key=str.lower)
     )
-    defined = [(name, getattr(reference, name)) for name in ops.NAMES if hasattr(reference, name)]
     sections = [
         ("cropr", [entry(f"cropr.{name}", thing) for name, thing in front]),
         ("cropr.schedule", [entry(f"cropr.schedule.{name}", thing) for name, thing in public(schedule)]),
@@ -59,7 +58,7 @@ def page() -> str:
             "cropr_kernels.tasks",
             [entry(name, thing) for name, thing in public(tasks, ["Classifier", "Segmenter", "Detector"])],
         ),
-        ("torch.ops.cropr", [entry(f"torch.ops.cropr.{name}", thing) for name, thing in defined]),
+        ("cropr.ops", [entry(f"cropr.ops.{name}", thing) for name, thing in public(functional)]),
     ]
     return HEAD + "".join(f"\n## {title}\n\n" + "\n".join(entries) for title, entries in sections)
 

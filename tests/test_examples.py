@@ -1,7 +1,9 @@
-"""The demo's parts, the pictures, and every snippet of the README."""
+"""The demo's parts, the pictures, and what the README and the other pages say: snippets, commands, tables, links."""
 
+import importlib.util
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
+from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils import viz
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -94,28 +98,71 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
 
 
 def test_pages_say_what_the_results_say():
-    from benchmarks.report.pages import PAGES
+    from benchmarks.report.pages import PAGES as REPORTED
     from benchmarks.report.render import render
 
-    for page, sections in PAGES.items():
-        text = page.read_text()
+    for page in PAGES:
+        text, sections = page.read_text(), REPORTED.get(page, {})
+        assert set(re.findall(r"<!-- (?!end )(\w+) -->", text)) == set(sections), page.name
         assert render(text, sections) == text, "run python -m benchmarks.report"
 
 
+def test_the_readme_is_read_in_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1100
+
+
 def snippets():
-    """Python of the README and of every page under docs/."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for number, source in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)):
-            yield pytest.param(source, id=f"{page.name}-{number}")
+    """Python of every page, and the text block below it: what it prints."""
+    pattern = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", flags=re.DOTALL)
+    for page in PAGES:
+        for number, (source, printed) in enumerate(pattern.findall(page.read_text())):
+            yield pytest.param(source, printed, id=f"{page.name}-{number}")
 
 
-@pytest.mark.parametrize("source", snippets())
-def test_snippets_run(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("source", "printed"), snippets())
+def test_snippets_run_and_print_what_the_page_says(source, printed, tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm", reason="timm is not installed")
     pytest.importorskip("torchvision", reason="the train extra is not installed")
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     monkeypatch.chdir(tmp_path)
     exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[torch.onnx]")]
+    assert shown == printed.splitlines()
+
+
+class Parsed(Exception):
+    """The arguments of a command are parsed."""
+
+
+def commands():
+    """Shell commands of every page, without comments."""
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield pytest.param(words, id=f"{page.name}-{' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_of_the_pages_are_understood(words, monkeypatch):
+    def stop(options):
+        raise Parsed
+
+    monkeypatch.setattr(cli, "check_counts", stop)
+    if "cropr_kernels.cli" in words:
+        words = ["cropr", *words[words.index("cropr_kernels.cli") + 1 :]]
+    if words[0] == "cropr":
+        with pytest.raises(Parsed):
+            cli.main(words[1:])
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]) is not None
+    else:
+        assert words[0] in ("pip", "cmake", "build/cpp/classify")
 
 
 def test_the_api_reference_says_what_the_docstrings_say():
@@ -146,12 +193,19 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
         target = (page.parent / path) if path else page
         assert target.exists(), f"{page.name} links to {path}"
         assert not anchor or anchor in headings(target), f"{page.name} links to {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page):
+    package = ROOT / "cropr_kernels"
+    folders = {path.name for path in (*ROOT.iterdir(), *package.iterdir()) if path.is_dir()}
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", page.read_text()):
+        if path.split("/")[0] in folders:
+            assert (ROOT / path).exists() or (package / path).exists(), f"{page.name} names {path}"

@@ -1,4 +1,7 @@
-"""What the classification benchmark trains: options of `cropr train` by group and method."""
+"""What the classification benchmark trains: options of `cropr train` by group and method.
+
+A method whose name `registry.SYSTEMS`, `modules.MODULES` or `scorers.SCORERS` has is trained with what stands there.
+"""
 
 from typing import Any
 
@@ -70,11 +73,11 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ablations": {
         "no MLP": STRONG | CALIBRATED | dict(mlp_ratio=0.0),
-        "no stop-gradient": STRONG | CALIBRATED | dict(stop_gradient=False),
-        "sampling": STRONG | CALIBRATED | dict(sampling=True),
+        "no stop-gradient": STRONG | CALIBRATED,
+        "sampling": STRONG | CALIBRATED,
         "queries fixed": STRONG | CALIBRATED | dict(fixed_queries=True),
         "random start": STRONG,
-        "random start, several heads": STRONG | dict(num_heads=3),
+        "random start, several heads": STRONG,
     },
 }
 CROPR = ("Cropr", "Cropr, LLF", "Cropr, const", "Cropr, const, LLF")

@@ -20,9 +20,10 @@ import cropr_kernels as cropr
 from benchmarks.accuracy.cells import CELLS
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, WEIGHTS, Encoded, Photos, load_model, patches_in
 from benchmarks.baselines.learned import ReducedClassifier
-from benchmarks.baselines.modules import MODULES, TrainedNonSalient, replace_modules
+from benchmarks.baselines.modules import MODULES, replace_modules
 from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import ONCE, SYSTEMS
+from benchmarks.baselines.scorers import SCORERS
 from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import Data, classification_transforms
@@ -55,7 +56,7 @@ def build_task(config: Config, name: str) -> Any:
     """The network of a method, in place of the one that the configuration describes."""
     torch.manual_seed(config.seed)  # for random tokens
     task = build.task(config, 200)
-    kind = name.removesuffix(", LLF")
+    kind = name.removesuffix(", LLF").removeprefix("random start, ")
     if kind in ("random", "variance"):
         replace_modules(task.backbone, MODULES[kind])
     elif kind in SYSTEMS:
@@ -67,9 +68,9 @@ def build_task(config: Config, name: str) -> Any:
             network = Reduced(base, SYSTEMS[kind], counts, llf=config.llf)
         teacher = load_model(Path(config.weights).parent)[0] if kind in ONCE else None
         return ReducedClassifier(network, config.smoothing, teacher=teacher)
-    elif kind == "non-salient":
-        for module in task.backbone.cropr:
-            module.__class__ = TrainedNonSalient
+    elif kind in SCORERS:
+        width = task.backbone.embed_dim
+        replace_modules(task.backbone, lambda module, block: SCORERS[kind](width, 200))
     return task
 
 

@@ -11,11 +11,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy.data import WEIGHTS
+from benchmarks.baselines.fusions import OTHER_FUSIONS, FusedSegmenter
 from benchmarks.baselines.modules import MODULES, replace_modules
+from benchmarks.baselines.registry import FUSIONS
 from benchmarks.utils.results import Results, environment
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 from cropr_kernels.utils.flops import flop_counter
+
+FUSED = {FUSIONS[fusion].name: fusion for fusion in OTHER_FUSIONS}  # by the name of the method
 
 
 def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) -> argparse.ArgumentParser:
@@ -48,6 +52,20 @@ def shared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
+def build_task(config: Config, name: str, num_classes: int) -> Any:
+    """The network of a method, in place of the one that the configuration describes."""
+    torch.manual_seed(config.seed)  # for random tokens
+    task = build.task(config, num_classes)
+    kind = name.removeprefix("LLF, ")
+    if kind in FUSED:
+        return FusedSegmenter(
+            task.backbone, num_classes, grid=task.grid, fusion=FUSED[kind], ignore_index=config.ignore_index
+        )
+    if kind in MODULES:
+        replace_modules(task.backbone, MODULES[kind])
+    return task
+
+
 def sweep(
     options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
 ) -> None:
@@ -59,12 +77,8 @@ def sweep(
     cells = list(results.remaining(itertools.product(options.seeds, options.methods)))
     for seed, name in tqdm(cells, desc="methods"):
         config = recipe(seed, name)
-        torch.manual_seed(seed)  # for random tokens
         data = load_data(config)
-        task = build.task(config, len(data.classes))
-        kind = name.removeprefix("LLF, ")
-        if kind in MODULES:
-            replace_modules(task.backbone, MODULES[kind])
+        task = build_task(config, name, len(data.classes))
         with tempfile.TemporaryDirectory() as folder:
             reached = train(config, folder, data=data, task=task)
         with torch.no_grad(), flop_counter() as counter:

@@ -37,7 +37,7 @@ def train(model: Any, images: Tensor, target: Tensor, learning_rate: float, batc
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     warm = max(len(order) // 10, 1)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=warm)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order) - warm)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(len(order) - warm, 1))
     rates = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
     model.train()
     for chosen in tqdm(order, mininterval=5, leave=False):

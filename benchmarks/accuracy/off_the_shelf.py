@@ -32,8 +32,6 @@ MERGES = {
     "merge, no choice of the redundant": cropr.Merge(candidates=1),
     "merge, twice as many candidates": cropr.Merge(candidates=2),
     "merge, sizes do not protect": cropr.Merge(size_weight=0),
-    "merge, similarity of keys": cropr.Merge(similarity="keys"),
-    "merge, plain attention": cropr.Merge(proportional=False),
     "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
 }
 METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES]

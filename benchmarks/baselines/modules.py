@@ -1,7 +1,7 @@
 """Modules that replace the Cropr modules of a pruned model, and choose the tokens that are kept in another way."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import cropr_kernels as cropr
 from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.prune import published
+from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.baselines.selection import random_scores, variance_scores
 
 ops = torch.ops.cropr
@@ -31,10 +32,10 @@ class PruningModule(nn.Module):
         return None, None
 
 
-def replace_modules(model: Any, kind: type[PruningModule], layers: Sequence[int] | None = None) -> None:
-    """Replace the Cropr modules of these layers, of all by default."""
+def replace_modules(model: Any, make: Callable[[Any, Any], nn.Module], layers: Sequence[int] | None = None) -> None:
+    """Replace the Cropr modules of these layers, of all by default, by make(module, the block before it)."""
     for layer in range(len(model.cropr)) if layers is None else layers:
-        model.cropr[layer] = kind(model.cropr[layer], model.blocks[layer])
+        model.cropr[layer] = make(model.cropr[layer], model.blocks[layer])
 
 
 class Random(PruningModule):
@@ -75,17 +76,6 @@ class NonSalient(PruningModule):
         return cropr.Split(*ops.prune(x, -self.folded, num_keep, num_prefix))
 
 
-class TrainedNonSalient(cropr.Cropr):
-    """The same in training: the query learns as Cropr's does."""
-
-    def query(self) -> Tensor:
-        return -super().query()
-
-    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        prediction, scores = super().predict(x, log_sizes)
-        return prediction, None if scores is None else -scores
-
-
 class Published(PruningModule):
     """Cropr's tokens by the published sequence of ops."""
 
@@ -101,12 +91,12 @@ class FreeSlice(PruningModule):
         return cropr.Split(x[:, :num_keep], idx[:, :num_keep], x[:, num_keep:], idx[:, num_keep:])
 
 
-class SeveralHeads(PruningModule):
+class PublishedMultiHead(PruningModule):
     """The multi-head scorer with projections as published: all tokens are projected to keys, queries are not folded."""
 
-    def __init__(self, module: cropr.Cropr, block: Any = None):
+    def __init__(self, module: MultiHeadCropr, block: Any = None):
         super().__init__(module)
-        attention: Any = module.aggregator.attention  # type: ignore[union-attr]
+        attention = module.aggregator.attention
         self.num_heads, self.k_proj = attention.num_heads, copy.deepcopy(attention.k_proj)
         self.register_buffer("q", attention.q_proj(module.queries.detach()).detach())
 

@@ -214,7 +214,7 @@ def run_block(
                 raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
-    update = block.attn.proj(block.attn.norm(heads.transpose(1, 2).flatten(2)))
+    update = block.attn.close(heads)
     x = x + block.drop_path1(block.ls1(update))
     if reducer is not None and reducer.place == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)

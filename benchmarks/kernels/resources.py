@@ -4,142 +4,107 @@ python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16]
 """
 
 import argparse
+import importlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from cropr_kernels.ops.reference import accumulation_dtype
-from cropr_kernels.ops.triton import attend, merge, residual, scores, select
-from cropr_kernels.ops.triton import prune as rows
-from cropr_kernels.ops.triton.utils import PINNED, registers, triton_accumulator
+from cropr_kernels.ops.registration import FILES
+from cropr_kernels.ops.validation import OPS
 
 ARCHITECTURES = [80, 90, 100]
 TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
-# Arguments that are multiples of 16 in every real model: pointers, widths and strides.
-ALIGNED = re.compile(r"_ptr$|^dim$|^stride_")
+_POINTERS = TYPES | {"int64": "*i64", "int32": "*i32", "int8": "*i8"}
+# Tokens and channels: every width of the selection, in registers and in chunks.
+_SHAPES = [(197, 768), (1025, 1536), (4096, 768), (9216, 768)]
+_NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0}
 
 
-def absent(*names: str) -> dict[str, None]:
-    """Optional pointers that a launch leaves out."""
-    return {f"{name}_ptr": None for name in names}
+class Launch(NamedTuple):
+    """What decides the code of one launch: its kernel, constants, types of the other arguments, and options."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    aligned: tuple[str, ...]  # multiples of 16
+    options: dict[str, Any]
 
 
-PRIORITIES: list[dict[str, Any]] = [{}, absent("priority")]
+def launches(dtype: str) -> list[Launch]:
+    """Every kernel as the launchers launch it, for tensors without data, each once."""
+    found: dict[str, Launch] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = _launch(kernel, dict(zip(kernel.arg_names, args)) | kwargs)
+        found.setdefault(f"{kernel.__name__} {launch[1:]}", launch)
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        for op, file in FILES.items():
+            launcher = getattr(importlib.import_module(f"cropr_kernels.ops.triton.{file}"), op)
+            for args in _calls(op, getattr(torch, dtype)):
+                launcher(**args)
+    finally:
+        JITFunction.run = run
+    return list(found.values())
 
 
-def variants(dtype: str) -> Iterator[tuple[Any, dict[str, Any], int]]:
-    """(kernel, constants, num_warps) in the shapes the launchers choose for D = 768 and D = 1536."""
-    tiles = attend.matrix_tiles(getattr(torch, dtype))
-    edge, inner, warps = tiles["edge"], tiles["inner"], tiles["num_warps"]
-    torch_dtype = getattr(torch, dtype)
-    for n in (20, 197, 1025, 4096, 9216):
-        for priority in PRIORITIES:
-            constants, num_warps = select.select_blocks(n, torch_dtype)
-            yield select.select_kernel, constants | priority, num_warps
-            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
-            num_warps = max(num_warps, 4)
-            constants |= scores.row_blocks(768, num_warps, torch_dtype)
-            yield scores.scores_kernel, constants | priority, num_warps
-        yield scores.scores_kernel, constants | absent("counters", "kept_idx", "pruned_idx", "priority"), num_warps
-    acc = triton_accumulator(torch_dtype)
-    for dim in (768, 1536):
-        blocks = {"ACC": acc} | residual.row_blocks(dim, 4, torch_dtype)
-        for missing in ((), ("update", "gamma"), ("weight", "bias", "out")):
-            yield residual.add_norm_kernel, blocks | absent(*missing), 4
-        for n in (197, 9216) if dim == 768 else (1025,):
-            constants, num_warps = select.select_blocks(n, torch.float32, embedded=True)
-            num_warps = max(num_warps, 4)
-            constants |= {"ACC": acc} | residual.row_blocks(dim, num_warps, torch_dtype)
-            for sizes in ({}, absent("sizes")):
-                for priority in PRIORITIES:
-                    yield residual.add_select_kernel, constants | sizes | priority, num_warps
-    for half in (False, True):
-        yield residual.rotate_kernel, {"HALF": half, "BLOCK_H": 32, "BLOCK_W": 64, "ACC": acc}, 4
-    for in_place in (False, True):
-        yield merge.targets_kernel, {"IN_PLACE": in_place, **merge.target_blocks(torch_dtype), "ACC": acc}, 4
-        columns = 1024 // accumulation_dtype(torch_dtype).itemsize
-        yield (
-            merge.means_kernel,
-            {"IN_PLACE": in_place, "BLOCK_R": merge.means_rows(torch_dtype), "BLOCK_D": columns, "ACC": acc},
-            4,
-        )
-    yield rows.gather_kernel, {"BLOCK_R": 8, "BLOCK_D": 256}, 4
-    for flag in (False, True):
-        yield rows.split_kernel, {"SCATTER": flag, "BLOCK_R": 8, "BLOCK_D": 256}, 4
-        one = {"SCALE": 0.03, "BLOCK_N": attend.one_query_rows(torch_dtype), "BLOCK_D": 2048}
-        yield attend.attend_one_kernel, one | absent("raw" if flag else "grad"), 8
-        yield attend.softmax_kernel, {"BLOCK_N": 1024} | ({} if flag else absent("slope")), 4
-        yield (
-            attend.weighted_rows_kernel,
-            {"SUM_BATCH": flag, "BLOCK_M": edge, "BLOCK_D": edge, "BLOCK_K": inner},
-            warps,
-        )
-    yield attend.rows_dot_rows_kernel, {"BLOCK_M": edge, "BLOCK_N": edge, "BLOCK_K": inner}, warps
+def _calls(op: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Calls of an op, with and without its optional tensors, with one and with many queries."""
+    spec = OPS[op]
+    for n, dim in _SHAPES:
+        for queries, flag in ((1, False), (64, True)):
+            sizes = {"B": 2, "N": n, "D": dim, "K": n, "R": n // 4, "M": queries, "S": n - n // 4, "C": n // 4}
+            sizes |= {"F": dim, "P": n} | ({"H": 12, "C": 64} if op == "rotate_" else {})
+            args: dict[str, Any] = {name: _NUMBERS.get(name, flag) for name in spec.arguments}
+            for input in spec.inputs:
+                allowed = input.allowed[0] if input.allowed and len(input.allowed) < 4 else dtype
+                shape = [factor * sizes[letter] for factor, letter in input.shapes[0]]
+                args[input.name] = torch.empty(shape, dtype=allowed, device="meta")
+            args |= {name: 1 if low == "0" else n - n // 8 for name, low, _ in spec.ranges}
+            yield args
+            if spec.optional:
+                yield args | dict.fromkeys(spec.optional)
 
 
-WITH_BUDGET = (scores.scores_kernel, residual.add_norm_kernel, residual.add_select_kernel)
-
-
-def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    acc = "*fp64" if dtype == "float64" else "*fp32"
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name.endswith("idx_ptr"):
-            types[name] = "*i64"
-        elif name in ("sizes_ptr", "kept_sizes_ptr"):
-            types[name] = "*fp32"
-        elif name in ("partial_ptr", "similarity_ptr"):
-            types[name] = acc
-        elif name in ("counters_ptr", "is_pruned_ptr"):
-            types[name] = "*i32"
-        elif name == "priority_ptr":
-            types[name] = "*i8"
-        elif name == "raw_ptr":
-            types[name] = "*fp32"
-        elif name in ("eps", "size_weight"):
-            types[name] = "fp32"
-        elif name in ("query_ptr", "logits_ptr", "slope_ptr") or (
-            name == "weight_ptr" and kernel is attend.weighted_rows_kernel
-        ):
-            types[name] = acc
-        elif name == "table_ptr" or (kernel is not select.select_kernel and name == "scores_ptr"):
-            types[name] = "*fp32"
-        elif name == "out_ptr" and (
-            kernel is attend.rows_dot_rows_kernel
-            or constants.get("SUM_BATCH")
-            or (kernel is attend.attend_one_kernel and "grad_ptr" not in constants)
-        ):
-            types[name] = acc
-        elif name.endswith("_ptr"):
-            types[name] = TYPES[dtype]
+def _launch(kernel: Any, values: dict[str, Any]) -> Launch:
+    constants: dict[str, Any] = {}
+    types: dict[str, str] = {}
+    aligned: list[str] = []
+    for parameter in kernel.params:
+        name, value = parameter.name, values.pop(parameter.name)
+        number = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (number and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            types[name] = _POINTERS[str(value.dtype).removeprefix("torch.")]
+            aligned.append(name)
         else:
-            types[name] = "i32"
-    return types
+            types[name] = "i32" if isinstance(value, int) else "fp32"
+            if number and value % 16 == 0:
+                aligned.append(name)
+    return Launch(kernel, constants, types, tuple(aligned), values)
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, dtype: str, architecture: int) -> Any:
-    types = signature(kernel, dtype, constants)
-    names = kernel.arg_names
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if kind != "constexpr" and ALIGNED.search(name)
-    }
-    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    budget = registers(num_warps) if kernel in WITH_BUDGET else {}
-    budget = merge.target_registers(getattr(torch, dtype)) if kernel is merge.targets_kernel else budget
-    options = {"num_warps": num_warps, **budget, **PINNED}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    names = launch.kernel.arg_names
+    source = ASTSource(
+        launch.kernel,
+        {name: launch.types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in launch.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
 
 
 def tool(name: str) -> Path:
@@ -164,12 +129,12 @@ def main() -> None:
     print(f"{'kernel':24}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'stack':>6}  constants")
     with tempfile.TemporaryDirectory() as folder:
         for architecture in [options.arch] if options.arch else ARCHITECTURES:
-            for kernel, constants, num_warps in variants(options.dtype):
-                compiled = compile_kernel(kernel, constants, num_warps, options.dtype, architecture)
+            for launch in launches(options.dtype):
+                compiled = compile_launch(launch, architecture)
                 usage = resources(compiled.asm["cubin"], Path(folder))
-                shown = " ".join(f"{name}={value}" for name, value in constants.items() if value is not False)
+                shown = " ".join(f"{name}={value}" for name, value in launch.constants.items())
                 print(
-                    f"{kernel.__name__:24}{architecture:>4}{num_warps:>6}{usage['REG']:>10}"
+                    f"{launch.kernel.__name__:24}{architecture:>4}{launch.options['num_warps']:>6}{usage['REG']:>10}"
                     f"{compiled.metadata.shared:>8}{usage['STACK']:>6}  {shown}",
                     flush=True,
                 )

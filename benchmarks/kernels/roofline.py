@@ -38,7 +38,7 @@ OUTRO = """
 - **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every active row
   once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that take
   others in. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would read a
-  sixteenth of that; it agrees less with the unpruned model (README).
+  sixteenth of that; it agrees less with the unpruned model (benchmarks.md).
 - **proportional attention** with one more dimension copies q, k and v, padded by 8 columns, before FlashAttention: 2.25
   times their bytes, which a projection with padded weights would save.
 - **attend, M = 1** reads x once in each direction. A program works on one image: fewer images than processors leave

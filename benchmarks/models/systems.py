@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cropr_kernels as cropr
-from benchmarks.baselines.modules import NonSalient, Published, SeveralHeads
+from benchmarks.baselines.fusions import OTHER_FUSIONS, FusedSegmenter
+from benchmarks.baselines.modules import NonSalient, Published, PublishedMultiHead
 from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import ROWS, SCHEDULES, SYSTEMS, Schedule
+from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_modules
 from cropr_kernels.tasks import Segmenter
-from cropr_kernels.tasks.segmentation import FUSIONS
 
 
 def scheduled(plain: Any, schedule: Schedule, **options: Any) -> Any:
@@ -44,7 +45,8 @@ def systems(plain: Any) -> dict[str, Any]:
 def architectures(plain: Any) -> dict[str, Any]:
     """Scorers: the paper's, the same as published, and one with heads and projections, folded and as published."""
     simple = scheduled(plain, "dec")
-    heads = scheduled(plain, "dec", num_outputs=1, num_heads=plain.config.num_heads)
+    width, num_heads = plain.embed_dim, plain.config.num_heads
+    heads = scheduled(plain, "dec", make_module=lambda layer, block: MultiHeadCropr(width, 1, num_heads=num_heads))
     return for_inference(
         {
             "unpruned": unpruned(plain),
@@ -52,7 +54,7 @@ def architectures(plain: Any) -> dict[str, Any]:
             "simple": deploy(simple, plain),
             "simple, as published": with_modules(simple, plain, Published),
             "several heads, folded": deploy(heads, plain),
-            "several heads, as published": with_modules(heads, plain, SeveralHeads),
+            "several heads, as published": with_modules(heads, plain, PublishedMultiHead),
         }
     )
 
@@ -73,10 +75,13 @@ def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, 
     grid = size // 16
     plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
     rate = round(grid**2 * 0.86 / (len(plain.blocks) - 1) / 4) * 4
-    models: dict[str, Any] = {"unpruned": Segmenter(plain, 150, grid=(grid, grid))}
-    for fusion in FUSIONS:
-        model = pruned(plain, rate=rate, llf=fusion == "llf")
-        models[fusion] = Segmenter(deploy(model, plain), 150, grid=(grid, grid), fusion=fusion)
+    models: dict[str, Any] = {
+        "unpruned": Segmenter(plain, 150, grid=(grid, grid)),
+        "llf": Segmenter(deploy(pruned(plain, rate=rate, llf=True), plain), 150, grid=(grid, grid)),
+    }
+    for fusion in OTHER_FUSIONS:
+        backbone = deploy(pruned(plain, rate=rate), plain)
+        models[fusion] = FusedSegmenter(backbone, 150, grid=(grid, grid), fusion=fusion)
     return for_inference({name: PatchLogits(model).to(device, dtype) for name, model in models.items()})
 
 

@@ -123,7 +123,7 @@ def fusions() -> str:
     head += ["CamVid mIoU, %", "published FLOP ratio", "published mIoU, %"]
     note = (
         f"{model} at {size} px, patches of 16, up to the logits of the patches. mIoU: the ViT-Ti of "
-        "[training.md](training.md#what-was-measured), pruned less. Published: EVA-02-L, ADE20k."
+        "[training-results.md](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
     )
     return grid(head, body) + f"\n\n{note} {where(env)}."
 

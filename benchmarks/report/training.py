@@ -1,9 +1,8 @@
-"""Tables and the plot of docs/training.md: what was trained, and what it says."""
+"""Tables and the plot of docs/training-results.md: what was trained, and what it says."""
 
 import statistics
 from typing import Any
 
-from benchmarks.report.comparison import LABELS
 from benchmarks.report.render import Sections, grid, spread, where
 from benchmarks.utils.plots import pyplot
 from benchmarks.utils.results import DOCS, load
@@ -154,30 +153,10 @@ def training_step() -> str:
     return grid(head, body) + f"\n\nForward, loss and backward, bfloat16 autocast; medians. {where(env)}."
 
 
-def calibration_target() -> str:
-    """KL with the largest later attention as the target of calibration, against that with its mean."""
-    mean, largest = load("off_the_shelf"), load("off_the_shelf_largest")
-    if mean is None or largest is None:
-        return "Not measured yet."
-    body = []
-    for method, data in dict.fromkeys((row["method"], row["data"]) for row in largest[1]):
-        line = [LABELS[method].strip("*"), data]
-        for rate in sorted({row["rate"] for row in largest[1]}):
-            values = [
-                statistics.mean(r["KL"] for r in rows if (r["method"], r["data"], r["rate"]) == (method, data, rate))
-                for _, rows in (mean, largest)
-            ]
-            line.append(f"{values[0]:.3f}, {values[1]:.3f}")
-        body.append(line)
-    head = ["", "", *(f"R = {rate}" for rate in sorted({row["rate"] for row in largest[1]}))]
-    return grid(head, body) + f"\n\nKL with the mean, with the largest; mean of the same seeds. {where(largest[0])}."
-
-
 CAMVID = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160"
 DETECTION_COLUMNS = {"AP box": 1, "AP box 50": 1, "GFLOPs": 2}
 CAMVID_COLUMNS = {"mIoU": 1, "pixels": 1, "GFLOPs": 2}
 SECTIONS: Sections = {
-    "calibration_target": calibration_target,
     "training_step": training_step,
     "accuracy": lambda: accuracy("accuracy", ("main",)),  # the baselines are in comparison.md
     "accuracy_long": lambda: accuracy("accuracy_long", ("main", "baselines")),

@@ -4,6 +4,10 @@ B images, N tokens, K kept, R = N - K pruned, D channels, M queries; the first P
 registers) are never pruned. Tensors are float32, float64, bfloat16 or float16 unless said otherwise, of any strides;
 positions are int64. Sums run in float32, in float64 for float64 tokens. Same input, same bits, on every run.
 
+Functions whose names end in _, and gather_norm, are those of the engine: x (B, N, D) is the residual buffer,
+contiguous, changed in place and without gradient; idx (B, K) are the positions of the active tokens, none twice (None:
+all).
+
 Every function raises RuntimeError in one sentence that names the op, the argument, what was allowed and what came. On
 a CPU positions are checked as well; on CUDA one that does not exist reads and writes nothing.
 """
@@ -111,7 +115,7 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Cross-attention with keys = values = x and one head of width D: softmax(scale * queries x^T) x.
 
-    The aggregator of training (paper, section 3.2). Nothing of shape (B, M, N) is saved for backward.
+    The aggregator of training (paper, section 3.1). Nothing of shape (B, M, N) is saved for backward.
 
     Args:
         x: (B, N, D), N >= 1; read as detached.
@@ -155,10 +159,6 @@ def merge(
         kept_sizes (B, K) is float32. Gradient for x, through the means; the choice has none.
     """
     return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix))
-
-
-# The engine's ops work in place on the residual buffer x (B, N, D), contiguous, at the positions idx (B, K) of the
-# active tokens (None: all), and have no gradient. Positions must not repeat.
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

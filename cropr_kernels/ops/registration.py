@@ -7,6 +7,8 @@ Shapes: B images, N tokens in, K kept, R = N - K pruned, D width, M queries, P p
 """
 
 import importlib
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,167 +48,51 @@ for _name, _row in zip(NAMES, table):
     _library.impl(_name, _cuda_launcher(_name, FILES[_name]), "CUDA")
 
 
-# Fake kernels: shapes and dtypes, and the same refusals as the real ones.
+# Fake kernels: the refusals of the real ones, and dtype and sizes of each result. Dtypes are their own or that of an
+# argument, sizes are letters of the table in csrc/library.h and arguments.
+_SPLIT = "x B,num_keep,D; int64 B,num_keep; x B,N-num_keep,D; int64 B,N-num_keep"
+_CHOICE = "int64 B,num_keep; int64 B,S+C-num_keep; float32 B,num_keep"
+_RESULTS = {
+    "scores": "float32 B,N",
+    "select": "int64 B,num_keep; int64 B,N-num_keep",
+    "prune": _SPLIT,
+    "split": _SPLIT,
+    "gather": "x B,K,D",
+    "restore": "kept B,K+R,D",
+    "attend": "x B,M,D",
+    "attend_scores": "x B,M,D; float32 B,N",
+    "attend_backward": "queries M,D",
+    "merge": f"x B,num_keep,D; {_CHOICE}; int64 B,N",
+    "gather_norm": "x B,K,D",
+    "add_": "",
+    "add_norm_": "x B,K,D",
+    "add_select_": "int64 B,num_keep; int64 B,K-num_keep",
+    "merge_": _CHOICE,
+    "rotate_": "",
+}
 
 
-@torch.library.register_fake("cropr::scores", lib=_library)
-def _(x: Tensor, query: Tensor) -> Tensor:
-    check("scores", x, query)
-    return x.new_empty(x.shape[:2], dtype=torch.float32)
+def _fake(op: str) -> Callable[..., Any]:
+    results = [result.split() for result in _RESULTS[op].split("; ") if result]
+    arguments = getattr(torch.ops.cropr, op).default._schema.arguments
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        rest = (kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :])
+        values = [*args, *rest]
+        sizes = check(op, *values) | {argument.name: value for argument, value in zip(arguments, values)}
+        made = []
+        for dtype, shape in results:
+            terms = [re.findall(r"(-?)(\w+)", size) for size in shape.split(",")]
+            dims = [sum(-sizes[name] if minus else sizes[name] for minus, name in size) for size in terms]
+            kind = sizes[dtype].dtype if dtype in sizes else getattr(torch, dtype)
+            made.append(values[0].new_empty(dims, dtype=kind))
+        return tuple(made) if len(made) > 1 else made[0] if made else None
+
+    return fake
 
 
-@torch.library.register_fake("cropr::select", lib=_library)
-def _(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check("select", scores, num_keep, num_prefix, priority)
-    batch, n = scores.shape
-    indices = (scores.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, n - num_keep))
-    kept_idx, pruned_idx = indices
-    return kept_idx, pruned_idx
-
-
-@torch.library.register_fake("cropr::prune", lib=_library)
-def _(
-    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check("prune", x, query, num_keep, num_prefix, priority)
-    return _fake_split(x, num_keep)
-
-
-@torch.library.register_fake("cropr::split", lib=_library)
-def _(
-    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check("split", x, scores, num_keep, num_prefix, priority)
-    return _fake_split(x, num_keep)
-
-
-def _fake_split(x: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, n, dim = x.shape
-    return (
-        x.new_empty((batch, num_keep, dim)),
-        x.new_empty((batch, num_keep), dtype=torch.int64),
-        x.new_empty((batch, n - num_keep, dim)),
-        x.new_empty((batch, n - num_keep), dtype=torch.int64),
-    )
-
-
-@torch.library.register_fake("cropr::gather", lib=_library)
-def _(x: Tensor, idx: Tensor) -> Tensor:
-    check("gather", x, idx)
-    return x.new_empty((x.shape[0], idx.shape[1], x.shape[2]))
-
-
-@torch.library.register_fake("cropr::restore", lib=_library)
-def _(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
-    check("restore", kept, kept_idx, pruned, pruned_idx)
-    return kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))
-
-
-@torch.library.register_fake("cropr::attend", lib=_library)
-def _(x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    check("attend", x, queries, scale)
-    return x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
-
-
-@torch.library.register_fake("cropr::attend_scores", lib=_library)
-def _(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    check("attend_scores", x, queries, scale)
-    out = x.new_empty((x.shape[0], queries.shape[0], x.shape[2]))
-    return out, x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-@torch.library.register_fake("cropr::attend_backward", lib=_library)
-def _(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    check("attend_backward", grad_out, x, queries, scale)
-    return queries.new_empty(queries.shape)
-
-
-@torch.library.register_fake("cropr::gather_norm", lib=_library)
-def _(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    dims = check("gather_norm", x, idx, weight, bias, eps)
-    return x.new_empty((dims["B"], dims["K"], dims["D"]))
-
-
-@torch.library.register_fake("cropr::add_", lib=_library)
-def _(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
-    check("add_", x, idx, update, gamma)
-
-
-@torch.library.register_fake("cropr::add_norm_", lib=_library)
-def _(
-    x: Tensor,
-    idx: Tensor | None,
-    update: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    check("add_norm_", x, idx, update, gamma, weight, bias, eps)
-    return x.new_empty(update.shape)
-
-
-@torch.library.register_fake("cropr::add_select_", lib=_library)
-def _(
-    x: Tensor,
-    idx: Tensor | None,
-    update: Tensor,
-    gamma: Tensor | None,
-    query: Tensor,
-    num_keep: int,
-    num_prefix: int = 0,
-    sizes: Tensor | None = None,
-    size_weight: float = 0.0,
-    priority: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    dims = check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
-    batch, count = dims["B"], dims["K"]
-    pruned_idx = x.new_empty((batch, count - num_keep), dtype=torch.int64)
-    return x.new_empty((batch, num_keep), dtype=torch.int64), pruned_idx
-
-
-@torch.library.register_fake("cropr::merge", lib=_library)
-def _(
-    x: Tensor,
-    safe_idx: Tensor,
-    candidate_idx: Tensor,
-    sizes: Tensor,
-    num_keep: int,
-    features: Tensor | None = None,
-    num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
-    batch, n, dim = x.shape
-    kept_idx, pruned_idx, kept_sizes = _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
-    return x.new_empty((batch, num_keep, dim)), kept_idx, pruned_idx, kept_sizes, safe_idx.new_empty((batch, n))
-
-
-@torch.library.register_fake("cropr::merge_", lib=_library)
-def _(
-    x: Tensor,
-    safe_idx: Tensor,
-    candidate_idx: Tensor,
-    sizes: Tensor,
-    parent: Tensor,
-    num_keep: int,
-    num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
-    return _fake_merged(safe_idx, candidate_idx, sizes, num_keep)
-
-
-def _fake_merged(
-    safe_idx: Tensor, candidate_idx: Tensor, sizes: Tensor, num_keep: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, safe = safe_idx.shape
-    num_prune = safe + candidate_idx.shape[1] - num_keep
-    kept_idx, pruned_idx = (safe_idx.new_empty((batch, count)) for count in (num_keep, num_prune))
-    return kept_idx, pruned_idx, sizes.new_empty((batch, num_keep))
-
-
-@torch.library.register_fake("cropr::rotate_", lib=_library)
-def _(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    check("rotate_", x, table, idx, num_prefix, half)
+for _name in NAMES:
+    torch.library.register_fake(f"cropr::{_name}", _fake(_name), lib=_library)
 
 
 # Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the ops' own.
@@ -316,57 +202,36 @@ for _name, _backward, _setup in (
     torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
 
 
-# FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter.
+# FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter. Formulas take shapes.
 
 
-@register_flop_formula([torch.ops.cropr.scores, torch.ops.cropr.prune])
-def _score_flops(x_shape: tuple[int, ...], query_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    batch, n, dim = x_shape
-    return 2 * batch * n * dim
-
-
-@register_flop_formula([torch.ops.cropr.select, torch.ops.cropr.split, torch.ops.cropr.gather, torch.ops.cropr.restore])
-def _no_flops(*args: Any, **kwargs: Any) -> int:
+def _no_flops(*_: Any, **__: Any) -> int:
     return 0
 
 
-@register_flop_formula(
-    [torch.ops.cropr.gather_norm, torch.ops.cropr.add_, torch.ops.cropr.add_norm_, torch.ops.cropr.rotate_]
-)
-def _elementwise_flops(*args: Any, **kwargs: Any) -> int:
-    return 0
+def _score_flops(x: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x)
 
 
-@register_flop_formula(torch.ops.cropr.add_select_)
-def _add_select_flops(
-    x_shape: tuple[int, ...], idx_shape: Any, update_shape: tuple[int, ...], *args: Any, **kwargs: Any
-) -> int:
-    batch, count, dim = update_shape
-    return 2 * batch * count * dim
+def _merge_flops(x: Any, safe: Any, candidates: Any, *rest: Any, **_: Any) -> int:
+    features = [shape for shape in rest if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
+    channels = features[0][2] if features else x[2]
+    return 2 * x[0] * safe[1] * candidates[1] * channels  # similarities
 
 
-@register_flop_formula([torch.ops.cropr.merge, torch.ops.cropr.merge_])
-def _merge_flops(
-    x_shape: tuple[int, ...],
-    safe_shape: tuple[int, ...],
-    candidate_shape: tuple[int, ...],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    features = [shape for shape in args if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
-    channels = features[0][2] if features else x_shape[2]
-    return 2 * x_shape[0] * safe_shape[1] * candidate_shape[1] * channels  # similarities
+def _attend_flops(x: Any, queries: Any, *_: Any, **__: Any) -> int:
+    return 4 * math.prod(x) * queries[0]  # logits and weighted sum
 
 
-@register_flop_formula([torch.ops.cropr.attend, torch.ops.cropr.attend_scores])
-def _attend_flops(x_shape: tuple[int, ...], queries_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    batch, n, dim = x_shape
-    return 4 * batch * queries_shape[0] * n * dim  # logits and weighted sum
-
-
-@register_flop_formula(torch.ops.cropr.attend_backward)
-def _attend_backward_flops(
-    grad_shape: tuple[int, ...], x_shape: tuple[int, ...], queries_shape: tuple[int, ...], *args: Any, **kwargs: Any
-) -> int:
-    batch, n, dim = x_shape
-    return 6 * batch * queries_shape[0] * n * dim  # logits again, their gradient, and that of the queries
+_FLOPS: dict[str, Callable[..., int]] = {
+    "scores": _score_flops,
+    "prune": _score_flops,
+    "add_select_": lambda x, idx, update, *_, **__: _score_flops(update),
+    "merge": _merge_flops,
+    "merge_": _merge_flops,
+    "attend": _attend_flops,
+    "attend_scores": _attend_flops,
+    "attend_backward": lambda grad, x, queries, *_, **__: 6 * math.prod(x) * queries[0],  # and gradients of both
+}
+for _name in NAMES:
+    register_flop_formula(getattr(torch.ops.cropr, _name))(_FLOPS.get(_name, _no_flops))

@@ -17,7 +17,7 @@ Shape = list[tuple[int, str]]  # factor and letter of each dimension
 _ANY, _CONTIGUOUS, _DENSE_ROWS = range(3)
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     name: str
     dtypes: str  # as errors name them
     allowed: list[torch.dtype]  # empty: that of the first tensor
@@ -27,22 +27,24 @@ class _Input(NamedTuple):
 
 class _Op(NamedTuple):
     arguments: tuple[str, ...]  # names, in the order of the schema
-    inputs: tuple[_Input, ...]
+    inputs: tuple[Input, ...]
     ranges: tuple[tuple[str, str, str], ...]  # name, low, high
+    optional: tuple[str, ...]  # tensors that may be None
 
 
-def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> _Input:
+def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
     allowed = [] if dtypes.startswith("the dtype") else [getattr(torch, t) for t in re.split(", | or ", dtypes)]
     shapes = [[(int(n or 1), letter) for n, letter in re.findall(r"(\d?)([A-Z])", one)] for one in shape.split("|")]
-    return _Input(name, dtypes, allowed, shapes, layout)
+    return Input(name, dtypes, allowed, shapes, layout)
 
 
 def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
-    return schema.partition("(")[0], _Op(names, tuple(_parse_input(*fields) for fields in inputs), ranges)
+    parsed = tuple(_parse_input(*fields) for fields in inputs)
+    return schema.partition("(")[0], _Op(names, parsed, ranges, tuple(re.findall(r"Tensor\? (\w+)", schema)))
 
 
-_OPS = dict(_parse(*row) for row in table)
+OPS = dict(_parse(*row) for row in table)
 
 
 def check(op: str, *args: Any) -> Dims:
@@ -51,7 +53,7 @@ def check(op: str, *args: Any) -> Dims:
     args are all those of the schema, in its order. RuntimeError names the op, the argument, what was allowed and what
     came.
     """
-    spec = _OPS[op]
+    spec = OPS[op]
     values = dict(zip(spec.arguments, args, strict=True))
     first: Tensor = values[spec.inputs[0].name]
     dims: Dims = {}
@@ -70,7 +72,7 @@ def check(op: str, *args: Any) -> Dims:
     return dims
 
 
-def _check_input(op: str, input: _Input, tensor: Tensor, first: Tensor, dims: Dims) -> None:
+def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dims) -> None:
     name = input.name
     if tensor.device != first.device:
         _fail(op, f"{name} must be on the same device as the other tensors, {first.device}, got {tensor.device}")

@@ -263,6 +263,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     else:
         parts = engine_parts(light.spec)
         light.engine, light.engine_reason = (None, parts) if isinstance(parts, str) else (parts, "")
+        light.watched = [one for parts in light.engine or () for one in parts.watched()]
     light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
     if cuda_graphs:
         deployed.forward = GraphedForward(deployed)

@@ -56,7 +56,7 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         update = parts.attend(getattr(block, parts.attn), h, where, log_sizes)
         _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, norm2.weight, norm2.bias, norm2.eps)
-        update = getattr(block, parts.mlp)(h)
+        update = block.mlp(h)
         _refuse_gradient(update)
         if layer == state.last:
             ops.add_(x, idx, update, scale2)

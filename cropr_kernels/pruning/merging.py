@@ -7,7 +7,6 @@ where it is. Choices and their defaults are measured: docs/benchmarks.md.
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -42,15 +41,6 @@ class Merge:
         """
         wanted = count - int(self.candidates * (count - num_keep))
         return min(num_keep, max(wanted, num_prefix + (count - num_prefix + 1) // 2))
-
-
-def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int) -> Tensor:
-    """scores (B, K) + size_weight * their standard deviation over the patches * log(sizes)."""
-    if not size_weight or scores.shape[1] == num_prefix:
-        return scores
-    spread = scores[:, num_prefix:].std(1, correction=0, keepdim=True)
-    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))
-    return scores + size_weight * spread * sizes.log()
 
 
 def resolve_parents(parent: Tensor, merges: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.adapters import BlockParts, ModelSpec, hook_refusal
+from ..models.adapters import BlockParts, ModelSpec, is_hooked
 from .config import PruningConfig
 from .engine import Graphs
 from .masks import level_padding
@@ -26,6 +26,7 @@ class CroprModules(nn.ModuleList):
         self.replaced: list[tuple[Any, str, Any]] = []  # attributes of the model that apply changed, for remove
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[BlockParts] | None = None
+        self.watched: list[tuple[nn.Module, str, nn.Module]] = []
         self.engine_reason = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
 
@@ -37,8 +38,10 @@ class CroprModules(nn.ModuleList):
         return traced if under_way or torch.compiler.is_compiling() else self.slots.own
 
     def engine_is_clear(self) -> bool:
-        """Whether nobody has put hooks on what the engine passes by, since deploy."""
-        return self.engine is not None and not any(hook_refusal(parts) for parts in self.engine)
+        """Whether the blocks still are what deploy saw: no hooks on them, no other layers in their place."""
+        return not any(
+            owner._modules.get(name) is not module or is_hooked(module) for owner, name, module in self.watched
+        ) and not any(is_hooked(parts.block) for parts in self.engine or ())
 
     def __repr__(self) -> str:
         engine = f"off ({self.engine_reason})" if self.engine is None else "on"

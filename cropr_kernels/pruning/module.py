@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.reference import fold_queries
+
 
 class Split(NamedTuple):
     """Tokens split in two: kept (B, K, D) and pruned (B, R, D), with their positions, int64, ascending."""
@@ -76,11 +78,6 @@ class Aggregator(nn.Module):
         return self.head(self.norm2(out)), scores
 
 
-def fold_queries(queries: Tensor) -> Tensor:
-    """Sum queries (M, D) into the vector (D,), float32, that gives every token the same score."""
-    return queries.detach().float().sum(0)
-
-
 class Cropr(nn.Module):
     """Score tokens with learned queries and split them into kept and pruned.
 
@@ -109,7 +106,7 @@ class Cropr(nn.Module):
 
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
-        return fold_queries(self.queries)
+        return fold_queries(self.queries.detach()).float()
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..models.blocks import rope_at
+from ..ops.reference import size_adjusted_scores
 from .masks import Masks, make_masks
-from .merging import Merge, size_adjusted_scores
+from .merging import Merge
 
 
 class PruningOptions(NamedTuple):

@@ -80,7 +80,7 @@ def test_a_network_reduced_by_cropr_scores_is_cropr(options, llf):
     pruned = cropr.apply(randomise(reference_vit(**options)), rate=9, llf=llf)
     model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
     queries = iter([module.query() for module in pruned.cropr])
-    counts = pruned.cropr.schedule(64 + model.num_prefix_tokens, 4, model.num_prefix_tokens, llf)
+    counts = pruned.cropr.config.counts(64 + model.num_prefix_tokens, 4, model.num_prefix_tokens)
     network = Reduced(model, lambda dim, kept, patches: ByQuery(next(queries)), counts, llf=llf)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

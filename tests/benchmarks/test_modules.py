@@ -8,10 +8,10 @@ import torch
 from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
-from benchmarks.baselines.modules import AttentionTopK, SeveralHeads, TrainedNonSalient, replace_modules
+from benchmarks.baselines.modules import AttentionTopK, PublishedMultiHead, replace_modules
 from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import SYSTEMS
-from cropr_kernels.tasks import Classifier
+from benchmarks.baselines.scorers import MultiHeadCropr
 
 
 @pytest.mark.parametrize("llf", [False, True])
@@ -25,34 +25,10 @@ def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
     torch.testing.assert_close(model(images), want)
 
 
-def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_gives_the_scores():
-    model = cropr.apply(randomise(reference_vit()), rate=9)
-    module, x = model.cropr[0], torch.randn(2, 65, model.embed_dim)
-    dropped = module(x, 56, 1).pruned_idx
-    module.__class__ = TrainedNonSalient
-    assert torch.equal(module(x, 10, 1).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
-    _, scores = module.train().predict(x)
-    assert torch.equal(module(x, 10, 1, scores).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
-    losses = Classifier(model)(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
-    assert losses["aux"].isfinite()
-
-
-def test_non_salient_keeps_what_cropr_drops():
-    x = torch.randn(2, 10, 8)
-    module = cropr.Cropr(8, 3)
-    plain = module(x, 5).kept_idx
-    expected, _ = module.predict(x)
-    module.__class__ = TrainedNonSalient
-    prediction, scores = module.predict(x)
-    for split in (module(x, 5), module(x, 5, 0, scores)):
-        assert torch.equal(split.pruned_idx, plain)
-    assert torch.equal(prediction, expected)
-
-
 def test_several_heads_as_published_choose_what_the_folded_ones_do():
-    module = randomise(cropr.Cropr(16, 3, num_heads=4))
+    module = randomise(MultiHeadCropr(16, 3, num_heads=4))
     x = torch.randn(2, 20, 16)
-    published, folded = SeveralHeads(module)(x, 12, 1), module.eval()(x, 12, 1)
+    published, folded = PublishedMultiHead(module)(x, 12, 1), module.eval()(x, 12, 1)
     assert torch.equal(published.kept_idx, folded.kept_idx) and torch.equal(published.kept, folded.kept)
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers.models import randomise, reference_vit
 
-from benchmarks.baselines.registry import ROWS
+from benchmarks.baselines.network import Reduced
+from benchmarks.baselines.registry import ROWS, SYSTEMS
 from benchmarks.models import networks, table
 from benchmarks.models.systems import architectures, systems
-from benchmarks.models.timing import cell
+from benchmarks.models.timing import cell, check, measure
 
 
 def test_the_table_measures_every_system_on_one_set_of_weights():
@@ -37,3 +38,18 @@ def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, mon
     script.main()
     assert capsys.readouterr().out == "out of minutes: start again to go on\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_cannot_run_is_an_error_in_the_row_and_the_others_are_measured():
+    plain = randomise(reference_vit()).eval().requires_grad_(False)
+    methods = {"unpruned": plain, "ToMe": Reduced(plain, SYSTEMS["ToMe"], [30, 30, 30])}
+    row = measure(methods, torch.randn(1, 3, 64, 64), "eager", 1)
+    assert row["unpruned / unpruned"] == 1 and row["ToMe: error"].startswith("ToMe: 65 tokens, 1 of them prefix")
+
+
+def test_networks_may_be_checked_without_those_they_are_compared_with():
+    plain = reference_vit().eval().requires_grad_(False)
+    images = torch.randn(1, 3, 64, 64)
+    check({"unpruned": plain, "functional": plain}, images)
+    with pytest.raises(RuntimeError, match="engine differs from functional by"):
+        check({"unpruned": plain, "functional": plain, "engine": lambda x: 2 * plain(x)}, images)

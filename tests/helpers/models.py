@@ -101,3 +101,11 @@ def embed(model, images):
     embedded = model._pos_embed(model.patch_embed(images))
     x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
     return model.norm_pre(x), rope
+
+
+def outputs_of(output):
+    """What a model says of a whole image."""
+    if isinstance(output, torch.Tensor):
+        return output
+    names = ("logits", "image_embeds", "pooler_output")
+    return next(output[name] for name in names if output.get(name) is not None)

@@ -1,4 +1,4 @@
-"""cropr::merge and merge_: leaving tokens go into the kept ones they are most like."""
+"""cropr::merge and merge_: pruned tokens are merged into the kept ones they are most like."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from cropr_kernels.ops import reference
 
 pytestmark = pytest.mark.kernels
 
-# (B, N, D, S, K, P): S tokens are safe, K stay
+# (B, N, D, S, K, P): S tokens are safe, K kept
 MERGES = [
     (1, 2, 3, 1, 1, 0),
     (2, 5, 8, 2, 3, 1),
@@ -16,8 +16,8 @@ MERGES = [
     (2, 50, 96, 6, 12, 5),  # one safe token takes all
     (2, 90, 48, 40, 52, 1),  # more candidates than one tile holds
     (1, 197, 192, 179, 188, 1),
-    (2, 40, 64, 20, 40, 1),  # nobody leaves
-    (2, 40, 64, 40, 40, 1),  # nobody may
+    (2, 40, 64, 20, 40, 1),  # none is pruned
+    (2, 40, 64, 40, 40, 1),  # none can be
     (2, 6, 8, 6, 6, 6),
     (0, 10, 16, 3, 5, 1),
 ]
@@ -38,7 +38,7 @@ def problem(shape, dtype, device):
 
 
 def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
-    """One token after the other, given where each of them goes."""
+    """One token after the other, given where each of them is_pruned."""
     out, total = x.double().gather(1, kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[2])), sizes.gather(1, kept_idx)
     out = out * total.double().unsqueeze(-1)
     for b in range(x.shape[0]):
@@ -78,7 +78,7 @@ def test_means_and_sizes_match_a_slow_merge(backend, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_the_candidates_most_like_a_safe_token_leave_and_go_there(backend, shape, dtype):
+def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
@@ -90,16 +90,16 @@ def test_the_candidates_most_like_a_safe_token_leave_and_go_there(backend, shape
             continue
         chosen = cosines(x[b : b + 1], target[b : b + 1], pruned_idx[b : b + 1])[0].diagonal()
         best = similarity.max(1).values
-        goes = torch.isin(candidate_idx[b], pruned_idx[b])
-        torch.testing.assert_close(chosen, best[goes], rtol=0, atol=1e-5)
+        is_pruned = torch.isin(candidate_idx[b], pruned_idx[b])
+        torch.testing.assert_close(chosen, best[is_pruned], rtol=0, atol=1e-5)
         assert torch.isin(target[b], safe_idx[b, prefix:]).all()
-        if not goes.all():
-            assert best[goes].min() + 1e-5 >= best[~goes].max()
+        if not is_pruned.all():
+            assert best[is_pruned].min() + 1e-5 >= best[~is_pruned].max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_rows_that_nobody_comes_to_are_exact_copies(backend, shape, dtype):
+def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
@@ -133,10 +133,10 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
         _, _, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, 70, None, 2)
         return pruned_idx[0].tolist(), dest[0, pruned_idx[0]].tolist()
 
-    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the higher positions leave
-    x[0, 2, 3] = float("nan")  # like nobody
+    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the higher positions are pruned
+    x[0, 2, 3] = float("nan")  # like none
     x[0, 3] = 0.0  # nor is this
-    x[0, 75] = 0.0  # and this is the last to leave
+    x[0, 75] = 0.0  # and this is the last to be pruned
     assert run() == ([69, *range(70, 75), *range(76, 80)], [4] * 10)
     x[:] = float("nan")
     assert run() == (list(range(70, 80)), [2] * 10)
@@ -161,23 +161,23 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
         x, safe_idx, candidate_idx, sizes, keep, None, prefix
     )
-    # The same tokens in a longer stream, between tokens that left before.
+    # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
-    stream, stream_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
-    stream[:, at], stream_sizes[:, at] = x, sizes
+    buffer, buffer_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
+    buffer[:, at], buffer_sizes[:, at] = x, sizes
     own = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
-    parent, before, sizes_before = own.clone(), stream.clone(), stream_sizes.clone()
+    parent, before, sizes_before = own.clone(), buffer.clone(), buffer_sizes.clone()
     kept_idx, pruned_idx, got_sizes = backend.merge_(
-        stream, at[safe_idx], at[candidate_idx], stream_sizes, parent, keep, prefix
+        buffer, at[safe_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix
     )
     assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
     assert torch.equal(got_sizes, expected_sizes)
-    assert same_bits(reference.gather(stream, kept_idx), expected)
-    assert torch.equal(stream_sizes.gather(1, kept_idx), expected_sizes)
+    assert same_bits(reference.gather(buffer, kept_idx), expected)
+    assert torch.equal(buffer_sizes.gather(1, kept_idx), expected_sizes)
     assert torch.equal(parent.gather(1, pruned_idx), kept_idx.gather(1, dest.gather(1, pruned_at)))
     untouched = torch.ones(batch, 2 * n + 1, dtype=torch.bool, device=x.device).scatter(1, kept_idx, False)
-    assert same_bits(stream[untouched], before[untouched])
-    assert torch.equal(stream_sizes[untouched], sizes_before[untouched])
+    assert same_bits(buffer[untouched], before[untouched])
+    assert torch.equal(buffer_sizes[untouched], sizes_before[untouched])
     here = torch.ones_like(untouched).scatter(1, pruned_idx, False)
     assert torch.equal(parent[here], own[here])
 

@@ -1,4 +1,4 @@
-"""The engine's residual stream: cropr::gather_norm, add_, add_norm_, add_select_, rotate_."""
+"""The residual buffer of the engine: cropr::gather_norm, add_, add_norm_, add_select_, rotate_."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cropr_kernels.ops import reference
 pytestmark = pytest.mark.kernels
 
 # (B, N, D, K); K = None: no idx
-STREAMS = [
+SHAPES = [
     (1, 1, 1, None),
     (2, 5, 8, 3),
     (3, 17, 33, 9),
@@ -27,7 +27,7 @@ TOLERANCE = {
 }
 
 
-def alive(batch, n, count, device):
+def active(batch, n, count, device):
     """Random ascending positions, (B, K), or None."""
     if count is None:
         return None
@@ -35,12 +35,12 @@ def alive(batch, n, count, device):
     return order.sort(1).values.to(device)
 
 
-def stream(shape, dtype, device):
+def problem(shape, dtype, device):
     """x, idx, update, gamma, weight, bias."""
     batch, n, dim, count = shape
     gamma, weight, bias = (torch.randn(dim, device=device).to(dtype) for _ in range(3))
     x, update = tokens(batch, n, dim, dtype, device), tokens(batch, n if count is None else count, dim, dtype, device)
-    return x, alive(batch, n, count, device), update, gamma, weight, bias
+    return x, active(batch, n, count, device), update, gamma, weight, bias
 
 
 def rounded_once(backend, dtype):
@@ -49,9 +49,9 @@ def rounded_once(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", STREAMS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_gather_norm_is_layer_norm_of_the_rows(backend, shape, dtype):
-    x, idx, _, _, weight, bias = stream(shape, dtype, backend.device)
+    x, idx, _, _, weight, bias = problem(shape, dtype, backend.device)
     for parts in ((weight, bias), (weight, None), (None, bias), (None, None)):
         got = backend.gather_norm(x, idx, *parts, 1e-6)
         assert got.dtype == dtype and got.is_contiguous()
@@ -60,7 +60,7 @@ def test_gather_norm_is_layer_norm_of_the_rows(backend, shape, dtype):
 
 @pytest.mark.parametrize("layout", ["transposed", "batch inside", "every other column", "odd storage offset"])
 def test_gather_norm_takes_any_layout(backend, layout):
-    x, idx, *_ = stream((2, 50, 96, 20), torch.float32, backend.device)
+    x, idx, *_ = problem((2, 50, 96, 20), torch.float32, backend.device)
     odd = odd_layouts(x)[layout]
     flipped = idx.t().contiguous().t()
     assert same_bits(backend.gather_norm(odd, flipped, None, None, 1e-6), backend.gather_norm(x, idx, None, None, 1e-6))
@@ -77,9 +77,9 @@ def test_norm_of_large_and_constant_rows(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("shape", STREAMS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_add_changes_the_rows_at_idx_and_no_other(backend, shape, scaled, dtype):
-    x, idx, update, gamma, weight, bias = stream(shape, dtype, backend.device)
+    x, idx, update, gamma, weight, bias = problem(shape, dtype, backend.device)
     gamma = gamma if scaled else None
     expected, got, normed = x.clone(), x.clone(), x.clone()
     reference.add_(expected, idx, update, gamma)
@@ -96,7 +96,7 @@ def test_add_changes_the_rows_at_idx_and_no_other(backend, shape, scaled, dtype)
 
 
 def test_updates_of_another_width_are_added_in_full(backend):
-    x, idx, update, gamma, *_ = stream((2, 17, 40, 9), torch.float32, backend.device)
+    x, idx, update, gamma, *_ = problem((2, 17, 40, 9), torch.float32, backend.device)
     got, expected = x.clone(), x.clone()
     half = update.bfloat16()
     backend.add_(got, idx, half, gamma.double())
@@ -113,7 +113,7 @@ def test_updates_of_another_width_are_added_in_full(backend):
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(2, 5, 8, 5), (3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7)])
 def test_add_select_composes_positions(backend, shape, prefix, dtype):
-    x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
+    x, idx, update, gamma, *_ = problem(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)
     count = update.shape[1]
     for keep in {count, (count + prefix) // 2, prefix}:
@@ -130,7 +130,7 @@ def test_add_select_composes_positions(backend, shape, prefix, dtype):
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 7)])
 def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
-    x, idx, update, gamma, *_ = stream(shape, torch.float32, backend.device)
+    x, idx, update, gamma, *_ = problem(shape, torch.float32, backend.device)
     query = torch.randn(shape[2], device=backend.device)
     count = update.shape[1]
     sizes = torch.randint(1, 9, x.shape[:2], device=backend.device).float()
@@ -140,21 +140,21 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     own = sizes if idx is None else sizes.gather(1, idx)
     scores = backend.scores(rows, query).double()
     spread = scores[:, prefix:].std(1, correction=0, keepdim=True) if prefix < count else 0.0
-    weighed = scores + 1.5 * spread * own.double().log()
+    adjusted = scores + 1.5 * spread * own.double().log()
     keep = (count + prefix) // 2
     kept, pruned = backend.add_select_(x, idx, update, gamma, query, keep, prefix, sizes, 1.5)
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
-    stays = (positions.unsqueeze(2) == kept.unsqueeze(1)).any(2)
-    assert stays[:, :prefix].all() and (stays.sum(1) == keep).all()
+    is_kept = (positions.unsqueeze(2) == kept.unsqueeze(1)).any(2)
+    assert is_kept[:, :prefix].all() and (is_kept.sum(1) == keep).all()
     assert torch.equal(torch.cat([kept, pruned], 1).sort(1).values, positions)
-    lowest = weighed.masked_fill(~stays, float("inf"))[:, prefix:].amin(1)
-    assert (lowest + 1e-4 >= weighed.masked_fill(stays, -float("inf")).amax(1)).all()
+    lowest = adjusted.masked_fill(~is_kept, float("inf"))[:, prefix:].amin(1)
+    assert (lowest + 1e-4 >= adjusted.masked_fill(is_kept, -float("inf")).amax(1)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7)])
 def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
-    x, idx, update, gamma, *_ = stream(shape, dtype, backend.device)
+    x, idx, update, gamma, *_ = problem(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)
     priority = torch.randint(-1, 2, x.shape[:2], dtype=torch.int8, device=backend.device)
     count = update.shape[1]
@@ -170,20 +170,20 @@ def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
             assert torch.equal(positions, local if idx is None else idx.gather(1, local))
 
 
-def test_scores_without_a_spread_are_not_weighed(backend):
+def test_scores_without_a_spread_are_not_adjusted(backend):
     x = torch.randn(1, 20, 8, device=backend.device)
     query, update = torch.randn(8, device=backend.device), torch.zeros(1, 20, 8, device=backend.device)
     sizes = torch.randint(1, 9, (1, 20), device=backend.device).float()
     x[0, 7] = float("inf") * query.sign()
     plain = backend.add_select_(x, None, update, None, query, 9, 1)
-    weighed = backend.add_select_(x, None, update, None, query, 9, 1, sizes, 2.0)
-    assert torch.equal(plain[0], weighed[0])
+    adjusted = backend.add_select_(x, None, update, None, query, 9, 1, sizes, 2.0)
+    assert torch.equal(plain[0], adjusted[0])
 
 
 def test_add_select_with_ties_nan_and_many_queries(backend):
     x = torch.zeros(2, 70, 16, device=backend.device)
     x[1, 40, 3] = float("nan")
-    idx = alive(2, 70, 60, backend.device)
+    idx = active(2, 70, 60, backend.device)
     update, query = torch.zeros(2, 60, 16, device=backend.device), torch.randn(3, 16, device=backend.device)
     kept, _ = backend.add_select_(x, idx, update, None, query, 20, 1)
     assert torch.equal(kept[0], idx[0, :20])  # all tied: the lower positions stay
@@ -200,7 +200,7 @@ def test_rotate_turns_the_patches_by_their_position(backend, shape, half, dtype)
     batch, count, heads, width, prefix = shape
     table = torch.randn(30, 2 * width, device=backend.device)
     prefixes = torch.arange(prefix, device=backend.device).expand(batch, -1)
-    idx = torch.cat([prefixes, prefix + alive(batch, 30, count - prefix, backend.device)], 1)
+    idx = torch.cat([prefixes, prefix + active(batch, 30, count - prefix, backend.device)], 1)
     for positions in (None, idx):
         qkv = tokens(batch * count, 3 * heads, width, dtype, backend.device).view(batch, count, 3 * heads, width)
         before, expected = qkv.clone(), qkv.clone()

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time, without spilling, for the GPUs it is meant for. Needs no GPU."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,16 +11,23 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
-from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_kernel, resources, rows, tool, variants
+from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_launch, launches, resources, tool
+from cropr_kernels.ops.registration import FILES
+
+
+def test_every_kernel_is_among_the_launches():
+    modules = [importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in set(FILES.values())]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {launch.kernel.__name__ for launch in launches("bfloat16")} == kernels
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
-    for kernel, constants, num_warps in variants(dtype):
-        compiled = compile_kernel(kernel, constants, num_warps, dtype, architecture)
+    for launch in launches(dtype):
+        compiled = compile_launch(launch, architecture)
         usage = resources(compiled.asm["cubin"], tmp_path)
-        where = f"{kernel.__name__} {constants} sm_{architecture} {dtype}: {usage}"
+        where = f"{launch.kernel.__name__} {launch.constants} sm_{architecture} {dtype}: {usage}"
         assert usage["REG"] <= 255, where
         assert usage["LOCAL"] == 0, where
         assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
@@ -27,28 +35,14 @@ def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scatter", [False, True])
-def test_rows_move_sixteen_bytes_at_a_time(dtype, scatter, tmp_path):
-    constants = {"SCATTER": scatter, "BLOCK_R": 8, "BLOCK_D": 256}
-    compiled = compile_kernel(rows.split_kernel, constants, 4, dtype, 90)
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
-    stores = re.findall(r"STG\.[\w.]+", sass)
-    assert stores
-    assert all(".128" in store for store in stores), stores
-    assert any(".128" in load for load in re.findall(r"LDG\.[\w.]+", sass))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_the_residual_move_sixteen_bytes_at_a_time(dtype, tmp_path):
-    for kernel, constants, num_warps in variants(dtype):
-        if kernel.__name__ != "add_norm_kernel":
-            continue
-        compiled = compile_kernel(kernel, constants, num_warps, dtype, 90)
+@pytest.mark.parametrize("kernel", ["split_kernel", "gather_kernel", "add_norm_kernel"])
+def test_rows_move_sixteen_bytes_at_a_time(kernel, dtype, tmp_path):
+    for launch in [launch for launch in launches(dtype) if launch.kernel.__name__ == kernel]:
         path = tmp_path / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(compile_launch(launch, 90).asm["cubin"])
         sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
         stores, loads = re.findall(r"STG\.[\w.]+", sass), re.findall(r"LDG\.[\w.]+", sass)
-        assert stores and all(".128" in store for store in stores), (constants, stores)
-        assert sum(".128" in load for load in loads) >= len(stores), (constants, loads)
+        assert stores and all(".128" in store for store in stores), (launch.constants, stores)
+        assert any(".128" in load for load in loads), (launch.constants, loads)
+        if kernel == "add_norm_kernel":
+            assert sum(".128" in load for load in loads) >= len(stores), (launch.constants, loads)

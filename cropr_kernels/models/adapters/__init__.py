@@ -12,8 +12,8 @@ from torch import nn
 from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
 from .base import ModelSpec as ModelSpec
-from .base import hook_refusal as hook_refusal
-from .base import layer_norm_refusal
+from .base import engine_refusal
+from .base import is_hooked as is_hooked
 
 ADAPTERS: tuple[Any, ...] = (reference, timm, transformers, torchvision)
 
@@ -41,7 +41,7 @@ def block_parts(block: Any) -> BlockParts | str:
     for adapter in ADAPTERS:
         parts = adapter.parts(block)
         if isinstance(parts, BlockParts):
-            return layer_norm_refusal(parts) or hook_refusal(parts) or parts
+            return engine_refusal(parts) or parts
         if parts is not None:
             return parts
     return f"{type(block).__module__}.{type(block).__name__} is not a block it knows"

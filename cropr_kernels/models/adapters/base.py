@@ -43,14 +43,14 @@ class BlockParts:
     attn: str
     attend: Callable[[Any, Tensor, Rotary | None, Tensor | None], Tensor]  # attn, h, rotary, log_sizes -> update
     scales: Callable[[Any], tuple[Tensor | None, Tensor | None]]  # block -> LayerScale's g1, g2
-    mlp: str = "mlp"
+    opened: tuple[str, ...] = ()  # parts of the attention that `attend` looks into
 
-    def watched(self) -> list[nn.Module]:
-        """Modules that the engine opens or passes by: with hooks on one of them the block must be called itself."""
-        names = (self.norm1, self.norm2, "ls1", "ls2", "layer_scale1", "layer_scale2", "drop_path1", "drop_path2")
-        found = [getattr(self.block, name, None) for name in (*names, "dropout", "drop_path")]
+    def watched(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Modules that the engine opens or passes by, each with its owner and name there."""
         attn = getattr(self.block, self.attn)
-        return [self.block, *(module for module in found if module is not None), attn, *attn.children()]
+        mlp = self.block.mlp  # is called, as what it holds is
+        owned = [(owner, name, child) for owner in (self.block, attn) for name, child in owner.named_children()]
+        return [(owner, name, child) for owner, name, child in owned if child is not mlp]
 
 
 def known_classes(module: str, *names: str) -> tuple[type, ...]:
@@ -68,33 +68,28 @@ def own_class(module: nn.Module) -> type:
     return getattr(type(module), "cropr_base", type(module))
 
 
-def layer_norm_refusal(parts: BlockParts) -> str | None:
-    """What keeps the norms of a block out of the engine; None if nothing does."""
+def engine_refusal(parts: BlockParts) -> str | None:
+    """Why the engine must leave a block to its own forward as it now stands; None if it need not."""
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
         if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
             return f"{name} is {type(norm).__name__}, not LayerNorm over the width"
-    return None
-
-
-def hook_refusal(parts: BlockParts) -> str | None:
-    """Hooks, replaced forwards and parametrizations, which only fire where the block is called itself."""
-    for module in parts.watched():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for.
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks) or "forward" in vars(
-            module
-        ):
+    for name in parts.opened:
+        module = getattr(getattr(parts.block, parts.attn), name, None)
+        if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
+            return f"{name} is {type(module).__name__}"
+    for module in (parts.block, *(module for _, _, module in parts.watched())):
+        if is_hooked(module):
             return f"forward hooks on {type(module).__name__}"
         if "parametrizations" in module._modules:
             return f"a parametrization of {type(module).__name__}"
     return None
 
 
-def plain_linears(attn: nn.Module, *names: str) -> str | None:
-    """Why the projections of an attention must be called and not opened; None if they are plain."""
-    for name in names:
-        module = getattr(attn, name, None)
-        if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
-            return f"{name} is {type(module).__name__}"
-    return None
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to a module, or has put another forward in its place."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for.
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    return "forward" in module.__dict__

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..blocks import Rotary, proportional_attention
 from ..vit import Attention, Block, ViT
-from .base import BlockParts, ModelSpec, own_class, plain_linears
+from .base import BlockParts, ModelSpec, own_class
 
 SUPPORTED = "cropr_kernels.ViT"
 
@@ -36,8 +36,7 @@ def find(model: Any) -> ModelSpec | None:
 def parts(block: Any) -> BlockParts | str | None:
     if own_class(block) is not Block:
         return None
-    opened = plain_linears(block.attn, "qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
-    return opened or BlockParts(block, "norm1", "norm2", "attn", attend, scales)
+    return BlockParts(block, "norm1", "norm2", "attn", attend, scales, ("qkv",))
 
 
 def attend(attn: Attention, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:

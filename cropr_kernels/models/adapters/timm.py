@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import Rotary, proportional_attention
-from .base import BlockParts, ModelSpec, known_classes, own_class, plain_linears
+from .base import BlockParts, ModelSpec, known_classes, own_class
 from .reference import scales
 
 SUPPORTED = "timm VisionTransformer and Eva"
@@ -60,8 +60,7 @@ def parts(block: Any) -> BlockParts | str | None:
         return "attention shares keys between heads"
     if not getattr(attn, "fused_attn", True):
         return "attention does not call scaled_dot_product_attention"
-    opened = plain_linears(attn, "qkv", "q_proj", "k_proj", "v_proj")
-    return opened or BlockParts(block, "norm1", "norm2", "attn", attend, factors)
+    return BlockParts(block, "norm1", "norm2", "attn", attend, factors, ("qkv",))
 
 
 def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:

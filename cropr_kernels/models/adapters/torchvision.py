@@ -35,9 +35,13 @@ def find(model: Any) -> ModelSpec | None:
 def parts(block: Any) -> BlockParts | str | None:
     if own_class(block) not in known_classes(_MODULE, "EncoderBlock"):
         return None
-    return BlockParts(block, "ln_1", "ln_2", "self_attention", _attend, lambda block: (None, None))
+    return BlockParts(block, "ln_1", "ln_2", "self_attention", _attend, _no_scales)
 
 
 def _attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
     with SizeWeightedAttention.maybe(log_sizes):
         return attn(h, h, h, need_weights=False)[0]
+
+
+def _no_scales(block: Any) -> tuple[None, None]:
+    return None, None

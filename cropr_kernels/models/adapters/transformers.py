@@ -50,7 +50,7 @@ def find(model: Any) -> ModelSpec | None:
         raise TypeError(
             f"cropr.apply: {type(model).__name__} has {len(stacks)} vision towers; give cropr.apply the one to prune"
         )
-    if known_classes("transformers.backbone_utils", "BackboneMixin") and "Backbone" in type(model).__name__:
+    if type(model).__name__.endswith("Backbone"):
         raise ValueError(
             f"cropr.apply: {type(model).__name__} gives maps of several blocks, which pruned blocks have not; take the "
             "model without Backbone in its name"
@@ -59,7 +59,8 @@ def find(model: Any) -> ModelSpec | None:
     blocks: list[Any] = list(stack)
     class_token = known[own_class(blocks[0])][0]
     owners = [model, *(model.get_submodule(".".join(path.split(".")[:i])) for i in range(1, path.count(".") + 1))]
-    tower = next((module for module in owners if getattr(module, "main_input_name", "") == "pixel_values"), owners[-1])
+    embeds = [module for module in owners if any(isinstance(part, nn.Conv2d) for part in module.modules())]
+    tower = model if model.main_input_name == "pixel_values" else embeds[-1]  # that of a model with text too
     source = getattr(model.config, "vision_config", model.config)
     image, patch = pair(source.image_size), pair(source.patch_size)
     norms = [getattr(module, name) for module in reversed(owners) for name in _NORMS if hasattr(module, name)]

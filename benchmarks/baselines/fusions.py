@@ -1,0 +1,162 @@
+"""Ways to a whole map without Last Layer Fusion, for segmentation: what the paper compares it with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cropr_kernels.models.vit import Block, ViTConfig
+from cropr_kernels.pruning.model import require_pruned, run
+from cropr_kernels.pruning.module import Split
+from cropr_kernels.pruning.state import PrunedTokens, PruningOptions, PruningState
+from cropr_kernels.tasks.features import token_norm
+from cropr_kernels.tasks.segmentation import PatchLogits, Segmenter
+
+OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
+
+
+class Confident(nn.Module):
+    """DToP's pruning: each token is classified by itself, and the surest are pruned with the prediction they have.
+
+    Source: Tang et al. 2023, with the counts of a schedule in place of a threshold.
+    """
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits (B, N, classes) of tokens (B, N, D)."""
+        return self.head(self.norm(x))
+
+    def query(self) -> Tensor:
+        raise TypeError("Confident: its scores are no product with a query; neither the engine nor merging can take it")
+
+    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, classes), prefix included, and scores (B, N): the surer, the lower."""
+        logits = self.classify(x)
+        return logits, -logits.detach().float().softmax(-1).amax(-1)
+
+    def forward(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix: int = 0,
+        scores: Tensor | None = None,
+        priority: Tensor | None = None,
+    ) -> Split:
+        scores = self.predict(x)[1] if scores is None else scores
+        return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
+
+
+class CrossAttention(nn.Module):
+    """Learned queries, one per patch, read the tokens that are there, and an MLP follows."""
+
+    def __init__(self, dim: int, num_heads: int, patches: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(1, patches, dim))
+        nn.init.trunc_normal_(self.queries, std=0.02)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, patches, D) from x (B, K, D), normalised."""
+        queries = self.queries.expand(len(x), -1, -1)
+        out = queries + self.attention(self.norm(queries), x, x, need_weights=False)[0]
+        return out + self.mlp(self.norm2(out))
+
+
+class Fusion(nn.Module):
+    """From the tokens that were kept and those that were pruned to all patches.
+
+    concat: the pruned ones, as they were, take their places again. mhsa_concat: a further block follows. cross_attn:
+    learned queries read the kept ones. cross_attn_concat: they read all.
+    """
+
+    def __init__(self, how: str, dim: int, num_heads: int, patches: int):
+        super().__init__()
+        self.how = how
+        self.reader = CrossAttention(dim, num_heads, patches) if how.startswith("cross_attn") else None
+        self.block = Block(ViTConfig(embed_dim=dim, num_heads=num_heads), 0.0) if how == "mhsa_concat" else None
+
+    def forward(self, x: Tensor, pruned: PrunedTokens | None, norm: nn.Module, num_prefix: int) -> Tensor:
+        """Normalised features (B, patches, D) from x (B, K, D) after the last block."""
+        if pruned is not None and self.how != "cross_attn":
+            x = put_back(x, pruned, pruned.tokens)
+        x = norm(x if self.block is None else self.block(x))
+        return x[:, num_prefix:] if self.reader is None else self.reader(x)
+
+
+def put_back(x: Tensor, pruned: PrunedTokens, rows: Tensor) -> Tensor:
+    """Rows of the kept tokens (B, K, C) and of the pruned ones (B, R, C), in order of position."""
+    return torch.ops.cropr.restore(x, pruned.kept_idx, rows, pruned.idx)
+
+
+class FusedSegmenter(Segmenter):
+    """`Segmenter` with another way to the whole map.
+
+    Args:
+        backbone: pruned by `apply` with llf=False, num_queries = patches and num_outputs = num_classes.
+        num_classes, grid, ignore_index: as in `Segmenter`.
+        fusion: one of OTHER_FUSIONS; dtop replaces the Cropr modules.
+
+    Raises:
+        TypeError: the backbone is not pruned.
+        ValueError: fusion is unknown, or the backbone has Last Layer Fusion.
+    """
+
+    def __init__(self, backbone: Any, num_classes: int, *, grid: tuple[int, int], fusion: str, ignore_index: int = 255):
+        super().__init__(backbone, num_classes, grid=grid, ignore_index=ignore_index)
+        if fusion not in OTHER_FUSIONS:
+            raise ValueError(f"FusedSegmenter: fusion must be one of {', '.join(OTHER_FUSIONS)}, got {fusion!r}")
+        stack = require_pruned(backbone, "FusedSegmenter")
+        if stack.config.llf:
+            raise ValueError("FusedSegmenter: the backbone must be pruned with llf=False, got llf=True")
+        dim, num_heads = backbone.embed_dim, backbone.blocks[0].attn.num_heads
+        self.fuse = None if fusion == "dtop" else Fusion(fusion, dim, num_heads, grid[0] * grid[1])
+        if self.fuse is None:
+            weight = next(backbone.parameters())
+            for layer in range(len(stack)):
+                stack[layer] = Confident(dim, num_classes).to(weight.device, weight.dtype)
+
+    def logits(self, images: Tensor, *, predict: bool = False) -> PatchLogits:
+        """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
+        backbone = self.backbone
+        options = PruningOptions(predict=predict, collect=True)
+        _, state = run(backbone, lambda: backbone.forward_features(images), options)
+        x: Any = state.tokens
+        pruned, prefix, norm = state.pruned(), state.num_prefix, token_norm(backbone)
+        if self.fuse is not None:
+            return PatchLogits(self.head(self.fuse(x, pruned, norm, prefix)), state.aux)
+        logits = self.head(norm(x))
+        if pruned is not None:
+            parts = zip(state.pruned_idx, state.pruned_tokens)
+            decided = torch.cat([backbone.cropr[layer].classify(tokens) for (layer, _), tokens in parts], 1)
+            logits = put_back(logits, pruned, decided.type_as(logits))
+        return PatchLogits(logits[:, prefix:], predictions_of_patches(state))
+
+    def aux_loss(self, prediction: Tensor, labels: Tensor) -> Tensor:
+        """DToP's is that of the tokens active at that layer."""
+        if self.fuse is None:
+            active = ~prediction[..., 0].isnan()
+            labels = labels.where(active, self.ignore_index)
+            prediction = prediction.masked_fill(~active.unsqueeze(-1), 0.0)
+        return super().aux_loss(prediction, labels)
+
+
+def predictions_of_patches(state: PruningState) -> list[Tensor]:
+    """DToP's predictions of the active tokens as (B, patches, classes), NaN where a token was pruned before."""
+    if not state.aux:
+        return []
+    pruned_after, found = dict(state.pruned_idx), []
+    active = state.aux[0].new_ones(state.aux[0].shape[:2], dtype=torch.bool)
+    for layer, prediction in enumerate(state.aux):
+        whole = prediction.new_full((*active.shape, prediction.shape[2]), float("nan"))
+        whole[active] = prediction.flatten(0, 1)
+        found.append(whole[:, state.num_prefix :])
+        if layer in pruned_after:
+            active = active.scatter(1, pruned_after[layer], False)
+    return found

@@ -19,6 +19,7 @@ from .exporting import export as export
 from .models.vit import ViT as ViT
 from .models.vit import ViTConfig as ViTConfig
 from .models.vit import create_vit as create_vit
+from .ops import Split as Split
 from .pruning.api import apply as apply
 from .pruning.api import deploy as deploy
 from .pruning.api import remove as remove
@@ -32,7 +33,6 @@ from .pruning.merging import Merge as Merge
 from .pruning.model import features as features
 from .pruning.module import Cropr as Cropr
 from .pruning.module import Scorer as Scorer
-from .pruning.module import Split as Split
 from .pruning.module import loss as loss
 from .pruning.windows import Windows as Windows
 from .tuning import tune as tune

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cropr_kernels.models.vit import Block, ViTConfig
 from cropr_kernels.pruning.model import require_pruned, run
-from cropr_kernels.pruning.module import Split
+from cropr_kernels.pruning.module import Scorer, Split
 from cropr_kernels.pruning.state import PrunedTokens, PruningOptions, PruningState
 from cropr_kernels.tasks.features import token_norm
 from cropr_kernels.tasks.segmentation import PatchLogits, Segmenter
@@ -15,7 +15,7 @@ from cropr_kernels.tasks.segmentation import PatchLogits, Segmenter
 OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
 
 
-class Confident(nn.Module):
+class Confident(Scorer):
     """DToP's pruning: each token is classified by itself, and the surest are pruned with the prediction they have.
 
     Source: Tang et al. 2023, with the counts of a schedule in place of a threshold.

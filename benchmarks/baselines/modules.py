@@ -16,7 +16,7 @@ from benchmarks.baselines.selection import random_scores, variance_scores
 ops = torch.ops.cropr
 
 
-class PruningModule(nn.Module):
+class PruningModule(cropr.Scorer):
     """Holds the query of the Cropr module that it replaces, and may look at the block before it."""
 
     folded: Tensor
@@ -27,9 +27,6 @@ class PruningModule(nn.Module):
 
     def query(self) -> Tensor:
         return self.folded
-
-    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[None, None]:
-        return None, None
 
 
 def replace_modules(model: Any, make: Callable[[Any, Any], nn.Module], layers: Sequence[int] | None = None) -> None:

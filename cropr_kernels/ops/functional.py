@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class Pruned(NamedTuple):
+class Split(NamedTuple):
     """Tokens in two parts. kept (B, K, D) at kept_idx (B, K), pruned (B, R, D) at pruned_idx (B, R), both ascending."""
 
     kept: Tensor
@@ -67,7 +67,7 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     return torch.ops.cropr.select(scores, num_keep, num_prefix, priority)
 
 
-def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Pruned:
+def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
     """Score, select and take the rows apart in one op; `restore` is its inverse.
 
     Args:
@@ -78,12 +78,12 @@ def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority
     Returns:
         Bit-exact copies of the rows, with their positions. Gradient for x, through the rows; none for query.
     """
-    return Pruned(*torch.ops.cropr.prune(x, query, num_keep, num_prefix, priority))
+    return Split(*torch.ops.cropr.prune(x, query, num_keep, num_prefix, priority))
 
 
-def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Pruned:
+def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
     """`prune` by scores (B, N), float32, that are known already."""
-    return Pruned(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
+    return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:

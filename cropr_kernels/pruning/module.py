@@ -1,43 +1,46 @@
 """The Cropr module: scorer, aggregator and auxiliary head (paper section 3.1)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.reference import fold_queries
 
 
-class Split(NamedTuple):
-    """Tokens split in two: kept (B, K, D) and pruned (B, R, D), with their positions, int64, ascending."""
-
-    kept: Tensor
-    kept_idx: Tensor
-    pruned: Tensor
-    pruned_idx: Tensor
-
-
-class Scorer(Protocol):
-    """What may stand after a block: `apply(make_module=...)` takes modules with these methods."""
+class Scorer(nn.Module):
+    """What stands after a block and decides which tokens are kept; `apply(make_module=...)` takes any of its kind."""
 
     def query(self) -> Tensor:
         """The vector (D,), float32, whose product with a token is its score: what the engine and merging take."""
-        ...
+        raise NotImplementedError
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """In training: an auxiliary prediction from x (B, N, D), and the scores (B, N), if either is at hand.
 
         log_sizes (B, N) is added to the logits of an attention over the tokens, for tokens that are padding.
         """
-        ...
+        return None, None
 
-    def __call__(
-        self, x: Tensor, num_keep: int, num_prefix: int, scores: Tensor | None, priority: Tensor | None
-    ) -> "Split":
-        """Split x (B, N, D), by the scores of `predict` where there are any."""
-        ...
+    def forward(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix: int = 0,
+        scores: Tensor | None = None,
+        priority: Tensor | None = None,
+    ) -> ops.Split:
+        """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.
+
+        With scores (B, N) from `predict` x is not read a second time to score it. priority (B, N), int8, names tokens
+        that are kept (1) or pruned (-1) before all others.
+        """
+        if scores is not None:
+            return ops.split(x, scores, num_keep, num_prefix, priority)
+        return ops.prune(x, self.query(), num_keep, num_prefix, priority)
 
 
 class Aggregator(nn.Module):
@@ -78,7 +81,7 @@ class Aggregator(nn.Module):
         return self.head(self.norm2(out)), scores
 
 
-class Cropr(nn.Module):
+class Cropr(Scorer):
     """Score tokens with learned queries and split them into kept and pruned.
 
     Args:
@@ -121,25 +124,8 @@ class Cropr(nn.Module):
         prediction, scores = self.aggregator(x, self.queries, log_sizes)
         return (prediction.squeeze(1) if self.queries.shape[0] == 1 else prediction), scores
 
-    def forward(
-        self,
-        x: Tensor,
-        num_keep: int,
-        num_prefix: int = 0,
-        scores: Tensor | None = None,
-        priority: Tensor | None = None,
-    ) -> Split:
-        """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.
 
-        With scores (B, N) from `predict` x is not read a second time to score it. priority (B, N), int8, names tokens
-        that stay (1) or leave (-1) before all others.
-        """
-        if scores is not None:
-            return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
-        return Split(*torch.ops.cropr.prune(x, self.query(), num_keep, num_prefix, priority))
-
-
-class FoldedCropr(nn.Module):
+class FoldedCropr(Scorer):
     """A Cropr module for inference: one folded query (D,), nothing to train."""
 
     folded: Tensor
@@ -150,20 +136,6 @@ class FoldedCropr(nn.Module):
 
     def query(self) -> Tensor:
         return self.folded
-
-    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[None, None]:
-        return None, None
-
-    def forward(
-        self,
-        x: Tensor,
-        num_keep: int,
-        num_prefix: int = 0,
-        scores: Tensor | None = None,
-        priority: Tensor | None = None,
-    ) -> Split:
-        """Split x (B, N, D) exactly as the module it was folded from; it has no scores to be given."""
-        return Split(*torch.ops.cropr.prune(x, self.folded, num_keep, num_prefix, priority))
 
 
 def loss(criterion: Callable[..., Tensor], output: Tensor, aux: list[Tensor], target: Any) -> Tensor:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cropr_kernels import ops
 from cropr_kernels.models.vit import Block, ViTConfig
 from cropr_kernels.pruning.model import require_pruned, run
-from cropr_kernels.pruning.module import Scorer, Split
+from cropr_kernels.pruning.module import Scorer
 from cropr_kernels.pruning.state import PrunedTokens, PruningOptions, PruningState
 from cropr_kernels.tasks.features import token_norm
 from cropr_kernels.tasks.segmentation import PatchLogits, Segmenter
@@ -45,9 +46,9 @@ class Confident(Scorer):
         num_prefix: int = 0,
         scores: Tensor | None = None,
         priority: Tensor | None = None,
-    ) -> Split:
+    ) -> ops.Split:
         scores = self.predict(x)[1] if scores is None else scores
-        return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
+        return ops.split(x, scores, num_keep, num_prefix, priority)
 
 
 class CrossAttention(nn.Module):

@@ -81,8 +81,9 @@ def apply(
 
     Raises:
         TypeError: the model's family is not known.
-        ValueError: the model is pruned already, the schedule does not fit it, or windows come without llf, with merge,
-            or for a model that gives its tokens in no other way than through its head.
+        ValueError: the model is pruned already, the schedule does not fit it, tokens shall merge by modules that have
+            no query, or windows come without llf, with merge, or for a model that gives its tokens in no other way
+            than through its head.
     """
     if is_pruned(model):
         raise ValueError(
@@ -107,6 +108,8 @@ def apply(
     count = schedules.num_modules(len(spec.blocks), llf)
     modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
     stack = CroprModules(modules, config, spec)
+    if config.merge is not None and not selects_by_query(stack):
+        raise ValueError(f"cropr.apply: merge selects by queries, and {type(modules[0]).__name__} does not")
     own = next((p for p in spec.blocks[0].parameters() if p.is_floating_point() and not p.is_meta), None)
     if own is not None:
         stack.to(own.device, own.dtype)
@@ -198,6 +201,11 @@ def remove(model: Any) -> Any:
     return model
 
 
+def selects_by_query(stack: CroprModules) -> bool:
+    """Whether every module keeps the tokens with the highest product with its query, which is all the engine knows."""
+    return all(type(module).forward is Scorer.forward for module in stack)
+
+
 def set_rate(model: Any, rate: int) -> Any:
     """Prune with another constant rate from now on, in place: one model serves many rates.
 
@@ -260,6 +268,8 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         light.engine_reason = "window attention"
     elif not engine:
         light.engine_reason = "switched off by deploy(engine=False)"
+    elif not selects_by_query(light):
+        light.engine_reason = f"{type(light[0]).__name__} does not select by its query alone"
     else:
         parts = engine_parts(light.spec)
         light.engine, light.engine_reason = (None, parts) if isinstance(parts, str) else (parts, "")

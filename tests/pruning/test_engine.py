@@ -300,3 +300,20 @@ def test_engine_on_cuda_gives_the_cpu_result(kind):
     expected = functional(images)
     with torch.no_grad():
         torch.testing.assert_close(engine.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_modules_that_select_in_another_way_are_left_to_themselves():
+    class Last(cropr.Scorer):
+        def query(self):
+            return torch.zeros(64)
+
+        def forward(self, x, num_keep, num_prefix=0, scores=None, priority=None):
+            return cropr.ops.split(x, torch.arange(x.shape[1]).float().expand(x.shape[:2]), num_keep, num_prefix)
+
+    model = cropr.apply(reference_vit().eval(), rate=8, make_module=lambda layer, block: Last())
+    fast, images = cropr.deploy(model), torch.randn(2, 3, 64, 64)
+    assert fast.cropr.engine_reason == "Last does not select by its query alone"
+    assert torch.equal(fast(images), model(images))
+    assert (cropr.pruning_map(fast, images).flatten(1)[:, :9] == 1).all()
+    with pytest.raises(ValueError, match="merge selects by queries, and Last does not"):
+        cropr.apply(reference_vit(), rate=8, merge=True, make_module=lambda layer, block: Last())

@@ -1,4 +1,4 @@
-"""Patches that must stay, and patches that are none: what a caller knows of a batch before any score is computed."""
+"""Patches that must be kept, and patches that are none: what a caller knows of a batch before any score is computed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,16 +13,16 @@ _ABSENT = -3000.0
 class Masks(NamedTuple):
     """What holds for the tokens of a batch, by position, prefix included."""
 
-    priority: Tensor  # (B, N) int8: 1 stays before all others, -1 leaves before all others
+    priority: Tensor  # (B, N) int8: 1 is kept before all others, -1 pruned before all others
     padding: Tensor | None  # (B, N) bool: tokens that no other may see
 
     def log_sizes(self, positions: Tensor | None) -> Tensor | None:
-        """What padding adds to the logits of the tokens alive, (B, K) float32; None where there is no padding."""
+        """What padding adds to the logits of the active tokens, (B, K) float32; None where there is no padding."""
         padding = self.padding_at(positions)
         return None if padding is None else padding.float() * _ABSENT
 
     def padding_at(self, positions: Tensor | None) -> Tensor | None:
-        """Which of the tokens alive are padding, (B, K)."""
+        """Which of the active tokens are padding, (B, K)."""
         return self.padding if self.padding is None or positions is None else self.padding.gather(1, positions)
 
 

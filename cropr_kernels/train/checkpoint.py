@@ -11,7 +11,7 @@ from ..utils.io import atomic_write, load_tensors
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before stays until the new one is complete, and where that raises RuntimeError."""
+    """Write a checkpoint; until it is complete, and where that fails with a RuntimeError, the one before stays."""
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)

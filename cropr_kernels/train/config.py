@@ -154,11 +154,8 @@ class Config:
 
     def differences(self, other: "Config") -> list[str]:
         """Where two runs are not the same run: 'name: here, not there'."""
-        return [
-            f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}"
-            for name in _HINTS
-            if name not in _FREE and getattr(self, name) != getattr(other, name)
-        ]
+        unequal = [name for name in _HINTS if name not in _FREE and getattr(self, name) != getattr(other, name)]
+        return [f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}" for name in unequal]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

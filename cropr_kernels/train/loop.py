@@ -187,16 +187,14 @@ class Run:
     def go(self) -> dict[str, Any]:
         """Train to the end. A run that had ended before gives its last evaluation."""
         config, place, tqdm = self.config, self.place, need("tqdm", "train", "cropr train").tqdm
-        total = config.epochs * self.steps_an_epoch
+        total, count = config.epochs * self.steps_an_epoch, len(self.data.train)
         if self.step >= total:
             lines = [json.loads(line) for line in self.log.read_text().splitlines()]
             return next(line["val"] for line in reversed(lines) if "val" in line)
         with tqdm(total=total, initial=self.step, desc="training", disable=not self.show, mininterval=1) as bar:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
-                shared = Batches(
-                    len(self.data.train), config, epoch, rank=place.rank, world=place.world, first_step=first
-                )
+                shared = Batches(count, config, epoch, rank=place.rank, world=place.world, first_step=first)
                 loader = iter(make_loader(self.data.train, shared, config))
                 for _ in range(first, self.steps_an_epoch):
                     start = time.perf_counter()

@@ -149,9 +149,7 @@ def weighted_rows_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_one(
-    x: Tensor, query: Tensor, scale: float, out: Tensor, *, grad: Tensor | None = None, raw: Tensor | None = None
-) -> None:
+def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     batch, n, dim = x.shape
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](

@@ -9,7 +9,6 @@ every run.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference import accumulation_dtype
 from ..validation import check
@@ -227,18 +226,7 @@ def target_registers(dtype: torch.dtype) -> dict[str, int]:
     return {"maxnreg": 168} if dtype == torch.float64 else {}
 
 
-def _launch(
-    x: Tensor,
-    safe_idx: Tensor,
-    candidate_idx: Tensor,
-    sizes: Tensor,
-    dest: Tensor,
-    num_keep: int,
-    features: Tensor | None,
-    num_prefix: int,
-    *,
-    in_place: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
     (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
     num_prune = num_safe + num_candidates - num_keep
     kept_idx, pruned_idx, slots = (
@@ -281,15 +269,7 @@ def _launch(
     return out, kept_idx, pruned_idx, kept_sizes
 
 
-def merge(
-    x: Tensor,
-    safe_idx: Tensor,
-    candidate_idx: Tensor,
-    sizes: Tensor,
-    num_keep: int,
-    features: Tensor | None = None,
-    num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def merge(x, safe_idx, candidate_idx, sizes, num_keep, features=None, num_prefix=0):
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
     check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
     x = dense_rows(x)
@@ -298,15 +278,7 @@ def merge(
     return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
-def merge_(
-    x: Tensor,
-    safe_idx: Tensor,
-    candidate_idx: Tensor,
-    sizes: Tensor,
-    parent: Tensor,
-    num_keep: int,
-    num_prefix: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0):
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
     check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
     parts = (sizes, parent, num_keep, None, num_prefix)

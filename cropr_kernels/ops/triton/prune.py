@@ -68,9 +68,7 @@ def split_kernel(
         )  # fmt: skip
 
 
-def _launch_split(
-    whole: Tensor, kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor, *, scatter: bool
-) -> None:
+def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
     batch, n, dim = whole.shape
     num_keep = kept.shape[1]
     tiles = triton.cdiv(num_keep, _BLOCK_R) + triton.cdiv(n - num_keep, _BLOCK_R)
@@ -86,17 +84,13 @@ def _launch_split(
         )  # fmt: skip
 
 
-def prune(
-    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prune(x, query, num_keep, num_prefix=0, priority=None):
     """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
     check("prune", x, query, num_keep, num_prefix, priority)
     return _split(x, *launch_scores_select(x, query, num_keep, num_prefix, priority))
 
 
-def split(
-    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(x, scores, num_keep, num_prefix=0, priority=None):
     """Launch cropr::split in two: the selection, and one pass that moves every row."""
     check("split", x, scores, num_keep, num_prefix, priority)
     return _split(x, *select(scores, num_keep, num_prefix, priority))

@@ -184,16 +184,7 @@ def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _launch_add_norm(
-    x: Tensor,
-    idx: Tensor | None,
-    update: Tensor | None,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out: Tensor | None,
-) -> None:
+def _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out):
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
     if not (batch and count and dim):
@@ -221,15 +212,7 @@ def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) ->
     _launch_add_norm(x, idx, update, gamma, None, None, 0.0, None)
 
 
-def add_norm_(
-    x: Tensor,
-    idx: Tensor | None,
-    update: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
+def add_norm_(x, idx, update, gamma, weight, bias, eps):
     """Launch cropr::add_norm_; positions as in add_."""
     check("add_norm_", x, idx, update, gamma, weight, bias, eps)
     out = x.new_empty(update.shape)
@@ -237,18 +220,7 @@ def add_norm_(
     return out
 
 
-def add_select_(
-    x: Tensor,
-    idx: Tensor | None,
-    update: Tensor,
-    gamma: Tensor | None,
-    query: Tensor,
-    num_keep: int,
-    num_prefix: int = 0,
-    sizes: Tensor | None = None,
-    size_weight: float = 0.0,
-    priority: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None):
     """Launch cropr::add_select_; positions as in add_."""
     check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
     (batch, n, dim), count = x.shape, update.shape[1]

@@ -67,14 +67,7 @@ def fold_query(query: Tensor, dtype: torch.dtype) -> Tensor:
     return fold_queries(query).to(dtype).contiguous()
 
 
-def _launch(
-    x: Tensor,
-    query: Tensor,
-    kept_idx: Tensor | None,
-    pruned_idx: Tensor | None,
-    num_prefix: int,
-    priority: Tensor | None = None,
-) -> Tensor:
+def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
     x = dense_rows(x)
     batch, n, dim = x.shape
     out = x.new_empty((batch, n), dtype=torch.float32)
@@ -108,9 +101,7 @@ def _launch(
     return out
 
 
-def launch_scores_select(
-    x: Tensor, query: Tensor, num_keep: int, num_prefix: int, priority: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def launch_scores_select(x, query, num_keep, num_prefix, priority):
     """Positions kept and pruned, in one launch."""
     batch, n, _ = x.shape
     kept_idx = x.new_empty((batch, num_keep), dtype=torch.int64)

@@ -11,7 +11,7 @@ from cropr_kernels.pruning.model import require_pruned, run
 from cropr_kernels.pruning.module import Scorer
 from cropr_kernels.pruning.state import PrunedTokens, PruningOptions, PruningState
 from cropr_kernels.tasks.features import token_norm
-from cropr_kernels.tasks.segmentation import PatchLogits, Segmenter
+from cropr_kernels.tasks.segmentation import Segmenter
 
 OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
 
@@ -123,7 +123,7 @@ class FusedSegmenter(Segmenter):
             for layer in range(len(stack)):
                 stack[layer] = Confident(dim, num_classes).to(weight.device, weight.dtype)
 
-    def logits(self, images: Tensor, *, predict: bool = False) -> PatchLogits:
+    def logits(self, images: Tensor, *, predict: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
         backbone = self.backbone
         options = PruningOptions(predict=predict, collect=True)
@@ -131,13 +131,13 @@ class FusedSegmenter(Segmenter):
         x: Any = state.tokens
         pruned, prefix, norm = state.pruned(), state.num_prefix, token_norm(backbone)
         if self.fuse is not None:
-            return PatchLogits(self.head(self.fuse(x, pruned, norm, prefix)), state.aux)
+            return self.head(self.fuse(x, pruned, norm, prefix)), state.aux
         logits = self.head(norm(x))
         if pruned is not None:
             parts = zip(state.pruned_idx, state.pruned_tokens)
             decided = torch.cat([backbone.cropr[layer].classify(tokens) for (layer, _), tokens in parts], 1)
             logits = put_back(logits, pruned, decided.type_as(logits))
-        return PatchLogits(logits[:, prefix:], predictions_of_patches(state))
+        return logits[:, prefix:], predictions_of_patches(state)
 
     def aux_loss(self, prediction: Tensor, labels: Tensor) -> Tensor:
         """DToP's is that of the tokens active at that layer."""

@@ -7,6 +7,12 @@ from torch import Tensor, nn
 from ..pruning.model import features, is_pruned
 
 
+def token_norm(backbone: Any) -> Any:
+    """The last norm of the tokens: models that average over the patches first have it behind the average."""
+    behind = getattr(backbone, "fc_norm", None)
+    return behind if isinstance(behind, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm) else backbone.norm
+
+
 def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> tuple[Tensor, list[Tensor]]:
     """Tokens of all patches (B, patches, D), and auxiliary predictions (B, patches, outputs), one per module.
 
@@ -21,8 +27,5 @@ def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> tuple[Ten
         prefix = 0 if backbone.cropr.config.windows is not None else prefix
     else:
         x = backbone.forward_features(images)
-    tokens = x[:, prefix:]
-    behind = getattr(backbone, "fc_norm", None)  # where a model averages over the patches first, its norm is here
-    if isinstance(behind, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm):
-        tokens = behind(tokens)
-    return tokens, aux
+    tokens, norm = x[:, prefix:], token_norm(backbone)
+    return tokens if norm is backbone.norm else norm(tokens), aux

@@ -98,7 +98,7 @@ def test_fusions_are_those_of_a_slow_implementation(fusion, schedule):
             "cross_attn_concat": lambda: task.fuse.reader(norm(everything)),
         }[fusion]()
         expected = task.head(tokens)
-    torch.testing.assert_close(task.logits(images).output, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(task.logits(images)[0], expected, rtol=1e-4, atol=1e-4)
     low = expected.transpose(1, 2).unflatten(2, (8, 8))
     whole = F.interpolate(low, size=(64, 64), mode="bilinear", align_corners=False)
     torch.testing.assert_close(task(images), whole, rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_dtop_predicts_and_learns_from_the_tokens_that_are_active(schedule):
     task = segmenter("dtop", **SCHEDULES[schedule])
     images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
     blocks = cropr.pruning_map(task.backbone, images).flatten(1)
-    aux = task.logits(images, predict=True).aux
+    aux = task.logits(images, predict=True)[1]
     labels, expected = target[:, 4::8, 4::8].flatten(1), 0
     for layer, prediction in enumerate(aux):
         active = blocks > layer

@@ -119,11 +119,10 @@ def before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if slot.options is None or slot.options.predict is None:  # nobody has asked for more
         if stack.config.windows is not None:
             raise RuntimeError("with window attention a model gives features only: model.forward_features(images)")
-        slot.options = PruningOptions(
-            protect, padding, engine=_takes_engine(model, kwargs), whole=stack.spec.returns_tokens
-        )
-        _check_masks(model, slot.options)
-        slot.stack = stack
+        engine, whole = _takes_engine(model, kwargs), stack.spec.returns_tokens
+        options = PruningOptions(protect, padding, engine=engine, whole=whole)
+        _check_masks(model, options)
+        slot.options, slot.state, slot.stack = options, None, stack
     return args, kwargs
 
 

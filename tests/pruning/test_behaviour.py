@@ -183,8 +183,8 @@ def test_a_mask_does_not_outlive_a_call_that_fails():
     expected = model(images)
     with pytest.raises(AssertionError):
         model(torch.randn(2, 3, 40, 40), protect=protect)
+    pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=8, num_outputs=0).eval()
     with pytest.raises(ValueError, match="padding needs a head"):
-        pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=8, num_outputs=0).eval()
         pooling(images, padding=protect)
     assert pooling.cropr.slot.options is None
     assert torch.equal(model(images), expected)

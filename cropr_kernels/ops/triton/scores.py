@@ -15,26 +15,10 @@ from .utils import PINNED, block_counters, dense_rows, registers, width_block
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
 def scores_kernel(
-    x_ptr,
-    query_ptr,
-    scores_ptr,
-    stride_xb,
-    stride_xn,
-    counters_ptr,
-    kept_idx_ptr,
-    pruned_idx_ptr,
-    priority_ptr,
-    n,
-    num_keep,
-    num_prefix,
-    dim,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
-):
+    x_ptr, query_ptr, scores_ptr, stride_xb, stride_xn, counters_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr,
+    n, num_keep, num_prefix, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_R)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
@@ -79,25 +63,11 @@ def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
     num_warps = max(num_warps, 4)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
-            x,
-            fold_query(query, accumulation_dtype(x.dtype)),
-            out,
-            x.stride(0),
-            x.stride(1),
-            None if kept_idx is None else block_counters(x),
-            kept_idx,
-            pruned_idx,
-            priority_bytes(priority),
-            n,
-            0 if kept_idx is None else kept_idx.shape[1],
-            num_prefix,
-            dim,
-            **row_blocks(dim, num_warps, x.dtype),
-            **blocks,
-            num_warps=num_warps,
-            **registers(num_warps),
-            **PINNED,
-        )
+            x, fold_query(query, accumulation_dtype(x.dtype)), out, x.stride(0), x.stride(1),
+            None if kept_idx is None else block_counters(x), kept_idx, pruned_idx, priority_bytes(priority),
+            n, 0 if kept_idx is None else kept_idx.shape[1], num_prefix, dim,
+            **row_blocks(dim, num_warps, x.dtype), **blocks, num_warps=num_warps, **registers(num_warps), **PINNED,
+        )  # fmt: skip
     return out
 
 

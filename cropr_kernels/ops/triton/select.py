@@ -82,19 +82,9 @@ def count_three(keys, threshold, shift, COUNT_BITS: tl.constexpr):
 
 @triton.jit
 def select_image(
-    scores_ptr,
-    kept_idx_ptr,
-    pruned_idx_ptr,
-    n,
-    num_keep,
-    num_prefix,
-    from_idx_ptr,
-    priority_ptr,
-    BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
-):
+    scores_ptr, kept_idx_ptr, pruned_idx_ptr, n, num_keep, num_prefix, from_idx_ptr, priority_ptr,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+):  # fmt: skip
     """Split one image's positions, or the positions from_idx that its tokens came from."""
     lanes = tl.arange(0, BLOCK_N)
     crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N)
@@ -158,19 +148,9 @@ def is_last(counter_ptr, programs):
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
 def select_kernel(
-    scores_ptr,
-    kept_idx_ptr,
-    pruned_idx_ptr,
-    priority_ptr,
-    stride_sb,
-    n,
-    num_keep,
-    num_prefix,
-    BLOCK_N: tl.constexpr,
-    BITS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-    COUNT_BITS: tl.constexpr,
-):
+    scores_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr, stride_sb, n, num_keep, num_prefix,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     if priority_ptr is not None:
         priority_ptr += b * n
@@ -216,16 +196,7 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
         constants, num_warps = select_blocks(n, scores.dtype)
         with torch.cuda.device_of(scores):
             select_kernel[(batch,)](
-                scores,
-                kept_idx,
-                pruned_idx,
-                priority_bytes(priority),
-                scores.stride(0),
-                n,
-                num_keep,
-                num_prefix,
-                **constants,
-                num_warps=num_warps,
-                **PINNED,
-            )
+                scores, kept_idx, pruned_idx, priority_bytes(priority), scores.stride(0), n, num_keep, num_prefix,
+                **constants, num_warps=num_warps, **PINNED,
+            )  # fmt: skip
     return kept_idx, pruned_idx

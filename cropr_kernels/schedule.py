@@ -103,7 +103,7 @@ _KINDS: dict[str, Callable[..., list[int]]] = {"rate": rate, "keep": keep, "rati
 
 @dataclass(frozen=True)
 class Bound:
-    """A schedule with its option filled in, such as rate=8."""
+    """A schedule with its option filled in, such as rate=8: a value, equal and hashed by what it holds."""
 
     kind: str
     value: Any
@@ -146,4 +146,4 @@ def resolve(**options: Any) -> Bound:
             raise ValueError(f"schedule: {path} holds no schedule: {error}") from error
         if not (isinstance(value, list) and all(isinstance(count, int) for count in value)):
             raise ValueError(f"schedule: keep in {path} must be a list of integers, got {value}")
-    return Bound(kind, value)
+    return Bound(kind, tuple(value) if isinstance(value, Sequence) else value)

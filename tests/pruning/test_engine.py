@@ -277,6 +277,17 @@ def test_the_key_of_a_graph_holds_all_that_changes_its_result():
         cropr.deploy(model, cuda_graphs=-1)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [{"rate": 8}, {"keep": [40, 30, 20]}, {"ratio": 0.5}, {"const": [2, 25]}, {"keep": (40, 30, 20)}],
+    ids=str,
+)
+def test_every_schedule_makes_a_key(schedule):
+    models = [cropr.deploy(cropr.apply(reference_vit(), **schedule)) for _ in range(2)]
+    assert models[0].cropr.config == models[1].cropr.config
+    assert len({model.cropr.config for model in models}) == 1 and hash(graph_key(models[0], torch.zeros(1, 3, 64, 64)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ENGINE_MODELS)

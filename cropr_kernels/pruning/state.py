@@ -167,8 +167,10 @@ class PruningState:
         """Patches in height and width.
 
         Raises:
-            ValueError: they are unknown.
+            ValueError: they are unknown, or the model does not keep its patches in their places.
         """
+        if self.stack.spec.refusal is not None:
+            raise ValueError(f"cropr: maps of this model are not supported: {self.stack.spec.refusal}")
         if self.grid is None:
             raise ValueError(f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} patches")
         return self.grid

@@ -222,3 +222,22 @@ def test_backbones_that_give_maps_of_several_blocks_are_refused():
 
     with pytest.raises(ValueError, match="Dinov2Backbone gives maps of several blocks"):
         cropr.apply(transformers.Dinov2Backbone(transformers.Dinov2Config(**HF)), rate=4)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "torchvision"])
+def test_a_module_around_a_model_is_refused_with_the_way_to_the_model(name):
+    around = nn.Module()
+    around.wrapped = nn.Module()
+    around.wrapped.model = FAMILIES[name]()
+    kind = type(around.wrapped.model).__name__
+    with pytest.raises(
+        TypeError, match=rf"a module around a model; give cropr.apply the one at .wrapped.model, {kind}"
+    ):
+        cropr.apply(around, rate=8)
+
+
+def test_no_map_is_drawn_of_shuffled_patches():
+    model = cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8, merge=True)
+    for draw in (cropr.pruning_map, cropr.merge_map):
+        with pytest.raises(ValueError, match="maps of this model are not supported: it shuffles patches"):
+            draw(model, torch.randn(1, 3, 64, 64))

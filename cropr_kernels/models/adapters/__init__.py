@@ -29,6 +29,12 @@ def find_spec(model: nn.Module) -> ModelSpec:
         spec = adapter.find(model)
         if spec is not None:
             return spec
+    for path, module in model.named_modules():
+        if path and any(adapter.find(module) is not None for adapter in ADAPTERS):
+            raise TypeError(
+                f"cropr.apply: {type(model).__name__} is a module around a model; give cropr.apply the one at .{path}, "
+                f"{type(module).__name__}"
+            )
     raise TypeError(
         f"cropr.apply: no adapter for {type(model).__module__}.{type(model).__name__}; supported are "
         f"{', '.join(adapter.SUPPORTED for adapter in ADAPTERS)}. An adapter needs a list of blocks, each called with "

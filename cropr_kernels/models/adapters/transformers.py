@@ -50,6 +50,8 @@ def find(model: Any) -> ModelSpec | None:
         raise TypeError(
             f"cropr.apply: {type(model).__name__} has {len(stacks)} vision towers; give cropr.apply the one to prune"
         )
+    if not hasattr(model, "main_input_name"):
+        return None  # a module around one of transformers
     if type(model).__name__.endswith("Backbone"):
         raise ValueError(
             f"cropr.apply: {type(model).__name__} gives maps of several blocks, which pruned blocks have not; take the "

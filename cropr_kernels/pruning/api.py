@@ -263,7 +263,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     for layer, module in enumerate(light):
         if isinstance(module, Cropr):
             light[layer] = FoldedCropr(module)
-    light.engine = None
+    light.engine, light.watched = None, []
     if light.config.windows is not None:
         light.engine_reason = "window attention"
     elif not engine:

@@ -1,5 +1,6 @@
 """The Cropr module: scorer, aggregator and auxiliary head (paper section 3.1)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ from .. import ops
 from ..ops.reference import fold_queries
 
 
-class Scorer(nn.Module):
+class Scorer(nn.Module, ABC):
     """What stands after a block and decides which tokens are kept; `apply(make_module=...)` takes any of its kind."""
 
+    @abstractmethod
     def query(self) -> Tensor:
         """The vector (D,), float32, whose product with a token is its score: what the engine and merging take."""
-        raise NotImplementedError
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """In training: an auxiliary prediction from x (B, N, D), and the scores (B, N), if either is at hand.

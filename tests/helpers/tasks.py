@@ -1,0 +1,58 @@
+"""Backbones of the tasks, and scenes on which each recipe learns."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.models import reference_vit, timm_eva, timm_vit
+
+BACKBONES = {
+    "reference": lambda: reference_vit(num_classes=0),
+    "reference, average": lambda: reference_vit(num_classes=0, class_token=False, global_pool="avg"),
+    "timm ViT": lambda: timm_vit(num_classes=0, dynamic_img_size=True),
+    "timm EVA-02": lambda: timm_eva(num_classes=0, dynamic_img_size=True),
+}
+CLASSES = 3
+
+
+def write_scenes(folder, count):
+    """Squares of two colours on noise: photos, label maps and COCO annotations. 3 is no class."""
+    image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for part in ("photos", "labels"):
+            (folder / split / part).mkdir(parents=True)
+        about = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "red"}, {"id": 9, "name": "blue"}]}
+        for i in range(count):
+            pixels = torch.randint(0, 100, (64, 80, 3), generator=generator, dtype=torch.uint8)
+            labels = torch.zeros(64, 80, dtype=torch.uint8)
+            labels[0] = 3
+            about["images"].append({"id": i, "file_name": f"{i:02}.png", "width": 80, "height": 64})
+            for category in range(2 if i else 0):  # the first photo is empty
+                top, left = torch.randint(0, 32, (2,), generator=generator).tolist()
+                left = left // 2 + 40 * category
+                pixels[top : top + 24, left : left + 24, 2 * category] = 250
+                labels[top : top + 24, left : left + 24] = category + 1
+                corners = [left, top, left + 24, top, left + 24, top + 24, left, top + 24]
+                about["annotations"].append(
+                    {"id": len(about["annotations"]) + 1, "image_id": i, "category_id": 7 + 2 * category, "iscrowd": 0,
+                     "bbox": [left, top, 24, 24], "area": 576, "segmentation": [corners]}
+                )  # fmt: skip
+            image.fromarray(pixels.numpy()).save(folder / split / "photos" / f"{i:02}.png")
+            image.fromarray(labels.numpy()).save(folder / split / "labels" / f"{i:02}.png")
+        (folder / split / "boxes.json").write_text(json.dumps(about))
+    return folder
+
+
+RECIPES = {
+    "segmentation": dict(
+        task="segmentation", train_split=("train/photos", "train/labels"), val_split=("val/photos", "val/labels"),
+        num_classes=3, ignore_index=3, img_size=(64, 64), scale=(0.9, 1.1), lr=3e-3, epochs=12, curriculum=0.5,
+    ),
+    "detection": dict(
+        task="detection", train_split=("train/photos", "train/boxes.json"),
+        val_split=("val/photos", "val/boxes.json"), img_size=(64, 64), scale=(0.9, 1.2), lr=1e-3, epochs=10,
+        window=4, global_blocks=(1, 3), flip=0.0, channels=16,
+    ),
+}  # fmt: skip

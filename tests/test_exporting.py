@@ -226,5 +226,3 @@ def test_the_command_writes_compares_and_times(tmp_path, capsys):
     assert (tmp_path / "out" / "tiny.onnx").is_file()
     assert printed.count("the same patches are pruned after the same blocks") == 1
     assert re.search(r"tiny.onnx +aten +\d+\.\d +\S+ +\S+ +\S+ +\d\.\d\d\n", printed)
-    assert cli.main([*common, "--batch", "0"]) == 1
-    assert "--batch must be >= 1, got 0" in capsys.readouterr().err

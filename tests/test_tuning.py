@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cropr_kernels as cropr
-from cropr_kernels import schedule, tuning
+from cropr_kernels import Schedule, tuning
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.utils import timing
@@ -43,7 +43,7 @@ def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     keep = tuning.solve(STAIRS, 30.0, 200, 11, 1)
     assert sum(STAIRS[200] - STAIRS[count] for count in keep) >= 30
     assert all(count in tuning.efficient(STAIRS) for count in keep)
-    assert keep == sorted(keep, reverse=True) and schedule.keep(200, 12, keep) == keep
+    assert keep == sorted(keep, reverse=True) and Schedule(keep=keep).counts(200, 12) == keep
     gentler = tuning.solve(STAIRS, 29.0, 200, 11, 1)
     assert sum(gentler) >= sum(keep)
     assert tuning.solve(STAIRS, 30.0, 200, 11, 1) == keep  # the same measurements, the same schedule
@@ -61,7 +61,7 @@ def test_every_schedule_is_legal(modules, prefix, saving, data):
     costs = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {tokens: 10.0}
     keep = tuning.solve(tuning.monotone(costs), saving, tokens, modules, prefix)
     if keep is not None:
-        assert schedule.keep(tokens, modules + 1, keep, prefix) == keep
+        assert Schedule(keep=keep).counts(tokens, modules + 1, prefix) == keep
 
 
 class Clock:
@@ -163,4 +163,6 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1
     assert "no schedule takes 0.001 ms" in capsys.readouterr().err
-    assert cli.main([*arguments, "--speedup", "2", "--batch", "0"]) == 1 and "--batch" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--speedup", "2", "--batch", "0"])
+    assert "--batch: must be >= 1, got 0" in capsys.readouterr().err

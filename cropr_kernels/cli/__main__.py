@@ -5,7 +5,6 @@ import importlib.metadata
 import sys
 
 from . import bench, calibrate, export, infer, info, map, train, tune
-from .common import check_counts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +16,6 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        check_counts(options)
         options.run(options)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -16,7 +16,7 @@ from ..tuning import default_rates
 from ..utils.images import find_photos, load_photo
 from ..utils.io import table
 from ..utils.optional import need
-from .common import add_arguments, load_model
+from .common import add_arguments, count, load_model
 
 
 def add_parser(commands: Any) -> None:
@@ -29,8 +29,8 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, "model", "--rates", "--llf", "--merge", "--mean", "--std", "--quiet")
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
     parser.add_argument("--out", type=Path, default=Path("queries.pt"), help="file to write (default: queries.pt)")
-    parser.add_argument("--photos", type=int, default=400, help="photos to calibrate on, at most (default: 400)")
-    parser.add_argument("--held-out", type=int, default=200, help="other photos to compare on, at most (default: 200)")
+    parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
+    parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
     parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
     parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
     parser.set_defaults(run=run)

@@ -12,6 +12,14 @@ from ..pruning.api import apply, set_rate
 from ..pruning.model import is_pruned
 from ..train.loop import rebuild
 
+
+def count(text: str) -> int:
+    """A number of things, as `type` of an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return int(text)
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(
@@ -26,13 +34,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--merge": dict(action="store_true", help="merge the pruned tokens into those that are kept"),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
-    "--batch": dict(type=int, default=1, help="images at a time (default: %(default)s)"),
-    "--rounds": dict(type=int, default=9, help="timings of each, the median is used (default: %(default)s)"),
+    "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
+    "--rounds": dict(type=count, default=9, help="timings of each, the median is used (default: %(default)s)"),
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"),
     "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
     "--quiet": dict(action="store_true", help="no progress bar"),
 }
-_COUNTS = ("batch", "rounds", "photos", "held_out", "top", "unit", "workers")
 
 
 def add_arguments(parser: Any, *names: str) -> None:
@@ -46,15 +53,6 @@ def add_pruning(parser: Any) -> None:
     add_arguments(parser, "model", "--queries", "--llf", "--merge", "--mean", "--std")
     schedule = parser.add_mutually_exclusive_group()
     add_arguments(schedule, "--rate", "--keep")
-
-
-def check_counts(options: argparse.Namespace) -> None:
-    """Raise ValueError where a number of things is below 1; the message names the argument."""
-    for name in _COUNTS:
-        value = getattr(options, name, None)
-        least = min(value) if isinstance(value, list) else value
-        if least is not None and least < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {least}")
 
 
 def place_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, load_photo
 from ..utils.io import atomic_write, write_text
 from ..utils.optional import need
-from .common import add_arguments, add_pruning, load_with_queries, place_of
+from .common import add_arguments, add_pruning, count, load_with_queries, place_of
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
 
@@ -52,10 +52,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--features", action="store_true", help="features in place of classes")
-    parser.add_argument("--top", type=int, default=5, help="classes of each photo (default: 5)")
-    parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--unit", type=int, default=2048, help="photos of a folder in one file (default: 2048)")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read photos (default: 4)")
+    parser.add_argument("--top", type=count, default=5, help="classes of each photo (default: 5)")
+    parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--unit", type=count, default=2048, help="photos of a folder in one file (default: 2048)")
+    parser.add_argument("--workers", type=count, default=4, help="threads that read photos (default: 4)")
     parser.set_defaults(run=run)
 
 

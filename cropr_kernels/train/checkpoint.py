@@ -29,14 +29,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Load weights. Raises ValueError, with the first differences, where a name or a shape does not match."""
-    own, found = ({name: tuple(value.shape) for name, value in one.items()} for one in (model.state_dict(), weights))
-    pairs = [(name, own.get(name, "absent"), found.get(name, "absent")) for name in own | found]
-    problems = [f"{name} must be {wanted}, is {got}" for name, wanted, got in pairs if wanted != got]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"checkpoint: {path} does not fit this model: {'; '.join(problems[:4])}{more}")
-    model.load_state_dict(weights)
+    """Load weights; ValueError where a name or a shape does not match."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: {path} does not fit this model: {error}") from error
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

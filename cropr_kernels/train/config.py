@@ -219,37 +219,5 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"config: {name} must be {hint.__name__}, got {value!r}") from None
 
 
-_EVA02_L = "eva02_large_patch14_224.mim_m38m"
-_CLIP: dict[str, Any] = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-
-PRESETS: dict[str, Config] = {
-    # Paper, section 4.1 and its appendix: ViT-L/16 MAE, R = 8 with LLF, average pooling.
-    "imagenet1k-vit-l": Config(
-        model="vit_large_patch16_224.mae", pretrained=True, rate=8, llf=True, global_pool="avg",
-        epochs=50, warmup_epochs=5, batch_size=1024, lr=4e-3, layer_decay=0.75, drop_path=0.2, amp="bfloat16",
-        auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1, workers=8,
-    ),
-    # Section 4.2: EVA-02-L, 512 px, patch 16, R = 40 with LLF and a curriculum.
-    "ade20k-eva02-l": Config(
-        task="segmentation", model=_EVA02_L, pretrained=True, patch_size=16, img_size=(512, 512), rate=40, llf=True,
-        curriculum=0.5, train_split=("images/training", "annotations/training"),
-        val_split=("images/validation", "annotations/validation"), num_classes=150, reduce_zero_label=True,
-        epochs=64, warmup_epochs=1, batch_size=16, lr=2e-5, lr_schedule="poly", layer_decay=0.9, drop_path=0.2,
-        scale=(0.5, 2.0), color_jitter=0.4, amp="bfloat16", grad_checkpointing=True, workers=8, **_CLIP,
-    ),
-    # Section 4.3: EVA-02-L at 1536 px, window attention, 97 % of the tokens pruned (8 of 256 in a window are left).
-    "coco-eva02-l-1536": Config(
-        task="detection", masks=True, model=_EVA02_L, pretrained=True, patch_size=16, img_size=(1536, 1536),
-        keep=tuple(256 - round(248 * (i + 1) / 22) for i in range(22)), llf=True, window=16,
-        global_blocks=(2, 5, 8, 11, 14, 17, 20, 23), train_split=("train2017", "annotations/instances_train2017.json"),
-        val_split=("val2017", "annotations/instances_val2017.json"), epochs=12, warmup_epochs=0.1, batch_size=64,
-        lr=4e-5, weight_decay=0.1, layer_decay=0.8, drop_path=0.3, scale=(0.1, 2.0), amp="bfloat16",
-        grad_checkpointing=True, ema=0.9999, workers=8, **_CLIP,
-    ),
-    # A pretrained ViT on a folder of photos, a few epochs.
-    "finetune": Config(
-        model="vit_small_patch16_224", pretrained=True, rate=8, llf=True, epochs=10, warmup_epochs=1, batch_size=128,
-        lr=2e-4, layer_decay=0.75, drop_path=0.1, scale=(0.35, 1.0), smoothing=0.1, ema=0.999, amp="bfloat16",
-        mean=(0.5,) * 3, std=(0.5,) * 3,
-    ),
-}  # fmt: skip
+# Published recipes, each a config.json.
+PRESETS = {file.stem: Config.read(file) for file in sorted((Path(__file__).parent / "presets").glob("*.json"))}

@@ -143,12 +143,7 @@ def make_loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
 
 
 def load_data(config: Config) -> Data:
-    """The dataset that a configuration names.
-
-    Raises:
-        FileNotFoundError, ImportError: a part of it, or a library of the train extra, is missing.
-        ValueError: it does not hold what its task needs.
-    """
+    """The dataset that a configuration names; ValueError where it does not hold what its task needs."""
     parts = [_parts(config, option) for option in ("train_split", "val_split")]
     if config.task == "classification":
         folder = need("torchvision.datasets", "train", "cropr train").ImageFolder

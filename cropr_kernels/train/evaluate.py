@@ -82,21 +82,20 @@ class Overlap:
     """Mean intersection over union of the classes that occur, and the share of right pixels."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        confusion = need("torchmetrics.classification", "train", "cropr train").MulticlassConfusionMatrix
+        metrics = need("torchmetrics.classification", "train", "cropr train")
+        pixels = metrics.MulticlassAccuracy(num_classes, average="micro", ignore_index=config.ignore_index)
+        overlap = metrics.MulticlassJaccardIndex(num_classes, ignore_index=config.ignore_index)
         self.config, self.device = config, device
-        self.confusion = confusion(num_classes, ignore_index=config.ignore_index).to(device)
+        self.metrics = {"mIoU": overlap.to(device), "pixels": pixels.to(device)}
         self.stride = config.stride or tuple(max(side * 2 // 3, 1) for side in config.img_size)
 
     def update(self, task: Any, images: Tensor, target: Tensor) -> None:
         logits = task.slide(images.to(self.device), self.config.img_size, self.stride)
-        self.confusion.update(logits.argmax(1), target.to(self.device))
+        for metric in self.metrics.values():
+            metric.update(logits.argmax(1), target.to(self.device))
 
     def compute(self) -> dict[str, Any]:
-        counts = self.confusion.compute().double()
-        hits, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
-        present = union > 0
-        overlap = hits[present] / union[present]
-        return {"mIoU": _percent(overlap.mean()), "pixels": _percent(hits.sum() / counts.sum().clamp_min(1))}
+        return {name: _percent(metric.compute()) for name, metric in self.metrics.items()}
 
 
 class Precision:

@@ -9,7 +9,7 @@ from torch import nn
 from .config import Config
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token", "queries", "q_bias", "v_bias")
-_FIRST = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre"))
+_FIRST = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "reg_token"))
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -84,8 +84,9 @@ def test_counts_must_be_positive_in_every_command(tmp_path, capsys):
         (["calibrate", "x", str(tmp_path), "--held-out", "0"], "held-out"),
         (["infer", "x", str(tmp_path), "--out", "y", "--workers", "-1"], "workers"),
     ):
-        assert cli.main(arguments) == 1
-        assert f"cropr {arguments[0]}: --{name} must be >= 1, got " in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert f"argument --{name}: must be >= 1, got " in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -49,7 +49,7 @@ def test_the_published_recipes_name_models_that_have_weights_and_schedules_that_
     for name, (tokens, prefix, last) in left.items():
         preset = PRESETS[name]
         assert preset.pretrained and timm.is_model_pretrained(preset.model), preset.model
-        counts = cropr.schedule.resolve(**preset.schedule)(tokens, 24, prefix, preset.llf)
+        counts = cropr.Schedule(**preset.schedule).counts(tokens, 24, prefix, preset.llf)
         assert counts[-1] == last and len(counts) == 22, name
 
 

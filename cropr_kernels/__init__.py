@@ -10,7 +10,6 @@ Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,re
 """
 
 from . import ops as ops
-from . import schedule as schedule
 from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
@@ -35,6 +34,7 @@ from .pruning.module import Cropr as Cropr
 from .pruning.module import Scorer as Scorer
 from .pruning.module import loss as loss
 from .pruning.windows import Windows as Windows
+from .schedule import Schedule as Schedule
 from .tuning import tune as tune
 
 __version__ = "0.1.0"

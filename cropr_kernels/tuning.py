@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import schedule as schedules
 from .pruning.api import deploy
 from .pruning.model import require_pruned
 from .pruning.model import run as pruned_run
 from .pruning.state import PruningOptions
+from .schedule import Schedule
 from .utils.io import write_text
 from .utils.timing import medians
 
@@ -131,7 +131,7 @@ def tune(
     tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 
     def run(keep: Sequence[int]) -> Callable[[], Any]:
-        config = replace(stack.config, schedule=schedules.resolve(keep=list(keep)))
+        config = replace(stack.config, schedule=Schedule(keep=keep))
         config.counts(tokens, depth, prefix)
 
         def call() -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cropr_kernels
-from cropr_kernels import schedule, tasks
+from cropr_kernels import tasks
 from cropr_kernels.ops import functional
 
 PAGE = Path(__file__).parent / "api.md"
@@ -53,7 +53,6 @@ def page() -> str:
     )
     sections = [
         ("cropr", [entry(f"cropr.{name}", thing) for name, thing in front]),
-        ("cropr.schedule", [entry(f"cropr.schedule.{name}", thing) for name, thing in public(schedule)]),
         (
             "cropr_kernels.tasks",
             [entry(name, thing) for name, thing in public(tasks, ["Classifier", "Segmenter", "Detector"])],

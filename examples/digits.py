@@ -44,7 +44,7 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
     share = 1.0
     if rate:
         cropr.apply(model, rate=rate)
-        kept = cropr.schedule.rate(65, MODEL["depth"], rate)
+        kept = cropr.Schedule(rate=rate).counts(65, MODEL["depth"])
         share = sum([65, *kept]) / (65 * MODEL["depth"])
     batches = len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)

@@ -18,7 +18,7 @@ def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -
     def counts_of(scale: float) -> list[int]:
         return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
 
-    goal = flops(cropr.schedule.rate(total, modules + 1, 14))
+    goal = flops(cropr.Schedule(rate=14).counts(total, modules + 1))
     return min((counts_of(scale / 4) for scale in range(4 * total)), key=lambda counts: abs(flops(counts) - goal))
 
 

@@ -62,7 +62,7 @@ def build_task(config: Config, name: str) -> Any:
     elif kind in SYSTEMS:
         base, _ = load_model(Path(config.weights).parent)
         tokens = base.num_prefix_tokens + base.grid**2
-        counts = cropr.schedule.resolve(**config.schedule)(tokens, len(base.blocks), 1, config.llf)
+        counts = cropr.Schedule(**config.schedule).counts(tokens, len(base.blocks), 1, config.llf)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = Reduced(base, SYSTEMS[kind], counts, llf=config.llf)

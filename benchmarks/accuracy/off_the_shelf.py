@@ -41,7 +41,7 @@ def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Ten
     """A method at a rate; `model` holds the calibrated queries."""
     depth, tokens = len(base.blocks), base.num_prefix_tokens + base.grid**2
     if name in SYSTEMS:
-        counts = cropr.schedule.rate(tokens, depth, rate, base.num_prefix_tokens)
+        counts = cropr.Schedule(rate=rate).counts(tokens, depth, base.num_prefix_tokens)
         return Reduced(base, SYSTEMS[name], counts).eval()
     if name in MERGES:
         merging = pruned(base, rate=rate, merge=MERGES[name])

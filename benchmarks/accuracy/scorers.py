@@ -25,6 +25,7 @@ from benchmarks.baselines.selection import variance_scores
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.calibration import importance
+from cropr_kernels.models.blocks import project_heads
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),
@@ -65,7 +66,7 @@ def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[di
     attended: list[Tensor] = []
     x, _ = base.embed(images)
     for layer, block in enumerate(base.blocks):
-        q, k, _ = block.attn.project(block.norm1(x))
+        q, k, _ = project_heads(block.attn, block.norm1(x))
         attended.append(importance(q, k, 1, class_token=True))
         row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
         x = block(x)

@@ -1,6 +1,6 @@
 """Ways to a whole map without Last Layer Fusion, for segmentation: what the paper compares it with."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,28 @@ from cropr_kernels import ops
 from cropr_kernels.models.vit import Block, ViTConfig
 from cropr_kernels.pruning.model import require_pruned, run
 from cropr_kernels.pruning.module import Scorer
-from cropr_kernels.pruning.state import PrunedTokens, PruningOptions, PruningState
+from cropr_kernels.pruning.state import PruningOptions, PruningState
 from cropr_kernels.tasks.features import token_norm
 from cropr_kernels.tasks.segmentation import Segmenter
 
 OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dtop")
+
+
+class PrunedTokens(NamedTuple):
+    """Tokens (B, R, D) as they were when pruned, their positions, and those of the tokens that were kept."""
+
+    tokens: Tensor
+    idx: Tensor
+    kept_idx: Tensor
+
+
+def collected(state: PruningState) -> PrunedTokens | None:
+    """The pruned tokens, if there are any."""
+    if state.positions is None:
+        return None
+    return PrunedTokens(
+        torch.cat(state.pruned_tokens, 1), torch.cat([idx for _, idx in state.pruned_idx], 1), state.positions
+    )
 
 
 class Confident(Scorer):
@@ -129,7 +146,7 @@ class FusedSegmenter(Segmenter):
         options = PruningOptions(predict=predict, collect=True)
         _, state = run(backbone, lambda: backbone.forward_features(images), options)
         x: Any = state.tokens
-        pruned, prefix, norm = state.pruned(), state.num_prefix, token_norm(backbone)
+        pruned, prefix, norm = collected(state), state.num_prefix, token_norm(backbone)
         if self.fuse is not None:
             return self.head(self.fuse(x, pruned, norm, prefix)), state.aux
         logits = self.head(norm(x))

@@ -12,6 +12,7 @@ from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.prune import published
 from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.baselines.selection import random_scores, variance_scores
+from cropr_kernels.models.blocks import project_heads
 
 ops = torch.ops.cropr
 
@@ -59,7 +60,7 @@ class AttentionTopK(PruningModule):
 
     @torch.no_grad()
     def attend(self, block: Any, args: tuple[Tensor, ...]) -> None:
-        q, k, _ = block.attn.project(block.norm1(args[0]))
+        q, k, _ = project_heads(block.attn, block.norm1(args[0]))
         self.row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:

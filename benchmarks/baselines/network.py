@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cropr_kernels.models.blocks import proportional_attention, rope_at
+from cropr_kernels.models.blocks import project_heads, proportional_attention, rope_at
 from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
@@ -107,7 +107,7 @@ class Reduced(nn.Module):
     Args:
         backbone: the reference ViT; it is not copied.
         make: makes the reducer of a layer. Layers that prune nothing have none.
-        counts: as from `cropr.schedule`.
+        counts: as from `cropr.Schedule`.
         llf: Last Layer Fusion: pruned tokens are restored before the last block, as they were.
 
     Raises:
@@ -193,7 +193,7 @@ def run_block(
     num_keep: int,
 ) -> tuple[Tensor, Reduction | None]:
     """One block, its attention decomposed, with a reducer at its place in it."""
-    q, k, v = block.attn.project(block.norm1(x))
+    q, k, v = project_heads(block.attn, block.norm1(x))
     if rope is not None:
         q, k = rotate(q, rope, num_prefix), rotate(k, rope, num_prefix)
     needs = frozenset() if reducer is None else reducer.needs
@@ -214,7 +214,7 @@ def run_block(
                 raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
-    update = block.attn.close(heads)
+    update = block.attn.proj(heads.transpose(1, 2).flatten(2))
     x = x + block.drop_path1(block.ls1(update))
     if reducer is not None and reducer.place == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)

@@ -48,7 +48,7 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
     methods |= {"functional": deploy(model, plain, engine=False), "merge": deploy(merging, plain)}
     if not (llf or plain.config.rope):
         tokens = plain.num_prefix_tokens + plain.grid**2
-        counts = cropr.schedule.rate(tokens, len(plain.blocks), rate, plain.num_prefix_tokens)
+        counts = cropr.Schedule(rate=rate).counts(tokens, len(plain.blocks), plain.num_prefix_tokens)
         methods["ToMe"] = Reduced(plain, SYSTEMS["ToMe"], counts)
     kinds = {"published": Published, "random": Random, "free slice": FreeSlice}
     methods |= {name: with_modules(model, plain, kind) for name, kind in kinds.items()} | {"plain": plain}

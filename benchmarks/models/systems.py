@@ -35,8 +35,8 @@ def systems(plain: Any) -> dict[str, Any]:
         elif system == "non-salient":
             model = with_modules(scheduled(plain, schedule), plain, NonSalient)
         else:
-            resolved = cropr.schedule.resolve(**SCHEDULES[depth][schedule])
-            counts = resolved(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
+            one = cropr.Schedule(**SCHEDULES[depth][schedule])
+            counts = one.counts(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
             model = Reduced(plain, SYSTEMS[system], counts, llf="LLF" in schedule)
         models[f"{system} | {schedule}"] = model
     return for_inference(models)
@@ -120,7 +120,7 @@ def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
     models = {
         "unpruned": unpruned(plain),
         "Cropr": deploy(pruned(plain, rate=rate), plain),
-        "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.schedule.rate(tokens, depth, rate, prefix)).eval(),
+        "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.Schedule(rate=rate).counts(tokens, depth, prefix)).eval(),
     }
     cells = {
         f"{key} | {precision}": Within(model, precision, device)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..schedule import Bound
+from ..schedule import Schedule
 from .merging import Merge
 from .windows import Windows
 
@@ -11,7 +11,7 @@ from .windows import Windows
 class PruningConfig:
     """How a model is pruned."""
 
-    schedule: Bound
+    schedule: Schedule
     llf: bool  # all tokens return before the last block
     merge: Merge | None  # pruned tokens merge into kept ones
     windows: Windows | None
@@ -22,11 +22,7 @@ class PruningConfig:
         return f"{self.schedule}, llf={self.llf}{merge}"
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int) -> list[int]:
-        """Kept tokens after each module, for images of num_tokens tokens; with windows for a window.
-
-        Raises:
-            ValueError: the schedule does not fit them.
-        """
+        """Kept tokens after each module, for images of num_tokens tokens; with windows for a window."""
         if self.windows is not None:
             num_tokens, num_prefix = self.windows.size**2, 0
-        return self.schedule(num_tokens, depth, num_prefix, self.llf)
+        return self.schedule.counts(num_tokens, depth, num_prefix, self.llf)

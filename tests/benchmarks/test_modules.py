@@ -18,7 +18,7 @@ from benchmarks.baselines.scorers import MultiHeadCropr
 @torch.no_grad()
 def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
     model, images = randomise(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
-    counts = cropr.schedule.resolve(rate=9)(65, len(model.blocks), 1, llf)
+    counts = cropr.Schedule(rate=9).counts(65, len(model.blocks), 1, llf)
     want = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
     cropr.apply(model, rate=9, llf=llf)
     replace_modules(model, AttentionTopK)

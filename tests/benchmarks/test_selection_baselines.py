@@ -8,6 +8,7 @@ from helpers.models import randomise, reference_vit
 from benchmarks.baselines.network import Context, Reduced
 from benchmarks.baselines.registry import SYSTEMS
 from benchmarks.baselines.selection import ATS, EViT, KMedoids
+from cropr_kernels.models.blocks import project_heads
 
 
 def test_attention_top_k_keeps_what_the_class_token_looks_at():
@@ -15,7 +16,7 @@ def test_attention_top_k_keeps_what_the_class_token_looks_at():
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         x, _ = model.embed(images)
-        q, k, _ = model.blocks[0].attn.project(model.blocks[0].norm1(x))
+        q, k, _ = project_heads(model.blocks[0].attn, model.blocks[0].norm1(x))
         row = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0].mean(1)
         row[:, 0] = 2.0
         kept = row.topk(20).indices.sort(1).values
@@ -60,7 +61,7 @@ def test_evit_merges_between_attention_and_mlp():
     with torch.no_grad():
         x, _ = model.embed(images)
         first, second = model.blocks
-        q, k, _ = first.attn.project(first.norm1(x))
+        q, k, _ = project_heads(first.attn, first.norm1(x))
         x = x + first.attn(first.norm1(x))
         row = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
         x = EViT()(x, Context(class_row=row), 20, 1).tokens

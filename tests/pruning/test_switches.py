@@ -26,15 +26,15 @@ def test_progress_prunes_a_share_and_the_rate_rises_in_whole_tokens():
     assert plan() == [54, 44, 34]
     assert cropr.set_progress(model, 0.0) is model and plan() == [65, 65, 65]
     cropr.set_progress(model, 0.5)
-    assert plan() == cropr.schedule.rate(65, 4, 5)
+    assert plan() == cropr.Schedule(rate=5).counts(65, 4)
     assert cropr.set_progress(model, 1.0) and plan() == [54, 44, 34]
-    half = cropr.schedule.resolve(const=(2, 25)).at(0.5)
-    assert half(65, 4, 1, False) == [65, 45, 45]
+    half = cropr.Schedule(const=(2, 25), share=0.5)
+    assert half.counts(65, 4) == [65, 45, 45]
     assert "const=(2, 25), 50% of it" in str(half)
 
 
 def test_one_reduction_keeps_its_count():
-    assert cropr.schedule.const(197, 12, (4, 99)) == [197] * 3 + [99] * 8
+    assert cropr.Schedule(const=(4, 99)).counts(197, 12) == [197] * 3 + [99] * 8
     model = cropr.apply(reference_vit(), const=(1, 33))
     assert cropr.pruning_map(model, torch.randn(1, 3, 64, 64)).flatten().bincount().tolist() == [0, 32, 0, 0, 32]
 
@@ -43,9 +43,9 @@ def test_one_reduction_keeps_its_count():
     ("call", "message"),
     [
         (lambda: Cropr(24, 5, mlp_ratio=-1), "mlp_ratio >= 0"),
-        (lambda: cropr.schedule.const(197, 12, (12, 99)), r"after in \[1, 11\] for 12 blocks"),
-        (lambda: cropr.schedule.const(197, 12, (4,)), r"const must be \(after, count\)"),
-        (lambda: cropr.schedule.resolve(rate=8).at(1.5), r"share must be in \[0, 1\], got 1.5"),
+        (lambda: cropr.Schedule(const=(12, 99)).counts(197, 12), r"after in \[1, 11\] for 12 blocks"),
+        (lambda: cropr.Schedule(const=(4,)).counts(197, 12), r"const must be \(after, count\)"),
+        (lambda: cropr.Schedule(rate=8, share=1.5), r"share must be in \[0, 1\], got 1.5"),
         (lambda: cropr.set_progress(reference_vit(), 0.5), "cropr.set_progress: the model is not pruned"),
     ],
 )

@@ -9,6 +9,7 @@ from helpers.models import MODELS, randomise, reference_vit, timm_vit
 import cropr_kernels as cropr
 from cropr_kernels.calibration import importance
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.models.blocks import project_heads
 
 
 def slow_queries(model, images, ridge):
@@ -19,7 +20,7 @@ def slow_queries(model, images, ridge):
         outputs.append(output[:, model.num_prefix_tokens :].double())
 
     def look(module, args, kwargs, output):
-        q, k, _ = module.project(args[0])
+        q, k, _ = project_heads(module, args[0])
         shares = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
         rows = shares[:, :1] if model.config.global_pool == "token" else shares[:, model.num_prefix_tokens :]
         patches = rows.mean(1)[:, model.num_prefix_tokens :]

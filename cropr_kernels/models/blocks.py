@@ -77,12 +77,7 @@ def attention_by_bias(
 
 
 def proportional_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_sizes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
     """softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal tokens (ToMe, section 3).
 
@@ -99,6 +94,19 @@ def proportional_attention(
     if q.is_cuda and takes_extra_dimension(q.shape[-1], q.dtype):
         return attention_by_dimension(q, k, v, log_sizes, dropout_p, scale)
     return attention_by_bias(q, k, v, log_sizes, dropout_p, scale)
+
+
+def project_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, heads, N, C) of an attention with timm's names: one matrix `qkv`, or three."""
+    if attn.qkv is None:
+        projected: Any = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    elif getattr(attn, "q_bias", None) is None:
+        projected = attn.qkv(x).chunk(3, dim=-1)
+    else:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        projected = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in projected)
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 class SizeWeightedAttention(TorchFunctionMode):

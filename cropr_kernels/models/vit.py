@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import project_heads
+
 _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -35,7 +37,6 @@ class ViTConfig:
     class_token: bool = True
     reg_tokens: int = 0
     no_embed_class: bool = False  # position embedding covers the patches only
-    pre_norm: bool = False
     global_pool: Literal["token", "avg"] = "token"
     fc_norm: bool | None = None  # the last norm sits behind the pooling; None: with average pooling
     drop_path_rate: float = 0.0
@@ -43,7 +44,6 @@ class ViTConfig:
     qkv: Literal["joint", "joint_eva", "split"] = "joint"
     swiglu: bool = False
     scale_mlp: bool = False
-    scale_attn_inner: bool = False
     rope: bool = False
     rope_ref_grid: int | None = None  # grid side the rotary frequencies were trained at
 
@@ -133,40 +133,25 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
-        self.num_heads, self.num_prefix, self.style = config.num_heads, config.num_prefix_tokens, config.qkv
-        if self.style == "split":
+        self.num_heads, self.num_prefix, self.qkv = config.num_heads, config.num_prefix_tokens, None
+        if config.qkv == "split":
             self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim)
         else:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and self.style == "joint")
-        if self.style == "joint_eva":
+            self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and config.qkv == "joint")
+        if config.qkv == "joint_eva":
             self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+            self.register_buffer("k_bias", torch.zeros(dim), persistent=False)
         self.q_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
-        self.norm = _layer_norm(dim) if config.scale_attn_inner else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, heads, N, head_dim)."""
-        if self.style == "split":
-            parts: tuple[Tensor, ...] = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        elif self.style == "joint_eva":
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
-        else:
-            parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def close(self, heads: Tensor) -> Tensor:
-        """Heads (B, heads, N, head_dim) side by side, and the output projection: (B, N, D)."""
-        return self.proj(self.norm(heads.transpose(1, 2).flatten(2)))
-
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = project_heads(self, x)
         if rope is not None:
             q, k = rotate(q, rope, self.num_prefix), rotate(k, rope, self.num_prefix)
-        return self.close(F.scaled_dot_product_attention(q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(heads.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -190,9 +175,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.patch_size = (config.patch_size, config.patch_size)
-        side = config.patch_size
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, side, side, bias=not config.pre_norm)
+        side, grid = config.patch_size, config.img_size // config.patch_size
+        self.patch_size, self.grid_size = (side, side), (grid, grid)
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, side, side)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H / patch, W / patch, D)."""
@@ -214,12 +199,12 @@ class ViT(nn.Module):
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {dim}")
         self.config, self.grid = config, config.img_size // config.patch_size
         self.num_prefix_tokens, self.num_classes, self.embed_dim = config.num_prefix_tokens, config.num_classes, dim
+        self.global_pool = config.global_pool
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
         embedded_prefix = 0 if config.no_embed_class else self.num_prefix_tokens
         self.pos_embed = nn.Parameter(torch.zeros(1, embedded_prefix + self.grid**2, dim))
-        self.norm_pre = _layer_norm(dim) if config.pre_norm else nn.Identity()
         step = config.drop_path_rate / max(config.depth - 1, 1)  # stochastic depth rises linearly with the layer
         self.blocks = nn.ModuleList([Block(config, step * layer) for layer in range(config.depth)])
         pools_first = config.global_pool == "avg" if config.fc_norm is None else config.fc_norm
@@ -268,9 +253,9 @@ class ViT(nn.Module):
         else:
             x = torch.cat([*prefix, x], dim=1) + pos_embed
         if not self.config.rope:
-            return self.norm_pre(x), None
+            return x, None
         head_dim = self.embed_dim // self.config.num_heads
-        return self.norm_pre(x), rotary_table(height, width, head_dim, self.config.rope_ref_grid, x.device)
+        return x, rotary_table(height, width, head_dim, self.config.rope_ref_grid, x.device)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the last block, (B, P + patches, D)."""

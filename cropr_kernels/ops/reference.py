@@ -8,21 +8,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums run in: float64 for float64 inputs, float32 for every other."""
+    """The dtype sums run in: float64 for float64 inputs, float32 for every other."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def fold_queries(queries: Tensor) -> Tensor:
-    """Fold M queries into the one vector that gives the same scores.
-
-    The score is linear in the queries: sum_m (q_m . x) = (sum_m q_m) . x.
-
-    Args:
-        queries: (M, D) or (D,), any float dtype.
-
-    Returns:
-        (D,), float32 (float64 for float64 queries).
-    """
+    """The one vector (D,) that gives the scores of M queries (M, D): sum_m (q_m . x) = (sum_m q_m) . x."""
     wide = queries.to(accumulation_dtype(queries.dtype))
     return wide.sum(0) if wide.ndim == 2 else wide
 

@@ -2,8 +2,6 @@
 
 The only file that registers anything in Python. Schemas are those of csrc/library.h; CPU kernels register when ``_C``
 is imported; CUDA kernels are the Triton launchers of ``ops/triton/``, imported at their first call.
-
-Shapes: B images, N tokens in, K kept, R = N - K pruned, D width, M queries, P prefix tokens.
 """
 
 import importlib

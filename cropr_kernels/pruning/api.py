@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .. import schedule as schedules
-from ..models.adapters import engine_parts, find_spec
+from ..models.adapters import EngineRefusal, engine_parts, find_spec
+from ..schedule import Schedule, num_modules
 from .block_wrapper import unwrap, wrap
 from .config import PruningConfig
 from .engine import Graphs
@@ -27,8 +27,6 @@ from .model import (
 )
 from .module import Cropr, FoldedCropr, Scorer
 from .windows import Windows
-
-_HOOKS = (before_forward, after_forward, keep_grid, fill_padding)
 
 
 def apply(
@@ -61,7 +59,7 @@ def apply(
     Args:
         model: `cropr_kernels.ViT`; timm VisionTransformer or Eva; transformers ViT, ViT-MAE, DINOv2 (with registers),
             DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
-        rate, keep, ratio, const: the schedule; exactly one, see `cropr_kernels.schedule`. keep may be a file that
+        rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens return before the last block.
         merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was not trained to be
@@ -95,7 +93,7 @@ def apply(
     if windows is not None and not hasattr(model, "forward_features"):
         raise ValueError(f"cropr.apply: windows are for timm models and cropr_kernels.ViT, got {type(model).__name__}")
     config = PruningConfig(
-        schedules.resolve(rate=rate, keep=keep, ratio=ratio, const=const),
+        Schedule(rate, keep, ratio, const),
         llf,
         (merge if isinstance(merge, Merge) else Merge()) if merge else None,
         windows,
@@ -105,7 +103,7 @@ def apply(
     outputs = spec.num_classes if num_outputs is None else num_outputs
     if make_module is None:
         make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries, mlp_ratio)  # noqa: E731
-    count = schedules.num_modules(len(spec.blocks), llf)
+    count = num_modules(len(spec.blocks), llf)
     modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
     stack = CroprModules(modules, config, spec)
     if config.merge is not None and not selects_by_query(stack):
@@ -115,11 +113,13 @@ def apply(
         stack.to(own.device, own.dtype)
     model.cropr = stack.train(model.training)
     _replace_attributes(model, stack)
-    model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    model.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
-    spec.projection.register_forward_hook(partial(keep_grid, stack))
+    stack.hooks = [
+        model.register_forward_pre_hook(before_forward, with_kwargs=True),
+        model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
+        spec.projection.register_forward_hook(partial(keep_grid, stack)),
+    ]
     if spec.pooling == "average":
-        spec.norm.register_forward_hook(partial(fill_padding, stack))
+        stack.hooks.append(spec.norm.register_forward_hook(partial(fill_padding, stack)))
     wrap(spec.blocks, stack)
     return model
 
@@ -186,16 +186,8 @@ def remove(model: Any) -> Any:
         model.grad_checkpointing = stack.recompute
     if isinstance(vars(model).get("forward"), GraphedForward):
         del model.forward
-    for module in (model, stack.spec.projection, stack.spec.norm):
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in _HOOKS]:
-                del hooks[key]
-                for flags in (
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    flags.pop(key, None)
+    for hook in stack.hooks:
+        hook.remove()
     unwrap(stack.spec.blocks)
     del model.cropr
     return model
@@ -214,7 +206,7 @@ def set_rate(model: Any, rate: int) -> Any:
         ValueError: the rate drops more tokens than there are at the image size given to apply.
     """
     stack = require_pruned(model, "cropr.set_rate")
-    config = replace(stack.config, schedule=schedules.resolve(rate=rate))
+    config = replace(stack.config, schedule=Schedule(rate=rate))
     _counts(config, stack.spec)
     stack.config = config
     return model
@@ -232,7 +224,7 @@ def set_progress(model: Any, share: float) -> Any:
         ValueError: share is outside [0, 1].
     """
     stack = require_pruned(model, "cropr.set_progress")
-    stack.config = replace(stack.config, schedule=stack.config.schedule.at(share))
+    stack.config = replace(stack.config, schedule=replace(stack.config.schedule, share=share))
     return model
 
 
@@ -263,17 +255,18 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     for layer, module in enumerate(light):
         if isinstance(module, Cropr):
             light[layer] = FoldedCropr(module)
-    light.engine, light.watched = None, []
-    if light.config.windows is not None:
-        light.engine_reason = "window attention"
-    elif not engine:
-        light.engine_reason = "switched off by deploy(engine=False)"
-    elif not selects_by_query(light):
-        light.engine_reason = f"{type(light[0]).__name__} does not select by its query alone"
-    else:
-        parts = engine_parts(light.spec)
-        light.engine, light.engine_reason = (None, parts) if isinstance(parts, str) else (parts, "")
-        light.watched = [one for parts in light.engine or () for one in parts.watched()]
+    light.engine, light.watched, light.engine_reason = None, [], ""
+    try:
+        if light.config.windows is not None:
+            raise EngineRefusal("window attention")
+        if not engine:
+            raise EngineRefusal("switched off by deploy(engine=False)")
+        if not selects_by_query(light):
+            raise EngineRefusal(f"{type(light[0]).__name__} does not select by its query alone")
+        light.engine = engine_parts(light.spec)
+        light.watched = [one for parts in light.engine for one in parts.watched()]
+    except EngineRefusal as refusal:
+        light.engine_reason = str(refusal)
     light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
     if cuda_graphs:
         deployed.forward = GraphedForward(deployed)

@@ -78,12 +78,7 @@ def unwrap(blocks: list[nn.Module]) -> None:
 def run_block(
     stack: Any, layer: int, block: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What block `layer` gives for the active tokens, without those that are pruned after it.
-
-    Raises:
-        ValueError: the block is called with a tensor that is neither a rotary table nor a mask (B, 1, N, N).
-        RuntimeError: the blocks do not run one after the other.
-    """
+    """What block `layer` gives for the active tokens, without those that are pruned after it."""
     slot = stack.slot
     options = slot.options or PruningOptions()
     if options.observe is not None:

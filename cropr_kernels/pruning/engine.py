@@ -36,9 +36,6 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
     Returns:
         The active tokens (B, K, D) in order of position; all (B, N, D) with Last Layer Fusion, and where tokens merged
         and the caller wants all positions.
-
-    Raises:
-        RuntimeError: gradients are enabled and a block's parameters require them.
     """
     blocks: list[BlockParts] = state.stack.engine
     counts, prefix, masks = state.counts, state.num_prefix, state.masks
@@ -183,8 +180,5 @@ class Graphs:
             output = run(*static)
         return Captured(graph, static, output)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
-        return Graphs(self.capacity)  # graphs belong to the tensors they were captured with
-
     def __reduce__(self) -> tuple[type["Graphs"], tuple[int]]:
-        return Graphs, (self.capacity,)
+        return Graphs, (self.capacity,)  # copies capture anew: graphs belong to the tensors they were captured with

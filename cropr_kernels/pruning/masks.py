@@ -29,13 +29,9 @@ class Masks(NamedTuple):
 def make_masks(
     protect: Tensor | None, padding: Tensor | None, batch: int, num_patches: int, num_prefix: int
 ) -> Masks | None:
-    """The masks of a batch, from those of its patch grids; None where there are none.
+    """The masks of a batch from those of its grids, (B, grid height, grid width) bool; None where there are none.
 
-    Args:
-        protect, padding: (B, grid height, grid width) bool, or None. A patch that is both is padding.
-
-    Raises:
-        ValueError: a mask is not of this type or shape.
+    A patch that is both is padding. ValueError where a mask is not of this type or shape.
     """
     flat: dict[str, Tensor] = {}
     for name, mask in (("protect", protect), ("padding", padding)):
@@ -57,13 +53,7 @@ def make_masks(
 
 
 def level_padding(x: Tensor, padding: Tensor, num_prefix: int) -> Tensor:
-    """Put the mean of the patches of an image where its padding is: heads that average see the patches alone.
-
-    Args:
-        x: (B, K, D).
-        padding: (B, K) bool.
-        num_prefix: P, first tokens that are no patches.
-    """
+    """Put the mean of the patches of an image where its padding (B, K) is: heads that average see the patches alone."""
     patches = ~padding
     patches = patches & (torch.arange(x.shape[1], device=x.device) >= num_prefix)
     share = patches.to(x.dtype) / patches.sum(1, keepdim=True).clamp_min(1).to(x.dtype)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
 from .config import PruningConfig
@@ -23,7 +24,9 @@ class CroprModules(nn.ModuleList):
         self.config, self.spec = config, spec
         self.slots, self.traced_slot = Slots(), Slot()
         self.recompute = False  # run blocks again in backward instead of keeping their activations
-        self.replaced: list[tuple[Any, str, Any]] = []  # attributes of the model that apply changed, for remove
+        # What remove undoes: hooks, and attributes of the model that apply changed.
+        self.hooks: list[RemovableHandle] = []
+        self.replaced: list[tuple[Any, str, Any]] = []
         # Set by deploy: the blocks as the engine runs them, or why the functional ops run them; graphs, if any.
         self.engine: list[BlockParts] | None = None
         self.watched: list[tuple[nn.Module, str, nn.Module]] = []
@@ -54,22 +57,14 @@ def is_pruned(model: Any) -> bool:
 
 
 def require_pruned(model: Any, caller: str) -> CroprModules:
-    """The modules of a pruned model.
-
-    Raises:
-        TypeError: the model is not pruned; the message names the caller.
-    """
+    """The modules of a pruned model; of another TypeError, which names the caller."""
     if not is_pruned(model):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
     return model.cropr
 
 
 def run(model: Any, call: Callable[[], T], options: PruningOptions) -> tuple[T, PruningState]:
-    """call(), which runs the model, with these options; and what became of its tokens.
-
-    Raises:
-        ValueError: a mask does not fit the images or the model.
-    """
+    """call(), which runs the model, and what became of its tokens; ValueError where a mask does not fit it."""
     stack = model.cropr
     slot = stack.slot
     _check_masks(model, options)

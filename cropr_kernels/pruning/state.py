@@ -28,14 +28,6 @@ class PruningOptions(NamedTuple):
     whole: bool = True  # where tokens merged, copy each to all positions that it stands for
 
 
-class PrunedTokens(NamedTuple):
-    """Tokens (B, R, D) as they were when pruned, their positions, and those of the tokens that were kept."""
-
-    tokens: Tensor
-    idx: Tensor
-    kept_idx: Tensor
-
-
 class Slot:
     """The forward under way on one model."""
 
@@ -56,24 +48,18 @@ class Slots(threading.local):
     def __init__(self) -> None:
         self.own = Slot()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Slots":
-        return Slots()
-
     def __reduce__(self) -> tuple[type["Slots"], tuple[()]]:
         return Slots, ()
 
 
 class PruningState:
-    """One batch on its way through the blocks.
+    """One batch on its way through the blocks; ValueError where a mask, the schedule or windows do not fit it.
 
     Args:
         stack: the Cropr modules, with their `config` and `spec`.
         x: (B, N, D), the tokens that enter the first block.
         options: what the caller asks.
         grid: patches in height and width, where the embedding told.
-
-    Raises:
-        ValueError: a mask or the schedule does not fit, or windows do not fit the grid.
     """
 
     def __init__(self, stack: Any, x: Tensor, options: PruningOptions, grid: tuple[int, int] | None):
@@ -145,13 +131,6 @@ class PruningState:
             return self.masks.log_sizes(self.positions)
         return None if self.sizes is None else self.sizes.log()
 
-    def pruned(self) -> PrunedTokens | None:
-        """The pruned tokens, where they were collected and there are any."""
-        if not self.pruned_tokens or self.positions is None:
-            return None
-        idx = torch.cat([idx for _, idx in self.pruned_idx], 1)
-        return PrunedTokens(torch.cat(self.pruned_tokens, 1), idx, self.positions)
-
     def pruning_map(self, device: torch.device) -> Tensor:
         """(B, grid height, grid width) int64: the number of blocks each patch went through."""
         windows, grid = self.windows, self.require_grid()
@@ -164,11 +143,7 @@ class PruningState:
         return blocks.unflatten(1, grid)
 
     def require_grid(self) -> tuple[int, int]:
-        """Patches in height and width.
-
-        Raises:
-            ValueError: they are unknown, or the model does not keep its patches in their places.
-        """
+        """Patches in height and width; ValueError where they are unknown, or patches are not in their places."""
         if self.stack.spec.refusal is not None:
             raise ValueError(f"cropr: maps of this model are not supported: {self.stack.spec.refusal}")
         if self.grid is None:

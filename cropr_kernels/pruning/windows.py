@@ -30,11 +30,7 @@ class Windows:
             raise ValueError(f"Windows: size must be >= 1, got {self.size}")
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Windows of a patch grid.
-
-        Raises:
-            ValueError: the grid is no whole number of windows.
-        """
+        """Windows of a patch grid; ValueError where it is no whole number of them."""
         if grid[0] % self.size or grid[1] % self.size:
             raise ValueError(f"Windows: a grid of {grid[0]} x {grid[1]} patches must be a multiple of {self.size}")
         return grid[0] // self.size * (grid[1] // self.size)

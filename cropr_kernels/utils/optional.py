@@ -13,11 +13,7 @@ def distribution(module: str) -> str:
 
 
 def need(module: str, extra: str, what: str) -> Any:
-    """Import a module, such as "PIL.Image", of a library that only `what` needs, and that an extra installs.
-
-    Raises:
-        ImportError: the library is not installed: "cropr infer needs pyarrow: pip install 'cropr_kernels[infer]'".
-    """
+    """Import a module, such as "PIL.Image", of a library that only `what` needs; if it is not there, name its extra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

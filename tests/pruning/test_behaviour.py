@@ -74,6 +74,9 @@ def test_models_are_saved_whole_and_copied(model, deployed):
         assert torch.equal(outputs_of(other(images)), expected)
         cropr.set_rate(other, 0)
         assert torch.equal(outputs_of(model(images)), expected)  # nothing is shared
+        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in cropr.remove(other).modules()]
+        own = [hook for one in hooks for kind in one for hook in kind.values() if "cropr" in str(hook)]
+        assert own == []
 
 
 def test_classes_and_signatures_stay(model):

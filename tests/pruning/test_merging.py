@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension, proportional_attention
+from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension, project_heads, proportional_attention
 from cropr_kernels.pruning.merging import resolve_parents
 
 WAYS = {
@@ -32,11 +32,11 @@ def slow_image(model, tokens, counts, how):
     alive = [(token, 1.0, [position]) for position, token in enumerate(tokens)]
     for layer, block in enumerate(model.blocks):
         x = torch.stack([value for value, _, _ in alive])
-        q, k, v = (part[0] for part in block.attn.project(block.norm1(x)[None]))
+        q, k, v = (part[0] for part in project_heads(block.attn, block.norm1(x)[None]))
         logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         logits = logits + torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
         heads = logits.softmax(-1) @ v
-        x = x + block.ls1(block.attn.proj(block.attn.norm(heads.transpose(0, 1).flatten(1))))
+        x = x + block.ls1(block.attn.proj(heads.transpose(0, 1).flatten(1)))
         x = x + block.ls2(block.mlp(block.norm2(x)))
         alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
         if layer < len(counts):

@@ -1,8 +1,8 @@
 """Model families, one file each.
 
 Each has SUPPORTED, the family's name in the error for unknown models; find(model), its `ModelSpec`, or None if the
-model is of another family; and parts(block), the `BlockParts` with which the engine runs a block, why it cannot, or
-None.
+model is of another family; and parts(block), the `BlockParts` with which the engine runs a block, or None; it raises
+`EngineRefusal` for a block of the family that the engine cannot run.
 """
 
 from typing import Any
@@ -11,9 +11,10 @@ from torch import nn
 
 from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
+from .base import EngineRefusal as EngineRefusal
 from .base import ModelSpec as ModelSpec
-from .base import engine_refusal
 from .base import is_hooked as is_hooked
+from .base import require_plain
 
 ADAPTERS: tuple[Any, ...] = (reference, timm, transformers, torchvision)
 
@@ -42,23 +43,16 @@ def find_spec(model: nn.Module) -> ModelSpec:
     )
 
 
-def block_parts(block: Any) -> BlockParts | str:
-    """The block as the engine runs it, or why the engine cannot."""
-    for adapter in ADAPTERS:
-        parts = adapter.parts(block)
-        if isinstance(parts, BlockParts):
-            return engine_refusal(parts) or parts
-        if parts is not None:
-            return parts
-    return f"{type(block).__module__}.{type(block).__name__} is not a block it knows"
-
-
-def engine_parts(spec: ModelSpec) -> list[BlockParts] | str:
-    """All blocks of a model as the engine runs them, or the first one that it cannot run, and why."""
+def engine_parts(spec: ModelSpec) -> list[BlockParts]:
+    """All blocks of a model as the engine runs them; EngineRefusal names the first one that it cannot run, and why."""
     found: list[BlockParts] = []
     for layer, block in enumerate(spec.blocks):
-        parts = block_parts(block)
-        if isinstance(parts, str):
-            return f"block {layer}: {parts}"
+        try:
+            parts = next((known for adapter in ADAPTERS if (known := adapter.parts(block)) is not None), None)
+            if parts is None:
+                raise EngineRefusal(f"{type(block).__module__}.{type(block).__name__} is not a block it knows")
+            require_plain(parts)
+        except EngineRefusal as refusal:
+            raise EngineRefusal(f"block {layer}: {refusal}") from None
         found.append(parts)
     return found

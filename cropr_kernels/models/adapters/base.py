@@ -68,22 +68,25 @@ def own_class(module: nn.Module) -> type:
     return getattr(type(module), "cropr_base", type(module))
 
 
-def engine_refusal(parts: BlockParts) -> str | None:
-    """Why the engine must leave a block to its own forward as it now stands; None if it need not."""
+class EngineRefusal(Exception):
+    """Why the engine leaves a block to its own forward."""
+
+
+def require_plain(parts: BlockParts) -> None:
+    """Raise EngineRefusal where somebody has put other layers, hooks or parametrizations into a block."""
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
         if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
-            return f"{name} is {type(norm).__name__}, not LayerNorm over the width"
+            raise EngineRefusal(f"{name} is {type(norm).__name__}, not LayerNorm over the width")
     for name in parts.opened:
         module = getattr(getattr(parts.block, parts.attn), name, None)
         if module is not None and type(module) not in (nn.Linear, nn.LayerNorm, nn.Identity):
-            return f"{name} is {type(module).__name__}"
+            raise EngineRefusal(f"{name} is {type(module).__name__}")
     for module in (parts.block, *(module for _, _, module in parts.watched())):
         if is_hooked(module):
-            return f"forward hooks on {type(module).__name__}"
+            raise EngineRefusal(f"forward hooks on {type(module).__name__}")
         if "parametrizations" in module._modules:
-            return f"a parametrization of {type(module).__name__}"
-    return None
+            raise EngineRefusal(f"a parametrization of {type(module).__name__}")
 
 
 def is_hooked(module: nn.Module) -> bool:

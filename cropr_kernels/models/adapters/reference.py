@@ -5,17 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, proportional_attention
-from ..vit import Attention, Block, ViT
+from ..blocks import Rotary, project_heads, proportional_attention
+from ..vit import Block, ViT
 from .base import BlockParts, ModelSpec, own_class
 
 SUPPORTED = "cropr_kernels.ViT"
 
 
 def find(model: Any) -> ModelSpec | None:
-    if not isinstance(model, ViT):
-        return None
-    pools_token = model.config.global_pool == "token"
+    return spec_of(model) if isinstance(model, ViT) else None
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The specification of a model with timm's attributes."""
+    pool = model.global_pool
+    averages = pool in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
     return ModelSpec(
         blocks=list(model.blocks),
         projection=model.patch_embed.proj,
@@ -23,30 +27,34 @@ def find(model: Any) -> ModelSpec | None:
         tower=model,
         num_prefix=model.num_prefix_tokens,
         dim=model.embed_dim,
-        num_heads=model.config.num_heads,
+        num_heads=model.blocks[0].attn.num_heads,
         patch_size=model.patch_embed.patch_size,
-        grid=(model.grid, model.grid),
+        grid=model.patch_embed.grid_size,
         num_classes=model.num_classes,
-        class_token=pools_token,
-        pooling="token" if pools_token else "average",
-        returns_tokens=not pools_token,
+        class_token=getattr(model, "cls_token", None) is not None and pool in ("token", ""),
+        pooling="token" if pool == "token" else "average" if averages else "other",
+        returns_tokens=pool != "token",
     )
 
 
-def parts(block: Any) -> BlockParts | str | None:
+def parts(block: Any) -> BlockParts | None:
     if own_class(block) is not Block:
         return None
     return BlockParts(block, "norm1", "norm2", "attn", attend, scales, ("qkv",))
 
 
-def attend(attn: Attention, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+    """The update of an attention with timm's names; it is opened only where its heads are needed."""
     if rotary is None and log_sizes is None:
         return attn(h)
-    q, k, v = attn.project(h)
+    q, k, v = project_heads(attn, h)
     if rotary is not None:
-        rotary.rotate_(q)
-        rotary.rotate_(k)
-    return attn.close(proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes))
+        half = getattr(attn, "rotate_half", False)
+        rotary.rotate_(q, half=half)
+        rotary.rotate_(k, half=half)
+    heads = proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes).transpose(1, 2).flatten(2)
+    heads = attn.proj(attn.norm(heads) if hasattr(attn, "norm") else heads)
+    return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads
 
 
 def scales(block: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:

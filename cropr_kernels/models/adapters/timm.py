@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import Rotary, proportional_attention
-from .base import BlockParts, ModelSpec, known_classes, own_class
-from .reference import scales
+from .base import BlockParts, EngineRefusal, ModelSpec, known_classes, own_class
+from .reference import attend, scales, spec_of
 
 SUPPORTED = "timm VisionTransformer and Eva"
 
@@ -21,26 +18,10 @@ def find(model: Any) -> ModelSpec | None:
         raise ValueError("cropr.apply: the model already drops patches; create it with patch_drop_rate=0")
     if getattr(model, "rope_mixed", False):
         raise ValueError("cropr.apply: models with a learned rotary table per block (rope_mixed) are not supported")
-    pool = model.global_pool
-    averages = pool in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
-    return ModelSpec(
-        blocks=list(model.blocks),
-        projection=model.patch_embed.proj,
-        norm=model.norm,
-        tower=model,
-        num_prefix=model.num_prefix_tokens,
-        dim=model.embed_dim,
-        num_heads=model.blocks[0].attn.num_heads,
-        patch_size=model.patch_embed.patch_size,
-        grid=model.patch_embed.grid_size,
-        num_classes=model.num_classes,
-        class_token=getattr(model, "cls_token", None) is not None and pool in ("token", ""),
-        pooling="token" if pool == "token" else "average" if averages else "other",
-        returns_tokens=pool != "token",
-    )
+    return spec_of(model)
 
 
-def parts(block: Any) -> BlockParts | str | None:
+def parts(block: Any) -> BlockParts | None:
     kind = own_class(block)
     if kind in known_classes("timm.models.vision_transformer", "Block"):
         known, factors = known_classes("timm.models.vision_transformer", "Attention"), scales
@@ -53,40 +34,14 @@ def parts(block: Any) -> BlockParts | str | None:
         return None
     attn = block.attn
     if type(attn) not in known:
-        return f"attention is {type(attn).__name__}"
+        raise EngineRefusal(f"attention is {type(attn).__name__}")
     if getattr(attn, "gate", None) is not None:
-        return "attention has a gate"
+        raise EngineRefusal("attention has a gate")
     if getattr(attn, "num_kv_groups", 1) > 1:
-        return "attention shares keys between heads"
+        raise EngineRefusal("attention shares keys between heads")
     if not getattr(attn, "fused_attn", True):
-        return "attention does not call scaled_dot_product_attention"
+        raise EngineRefusal("attention does not call scaled_dot_product_attention")
     return BlockParts(block, "norm1", "norm2", "attn", attend, factors, ("qkv",))
-
-
-def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
-    if rotary is None and log_sizes is None:
-        return attn(h)
-    q, k, v = _project(attn, h)
-    if rotary is not None:
-        half = getattr(attn, "rotate_half", False)
-        rotary.rotate_(q, half=half)
-        rotary.rotate_(k, half=half)
-    heads = proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes).transpose(1, 2).flatten(2)
-    heads = attn.proj(attn.norm(heads) if hasattr(attn, "norm") else heads)
-    return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads
-
-
-def _project(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention, EvaAttention and AttentionRope: one matrix, with or without biases of its own, or three."""
-    if attn.qkv is None:
-        projected: Any = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
-    else:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        projected = F.linear(h, attn.qkv.weight, bias).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in projected)
-    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _eva_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -32,7 +32,7 @@ def find(model: Any) -> ModelSpec | None:
     )
 
 
-def parts(block: Any) -> BlockParts | str | None:
+def parts(block: Any) -> BlockParts | None:
     if own_class(block) not in known_classes(_MODULE, "EncoderBlock"):
         return None
     return BlockParts(block, "ln_1", "ln_2", "self_attention", _attend, _no_scales)

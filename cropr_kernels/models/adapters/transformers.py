@@ -6,30 +6,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import Rotary, SizeWeightedAttention
-from .base import BlockParts, ModelSpec, known_classes, own_class, pair
+from .base import BlockParts, EngineRefusal, ModelSpec, known_classes, own_class, pair
 
 SUPPORTED = "transformers ViT, ViT-MAE, DINOv2 (with registers), DINOv3, SigLIP and CLIP vision"
-_MODELS = "transformers.models."
-# Module and class of the blocks: whether a class token comes first, their norms, and their attention.
+# Family and class of the blocks: whether a class token comes first, their norms, and their attention.
 _BLOCKS = {
-    ("vit.modeling_vit", "ViTLayer"): (True, "layernorm_before", "layernorm_after", "attention"),
-    ("vit_mae.modeling_vit_mae", "ViTMAELayer"): (True, "layernorm_before", "layernorm_after", "attention"),
-    ("dinov2.modeling_dinov2", "Dinov2Layer"): (True, "norm1", "norm2", "attention"),
-    ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersLayer"): (
-        True,
-        "norm1",
-        "norm2",
-        "attention",
-    ),
-    ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTLayer"): (True, "norm1", "norm2", "attention"),
-    ("siglip.modeling_siglip", "SiglipEncoderLayer"): (False, "layer_norm1", "layer_norm2", "self_attn"),
-    ("clip.modeling_clip", "CLIPEncoderLayer"): (True, "layer_norm1", "layer_norm2", "self_attn"),
+    ("vit", "ViTLayer"): (True, "layernorm_before", "layernorm_after", "attention"),
+    ("vit_mae", "ViTMAELayer"): (True, "layernorm_before", "layernorm_after", "attention"),
+    ("dinov2", "Dinov2Layer"): (True, "norm1", "norm2", "attention"),
+    ("dinov2_with_registers", "Dinov2WithRegistersLayer"): (True, "norm1", "norm2", "attention"),
+    ("dinov3_vit", "DINOv3ViTLayer"): (True, "norm1", "norm2", "attention"),
+    ("siglip", "SiglipEncoderLayer"): (False, "layer_norm1", "layer_norm2", "self_attn"),
+    ("clip", "CLIPEncoderLayer"): (True, "layer_norm1", "layer_norm2", "self_attn"),
 }
 _NORMS = ("layernorm", "norm", "post_layernorm")
 
 
 def _known() -> dict[type, tuple[bool, str, str, str]]:
-    return {kind: row for (file, name), row in _BLOCKS.items() for kind in known_classes(_MODELS + file, name)}
+    rows = ((f"transformers.models.{family}.modeling_{family}", name, row) for (family, name), row in _BLOCKS.items())
+    return {kind: row for module, name, row in rows for kind in known_classes(module, name)}
 
 
 def find(model: Any) -> ModelSpec | None:
@@ -88,16 +83,16 @@ def find(model: Any) -> ModelSpec | None:
     )
 
 
-def parts(block: Any) -> BlockParts | str | None:
+def parts(block: Any) -> BlockParts | None:
     row = _known().get(own_class(block))
     if row is None:
         return None
     _, norm1, norm2, attn = row
     kind: Any = own_class(block)
     if not hasattr(block, "mlp") or "uple" in str(inspect.signature(kind.forward).return_annotation):
-        return f"{kind.__name__} of this transformers version is built in another way"
+        raise EngineRefusal(f"{kind.__name__} of this transformers version is built in another way")
     if not (hasattr(getattr(block, attn), "o_proj") or hasattr(getattr(block, attn), "out_proj")):
-        return f"the attention of {kind.__name__} in this transformers version is built in another way"
+        raise EngineRefusal(f"the attention of {kind.__name__} in this transformers version is built in another way")
     return BlockParts(block, norm1, norm2, attn, _attend, _scales)
 
 

@@ -240,15 +240,8 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     blocks = target_blocks(features.dtype)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks["BLOCK_S"]), 1)
     partial = x.new_empty((batch, tiles, num_candidates), dtype=acc)
-    partial_idx, nearest, is_pruned = (
-        x.new_empty(shape, dtype=dtype)
-        for shape, dtype in (
-            (partial.shape, torch.int64),
-            (candidate_idx.shape, torch.int64),
-            (candidate_idx.shape, torch.int32),
-        )
-    )
-    similarity = x.new_empty(candidate_idx.shape, dtype=acc)
+    partial_idx, nearest = x.new_empty(partial.shape, dtype=torch.int64), torch.empty_like(candidate_idx)
+    is_pruned, similarity = (x.new_empty(candidate_idx.shape, dtype=dtype) for dtype in (torch.int32, acc))
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles,)](
             features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,

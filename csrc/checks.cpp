@@ -98,6 +98,52 @@ void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarT
     fail(
         name_of(op), ": ", input.name,
         " must have a stride of 1 in the last dimension, as it changes in place, got strides ", strides_of(tensor));
+  if (input.layout == Layout::kDenseRows)
+    for (int64_t i = 0; i < rank; ++i)
+      if (sizes[i] > 1 && tensor.stride(i) == 0)
+        fail(
+            name_of(op), ": ", input.name, " must not be expanded, as it changes in place, got strides ",
+            strides_of(tensor));
+}
+
+// The memory of a tensor, from its first to past its last byte.
+struct Extent {
+  const char *begin = nullptr, *end = nullptr;
+
+  explicit Extent(const Tensor& tensor) {
+    int64_t *sizes, *strides;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (sizes[i] == 0) return;
+      last += (sizes[i] - 1) * strides[i];
+    }
+    begin = static_cast<const char*>(tensor.const_data_ptr());
+    end = begin + (last + 1) * element_size(tensor.scalar_type());
+  }
+};
+
+// What changes in place shares memory with nothing else that the op reads or writes.
+void check_overlap(const Op& op, std::initializer_list<const Tensor*> tensors) {
+  const Input* input = op.inputs;
+  for (const Tensor* changed : tensors) {
+    if (changed != nullptr && input->layout != Layout::kAny) {
+      const Extent own(*changed);
+      const Input* other = op.inputs;
+      for (const Tensor* tensor : tensors) {
+        if (tensor != nullptr && tensor != changed) {
+          const Extent its(*tensor);
+          if (its.begin < own.end && own.begin < its.end)
+            fail(
+                name_of(op), ": ", other->name, " must not share memory with ", input->name,
+                ", which changes in place");
+        }
+        ++other;
+      }
+    }
+    ++input;
+  }
 }
 
 int64_t bound(const char* sum, const Dims& dims, int64_t before) {
@@ -134,6 +180,7 @@ Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::init
     before = value;
     ++range;
   }
+  check_overlap(op, tensors);
   return dims;
 }
 

@@ -36,6 +36,17 @@ struct Partition {
     if (num_prune > 0 && num_safe == num_prefix)
       fail(name_of(op), ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", prefix);
     check_positions_once(op, "safe_idx and candidate_idx", safe_pos, num_safe, candidate_pos, num_candidates, batch, n);
+    check_ascending(op, "safe_idx", safe_pos, num_safe);
+    check_ascending(op, "candidate_idx", candidate_pos, num_candidates);
+  }
+
+  void check_ascending(const Op& op, const char* name, const int64_t* positions, int64_t count) const {
+    for (int64_t b = 0; b < batch; ++b, positions += count)
+      for (int64_t i = 1; i < count; ++i)
+        if (positions[i - 1] > positions[i])
+          fail(
+              name_of(op), ": ", name, " must be ascending, got ", positions[i - 1], " before ", positions[i],
+              " in image ", b);
   }
 };
 

@@ -61,6 +61,22 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
+inline int64_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Char:
+    case ScalarType::Bool:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
          type == ScalarType::Half;

@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: the oracle of the tests, never dispatched to.
+"""The definition of every op in plain PyTorch: the oracle of the tests, and what the transforms of torch.func see.
 
 What the arguments are is said in `functional`.
 """

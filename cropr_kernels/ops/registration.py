@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import reference
 from .extension import NAMES, table
-from .validation import check
+from .validation import check_shapes
 
 # The ops whose launchers are in each file of triton/.
 FAMILIES = {
@@ -77,7 +78,7 @@ def _fake(op: str) -> Callable[..., Any]:
     def fake(*args: Any, **kwargs: Any) -> Any:
         rest = (kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :])
         values = [*args, *rest]
-        sizes = check(op, *values) | {argument.name: value for argument, value in zip(arguments, values)}
+        sizes = check_shapes(op, *values) | {argument.name: value for argument, value in zip(arguments, values)}
         made = []
         for dtype, shape in results:
             terms = [re.findall(r"(-?)(\w+)", size) for size in shape.split(",")]
@@ -198,6 +199,55 @@ for _name, _backward, _setup in (
     ("attend_backward", _nothing, _no_gradient),
 ):
     torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
+
+
+# The engine's ops have no gradient, and refuse tensors that require one where gradients are recorded. What they write
+# is a newer version of the tensor, so that a backward that saved the old one says so.
+
+
+def _refuse_gradient(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.cropr, name).default
+    arguments = [argument.name for argument in op._schema.arguments]
+
+    def refuse(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, value in zip(arguments, args):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"{name}: {argument} must not require a gradient, as the op has none; call it under "
+                        "torch.no_grad()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refuse
+
+
+def _count_versions(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.cropr, name).default
+    arguments = enumerate(op._schema.arguments)
+    written = [i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+
+    def count(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        return result
+
+    return count
+
+
+for _name in (*FAMILIES["residual"], "merge_"):
+    _library.impl(_name, _refuse_gradient(_name), "Autograd", with_keyset=True)
+    if _name.endswith("_"):
+        _library.impl(_name, _count_versions(_name), "ADInplaceOrView", with_keyset=True)
+
+
+# torch.func differentiates and vectorises operators that it knows: under its transforms an op is its definition.
+for _name in NAMES:
+    if not _name.endswith(("_", "norm", "backward")):
+        _library.impl(_name, getattr(reference, _name), "FuncTorchDynamicLayerFrontMode")
 
 
 # FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter. Formulas take shapes.

@@ -53,6 +53,35 @@ def check(op: str, *args: Any) -> Dims:
     args are all those of the schema, in its order. RuntimeError names the op, the argument, what was allowed and what
     came.
     """
+    dims, spec = check_shapes(op, *args), OPS[op]
+    if any(input.layout != _ANY for input in spec.inputs):
+        values = dict(zip(spec.arguments, args))
+        _check_overlap(op, spec, {input.name: values[input.name] for input in spec.inputs})
+    return dims
+
+
+def _check_overlap(op: str, spec: "_Op", tensors: dict[str, Tensor | None]) -> None:
+    """What changes in place shares memory with nothing else that the op reads or writes."""
+    for changed in (input.name for input in spec.inputs if input.layout != _ANY):
+        own: Any = tensors[changed]
+        storage = own.untyped_storage()._cdata
+        for name, other in tensors.items():
+            if other is None or name == changed or other.untyped_storage()._cdata != storage:
+                continue
+            (begin, end), (first, last) = _extent(own), _extent(other)
+            if first < end and begin < last:
+                _fail(op, f"{name} must not share memory with {changed}, which changes in place")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The memory of a tensor, from its first to past its last byte."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    count = (last + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + count
+
+
+def check_shapes(op: str, *args: Any) -> Dims:
+    """What `check` checks of tensors that have no memory, such as those of torch.compile."""
     spec = OPS[op]
     values = dict(zip(spec.arguments, args, strict=True))
     first: Tensor = values[spec.inputs[0].name]
@@ -87,6 +116,8 @@ def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dim
     if input.layout == _DENSE_ROWS and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         rows = "a stride of 1 in the last dimension"
         _fail(op, f"{name} must have {rows}, as it changes in place, got strides {tensor.stride()}")
+    if input.layout == _DENSE_ROWS and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride())):
+        _fail(op, f"{name} must not be expanded, as it changes in place, got strides {tensor.stride()}")
 
 
 def _fits(shape: Shape, sizes: torch.Size, dims: Dims) -> bool:

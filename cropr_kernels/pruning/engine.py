@@ -11,6 +11,7 @@ calls it; those behind pass on what it gives. The functional form of the same is
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,18 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         and the caller wants all positions.
     """
     blocks: list[BlockParts] = state.stack.engine
+    learns = (parameter for parts in blocks for parameter in parts.block.parameters() if parameter.requires_grad)
+    if torch.is_grad_enabled() and any(True for _ in learns):
+        raise RuntimeError(
+            "the engine computes no gradients, and a block has parameters that require one: call the model under "
+            "torch.no_grad(), freeze it, or deploy(model, engine=False)"
+        )
+    # Below autograd, as in inference mode: operators cost less.
+    with nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowADInplaceOrView():
+        return _run(state, blocks, x, rotary)
+
+
+def _run(state: PruningState, blocks: list[BlockParts], x: Tensor, rotary: Rotary | None) -> Tensor:
     counts, prefix, masks = state.counts, state.num_prefix, state.masks
     x, idx = x.contiguous(), None
     count = x.shape[1]
@@ -51,10 +64,8 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         norm2 = getattr(block, parts.norm2)
         where = None if rotary is None else rotary._replace(idx=idx)
         update = parts.attend(getattr(block, parts.attn), h, where, log_sizes)
-        _refuse_gradient(update)
         h = ops.add_norm_(x, idx, update, scale1, norm2.weight, norm2.bias, norm2.eps)
         update = block.mlp(h)
-        _refuse_gradient(update)
         if layer == state.last:
             ops.add_(x, idx, update, scale2)
             break
@@ -118,15 +129,6 @@ class Merged:
     def positions(self) -> Tensor:
         """For every token the position at which it is now: (B, N)."""
         return resolve_parents(self.parent, self.merges)
-
-
-def _refuse_gradient(update: Tensor) -> None:
-    """Parameters of a block that someone unfroze would not learn: say so instead."""
-    if update.requires_grad:
-        raise RuntimeError(
-            "the engine computes no gradients, and a block has parameters that require one: call the model under "
-            "torch.no_grad(), freeze it, or deploy(model, engine=False)"
-        )
 
 
 def _norm(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:

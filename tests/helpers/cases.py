@@ -109,3 +109,4 @@ def _wrong(input: Input, tensor: Tensor, known: set[str], *, first: bool) -> Ite
             yield tensor.narrow(axis, 0, tensor.shape[axis] - 1)
     if input.layout:
         yield tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+        yield tensor[:1].expand_as(tensor)

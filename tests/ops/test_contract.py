@@ -200,7 +200,75 @@ def test_flops(name):
     assert counter.get_total_flops() == FLOPS.get(name, 0)
 
 
+# What a call means for autograd
+
+IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm"])
+def test_ops_without_a_gradient_refuse_tensors_that_require_one(name):
+    args = legal_call(name)
+    for argument, value in args.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            call = args | {argument: value.clone().requires_grad_()}
+            with pytest.raises(
+                RuntimeError, match=f"{name}: {argument} must not require a gradient, as the op has none"
+            ):
+                getattr(ops, name)(*call.values())
+            with torch.no_grad():
+                getattr(ops, name)(*call.values())
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_changed_in_place_is_no_longer_what_backward_saved(name):
+    args, weight = legal_call(name), torch.ones((), requires_grad=True)
+    for argument in getattr(ops, name).default._schema.arguments:
+        if argument.alias_info is None or not args[argument.name].is_floating_point():
+            continue
+        product = (weight * args[argument.name]).sum()
+        getattr(ops, name)(*args.values())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    versions = {key: value._version for key, value in args.items() if torch.is_tensor(value)}
+    with torch.inference_mode():  # as torch's own: tensors of outside have versions there too
+        getattr(ops, name)(*args.values())
+    assert all((args[key]._version > version) == (key in ("x", "parent") or (key == "sizes" and name == "merge_"))
+               for key, version in versions.items())  # fmt: skip
+
+
 # Refusals
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_changes_in_place_shares_no_memory(kernels, name):
+    args = legal_call(name)
+    x = args["x"] = args["x"].to(kernels.device)
+    args = {key: value.to(kernels.device) if torch.is_tensor(value) else value for key, value in args.items()}
+    same = {
+        key: value for key, value in args.items() if torch.is_tensor(value) and value.dtype == x.dtype and key != "x"
+    }
+    for key, value in same.items():
+        if value.numel() <= x.numel():
+            call = args | {key: x.flatten()[-value.numel() :].view(value.shape)}
+            with pytest.raises(
+                RuntimeError, match=f"{name}: {key} must not share memory with x, which changes in place"
+            ):
+                getattr(kernels, name)(*call.values())
+    beside = torch.zeros(2 * x.numel(), dtype=x.dtype, device=x.device)  # one storage, different parts of it
+    key, value = next(iter(same.items()))
+    if value.numel() <= x.numel():
+        apart = {"x": beside[: x.numel()].view(x.shape), key: beside[x.numel() :][: value.numel()].view(value.shape)}
+        getattr(kernels, name)(*(args | apart).values())
+
+
+@pytest.mark.parametrize("argument", ["safe_idx", "candidate_idx"])
+@pytest.mark.parametrize("name", ["merge", "merge_"])
+def test_lists_to_merge_must_ascend(name, argument):
+    args = legal_call(name)
+    args[argument] = args[argument].flip(1)
+    with pytest.raises(RuntimeError, match=rf"{name}: {argument} must be ascending, got \d+ before \d+ in image 0"):
+        getattr(ops, name)(*args.values())
 
 
 def both_sentences(kernels, name, args):

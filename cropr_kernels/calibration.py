@@ -5,6 +5,8 @@ solution of one ridge regression per block. Only its normal equations are kept, 
 many images stream past.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,8 @@ from .pruning.model import require_pruned, run
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.state import PruningOptions
 from .utils.flops import flop_counter
-from .utils.io import atomic_write, load_tensors
+from .utils.io import atomic_write, load_safetensors
+from .utils.optional import need
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -170,14 +173,21 @@ def _set_queries(stack: Any, queries: Tensor) -> None:
 
 
 def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = None) -> None:
-    """Write the folded queries of a pruned model, (modules, D) float32, and whatever is said about them.
+    """Write the folded queries of a pruned model, (modules, D) float32, and what is said about them: safetensors.
 
     Raises:
         TypeError: the model is not pruned.
+        ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
+    write = need("safetensors.torch", "demo", "cropr.save_queries").save_file
+    queries, text = torch.stack([module.query().cpu() for module in stack]), json.dumps(about or {}, sort_keys=True)
     with atomic_write(path) as temporary:
-        torch.save({"queries": torch.stack([module.query().cpu() for module in stack]), **(about or {})}, temporary)
+        write({"queries": queries}, temporary, {"about": text, "sha256": _checksum(queries, text)})
+
+
+def _checksum(queries: Tensor, about: str) -> str:
+    return hashlib.sha256(queries.numpy().tobytes() + about.encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -192,13 +202,22 @@ def load_queries(model: Any, path: str | Path) -> Any:
     Raises:
         TypeError: the model is not pruned.
         FileNotFoundError: there is no such file.
-        ValueError: it holds no queries, or those of another model.
+        ValueError: it holds no queries, is damaged, or the queries are those of another model.
+        ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
     try:
-        queries = load_tensors(path)["queries"]
-    except (ValueError, KeyError, TypeError) as error:
+        tensors, metadata = load_safetensors(path)
+        queries, about = tensors["queries"], metadata["about"]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
+    if metadata.get("sha256") != _checksum(queries, about):
+        raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match")
+    if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
+        raise ValueError(
+            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds {queries.dtype} "
+            f"{tuple(queries.shape)}"
+        )
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:
         raise ValueError(
@@ -220,7 +239,7 @@ class Agreement(NamedTuple):
 
 @torch.inference_mode()
 def agreement(
-    model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32
+    model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32, **kwargs: Any
 ) -> list[Agreement]:
     """Compare a pruned model at several rates with the same model unpruned, without labels.
 
@@ -230,6 +249,7 @@ def agreement(
         images: as in `calibrate`; others than it was calibrated on.
         rates: tokens dropped per module.
         batch_size: images at a time where `images` is one tensor.
+        kwargs: what else the model is called with.
 
     Raises:
         TypeError: the model is not pruned.
@@ -244,8 +264,8 @@ def agreement(
     def measure(rate: int) -> tuple[Tensor, int]:
         tower = set_rate(fast, rate).cropr.spec.tower
         with flop_counter() as counter:
-            first = outputs_of(tower(batches[0]))
-        outputs = torch.cat([first, *(outputs_of(tower(batch)) for batch in batches[1:])])
+            first = outputs_of(tower(batches[0], **kwargs))
+        outputs = torch.cat([first, *(outputs_of(tower(batch, **kwargs)) for batch in batches[1:])])
         return outputs.double(), counter.get_total_flops()
 
     (expected, flops), rows = measure(0), []

@@ -1,15 +1,18 @@
 """Closed-form queries: the regression itself, every family of models, determinism, refusals, real photos."""
 
 import copy
+import json
 
 import pytest
 import torch
 from helpers.models import MODELS, randomise, reference_vit, timm_vit
 
 import cropr_kernels as cropr
+from cropr_kernels import calibration
 from cropr_kernels.calibration import importance
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.models.blocks import project_heads
+from cropr_kernels.utils import io
 
 
 def slow_queries(model, images, ridge):
@@ -153,7 +156,7 @@ def test_agreement_is_that_of_the_deployed_model():
 
 def test_queries_go_to_a_file_and_come_back(tmp_path):
     model = cropr.calibrate(cropr.apply(reference_vit(), rate=8), torch.randn(4, 3, 64, 64))
-    path = tmp_path / "queries.pt"
+    path = tmp_path / "queries.safetensors"
     cropr.save_queries(model, path, {"rate": 8})
     for other in (cropr.apply(reference_vit(), rate=3, llf=True), cropr.deploy(cropr.apply(reference_vit(), rate=8))):
         assert cropr.load_queries(other, path) is other
@@ -162,6 +165,24 @@ def test_queries_go_to_a_file_and_come_back(tmp_path):
     narrow = cropr.apply(reference_vit(embed_dim=32), rate=8)
     with pytest.raises(ValueError, match=r"3 modules of width 32, .* queries of shape \(3, 64\)"):
         cropr.load_queries(narrow, path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), path)
+        except ValueError:
+            continue
+        changed = io.load_safetensors(path)  # a bit that means nothing, such as of a name that nobody reads
+        assert torch.equal(changed[0]["queries"], torch.stack([module.query() for module in model.cropr]))
+    for queries, message in (
+        (torch.full((3, 64), float("nan")), r"must be finite, float32 and \(modules, D\), .* torch.float32 \(3, 64\)"),
+        (torch.ones(3, 64, dtype=torch.int64), "holds torch.int64"),
+        (torch.ones(64), r"holds torch.float32 \(64,\)"),
+    ):
+        about = {"about": "{}", "sha256": calibration._checksum(queries, "{}")}
+        pytest.importorskip("safetensors.torch").save_file({"queries": queries}, path, about)
+        with pytest.raises(ValueError, match=message):
+            cropr.load_queries(model, path)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no queries"):
         cropr.load_queries(model, path)
@@ -171,8 +192,8 @@ def test_queries_go_to_a_file_and_come_back(tmp_path):
 
 def test_queries_come_back_bit_for_bit(tmp_path):
     model = cropr.apply(reference_vit(), rate=8, num_outputs=0)
-    cropr.save_queries(model, tmp_path / "queries.pt")
-    other = cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.pt")
+    cropr.save_queries(model, tmp_path / "queries.safetensors")
+    other = cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.safetensors")
     assert all(torch.equal(a.query(), b.query()) for a, b in zip(model.cropr, other.cropr))
 
 
@@ -186,13 +207,14 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
         pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
         image.fromarray(pixels.numpy()).save(photos / f"{i}.jpg")
     (photos / "broken.jpg").write_bytes(b"no picture")
-    out = tmp_path / "queries.pt"
+    out = tmp_path / "queries.safetensors"
     arguments = ["calibrate", str(weights), str(tmp_path), "--out", str(out), "--quiet", "--rates", "1", "17"]
     assert cli.main([*arguments, "--least", "0"]) == 0
     text = capsys.readouterr().out
     assert "recommended: rate 17" in text and "1 unreadable" in text
-    found = torch.load(out)
-    assert found["queries"].shape == (11, 192) and found["rate"] == 17 and len(found["report"]) == 2
+    tensors, metadata = io.load_safetensors(out)
+    found = json.loads(metadata["about"])
+    assert tensors["queries"].shape == (11, 192) and found["rate"] == 17 and len(found["report"]) == 2
     assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
     cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
     for bad, message in [

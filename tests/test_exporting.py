@@ -214,7 +214,7 @@ def test_refusals(tmp_path, monkeypatch):
 
 def test_the_command_writes_compares_and_times(tmp_path, capsys):
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
-    weights, queries = tmp_path / "tiny.pt", tmp_path / "queries.pt"
+    weights, queries = tmp_path / "tiny.pt", tmp_path / "queries.safetensors"
     torch.save(model.state_dict(), weights)
     assert cli.main(["export", str(weights), "--out", str(tmp_path)]) == 1
     assert "without queries tokens would be pruned at random" in capsys.readouterr().err

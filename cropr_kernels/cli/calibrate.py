@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     )
     add_arguments(parser, "model", "--rates", "--llf", "--merge", "--mean", "--std", "--quiet")
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
-    parser.add_argument("--out", type=Path, default=Path("queries.pt"), help="file to write (default: queries.pt)")
+    parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
     parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
     parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
     parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")

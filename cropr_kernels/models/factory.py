@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..utils.io import load_tensors
+from ..utils.io import load_safetensors, load_tensors
 from ..utils.optional import need
 from .adapters import find_spec
 from .vit import PRESETS, ViT, create_vit
@@ -114,13 +114,7 @@ def pixels_of(model: Any, name: str) -> Pixels:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
-        safetensors = need("safetensors", "demo", f"weight file {path}")
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                names = list(file.keys())
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        return load_safetensors(path)
     state = load_tensors(path)
     for key in ("model", "state_dict", "model_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -3,11 +3,15 @@
 import contextlib
 import os
 import uuid
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .optional import need
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -39,12 +43,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if unreadable."""
+    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, of those with `part` in their names, and metadata; FileNotFoundError, or ValueError if unreadable."""
+    safetensors = need("safetensors", "demo", f"file {path}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if part in name]  # noqa: SIM118  (it is no dict)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

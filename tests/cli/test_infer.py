@@ -31,8 +31,8 @@ def model(tmp_path_factory):
     folder, plain = tmp_path_factory.mktemp("model"), cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
     torch.save(plain.state_dict(), folder / "tiny.pt")
     pruned = cropr.apply(plain, rate=8, num_outputs=0)
-    cropr.save_queries(pruned, folder / "queries.pt")
-    return [str(folder / "tiny.pt"), "--queries", str(folder / "queries.pt"), "--quiet"], cropr.deploy(pruned)
+    cropr.save_queries(pruned, folder / "queries.safetensors")
+    return [str(folder / "tiny.pt"), "--queries", str(folder / "queries.safetensors"), "--quiet"], cropr.deploy(pruned)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_frames_show_what_is_left_behind_each_block(tmp_path):
 
 
 def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, capsys):
-    out, queries = tmp_path / "maps", tmp_path / "queries.pt"
+    out, queries = tmp_path / "maps", tmp_path / "queries.safetensors"
     photos = [str(PHOTOS / "rocket.jpg"), str(PHOTOS / "coffee.jpg")]
     assert cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
     text = capsys.readouterr().out

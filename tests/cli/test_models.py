@@ -35,7 +35,7 @@ def test_every_command_takes(kind, run, tmp_path):
         pytest.importorskip(library, reason=f"{library} is not installed")
     tables = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
     name, classifies = FOLDERS[kind](tmp_path), "features" not in kind and "tower" not in kind
-    queries, schedule = tmp_path / "queries.pt", tmp_path / "schedule.json"
+    queries, schedule = tmp_path / "queries.safetensors", tmp_path / "schedule.json"
     assert "kept after each block" in run("info", name, "--rate", "4")
     out = run("calibrate", name, PHOTOS, "--rates", "4", "--least", "0", "--photos", "2", "--out", queries, "--quiet")
     assert ("same class, %" if classifies else "cosine, %") in out and "recommended: rate 4" in out

@@ -356,7 +356,7 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
-    queries = tmp_path / "queries.pt"
+    queries = tmp_path / "queries.safetensors"
     for command, said in [
         (["info", str(out)], "kept after each block  13 10 7"),
         (["map", str(out), str(photos / "val" / "red"), "--out", str(tmp_path / "maps")], "6 of 16 patches are kept"),

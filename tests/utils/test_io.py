@@ -42,6 +42,19 @@ def test_a_file_that_nobody_wrote_is_an_error(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_damaged_tensors_are_refused(tmp_path):
+    path, tensor = tmp_path / "weights.pt", torch.randn(64)
+    torch.save({"weight": tensor}, path)
+    whole = path.read_bytes()
+    start = whole.index(tensor.numpy().tobytes())
+    for place in range(start, start + 256, 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"cannot be read: the checksum of .* does not match"):
+            io.load_tensors(path)
+    path.write_bytes(whole)
+    assert torch.equal(io.load_tensors(path)["weight"], tensor)
+
+
 def test_only_utils_io_renames_files():
     """Whoever writes a file takes `atomic_write`."""
     for path in (ROOT / "cropr_kernels").rglob("*.py"):

@@ -33,6 +33,7 @@ from .pruning.model import features as features
 from .pruning.module import Cropr as Cropr
 from .pruning.module import Scorer as Scorer
 from .pruning.module import loss as loss
+from .pruning.pretrained import from_pretrained as from_pretrained
 from .pruning.windows import Windows as Windows
 from .schedule import Schedule as Schedule
 from .tuning import tune as tune

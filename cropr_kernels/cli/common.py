@@ -10,6 +10,7 @@ from ..calibration import load_queries
 from ..models.factory import Pixels, create_model, is_transformers_folder, pixels_of
 from ..pruning.api import apply, set_rate
 from ..pruning.model import is_pruned
+from ..pruning.pretrained import from_pretrained, was_pruned
 from ..train.loop import rebuild
 
 
@@ -67,7 +68,7 @@ class Loaded(NamedTuple):
 
     model: Any
     pixels: Pixels
-    trained: bool  # a run of cropr train, with a schedule and queries of its own
+    trained: bool  # a run of cropr train, or saved pruned: with a schedule and queries of its own
 
 
 def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
@@ -83,7 +84,11 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
             raise ValueError(f"{name} must be a run of classification, is one of {config.task}")
         model, pixels = task.backbone, Pixels(config.img_size, config.mean, config.std)
     else:
-        model = create_model(name, pretrained=pretrained)
+        model = (
+            from_pretrained(name, dtype=torch.float32)
+            if was_pruned(name)
+            else create_model(name, pretrained=pretrained)
+        )
         pixels = pixels_of(model, name)
     trained = is_pruned(model)
     if not trained:

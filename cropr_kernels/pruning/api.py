@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,8 +48,9 @@ def apply(
     """Put Cropr modules between the blocks of a model, in place.
 
     The model keeps its class, its forward, its parameters and all its outputs; `model.cropr` is added, one module per
-    pruned block. Afterwards model(images) returns (output, auxiliary predictions) in training and the output in eval,
-    and takes two masks more, (B, grid height, grid width) bool: `protect`, patches that are kept while anything else
+    pruned block. Afterwards model(images) returns (output, auxiliary predictions) in training, where there are any (of
+    transformers with labels: its own output, with their losses in its loss), and the output in eval. It
+    takes two masks more, (B, grid height, grid width) bool: `protect`, patches that are kept while anything else
     can be pruned (`protect_boxes`; where more are protected than may be kept their scores decide), and `padding`,
     patches that are none (`pad_images`: they are pruned first, and neither tokens nor the head see them; each image
     needs a token that is no padding).
@@ -99,6 +100,8 @@ def apply(
         windows,
         spec.grid if img_size is None else (img_size[0] // spec.patch_size[0], img_size[1] // spec.patch_size[1]),
     )
+    if spec.needs_map and not llf and not merge:
+        raise ValueError(f"cropr.apply: {type(model).__name__} needs the whole map: cropr.apply(..., llf=True)")
     _counts(config, spec)  # refuse now what could only fail later
     outputs = spec.num_classes if num_outputs is None else num_outputs
     if make_module is None:
@@ -121,7 +124,26 @@ def apply(
     if spec.pooling == "average":
         stack.hooks.append(spec.norm.register_forward_hook(partial(fill_padding, stack)))
     wrap(spec.blocks, stack)
+    _note(model)
     return model
+
+
+def _note(model: Any) -> None:
+    """Tell the configuration of a model of transformers how it is pruned: save_pretrained writes it."""
+    stack, first = model.cropr, model.cropr[0]
+    if not hasattr(getattr(model, "config", None), "save_pretrained") or not isinstance(first, Cropr | FoldedCropr):
+        return
+    config, grid, patch = stack.config, stack.config.grid, stack.spec.patch_size
+    head = getattr(first, "aggregator", None)
+    model.config.cropr = {
+        **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
+        "llf": config.llf,
+        "merge": config.merge and asdict(config.merge),
+        "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
+        "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
+        "num_outputs": head.head.out_features if head else 0,
+        "mlp_ratio": head.mlp[0].out_features / stack.spec.dim if head and head.mlp else 0.0,
+    }
 
 
 def _replace_attributes(model: Any, stack: CroprModules) -> None:
@@ -190,6 +212,8 @@ def remove(model: Any) -> Any:
         hook.remove()
     unwrap(stack.spec.blocks)
     del model.cropr
+    if hasattr(getattr(model, "config", None), "cropr"):
+        del model.config.cropr
     return model
 
 
@@ -209,6 +233,7 @@ def set_rate(model: Any, rate: int) -> Any:
     config = replace(stack.config, schedule=Schedule(rate=rate))
     _counts(config, stack.spec)
     stack.config = config
+    _note(model)
     return model
 
 
@@ -255,6 +280,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     for layer, module in enumerate(light):
         if isinstance(module, Cropr):
             light[layer] = FoldedCropr(module)
+    _note(deployed)
     light.engine, light.watched, light.engine_reason = None, [], ""
     try:
         if light.config.windows is not None:

@@ -26,6 +26,10 @@ class WrappedBlock:
     cropr_base: type  # the block's class
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.fx.Proxy):  # to symbolic tracing a block is one call, as those of torch.nn are
+            tracer: Any = x.tracer
+            leaf = lambda *a, **k: tracer.create_proxy("call_module", tracer.path_of_module(self), a, k)  # noqa: E731
+            return tracer.call_module(self, leaf, (x, *args), kwargs)
         return run_block(*self.cropr_place, super().__call__, x, args, kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, cropr_log_sizes: Tensor | None = None, **kwargs: Any) -> Any:
@@ -130,6 +134,8 @@ def _engine_runs(state: PruningState, x: Tensor, args: tuple[Any, ...], kwargs: 
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
     given = [*args, *(value for name, value in kwargs.items() if name not in _TABLES)]
     return not any(isinstance(value, Tensor) for value in given) and stack.engine_is_clear()
 
@@ -163,8 +169,8 @@ def _active(
 
 
 def _mask_at(value: Any, positions: Tensor | None) -> Any:
-    """An attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); what is no tensor, as is."""
-    if not isinstance(value, Tensor):
+    """An attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); a number, or no tensor, as is."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.ndim != 4 or positions is None:
         raise ValueError(

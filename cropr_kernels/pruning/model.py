@@ -1,6 +1,8 @@
 """A pruned model: `model.cropr`, and what happens before and after its own forward."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -122,16 +124,26 @@ def before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def after_forward(model: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    """In training, the auxiliary predictions beside the output."""
+    """In training, the auxiliary predictions beside the output, or in the loss that a model of transformers gives."""
     stack = model.cropr
     slot = stack.slot
     if slot.options is None or slot.options.predict is not None:  # somebody else asked, who looks for himself
         return output
-    state = slot.state
+    aux = [] if slot.state is None else slot.state.aux
     slot.clear()
-    if output is not None and stack.training:
-        return output, ([] if state is None else state.aux)
+    if output is None or not aux:
+        return output
+    if getattr(output, "loss", None) is None:
+        return output, aux
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    criterion = partial(model.loss_function, given["labels"], config=model.config, **given.get("kwargs", {}))
+    output["loss"] = sum(map(criterion, map(of_image, aux)), output.loss)
     return output
+
+
+def of_image(prediction: Tensor) -> Tensor:
+    """One prediction (B, outputs) an image; several queries (B, M, outputs) are averaged."""
+    return prediction if prediction.ndim == 2 else prediction.mean(1)
 
 
 def keep_grid(stack: CroprModules, projection: nn.Module, args: Any, output: Any) -> None:

@@ -139,16 +139,17 @@ class FoldedCropr(Scorer):
         return self.folded
 
 
-def loss(criterion: Callable[..., Tensor], output: Tensor, aux: list[Tensor], target: Any) -> Tensor:
+def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: Any) -> Tensor:
     """Main loss plus the unweighted sum of all auxiliary losses (paper section 3.1).
 
     Args:
         criterion: called as criterion(prediction, target) for the output and for each auxiliary prediction.
-        output: the network's output.
+        output: the network's output; of several, as distilled models give in training, the mean loss counts.
         aux: auxiliary predictions, one per Cropr module.
         target: whatever the criterion takes.
     """
-    total = criterion(output, target)
+    outputs = output if isinstance(output, tuple | list) else (output,)
+    total = torch.stack([criterion(one, target) for one in outputs]).mean(0)
     for prediction in aux:
         total = total + criterion(prediction, target)
     return total

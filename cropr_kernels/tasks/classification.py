@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pruning.model import is_pruned, run
+from ..pruning.model import is_pruned, of_image, run
 from ..pruning.state import PruningOptions
 
 
@@ -31,8 +31,7 @@ class Classifier(nn.Module):
         """Losses {"main", "aux"} in training with a target, else logits (B, classes)."""
         if not self.training or target is None:
             return self.backbone(images)
-        output, aux = self.backbone(images) if is_pruned(self.backbone) else (self.backbone(images), [])
-        aux = [_of_image(prediction) for prediction in aux]
+        *aux, output = self.predictions(images)
         main = self.criterion(output, target)
         return {"main": main, "aux": sum((self.criterion(one, target) for one in aux), main.new_zeros(()))}
 
@@ -41,9 +40,4 @@ class Classifier(nn.Module):
         if not is_pruned(self.backbone):
             return [self.backbone(images)]
         output, state = run(self.backbone, lambda: self.backbone(images), PruningOptions(predict=True))
-        return [*map(_of_image, state.aux), output]
-
-
-def _of_image(prediction: Tensor) -> Tensor:
-    """One prediction (B, classes) an image; several queries (B, M, classes) are averaged."""
-    return prediction if prediction.ndim == 2 else prediction.mean(1)
+        return [*map(of_image, state.aux), output]

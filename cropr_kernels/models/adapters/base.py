@@ -27,6 +27,7 @@ class ModelSpec:
     class_token: bool  # the head looks at the class token; else at the patches
     pooling: Literal["token", "average", "other"]  # what the head makes of the tokens
     returns_tokens: bool  # the output also holds the tokens, or the head reads the patches
+    needs_map: bool = False  # the head puts all patches back to where they were
     refusal: str | None = None  # why single patches cannot be named by their place in the image
 
 

@@ -79,6 +79,7 @@ def find(model: Any) -> ModelSpec | None:
         class_token=class_token,
         pooling="average" if averages else "other" if attends else "token",
         returns_tokens=True,
+        needs_map=name.endswith(("ForMaskedImageModeling", "ForPreTraining")),
         refusal="it shuffles patches" if "ViTMAE" in type(blocks[0]).__name__ else None,
     )
 

@@ -1,0 +1,356 @@
+"""A pruned model where libraries expect the model it was: parallel training, torch.func, torch.fx, transformers."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.models import (
+    HF,
+    TEXT,
+    outputs_of,
+    randomise,
+    reference_vit,
+    timm_eva,
+    timm_vit,
+    torchvision_vit,
+    transformers,
+)
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import cropr_kernels as cropr
+
+HF_MODELS = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+def vit(**options):
+    return randomise(transformers().ViTForImageClassification(transformers().ViTConfig(**HF, num_labels=5, **options)))
+
+
+def loss_of(output):
+    output, aux = output if isinstance(output, tuple) else (output, [])
+    return outputs_of(output).square().sum() + sum(prediction.square().sum() for prediction in aux)
+
+
+# More than one process or device
+
+
+def work(model, images, answers):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        answers.put(outputs_of(model(images)).numpy())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_spawned_process_gets_the_model(images):
+    model = cropr.deploy(cropr.apply(randomise(timm_vit()).eval(), rate=8, merge=True))
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=work, args=(model, images, answers))
+    process.start()
+    torch.testing.assert_close(torch.from_numpy(answers.get(timeout=120)), model(images), rtol=1e-4, atol=1e-5)
+    process.join()
+
+
+def replicate(model):
+    """What nn.DataParallel makes of a model, with parameters of its own."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, None if child is None else copies[child])
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            setattr(replica, name, None if tensor is None else tensor.detach().clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("make", [timm_vit, vit, torchvision_vit])
+@torch.no_grad()
+def test_replicas_compute_with_their_own_parameters(make, deployed, images):
+    model = cropr.apply(randomise(make()).eval(), rate=8, llf=True, num_outputs=0)
+    model = cropr.deploy(model, engine=False) if deployed else model
+    replica, expected = replicate(model), outputs_of(model(images))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.zero_()
+    assert torch.equal(outputs_of(replica(images)), expected)
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+WAYS = [{}, {"num_outputs": 0}, {"merge": True}, {"merge": True, "llf": True}]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("make", [timm_vit, timm_eva, vit, torchvision_vit])
+def test_steps_in_parallel_are_those_of_one_process(make, kind, how, images, alone):
+    torch.manual_seed(0)
+    plain = cropr.apply(make(), rate=8, **how).train()
+    torch.manual_seed(0)
+    model = cropr.apply(make(), rate=8, **how).train()
+    if kind == "DDP":
+        shared = nn.parallel.DistributedDataParallel(model)
+    else:
+        for block in model.cropr.spec.blocks:
+            dist.fsdp.fully_shard(block, mesh=alone)
+        shared = dist.fsdp.fully_shard(model, mesh=alone)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=1e-3) for one in (plain, model)]
+    for step in range(2):  # the second asks for every gradient of the first
+        for one, optimizer in zip((plain, shared), optimizers):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss_of(one(images)).backward()
+            optimizer.step()
+    for (name, expected), got in zip(plain.named_parameters(), model.parameters()):
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# Transforms and tracers
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("make", [reference_vit, timm_vit, vit, torchvision_vit])
+def test_torch_func_gives_the_gradients_of_autograd(make, how, images):
+    model = cropr.apply(randomise(make()), rate=8, **how).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    grads = torch.func.grad(lambda own: loss_of(torch.func.functional_call(model, own, (images,))))(parameters)
+    loss_of(model(images)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", [{}, {"merge": True}], ids=str)
+@torch.no_grad()
+def test_torch_func_takes_images_one_by_one(how, images):
+    model = cropr.apply(randomise(timm_vit()).eval(), rate=8, **how)
+    for one in (model, cropr.deploy(model)):
+        apart = torch.func.vmap(lambda image, one=one: one(image[None])[0])(images)
+        torch.testing.assert_close(apart, one(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_features_of_a_block_are_extracted(images):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = cropr.apply(randomise(torchvision_vit()).eval(), rate=8, num_outputs=0)
+    name = "encoder.layers.encoder_layer_"
+    seen = []
+    model.encoder.layers[3].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    extractor = create_feature_extractor(model, [f"{name}1", f"{name}2", "heads.head"])
+    found = extractor(images)
+    assert [tuple(value.shape) for value in found.values()] == [(2, 48, 64), (2, 40, 64), (2, 5)]
+    assert torch.equal(found["heads.head"], model(images)) and torch.equal(found[f"{name}2"], seen[-1])
+
+
+# transformers
+
+
+@HF_MODELS
+def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
+    model, labels = cropr.apply(vit(), rate=8, num_queries=2).train(), torch.tensor([1, 4])
+    plain, aux = model(images)
+    output = model(images, labels=labels)
+    expected = cross_entropy(plain.logits, labels) + sum(cross_entropy(one.mean(1), labels) for one in aux)
+    assert type(output) is type(plain)
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output[0], expected)
+    output.loss.backward()
+    assert all(module.queries.grad.abs().sum() > 0 for module in model.cropr)
+    torch.testing.assert_close(model.eval()(images, labels=labels).loss, cross_entropy(plain.logits, labels))
+    output, aux = model.train()(images, labels=labels, return_dict=False)
+    assert len(output) == 2 and len(aux) == 3
+
+
+@HF_MODELS
+def test_the_trainer_trains(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    t = transformers()
+    model = cropr.apply(vit(), rate=8)
+    before = model.cropr[0].queries.detach().clone()
+    data = [{"pixel_values": torch.randn(3, 64, 64), "labels": i % 5} for i in range(8)]
+    arguments = t.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = t.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
+    assert not torch.equal(model.cropr[0].queries, before)
+
+
+@HF_MODELS
+@torch.no_grad()
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [{"rate": 8}, {"rate": 0, "merge": cropr.Merge(2.0)}, {"keep": [50, 40], "llf": True, "num_queries": 3}],
+    ids=str,
+)
+def test_a_saved_model_comes_back_pruned(how, deployed, images, tmp_path):
+    model = cropr.apply(vit().eval(), **how)
+    model = cropr.deploy(model, engine=False) if deployed else model
+    model.save_pretrained(tmp_path)
+    other = cropr.from_pretrained(tmp_path)
+    assert type(other) is type(model) and other.cropr.config == model.cropr.config
+    assert torch.equal(other(images).logits, model(images).logits)
+    cropr.set_rate(other, 5).save_pretrained(tmp_path)
+    assert cropr.from_pretrained(tmp_path).cropr.config.schedule == cropr.Schedule(rate=5)
+    cropr.remove(other).save_pretrained(tmp_path)
+    assert "cropr" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"nothing in .* was pruned when it was saved"):
+        cropr.from_pretrained(tmp_path)
+
+
+@HF_MODELS
+@torch.no_grad()
+def test_the_vision_tower_of_a_llava(images, tmp_path):
+    t = transformers()
+    text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**HF), text_config=text, image_token_index=5, vision_feature_layer=-1
+    )
+    model = t.LlavaForConditionalGeneration(config).eval()
+    asked = {"input_ids": torch.tensor([[1] + [5] * 64 + [2, 3]] * 2), "pixel_values": images}
+    plain = model(**asked).logits
+    tower = cropr.apply(model.model.vision_tower, rate=0, llf=True)
+    assert torch.equal(model(**asked).logits, plain)
+    cropr.set_rate(tower, 8)
+    pruned = model(**asked).logits
+    assert pruned.shape == plain.shape and not torch.equal(pruned, plain)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(cropr.from_pretrained(tmp_path)(**asked).logits, pruned)
+    with torch.enable_grad():
+        assert model.train()(**asked, labels=asked["input_ids"]).loss.requires_grad
+
+
+@HF_MODELS
+def test_pipelines_and_attentions(images):
+    t = transformers()
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    model = cropr.deploy(cropr.apply(vit(attn_implementation="eager").eval(), rate=8, num_outputs=0))
+    shapes = [tuple(one.shape) for one in model(images, output_attentions=True).attentions]
+    assert shapes == [(2, 2, count, count) for count in (65, 56, 48, 40)]
+    processor = t.ViTImageProcessor(size={"height": 64, "width": 64})
+    classify = t.pipeline("image-classification", model=model, image_processor=processor)
+    assert len(classify(image.new("RGB", (90, 70)))) == 5
+
+
+@HF_MODELS
+def test_heads_that_need_the_whole_map(images):
+    t = transformers()
+    for kind, config, mask in (
+        (
+            "ViTForMaskedImageModeling",
+            t.ViTConfig(**HF, encoder_stride=8),
+            {"bool_masked_pos": torch.rand(2, 64) > 0.5},
+        ),
+        ("ViTMAEForPreTraining", t.ViTMAEConfig(**HF), {}),
+    ):
+        model = getattr(t, kind)(config).eval()
+        with pytest.raises(ValueError, match=rf"{kind} needs the whole map: cropr.apply\(..., llf=True\)"):
+            cropr.apply(model, rate=2)
+        cropr.apply(model, rate=2, llf=True)
+        assert model(images, **mask)[0].isfinite().all()
+
+
+# What is around a model, and what is of another kind
+
+
+@HF_MODELS
+def test_wrappers_name_the_model_inside(images):
+    compiled = torch.compile(timm_vit(), backend="eager")
+    with pytest.raises(TypeError, match=r"OptimizedModule is a module around a model; .* at \._orig_mod, VisionTransf"):
+        cropr.apply(compiled, rate=8)
+    t = transformers()
+    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
+    config = t.TimmWrapperConfig.from_dict(about)
+    wrapper = t.TimmWrapperForImageClassification(config).eval()
+    with pytest.raises(TypeError, match=r"TimmWrapperForImageClassification is .* at \.timm_model, VisionTransformer"):
+        cropr.apply(wrapper, rate=8)
+    cropr.apply(wrapper.timm_model, rate=8, num_outputs=0)
+    photo = torch.randn(1, 3, 224, 224)
+    assert wrapper(photo).logits.shape == wrapper.train()(photo).logits.shape
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(timm_vit(), peft.LoraConfig(target_modules=["qkv", "proj"]))
+    with pytest.raises(TypeError, match=r"PeftModel is .* at \.base_model\.model, VisionTransformer"):
+        cropr.apply(adapted, rate=8)
+    cropr.apply(adapted.base_model.model, rate=8, merge=True, num_outputs=0)
+    adapted.train()(images).sum().backward()
+    grads = [one.grad for name, one in adapted.named_parameters() if "lora_B" in name]
+    assert len(grads) == 9 and all(grad.abs().sum() > 0 for grad in grads)
+
+
+def test_what_a_users_class_does_is_kept(images):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+
+    class Mine(timm.models.vision_transformer.VisionTransformer):
+        def forward_features(self, *args, **kwargs):
+            return 2 * super().forward_features(*args, **kwargs)
+
+        def forward(self, images):
+            return {"scores": super().forward(images)}
+
+    model = Mine(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=5).eval()
+    plain = model(images)["scores"]
+    cropr.apply(model, rate=0)
+    assert torch.equal(model(images)["scores"], plain)
+    output, aux = model.train()(images)
+    assert list(output) == ["scores"] and len(aux) == 3
+    inner = timm_vit().eval()
+    forward, plain = inner.forward, inner(images)
+    inner.forward = lambda images: 3 * forward(images)  # as accelerate's hooks replace it
+    cropr.apply(inner, rate=0, num_outputs=0)
+    assert torch.equal(inner(images), 3 * plain)
+    assert not torch.allclose(cropr.set_rate(inner, 8)(images), 3 * plain)
+
+
+def test_another_input_size_and_several_outputs(images):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = cropr.apply(timm_vit(), rate=8)
+    model.set_input_size((96, 64))
+    assert cropr.pruning_map(model, torch.randn(1, 3, 96, 64)).shape == (1, 12, 8)
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=3, img_size=64)
+    distilled.set_distilled_training(True)
+    cropr.apply(distilled, rate=2).train()
+    (one, two), aux = distilled(images)
+    target = torch.tensor([0, 3])
+    expected = (cross_entropy(one, target) + cross_entropy(two, target)) / 2
+    expected = expected + sum(cross_entropy(prediction, target) for prediction in aux)
+    torch.testing.assert_close(cropr.loss(cross_entropy, (one, two), aux, target), expected)
+
+
+@HF_MODELS
+@torch.no_grad()
+def test_offloaded_and_quantised_models(images):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = vit().eval()
+    expected = cropr.apply(vit().eval(), rate=8, num_outputs=0)
+    expected.load_state_dict(model.state_dict(), strict=False)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    cropr.apply(model, rate=8, num_outputs=0)
+    assert {parameter.device.type for parameter in model.cropr.parameters()} == {"cpu"}
+    for own, module in zip(expected.cropr, model.cropr):
+        own.queries.copy_(module.queries)
+    assert torch.equal(model(images).logits, expected(images).logits)

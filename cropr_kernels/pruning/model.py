@@ -190,24 +190,25 @@ class GraphedForward:
     """The forward of a deployed model, captured in CUDA graphs."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.__signature__ = model, inspect.signature(model.forward)
 
-    def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, slot = self.model, self.model.cropr.slot
         forward = type(model).forward
-        options = slot.options
-        wants_gradient = torch.is_grad_enabled() and images.requires_grad
-        plain = not (model.training or torch.compiler.is_compiling() or wants_gradient or args or kwargs)
-        if not (images.is_cuda and plain and options is not None and options.predict is None):
-            return forward(model, images, *args, **kwargs)
+        options, [images, *more] = slot.options, [*args, *kwargs.values()]
+        plain = isinstance(images, Tensor) and images.is_cuda and not (more or model.training)
+        if not plain or torch.compiler.is_compiling() or (torch.is_grad_enabled() and images.requires_grad):
+            return forward(model, *args, **kwargs)
+        if options is None or options.predict is not None:
+            return forward(model, *args, **kwargs)
         masks = {name: mask for name in ("protect", "padding") if (mask := getattr(options, name)) is not None}
 
         def run(batch: Tensor, *given: Tensor) -> Any:
             slot.options = options._replace(**dict(zip(masks, given)))
-            return forward(model, batch)
+            return forward(model, **dict.fromkeys(kwargs, batch)) if kwargs else forward(model, batch)
 
         with torch.no_grad():
-            return model.cropr.graphs(run, (images, *masks.values()), (graph_key(model, images), *masks))
+            return model.cropr.graphs(run, (images, *masks.values()), (graph_key(model, images), *kwargs, *masks))
 
 
 def graph_key(model: Any, images: Tensor) -> tuple[Any, ...]:

@@ -35,6 +35,14 @@ def transformers_classifier(folder):
     return str(path)
 
 
+def transformers_pruned(folder):
+    t = transformers()
+    path = folder / "pruned"
+    model = randomise(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)))
+    cropr.apply(model, rate=3, merge=True, num_outputs=0).save_pretrained(path)
+    return str(path)
+
+
 def transformers_features(folder):
     t = transformers()
     path = folder / "dinov2"
@@ -53,6 +61,7 @@ FOLDERS = {
     "weight file": weight_file,
     "timm": timm_folder,
     "transformers classifier": transformers_classifier,
+    "transformers, saved pruned": transformers_pruned,
     "transformers features": transformers_features,
     "transformers image tower": transformers_two_towers,
 }

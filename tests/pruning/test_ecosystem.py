@@ -1,5 +1,6 @@
 """A pruned model where libraries expect the model it was: parallel training, torch.func, torch.fx, transformers."""
 
+import inspect
 import json
 import multiprocessing
 
@@ -249,7 +250,9 @@ def test_the_vision_tower_of_a_llava(images, tmp_path):
 def test_pipelines_and_attentions(images):
     t = transformers()
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    model = cropr.deploy(cropr.apply(vit(attn_implementation="eager").eval(), rate=8, num_outputs=0))
+    model = cropr.apply(vit(attn_implementation="eager").eval(), rate=8, num_outputs=0)
+    signature, model = inspect.signature(model.forward), cropr.deploy(model, cuda_graphs=1)
+    assert inspect.signature(model.forward) == signature
     shapes = [tuple(one.shape) for one in model(images, output_attentions=True).attentions]
     assert shapes == [(2, 2, count, count) for count in (65, 56, 48, 40)]
     processor = t.ViTImageProcessor(size={"height": 64, "width": 64})

@@ -8,6 +8,7 @@ many images stream past.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,26 +258,27 @@ def agreement(
     """
     classifies = require_pruned(model, "cropr.agreement").spec.num_classes > 0
     fast, device = deploy(model), next(model.parameters()).device
-    batches = [batch.to(device) for batch in _batches(images, batch_size)]
-    if not batches:
+    rates, flops = [*rates], dict[int, int]()
+    outputs: dict[int, list[Tensor]] = {}
+    for batch in _batches(images, batch_size):
+        for rate in dict.fromkeys((0, *rates)):
+            tower = set_rate(fast, rate).cropr.spec.tower
+            with nullcontext() if rate in flops else flop_counter() as counter:
+                output = outputs_of(tower(batch.to(device), **kwargs)).double()
+            outputs.setdefault(rate, []).append(output)
+            if counter is not None:
+                flops[rate] = counter.get_total_flops()
+    if not outputs:
         raise ValueError("cropr.agreement: needs at least one image, got none")
-
-    def measure(rate: int) -> tuple[Tensor, int]:
-        tower = set_rate(fast, rate).cropr.spec.tower
-        with flop_counter() as counter:
-            first = outputs_of(tower(batches[0], **kwargs))
-        outputs = torch.cat([first, *(outputs_of(tower(batch, **kwargs)) for batch in batches[1:])])
-        return outputs.double(), counter.get_total_flops()
-
-    (expected, flops), rows = measure(0), []
+    expected, rows = torch.cat(outputs[0]), []
     for rate in rates:
-        own, own_flops = measure(rate)
+        own = torch.cat(outputs[rate])
         if classifies:
             divergence = F.kl_div(own.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
             same = (expected.argmax(1) == own.argmax(1)).double().mean()
         else:
             same, divergence = F.cosine_similarity(expected, own).mean(), torch.tensor(float("nan"))
-        rows.append(Agreement(rate, same.item(), divergence.item(), flops / own_flops))
+        rows.append(Agreement(rate, same.item(), divergence.item(), flops[0] / flops[rate]))
     return rows
 
 

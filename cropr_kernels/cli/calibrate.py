@@ -2,7 +2,9 @@
 
 import argparse
 import random
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from .. import calibration
 from ..models.adapters import find_spec
 from ..models.factory import Pixels
 from ..tuning import default_rates
-from ..utils.images import find_photos, load_photo
+from ..utils.images import find_photos, readable, told
 from ..utils.io import table
 from ..utils.optional import need
-from .common import add_arguments, count, load_model
+from .common import add_arguments, add_pixels, count, load_model
 
 
 def add_parser(commands: Any) -> None:
@@ -26,7 +28,8 @@ def add_parser(commands: Any) -> None:
         description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
         "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
     )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--mean", "--std", "--quiet")
+    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--quiet")
+    add_pixels(parser)
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
     parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
     parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
@@ -36,22 +39,18 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[Path]) -> Iterator[Tensor]:
+def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:
     """Photos in batches of 16; those that cannot be read go to a list."""
     tqdm = need("tqdm", "demo", "cropr calibrate").tqdm
-    photos: list[Tensor] = []
-    for path in tqdm(paths, desc=label, disable=not show, leave=False, mininterval=1):
-        try:
-            photos.append(pixels.normalise(load_photo(path, pixels.img_size)))
-        except OSError:
-            unreadable.append(path)
-        if len(photos) == 16 or (photos and path == paths[-1]):
-            yield torch.stack(photos)
-            photos = []
+    bar = tqdm(paths, desc=label, disable=not show, leave=False, mininterval=1)
+    photos = (pixels.normalise(photo) for _, photo in readable(bar, pixels.load, unreadable))
+    while batch := list(islice(photos, 16)):
+        yield torch.stack(batch)
 
 
 def run(options: argparse.Namespace) -> None:
-    paths = find_photos(options.folder)
+    skipped: Counter[str] = Counter()
+    paths = find_photos(options.folder, skipped)
     if len(paths) < 2:
         raise ValueError(f"{options.folder} must hold 2 photos or more, to fit and to compare, got {len(paths)}")
     random.Random(options.seed).shuffle(paths)
@@ -59,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
     compared = paths[fitted : fitted + options.held_out]
     model, pixels, _ = load_model(options)
     show = not options.quiet
-    unreadable: tuple[list[Path], list[Path]] = [], []
+    print(f"photos: {pixels}{told(skipped)}")
+    unreadable: tuple[list[str], list[str]] = [], []
     calibration.calibrate(model, batches(paths[:fitted], pixels, "calibrating", show, unreadable[0]))
     compare = batches(compared, pixels, "reading photos to compare on", show, unreadable[1])
     rows = calibration.agreement(model, compare, options.rates or default_rates(model))
@@ -75,5 +75,6 @@ def run(options: argparse.Namespace) -> None:
     print(table(["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"], cells, left=0))
     used = fitted - len(unreadable[0]), len(compared) - len(unreadable[1])
     print(f"{used[0]} photos to fit, {used[1]} to compare, {sum(map(len, unreadable))} unreadable")
+    print("".join(f"  {line}\n" for line in [*unreadable[0], *unreadable[1]][:5]), end="")
     what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
     print(f"{what}; wrote {options.out}")

@@ -1,6 +1,7 @@
 """What the commands share: arguments, the models they name, where those run."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from ..pruning.api import apply, set_rate
 from ..pruning.model import is_pruned
 from ..pruning.pretrained import from_pretrained, was_pruned
 from ..train.loop import rebuild
+from ..utils.optional import need
 
 
 def count(text: str) -> int:
@@ -35,6 +37,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--merge": dict(action="store_true", help="merge the pruned tokens into those that are kept"),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
+    "--crop-pct": dict(type=float, help="side of the crop over that of the resized photo (default: the model's)"),
+    "--interpolation": dict(choices=("bicubic", "bilinear", "lanczos"), help="default: the model's"),
+    "--max-pixels": dict(type=count, help="of a photo; larger ones are not read (default: 178956970)"),
     "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
     "--rounds": dict(type=count, default=9, help="timings of each, the median is used (default: %(default)s)"),
     "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"),
@@ -49,9 +54,15 @@ def add_arguments(parser: Any, *names: str) -> None:
         parser.add_argument(name, **_ARGUMENTS[name])
 
 
+def add_pixels(parser: Any) -> None:
+    """The arguments that say how photos are read."""
+    add_arguments(parser, "--mean", "--std", "--crop-pct", "--interpolation", "--max-pixels")
+
+
 def add_pruning(parser: Any) -> None:
     """The arguments of `load_with_queries`."""
-    add_arguments(parser, "model", "--queries", "--llf", "--merge", "--mean", "--std")
+    add_arguments(parser, "model", "--queries", "--llf", "--merge")
+    add_pixels(parser)
     schedule = parser.add_mutually_exclusive_group()
     add_arguments(schedule, "--rate", "--keep")
 
@@ -98,8 +109,17 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
         raise ValueError(f"{name} says itself how it is pruned: leave out --llf, --merge and --keep")
     elif given.get("rate") is not None:
         set_rate(model, rate)
-    own = {part: tuple(given[part]) for part in ("mean", "std") if given.get(part)}
-    return Loaded(model, pixels._replace(**own), trained)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{name} has weights that are not finite")
+    own = {part: value for part in ("mean", "std", "crop_pct", "interpolation") if (value := given.get(part))}
+    pixels = pixels._replace(**own)
+    if not all(math.isfinite(value) for value in pixels.mean) or not all(0 < value < math.inf for value in pixels.std):
+        raise ValueError(f"--mean must be finite and --std positive, got {pixels.mean}, {pixels.std}")
+    if not 0 < pixels.crop_pct <= 1:
+        raise ValueError(f"--crop-pct must be in (0, 1], got {pixels.crop_pct}")
+    if given.get("max_pixels"):  # Pillow warns from this number on, and refuses from twice as many
+        need("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = given["max_pixels"] // 2
+    return Loaded(model, pixels, trained)
 
 
 def load_with_queries(options: argparse.Namespace) -> Loaded:

@@ -12,7 +12,7 @@ import torch
 
 from ..exporting import FORMATS, export, load_exported
 from ..pruning.api import deploy, set_rate
-from ..utils.images import find_named_photos, load_photo
+from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.timing import medians
 from .common import DTYPES, add_arguments, add_pruning, load_with_queries, place_of
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         photos = torch.rand(options.batch, 3, *pixels.img_size)
     else:
         paths = find_named_photos(options.images)
-        photos = torch.stack([load_photo(paths[i % len(paths)], pixels.img_size) for i in range(options.batch)])
+        photos = torch.stack([pixels.load(paths[i % len(paths)]) for i in range(options.batch)])
     images = pixels.normalise(photos).to(**place)
     stem, rows = Path(options.model).stem, [["PyTorch", "cropr", "", ""]]
     fast = deploy(model.to(**place))

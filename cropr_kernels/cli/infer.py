@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -24,7 +25,7 @@ from ..models.adapters import find_spec
 from ..models.factory import Pixels
 from ..models.outputs import outputs_of, remove_classifier
 from ..pruning.api import deploy
-from ..utils.images import PHOTO_SUFFIXES, find_photos, load_photo
+from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
 from ..utils.io import atomic_write, write_text
 from ..utils.optional import need
 from .common import add_arguments, add_pruning, count, load_with_queries, place_of
@@ -59,13 +60,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
+def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:
     """The units of folders and shards, in an order that depends on their names only; errors name what is none."""
     units: list[Unit] = []
     for source in sources:
         if source.is_dir():
             units += [Unit(str(shard.relative_to(source)), (), shard) for shard in sorted(source.rglob("*.tar"))]
-            photos = find_photos(source)
+            photos = find_photos(source, skipped)
             for first in range(0, len(photos), unit):
                 units.append(Unit(f"{source.name}/{first}", tuple(photos[first : first + unit]), source))
         elif not source.exists():
@@ -80,35 +81,50 @@ def find_units(sources: Sequence[Path], unit: int) -> list[Unit]:
 
 
 def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """Name and content (a path, or a file) of each photo of a unit; None where a sample of a shard has none."""
+    """Name and content (a path, or a file) of each photo of a unit; None where a sample of a shard has none.
+
+    A name in a shard is that of its member without the suffix, as it stands there: nobody has checked it as a path.
+    Raises ValueError where a shard does not end as tar files do: what is behind the damage would be lost.
+    """
     if unit.photos:
-        yield from ((str(path.relative_to(unit.root)), path) for path in unit.photos)
+        yield from ((shown(path.relative_to(unit.root)), path) for path in unit.photos)
         return
-    tar = need("webdataset.tariterators", "infer", "cropr infer")
-    with open(unit.root, "rb") as stream:
-        for sample in tar.group_by_keys(tar.tar_file_expander([{"url": str(unit.root), "stream": stream}])):
-            content = next((value for key, value in sample.items() if f".{key.lower()}" in PHOTO_SUFFIXES), None)
-            yield sample["__key__"], None if content is None else io.BytesIO(content)
+    keys: dict[str, bool] = {}  # of samples, and whether they have a photo
+    with open(unit.root, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
+        for member in shard:
+            folder, slash, base = shown(member.name).rpartition("/")
+            key, dot, _ = base.partition(".")
+            if member.isfile() and key and dot:
+                stem, suffix = os.path.splitext(base)
+                is_photo = suffix.lower() in PHOTO_SUFFIXES
+                keys[folder + slash + key] = keys.get(folder + slash + key, False) or is_photo
+                if is_photo:
+                    yield folder + slash + stem, io.BytesIO(shard.extractfile(member).read())  # type: ignore[union-attr]
+        stream.seek(shard.offset)  # tarfile takes a damaged header for the end
+        tail = stream.read(1024)
+        if tail != bytes(1024) or any(more.strip(b"\0") for more in iter(lambda: stream.read(1 << 20), b"")):
+            raise ValueError(f"the shard is damaged at byte {shard.offset}")
+    yield from ((key, None) for key, has_photo in keys.items() if not has_photo)
 
 
 Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels where there is no error
 
 
-def _read(name: str, content: Any, size: tuple[int, int]) -> Read:
+def _read(name: str, content: Any, pixels: Pixels) -> Read:
     try:
         if content is None:
             raise OSError("no image in this sample")
-        return {"name": name, "error": None}, load_photo(content, size)
+        return {"name": name, "error": None}, pixels.load(content)
     except OSError as error:
         return {"name": name, "error": str(error)}, None
 
 
-def batches(unit: Unit, size: tuple[int, int], batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
+def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
     """Photos of a unit in their order, so many at a time; the next ones are read while the model runs on these."""
     source = samples(unit)
 
     def start() -> list[Any]:
-        return [threads.submit(_read, *sample, size) for sample in islice(source, batch)]
+        return [threads.submit(_read, *sample, pixels) for sample in islice(source, batch)]
 
     waiting = start()
     while waiting:
@@ -123,34 +139,38 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
-    output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float()
+    output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float().cpu()
     readable = [row for row in rows if row["error"] is None]
-    if top:
-        best = output.softmax(1).topk(min(top, output.shape[1]))
-        for row, classes, probabilities in zip(readable, best.indices.tolist(), best.values.tolist()):
-            row |= {"classes": classes, "probabilities": probabilities}
-    else:
-        for row, features in zip(readable, output.tolist()):
-            row["features"] = features
+    for row, values in zip(readable, output):
+        if not values.isfinite().all():
+            row["error"] = "the model's output is not finite"
+        elif top:
+            best = values.softmax(0).topk(min(top, len(values)))
+            row |= {"classes": best.indices.tolist(), "probabilities": best.values.tolist()}
+        else:
+            row["features"] = values.tolist()
     return rows
 
 
 def run(options: argparse.Namespace) -> None:
     pyarrow, parquet, tqdm = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "tqdm"))
-    need("webdataset", "infer", "cropr infer")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = place_of(options)
     if place["device"].type == "cuda" and "LOCAL_RANK" in os.environ:
         place["device"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    units = find_units(options.source, options.unit)
+    skipped: Counter[str] = Counter()
+    units = find_units(options.source, options.unit, skipped)
+    del skipped[".tar"]
     model, pixels, _ = load_with_queries(options)
     classifies = find_spec(model).num_classes > 0
     top = options.top if classifies and not options.features else 0
     if options.features and classifies:
         remove_classifier(model)
     fast = deploy(model.to(**place))
+    if rank == 0:
+        print(f"photos: {pixels}{told(skipped)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = {"mean": [*pixels.mean], "std": [*pixels.std], "top": top, "dtype": str(place["dtype"])}
+    facts = {"pixels": str(pixels), "top": top, "dtype": str(place["dtype"])}
     _settle(options.out / _SETTINGS, {"model": options.model, **_settings(model.cropr, units), **facts})
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
     mine = list(zip(units, parts))[rank::world]
@@ -158,24 +178,27 @@ def run(options: argparse.Namespace) -> None:
     texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
     columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
     schema = pyarrow.schema({"name": texts, "error": texts} | columns)
-    done = unreadable = 0
+    done, unreadable, damaged = 0, 0, list[str]()
     bar = tqdm.tqdm(desc="photos", unit="", disable=options.quiet or rank > 0, mininterval=1)
     with ThreadPoolExecutor(options.workers) as threads, bar:
         for unit, part in todo:
             rows: list[dict[str, Any]] = []
             try:
-                for reads in batches(unit, pixels.img_size, options.batch, threads):
+                for reads in batches(unit, pixels, options.batch, threads):
                     rows += results(fast, pixels, reads, top, place)
                     bar.update(len(reads))
             except (OSError, ValueError, tarfile.TarError) as error:
-                raise RuntimeError(f"{unit.root}: {error}; {len(mine) - len(todo)} units were done before") from error
+                damaged.append(f"{shown(unit.root)}: {error}")
+                continue
             with atomic_write(part) as temporary:
                 parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
             done += len(rows)
             unreadable += sum(row["error"] is not None for row in rows)
     before = f", {len(mine) - len(todo)} were there" if len(todo) < len(mine) else ""
     who = f"process {rank} of {world}: " if world > 1 else ""
-    print(f"{who}{len(todo)} units{before}; {done} photos, {unreadable} of them unreadable")
+    print(f"{who}{len(todo) - len(damaged)} units{before}; {done} photos, {unreadable} of them unreadable")
+    if damaged:
+        raise RuntimeError(f"{who}{len(damaged)} units are damaged, all others are done: {'; '.join(damaged)}")
     if all(part.exists() for part in parts):
         write_text(options.out / _DONE, "")
         print(f"{who}all {len(parts)} units are there: {options.out}")
@@ -183,7 +206,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings(stack: Any, units: Sequence[Unit]) -> dict[str, Any]:
     """What the content of the files depends on, of the pruning and of the photos."""
-    queries = torch.stack([module.query().float().cpu() for module in stack]) if len(stack) else torch.empty(0)
+    prunes = stack.config.schedule.rate != 0
+    queries = torch.stack([module.query().float().cpu() for module in stack]) if prunes else torch.empty(0)
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
         "schedule": str(stack.config.schedule),
@@ -191,7 +215,7 @@ def _settings(stack: Any, units: Sequence[Unit]) -> dict[str, Any]:
         "merge": str(stack.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
         "units": len(units),
-        "names": hashlib.sha256(names.encode()).hexdigest()[:16],
+        "names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
     }
 
 

@@ -10,9 +10,9 @@ from .. import calibration
 from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import pruning_map
-from ..utils.images import find_named_photos, load_photo
+from ..utils.images import find_named_photos, readable, shown
 from ..utils.viz import save_pruning_frames, save_pruning_maps
-from .common import add_arguments, load_model
+from .common import add_arguments, add_pixels, load_model
 
 
 def add_parser(commands: Any) -> None:
@@ -23,16 +23,23 @@ def add_parser(commands: Any) -> None:
         "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
         "calibrated on these photos.",
     )
-    add_arguments(parser, "model", "--queries", "--rate", "--llf", "--mean", "--std")
+    add_arguments(parser, "model", "--queries", "--rate", "--llf")
+    add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    paths = find_named_photos(options.images)
+    named = find_named_photos(options.images)
+    unreadable: list[str] = []
     model, pixels, trained = load_model(options)
-    photos = torch.stack([load_photo(path, pixels.img_size) for path in paths])
+    read = list(readable(named, pixels.load, unreadable))
+    if not read:
+        raise ValueError(f"none of the {len(named)} photos can be read; {unreadable[0]}")
+    paths, photos = [path for path, _ in read], torch.stack([photo for _, photo in read])
+    print(f"photos: {pixels}")
+    print("".join(f"skipped {line}\n" for line in unreadable), end="")
     images = pixels.normalise(photos)
     calibrated = options.queries is None and not trained
     if calibrated:
@@ -43,12 +50,12 @@ def run(options: argparse.Namespace) -> None:
     maps = torch.cat([pruning_map(fast, batch) for batch in images.split(16)])
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "maps.png"
-    save_pruning_maps(sheet, photos[:8], maps[:8], depth, [path.stem for path in paths[:8]])
+    save_pruning_maps(sheet, photos[:8], maps[:8], depth, [shown(path.stem) for path in paths[:8]])
     print(f"{sheet}: {min(len(paths), 8)} photos, dark patches are pruned first")
     names: dict[str, int] = {}
     for path, photo, own in zip(paths, photos, maps):
         names[path.stem] = names.get(path.stem, 0) + 1  # photos of different folders may have one name
-        name = path.stem if names[path.stem] == 1 else f"{path.stem}_{names[path.stem]}"
+        name = shown(path.stem) if names[path.stem] == 1 else f"{shown(path.stem)}_{names[path.stem]}"
         save_pruning_frames(options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, own, depth)
         kept = int((own == depth).sum())
         print(f"{options.out / name}.gif, {name}_blocks.png: {kept} of {own.numel()} patches are kept")

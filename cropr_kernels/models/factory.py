@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.images import load_photo
 from ..utils.io import load_safetensors, load_tensors
 from ..utils.optional import need
 from .adapters import find_spec
@@ -15,15 +16,27 @@ from .vit import PRESETS, ViT, create_vit
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 _TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes of names that timm looks up elsewhere
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pixels(NamedTuple):
-    """How a model's images are prepared: height and width, and the mean and standard deviation of each channel."""
+    """How a model's images are prepared; `load_photo` says what the last three mean."""
 
-    img_size: tuple[int, int]
-    mean: tuple[float, ...]
+    img_size: tuple[int, int]  # height and width
+    mean: tuple[float, ...]  # of each channel
     std: tuple[float, ...]
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    squash: bool = False
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
+        how = f"{'squashed, ' if self.squash else ''}crop_pct {self.crop_pct:.3g}, {self.interpolation}"
+        return f"{self.img_size[0]} x {self.img_size[1]} px, {how}, mean {mean}, std {std}"
+
+    def load(self, file: Any) -> Tensor:
+        """A photo as the model looks at it, (3, height, width) in [0, 1]; errors are those of `load_photo`."""
+        how = {"crop_pct": self.crop_pct, "interpolation": self.interpolation, "squash": self.squash}
+        return load_photo(file, self.img_size, **how)  # type: ignore[arg-type]
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (..., 3, H, W) in [0, 1] as the model takes them."""
@@ -95,21 +108,30 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
 def pixels_of(model: Any, name: str) -> Pixels:
     """How the images of a model of `create_model(name)` are prepared, by its own configuration or preprocessor.
 
-    Mean and standard deviation are 0.5 where nothing says them. Raises TypeError where the family is not known.
+    Where nothing says it: mean and standard deviation 0.5, and the defaults of `Pixels`. Raises TypeError where the
+    family is not known.
     """
-    known = find_spec(model)
-    mean = std = (0.5, 0.5, 0.5)
+    known, what = find_spec(model), f"model {name!r}"
+    pixels = Pixels((known.grid[0] * known.patch_size[0], known.grid[1] * known.patch_size[1]), (0.5,) * 3, (0.5,) * 3)
     if hasattr(model, "pretrained_cfg"):
-        about = need("timm.data", "timm", f"model {name!r}").resolve_model_data_config(model)
-        mean, std = about["mean"], about["std"]
-    elif not hasattr(model, "config"):
-        mean, std = _IMAGENET
-    elif (Path(name) / "preprocessor_config.json").is_file():
-        processor = need("transformers", "transformers", f"model {name!r}").AutoImageProcessor.from_pretrained(name)
-        normalises = processor.do_normalize
-        mean, std = (processor.image_mean, processor.image_std) if normalises else ((0.0,) * 3, (1.0,) * 3)
-    size = known.grid[0] * known.patch_size[0], known.grid[1] * known.patch_size[1]
-    return Pixels(size, tuple(mean), tuple(std))
+        about = need("timm.data", "timm", what).resolve_model_data_config(model)
+        squash = about.pop("crop_mode") == "squash"
+        pixels = pixels._replace(mean=tuple(about["mean"]), std=tuple(about["std"]), squash=squash)
+        return pixels._replace(crop_pct=about["crop_pct"], interpolation=about["interpolation"])
+    if name in _TORCHVISION:
+        about = need("torchvision.models", "train", what).get_model_weights(name).DEFAULT.transforms()
+        pixels = pixels._replace(mean=tuple(about.mean), std=tuple(about.std), interpolation=about.interpolation.value)
+        return pixels._replace(crop_pct=about.crop_size[0] / about.resize_size[0])
+    if not (Path(name) / "preprocessor_config.json").is_file():
+        return pixels
+    about = need("transformers", "transformers", what).AutoImageProcessor.from_pretrained(name)
+    mean, std = (about.image_mean, about.image_std) if about.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    filters = need("PIL.Image", "viz", what).Resampling
+    pixels = pixels._replace(mean=tuple(mean), std=tuple(std), interpolation=filters(int(about.resample)).name.lower())
+    shortest = about.size.get("shortest_edge")
+    crops = getattr(about, "do_center_crop", False)
+    crop = about.crop_size["height"] / (shortest or about.size["height"]) if crops else 1.0
+    return pixels._replace(crop_pct=crop, squash=shortest is None)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

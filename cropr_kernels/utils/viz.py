@@ -39,7 +39,7 @@ def _two_rows(images: Tensor, maps: Tensor, titles: list[str] | None, margin: fl
     for axis, image in zip(axes[0], images):
         axis.imshow(_pixels(image))
     for axis, title in zip(axes[0], titles or ()):
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, parse_math=False)
     return figure, axes
 
 

@@ -18,7 +18,6 @@ from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils.images import find_photos, load_photo
 
 dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
-pytest.importorskip("webdataset", reason="webdataset is not installed")
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = find_photos(ROOT / "examples" / "photos")

@@ -49,7 +49,7 @@ def test_files_and_folders_hold_their_weights_and_their_pixels(kind, tmp_path):
     assert not model.training and next(model.parameters()).dtype == torch.float32
     pixels = pixels_of(model, name)
     stated = kind in ("timm", "transformers classifier")
-    assert pixels[1:] == ((MEAN, STD) if stated else ((0.5,) * 3, (0.5,) * 3))
+    assert pixels[1:3] == ((MEAN, STD) if stated else ((0.5,) * 3, (0.5,) * 3))
     assert pixels.img_size == ((224, 224) if kind == "weight file" else (64, 64))
     images = torch.rand(2, 3, *pixels.img_size)
     with torch.no_grad():
@@ -62,14 +62,27 @@ def test_a_preprocessor_that_does_not_normalise_is_respected(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     name = FOLDERS["transformers features"](tmp_path)
     transformers.ViTImageProcessor(do_normalize=False).save_pretrained(name)
-    assert pixels_of(create_model(name), name)[1:] == ((0.0,) * 3, (1.0,) * 3)
+    assert pixels_of(create_model(name), name)[1:3] == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_a_preprocessor_says_how_photos_are_resized(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    name = FOLDERS["transformers features"](tmp_path)
+    for processor, expected in (
+        (transformers.ViTImageProcessor(resample=2), (1.0, "bilinear", True)),
+        (transformers.BitImageProcessor(size={"shortest_edge": 256}, resample=3), (0.875, "bicubic", False)),
+        (transformers.BitImageProcessor(size={"shortest_edge": 80}, do_center_crop=False), (1.0, "bicubic", False)),
+    ):
+        processor.save_pretrained(name)
+        assert pixels_of(create_model(name), name)[3:] == expected
 
 
 def test_torchvision_takes_its_options_and_has_the_pixels_of_imagenet():
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     model = create_model("vit_b_32", num_classes=3, image_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-    assert pixels_of(model, "vit_b_32") == ((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert pixels_of(model, "vit_b_32") == ((64, 64), *imagenet, 0.875, "bilinear", False)
 
 
 @pytest.mark.parametrize("kind", [*MODELS, *CLASSIFIERS])

@@ -1,0 +1,34 @@
+"""The folder of a run: one dataset, with a log that may be damaged."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import Data
+
+
+def require_same(out: Path, data: Data, classes: Sequence[str], samples: Sequence[int] = ()) -> None:
+    """Raise ValueError where data has other classes, or numbers of training and validation samples, than a run."""
+    facts: list[tuple[str, Any, Any]] = [("number of classes", len(classes), len(data.classes))]
+    facts += [(f"classes[{index}]", *pair) for index, pair in enumerate(zip(classes, data.classes))]
+    names = "number of training samples", "number of validation samples"
+    facts += zip(names, samples, (len(data.train), len(data.val)))
+    changed = [f"{name} was {was!r}, is {now!r}" for name, was, now in facts if was != now]
+    if changed:
+        raise ValueError(f"train: {out} holds a run on other data: {'; '.join(changed[:3])}")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, none without a file; a warning counts those that a crash has damaged."""
+    lines, damaged = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        warnings.warn(f"{path}: {damaged} line(s) cannot be read and are left out", stacklevel=2)
+    return lines

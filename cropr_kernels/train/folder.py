@@ -1,12 +1,38 @@
-"""The folder of a run: one dataset, with a log that may be damaged."""
+"""The folder of a run: one run at a time, on one dataset, with a log that may be damaged."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .data import Data
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a folder, made if it is not there; RuntimeError names the process that holds it.
+
+    The lock goes with this process, however it ends; processes that it forks do not keep it, as they would by flock.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # another holds it, or the file system has no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                holder = file.read() or "another process"
+                raise RuntimeError(f"train: {out} is in use by {holder}; wait for it, or use another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def require_same(out: Path, data: Data, classes: Sequence[str], samples: Sequence[int] = ()) -> None:

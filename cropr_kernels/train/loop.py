@@ -80,13 +80,16 @@ def train(
     Raises:
         ValueError: the folder holds another run, or one on other data, or a checkpoint that is damaged or does not fit.
         FileNotFoundError, ImportError: data or a library is missing.
-        RuntimeError: the loss stays infinite or NaN, or a checkpoint cannot be written.
+        RuntimeError: the loss stays infinite or NaN, a checkpoint cannot be written, or another process writes there.
     """
     with processes(config) as place:
         config = build.settled(config)
         data = load_data(config) if data is None else data
         task = build.task(config, len(data.classes)) if task is None else task
-        return Run(config, Path(out), data, task, place, show).go()
+        with folder.locked(Path(out)) if place.rank == 0 else contextlib.nullcontext():
+            if place.world > 1:
+                dist.barrier()  # the others read the folder when the first has it
+            return Run(config, Path(out), data, task, place, show).go()
 
 
 class Run:
@@ -95,7 +98,7 @@ class Run:
     def __init__(self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool):
         self.config, self.out, self.data, self.place, self.log = config, out, data, place, out / "metrics.jsonl"
         self.task = task.to(place.device).train()
-        self.writes = place.rank == 0
+        self.writes, self.parent = place.rank == 0, os.getppid()
         self.show = show and self.writes
         self.steps_an_epoch = len(Batches(len(data.train), config, 0, world=place.world)) // config.accumulate
         self.mix = mixing(config, len(data.classes)) if config.task == "classification" else None
@@ -123,7 +126,6 @@ class Run:
                 raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
             folder.require_same(self.out, self.data, found["classes"], found.get("samples", ()))
         if self.writes:
-            self.out.mkdir(parents=True, exist_ok=True)
             write_text(self.out / "config.json", self.config.to_json())
         return found
 
@@ -201,6 +203,10 @@ class Run:
                 shared = Batches(count, config, epoch, rank=place.rank, world=place.world, first_step=first)
                 loader = iter(make_loader(self.data.train, shared, config))
                 for _ in range(first, self.steps_an_epoch):
+                    if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                        raise RuntimeError(
+                            "train: torchrun, which started this process, is gone; the same command resumes the run"
+                        )
                     start = time.perf_counter()
                     losses = self._step(loader)
                     self.step += 1

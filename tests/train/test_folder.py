@@ -1,9 +1,12 @@
-"""The folder of a run: on which data it runs, and what is damaged in it."""
+"""The folder of a run: whose it is, on which data, and what is damaged in it."""
 
 import json
+import multiprocessing
 import os
 import re
+import socket
 import stat
+import time
 
 import pytest
 import torch
@@ -114,6 +117,53 @@ def test_a_run_that_is_over_is_measured_again_where_its_last_evaluation_is_lost(
     again = run(out)
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
     assert run(out) == again and steps(out) == [json.loads(line)["step"] for line in lines] + [6]
+
+
+def hold(out, pipe):
+    """Hold a folder, and start a process that outlives this one, as those that read photos do."""
+    with folder.locked(out):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        pipe.send(child.pid)
+        time.sleep(60)
+
+
+def test_one_process_writes_to_a_folder_until_it_ends_even_by_kill(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, theirs))
+    holder.start()
+    child = ours.recv()
+    try:
+        here = re.escape(f"train: {tmp_path} is in use by process {holder.pid} on {socket.gethostname()}")
+        with pytest.raises(RuntimeError, match=here):
+            run(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        holder.kill()
+        holder.join()
+        run(tmp_path)
+    finally:
+        holder.kill()
+        os.kill(child, 9)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(folder.fcntl, "lockf", refuse)
+    run(tmp_path)
+
+
+def test_a_process_whose_torchrun_is_gone_stops(tmp_path, monkeypatch):
+    parents = iter([10, 10, 10] + [1] * 99)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(RuntimeError, match=r"train: torchrun, which started this process, is gone; the same command"):
+        run(tmp_path)
+    assert steps(tmp_path) == [1, 2]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # nohup: only the shell is gone
+    parents = iter([10] + [1] * 99)
+    run(tmp_path)
 
 
 def test_weights_that_are_not_a_number_are_refused(tmp_path):

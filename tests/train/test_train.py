@@ -66,7 +66,7 @@ def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
     wanted = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
     metrics = train(wanted, tmp_path, show=False)
     assert metrics["top-1"] >= 90 and len(metrics["aux"]) == 3 and metrics["images"] == 40
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "metrics.jsonl", "last.pt", "best.pt"}
     lines = losses(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
     assert lines[0]["loss"] == pytest.approx(lines[0]["main"] + lines[0]["aux"])

@@ -16,6 +16,7 @@ from ..pruning.model import is_pruned
 from ..train.config import PRESETS, Config
 from ..train.data import Data, load_data, val_loader
 from ..train.evaluate import MAIN, evaluate
+from ..train.folder import read_log, require_same
 from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
 from ..utils.viz import save_curves, save_pruning_maps
@@ -79,8 +80,7 @@ def run_eval(options: argparse.Namespace) -> None:
     task, config, classes = rebuild(options.out)
     config = config.changed(data=options.data) if options.data else config
     data = load_data(config)
-    if data.classes != classes:
-        raise ValueError(f"the dataset must have the {len(classes)} classes of the run, has {len(data.classes)} others")
+    require_same(options.out, data, classes)
     pruned, rows = is_pruned(task.backbone), []
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
@@ -104,7 +104,7 @@ def run_eval(options: argparse.Namespace) -> None:
 @torch.no_grad()
 def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> None:
     """Write curves.png, how training went, and maps.png, where the model prunes."""
-    lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(options.out / "metrics.jsonl")
     if lines:
         save_curves(options.out / "curves.png", lines, MAIN[config.task])
         print(f"wrote {options.out / 'curves.png'}")

@@ -9,6 +9,7 @@ from ..models.factory import create_model, kind_of, load_weights
 from ..pruning.api import apply
 from ..pruning.windows import Windows
 from ..tasks import Classifier, Detector, Segmenter
+from . import checkpoint
 from .config import Config
 
 
@@ -25,6 +26,8 @@ def backbone(config: Config, num_classes: int) -> Any:
         options |= {"img_size": config.img_size, "dynamic_img_size": True}
     model = create_model(name, pretrained=config.pretrained, **options)
     find_spec(model)
+    if config.weights:
+        checkpoint.refuse_nan(model.state_dict(), config.weights)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.train()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..utils.io import atomic_write, load_tensors
@@ -20,12 +20,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises FileNotFoundError where there is none, ValueError where the file is none."""
+def load(path: Path, *fields: str) -> dict[str, Any]:
+    """Read a checkpoint; FileNotFoundError without one, ValueError where it is damaged, lacks a field or holds NaN."""
     state = load_tensors(path)
-    if not isinstance(state, dict) or "model" not in state:
-        raise ValueError(f"checkpoint: {path} holds no model")
-    return state
+    held = state if isinstance(state, dict) else {}
+    missing = [name for name in ("model", *fields) if name not in held]
+    if missing or not isinstance(held["model"], dict):
+        raise ValueError(f"checkpoint: {path} holds no {', '.join(missing) or 'model'}")
+    refuse_nan(held["model"], path)
+    return held
+
+
+def refuse_nan(weights: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError where a weight is not a number."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.isnan().any():
+            raise ValueError(f"checkpoint: {path} holds NaN in {name}")
 
 
 def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -28,8 +29,8 @@ class Config:
     img_size: tuple[int, int] = (224, 224)  # height and width of the images the network is trained at
     patch_size: int = 0  # another than the model's own; 0: its own
     global_pool: str = ""  # classification: another than the model's own
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     # pruning: one schedule, or none of them for no pruning
     rate: int | None = None
@@ -111,6 +112,7 @@ class Config:
         free, pyramid = self.task == "classification", self.task == "detection" and self.prunes
         for name, holds, allowed in [
             ("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"),
+            ("std", min(self.std) > 0, "> 0"),
             ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
             ("num_queries", free or self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is"),
             ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
@@ -163,9 +165,14 @@ class Config:
     @staticmethod
     def read(path: str | Path) -> "Config":
         """Read config.json; ValueError, which names the file, where it is no JSON object or holds what cannot be."""
+        return Config.parse(Path(path).read_bytes(), path)
+
+    @staticmethod
+    def parse(text: str | bytes, path: str | Path) -> "Config":
+        """Take what `to_json` gave from a file; errors as `read`."""
         try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(text)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object of options")
@@ -207,16 +214,19 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             many = "some" if inner[-1] is ... else str(len(inner))
             raise ValueError(f"config: {name} must be {many} values, got {value!r}")
         return tuple(_coerce(name, item, inner[0]) for item in items if item != "")
-    if type(value) is hint:
+    if type(value) is hint and hint is not float:
         return value
     if hint is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     try:
         if hint is bool or isinstance(value, bool) or (hint is int and isinstance(value, float)):
             raise TypeError
+        if hint is float and not math.isfinite(float(value)):
+            raise ValueError
         return hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"config: {name} must be {hint.__name__}, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        kind = "a finite number" if hint is float else hint.__name__
+        raise ValueError(f"config: {name} must be {kind}, got {value!r}") from None
 
 
 # Published recipes, each a config.json.

@@ -22,11 +22,14 @@ from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
 from ..utils.io import write_text
 from ..utils.optional import need
-from . import build, checkpoint
+from . import build, checkpoint, folder
 from .config import Config
 from .data import Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
 from .evaluate import MAIN, autocast, evaluate
 from .optim import lr_share, param_groups, progress
+
+# what last.pt holds beside the model
+_FIELDS = ("config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals", "bad_in_a_row")
 
 
 class Place(NamedTuple):
@@ -75,15 +78,18 @@ def train(
         The metrics of the last evaluation.
 
     Raises:
-        ValueError: the folder holds another run, or a checkpoint that does not fit.
+        ValueError: the folder holds another run, or one on other data, or a checkpoint that is damaged or does not fit.
         FileNotFoundError, ImportError: data or a library is missing.
-        RuntimeError: the loss stays infinite or NaN, or a checkpoint cannot be written.
+        RuntimeError: the loss stays infinite or NaN, a checkpoint cannot be written, or another process writes there.
     """
     with processes(config) as place:
         config = build.settled(config)
         data = load_data(config) if data is None else data
         task = build.task(config, len(data.classes)) if task is None else task
-        return Run(config, Path(out), data, task, place, show).go()
+        with folder.locked(Path(out)) if place.rank == 0 else contextlib.nullcontext():
+            if place.world > 1:
+                dist.barrier()  # the others read the folder when the first has it
+            return Run(config, Path(out), data, task, place, show).go()
 
 
 class Run:
@@ -92,7 +98,7 @@ class Run:
     def __init__(self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool):
         self.config, self.out, self.data, self.place, self.log = config, out, data, place, out / "metrics.jsonl"
         self.task = task.to(place.device).train()
-        self.writes = place.rank == 0
+        self.writes, self.parent = place.rank == 0, os.getppid()
         self.show = show and self.writes
         self.steps_an_epoch = len(Batches(len(data.train), config, 0, world=place.world)) // config.accumulate
         self.mix = mixing(config, len(data.classes)) if config.task == "classification" else None
@@ -108,27 +114,27 @@ class Run:
         self.ema = AveragedModel(self.task, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         if resumed is not None:
             self._restore(resumed)
+        self._cut_log()
 
     def _claim_folder(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, if the folder holds this run."""
-        own, last = self.out / "config.json", self.out / "last.pt"
-        found = None
+        last, found = self.out / "last.pt", None
         if last.exists():
-            differences = self.config.differences(Config.read(own))
+            found = checkpoint.load(last, *_FIELDS)
+            differences = self.config.differences(Config.parse(found["config"], last))
             if differences:
                 raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
-            found = checkpoint.load(last)
-        if self.place.world > 1:
-            dist.barrier()
+            folder.require_same(self.out, self.data, found["classes"], found.get("samples", ()))
         if self.writes:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(own, self.config.to_json())
-            # What was logged after the checkpoint will be logged again.
-            step = 0 if found is None else found["step"]
-            lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self.log, "".join(kept))
+            write_text(self.out / "config.json", self.config.to_json())
         return found
+
+    def _cut_log(self) -> None:
+        """Keep the log up to this step, and its evaluation: what was logged after the checkpoint will be again."""
+        lines = [line for line in folder.read_log(self.log) if line["step"] <= self.step]
+        self.last_metrics = next((line["val"] for line in lines if line["step"] == self.step and "val" in line), {})
+        if self.writes:
+            write_text(self.log, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _calibrate(self) -> None:
         """Queries in closed form from training photos; every process comes to the same ones."""
@@ -160,11 +166,11 @@ class Run:
         path = self.out / "last.pt"
         try:
             checkpoint.restore(self.task, self.optimizer, state)
-        except (RuntimeError, KeyError) as error:
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+        except Exception as error:  # torch raises whatever it meets
             raise ValueError(f"checkpoint: {path} does not fit this model: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
         self.step, self.best, self.totals = state["step"], state["best"], state["totals"]
         self.bad_in_a_row = state["bad_in_a_row"]
 
@@ -175,8 +181,9 @@ class Run:
         self._write("last.pt", state)
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
+        state |= {"config": self.config.to_json(), "classes": self.data.classes}
         if self.writes:
-            checkpoint.save(self.out / name, state | {"config": self.config.to_json(), "classes": self.data.classes})
+            checkpoint.save(self.out / name, state | {"samples": [len(self.data.train), len(self.data.val)]})
 
     def _log(self, line: dict[str, Any]) -> None:
         where = {"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)}
@@ -188,15 +195,18 @@ class Run:
         """Train to the end. A run that had ended before gives its last evaluation."""
         config, place, tqdm = self.config, self.place, need("tqdm", "train", "cropr train").tqdm
         total, count = config.epochs * self.steps_an_epoch, len(self.data.train)
-        if self.step >= total:
-            lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-            return next(line["val"] for line in reversed(lines) if "val" in line)
+        if self.step >= total and not self.last_metrics:  # its line was lost
+            self._evaluate()
         with tqdm(total=total, initial=self.step, desc="training", disable=not self.show, mininterval=1) as bar:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
                 shared = Batches(count, config, epoch, rank=place.rank, world=place.world, first_step=first)
                 loader = iter(make_loader(self.data.train, shared, config))
                 for _ in range(first, self.steps_an_epoch):
+                    if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                        raise RuntimeError(
+                            "train: torchrun, which started this process, is gone; the same command resumes the run"
+                        )
                     start = time.perf_counter()
                     losses = self._step(loader)
                     self.step += 1
@@ -295,8 +305,8 @@ def rebuild(out: str | Path) -> tuple[Any, Config, list[str]]:
     """
     best, last = Path(out) / "best.pt", Path(out) / "last.pt"
     path = best if best.exists() else last
-    state = checkpoint.load(path)
-    config = dataclasses.replace(Config().changed(**json.loads(state["config"])), pretrained=False)
+    state = checkpoint.load(path, "config", "classes")
+    config = dataclasses.replace(Config.parse(state["config"], path), pretrained=False)
     task = build.task(config.changed(weights=""), len(state["classes"]))
     checkpoint.load_model(task, state["model"], path)
     return task.eval(), config, state["classes"]

@@ -15,10 +15,16 @@ from .optional import need
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, once all of it is on the disk; it must be on the same file system."""
+    """Give a finished file its name, once all of it is on the disk, then the name; on the same file system only."""
     with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+    with contextlib.suppress(OSError):  # not every file system takes folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager

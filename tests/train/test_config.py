@@ -35,6 +35,12 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
         (dict(task="segmentation", num_classes=3, stride="300,8"), r"stride must be from 1 to img_size=\(224, 224\)"),
         (dict(ema=0.9, parallel="fsdp"), "ema must be 0 with parallel=fsdp"),
         (dict(model_options="depth"), "model_options must be name=value, got 'depth'"),
+        (dict(std="0,0,0"), r"std must be > 0, got \(0.0, 0.0, 0.0\)"),
+        (dict(std=(0.5, 0.5, -1)), "std must be > 0"),
+        (dict(std="0.5"), "std must be 3 values, got '0.5'"),
+        (dict(mean="0,nan,0"), "mean must be a finite number, got 'nan'"),
+        (dict(poly_power=float("inf")), "poly_power must be a finite number, got inf"),
+        (dict(lr=10**400), "lr must be a finite number, got 10000"),
         (dict(detector_options="box_nms_thresh"), "detector_options must be name=value, got 'box_nms_thresh'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers.runs import Broken, Explodes
 from torch import nn
 
 import cropr_kernels as cropr
@@ -65,7 +66,7 @@ def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
     wanted = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
     metrics = train(wanted, tmp_path, show=False)
     assert metrics["top-1"] >= 90 and len(metrics["aux"]) == 3 and metrics["images"] == 40
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "metrics.jsonl", "last.pt", "best.pt"}
     lines = losses(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
     assert lines[0]["loss"] == pytest.approx(lines[0]["main"] + lines[0]["aux"])
@@ -157,21 +158,6 @@ def test_the_average_of_the_weights_is_what_is_evaluated(photos, tmp_path):
     assert not all(torch.equal(best[key], last[key]) for key in best)
 
 
-class Broken:
-    """A dataset of which some samples cannot be read."""
-
-    def __init__(self, count, broken):
-        self.count, self.broken = count, broken
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise OSError(f"image file {index} is truncated")
-        return torch.full((3, 32, 32), float(index)), index % 2
-
-
 def test_a_sample_that_cannot_be_read_is_replaced_and_counted():
     samples = Samples(Broken(10, {3, 4}), seed=0)
     sample = samples[0, 3]
@@ -234,23 +220,6 @@ def test_mixing_leaves_smoothing_to_the_loss_and_takes_images_in_pairs():
         Batches(37, mixed, 0)
 
 
-class Explodes(nn.Module):
-    """A task whose loss is not finite at some steps."""
-
-    def __init__(self, bad):
-        super().__init__()
-        self.backbone = cropr.create_vit("vit_tiny_patch16_224", depth=2, embed_dim=8, num_heads=1, img_size=32)
-        self.weight, self.bad, self.calls = nn.Parameter(torch.ones(())), bad, 0
-
-    def forward(self, images, target=None):
-        self.calls += 1
-        factor = float("nan") if self.calls in self.bad else 1.0
-        return {"main": self.weight * factor * images.mean(), "aux": torch.zeros(())}
-
-    def predictions(self, images):
-        return [torch.zeros(len(images), 2)]
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     data = Data(Broken(24, set()), Broken(4, set()), CLASSES)
@@ -269,7 +238,7 @@ class Steep(Explodes):
     def forward(self, images, target=None):
         self.calls += 1
         offset = self.weight.detach() if self.calls in self.bad else 0.0
-        return {"main": (self.weight - offset).abs().sqrt(), "aux": torch.zeros(())}
+        return {"main": (self.weight - offset).abs().sqrt().sum(), "aux": torch.zeros(())}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -375,6 +344,9 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     mixed = tmp_path / "mixed"
     for split in ("train", "val"):
         shutil.copytree(photos / split, mixed / split)
+    other = shutil.copytree(mixed, tmp_path / "other")
+    for split in ("train", "val"):
+        (other / split / "blue").rename(other / split / "green")
     for path in (mixed / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
     for arguments, message in [
@@ -385,6 +357,8 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         (["train", "--out", str(tmp_path / "x"), "rate"], "options must be name=value, got 'rate'"),
         (["train", "--out", str(tmp_path / "x")], "say where the dataset is: --data FOLDER"),
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
+        (["train", "--data", str(other), "--out", str(out)], "other data: classes[0] was 'blue', is 'green'"),
+        (["eval", str(out), "--data", str(other)], "other data: classes[0] was 'blue', is 'green'"),
         (["eval", str(tmp_path / "none")], "there is no file"),
         (["export", str(out), "--llf"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
     ]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..utils.images import find_photos
+from ..utils.images import find_photos, open_photo
 from ..utils.optional import need
 from .config import Config
 
@@ -147,7 +147,8 @@ def load_data(config: Config) -> Data:
     parts = [_parts(config, option) for option in ("train_split", "val_split")]
     if config.task == "classification":
         folder = need("torchvision.datasets", "train", "cropr train").ImageFolder
-        train, val = (folder(*own, transform) for own, transform in zip(parts, classification_transforms(config)))
+        pairs = zip(parts, classification_transforms(config))
+        train, val = (folder(*own, transform, loader=open_photo) for own, transform in pairs)
     else:
         dataset: Any = LabelMaps if config.task == "segmentation" else Boxes
         train, val = dataset(*parts[0], config, train=True), dataset(*parts[1], config, train=False)
@@ -184,11 +185,13 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
     return training, create(is_training=False, crop_pct=0.875)
 
 
-def _read(path: Path, mode: str | None = None) -> Tensor:
-    """An image file as it is (channels, H, W), or converted to a mode of Pillow."""
+def _read(path: Path, *, photo: bool) -> Tensor:
+    """A photo (3, H, W), or a label map as it is (channels, H, W); annotations are those of the pixels as stored."""
     to_tensor = need("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
+    if photo:
+        return to_tensor(open_photo(path, upright=False))
     with need("PIL.Image", "train", "cropr train").open(path) as image:
-        return to_tensor(image.convert(mode) if mode else image)
+        return to_tensor(image)
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
@@ -213,7 +216,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         config, (photo_path, label_path) = self.config, self.pairs[index]
-        pixels, classes = _read(photo_path, "RGB"), _read(label_path)[:1].long()
+        pixels, classes = _read(photo_path, photo=True), _read(label_path, photo=False)[:1].long()
         if pixels.shape[1:] != classes.shape[1:]:
             raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
         if config.reduce_zero_label:
@@ -266,7 +269,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         v2 = need("torchvision.transforms.v2", "train", "cropr train")
         tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
         about = self.coco.loadImgs([self.ids[index]])[0]
-        pixels = tv_tensors.Image(_read(self.root / about["file_name"], "RGB"))
+        pixels = tv_tensors.Image(_read(self.root / about["file_name"], photo=True))
         size = tuple(pixels.shape[1:])
         found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[about["id"]]))
         found = [one for one in found if not one.get("iscrowd") and min(one["bbox"][2:]) > 0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,6 +19,8 @@ def locked(out: Path) -> Iterator[None]:
 
     The lock goes with this process, however it ends; processes that it forks do not keep it, as they would by flock.
     """
+    import fcntl  # not everywhere
+
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a+") as file:
         try:

@@ -58,8 +58,8 @@ def told(skipped: Counter[str]) -> str:
     return f" (skipped {skipped.total()} files: {kinds})" if skipped else ""
 
 
-def open_photo(file: Any) -> Any:
-    """A photo as an RGB image of Pillow, upright, 16-bit and floating-point pixels scaled.
+def open_photo(file: Any, *, upright: bool = True) -> Any:
+    """A photo as an RGB image of Pillow, turned as its EXIF data say, 16-bit and floating-point pixels scaled.
 
     `file` is a path, or a binary file object. Whatever is wrong with it is an OSError: it does not exist, is no image,
     is damaged, or has more pixels than Pillow allows (2 * PIL.Image.MAX_IMAGE_PIXELS, about 179 million). Raises
@@ -70,7 +70,7 @@ def open_photo(file: Any) -> Any:
         raise OSError(f"{shown(Path(file))} is no file")
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened) if upright else opened
             if image.mode == "F" or image.mode.startswith("I"):
                 image = _to_8_bits(image)
             return image.convert("RGB")

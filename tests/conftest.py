@@ -4,7 +4,7 @@ Every op test runs once per backend: the plain PyTorch definition, the C++ kerne
 a process of its own (TRITON_INTERPRET=1) the Triton kernels interpreted on CPU tensors.
 """
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,18 @@ import pytest
 import torch
 
 from cropr_kernels.ops.registration import FILES  # importing the package registers the ops
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # No verdict depends on how busy the machine is; in CI the same cases run every time.
+    settings.register_profile(
+        "cropr",
+        deadline=None,
+        derandomize="CI" in os.environ,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("cropr")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -67,12 +67,13 @@ def test_every_schedule_is_legal(modules, prefix, saving, data):
 class Clock:
     """Stands for the device: a forward takes as long as its tokens on the curve, and each pruning a little."""
 
-    def __init__(self, depth, prune=0.01):
-        self.depth, self.prune, self.now = depth, prune, 0.0
+    def __init__(self, prune=0.01):
+        self.prune, self.now = prune, 0.0
 
     def of(self, model, images, output):
-        tokens = 1 + (images.shape[2] // 8) * (images.shape[3] // 8)
-        counts = [tokens, *model.cropr.config.counts(tokens, self.depth, 1)]
+        side = model.config.patch_size
+        tokens = 1 + (images.shape[2] // side) * (images.shape[3] // side)
+        counts = [tokens, *model.cropr.config.counts(tokens, model.config.depth, 1)]
         counts += counts[:1] if model.cropr.config.llf else []
         prunes = sum(a != b for a, b in itertools.pairwise(counts))
         self.now += 3.0 + sum(-(-count // 16) for count in counts) + self.prune * prunes
@@ -81,7 +82,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock(depth=6)
+    clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     forward = ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda model, images: clock.of(model, images, forward(model, images)))
@@ -153,13 +154,14 @@ def test_apply_takes_the_file(tmp_path):
             cropr.apply(reference_vit(), keep=path)
 
 
-def test_the_command_measures_and_writes(tmp_path, capsys):
+def test_the_command_measures_and_writes(clock, tmp_path, capsys):
     out = tmp_path / "schedule.json"
     arguments = ["tune", "vit_tiny_patch16_224", "--rounds", "1", "--quiet", "--out", str(out)]
     assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
     assert "measured" in text and f"keep='{out}', llf=True" in text
     assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"]
+    assert found["unpruned_ms"] == pytest.approx(1e3 * (3 + 12 * 13)) and found["measured"] >= 1.2 * 0.98
     assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1
     assert "no schedule takes 0.001 ms" in capsys.readouterr().err

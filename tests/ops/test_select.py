@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers.cases import DTYPES, same_bits
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.kernels
@@ -136,7 +136,7 @@ def test_every_run_gives_the_same_bits(kernels):
         assert all(torch.equal(a, b) for a, b in zip(first, kernels.select(scores, 100, 1)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(st.data())
 def test_random_shapes_and_values(backend, data):
     n = data.draw(st.integers(1, 70))

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, on which data, and what is damaged in it."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -150,7 +151,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(folder.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     run(tmp_path)
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -83,6 +82,25 @@ RECIPES = {
 }  # fmt: skip
 
 
+# Kills itself after the so-manieth call of something in train.loop.
+KILLED = """
+import functools, os, signal, sys
+from cropr_kernels.train import Config, loop
+out, moment, count = sys.argv[1:]
+*owners, name = moment.split(".")
+owner = functools.reduce(getattr, owners, loop)
+call, calls = getattr(owner, name), []
+def counted(*args, **kwargs):
+    result = call(*args, **kwargs)
+    calls.append(name)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name, counted)
+loop.train(Config.read(out + "/config.json"), out, show=False)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RECIPES)
@@ -92,19 +110,12 @@ def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_pa
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "config.json").write_text(wanted.to_json())
+    own = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for moment, count in (("Run._log", 5), ("checkpoint.torch.save", 2), ("checkpoint.atomic_write", 1)):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(cut), moment, str(count)], env=own)
+        assert done.returncode == -signal.SIGKILL
     command = [sys.executable, "-m", "cropr_kernels.cli", "train", "--out", str(cut), "--quiet"]
-    for logged in (5, 9):
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            path = cut / "metrics.jsonl"
-            if path.exists() and len(path.read_text().splitlines()) >= logged:
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=own)
     assert losses(cut) == losses(tmp_path / "whole")
     whole, again = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
     assert all(torch.equal(whole[key], again[key]) for key in whole)

@@ -26,7 +26,7 @@ from ..models.factory import Pixels
 from ..models.outputs import outputs_of, remove_classifier
 from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
-from ..utils.io import atomic_write, write_text
+from ..utils.io import atomic_write, require_launcher, write_text
 from ..utils.optional import need
 from .common import add_arguments, add_pruning, count, load_with_queries, place_of
 
@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> None:
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
     mine = list(zip(units, parts))[rank::world]
     todo = [(unit, part) for unit, part in mine if not part.exists()]
+    parent = os.getppid()
     texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
     columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
     schema = pyarrow.schema({"name": texts, "error": texts} | columns)
@@ -182,6 +183,7 @@ def run(options: argparse.Namespace) -> None:
     bar = tqdm.tqdm(desc="photos", unit="", disable=options.quiet or rank > 0, mininterval=1)
     with ThreadPoolExecutor(options.workers) as threads, bar:
         for unit, part in todo:
+            require_launcher(parent, "infer")
             rows: list[dict[str, Any]] = []
             try:
                 for reads in batches(unit, pixels, options.batch, threads):
@@ -224,7 +226,12 @@ def _settle(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return
-    before = json.loads(path.read_text())
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; remove it, and the parts beside it are taken as they are"
+        ) from error
     changed = [f"{name} was {before.get(name)}, is {now}" for name, now in settings.items() if before.get(name) != now]
     if changed:
         raise ValueError(f"{path.parent} holds the results of another run: {'; '.join(changed)}")

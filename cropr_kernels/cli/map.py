@@ -1,6 +1,7 @@
 """`cropr map`: which patches of photos a model prunes, and after which block."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from .. import calibration
 from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import pruning_map
-from ..utils.images import find_named_photos, readable, shown
+from ..utils.images import find_named_photos, readable, shown, told
 from ..utils.viz import save_pruning_frames, save_pruning_maps
 from .common import add_arguments, add_pixels, load_model
 
@@ -31,14 +32,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    named = find_named_photos(options.images)
+    skipped: Counter[str] = Counter()
+    named = find_named_photos(options.images, skipped)
     unreadable: list[str] = []
     model, pixels, trained = load_model(options)
     read = list(readable(named, pixels.load, unreadable))
     if not read:
         raise ValueError(f"none of the {len(named)} photos can be read; {unreadable[0]}")
     paths, photos = [path for path, _ in read], torch.stack([photo for _, photo in read])
-    print(f"photos: {pixels}")
+    print(f"photos: {pixels}{told(skipped)}")
     print("".join(f"skipped {line}\n" for line in unreadable), end="")
     images = pixels.normalise(photos)
     calibrated = options.queries is None and not trained

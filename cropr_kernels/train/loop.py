@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from ..calibration import calibrate
 from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
-from ..utils.io import write_text
+from ..utils.io import require_launcher, write_text
 from ..utils.optional import need
 from . import build, checkpoint, folder
 from .config import Config
@@ -203,10 +203,7 @@ class Run:
                 shared = Batches(count, config, epoch, rank=place.rank, world=place.world, first_step=first)
                 loader = iter(make_loader(self.data.train, shared, config))
                 for _ in range(first, self.steps_an_epoch):
-                    if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
-                        raise RuntimeError(
-                            "train: torchrun, which started this process, is gone; the same command resumes the run"
-                        )
+                    require_launcher(self.parent, "train")
                     start = time.perf_counter()
                     losses = self._step(loader)
                     self.step += 1

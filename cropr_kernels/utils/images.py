@@ -36,12 +36,15 @@ def find_photos(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
     return sorted(found)
 
 
-def find_named_photos(paths: Sequence[Path]) -> list[Path]:
-    """The photos among these paths, and those of the folders among them; ValueError if there is none at all."""
+def find_named_photos(paths: Sequence[Path], skipped: Counter[str] | None = None) -> list[Path]:
+    """The photos among these paths, and those of the folders among them; ValueError if there is none at all.
+
+    `skipped` counts the other files in the folders.
+    """
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no photo or folder {path}")
-    found = [photo for path in paths for photo in (find_photos(path) if path.is_dir() else [path])]
+    found = [photo for path in paths for photo in (find_photos(path, skipped) if path.is_dir() else [path])]
     if not found:
         raise ValueError(f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, paths))}")
     return found

@@ -76,6 +76,12 @@ def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def require_launcher(parent: int, what: str) -> None:
+    """Raise RuntimeError where torchrun started this process, then by this parent, and is gone: others may follow."""
+    if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise RuntimeError(f"{what}: torchrun, which started this process, is gone; the same command resumes the run")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Cells as aligned text, the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]

@@ -115,6 +115,10 @@ def test_a_run_resumes_and_another_one_is_refused(model, photos, tmp_path, capsy
     ):
         assert cli.main([*command, *more]) == 1
         assert f"{out} holds the results of another run: {message}" in capsys.readouterr().err
+    for damaged in ("[1]", "{", "\0\0"):
+        (out / "_settings.json").write_text(damaged)
+        assert cli.main(command) == 1
+        assert "_settings.json is damaged: " in capsys.readouterr().err
 
 
 # Kills itself when so many parts are written and the last has not got its name.

@@ -57,7 +57,7 @@ def test_a_spawned_process_gets_the_model(images):
     answers = context.Queue()
     process = context.Process(target=work, args=(model, images, answers))
     process.start()
-    torch.testing.assert_close(torch.from_numpy(answers.get(timeout=120)), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(answers.get(timeout=600)), model(images), rtol=1e-4, atol=1e-5)
     process.join()
 
 

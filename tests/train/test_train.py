@@ -140,7 +140,7 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path):
     train(wanted, tmp_path / "one", show=False)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two)

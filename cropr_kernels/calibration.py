@@ -7,6 +7,7 @@ many images stream past.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -155,10 +156,23 @@ def calibrate(
         model.train(was_training)
     if count == 0:
         raise ValueError("cropr.calibrate: needs at least one image, got none")
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += ridge * diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    _set_queries(stack, F.normalize(torch.linalg.solve(gram, moment), dim=1))
+    solutions = [_solve(layer, *normal, ridge) for layer, normal in enumerate(zip(gram, moment))]
+    _set_queries(stack, F.normalize(torch.stack(solutions), dim=1))
     return model
+
+
+def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    """(gram + ridge * its mean diagonal) q = moment, by Cholesky; a ridge too weak for float64 is raised, and said."""
+    mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    for stronger in (ridge * 10**power for power in range(12)):
+        matrix = gram + stronger * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        query = torch.cholesky_solve(moment.unsqueeze(1), factor).squeeze(1)
+        if not info and (matrix @ query - moment).norm() <= 1e-6 * moment.norm():
+            if stronger > ridge:
+                warnings.warn(f"cropr.calibrate: block {layer} needed a ridge of {stronger:g}", stacklevel=3)
+            return query
+    raise ValueError(f"cropr.calibrate: the tokens after block {layer} are not finite")
 
 
 def _set_queries(stack: Any, queries: Tensor) -> None:

@@ -240,3 +240,28 @@ def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data)
     with torch.inference_mode():
         agreement = [(cropr.deploy(m)(images[50:]).argmax(1) == expected).sum().item() for m in (calibrated, arbitrary)]
     assert agreement[0] > agreement[1] + 3 and agreement[0] >= 35
+
+
+@pytest.mark.slow
+def test_threads_do_not_matter():
+    """MKL's batched solver fails where threads are set."""
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224").eval(), rate=8, num_outputs=0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.stack([module.query() for module in cropr.calibrate(model, images).cropr]).clone())
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_ridge_that_is_too_weak_is_raised_and_said():
+    model = cropr.apply(reference_vit(embed_dim=64), rate=8, num_outputs=0).eval()
+    with pytest.warns(UserWarning, match=r"cropr.calibrate: block \d needed a ridge of 1e-"):
+        cropr.calibrate(model, torch.randn(1, 3, 64, 64)[:, :, :16, :16].repeat(1, 1, 4, 4), ridge=1e-24)
+    assert all(module.query().isfinite().all() for module in model.cropr)
+    with pytest.raises(ValueError, match="the tokens after block 0 are not finite"):
+        cropr.calibrate(model, torch.full((1, 3, 64, 64), float("nan")))

@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         print(f"photos: {pixels}{told(skipped)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = {"pixels": str(pixels), "top": top, "dtype": str(place["dtype"])}
+    facts = {"pixels": str(tuple(pixels)), "top": top, "dtype": str(place["dtype"])}
     _settle(options.out / _SETTINGS, {"model": options.model, **_settings(model.cropr, units), **facts})
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
     mine = list(zip(units, parts))[rank::world]

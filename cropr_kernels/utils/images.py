@@ -21,8 +21,8 @@ def find_photos(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
 
     `skipped` counts the other files by their suffix.
     """
-    found, seen = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    found, seen, others = [], set(), Counter[str]() if skipped is None else skipped
+    for path, folders, names in os.walk(folder, onerror=lambda _: others.update(["unreadable"]), followlinks=True):
         place = os.stat(path)
         if (place.st_dev, place.st_ino) in seen:  # a link to a folder that has been here
             folders.clear()
@@ -31,8 +31,8 @@ def find_photos(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
         for file in (Path(path, name) for name in names):
             if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file():
                 found.append(file)
-            elif skipped is not None:
-                skipped[file.suffix.lower() or "no suffix"] += 1
+            else:
+                others[file.suffix.lower() or "no suffix"] += 1
     return sorted(found)
 
 

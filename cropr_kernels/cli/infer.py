@@ -166,7 +166,8 @@ def run(options: argparse.Namespace) -> None:
     top = options.top if classifies and not options.features else 0
     if options.features and classifies:
         remove_classifier(model)
-    fast = deploy(model.to(**place))
+    prunes = model.cropr.config.schedule.rate != 0  # unpruned, the functional ops give the model's own bits
+    fast = deploy(model.to(**place), engine=prunes)
     if rank == 0:
         print(f"photos: {pixels}{told(skipped)}")
     options.out.mkdir(parents=True, exist_ok=True)

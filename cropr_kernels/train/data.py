@@ -6,7 +6,9 @@ What a sample looks like is decided by (seed, epoch, index) alone, and what a st
 import contextlib
 import os
 import random
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..utils.images import find_photos, open_photo
+from ..utils.images import find_photos, open_photo, told
 from ..utils.optional import need
 from .config import Config
 
@@ -147,6 +149,11 @@ def load_data(config: Config) -> Data:
     parts = [_parts(config, option) for option in ("train_split", "val_split")]
     if config.task == "classification":
         folder = need("torchvision.datasets", "train", "cropr train").ImageFolder
+        for [path] in parts:
+            skipped: Counter[str] = Counter()
+            find_photos(path, skipped)
+            if skipped:
+                warnings.warn(f"{path}:{told(skipped)}", stacklevel=2)
         pairs = zip(parts, classification_transforms(config))
         train, val = (folder(*own, transform, loader=open_photo) for own, transform in pairs)
     else:

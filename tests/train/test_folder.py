@@ -190,3 +190,16 @@ def test_a_checkpoint_and_its_name_are_on_the_disk_before_training_goes_on(tmp_p
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(stat.S_ISDIR(os.fstat(file).st_mode)))
     checkpoint.save(tmp_path / "last.pt", {"model": {}})
     assert synced == [False, True]
+
+
+def test_files_that_are_no_photos_are_counted(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    (tmp_path / "train" / "a" / "phone.heic").write_bytes(b"")
+    from cropr_kernels.train.data import load_data
+
+    with pytest.warns(UserWarning, match=r"train: \(skipped 1 files: 1 .heic\)"):
+        assert len(load_data(Config(data=str(tmp_path))).train) == 2

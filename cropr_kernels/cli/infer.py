@@ -230,9 +230,7 @@ def _settle(path: Path, settings: dict[str, Any]) -> None:
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; remove it, and the parts beside it are taken as they are"
-        ) from error
+        raise ValueError(f"{path} is damaged: {error}; begin anew in another folder") from error
     changed = [f"{name} was {before.get(name)}, is {now}" for name, now in settings.items() if before.get(name) != now]
     if changed:
         raise ValueError(f"{path.parent} holds the results of another run: {'; '.join(changed)}")

@@ -9,8 +9,10 @@
 
 #define CROPR_INLINE inline __attribute__((always_inline))
 
-// One binary, several instruction sets: the loader picks the best clone for the machine.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// One binary, several instruction sets: the loader picks the best clone for the machine. ThreadSanitizer is not ready
+// when the loader asks.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define CROPR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CROPR_CLONES

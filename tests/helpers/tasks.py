@@ -16,6 +16,23 @@ BACKBONES = {
 CLASSES = 3
 
 
+def check_a_step_and_its_maps(task):
+    """A segmenter's loss is finite and reaches every parameter that is new; its maps have the images' size."""
+    images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
+    target[0] = 255  # an empty annotation
+    losses = task(images, target)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    unused = [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()]
+    # the class token is read by nobody but the tokens; k_bias and the like have no gradient at all
+    assert [name for name in unused if "queries" in name or "head" in name or "aggregator" in name] == []
+    task.eval()
+    with torch.no_grad():
+        assert task(images).shape == (2, CLASSES, 64, 64)
+        predictions = task.predictions(images)
+        assert [p.shape for p in predictions] == [(2, 64, CLASSES)] * len(predictions)
+
+
 def write_scenes(folder, count):
     """Squares of two colours on noise: photos, label maps and COCO annotations. 3 is no class."""
     image = pytest.importorskip("PIL.Image", reason="needs the train extra")

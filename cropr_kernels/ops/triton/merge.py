@@ -14,7 +14,7 @@ from ..reference import accumulation_dtype
 from ..validation import check
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, block_counters, dense_rows, triton_accumulator, width_block
+from .utils import PINNED, block_counters, dense_rows, width_block
 
 _NUM_WARPS = 4
 
@@ -45,9 +45,10 @@ def choose_targets(
     partial_ptr, partial_idx_ptr, similarity_ptr, nearest_idx_ptr, is_pruned_ptr, safe_idx_ptr, candidate_idx_ptr,
     sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr, dest_idx_ptr,
     n, tiles, num_safe, num_candidates, num_prune, num_prefix,
-    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
@@ -119,8 +120,9 @@ def targets_kernel(
     feature_ptr, stride_fb, stride_fn, safe_idx_ptr, candidate_idx_ptr, partial_ptr, partial_idx_ptr, similarity_ptr,
     nearest_idx_ptr, is_pruned_ptr, counters_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
     dest_idx_ptr, n, num_safe, num_candidates, num_prune, num_prefix, dim,
-    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCK_S), 1)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
@@ -162,7 +164,7 @@ def targets_kernel(
             is_pruned_ptr + b * num_candidates, safe_idx_ptr, candidate_idx_ptr, sizes_ptr + b * n,
             kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * num_prune, slot_idx_ptr + b * num_prune,
             kept_sizes_ptr + b * num_keep, dest_idx_ptr + b * n,
-            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCK_S, BLOCK_C, ACC,
+            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCK_S, BLOCK_C,
         )  # fmt: skip
 
 
@@ -170,9 +172,10 @@ def targets_kernel(
 def means_kernel(
     x_ptr, stride_xb, stride_xn, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, sizes_ptr, kept_sizes_ptr,
     out_ptr, n, num_keep, num_prune, dim,
-    IN_PLACE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     b = (pid // num_prune).to(tl.int64)
     mine = pid % num_prune
     slot_idx_ptr += b * num_prune
@@ -247,7 +250,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
             features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
             nearest, is_pruned, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
             dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
-            IN_PLACE=in_place, **blocks, ACC=triton_accumulator(features.dtype),
+            IN_PLACE=in_place, **blocks,
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)
@@ -257,7 +260,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
                 n, num_keep, num_prune, dim,
                 IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
                 BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
-                ACC=triton_accumulator(x.dtype), num_warps=_NUM_WARPS, **PINNED,
+                num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 

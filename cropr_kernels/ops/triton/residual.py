@@ -15,7 +15,7 @@ from ..reference import accumulation_dtype
 from ..validation import check
 from .scores import fold_query
 from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, block_counters, dense_rows, registers, triton_accumulator
+from .utils import PINNED, block_counters, dense_rows, registers
 
 
 @triton.jit
@@ -76,9 +76,10 @@ def squares(value, mean, cols, dim):
 @triton.jit(do_not_specialize=["n", "count"])
 def add_norm_kernel(
     x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr, weight_ptr, bias_ptr, eps, out_ptr, n, count, dim,
-    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
     x_ptr += b * stride_xb + position[:, None] * stride_xn
     if update_ptr is not None:
@@ -137,10 +138,11 @@ def adjust_scores_by_size(scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, siz
 def add_select_kernel(
     x_ptr, idx_ptr, update_ptr, gamma_ptr, query_ptr, scores_ptr, counters_ptr, kept_idx_ptr, pruned_idx_ptr,
     sizes_ptr, size_weight, priority_ptr, n, count, num_keep, num_prefix, dim,
-    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Rows idx of x (B, N, D) += gamma * update (B, K, D); an image's last program selects which of them are kept."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
     x_ptr += b * n * dim + position[:, None] * dim
     update_ptr += flat[:, None] * dim
@@ -162,7 +164,7 @@ def add_select_kernel(
             adjust_scores_by_size(scores_ptr, sizes_ptr + b * n, idx_ptr, count, num_prefix, size_weight, BLOCK_N)
         select_image(
             scores_ptr, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep), count, num_keep,
-            num_prefix, idx_ptr, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+            num_prefix, idx_ptr, priority_ptr, BLOCK_N, IN_REGISTERS,
         )  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out):
     with torch.cuda.device_of(x):
         add_norm_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
             x, x.stride(0), x.stride(1), _dense(idx), _dense(update), _dense(gamma), _dense(weight), _dense(bias),
-            eps, out, n, count, dim, **blocks, ACC=triton_accumulator(x.dtype), num_warps=num_warps,
+            eps, out, n, count, dim, **blocks, num_warps=num_warps,
             **registers(num_warps), **PINNED,
         )  # fmt: skip
 
@@ -227,7 +229,7 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
     if not (batch and count and dim):
         return kept_idx, pruned_idx
-    selection, num_warps = select_blocks(count, torch.float32, embedded=True)
+    selection, num_warps = select_blocks(count, embedded=True)
     num_warps = max(num_warps, 4)
     blocks = row_blocks(dim, num_warps, x.dtype)
     with torch.cuda.device_of(x):
@@ -235,7 +237,7 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
             x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, accumulation_dtype(x.dtype)),
             x.new_empty((batch, count), dtype=torch.float32), block_counters(x), kept_idx, pruned_idx,
             _dense(sizes) if size_weight else None, size_weight, priority_bytes(priority),
-            n, count, num_keep, num_prefix, dim, **blocks, ACC=triton_accumulator(x.dtype), **selection,
+            n, count, num_keep, num_prefix, dim, **blocks, **selection,
             num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
     return kept_idx, pruned_idx
@@ -244,9 +246,10 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
 @triton.jit(do_not_specialize=["count", "num_prefix"])
 def rotate_kernel(
     x_ptr, stride_xb, stride_xn, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads, width,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One token a program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     patches = count - num_prefix
     pid = tl.program_id(0)
     b = (pid // patches).to(tl.int64)
@@ -294,5 +297,5 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
             x, x.stride(0), x.stride(1), x.stride(2), table.contiguous(), _dense(idx),
             count, num_prefix, heads, width, HALF=half,
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_W=max(triton.next_power_of_2(width), 2),
-            ACC=triton_accumulator(x.dtype), num_warps=4, **PINNED,
+            num_warps=4, **PINNED,
         )  # fmt: skip

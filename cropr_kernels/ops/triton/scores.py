@@ -17,7 +17,7 @@ from .utils import PINNED, block_counters, dense_rows, registers, width_block
 def scores_kernel(
     x_ptr, query_ptr, scores_ptr, stride_xb, stride_xn, counters_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr,
     n, num_keep, num_prefix, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_R)
     pid = tl.program_id(0)
@@ -37,7 +37,7 @@ def scores_kernel(
                 priority_ptr += b * n
             select_image(
                 scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-                n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+                n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, IN_REGISTERS,
             )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
         return out
     # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
     # tuner, and the same with selection as without, or prune would disagree with scores.
-    blocks, num_warps = select_blocks(n, torch.float32, embedded=True)
+    blocks, num_warps = select_blocks(n, embedded=True)
     num_warps = max(num_warps, 4)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](

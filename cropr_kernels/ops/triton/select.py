@@ -17,7 +17,8 @@ from ..validation import check
 from .utils import PINNED, dense_rows
 
 _MAX_BLOCK = 4096
-_COUNT_BITS = 21  # three counts travel through one 64-bit sum
+_COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
+_COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
@@ -44,10 +45,10 @@ def is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N: tl.
 
 
 @triton.jit
-def load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded, BITS: tl.constexpr):
+def load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded):
     """Monotone keys: -0.0 equals +0.0, prefix and priority are the maximum, NaN next to it, positions past n zero."""
     value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")  # past L1: others wrote them
-    if BITS == 32:
+    if scores_ptr.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
         value = tl.where(value == 0.0, 0.0, value)
         bits = value.to(tl.uint32, bitcast=True)
@@ -71,50 +72,50 @@ def load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowd
 
 
 @triton.jit
-def count_three(keys, threshold, shift, COUNT_BITS: tl.constexpr):
+def count_three(keys, threshold, shift):
     """Per key, whether it reaches each of the three candidates above `threshold`, packed into one int64."""
     one = threshold * 0 + 1
     first = (keys >= (threshold | (one << shift))).to(tl.int64)
     second = (keys >= (threshold | ((one + 1) << shift))).to(tl.int64)
     third = (keys >= (threshold | ((one + 2) << shift))).to(tl.int64)
-    return first + (second << COUNT_BITS) + (third << (2 * COUNT_BITS))
+    return first + (second << _COUNT_BITS) + (third << (2 * _COUNT_BITS))
 
 
 @triton.jit
 def select_image(
     scores_ptr, kept_idx_ptr, pruned_idx_ptr, n, num_keep, num_prefix, from_idx_ptr, priority_ptr,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Split one image's positions, or the positions from_idx that its tokens came from."""
     lanes = tl.arange(0, BLOCK_N)
     crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N)
-    keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded, BITS)
+    keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded)
 
     # The largest threshold that at least num_keep keys reach.
     threshold = tl.min(keys, axis=0) * 0
-    mask: tl.constexpr = (1 << COUNT_BITS) - 1
+    BITS: tl.constexpr = 64 if scores_ptr.dtype.element_ty == tl.float64 else 32
     shift = threshold + BITS
     for _ in range(BITS // 2):
         shift -= 2
-        counts = count_three(keys, threshold, shift, COUNT_BITS)
+        counts = count_three(keys, threshold, shift)
         if not IN_REGISTERS:
             for start in range(BLOCK_N, n, BLOCK_N):
                 chunk = load_keys(
-                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded, BITS
+                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded
                 )  # fmt: skip
-                counts += count_three(chunk, threshold, shift, COUNT_BITS)
+                counts += count_three(chunk, threshold, shift)
         packed = tl.sum(counts, axis=0)
         digit = (
-            ((packed & mask) >= num_keep).to(tl.int32)
-            + (((packed >> COUNT_BITS) & mask) >= num_keep).to(tl.int32)
-            + (((packed >> (2 * COUNT_BITS)) & mask) >= num_keep).to(tl.int32)
+            ((packed & _COUNT_MASK) >= num_keep).to(tl.int32)
+            + (((packed >> _COUNT_BITS) & _COUNT_MASK) >= num_keep).to(tl.int32)
+            + (((packed >> (2 * _COUNT_BITS)) & _COUNT_MASK) >= num_keep).to(tl.int32)
         )
         threshold = threshold | (digit.to(threshold.dtype) << shift)
 
     above = (keys > threshold).to(tl.int32)
     if not IN_REGISTERS:
         for start in range(BLOCK_N, n, BLOCK_N):
-            chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded, BITS)
+            chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded)
             above += (chunk > threshold).to(tl.int32)
     ties_left = num_keep - tl.sum(above, axis=0)
 
@@ -122,7 +123,7 @@ def select_image(
     for start in range(0, n, BLOCK_N):
         offs = start + lanes
         if not IN_REGISTERS:
-            keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded, BITS)
+            keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded)
         tied = (keys == threshold).to(tl.int32)
         keep = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, axis=0) <= ties_left))
         keep = keep & (offs < n)
@@ -149,30 +150,28 @@ def is_last(counter_ptr, programs):
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
 def select_kernel(
     scores_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr, stride_sb, n, num_keep, num_prefix,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, IN_REGISTERS: tl.constexpr, COUNT_BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     if priority_ptr is not None:
         priority_ptr += b * n
     select_image(
         scores_ptr + b * stride_sb, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-        n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, BITS, IN_REGISTERS, COUNT_BITS,
+        n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, IN_REGISTERS,
     )  # fmt: skip
 
 
-def select_blocks(n: int, dtype: torch.dtype, *, embedded: bool = False) -> tuple[dict[str, Any], int]:
+def select_blocks(n: int, *, embedded: bool = False) -> tuple[dict[str, Any], int]:
     """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling.
 
     embedded: in a kernel that has registers of its own to hold as well.
     """
-    if n >= 1 << _COUNT_BITS:
-        raise RuntimeError(f"select: N must be below {1 << _COUNT_BITS} on CUDA, got {n}")
+    if n > _COUNT_MASK.value:
+        raise RuntimeError(f"select: N must be at most {_COUNT_MASK.value} on CUDA, got {n}")
     block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK // 2 if embedded else _MAX_BLOCK)
     constants = {
         "BLOCK_N": block,
-        "BITS": 64 if dtype == torch.float64 else 32,
         "IN_REGISTERS": n <= block,
-        "COUNT_BITS": _COUNT_BITS,
     }
     return constants, min(max(block // 128, 1), 16)
 
@@ -193,7 +192,7 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        constants, num_warps = select_blocks(n, scores.dtype)
+        constants, num_warps = select_blocks(n)
         with torch.cuda.device_of(scores):
             select_kernel[(batch,)](
                 scores, kept_idx, pruned_idx, priority_bytes(priority), scores.stride(0), n, num_keep, num_prefix,

@@ -2,10 +2,7 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-
-from ..reference import accumulation_dtype
 
 # Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
 PINNED = {"enable_fp_fusion": True}
@@ -14,11 +11,6 @@ PINNED = {"enable_fp_fusion": True}
 def registers(num_warps: int) -> dict[str, int]:
     """Registers a thread may have, for kernels that ptxas would otherwise spill to fit more warps on a processor."""
     return {"maxnreg": 96 if num_warps <= 8 else 128}
-
-
-def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """accumulation_dtype as Triton calls it."""
-    return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
 def block_counters(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def load_tensors(path: str | Path) -> Any:
-    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if damaged."""
+def load_tensors(path: str | Path, safe: Sequence[Any] = ()) -> Any:
+    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if damaged.
+
+    `safe` are classes that the file may hold beside them.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -57,10 +61,23 @@ def load_tensors(path: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} does not match")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"{path} cannot be read: {error}") from error
+                raise ValueError(f"{path} cannot be read: the checksum of {damaged} does not match; copy it again")
+        with torch.serialization.safe_globals([*safe]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets, and long advice
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read: {_unreadable(Path(path), str(error))}") from error
+
+
+def _unreadable(path: Path, error: str) -> str:
+    """Why torch.load cannot read a file, and what to do."""
+    found = re.search(r"GLOBAL (\S+)", error)
+    if found:
+        return f"it holds objects of {found[1]}, and only tensors are read; torch.save(model.state_dict(), FILE)"
+    with open(path, "rb") as file:
+        begins = file.read(24)
+    return f"it is damaged, or no file of torch.save: it begins with {begins!r}; copy or download it again"
 
 
 def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,7 +90,7 @@ def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor
             names = [name for name in file.keys() if part in name]  # noqa: SIM118  (it is no dict)
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}; copy or download it again") from error
 
 
 def require_launcher(parent: int, what: str) -> None:

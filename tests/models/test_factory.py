@@ -29,7 +29,9 @@ def test_what_a_name_means(tmp_path):
     assert kind_of("vit_tiny_patch16_224", pretrained=True) == "timm"
     (tmp_path / "config.json").write_text("[]")
     for name in ("resnet_of_nobody", str(tmp_path)):
-        with pytest.raises(ValueError, match=r"a model must be a preset .* or a folder of transformers, got "):
+        with pytest.raises(
+            ValueError, match=r"a model must be a preset .* or a folder of transformers, cropr.save or .* got "
+        ):
             kind_of(name)
 
 

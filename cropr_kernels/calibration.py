@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
-from .pruning.model import require_pruned, run
+from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.state import PruningOptions
 from .utils.flops import flop_counter
@@ -271,6 +271,7 @@ def agreement(
         ValueError: there are no images, or a rate drops more tokens than there are.
     """
     classifies = require_pruned(model, "cropr.agreement").spec.num_classes > 0
+    warn_of_random_queries(model, "cropr.agreement", 4)
     fast, device = deploy(model), next(model.parameters()).device
     rates, flops = [*rates], dict[int, int]()
     outputs: dict[int, list[Tensor]] = {}

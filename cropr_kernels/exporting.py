@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .ops.decompositions import decompositions
 from .pruning.api import deploy
-from .pruning.model import require_pruned, run
+from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
 from .utils.io import publish
 from .utils.optional import need
@@ -96,6 +96,7 @@ def export(
             need(library, "export", "cropr.export to ONNX")
         if ops == "cropr":
             raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
+    warn_of_random_queries(model, "cropr.export")
     wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
     traced = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
     shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None

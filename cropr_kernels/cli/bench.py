@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.outputs import outputs_of
-from ..pruning.api import deploy, set_rate
+from ..pruning.api import deployed_copy, set_rate
 from ..tuning import default_rates
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 @torch.inference_mode()
 def measure(model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int, show: bool) -> list[dict]:
     """One row per rate, 0 first; RuntimeError where the engine computes something else than the functional ops."""
-    fast, plain = deploy(model, cuda_graphs=graphs), deploy(model, engine=False)
+    fast, plain = deployed_copy(model, cuda_graphs=graphs), deployed_copy(model, engine=False)
     calls: dict[Any, Callable[[], Any]] = {}
     gflops: dict[int, float] = {}
     for rate in rates:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         rows += [{"batch": batch, **row} for row in found]
     device, dtype = place["device"], str(place["dtype"]).removeprefix("torch.")
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    reason = deploy(model).cropr.engine_reason
+    reason = deployed_copy(model).cropr.engine_reason
     about = {
         "model": options.model,
         "llf": model.cropr.config.llf,

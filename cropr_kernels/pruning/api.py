@@ -24,6 +24,7 @@ from .model import (
     is_pruned,
     keep_grid,
     require_pruned,
+    warn_of_random_queries,
 )
 from .module import Cropr, FoldedCropr, Scorer
 from .windows import Windows
@@ -234,6 +235,8 @@ def set_rate(model: Any, rate: int) -> Any:
     _counts(config, stack.spec)
     stack.config = config
     _note(model)
+    if isinstance(stack[0], FoldedCropr):
+        warn_of_random_queries(model, "cropr.set_rate")
     return model
 
 
@@ -256,7 +259,8 @@ def set_progress(model: Any, share: float) -> Any:
 def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
 
-    The argument stays as it was. A rate of 0 gives the unpruned model on the same engine.
+    The argument stays as it was. A rate of 0 gives the unpruned model on the same engine. Warns, once a model, where
+    the queries were neither trained, calibrated nor loaded, as `pruning_map`, `merge_map`, `agreement` and `export` do.
 
     Args:
         model: pruned by `apply`.
@@ -273,6 +277,14 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         ValueError: cuda_graphs is negative.
     """
     require_pruned(model, "cropr.deploy")
+    warn_of_random_queries(model, "cropr.deploy")
+    deployed = deployed_copy(model, engine=engine, cuda_graphs=cuda_graphs)
+    deployed.cropr.warned = model.cropr.warned
+    return deployed
+
+
+def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
+    """`deploy` for those who measure time, which does not depend on the queries: nothing is said of random ones."""
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     deployed = copy.deepcopy(model)
@@ -293,7 +305,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         light.watched = [one for parts in light.engine for one in parts.watched()]
     except EngineRefusal as refusal:
         light.engine_reason = str(refusal)
-    light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
+    light.graphs, light.warned = Graphs(cuda_graphs) if cuda_graphs else None, True
     if cuda_graphs:
         deployed.forward = GraphedForward(deployed)
     return deployed.eval().requires_grad_(False)

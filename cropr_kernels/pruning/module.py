@@ -19,6 +19,10 @@ class Scorer(nn.Module, ABC):
     def query(self) -> Tensor:
         """The vector (D,), float32, whose product with a token is its score: what the engine and merging take."""
 
+    def is_random(self) -> bool:
+        """Whether its query is known to be the random one that it began with."""
+        return False
+
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """In training: an auxiliary prediction from x (B, N, D), and the scores (B, N), if either is at hand.
 
@@ -106,11 +110,18 @@ class Cropr(Scorer):
             )
         self.queries = nn.Parameter(torch.empty(num_queries, dim), requires_grad=num_outputs > 0)
         nn.init.trunc_normal_(self.queries, std=dim**-0.5)
+        self.initial = self.queries[0].detach().clone()  # no state: what was loaded, trained or calibrated is another
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
 
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
         return fold_queries(self.queries.detach()).float()
+
+    def is_random(self) -> bool:
+        """Whether its queries are those that it began with: neither trained, nor calibrated, nor loaded."""
+        own = self.queries.detach()
+        known = not (own.is_meta or self.initial.is_meta or hasattr(own, "full_tensor"))
+        return known and torch.equal(own[0].cpu(), self.initial.to("cpu", own.dtype))
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
@@ -134,9 +145,13 @@ class FoldedCropr(Scorer):
     def __init__(self, module: Cropr):
         super().__init__()
         self.register_buffer("folded", module.query().clone())
+        self.initial = self.folded.clone() if module.is_random() else None
 
     def query(self) -> Tensor:
         return self.folded
+
+    def is_random(self) -> bool:
+        return self.initial is not None and torch.equal(self.folded.cpu(), self.initial.to("cpu", self.folded.dtype))
 
 
 def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: Any) -> Tensor:

@@ -14,7 +14,7 @@ from .ops.decompositions import decompositions
 from .pruning.api import deploy
 from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
-from .utils.io import publish
+from .utils.io import disk_errors, publish
 from .utils.optional import need
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -105,7 +105,7 @@ def export(
         program = program.run_decompositions(decompositions())
     expected = wrapped(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder, disk_errors(path):
         file = Path(folder) / path.name
         _write(program, file, format)
         difference, same_map = _compare(list(load_exported(file, format)(images)), list(expected), with_map)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SCHEDULES = ("rate", "keep", "ratio", "const")  # the ways to say it
+
 
 def num_modules(depth: int, llf: bool) -> int:
     """How many Cropr modules a network of `depth` blocks holds; ValueError if it is too shallow for one."""
@@ -43,7 +45,7 @@ class Schedule:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
+        given = [name for name in SCHEDULES if getattr(self, name) is not None]
         if len(given) != 1:
             one = "exactly one of rate, keep, ratio and const"
             raise ValueError(f"schedule: give {one}, got {', '.join(given) or 'none'}")

@@ -17,7 +17,7 @@ from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
 from ..utils.timing import medians
 from ..utils.viz import save_speed_curves
-from .common import add_arguments, count, load_model, place_of
+from .common import add_arguments, add_model, count, load_model, place_of
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
         description="Time a deployed model at several rates and batch sizes, in turns; a name has random weights. The "
         "engine is first compared with the functional ops. Writes OUT.json and, with matplotlib, OUT.png.",
     )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import calibration
 from ..models.adapters import find_spec
-from ..models.factory import Pixels
+from ..models.pixels import Pixels
 from ..tuning import default_rates
 from ..utils.images import find_photos, readable, told
 from ..utils.io import table
 from ..utils.optional import need
-from .common import add_arguments, add_pixels, count, load_model
+from .common import add_arguments, add_model, add_pixels, count, load_model
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +28,8 @@ def add_parser(commands: Any) -> None:
         description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
         "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
     )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--quiet")
     add_pixels(parser)
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
     parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
@@ -64,9 +65,8 @@ def run(options: argparse.Namespace) -> None:
     compare = batches(compared, pixels, "reading photos to compare on", show, unreadable[1])
     rows = calibration.agreement(model, compare, options.rates or default_rates(model))
     best = calibration.recommend(rows, options.least / 100)
-    config = model.cropr.config
-    facts: dict[str, Any] = {"model": options.model, "llf": config.llf, "merge": config.merge is not None}
-    facts |= {"rate": None if best is None else best.rate, "report": [row._asdict() for row in rows]}
+    facts: dict[str, Any] = {"model": options.model, "rate": None if best is None else best.rate}
+    facts["report"] = [row._asdict() for row in rows]
     calibration.save_queries(model, options.out, facts)
     classifies = find_spec(model).num_classes > 0
     cells = [[f"{row.rate}", f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"] for row in rows]

@@ -13,13 +13,13 @@ from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deployed_copy, remove, set_rate
 from ..utils.flops import flop_counter
-from .common import add_arguments, load_model
+from .common import add_arguments, add_model, load_model
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
     add_arguments(parser, "--rate", "--llf", "--merge")
-    parser.add_argument("model", nargs="?", help="as of the other commands; a name has random weights")
+    add_model(parser, nargs="?", help="as of the other commands; a name has random weights")
     parser.set_defaults(run=run)
 
 

@@ -13,7 +13,7 @@ from ..pruning.api import deploy
 from ..pruning.maps import pruning_map
 from ..utils.images import find_named_photos, readable, shown, told
 from ..utils.viz import save_pruning_frames, save_pruning_maps
-from .common import add_arguments, add_pixels, load_model
+from .common import add_arguments, add_model, add_pixels, load_model
 
 
 def add_parser(commands: Any) -> None:
@@ -24,7 +24,8 @@ def add_parser(commands: Any) -> None:
         "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
         "calibrated on these photos.",
     )
-    add_arguments(parser, "model", "--queries", "--rate", "--llf")
+    add_model(parser)
+    add_arguments(parser, "--queries", "--rate", "--llf")
     add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")

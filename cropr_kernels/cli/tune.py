@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..tuning import save_tuned, tune
-from .common import add_arguments, load_model, place_of
+from .common import add_arguments, add_model, load_model, place_of
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +22,8 @@ def add_parser(commands: Any) -> None:
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
     goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
-    add_arguments(parser, "model", "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -36,7 +37,13 @@ def run(options: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         tuned = tune(model.to(**place), images, **goal, rounds=options.rounds, show=not options.quiet)
     llf, dtype = model.cropr.config.llf, str(place["dtype"]).removeprefix("torch.")
-    about = {"model": options.model, "batch": batch, "dtype": dtype, "llf": llf, "merge": options.merge}
+    about = {
+        "model": options.model,
+        "batch": batch,
+        "dtype": dtype,
+        "llf": llf,
+        "merge": model.cropr.config.merge is not None,
+    }
     save_tuned(options.out, tuned, about | {"device": options.device, "torch": torch.__version__})
     print(f"kept after each block: {' '.join(map(str, tuned.keep))}")
     print(f"unpruned {tuned.unpruned_ms:.3g} ms, pruned {tuned.pruned_ms:.3g} ms a batch of {batch}")

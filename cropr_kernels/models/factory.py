@@ -5,12 +5,10 @@ import json
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..utils.images import load_photo
 from ..utils.optional import need
 from .adapters import find_spec
 from .vit import PRESETS, create_vit
@@ -26,32 +24,6 @@ from .weights import (
 )
 
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # prefixes of names that timm looks up elsewhere
-
-
-class Pixels(NamedTuple):
-    """How a model's images are prepared; `load_photo` says what the last three mean."""
-
-    img_size: tuple[int, int]  # height and width
-    mean: tuple[float, ...]  # of each channel
-    std: tuple[float, ...]
-    crop_pct: float = 0.875
-    interpolation: str = "bicubic"
-    squash: bool = False
-
-    def __str__(self) -> str:
-        mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
-        how = f"{'squashed, ' if self.squash else ''}crop_pct {self.crop_pct:.3g}, {self.interpolation}"
-        return f"{self.img_size[0]} x {self.img_size[1]} px, {how}, mean {mean}, std {std}"
-
-    def load(self, file: Any) -> Tensor:
-        """A photo as the model looks at it, (3, height, width) in [0, 1]; errors are those of `load_photo`."""
-        how = {"crop_pct": self.crop_pct, "interpolation": self.interpolation, "squash": self.squash}
-        return load_photo(file, self.img_size, **how)  # type: ignore[arg-type]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (..., 3, H, W) in [0, 1] as the model takes them."""
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -137,33 +109,14 @@ def _from_folder(name: str, options: dict[str, Any]) -> Any:
     return model.vision_model if hasattr(model, "text_model") else model
 
 
-def pixels_of(model: Any, name: str) -> Pixels:
-    """How the images of a model of `create_model(name)` are prepared, by its own configuration or preprocessor.
-
-    Where nothing says it: mean and standard deviation 0.5, and the defaults of `Pixels`. Raises TypeError where the
-    family is not known.
-    """
-    known, what = find_spec(model), f"model {name!r}"
-    pixels = Pixels((known.grid[0] * known.patch_size[0], known.grid[1] * known.patch_size[1]), (0.5,) * 3, (0.5,) * 3)
-    if hasattr(model, "pretrained_cfg"):
-        about = need("timm.data", "timm", what).resolve_model_data_config(model)
-        squash = about.pop("crop_mode") == "squash"
-        pixels = pixels._replace(mean=tuple(about["mean"]), std=tuple(about["std"]), squash=squash)
-        return pixels._replace(crop_pct=about["crop_pct"], interpolation=about["interpolation"])
-    if name in TORCHVISION:
-        about = need("torchvision.models", "train", what).get_model_weights(name).DEFAULT.transforms()
-        pixels = pixels._replace(mean=tuple(about.mean), std=tuple(about.std), interpolation=about.interpolation.value)
-        return pixels._replace(crop_pct=about.crop_size[0] / about.resize_size[0])
-    if not (Path(name) / "preprocessor_config.json").is_file():
-        return pixels
-    about = need("transformers", "transformers", what).AutoImageProcessor.from_pretrained(name)
-    mean, std = (about.image_mean, about.image_std) if about.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    filters = need("PIL.Image", "viz", what).Resampling
-    pixels = pixels._replace(mean=tuple(mean), std=tuple(std), interpolation=filters(int(about.resample)).name.lower())
-    shortest = about.size.get("shortest_edge")
-    crops = getattr(about, "do_center_crop", False)
-    crop = about.crop_size["height"] / (shortest or about.size["height"]) if crops else 1.0
-    return pixels._replace(crop_pct=crop, squash=shortest is None)
+def require_own_head(name: str, model: Any, num_classes: int) -> None:
+    """Raise ValueError where a head for so many classes is not the one that a file or timm has weights for."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if is_weight_file(name):
+        own = num_classes_of(split_queries(read_weights(name)[0])[0])
+    if own and num_classes not in (0, own):
+        what = f"{own}, those of {name}, or 0 for features, got {num_classes}: another head would be random"
+        raise ValueError(f"num_classes (--num-classes) must be {what}; cropr train makes and trains one")
 
 
 def load_weights(

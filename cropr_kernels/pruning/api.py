@@ -129,22 +129,36 @@ def apply(
     return model
 
 
-def _note(model: Any) -> None:
-    """Tell the configuration of a model of transformers how it is pruned: save_pretrained writes it."""
-    stack, first = model.cropr, model.cropr[0]
-    if not hasattr(getattr(model, "config", None), "save_pretrained") or not isinstance(first, Cropr | FoldedCropr):
-        return
-    config, grid, patch = stack.config, stack.config.grid, stack.spec.patch_size
-    head = getattr(first, "aggregator", None)
-    model.config.cropr = {
+def options_of(stack: CroprModules) -> dict[str, Any] | None:
+    """The options with which `apply` makes such modules, as plain values; None where only others know how."""
+    first, config = stack[0], stack.config
+    if not isinstance(first, Cropr | FoldedCropr):
+        return None
+    grid, patch, head = config.grid, stack.spec.patch_size, getattr(first, "aggregator", None)
+    return {
         **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
         "llf": config.llf,
         "merge": config.merge and asdict(config.merge),
+        "windows": config.windows and asdict(config.windows),
         "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
         "num_outputs": head.head.out_features if head else 0,
         "mlp_ratio": head.mlp[0].out_features / stack.spec.dim if head and head.mlp else 0.0,
     }
+
+
+def apply_options(model: Any, options: dict[str, Any]) -> Any:
+    """`apply` with what `options_of` gave."""
+    kinds = {"merge": Merge, "windows": Windows}
+    made = {name: kind(**options[name]) for name, kind in kinds.items() if options.get(name)}
+    return apply(model, **options | dict.fromkeys(kinds) | made)  # type: ignore[arg-type]
+
+
+def _note(model: Any) -> None:
+    """Tell the configuration of a model of transformers how it is pruned: save_pretrained writes it."""
+    options = options_of(model.cropr)
+    if options is not None and hasattr(getattr(model, "config", None), "save_pretrained"):
+        model.config.cropr = options
 
 
 def _replace_attributes(model: Any, stack: CroprModules) -> None:

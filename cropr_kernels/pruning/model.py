@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
+from ..models.pixels import Pixels
 from .config import PruningConfig
 from .engine import Graphs
 from .masks import level_padding
@@ -37,6 +38,7 @@ class CroprModules(nn.ModuleList):
         self.engine_reason = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
         self.warned = False  # of random queries
+        self.pixels: Pixels | None = None  # how the model's images are prepared, where `load` knows it
 
     @property
     def slot(self) -> Slot:

@@ -112,6 +112,7 @@ class Cropr(Scorer):
         nn.init.trunc_normal_(self.queries, std=dim**-0.5)
         self.initial = self.queries[0].detach().clone()  # no state: what was loaded, trained or calibrated is another
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
+        self.register_load_state_dict_pre_hook(_translate)
 
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
@@ -146,12 +147,25 @@ class FoldedCropr(Scorer):
         super().__init__()
         self.register_buffer("folded", module.query().clone())
         self.initial = self.folded.clone() if module.is_random() else None
+        self.register_load_state_dict_pre_hook(_translate)
 
     def query(self) -> Tensor:
         return self.folded
 
     def is_random(self) -> bool:
         return self.initial is not None and torch.equal(self.folded.cpu(), self.initial.to("cpu", self.folded.dtype))
+
+
+def _translate(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Trained modules and deployed ones take each other's state; heads are left out where there is nothing to train."""
+    queries, folded = f"{prefix}queries", f"{prefix}folded"
+    if isinstance(module, FoldedCropr) and queries in state:
+        state[folded] = fold_queries(state.pop(queries)).float()
+    elif isinstance(module, Cropr) and len(module.queries) == 1 and folded in state:
+        state[queries] = state.pop(folded).unsqueeze(0)
+    if getattr(module, "aggregator", None) is None:
+        for name in [name for name in state if name.startswith(f"{prefix}aggregator.")]:
+            del state[name]
 
 
 def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: Any) -> Tensor:

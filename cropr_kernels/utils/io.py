@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -37,10 +38,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # processes of several machines may share pids
     try:
-        yield temporary
-        publish(temporary, path)
+        with disk_errors(path):
+            yield temporary
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """One OSError for a path that cannot be written: libraries say `unexpected pos 896 vs 854` of a full disk."""
+    try:
+        yield
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        of_rust = re.search(r"I/O error: (.+?) \(os error", str(error))  # safetensors
+        reason = of_rust[1] if of_rust else cause.strerror if isinstance(cause, OSError) else None
+        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).parent != path.parent:
+            raise  # of a file that was read
+        if reason is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16:
+            reason = "No space left on device"
+        if reason is None:
+            raise
+        kind = type(error) if isinstance(error, OSError) else OSError
+        raise kind(f"{path} cannot be written: {reason}; mend that or name another place") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -8,8 +8,9 @@ import torch
 from helpers.folders import FOLDERS, MEAN, STD
 from helpers.models import CLASSIFIERS, HOSTS, MODELS, reference_vit
 
-from cropr_kernels.models.factory import create_model, kind_of, pixels_of
+from cropr_kernels.models.factory import create_model, kind_of
 from cropr_kernels.models.outputs import outputs_of, remove_classifier
+from cropr_kernels.models.pixels import pixels_of
 from cropr_kernels.models.vit import ViT
 
 

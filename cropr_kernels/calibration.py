@@ -217,12 +217,14 @@ def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     """The queries (modules, D) in a file, and what is said about them; errors are those of `load_queries`."""
     if Path(path).is_dir():
         raise ValueError(f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or cropr.save_queries")
-    tensors, metadata = load_safetensors(path)
-    if "queries" not in tensors or "about" not in metadata:
-        raise ValueError(
-            f"cropr.load_queries: {path} holds no queries, but {', '.join([*tensors][:3]) or 'nothing'}; give one that "
-            "cropr calibrate or cropr.save_queries wrote"
-        )
+    try:
+        tensors, metadata = load_safetensors(path)
+        why = "" if "queries" in tensors and "about" in metadata else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
+    except ValueError as error:
+        why = str(error)
+    if why:
+        give = "give one that cropr calibrate or cropr.save_queries wrote"
+        raise ValueError(f"cropr.load_queries: {path} holds no queries: {why}; {give}")
     queries, about = tensors["queries"], metadata["about"]
     if metadata.get("sha256") != _checksum(queries, about):
         raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or copy again")

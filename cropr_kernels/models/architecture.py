@@ -21,6 +21,7 @@ _TIMM = {
     "embed_dim": "embed_dim",
     "depth": "blocks.__len__",
     "num_heads": "blocks.0.attn.num_heads",
+    "class_token": "has_class_token",
     "reg_tokens": "num_reg_tokens",
     "no_embed_class": "no_embed_class",
     "dynamic_img_size": "dynamic_img_size",

@@ -149,9 +149,12 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
 
 def apply_options(model: Any, options: dict[str, Any]) -> Any:
     """`apply` with what `options_of` gave."""
-    kinds = {"merge": Merge, "windows": Windows}
-    made = {name: kind(**options[name]) for name, kind in kinds.items() if options.get(name)}
-    return apply(model, **options | dict.fromkeys(kinds) | made)  # type: ignore[arg-type]
+    merge, windows = options.get("merge"), options.get("windows")
+    made = {
+        "merge": Merge(**merge) if merge else False,
+        "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
+    }
+    return apply(model, **options | made)
 
 
 def _note(model: Any) -> None:

@@ -186,8 +186,12 @@ def _prune(model: Any, about: dict[str, Any], path: str | Path) -> None:
 
 
 def _saved_state(folder: Path, part: str = "") -> dict[str, Tensor]:
-    """The tensors in a folder, of those with `part` in their names."""
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_safetensors(path, part)[0].items()}
+    """The tensors in a folder, of those with `part` in their names; copies, as those of a file are not aligned.
+
+    Kernels round in another way where they are not.
+    """
+    files = (load_safetensors(path, part)[0] for path in sorted(folder.glob("*.safetensors")))
+    return {name: value.clone() for tensors in files for name, value in tensors.items()}
 
 
 def _check(folder: Path, about: dict[str, Any]) -> None:

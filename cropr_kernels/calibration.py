@@ -220,8 +220,8 @@ def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     try:
         tensors, metadata = load_safetensors(path)
         why = "" if "queries" in tensors and "about" in metadata else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
-    except ValueError as error:
-        why = str(error)
+    except ValueError:
+        why = "it is no safetensors file, or damaged"
     if why:
         give = "give one that cropr calibrate or cropr.save_queries wrote"
         raise ValueError(f"cropr.load_queries: {path} holds no queries: {why}; {give}")

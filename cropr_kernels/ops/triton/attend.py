@@ -153,7 +153,8 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
         attend_one_kernel[(batch,)](
             rows_of(x), query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, n,
             SCALE=scale,  # a constant of the model: one variant
-            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
+            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16),
+            num_warps=8, maxnreg=224, **PINNED,  # left alone, ptxas spills to fit two programs on a processor
         )  # fmt: skip
 
 

@@ -277,7 +277,7 @@ def means_rows(dtype: torch.dtype) -> int:
 
 def target_registers(dtype: torch.dtype) -> dict[str, int]:
     """Registers a thread of targets_kernel may have, where ptxas would otherwise spill to fit more warps."""
-    return {"maxnreg": 168} if dtype == torch.float64 else {}
+    return {"maxnreg": 168 if dtype == torch.float64 else 96}
 
 
 def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):

@@ -21,7 +21,7 @@ from .utils import PINNED, Rows, block_counters, dense_rows, registers, rows_of
 
 
 class Update(NamedTuple):
-    """What is added to the rows: (B, K, D), and a factor (D,) on it, if there is one."""
+    """What is added to the rows, if anything is: (B, K, D), and a factor (D,) on it, if there is one."""
 
     ptr: Any
     gamma: Any
@@ -36,7 +36,7 @@ class Norm(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How many tokens each of (B, N) stands for, and how much that weighs in its score."""
+    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score."""
 
     ptr: Any
     weight: Any
@@ -81,7 +81,7 @@ def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
     """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
-    if update is not None:
+    if update.ptr is not None:
         step = tl.load(update.ptr + flat[:, None] * dim + cols[None, :], mask=mask, other=0.0).to(ACC)
         if update.gamma is not None:
             step = step * load_vector(update.gamma, cols, dim, 1.0, ACC)[None, :]
@@ -117,7 +117,7 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
     if BLOCKS.rest > 0:
         more_cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
         more = load_rows(x_ptr, update, flat, more_cols, valid, dim, ACC)
-    if norm is not None:
+    if out_ptr is not None:
         total = tl.sum(value, axis=1)
         if BLOCKS.rest > 0:
             total += tl.sum(more, axis=1)
@@ -184,7 +184,7 @@ def add_select_kernel(
         if idx_ptr is not None:
             idx_ptr += b * count
         scores_ptr = selection.scores + b * count
-        if sizes is not None:
+        if sizes.ptr is not None:
             adjust_scores_by_size(scores_ptr, sizes.ptr + b * n, sizes.weight, idx_ptr, count, num_prefix, KEYS.tokens)
         select_image(scores_ptr, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
 
@@ -224,14 +224,14 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
-    _launch_add_norm(dense_rows(x), idx, None, Norm(_dense(weight), _dense(bias), eps), out)
+    _launch_add_norm(dense_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
     return out
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
     """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
     check("add_", x, idx, update, gamma)
-    _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), None, None)
+    _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
 
 
 def add_norm_(x, idx, update, gamma, weight, bias, eps):
@@ -259,7 +259,7 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
         add_select_kernel[(batch * triton.cdiv(count, blocks.rows),)](
             rows_of(x), _dense(idx), Update(_dense(update), _dense(gamma)),
             fold_query(query, accumulation_dtype(x.dtype)), selection,
-            None if sizes is None or not size_weight else Sizes(_dense(sizes), float(size_weight)),
+            Sizes(_dense(sizes) if size_weight else None, float(size_weight)),
             n, count, num_keep, num_prefix, blocks, keys, num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
     return kept_idx, pruned_idx

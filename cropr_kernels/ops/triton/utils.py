@@ -2,6 +2,7 @@
 
 A tensor travels with its strides, a selection with its outputs: NamedTuples are arguments of kernels. Numbers in them
 are specialised, so they hold what a model keeps from layer to layer (strides, widths); counts of tokens stand alone.
+Any of their members may be None, never the tuple: Triton 3.6 cannot compare one that holds None, nor return it.
 """
 
 from typing import Any, NamedTuple

@@ -41,10 +41,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--interpolation": dict(choices=("bicubic", "bilinear", "lanczos"), help="default: the model's"),
     "--max-pixels": dict(type=count, help="of a photo; larger ones are not read (default: 178956970)"),
     "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
-    "--rounds": dict(type=count, default=9, help="timings of each, the median is used (default: %(default)s)"),
-    "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"),
+    "--rounds": dict(type=count, help="timings of each, the median is used (default: 3 to 9, as many as take 45 s)"),
+    "--device": dict(help="default: cuda where there is a GPU, else cpu"),
     "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
-    "--quiet": dict(action="store_true", help="no progress bar"),
+    "--quiet": dict(action="store_true", help="no progress"),
 }
 
 
@@ -69,7 +69,13 @@ def add_pruning(parser: Any) -> None:
 
 def place_of(options: argparse.Namespace) -> dict[str, Any]:
     """Device and dtype, as `Tensor.to` takes them."""
-    device = torch.device(options.device)
+    there = torch.cuda.is_available()
+    try:
+        device = torch.device(options.device or ("cuda" if there else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device must be one of torch, such as cpu, cuda or cuda:1, got {options.device}") from error
+    if device.type == "cuda" and (not there or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {options.device}: there are {torch.cuda.device_count()} GPUs in reach of torch")
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return {"device": device, "dtype": getattr(torch, dtype)}
 

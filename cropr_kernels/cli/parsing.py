@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
             hint = f"is {near[0]} meant?" if near else self.hint
             self.error(f"unknown argument {unknown[0]!r}{hint and '; '}{hint}")
         return options, []

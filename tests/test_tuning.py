@@ -118,9 +118,7 @@ def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
 
     def noisy(calls, *rest, **options):  # the schedule turns out slower than its curve
         times = plain(calls, *rest, **options)
-        return {
-            key: one._replace(seconds=one.seconds * (1.3 if key == "pruned" else 1)) for key, one in times.items()
-        }
+        return {key: one._replace(seconds=one.seconds * (1.3 if key == "pruned" else 1)) for key, one in times.items()}
 
     monkeypatch.setattr(tuning, "in_turns", noisy)
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +16,10 @@ from ..utils.io import table, write_text
 from ..utils.progress import each
 from ..utils.timing import ABOVE_FLOPS, above_flops, in_turns
 from ..utils.viz import save_speed_curves
-from .common import add_arguments, count, load_model, place_of
+from .common import load_model, place_of
 from .outputs import check_file, checked_rates
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure a model on this device, unpruned and at several rates",
-        description="Time a deployed model at several rates and batch sizes, in turns; a name has random weights. The "
-        "engine is first compared with the functional ops. Writes OUT.json and, with matplotlib, OUT.png.",
-    )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
-    parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
-    parser.set_defaults(run=run, after_stop="the batch sizes whose tables are above are written")
 
 
 @torch.inference_mode()

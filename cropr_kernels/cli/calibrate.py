@@ -18,26 +18,8 @@ from ..utils.images import find_photos, readable, told
 from ..utils.io import table
 from ..utils.optional import need
 from ..utils.progress import each
-from .common import add_arguments, add_pixels, count, load_model
+from .common import load_model
 from .outputs import check_file, checked_rates
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "calibrate",
-        help="prune a pretrained model without labels and without training",
-        description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
-        "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
-    )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--quiet")
-    add_pixels(parser)
-    parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
-    parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
-    parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
-    parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
-    parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
-    parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
-    parser.set_defaults(run=run, after_stop="OUT holds the queries, without a rate, if they were calibrated")
 
 
 def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:

@@ -16,26 +16,8 @@ from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress
 from ..utils.timing import in_turns
-from .common import DTYPES, add_arguments, add_pruning, load_with_queries, place_of
+from .common import load_with_queries, place_of
 from .outputs import check_folder
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
-        description="Write a pruned model in each format, compare what it computes with the model, and time it.",
-    )
-    add_pruning(parser)
-    add_arguments(parser, "--batch", "--device", "--rounds", "--quiet")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument("--ops", choices=["cropr", "aten"], help="aten: the file needs no cropr ops (default: as fits)")
-    parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
-    parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
-    parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
-    parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: exported)")
-    parser.set_defaults(run=run, after_stop="the files named above are whole")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
 from ..utils.io import atomic_write, require_launcher, write_text
 from ..utils.optional import need
 from ..utils.progress import Progress
-from .common import add_arguments, add_pruning, count, load_with_queries, place_of
+from .common import load_with_queries, place_of
 from .outputs import check_folder
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
@@ -41,25 +41,6 @@ class Unit(NamedTuple):
     name: str
     photos: tuple[Path, ...]  # empty for a shard
     root: Path  # names are relative to it; of a shard, the file
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "infer",
-        help="classify or embed a folder of photos or WebDataset shards, into Parquet",
-        description="Run a pruned model over photos. Writes part-00000.parquet and so on; the same command resumes "
-        "where it was stopped. Under torchrun all processes share the work.",
-    )
-    add_pruning(parser)
-    add_arguments(parser, "--device", "--dtype", "--quiet")
-    parser.add_argument("source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--features", action="store_true", help="features in place of classes")
-    parser.add_argument("--top", type=count, default=5, help="classes of each photo (default: 5)")
-    parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--unit", type=count, default=2048, help="photos of a folder in one file (default: 2048)")
-    parser.add_argument("--workers", type=count, default=4, help="threads that read photos (default: 4)")
-    parser.set_defaults(run=run, after_stop="the same command resumes with the files that are not there yet")
 
 
 def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:

@@ -13,14 +13,7 @@ from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deploy, remove, set_rate
 from ..utils.flops import flop_counter
-from .common import add_arguments, load_model
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
-    add_arguments(parser, "--rate", "--llf", "--merge")
-    parser.add_argument("model", nargs="?", help="as of the other commands; a name has random weights")
-    parser.set_defaults(run=run, after_stop="nothing was written")
+from .common import load_model
 
 
 def run(options: argparse.Namespace) -> None:

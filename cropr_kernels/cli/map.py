@@ -2,8 +2,6 @@
 
 import argparse
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,23 +13,8 @@ from ..utils.images import find_named_photos, readable, shown, told
 from ..utils.optional import need
 from ..utils.progress import each
 from ..utils.viz import save_pruning_frames, save_pruning_maps
-from .common import add_arguments, add_pixels, load_model
+from .common import load_model
 from .outputs import check_folder
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "map",
-        help="pictures of what a model prunes from photos, block by block",
-        description="Write maps.png (photos, and over each the block after which each patch is pruned), and for each "
-        "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
-        "calibrated on these photos.",
-    )
-    add_arguments(parser, "model", "--queries", "--rate", "--llf", "--quiet")
-    add_pixels(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
-    parser.set_defaults(run=run, after_stop="the pictures named above are whole; the same command begins anew")
 
 
 def run(options: argparse.Namespace) -> None:

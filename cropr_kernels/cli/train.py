@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,37 +20,7 @@ from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
 from ..utils.optional import need
 from ..utils.viz import save_curves, save_pruning_maps
-from .common import add_arguments
 from .outputs import check_file, check_folder, checked_rates
-
-
-def add_parser(commands: Any) -> None:
-    training = commands.add_parser(
-        "train",
-        help="train a pruned Vision Transformer",
-        description="Train, or resume the run in OUT. Options are those of config.json, as name=value: rate=8 llf=true "
-        "img_size=224,224. Under torchrun all processes share the work.",
-    )
-    source = training.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=PRESETS, help="a published recipe to start from")
-    source.add_argument("--config", type=Path, help="a config.json to start from")
-    training.add_argument("--data", help="root folder of the dataset")
-    training.add_argument("--out", type=Path, required=True, help="folder of the run")
-    add_arguments(training, "--quiet")
-    training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
-    training.hint = "options of the configuration are given as name=value"
-    training.set_defaults(run=run_train, after_stop="the same command resumes from the last checkpoint in OUT")
-    measuring = commands.add_parser(
-        "eval",
-        help="measure a trained model, and draw what it prunes",
-        description="Measure the model of a run on its validation data. Writes eval.json, maps.png, curves.png there.",
-    )
-    measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
-    measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
-    measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
-    measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
-    add_arguments(measuring, "--quiet")
-    measuring.set_defaults(run=run_eval, after_stop="nothing was written; the same command begins anew")
 
 
 def configure(options: argparse.Namespace) -> Config:

@@ -2,31 +2,13 @@
 
 import argparse
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..tuning import save_tuned, tune
 from ..utils.timing import ABOVE_FLOPS, above_flops
-from .common import add_arguments, load_model, place_of
+from .common import load_model, place_of
 from .outputs import check_file
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="find the schedule that reaches a speed on this device",
-        description="Measure how the time of a model depends on the number of tokens on this device, choose how many "
-        "are kept after each block, measure that, and write it for cropr.apply(model, keep=FILE). A name has random "
-        "weights.",
-    )
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
-    goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
-    add_arguments(parser, "model", "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
-    parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
-    parser.set_defaults(run=run, after_stop="nothing was written; the same command begins anew")
 
 
 def run(options: argparse.Namespace) -> None:

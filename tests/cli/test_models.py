@@ -1,5 +1,6 @@
 """Every command takes every kind of model: weight files, timm, torchvision, transformers, runs of `cropr train`."""
 
+import argparse
 import json
 import re
 import shutil
@@ -70,8 +71,8 @@ def test_the_pixels_of_a_model_are_its_own_unless_given(tmp_path):
 
     name = FOLDERS["transformers classifier"](tmp_path)
     options = dict(model=name, queries=None, rate=0, keep=None, llf=False, merge=False, mean=None, std=None)
-    own = load_with_queries(cli.argparse.Namespace(**options)).pixels
-    given = load_with_queries(cli.argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
+    own = load_with_queries(argparse.Namespace(**options)).pixels
+    given = load_with_queries(argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
     assert own.mean == (0.1, 0.2, 0.3) and tuple(given.mean) == (0.0,) * 3 and given.std == own.std
     images = torch.tensor([0.5, 0.7, 0.9]).view(3, 1, 1).expand(3, 2, 2)
     torch.testing.assert_close(own.normalise(images), torch.ones(3, 2, 2))

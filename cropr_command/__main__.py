@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 
 from .arguments import make_parser
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             # An error of a process that reads data brings that process's traceback along: the last line says it.
             message = lines[-1] if "DataLoader worker process" in lines[0] else "\n".join(lines)
+            message = re.sub(r"^cropr\.\w+: ", "", message)  # the function's own name
             print(f"{name}: {message}", file=sys.stderr)
             return 1
     return 0

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             # An error of a process that reads data brings that process's traceback along: the last line says it.
             message = lines[-1] if "DataLoader worker process" in lines[0] else "\n".join(lines)
-            message = re.sub(r"^cropr\.\w+: ", "", message)  # the function's own name
+            message = re.sub(rf"^(cropr\.\w+:|{name}) ", "", message)  # what speaks is said already
             print(f"{name}: {message}", file=sys.stderr)
             return 1
     return 0

@@ -39,6 +39,24 @@ def test_monotone_costs_keep_their_mean_and_never_fall(costs):
     assert sum(values) == pytest.approx(sum(costs.values()))
 
 
+def test_between_what_was_measured_the_curve_is_straight():
+    costs = tuning.filled({10: 0.0, 22: 6.0, 30: 6.0}, 4)
+    assert costs == {10: 0.0, 12: 1.0, 16: 3.0, 20: 5.0, 22: 6.0, 24: 6.0, 28: 6.0, 30: 6.0}
+    assert tuning.efficient(costs)[-1] == 30 and 24 not in tuning.efficient(costs)
+
+
+@pytest.mark.parametrize("forward", [1e-4, 0.05, 0.25, 1.0])
+def test_tuning_is_planned_to_take_less_than_two_minutes(forward):
+    counts, rounds, checks = tuning.plan(forward, None)
+    assert 8 <= counts <= 50 and 3 <= rounds <= 9 and 3 <= checks <= 18
+    assert forward * (0.6 * (counts + 2) * (rounds + 1) + 4 * 1.7 * (checks + 1)) < 110
+    assert tuning.plan(forward, 5)[1:] == (5, 10)  # what is asked for is done
+
+
+def test_a_fast_model_is_measured_at_every_count_and_a_slow_one_at_few():
+    assert tuning.plan(1e-3, None) == (50, 9, 18) and tuning.plan(60.0, None) == (8, 3, 3)
+
+
 def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     keep = tuning.solve(STAIRS, 30.0, 200, 11, 1)
     assert sum(STAIRS[200] - STAIRS[count] for count in keep) >= 30
@@ -95,6 +113,7 @@ def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(tuned.measured, rel=0.05)
     assert set(tuned.keep) <= {65, 64, 48, 32, 16}
+    assert tuned.flop_ratio > 1.05 and tuned.spread == 0
     assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     in_time = cropr.tune(model, torch.zeros(2, 3, 64, 64), latency_ms=tuned.pruned_ms, rounds=1)
     assert in_time.pruned_ms <= tuned.pruned_ms * 1.02
@@ -124,6 +143,14 @@ def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
     with pytest.warns(UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.6, rounds=1)
+
+
+def test_more_than_fewer_flops_explain_is_said(clock, tmp_path, capsys):
+    arguments = ["tune", "vit_tiny_patch16_224", "--speedup", "1.2", "--rounds", "1", "--out", str(tmp_path / "a.json")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "not less arithmetic" in printed.out and "times fewer FLOPs" in printed.out  # the clock knows no MLP
+    assert "tune: 51 schedules, 1 rounds, and the chosen one up to 4 times, about" in printed.err
 
 
 def test_goals_are_checked():

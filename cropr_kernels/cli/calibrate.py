@@ -32,7 +32,8 @@ def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadabl
 
 def run(options: argparse.Namespace) -> None:
     check_file(options.out, ".safetensors")
-    need("safetensors.torch", "demo", "cropr calibrate")
+    for library in ("safetensors.torch", "PIL.Image"):
+        need(library, "demo", "cropr calibrate")
     skipped: Counter[str] = Counter()
     paths = find_photos(options.folder, skipped)
     if len(paths) < 2:

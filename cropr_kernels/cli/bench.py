@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
+from cropr_kernels import __version__
+
 from ..models.outputs import outputs_of
 from ..pruning.api import deploy, set_rate
 from ..utils.flops import flop_counter

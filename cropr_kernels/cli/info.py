@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import __version__, ops
+from cropr_kernels import __version__
+
+from .. import ops
 from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deploy, remove, set_rate

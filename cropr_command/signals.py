@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -35,8 +36,8 @@ class Signals:
             signal.signal(one, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a process that reads data, forked with this handler
-            os._exit(128 + number)
+        if os.getpid() != self.process:  # one that reads data, forked with this handler, ends in silence
+            sys.exit(0)
         self.caught = number
         for one in self.before:
             signal.signal(one, signal.SIG_IGN if self.launched else signal.SIG_DFL)

@@ -112,7 +112,7 @@ def test_a_file_of_another_kind_is_refused(inputs, no_forward, tmp_path, capsys)
     assert "folder.json is a folder: name a file in it" in capsys.readouterr().err
 
 
-# Runs a command and sends itself a signal in the nth call of a function, or when a module is imported.
+# Runs a command and sends its group or itself a signal in the nth call of a function, or when a module is imported.
 STOPPED = """
 import importlib, os, sys
 from cropr_command.__main__ import main
@@ -121,7 +121,7 @@ calls = []
 def stop():
     calls.append(where)
     if len(calls) == int(count):
-        os.kill(os.getpid(), int(number))
+        os.killpg(0, int(number)) if int(number) == 2 else os.kill(os.getpid(), int(number))  # as a terminal does
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == where:

@@ -91,11 +91,9 @@ def export(
         raise ValueError(f"cropr.export: a file of format {format} must end in {FORMATS[format]}, got {path.name}")
     if ops is None:
         ops = "aten" if format == "onnx" or (format == "aoti" and images.is_cuda) else "cropr"
-    if format == "onnx":
-        for library in ("onnx", "onnxscript", "onnxruntime"):
-            need(library, "export", "cropr.export to ONNX")
-        if ops == "cropr":
-            raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
+    need_libraries(format)
+    if format == "onnx" and ops == "cropr":
+        raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
     warn_of_random_queries(model, "cropr.export")
     wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
     traced = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
@@ -119,6 +117,12 @@ def export(
         for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):  # itself last
             publish(part, path.parent / part.name)
     return Exported(path, ops, difference, same_map)
+
+
+def need_libraries(format: str) -> None:
+    """Raise ImportError where a library that a format needs is not installed."""
+    for library in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        need(library, "export", "cropr.export to ONNX")
 
 
 def _write(program: Any, file: Path, format: str) -> None:

@@ -2,11 +2,14 @@
 
 Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A
 count is efficient if no larger one is as fast. The schedule prunes at a constant rate, the lowest that meets the goal,
-with every count raised to the next efficient one: more tokens, and never slower. The curve is made monotone first
-(isotonic regression), which pools noise and keeps steps.
+with every count raised to the next efficient one: more tokens, and never slower. The curve is measured at as many
+counts as there is time for, made monotone (isotonic regression), which pools noise and keeps steps, and straight in
+between.
 """
 
+import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +24,13 @@ from .pruning.model import require_pruned
 from .pruning.model import run as pruned_run
 from .pruning.state import PruningOptions
 from .schedule import Schedule
+from .utils.flops import flop_counter
 from .utils.io import write_text
-from .utils.timing import medians
+from .utils.progress import announce
+from .utils.timing import LEAST_ROUNDS, ROUNDS, SECONDS, fitting, in_turns, seconds_of
+
+_TRIALS = 4  # schedules that are tried
+_AVERAGE = 0.6  # time of a forward at an average token count, over that at all tokens
 
 
 class Tuned(NamedTuple):
@@ -34,6 +42,8 @@ class Tuned(NamedTuple):
     unpruned_ms: float  # a forward, measured in turns with the pruned one
     pruned_ms: float
     latency_curve: dict[int, float]  # tokens -> milliseconds of a block with pruning, minus that of one with all tokens
+    flop_ratio: float  # times fewer FLOPs than the unpruned model: what is faster than that is faster for other reasons
+    spread: float  # the larger of the two interquartile ranges of what was measured, over its median
 
 
 def efficient(costs: Mapping[int, float]) -> list[int]:
@@ -91,9 +101,34 @@ def default_rates(model: Any) -> list[int]:
     return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
 
+def filled(costs: Mapping[int, float], step: int) -> dict[int, float]:
+    """The costs, and on the lines between them those of every multiple of `step`."""
+    known = sorted(costs)
+    found = dict(costs)
+    for low, high in itertools.pairwise(known):
+        for count in range(low - low % step + step, high, step):
+            share = (count - low) / (high - low)
+            found[count] = (1 - share) * costs[low] + share * costs[high]
+    return found
+
+
 def saved(costs: Mapping[int, float], keep: Sequence[int], num_tokens: int) -> float:
     """Seconds that a schedule saves."""
     return sum(costs[num_tokens] - costs[count] for count in keep)
+
+
+def plan(forward: float, rounds: int | None) -> tuple[int, int, int]:
+    """For a model that takes so many seconds: token counts to measure, rounds, and rounds of the chosen schedule.
+
+    A curve and all trials take 45 seconds each, or as long as eight counts and three rounds do.
+    """
+    average = _AVERAGE * forward
+    counts = min(max(int(SECONDS / (average * ((rounds or ROUNDS) + 1))), 8), 50)
+    checks = 2 * (rounds or ROUNDS)
+    if rounds is None:
+        rounds = fitting(average * counts)
+        checks = min(max(int(SECONDS / (_TRIALS * 1.7 * forward)) - 1, LEAST_ROUNDS), checks)
+    return counts, rounds, checks
 
 
 @torch.inference_mode()
@@ -103,7 +138,7 @@ def tune(
     *,
     speedup: float | None = None,
     latency_ms: float | None = None,
-    rounds: int = 9,
+    rounds: int | None = None,
     show: bool = False,
 ) -> Tuned:
     """Choose how many tokens are kept after each block, for a speed on this device, and measure it.
@@ -115,8 +150,9 @@ def tune(
         model: pruned by `apply`, on the device and in the precision to tune for; it is not changed.
         images: (B, C, H, W), a batch of the size to tune for.
         speedup, latency_ms: what to reach; exactly one. Latency is that of a forward of the batch.
-        rounds: timings of every count; the median is used.
-        show: whether to show a progress bar (tqdm).
+        rounds: timings of every count; the median is used. Default 3 to 9, and fewer counts of a slow model: about a
+            minute in all.
+        show: whether to say how long it takes, and how far it is.
 
     Raises:
         TypeError: the model is not pruned.
@@ -130,36 +166,44 @@ def tune(
     fast, modules, prefix, depth = deployed_copy(model), len(stack), stack.spec.num_prefix, len(stack.spec.blocks)
     tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 
-    def run(keep: Sequence[int]) -> Callable[[], Any]:
+    def run(keep: Sequence[int], batch: Tensor = images) -> Callable[[], Any]:
         config = replace(stack.config, schedule=Schedule(keep=keep))
         config.counts(tokens, depth, prefix)
 
         def call() -> Any:
             fast.cropr.config = config
-            return fast(images)
+            return fast(batch)
 
         return call
 
-    step = 4
-    while tokens / step > 50:
-        step *= 2
+    device, unpruned = images.device, [tokens] * modules
+    forward = min(seconds_of(run(unpruned), device) for _ in range(2))  # the first warms up
+    several, rounds, checks = plan(forward, rounds)
+    step = 4 * math.ceil(tokens / (4 * several))
     counts = [count for count in range(step, tokens, step) if count > prefix]
+    if show:
+        work = f"{len(counts) + 2} schedules, {rounds} rounds, and the chosen one up to {_TRIALS} times"
+        announce("tune", work, forward * (_AVERAGE * (len(counts) + 2) * (rounds + 1) + _TRIALS * 1.7 * (checks + 1)))
     gentle = [tokens - module - 1 for module in range(modules)] if tokens > modules + prefix else [tokens] * modules
     calls = {count: run([count] * modules) for count in [*counts, tokens]} | {"gentle": run(gentle)}
-    times = medians(calls, images.device, rounds, show)
+    timings = in_turns(calls, device, rounds, show=show, what="latency curve")
+    times = {count: timing.seconds for count, timing in timings.items()}
     whole = times[tokens]
     overhead = max((times["gentle"] - whole) / modules, 0.0)  # of pruning, a module; one is in every count's time
     costs = {count: (times[count] - whole + (modules - 1) * overhead) / modules for count in counts}
-    costs = monotone(costs | {tokens: 0.0})
+    curve = monotone(costs | {tokens: 0.0})
+    costs = filled(curve, 4)
     goal = whole / speedup if speedup is not None else (latency_ms or 0.0) / 1e3
     saving, tried, here = whole - goal, [], f"at batch {len(images)} on {images.device}"
-    for _ in range(5):  # the measurement says how far the curve was off
+    for _ in range(_TRIALS):  # the measurement says how far the curve was off
         keep = solve(costs, saving, tokens, modules, prefix)
         if keep is None:
             break
-        ends = {"unpruned": run([tokens] * modules), "pruned": run(keep)}
-        again = medians(ends, images.device, 2 * rounds, False)
-        tried.append((again["unpruned"] / again["pruned"], keep, again))
+        ends = {"unpruned": run(unpruned), "pruned": run(keep)}
+        both = in_turns(ends, device, checks, show=show, what="chosen schedule")
+        again = {name: timing.seconds for name, timing in both.items()}
+        spread = max(timing.spread for timing in both.values())
+        tried.append((again["unpruned"] / again["pruned"], keep, again, spread))
         short = again["pruned"] - (again["unpruned"] / speedup if speedup is not None else goal)
         if short <= 0.02 * again["pruned"]:
             break
@@ -172,7 +216,7 @@ def tune(
             f"highest rate is about {most:.2f} times as fast"
         )
     reached = short <= 0.02 * again["pruned"]
-    measured, keep, again = tried[-1] if reached else max(tried, key=lambda trial: trial[0])
+    measured, keep, again, spread = tried[-1] if reached else max(tried, key=lambda trial: trial[0])
     predicted = whole / (whole - saved(costs, keep, tokens))
     if keep[-1] < tokens and measured < 1.05:
         warnings.warn(f"cropr.tune: pruning will not pay {here}: {measured:.2f} times as fast", stacklevel=2)
@@ -182,8 +226,14 @@ def tune(
             "ms. On a shared device times are noisy: try again, or with more rounds",
             stacklevel=2,
         )
-    milliseconds = {count: 1e3 * (costs[count] - costs[tokens]) for count in sorted(costs)}
-    return Tuned(keep, predicted, measured, 1e3 * again["unpruned"], 1e3 * again["pruned"], milliseconds)
+    flops = []
+    for one in (unpruned, keep):
+        with flop_counter() as counter:
+            run(one, images[:1])()
+        flops.append(counter.get_total_flops())
+    milliseconds = {count: 1e3 * (curve[count] - curve[tokens]) for count in sorted(curve)}
+    ends_ms = 1e3 * again["unpruned"], 1e3 * again["pruned"]
+    return Tuned(keep, predicted, measured, *ends_ms, milliseconds, flops[0] / flops[1], spread)
 
 
 def save_tuned(path: str | Path, tuned: Tuned, about: Mapping[str, Any] | None = None) -> None:

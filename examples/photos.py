@@ -14,7 +14,7 @@ from cropr_kernels.pruning.api import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.images import load_photo
 from cropr_kernels.utils.io import table as text_table
-from cropr_kernels.utils.timing import medians
+from cropr_kernels.utils.timing import in_turns
 
 PHOTOS = Path(__file__).parent / "photos"
 RATE = 8
@@ -92,7 +92,7 @@ def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
             raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
         cropr.remove(base)
         calls = {method: lambda model=model: model(pixels) for method, model in made.items()}
-        times = medians(calls, device, repeats, True)
+        times = {method: one.seconds for method, one in in_turns(calls, device, repeats, show=True).items()}
         first_time = times["no pruning"]
         first_flops = gflops(base, pixels[:1])
         for method, model in made.items():

@@ -14,39 +14,49 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 from cropr_kernels.ops.registration import FILES
 from cropr_kernels.ops.validation import OPS
 
 ARCHITECTURES = [80, 90, 100]
-TYPES = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
-_POINTERS = TYPES | {"int64": "*i64", "int32": "*i32", "int8": "*i8"}
+TYPES = ["float32", "float64", "bfloat16", "float16"]
 # Tokens and channels: every width of the selection, in registers and in chunks.
 _SHAPES = [(197, 768), (1025, 1536), (4096, 768), (9216, 768)]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0}
 
 
 class Launch(NamedTuple):
-    """What decides the code of one launch: its kernel, constants, types of the other arguments, and options."""
+    """One call of a kernel: its arguments, tensors of which have no data, and its options."""
 
     kernel: Any
-    constants: dict[str, Any]
-    types: dict[str, str]
-    aligned: tuple[str, ...]  # multiples of 16
+    args: tuple[Any, ...]
     options: dict[str, Any]
 
 
-def launches(dtype: str) -> list[Launch]:
-    """Every kernel as the launchers launch it, for tensors without data, each once."""
-    found: dict[str, Launch] = {}
+class _Driver:
+    """What Triton asks a driver for before it compiles. Kernels are kept by device: here, by architecture."""
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch = _launch(kernel, dict(zip(kernel.arg_names, args)) | kwargs)
-        found.setdefault(f"{kernel.__name__} {launch[1:]}", launch)
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def launches(dtype: str) -> list[Launch]:
+    """Every kernel as the launchers launch it, for tensors without data."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(Launch(kernel, args, options))
 
     run, JITFunction.run = JITFunction.run, record
     try:
@@ -56,7 +66,21 @@ def launches(dtype: str) -> list[Launch]:
                 launcher(**args)
     finally:
         JITFunction.run = run
-    return list(found.values())
+    return found
+
+
+def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
+    """Every specialisation among the launches, bound and compiled as a launch on that architecture would, each once."""
+    active, driver._active = driver._active, _Driver(architecture)
+    try:
+        seen = set()
+        for launch in launches:
+            compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                yield launch, compiled
+    finally:
+        driver._active = active
 
 
 def _calls(op: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -77,36 +101,6 @@ def _calls(op: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                 yield args | dict.fromkeys(spec.optional)
 
 
-def _launch(kernel: Any, values: dict[str, Any]) -> Launch:
-    constants: dict[str, Any] = {}
-    types: dict[str, str] = {}
-    aligned: list[str] = []
-    for parameter in kernel.params:
-        name, value = parameter.name, values.pop(parameter.name)
-        number = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (number and value == 1):
-            constants[name] = value
-        elif isinstance(value, Tensor):
-            types[name] = _POINTERS[str(value.dtype).removeprefix("torch.")]
-            aligned.append(name)
-        else:
-            types[name] = "i32" if isinstance(value, int) else "fp32"
-            if number and value % 16 == 0:
-                aligned.append(name)
-    return Launch(kernel, constants, types, tuple(aligned), values)
-
-
-def compile_launch(launch: Launch, architecture: int) -> Any:
-    names = launch.kernel.arg_names
-    source = ASTSource(
-        launch.kernel,
-        {name: launch.types.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in launch.constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
-
-
 def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
@@ -121,6 +115,12 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def constants(launch: Launch) -> dict[str, Any]:
+    """The constants of a launch, by name."""
+    values = dict(zip(launch.kernel.arg_names, launch.args)) | launch.options
+    return {parameter.name: values[parameter.name] for parameter in launch.kernel.params if parameter.is_constexpr}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="default: all")
@@ -129,10 +129,9 @@ def main() -> None:
     print(f"{'kernel':24}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'stack':>6}  constants")
     with tempfile.TemporaryDirectory() as folder:
         for architecture in [options.arch] if options.arch else ARCHITECTURES:
-            for launch in launches(options.dtype):
-                compiled = compile_launch(launch, architecture)
+            for launch, compiled in compile_launches(launches(options.dtype), architecture):
                 usage = resources(compiled.asm["cubin"], Path(folder))
-                shown = " ".join(f"{name}={value}" for name, value in launch.constants.items())
+                shown = " ".join(f"{name}={value}" for name, value in constants(launch).items())
                 print(
                     f"{launch.kernel.__name__:24}{architecture:>4}{launch.options['num_warps']:>6}{usage['REG']:>10}"
                     f"{compiled.metadata.shared:>8}{usage['STACK']:>6}  {shown}",

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.baselines.registry import BASELINES, FUSIONS, OFF_THE_SHELF, ROWS, UNPRUNED
 from benchmarks.report.render import Sections, grid, spread, where
-from benchmarks.utils.plots import plot_latency_curve, pyplot
+from benchmarks.utils.plots import label_points, plot_latency_curve, pyplot
 from benchmarks.utils.results import DOCS, RESULTS, load
 
 ACCURACY_MODEL = "vit_tiny_patch16_224"  # what is trained
@@ -245,7 +245,14 @@ def plot_comparison() -> None:
     env, tables = found
     table = tables[max(key for key in tables if key[0] == ACCURACY_MODEL)]
     colours = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    means = {
+        "dec": "tokens are pruned after each block",
+        "dec, LLF": "the same, all restored before the last block (LLF)",
+        "const": "tokens are pruned once",
+        "const, LLF": "the same, all restored before the last block (LLF)",
+    }
+    figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
+    points = []
     for system, schedule, _ in ROWS:
         row, accuracies = table.get(f"{system} | {schedule}"), trained(system, schedule)
         if row is None or not accuracies or statistics.mean(accuracies) < 40:
@@ -253,15 +260,17 @@ def plot_comparison() -> None:
         at = row["speed-up"], statistics.mean(accuracies)
         ours = system.startswith("Cropr")
         axis.scatter(*at, color=colours[schedule], marker="*" if ours else "o", s=120 if ours else 30)
-        axis.annotate(system, at, xytext=(5, 3), textcoords="offset points", fontsize=7)
+        points.append((*at, system))
     for schedule, colour in colours.items():
-        axis.scatter([], [], color=colour, label=schedule)
+        axis.scatter([], [], color=colour, label=f"{schedule}: {means[schedule]}")
     axis.axhline(statistics.mean(trained("no pruning", "")), color="0.4", linewidth=0.8, label="no pruning")
     axis.set_xlabel("speed-up, measured")
     axis.set_ylabel("top-1 after a short training, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.margins(0.1, 0.08)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axis.set_title(f"ViT-Ti/16, Tiny-ImageNet, {env['device']}; below 40 %: not shown", fontsize=9)
+    label_points(axis, points)
     figure.savefig(DOCS / "comparison.png", dpi=130)
     plt.close(figure)
 

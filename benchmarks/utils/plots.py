@@ -13,6 +13,33 @@ def pyplot() -> Any:
     return plt
 
 
+def label_points(axis: Any, points: list[tuple[float, float, str]]) -> None:
+    """Write each point's text where it meets neither a point nor another text; the axis has its final limits."""
+    figure = axis.figure
+    figure.draw_without_rendering()
+    taken = [axis.transData.transform((x, y)) for x, y, _ in points]
+    boxes: list[Any] = []
+    sides = [(dx, dy) for distance in (6, 12, 20, 30) for dx in (1, -1, 0) for dy in (0, 1, -1) if dx or dy
+             for dx, dy in [(dx * distance, dy * distance)]]  # fmt: skip
+    for x, y, text in points:
+        for dx, dy in sides:
+            align = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center",
+                     "va": "bottom" if dy > 0 else "top" if dy < 0 else "center"}  # fmt: skip
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if max(abs(dx), abs(dy)) > 12 else None
+            written = axis.annotate(
+                text, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=7, arrowprops=line, **align
+            )
+            box = written.get_window_extent()
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            free = not any(box.padded(1).overlaps(other) for other in boxes)
+            if inside and free and not any(box.padded(4).contains(*point) for point in taken):
+                boxes.append(box)
+                break
+            written.remove()
+        else:
+            raise RuntimeError(f"no room for the label {text!r}: draw a larger picture")
+
+
 def plot_latency_curve(path: Path, rows: list[dict[str, Any]], env: dict[str, Any]) -> None:
     """Of rows with tokens and their time relative to that of the longest sequence."""
     plt = pyplot()

@@ -1,75 +1,72 @@
 """`cropr bench`: how fast a model runs on this device, unpruned and at several rates."""
 
 import argparse
-import importlib.metadata
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cropr_kernels import __version__
+
 from ..models.outputs import outputs_of
 from ..pruning.api import deployed_copy, set_rate
-from ..tuning import default_rates
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
-from ..utils.timing import medians
+from ..utils.progress import each
+from ..utils.timing import ABOVE_FLOPS, above_flops, in_turns
 from ..utils.viz import save_speed_curves
-from .common import add_arguments, add_model, count, load_model, place_of
+from .common import load_model, place_of
+from .outputs import check_file, checked_rates
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure a model on this device, unpruned and at several rates",
-        description="Time a deployed model at several rates and batch sizes, in turns; a name has random weights. The "
-        "engine is first compared with the functional ops. Writes OUT.json and, with matplotlib, OUT.png.",
-    )
-    add_model(parser)
-    add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
-    parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
-    parser.set_defaults(run=run)
-
-
 @torch.inference_mode()
-def measure(model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int, show: bool) -> list[dict]:
+def measure(
+    model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int | None, show: bool
+) -> list[dict[str, Any]]:
     """One row per rate, 0 first; RuntimeError where the engine computes something else than the functional ops."""
     fast, plain = deployed_copy(model, cuda_graphs=graphs), deployed_copy(model, engine=False)
     calls: dict[Any, Callable[[], Any]] = {}
     gflops: dict[int, float] = {}
-    for rate in rates:
-        expected, got = (outputs_of(set_rate(one, rate)(images)) for one in (plain, fast))
+    what = f"batch {len(images)}"
+    for rate in each(rates, f"{what}, comparing with the functional ops", show=show):
+        with flop_counter() as counter:
+            expected = outputs_of(set_rate(plain, rate)(images))
+        got = outputs_of(set_rate(fast, rate)(images))
         difference = ((got - expected).abs().max() / expected.abs().max()).item()
         allowed = _TOLERANCE.get(images.dtype)  # in 16 bits a near-tie may prune another token
         if allowed is not None and not difference <= allowed:
             raise RuntimeError(f"at rate {rate} the engine differs from the functional ops: {difference:.2g}")
-        with flop_counter() as counter:
-            plain(images[:1])
-        gflops[rate] = counter.get_total_flops() / 2e9
+        gflops[rate] = counter.get_total_flops() / 2e9 / len(images)
         calls[rate] = lambda rate=rate: set_rate(fast, rate)(images)  # type: ignore[misc]
     rows = []
-    for rate, seconds in medians(calls, images.device, rounds, show).items():
-        row = {"rate": rate, "seconds": seconds, "images_per_second": len(images) / seconds, "gflops": gflops[rate]}
-        rows.append(row | {"flop_ratio": gflops[0] / gflops[rate]})
+    for rate, timing in in_turns(calls, images.device, rounds, show=show, what=what).items():
+        row = {"rate": rate, **timing._asdict(), "images_per_second": len(images) / timing.seconds}
+        rows.append(row | {"spread": timing.spread, "gflops": gflops[rate], "flop_ratio": gflops[0] / gflops[rate]})
     return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]
 
 
+def report(rows: list[dict[str, Any]]) -> str:
+    """The rows of a batch size as a table, and what is to be known about them."""
+    formats = dict(rate="d", images_per_second=".1f", spread=".0%", speedup=".2f", gflops=".3g", flop_ratio=".2f")
+    cells = [[format(row[name], one) for name, one in formats.items()] for row in rows]
+    text = table(["rate", "images/s", "spread", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0)
+    beyond = [str(row["rate"]) for row in rows if above_flops(row["speedup"], row["flop_ratio"])]
+    return f"batch {rows[0]['batch']}\n{text}" + (f"\nrate {', '.join(beyond)}: {ABOVE_FLOPS}" if beyond else "")
+
+
 def run(options: argparse.Namespace) -> None:
-    model, pixels, _ = load_model(options, pretrained=False)
+    stem = options.out.with_suffix("") if options.out.suffix in (".json", ".png") else options.out
+    out, picture = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
+    check_file(out, ".json")
     place = place_of(options)
+    model, pixels, _ = load_model(options, pretrained=False)
+    rates = [0, *(rate for rate in checked_rates(model, options.rates) if rate)]
     model.to(**place)
-    rates = [0, *(rate for rate in options.rates or default_rates(model) if rate)]
-    graphs, rows = len(rates) if options.cuda_graphs else 0, []
-    for batch in options.batch:
-        images = torch.randn(batch, 3, *pixels.img_size).to(**place)
-        found = measure(model, images, rates, graphs=graphs, rounds=options.rounds, show=not options.quiet)
-        rows += [{"batch": batch, **row} for row in found]
+    graphs, rows = len(rates) if options.cuda_graphs else 0, list[dict[str, Any]]()
     device, dtype = place["device"], str(place["dtype"]).removeprefix("torch.")
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     reason = deployed_copy(model).cropr.engine_reason
@@ -81,17 +78,19 @@ def run(options: argparse.Namespace) -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "cropr_kernels": importlib.metadata.version("cropr_kernels"),
+        "cropr_kernels": __version__,
         "engine": f"off, {reason}" if reason else "zero-copy",
     }
-    out, picture = options.out.with_suffix(".json"), options.out.with_suffix(".png")
-    write_text(out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    formats = dict(batch="d", rate="d", images_per_second=".1f", speedup=".2f", gflops=".3g", flop_ratio=".2f")
-    cells = [[format(row[name], one) for name, one in formats.items()] for row in rows]
-    print(table(["batch", "rate", "images/s", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0))
-    print(f"{device}, {dtype}, engine {about['engine']}; wrote {out}")
+    print(f"{device}, {dtype}, engine {about['engine']}; spread: between the quartiles, over the median")
+    for batch in options.batch:
+        images = torch.randn(batch, 3, *pixels.img_size).to(**place)
+        found = measure(model, images, rates, graphs=graphs, rounds=options.rounds, show=not options.quiet)
+        rows += (own := [{"batch": batch, **row} for row in found])
+        print(report(own), flush=True)
+        write_text(out, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"wrote {out}")
     try:
         save_speed_curves(picture, rows, f"{options.model} on {device}, {dtype}")
         print(f"wrote {picture}")
     except ImportError as error:
-        print(error)
+        print(f"no picture: {error}")

@@ -14,42 +14,26 @@ from torch import Tensor
 from .. import calibration
 from ..models.adapters import find_spec
 from ..models.pixels import Pixels
-from ..tuning import default_rates
 from ..utils.images import find_photos, readable, told
 from ..utils.io import table
 from ..utils.optional import need
-from .common import add_arguments, add_model, add_pixels, count, load_model
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "calibrate",
-        help="prune a pretrained model without labels and without training",
-        description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
-        "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
-    )
-    add_model(parser)
-    add_arguments(parser, "--rates", "--llf", "--merge", "--quiet")
-    add_pixels(parser)
-    parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
-    parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
-    parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
-    parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
-    parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
-    parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
-    parser.set_defaults(run=run)
+from ..utils.progress import each
+from .common import load_model
+from .outputs import check_file, checked_rates
 
 
 def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:
     """Photos in batches of 16; those that cannot be read go to a list."""
-    tqdm = need("tqdm", "demo", "cropr calibrate").tqdm
-    bar = tqdm(paths, desc=label, disable=not show, leave=False, mininterval=1)
-    photos = (pixels.normalise(photo) for _, photo in readable(bar, pixels.load, unreadable))
+    read = readable(each(paths, label, show=show), pixels.load, unreadable)
+    photos = (pixels.normalise(photo) for _, photo in read)
     while batch := list(islice(photos, 16)):
         yield torch.stack(batch)
 
 
 def run(options: argparse.Namespace) -> None:
+    check_file(options.out, ".safetensors")
+    for library in ("safetensors.torch", "PIL.Image"):
+        need(library, "demo", "cropr calibrate")
     skipped: Counter[str] = Counter()
     paths = find_photos(options.folder, skipped)
     if len(paths) < 2:
@@ -58,16 +42,16 @@ def run(options: argparse.Namespace) -> None:
     fitted = min(options.photos, max(len(paths) * 2 // 3, 1))
     compared = paths[fitted : fitted + options.held_out]
     model, pixels, _ = load_model(options)
+    rates = checked_rates(model, options.rates)
     show = not options.quiet
     print(f"photos: {pixels}{told(skipped)}")
     unreadable: tuple[list[str], list[str]] = [], []
     calibration.calibrate(model, batches(paths[:fitted], pixels, "calibrating", show, unreadable[0]))
-    compare = batches(compared, pixels, "reading photos to compare on", show, unreadable[1])
-    rows = calibration.agreement(model, compare, options.rates or default_rates(model))
+    facts: dict[str, Any] = {"model": options.model, "rate": None}
+    calibration.save_queries(model, options.out, facts)  # what follows may be interrupted
+    compare = batches(compared, pixels, f"comparing at {len(rates)} rates", show, unreadable[1])
+    rows = calibration.agreement(model, compare, rates)
     best = calibration.recommend(rows, options.least / 100)
-    facts: dict[str, Any] = {"model": options.model, "rate": None if best is None else best.rate}
-    facts["report"] = [row._asdict() for row in rows]
-    calibration.save_queries(model, options.out, facts)
     classifies = find_spec(model).num_classes > 0
     cells = [[f"{row.rate}", f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"] for row in rows]
     if not classifies:
@@ -76,5 +60,7 @@ def run(options: argparse.Namespace) -> None:
     used = fitted - len(unreadable[0]), len(compared) - len(unreadable[1])
     print(f"{used[0]} photos to fit, {used[1]} to compare, {sum(map(len, unreadable))} unreadable")
     print("".join(f"  {line}\n" for line in [*unreadable[0], *unreadable[1]][:5]), end="")
+    facts |= {"rate": None if best is None else best.rate, "report": [row._asdict() for row in rows]}
+    calibration.save_queries(model, options.out, facts)
     what = f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
     print(f"{what}; wrote {options.out}")

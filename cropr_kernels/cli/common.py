@@ -20,72 +20,15 @@ from ..train.loop import rebuild
 from ..utils.optional import need
 
 
-def count(text: str) -> int:
-    """A number of things, as `type` of an argument."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
-    return int(text)
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "model": dict(
-        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, or a folder of transformers, "
-        "cropr.save or cropr train"
-    ),
-    "--arch": dict(help="of a weight file: a preset, or a model of timm or torchvision (default: by its tensors)"),
-    "--img-size": dict(type=count, help="side of the images in pixels (default: the model's)"),
-    "--num-classes": dict(type=int, help="0: features in place of classes (default: the model's)"),
-    "--queries": dict(
-        type=Path, help="what cropr calibrate wrote; it also says rate, merge and llf where no option does"
-    ),
-    "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
-    "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
-    "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
-    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion"),
-    "--merge": dict(action=argparse.BooleanOptionalAction, help="merge the pruned tokens into those that are kept"),
-    "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
-    "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
-    "--crop-pct": dict(type=float, help="side of the crop over that of the resized photo (default: the model's)"),
-    "--interpolation": dict(choices=("bicubic", "bilinear", "lanczos"), help="default: the model's"),
-    "--max-pixels": dict(type=count, help="of a photo; larger ones are not read (default: 178956970)"),
-    "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
-    "--rounds": dict(type=count, default=9, help="timings of each, the median is used (default: %(default)s)"),
-    "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"),
-    "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
-    "--quiet": dict(action="store_true", help="no progress bar"),
-}
-
-
-def add_arguments(parser: Any, *names: str) -> None:
-    """Arguments that several commands have."""
-    for name in names:
-        parser.add_argument(name, **_ARGUMENTS[name])
-
-
-def add_model(parser: Any, **how: Any) -> None:
-    """The arguments that name a model."""
-    parser.add_argument("model", **_ARGUMENTS["model"] | how)
-    add_arguments(parser, "--arch", "--img-size", "--num-classes")
-
-
-def add_pixels(parser: Any) -> None:
-    """The arguments that say how photos are read."""
-    add_arguments(parser, "--mean", "--std", "--crop-pct", "--interpolation", "--max-pixels")
-
-
-def add_pruning(parser: Any) -> None:
-    """The arguments of `load_with_queries`."""
-    add_model(parser)
-    add_arguments(parser, "--queries", "--llf", "--merge")
-    add_pixels(parser)
-    schedule = parser.add_mutually_exclusive_group()
-    add_arguments(schedule, "--rate", "--keep")
-
-
 def place_of(options: argparse.Namespace) -> dict[str, Any]:
     """Device and dtype, as `Tensor.to` takes them."""
-    device = torch.device(options.device)
+    there = torch.cuda.is_available()
+    try:
+        device = torch.device(options.device or ("cuda" if there else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device must be one of torch, such as cpu, cuda or cuda:1, got {options.device}") from error
+    if device.type == "cuda" and (not there or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {options.device}: there are {torch.cuda.device_count()} GPUs in reach of torch")
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return {"device": device, "dtype": getattr(torch, dtype)}
 

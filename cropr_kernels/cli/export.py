@@ -10,35 +10,22 @@ from typing import Any
 
 import torch
 
-from ..exporting import FORMATS, export, load_exported
+from ..exporting import FORMATS, export, load_exported, need_libraries
 from ..pruning.api import deploy, set_rate
 from ..utils.images import find_named_photos
 from ..utils.io import table
-from ..utils.timing import medians
-from .common import DTYPES, add_arguments, add_pruning, load_with_queries, place_of
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
-        description="Write a pruned model in each format, compare what it computes with the model, and time it.",
-    )
-    add_pruning(parser)
-    add_arguments(parser, "--batch", "--device", "--rounds")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
-    parser.add_argument("--ops", choices=["cropr", "aten"], help="aten: the file needs no cropr ops (default: as fits)")
-    parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
-    parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
-    parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
-    parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: exported)")
-    parser.set_defaults(run=run)
+from ..utils.progress import Progress
+from ..utils.timing import in_turns
+from .common import load_with_queries, place_of
+from .outputs import check_folder
 
 
 def run(options: argparse.Namespace) -> None:
-    model, pixels, _ = load_with_queries(options)
+    check_folder(options.out)
+    for format in options.format:
+        need_libraries(format)
     place = place_of(options)
+    model, pixels, _ = load_with_queries(options)
     if options.images is None:
         photos = torch.rand(options.batch, 3, *pixels.img_size)
     else:
@@ -54,21 +41,24 @@ def run(options: argparse.Namespace) -> None:
             name = f"{stem}_aoti.pt2" if format == "aoti" else f"{stem}{FORMATS[format]}"
             ops = options.ops if format != "onnx" else None
             how: dict[str, Any] = {"format": format, "ops": ops, "dynamic_batch": options.dynamic_batch}
-            with warnings.catch_warnings():
+            label = f"exporting {name}"
+            with warnings.catch_warnings(), Progress(label, show=not options.quiet, beat=True):
                 warnings.simplefilter("ignore")  # exporters warn of their own deprecations
                 done = export(model, images, options.out / name, with_map=options.map, **how)
                 bare = export(plain, images, Path(scratch) / name, **how)
-            if done.same_map:
-                print(f"{done.path}: the same patches are pruned after the same blocks")
+            same = ", the same patches are pruned after the same blocks" if done.same_map else ""
+            print(f"wrote {done.path}, compared with the model{same}", flush=True)
             for pruned, path in ((True, done.path), (False, bare.path)):
                 calls[str(done.path), pruned] = load_exported(path, format)
             rows.append([str(done.path), done.ops, f"{done.path.stat().st_size / 1e6:.1f}", f"{done.difference:.1e}"])
         with torch.inference_mode():
             ready = {name: partial(call, images) for name, call in calls.items()}
-            times = medians(ready, images.device, options.rounds, False)
+            times = in_turns(ready, images.device, options.rounds, show=not options.quiet)
     for row in rows:
         before, after = times[row[0], False], times[row[0], True]
-        row += [f"{1e3 * before:.2f}", f"{1e3 * after:.2f}", f"{before / after:.2f}"]
+        spread = max(before.spread, after.spread)
+        row += [f"{1e3 * before.seconds:.2f}", f"{1e3 * after.seconds:.2f}"]
+        row += [f"{before.seconds / after.seconds:.2f}", f"{spread:.0%}"]
     dtype = str(images.dtype).removeprefix("torch.")
-    print(f"milliseconds of a batch of {options.batch} on {options.device}, {dtype}; unpruned in the same format")
-    print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up"], rows, left=2))
+    print(f"milliseconds of a batch of {options.batch} on {images.device}, {dtype}; unpruned in the same format")
+    print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up", "spread"], rows, left=2))

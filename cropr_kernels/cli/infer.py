@@ -28,7 +28,9 @@ from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
 from ..utils.io import atomic_write, require_launcher, write_text
 from ..utils.optional import need
-from .common import add_arguments, add_pruning, count, load_with_queries, place_of
+from ..utils.progress import Progress
+from .common import load_with_queries, place_of
+from .outputs import check_folder
 
 _DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
 
@@ -39,25 +41,6 @@ class Unit(NamedTuple):
     name: str
     photos: tuple[Path, ...]  # empty for a shard
     root: Path  # names are relative to it; of a shard, the file
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "infer",
-        help="classify or embed a folder of photos or WebDataset shards, into Parquet",
-        description="Run a pruned model over photos. Writes part-00000.parquet and so on; the same command resumes "
-        "where it was stopped. Under torchrun all processes share the work.",
-    )
-    add_pruning(parser)
-    add_arguments(parser, "--device", "--dtype", "--quiet")
-    parser.add_argument("source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--features", action="store_true", help="features in place of classes")
-    parser.add_argument("--top", type=count, default=5, help="classes of each photo (default: 5)")
-    parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--unit", type=count, default=2048, help="photos of a folder in one file (default: 2048)")
-    parser.add_argument("--workers", type=count, default=4, help="threads that read photos (default: 4)")
-    parser.set_defaults(run=run)
 
 
 def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:
@@ -153,7 +136,8 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
 
 
 def run(options: argparse.Namespace) -> None:
-    pyarrow, parquet, tqdm = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "tqdm"))
+    pyarrow, parquet, _ = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image"))
+    check_folder(options.out)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = place_of(options)
     if place["device"].type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -170,7 +154,6 @@ def run(options: argparse.Namespace) -> None:
     fast = deploy(model.to(**place), engine=prunes)
     if rank == 0:
         print(f"photos: {pixels}{told(skipped)}")
-    options.out.mkdir(parents=True, exist_ok=True)
     facts = {"pixels": str(tuple(pixels)), "top": top, "dtype": str(place["dtype"])}
     _settle(options.out / _SETTINGS, {"model": options.model, **_settings(model.cropr, units), **facts})
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
@@ -181,15 +164,16 @@ def run(options: argparse.Namespace) -> None:
     columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
     schema = pyarrow.schema({"name": texts, "error": texts} | columns)
     done, unreadable, damaged = 0, 0, list[str]()
-    bar = tqdm.tqdm(desc="photos", unit="", disable=options.quiet or rank > 0, mininterval=1)
-    with ThreadPoolExecutor(options.workers) as threads, bar:
+    total = sum(len(unit.photos) for unit, _ in todo) if all(unit.photos for unit, _ in todo) else None
+    progress = Progress("photos", total, show=not options.quiet and rank == 0)
+    with ThreadPoolExecutor(options.workers) as threads, progress:
         for unit, part in todo:
             require_launcher(parent, "infer")
             rows: list[dict[str, Any]] = []
             try:
                 for reads in batches(unit, pixels, options.batch, threads):
                     rows += results(fast, pixels, reads, top, place)
-                    bar.update(len(reads))
+                    progress.update(len(reads))
             except (OSError, ValueError, tarfile.TarError) as error:
                 damaged.append(f"{shown(unit.root)}: {error}")
                 continue

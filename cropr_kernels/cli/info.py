@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 
+from cropr_kernels import __version__
+
 from .. import ops
 from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deployed_copy, remove, set_rate
 from ..utils.flops import flop_counter
-from .common import add_arguments, add_model, load_model
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
-    add_arguments(parser, "--rate", "--llf", "--merge")
-    add_model(parser, nargs="?", help="as of the other commands; a name has random weights")
-    parser.set_defaults(run=run)
+from .common import load_model
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,21 +24,28 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()))
 
 
+def versions() -> dict[str, str]:
+    """The versions that matter, and the device that commands choose."""
+    device = f"cpu, {torch.get_num_threads()} threads, no GPU in reach"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device = f"{properties.name}, sm_{properties.major}{properties.minor}"
+    return {
+        "cropr_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "device": device,
+    }
+
+
 def build_facts() -> dict[str, Any]:
     """What is installed and what it runs on."""
     facts = {
-        "cropr_kernels": importlib.metadata.version("cropr_kernels"),
+        **versions(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
         **{name.replace("_", " "): value for name, value in ops.build_info().items()},
         "library for C++": ops.cpp_library() or "not built",
-        "cpu threads": torch.get_num_threads(),
-        "cuda": "no GPU in reach",
     }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts["cuda"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
     for op in sorted(ops.NAMES):
         facts[f"cropr::{op}"] = ", ".join(
             f"{key} ({language})"

@@ -2,8 +2,6 @@
 
 import argparse
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,32 +10,22 @@ from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import pruning_map
 from ..utils.images import find_named_photos, readable, shown, told
+from ..utils.optional import need
+from ..utils.progress import each
 from ..utils.viz import save_pruning_frames, save_pruning_maps
-from .common import add_arguments, add_model, add_pixels, load_model
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "map",
-        help="pictures of what a model prunes from photos, block by block",
-        description="Write maps.png (photos, and over each the block after which each patch is pruned), and for each "
-        "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
-        "calibrated on these photos.",
-    )
-    add_model(parser)
-    add_arguments(parser, "--queries", "--rate", "--llf")
-    add_pixels(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
-    parser.set_defaults(run=run)
+from .common import load_model
+from .outputs import check_folder
 
 
 def run(options: argparse.Namespace) -> None:
-    skipped: Counter[str] = Counter()
+    check_folder(options.out)
+    for library in ("PIL.Image", "matplotlib.figure"):
+        need(library, "viz", "cropr map")
+    show, skipped = not options.quiet, Counter[str]()
     named = find_named_photos(options.images, skipped)
     unreadable: list[str] = []
     model, pixels, trained = load_model(options)
-    read = list(readable(named, pixels.load, unreadable))
+    read = list(readable(each(named, "reading photos", show=show), pixels.load, unreadable))
     if not read:
         raise ValueError(f"none of the {len(named)} photos can be read; {unreadable[0]}")
     paths, photos = [path for path, _ in read], torch.stack([photo for _, photo in read])
@@ -46,12 +34,11 @@ def run(options: argparse.Namespace) -> None:
     images = pixels.normalise(photos)
     calibrated = options.queries is None and not trained
     if calibrated:
-        calibration.calibrate(model, images)
+        calibration.calibrate(model, each(images.split(16), "calibrating", show=show))
     elif options.queries is not None:
         calibration.load_queries(model, options.queries)
     fast, depth = deploy(model), len(find_spec(model).blocks)
-    maps = torch.cat([pruning_map(fast, batch) for batch in images.split(16)])
-    options.out.mkdir(parents=True, exist_ok=True)
+    maps = torch.cat([pruning_map(fast, batch) for batch in each(images.split(16), "pruning", show=show)])
     sheet = options.out / "maps.png"
     save_pruning_maps(sheet, photos[:8], maps[:8], depth, [shown(path.stem) for path in paths[:8]])
     print(f"{sheet}: {min(len(paths), 8)} photos, dark patches are pruned first")
@@ -61,6 +48,6 @@ def run(options: argparse.Namespace) -> None:
         name = shown(path.stem) if names[path.stem] == 1 else f"{shown(path.stem)}_{names[path.stem]}"
         save_pruning_frames(options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, own, depth)
         kept = int((own == depth).sum())
-        print(f"{options.out / name}.gif, {name}_blocks.png: {kept} of {own.numel()} patches are kept")
+        print(f"{options.out / name}.gif, {name}_blocks.png: {kept} of {own.numel()} patches are kept", flush=True)
     if calibrated:
         print(f"queries: calibrated on these {len(paths)} photos; cropr calibrate on a few hundred gives better ones")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,36 +18,9 @@ from ..train.evaluate import MAIN, evaluate
 from ..train.folder import read_log, require_same
 from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
+from ..utils.optional import need
 from ..utils.viz import save_curves, save_pruning_maps
-from .common import add_arguments
-
-
-def add_parser(commands: Any) -> None:
-    training = commands.add_parser(
-        "train",
-        help="train a pruned Vision Transformer",
-        description="Train, or resume the run in OUT. Options are those of config.json, as name=value: rate=8 llf=true "
-        "img_size=224,224. Under torchrun all processes share the work.",
-    )
-    source = training.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=PRESETS, help="a published recipe to start from")
-    source.add_argument("--config", type=Path, help="a config.json to start from")
-    training.add_argument("--data", help="root folder of the dataset")
-    training.add_argument("--out", type=Path, required=True, help="folder of the run")
-    add_arguments(training, "--quiet")
-    training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
-    training.set_defaults(run=run_train)
-    measuring = commands.add_parser(
-        "eval",
-        help="measure a trained model, and draw what it prunes",
-        description="Measure the model of a run on its validation data. Writes eval.json, maps.png, curves.png there.",
-    )
-    measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
-    measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
-    measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
-    measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
-    add_arguments(measuring, "--quiet")
-    measuring.set_defaults(run=run_eval)
+from .outputs import check_file, check_folder, checked_rates
 
 
 def configure(options: argparse.Namespace) -> Config:
@@ -70,8 +42,17 @@ def configure(options: argparse.Namespace) -> Config:
     return config
 
 
+def need_libraries(config: Config) -> None:
+    """Raise ImportError where a library is missing that a run would miss only once it is under way."""
+    for library in ("timm", "torchvision", "torchmetrics", *["faster_coco_eval"] * (config.task == "detection")):
+        need(library, "train", "cropr train")
+
+
 def run_train(options: argparse.Namespace) -> None:
-    metrics = train(configure(options), options.out, show=not options.quiet)
+    config = configure(options)
+    check_folder(options.out)
+    need_libraries(config)
+    metrics = train(config, options.out, show=not options.quiet)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(metrics))
 
@@ -79,14 +60,17 @@ def run_train(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     task, config, classes = rebuild(options.out)
     config = config.changed(data=options.data) if options.data else config
+    need_libraries(config)
+    check_file(options.out / "eval.json", ".json", "the folder")
     data = load_data(config)
     require_same(options.out, data, classes)
     pruned, rows = is_pruned(task.backbone), []
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
+    rates = checked_rates(task.backbone, options.rates) if options.rates else [None]
     with processes(config) as place:
         task = task.to(place.device)
-        for rate in options.rates or [None]:
+        for rate in rates:
             if rate is not None:
                 set_rate(task.backbone, rate)
             loader = val_loader(data.val, config, rank=place.rank, world=place.world)
@@ -95,10 +79,14 @@ def run_eval(options: argparse.Namespace) -> None:
             rows.append({"schedule": schedule, **metrics})
         if place.rank:
             return
-    write_text(options.out / "eval.json", json.dumps(rows, indent=1) + "\n")
     names = [name for name in rows[0] if name not in ("aux", "schedule")]
-    print(table(["schedule", *names], [[row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows]))
-    draw(task.cpu(), config, data, options)
+    cells = [[row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows]
+    print(table(["schedule", *names], cells), flush=True)
+    write_text(options.out / "eval.json", json.dumps(rows, indent=1) + "\n")
+    try:
+        draw(task.cpu(), config, data, options)
+    except ImportError as error:
+        print(f"no picture: {error}")
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..utils.io import atomic_write, load_tensors
 
@@ -48,6 +47,8 @@ def load_model(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Whole tensors on the CPU, also where they are sharded. All processes must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # nearly a second
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -55,6 +56,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of state_of; every process has read the whole checkpoint."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     options = StateDictOptions(full_state_dict=True)
     weights, moments = state["model"], state["optimizer"]
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..utils.optional import need
+from ..utils.progress import each
 from .config import Config
 
 
@@ -23,7 +24,6 @@ def evaluate(
     masks. All in percent; `skipped` samples could not be read. `aux`, in classification, is the top-1 of every
     auxiliary head.
     """
-    tqdm = need("tqdm", "train", "cropr train").tqdm
     kinds: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
     was_training = task.training
     task.eval()
@@ -31,8 +31,7 @@ def evaluate(
     skipped, images_seen, seconds = 0, 0, 0.0
     try:
         with torch.no_grad(), autocast(config, device):
-            bar = tqdm(loader, desc="evaluation", disable=not show, leave=False, mininterval=1)
-            for images, target, replaced in bar:
+            for images, target, replaced in each(loader, "evaluation", show=show):
                 start = time.perf_counter()
                 metric.update(task, images, target)
                 seconds += time.perf_counter() - start

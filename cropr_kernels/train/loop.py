@@ -21,7 +21,7 @@ from ..calibration import calibrate
 from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
 from ..utils.io import require_launcher, write_text
-from ..utils.optional import need
+from ..utils.progress import Progress
 from . import build, checkpoint, folder
 from .config import Config
 from .data import Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
@@ -193,11 +193,11 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Train to the end. A run that had ended before gives its last evaluation."""
-        config, place, tqdm = self.config, self.place, need("tqdm", "train", "cropr train").tqdm
+        config, place = self.config, self.place
         total, count = config.epochs * self.steps_an_epoch, len(self.data.train)
         if self.step >= total and not self.last_metrics:  # its line was lost
             self._evaluate()
-        with tqdm(total=total, initial=self.step, desc="training", disable=not self.show, mininterval=1) as bar:
+        with Progress("training", total, done=self.step, show=self.show) as shown:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
                 shared = Batches(count, config, epoch, rank=place.rank, world=place.world, first_step=first)
@@ -207,11 +207,11 @@ class Run:
                     start = time.perf_counter()
                     losses = self._step(loader)
                     self.step += 1
-                    bar.update()
                     if self.step % config.log_steps == 0 or self.step == 1:
                         speed = config.batch_size / (time.perf_counter() - start)
-                        bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+                        shown.update(0, f"loss {losses['loss']:.3f}")
                         self._log(losses | self.totals | {"images/s": round(speed, 2)})
+                    shown.update()
                     at_end = self.step % self.steps_an_epoch == 0
                     if at_end and ((epoch + 1) % config.eval_epochs == 0 or self.step == total):
                         self._evaluate()

@@ -33,9 +33,12 @@ def publish(temporary: Path, path: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary file to write to, with the same suffix, which becomes `path` where the block ends without an error.
 
+    Its folder is made where there is none.
+
     Until then, and after an error, what was there before stays.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # processes of several machines may share pids
     try:
         with disk_errors(path):

@@ -21,11 +21,20 @@ def is_there(module: str) -> bool:
 
 
 def need(module: str, extra: str, what: str) -> Any:
-    """Import a module, such as "PIL.Image", of a library that only `what` needs; if it is not there, name its extra."""
+    """Import a module, such as "PIL.Image", of a library that only `what` needs.
+
+    Raises ImportError where that library, or one that it needs itself, is not installed: it names the library, and the
+    extra of this package that installs it with all others of its kind.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None:
             raise
-        message = f"{what} needs {distribution(module)}: pip install 'cropr_kernels[{extra}]'"
-        raise ImportError(message) from error
+        library, missing = distribution(module), distribution(error.name)
+        through = "" if missing == library else f"{library}, which needs "
+        raise ImportError(
+            f"{what} needs {through}{missing}: pip install {missing} (all of its kind: the extra [{extra}] of "
+            "cropr_kernels)",
+            name=error.name,
+        ) from error

@@ -13,6 +13,8 @@ from torch import Tensor
 from .io import atomic_write
 from .optional import need
 
+CAPTION = 16  # pixels above a frame
+
 
 def _figure(width: float, height: float) -> Any:
     return need("matplotlib.figure", "viz", "a picture").Figure(figsize=(width, height), layout="constrained")
@@ -84,11 +86,12 @@ def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list
 def save_pruning_frames(
     animation: str | Path, strip: str | Path, image: Tensor, pruned_after: Tensor, depth: int
 ) -> None:
-    """Write an animation (GIF), from the whole photo on, and a strip (PNG): the patches left after each block.
+    """Write an animation (GIF), from the whole photo on, and a strip (PNG): the patches that each block sees.
 
-    The photo is (C, H, W), C = 1 or 3, in [0, 1]; pruned_after (grid height, grid width) is its `pruning_map`.
+    Above each frame stand its block and how many patches it sees. The photo is (C, H, W), C = 1 or 3, in [0, 1];
+    pruned_after (grid height, grid width) is its `pruning_map`.
     """
-    Image = need("PIL.Image", "viz", "a picture")
+    Image, ImageDraw = need("PIL.Image", "viz", "a picture"), need("PIL.ImageDraw", "viz", "a picture")
     height, width = image.shape[1:]
     pixels = _pixels(image)
     grey = 0.15 * pixels.mean(2, keepdim=True) + 0.85
@@ -96,14 +99,18 @@ def save_pruning_frames(
     frames = []
     for block in range(depth):
         shown = (torch.where(blocks <= block, grey, pixels) * 255).round().to(torch.uint8)
-        frames.append(Image.frombytes("RGB", (width, height), bytes(shown.flatten().tolist())))
+        frame = Image.new("RGB", (width, height + CAPTION), "white")
+        frame.paste(Image.frombytes("RGB", (width, height), bytes(shown.flatten().tolist())), (0, CAPTION))
+        text = f"block {block + 1}: {int((pruned_after > block).sum())} patches"
+        ImageDraw.Draw(frame).text((3, 2), text, "black")
+        frames.append(frame)
     times = [800, *[250] * (depth - 2), 1500]
     with atomic_write(animation) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
     columns = min(depth, 6)
-    sheet = Image.new("RGB", (columns * width, -(-depth // columns) * height), "white")
+    sheet = Image.new("RGB", (columns * width, -(-depth // columns) * frames[0].height), "white")
     for block, frame in enumerate(frames):
-        sheet.paste(frame, (block % columns * width, block // columns * height))
+        sheet.paste(frame, (block % columns * width, block // columns * frame.height))
     with atomic_write(strip) as temporary:
         sheet.save(temporary)
 
@@ -117,10 +124,11 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
     aux = next((line["val"]["aux"] for line in reversed(evaluations) if "aux" in line["val"]), None)
     figure = _figure(7 if aux is None else 10, 3)
     axes = figure.subplots(1, 2 if aux is None else 3)
+    marker = ".-" if len(steps) <= 50 else "-"  # a line through one point is none
     for name in ("main", "aux"):
         values = [line[name] for line in steps]
         if any(values):
-            axes[0].plot([line["epoch"] for line in steps], values, label=f"{name} loss")
+            axes[0].plot([line["epoch"] for line in steps], values, marker, label=f"{name} loss")
     axes[0].set(yscale="log", xlabel="epoch")
     axes[0].legend()
     axes[1].plot([line["epoch"] for line in evaluations], [line["val"][metric] for line in evaluations], marker="o")

@@ -28,13 +28,14 @@ def test_frames_show_what_is_left_behind_each_block(tmp_path):
     animation, strip = tmp_path / "a.gif", tmp_path / "a.png"
     viz.save_pruning_frames(animation, strip, image, left, depth=4)
     with Image.open(strip) as sheet:
-        assert sheet.size == (32, 8)
+        assert sheet.size == (32, 8 + viz.CAPTION)
         alive = [
-            [sheet.getpixel((8 * block + x, y)) == (0, 0, 0) for y in (1, 5) for x in (1, 5)] for block in range(4)
+            [sheet.getpixel((8 * block + x, viz.CAPTION + y)) == (0, 0, 0) for y in (1, 5) for x in (1, 5)]
+            for block in range(4)
         ]
     assert alive == [[True] * 4, [False, True, True, True], [False, False, True, True], [False, False, True, True]]
     with Image.open(animation) as frames:
-        assert frames.n_frames >= 3 and frames.size == (8, 8)  # equal frames are stored once
+        assert frames.n_frames >= 3 and frames.size == (8, 8 + viz.CAPTION)
 
 
 def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, capsys):

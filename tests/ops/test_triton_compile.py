@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
-from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_launch, launches, resources, tool
+from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_launches, constants, launches, resources, tool
 from cropr_kernels.ops.registration import FILES
 
 
@@ -24,10 +24,9 @@ def test_every_kernel_is_among_the_launches():
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
-    for launch in launches(dtype):
-        compiled = compile_launch(launch, architecture)
+    for launch, compiled in compile_launches(launches(dtype), architecture):
         usage = resources(compiled.asm["cubin"], tmp_path)
-        where = f"{launch.kernel.__name__} {launch.constants} sm_{architecture} {dtype}: {usage}"
+        where = f"{launch.kernel.__name__} {constants(launch)} sm_{architecture} {dtype}: {usage}"
         assert usage["REG"] <= 255, where
         assert usage["LOCAL"] == 0, where
         assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
@@ -37,12 +36,13 @@ def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["split_kernel", "gather_kernel", "add_norm_kernel"])
 def test_rows_move_sixteen_bytes_at_a_time(kernel, dtype, tmp_path):
-    for launch in [launch for launch in launches(dtype) if launch.kernel.__name__ == kernel]:
+    chosen = [launch for launch in launches(dtype) if launch.kernel.__name__ == kernel]
+    for launch, compiled in compile_launches(chosen, 90):
         path = tmp_path / "kernel.cubin"
-        path.write_bytes(compile_launch(launch, 90).asm["cubin"])
+        path.write_bytes(compiled.asm["cubin"])
         sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
         stores, loads = re.findall(r"STG\.[\w.]+", sass), re.findall(r"LDG\.[\w.]+", sass)
-        assert stores and all(".128" in store for store in stores), (launch.constants, stores)
-        assert any(".128" in load for load in loads), (launch.constants, loads)
+        assert stores and all(".128" in store for store in stores), (constants(launch), stores)
+        assert any(".128" in load for load in loads), (constants(launch), loads)
         if kernel == "add_norm_kernel":
-            assert sum(".128" in load for load in loads) >= len(stores), (launch.constants, loads)
+            assert sum(".128" in load for load in loads) >= len(stores), (constants(launch), loads)

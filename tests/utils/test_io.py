@@ -65,15 +65,16 @@ def test_only_utils_io_renames_files():
 def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)  # another test may have imported it
-    with pytest.raises(ImportError, match=re.escape("a picture needs pillow: pip install 'cropr_kernels[viz]'")):
+    wanted = "a picture needs pillow: pip install pillow (all of its kind: the extra [viz] of cropr_kernels)"
+    with pytest.raises(ImportError, match=re.escape(wanted)):
         optional.need("PIL.Image", "viz", "a picture")
     assert optional.need("json.decoder", "viz", "nothing").__name__ == "json.decoder"
 
 
-def test_an_error_inside_a_library_is_not_hidden(tmp_path, monkeypatch):
+def test_what_a_library_needs_itself_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ModuleNotFoundError, match="a_library_that_it_needs"):
+    with pytest.raises(ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"):
         optional.need("broken_library", "viz", "a picture")
 
 
@@ -90,7 +91,6 @@ def test_every_extra_that_the_code_names_exists_and_installs_the_library():
                     library = optional.distribution(node.args[0].value)
                     assert library in extras[extra], f"{path}: the extra {extra} does not install {library}"
                 calls += 1
-        assert set(re.findall(r"cropr_kernels\[(\w+)\]", text)) <= set(extras), path
     assert calls > 20
 
 

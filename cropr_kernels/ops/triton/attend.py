@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from ..validation import check
 from .scores import scores
-from .utils import PINNED, dense_rows
+from .utils import PINNED, dense_rows, rows_of
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -23,14 +23,14 @@ _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an
 
 @triton.jit(do_not_specialize=["n"])
 def attend_one_kernel(
-    x_ptr, query_ptr, grad_ptr, out_ptr, raw_ptr, stride_xb, stride_xn, n, dim,
-    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x, query_ptr, grad_ptr, out_ptr, raw_ptr, n, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """out[b] = softmax(scale q.x) x, or with grad this image's share of the gradient of q. raw, if given: q.x.
 
     With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three sums in one pass.
     """
     b = tl.program_id(0).to(tl.int64)
+    dim = x.dim
     acc_type: tl.constexpr = query_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_D)
     q = tl.load(query_ptr + cols, mask=cols < dim, other=0.0)
@@ -43,9 +43,9 @@ def attend_one_kernel(
     weighted = tl.zeros([BLOCK_D], acc_type)
     for start in range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        x_tile_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn + cols[None, :]
-        x = tl.load(x_tile_ptr, mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0).to(acc_type)
-        raw = tl.sum(x * q[None, :], axis=1)
+        tile_ptr = x.ptr + b * x.stride_b + rows.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
+        tile = tl.load(tile_ptr, mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0).to(acc_type)
+        raw = tl.sum(tile * q[None, :], axis=1)
         if raw_ptr is not None:
             tl.store(raw_ptr + b * n + rows, raw.to(tl.float32), mask=rows < n)
         logits = tl.where(rows < n, raw * SCALE, float("-inf"))
@@ -53,11 +53,11 @@ def attend_one_kernel(
         rescale = tl.exp(top - new_top)
         p = tl.exp(logits - new_top)
         total = total * rescale + tl.sum(p, axis=0)
-        out = out * rescale + tl.sum(p[:, None] * x, axis=0)
+        out = out * rescale + tl.sum(p[:, None] * tile, axis=0)
         if grad_ptr is not None:
-            slope = tl.sum(x * g[None, :], axis=1)
+            slope = tl.sum(tile * g[None, :], axis=1)
             mean = mean * rescale + tl.sum(p * slope, axis=0)
-            weighted = weighted * rescale + tl.sum((p * slope)[:, None] * x, axis=0)
+            weighted = weighted * rescale + tl.sum((p * slope)[:, None] * tile, axis=0)
         top = new_top
     result = out / total
     if grad_ptr is not None:
@@ -69,24 +69,21 @@ def attend_one_kernel(
 
 
 @triton.jit(do_not_specialize=["m", "n"])
-def rows_dot_rows_kernel(
-    a_ptr, stride_ab, stride_am, x_ptr, stride_xb, stride_xn, out_ptr, m, n, dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, stride_ab = 0) and their slopes."""
+def rows_dot_rows_kernel(a, x, out_ptr, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, the same for all images) and their slopes."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     b = (pid // (tiles_m * tiles_n)).to(tl.int64)
     rows = (pid // tiles_n) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_ptr += b * stride_ab + rows.to(tl.int64)[:, None] * stride_am
-    x_ptr += b * stride_xb + tokens.to(tl.int64)[:, None] * stride_xn
+    a_ptr = a.ptr + b * a.stride_b + rows.to(tl.int64)[:, None] * a.stride_n
+    x_ptr = x.ptr + b * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n
     acc = tl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty)
-    for start in range(0, dim, BLOCK_K):
+    for start in range(0, x.dim, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)[None, :]
-        a = tl.load(a_ptr + cols, mask=(rows[:, None] < m) & (cols < dim), other=0.0)
-        x = tl.load(x_ptr + cols, mask=(tokens[:, None] < n) & (cols < dim), other=0.0)
-        acc = tl.dot(a, tl.trans(x), acc, input_precision="ieee", out_dtype=acc.dtype)
+        a_tile = tl.load(a_ptr + cols, mask=(rows[:, None] < m) & (cols < x.dim), other=0.0)
+        x_tile = tl.load(x_ptr + cols, mask=(tokens[:, None] < n) & (cols < x.dim), other=0.0)
+        acc = tl.dot(a_tile, tl.trans(x_tile), acc, input_precision="ieee", out_dtype=acc.dtype)
     out_ptr += (b * m + rows[:, None]) * n + tokens[None, :]
     tl.store(out_ptr, acc, mask=(rows[:, None] < m) & (tokens[None, :] < n))
 
@@ -122,10 +119,11 @@ def softmax_kernel(logits_ptr, slope_ptr, n, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "n", "batch"])
 def weighted_rows_kernel(
-    weight_ptr, x_ptr, stride_xb, stride_xn, out_ptr, m, n, dim, batch,
+    weight_ptr, x, out_ptr, m, n, batch,
     SUM_BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[b, i] = sum_j weight[b, i, j] x[b, j]; with SUM_BATCH out[i] += the sum of that over all images."""
+    dim = x.dim
     tiles_m, tiles_d = tl.cdiv(m, BLOCK_M), tl.cdiv(dim, BLOCK_D)
     pid = tl.program_id(0)
     b = (pid // (tiles_m * tiles_d)).to(tl.int64)
@@ -139,9 +137,9 @@ def weighted_rows_kernel(
             tokens = start + tl.arange(0, BLOCK_K)
             w_ptr = weight_ptr + (at * m + rows[:, None]) * n + tokens[None, :]
             w = tl.load(w_ptr, mask=(rows[:, None] < m) & (tokens[None, :] < n), other=0.0)
-            x_tile_ptr = x_ptr + at * stride_xb + tokens.to(tl.int64)[:, None] * stride_xn + cols[None, :]
-            x = tl.load(x_tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
-            acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee", out_dtype=acc.dtype)
+            tile_ptr = x.ptr + at * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
+            tile = tl.load(tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
+            acc = tl.dot(w.to(tile.dtype), tile, acc, input_precision="ieee", out_dtype=acc.dtype)
     out_ptr += (rows[:, None] if SUM_BATCH else b * m + rows[:, None]) * dim + cols[None, :]
     mask = (rows[:, None] < m) & (cols[None, :] < dim)
     if SUM_BATCH:
@@ -153,9 +151,10 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     batch, n, dim = x.shape
     with torch.cuda.device_of(x):
         attend_one_kernel[(batch,)](
-            x, query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, x.stride(0), x.stride(1), n, dim,
+            rows_of(x), query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, n,
             SCALE=scale,  # a constant of the model: one variant
-            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=8, **PINNED,
+            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16),
+            num_warps=8, maxnreg=224, **PINNED,  # left alone, ptxas spills to fit two programs on a processor
         )  # fmt: skip
 
 
@@ -171,15 +170,14 @@ def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:
     return {"edge": 64, "inner": 16 if dtype == torch.float32 else 64, "num_warps": 4}
 
 
-def _launch_dot(a: Tensor, stride_ab: int, x: Tensor, out: Tensor) -> None:
+def _launch_dot(a: Tensor, x: Tensor, out: Tensor) -> None:
     count, m, n = out.shape
     tiles = matrix_tiles(x.dtype)
     edge = tiles["edge"]
     with torch.cuda.device_of(x):
         rows_dot_rows_kernel[(count * triton.cdiv(m, edge) * triton.cdiv(n, edge),)](
-            a, stride_ab, a.stride(-2), x, x.stride(0), x.stride(1), out, m, n, x.shape[2],
-            BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
-            **PINNED,
+            rows_of(a), rows_of(x), out, m, n, BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"],
+            num_warps=tiles["num_warps"], **PINNED,
         )  # fmt: skip
 
 
@@ -199,7 +197,7 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
     grid = triton.cdiv(m, edge) * triton.cdiv(dim, edge) * (1 if sum_batch else count)
     with torch.cuda.device_of(x):
         weighted_rows_kernel[(grid,)](
-            weight, x, x.stride(0), x.stride(1), out, m, n, dim, count,
+            weight, rows_of(x), out, m, n, count,
             SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
             **PINNED,
         )  # fmt: skip
@@ -242,7 +240,7 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]
         logits = x.new_empty((part.shape[0], m, n), dtype=accumulation_dtype(x.dtype))
-        _launch_dot(queries, 0, part, logits)
+        _launch_dot(queries.expand(part.shape[0], m, dim), part, logits)
         _launch_softmax(logits, None)
         _launch_weighted(logits, part, out[start : start + step], sum_batch=False)
     return out
@@ -264,8 +262,8 @@ def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) 
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]
         logits, slope = (x.new_empty((part.shape[0], m, n), dtype=acc) for _ in range(2))
-        _launch_dot(scaled, 0, part, logits)
-        _launch_dot(grad[start : start + step], m * dim, part, slope)
+        _launch_dot(scaled.expand(part.shape[0], m, dim), part, logits)
+        _launch_dot(grad[start : start + step], part, slope)
         _launch_softmax(logits, slope)
         _launch_weighted(logits, part, total, sum_batch=True)
     return (total * scale).to(queries.dtype)

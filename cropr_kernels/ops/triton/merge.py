@@ -6,6 +6,8 @@ those that share a target adds them all up, in order, so no two programs write o
 every run.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,48 @@ from ..reference import accumulation_dtype
 from ..validation import check
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, block_counters, dense_rows, width_block
+from .utils import PINNED, block_counters, dense_rows, rows_of, width_block
 
 _NUM_WARPS = 4
+
+
+class Tokens(NamedTuple):
+    """Positions of the tokens that stay (B, S) and of those that may go (B, C), and the sizes of all (B, N)."""
+
+    safe_idx: Any
+    candidate_idx: Any
+    sizes: Any
+
+
+class Scratch(NamedTuple):
+    """Each candidate's best similarity, and with which safe token, by tile (B, T, C) and at all (B, C); whether it is
+    pruned (B, C); the counters (B,) of finished programs."""
+
+    partial: Any
+    partial_idx: Any
+    similarity: Any
+    nearest_idx: Any
+    is_pruned: Any
+    counters: Any
+
+
+class Plan(NamedTuple):
+    """Positions kept (B, K) and pruned (B, P), which of the kept each pruned one joins (B, P), sizes after it (B, K),
+    and where every token went (B, N)."""
+
+    kept_idx: Any
+    pruned_idx: Any
+    slot_idx: Any
+    kept_sizes: Any
+    dest_idx: Any
+
+
+class TargetBlocks(NamedTuple):
+    """Safe tokens and candidates that a program of targets_kernel compares, and columns it takes at a time."""
+
+    safe: int
+    candidates: int
+    cols: int
 
 
 @triton.jit
@@ -42,13 +83,13 @@ def count_kept_before(candidate_idx_ptr, is_pruned_ptr, positions, num_candidate
 
 @triton.jit
 def choose_targets(
-    partial_ptr, partial_idx_ptr, similarity_ptr, nearest_idx_ptr, is_pruned_ptr, safe_idx_ptr, candidate_idx_ptr,
-    sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr, dest_idx_ptr,
-    n, tiles, num_safe, num_candidates, num_prune, num_prefix,
-    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    tokens, scratch, plan, n, tiles, num_safe, num_candidates, num_prune, num_prefix,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    BLOCK_S: tl.constexpr = BLOCKS.safe
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
+    ACC: tl.constexpr = scratch.partial.dtype.element_ty
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
@@ -56,89 +97,108 @@ def choose_targets(
         nearest = tl.zeros([BLOCK_C], tl.int64) + num_prefix
         for tile in range(0, tiles):  # tiles ascend and only more wins: the lowest of equals
             partial = tile * num_candidates + offs
-            value = tl.load(partial_ptr + partial, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            where = tl.load(partial_idx_ptr + partial, mask=inside, other=0, cache_modifier=".cg")
+            value = tl.load(scratch.partial + partial, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            where = tl.load(scratch.partial_idx + partial, mask=inside, other=0, cache_modifier=".cg")
             nearest = tl.where(value > best, where, nearest)
             best = tl.maximum(best, value)
-        tl.store(similarity_ptr + offs, best, mask=inside)
-        tl.store(nearest_idx_ptr + offs, nearest, mask=inside)
+        tl.store(scratch.similarity + offs, best, mask=inside)
+        tl.store(scratch.nearest_idx + offs, nearest, mask=inside)
     tl.debug_barrier()
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
-        mine = tl.load(similarity_ptr + offs, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        mine = tl.load(scratch.similarity + offs, mask=inside, other=float("-inf"), cache_modifier=".cg")
         rank = tl.zeros([BLOCK_C], tl.int32)  # candidates that are pruned before this one
         for first in range(0, num_candidates, BLOCK_C):
             others = first + tl.arange(0, BLOCK_C)
             there = others < num_candidates
-            other = tl.load(similarity_ptr + others, mask=there, other=float("-inf"), cache_modifier=".cg")
+            other = tl.load(scratch.similarity + others, mask=there, other=float("-inf"), cache_modifier=".cg")
             equal = (other[None, :] == mine[:, None]) & (others[None, :] > offs[:, None])
             before = there[None, :] & ((other[None, :] > mine[:, None]) | equal)
             rank += tl.sum(before.to(tl.int32), axis=1)
-        tl.store(is_pruned_ptr + offs, (rank < num_prune).to(tl.int32), mask=inside)
+        tl.store(scratch.is_pruned + offs, (rank < num_prune).to(tl.int32), mask=inside)
     tl.debug_barrier()
     pruned_before = num_prune * 0
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
         inside = offs < num_candidates
-        pruned = tl.load(is_pruned_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
-        position, exists = load_positions(candidate_idx_ptr, offs, num_candidates, n)
+        pruned = tl.load(scratch.is_pruned + offs, mask=inside, other=0, cache_modifier=".cg")
+        position, exists = load_positions(tokens.candidate_idx, offs, num_candidates, n)
         is_pruned, is_kept = exists & (pruned == 1), exists & (pruned == 0)
         order = pruned_before + tl.cumsum(pruned, axis=0) - pruned  # pruned tokens below this position
         safe_before = tl.zeros([BLOCK_C], tl.int32)
         for first in range(0, num_safe, BLOCK_S):
             slots = first + tl.arange(0, BLOCK_S)
-            at = tl.load(safe_idx_ptr + slots, mask=slots < num_safe, other=n)
+            at = tl.load(tokens.safe_idx + slots, mask=slots < num_safe, other=n)
             safe_before += tl.sum((at[None, :] < position[:, None]).to(tl.int32), axis=1)
         slot = safe_before + offs - order
-        tl.store(kept_idx_ptr + slot, position, mask=is_kept)
-        size = tl.load(sizes_ptr + position, mask=is_kept, other=0.0)
-        tl.store(kept_sizes_ptr + slot, size, mask=is_kept)
-        nearest = tl.load(nearest_idx_ptr + offs, mask=inside, other=0, cache_modifier=".cg")
-        target = tl.load(safe_idx_ptr + nearest, mask=is_pruned, other=0)
-        into = nearest + count_kept_before(candidate_idx_ptr, is_pruned_ptr, target, num_candidates, BLOCK_C)
-        tl.store(pruned_idx_ptr + order, position, mask=is_pruned)
-        tl.store(slot_idx_ptr + order, into, mask=is_pruned)
+        tl.store(plan.kept_idx + slot, position, mask=is_kept)
+        size = tl.load(tokens.sizes + position, mask=is_kept, other=0.0)
+        tl.store(plan.kept_sizes + slot, size, mask=is_kept)
+        nearest = tl.load(scratch.nearest_idx + offs, mask=inside, other=0, cache_modifier=".cg")
+        target = tl.load(tokens.safe_idx + nearest, mask=is_pruned, other=0)
+        into = nearest + count_kept_before(tokens.candidate_idx, scratch.is_pruned, target, num_candidates, BLOCK_C)
+        tl.store(plan.pruned_idx + order, position, mask=is_pruned)
+        tl.store(plan.slot_idx + order, into, mask=is_pruned)
         if IN_PLACE:
-            tl.store(dest_idx_ptr + position, target, mask=is_pruned)
+            tl.store(plan.dest_idx + position, target, mask=is_pruned)
         else:
-            tl.store(dest_idx_ptr + position, tl.where(pruned == 1, into, slot.to(tl.int64)), mask=exists)
+            tl.store(plan.dest_idx + position, tl.where(pruned == 1, into, slot.to(tl.int64)), mask=exists)
         pruned_before += tl.sum(pruned, axis=0)
     for start in range(0, num_safe, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        position, exists = load_positions(safe_idx_ptr, slots, num_safe, n)
-        slot = slots + count_kept_before(candidate_idx_ptr, is_pruned_ptr, position, num_candidates, BLOCK_C)
-        tl.store(kept_idx_ptr + slot, position, mask=exists)
-        size = tl.load(sizes_ptr + position, mask=exists, other=0.0)
-        tl.store(kept_sizes_ptr + slot, size, mask=exists)
+        position, exists = load_positions(tokens.safe_idx, slots, num_safe, n)
+        slot = slots + count_kept_before(tokens.candidate_idx, scratch.is_pruned, position, num_candidates, BLOCK_C)
+        tl.store(plan.kept_idx + slot, position, mask=exists)
+        size = tl.load(tokens.sizes + position, mask=exists, other=0.0)
+        tl.store(plan.kept_sizes + slot, size, mask=exists)
         if not IN_PLACE:
-            tl.store(dest_idx_ptr + position, slot.to(tl.int64), mask=exists)
+            tl.store(plan.dest_idx + position, slot.to(tl.int64), mask=exists)
+
+
+@triton.jit
+def plan_of(plan, b, n, num_keep, num_prune):
+    """The plan of image b."""
+    return Plan(
+        plan.kept_idx + b * num_keep,
+        plan.pruned_idx + b * num_prune,
+        plan.slot_idx + b * num_prune,
+        plan.kept_sizes + b * num_keep,
+        plan.dest_idx + b * n,
+    )
 
 
 @triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
 def targets_kernel(
-    feature_ptr, stride_fb, stride_fn, safe_idx_ptr, candidate_idx_ptr, partial_ptr, partial_idx_ptr, similarity_ptr,
-    nearest_idx_ptr, is_pruned_ptr, counters_ptr, sizes_ptr, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, kept_sizes_ptr,
-    dest_idx_ptr, n, num_safe, num_candidates, num_prune, num_prefix, dim,
-    IN_PLACE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    features, tokens, scratch, plan, n, num_safe, num_candidates, num_prune, num_prefix,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    BLOCK_S: tl.constexpr = BLOCKS.safe
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
+    BLOCK_D: tl.constexpr = BLOCKS.cols
+    dim = features.dim
+    ACC: tl.constexpr = scratch.partial.dtype.element_ty
     tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCK_S), 1)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     tile = pid % tiles
-    safe_idx_ptr += b * num_safe
-    candidate_idx_ptr += b * num_candidates
-    partial_ptr += b * tiles * num_candidates
-    partial_idx_ptr += b * tiles * num_candidates
-    feature_ptr += b * stride_fb
+    tokens = Tokens(tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates, tokens.sizes + b * n)
+    scratch = Scratch(
+        scratch.partial + b * tiles * num_candidates,
+        scratch.partial_idx + b * tiles * num_candidates,
+        scratch.similarity + b * num_candidates,
+        scratch.nearest_idx + b * num_candidates,
+        scratch.is_pruned + b * num_candidates,
+        scratch.counters + b,
+    )
+    feature_ptr = features.ptr + b * features.stride_b
     slots = num_prefix + tile * BLOCK_S + tl.arange(0, BLOCK_S)
-    position, safe = load_positions(safe_idx_ptr, slots, num_safe, n)
-    safe_ptr = feature_ptr + position[:, None] * stride_fn
+    position, safe = load_positions(tokens.safe_idx, slots, num_safe, n)
+    safe_ptr = feature_ptr + position[:, None] * features.stride_n
     for start in range(0, num_candidates, BLOCK_C):
         offs = start + tl.arange(0, BLOCK_C)
-        origin, candidate = load_positions(candidate_idx_ptr, offs, num_candidates, n)
-        candidate_ptr = feature_ptr + origin[:, None] * stride_fn
+        origin, candidate = load_positions(tokens.candidate_idx, offs, num_candidates, n)
+        candidate_ptr = feature_ptr + origin[:, None] * features.stride_n
         product = tl.zeros([BLOCK_S, BLOCK_C], ACC)
         safe_square = tl.zeros([BLOCK_S], ACC)
         square = tl.zeros([BLOCK_C], ACC)
@@ -155,68 +215,59 @@ def targets_kernel(
         best = tl.max(similarity, axis=0)
         slot = tl.min(tl.where(comparable & (similarity == best[None, :]), slots[:, None], num_safe), axis=0)
         partial = tile * num_candidates + offs
-        tl.store(partial_ptr + partial, best, mask=offs < num_candidates)
-        tl.store(partial_idx_ptr + partial, slot.to(tl.int64), mask=offs < num_candidates)
-    if is_last(counters_ptr + b, tiles):
+        tl.store(scratch.partial + partial, best, mask=offs < num_candidates)
+        tl.store(scratch.partial_idx + partial, slot.to(tl.int64), mask=offs < num_candidates)
+    if is_last(scratch.counters, tiles):
         num_keep = num_safe + num_candidates - num_prune
         choose_targets(
-            partial_ptr, partial_idx_ptr, similarity_ptr + b * num_candidates, nearest_idx_ptr + b * num_candidates,
-            is_pruned_ptr + b * num_candidates, safe_idx_ptr, candidate_idx_ptr, sizes_ptr + b * n,
-            kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * num_prune, slot_idx_ptr + b * num_prune,
-            kept_sizes_ptr + b * num_keep, dest_idx_ptr + b * n,
-            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCK_S, BLOCK_C,
+            tokens, scratch, plan_of(plan, b, n, num_keep, num_prune),
+            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCKS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
 def means_kernel(
-    x_ptr, stride_xb, stride_xn, kept_idx_ptr, pruned_idx_ptr, slot_idx_ptr, sizes_ptr, kept_sizes_ptr,
-    out_ptr, n, num_keep, num_prune, dim,
+    x, plan, sizes_ptr, out_ptr, n, num_keep, num_prune,
     IN_PLACE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dim = x.dim
+    ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     b = (pid // num_prune).to(tl.int64)
     mine = pid % num_prune
-    slot_idx_ptr += b * num_prune
-    pruned_idx_ptr += b * num_prune
+    plan = plan_of(plan, b, n, num_keep, num_prune)
     sizes_ptr += b * n
-    slot = tl.load(slot_idx_ptr + mine)
+    slot = tl.load(plan.slot_idx + mine)
     earlier = 0
     for start in range(0, mine, BLOCK_R):
         offs = start + tl.arange(0, BLOCK_R)
-        earlier += tl.sum((tl.load(slot_idx_ptr + offs, mask=offs < mine, other=-1) == slot).to(tl.int32), axis=0)
-    target = tl.load(kept_idx_ptr + b * num_keep + slot)
+        earlier += tl.sum((tl.load(plan.slot_idx + offs, mask=offs < mine, other=-1) == slot).to(tl.int32), axis=0)
+    target = tl.load(plan.kept_idx + slot)
     if (earlier == 0) & (target >= 0) & (target < n):
-        x_ptr += b * stride_xb
+        x_ptr = x.ptr + b * x.stride_b
         own = tl.load(sizes_ptr + target)
         total = own
         for start in range(0, num_prune, BLOCK_R):
             offs = start + tl.arange(0, BLOCK_R)
-            origin, exists = load_positions(pruned_idx_ptr, offs, num_prune, n)
-            merges = exists & (tl.load(slot_idx_ptr + offs, mask=exists, other=-1) == slot)
+            origin, exists = load_positions(plan.pruned_idx, offs, num_prune, n)
+            merges = exists & (tl.load(plan.slot_idx + offs, mask=exists, other=-1) == slot)
             total += tl.sum(tl.load(sizes_ptr + origin, mask=merges, other=0.0), axis=0)
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + slot) * dim
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
-            sums = own * tl.load(x_ptr + target * stride_xn + cols, mask=cols < dim, other=0.0).to(ACC)
+            sums = own * tl.load(x_ptr + target * x.stride_n + cols, mask=cols < dim, other=0.0).to(ACC)
             for start in range(0, num_prune, BLOCK_R):
                 offs = start + tl.arange(0, BLOCK_R)
-                origin, exists = load_positions(pruned_idx_ptr, offs, num_prune, n)
-                merges = exists & (tl.load(slot_idx_ptr + offs, mask=exists, other=-1) == slot)
+                origin, exists = load_positions(plan.pruned_idx, offs, num_prune, n)
+                merges = exists & (tl.load(plan.slot_idx + offs, mask=exists, other=-1) == slot)
                 size = tl.load(sizes_ptr + origin, mask=merges, other=0.0)
-                rows_ptr = x_ptr + origin[:, None] * stride_xn + cols[None, :]
+                rows_ptr = x_ptr + origin[:, None] * x.stride_n + cols[None, :]
                 rows = tl.load(rows_ptr, mask=merges[:, None] & (cols < dim)[None, :], other=0.0)
                 sums += tl.sum(rows.to(ACC) * size[:, None], axis=0)
             tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=cols < dim)
-        tl.store(kept_sizes_ptr + b * num_keep + slot, total)
+        tl.store(plan.kept_sizes + slot, total)
         if IN_PLACE:
             tl.store(sizes_ptr + target, total)
-
-
-def target_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Safe tokens and candidates that a program of targets_kernel compares, and columns it takes at a time."""
-    return {"BLOCK_S": 32, "BLOCK_C": 16, "BLOCK_D": 64 if dtype.itemsize == 2 else 16}
 
 
 def means_rows(dtype: torch.dtype) -> int:
@@ -226,7 +277,7 @@ def means_rows(dtype: torch.dtype) -> int:
 
 def target_registers(dtype: torch.dtype) -> dict[str, int]:
     """Registers a thread of targets_kernel may have, where ptxas would otherwise spill to fit more warps."""
-    return {"maxnreg": 168} if dtype == torch.float64 else {}
+    return {"maxnreg": 168 if dtype == torch.float64 else 96}
 
 
 def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
@@ -240,25 +291,23 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
     safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(features.dtype)
-    blocks = target_blocks(features.dtype)
-    tiles = max(triton.cdiv(num_safe - num_prefix, blocks["BLOCK_S"]), 1)
+    blocks = TargetBlocks(32, 16, 64 if features.dtype.itemsize == 2 else 16)
+    tiles = max(triton.cdiv(num_safe - num_prefix, blocks.safe), 1)
     partial = x.new_empty((batch, tiles, num_candidates), dtype=acc)
     partial_idx, nearest = x.new_empty(partial.shape, dtype=torch.int64), torch.empty_like(candidate_idx)
     is_pruned, similarity = (x.new_empty(candidate_idx.shape, dtype=dtype) for dtype in (torch.int32, acc))
+    plan = Plan(kept_idx, pruned_idx, slots, kept_sizes, dest)
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles,)](
-            features, features.stride(0), features.stride(1), safe_idx, candidate_idx, partial, partial_idx, similarity,
-            nearest, is_pruned, block_counters(x), sizes, kept_idx, pruned_idx, slots, kept_sizes,
-            dest, n, num_safe, num_candidates, num_prune, num_prefix, features.shape[2],
-            IN_PLACE=in_place, **blocks,
+            rows_of(features), Tokens(safe_idx, candidate_idx, sizes),
+            Scratch(partial, partial_idx, similarity, nearest, is_pruned, block_counters(x)), plan,
+            n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
             num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)
         if num_prune and dim:
             means_kernel[(batch * num_prune,)](
-                x, x.stride(0), x.stride(1), kept_idx, pruned_idx, slots, sizes, kept_sizes, out,
-                n, num_keep, num_prune, dim,
-                IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
+                rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
                 BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
                 num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip

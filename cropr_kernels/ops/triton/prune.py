@@ -12,43 +12,39 @@ from torch import Tensor
 from ..validation import check
 from .scores import launch_scores_select
 from .select import select
-from .utils import PINNED, dense_rows, width_block
+from .utils import PINNED, Rows, dense_rows, rows_of, width_block
 
 _BLOCK_R = 8
 _NUM_WARPS = 4
 
 
 @triton.jit
-def move_tile(from_ptr, from_rows, stride_from, to_ptr, to_rows, stride_to, valid, dim, BLOCK_D: tl.constexpr):
-    from_ptr += from_rows[:, None] * stride_from
-    to_ptr += to_rows[:, None] * stride_to
-    for start in range(0, dim, BLOCK_D):
+def move_tile(source, from_rows, target, to_rows, b, valid, BLOCK_D: tl.constexpr):
+    from_ptr = source.ptr + b * source.stride_b + from_rows[:, None] * source.stride_n
+    to_ptr = target.ptr + b * target.stride_b + to_rows[:, None] * target.stride_n
+    for start in range(0, source.dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)[None, :]
-        mask = valid[:, None] & (cols < dim)
+        mask = valid[:, None] & (cols < source.dim)
         tl.store(to_ptr + cols, tl.load(from_ptr + cols, mask=mask), mask=mask)
 
 
 @triton.jit
 def move_side(
-    whole_ptr, stride_wb, stride_wn, part_ptr, stride_pb, stride_pn, idx_ptr, b, tile, count, n, dim,
-    SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    whole, part, idx_ptr, b, tile, count, n, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows of one part: part[i] = whole[idx[i]], or the other way round with SCATTER."""
     rows = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     positions = tl.load(idx_ptr + b * count + rows, mask=rows < count, other=-1)
     valid = (positions >= 0) & (positions < n)
-    whole_ptr += b * stride_wb
-    part_ptr += b * stride_pb
     if SCATTER:
-        move_tile(part_ptr, rows, stride_pn, whole_ptr, positions, stride_wn, valid, dim, BLOCK_D)
+        move_tile(part, rows, whole, positions, b, valid, BLOCK_D)
     else:
-        move_tile(whole_ptr, positions, stride_wn, part_ptr, rows, stride_pn, valid, dim, BLOCK_D)
+        move_tile(whole, positions, part, rows, b, valid, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n", "num_keep"])
 def split_kernel(
-    whole_ptr, stride_wb, stride_wn, kept_ptr, stride_kb, stride_kn, kept_idx_ptr,
-    pruned_ptr, stride_pb, stride_pn, pruned_idx_ptr, n, num_keep, dim,
+    whole, kept, kept_idx_ptr, pruned, pruned_idx_ptr, n, num_keep,
     SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kept_tiles = tl.cdiv(num_keep, BLOCK_R)
@@ -57,15 +53,9 @@ def split_kernel(
     b = (pid // tiles).to(tl.int64)
     tile = pid % tiles
     if tile < kept_tiles:
-        move_side(
-            whole_ptr, stride_wb, stride_wn, kept_ptr, stride_kb, stride_kn, kept_idx_ptr,
-            b, tile, num_keep, n, dim, SCATTER, BLOCK_R, BLOCK_D,
-        )  # fmt: skip
+        move_side(whole, kept, kept_idx_ptr, b, tile, num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
     else:
-        move_side(
-            whole_ptr, stride_wb, stride_wn, pruned_ptr, stride_pb, stride_pn, pruned_idx_ptr,
-            b, tile - kept_tiles, n - num_keep, n, dim, SCATTER, BLOCK_R, BLOCK_D,
-        )  # fmt: skip
+        move_side(whole, pruned, pruned_idx_ptr, b, tile - kept_tiles, n - num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
 
 
 def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
@@ -76,10 +66,7 @@ def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
         return
     with torch.cuda.device_of(whole):
         split_kernel[(batch * tiles,)](
-            whole, whole.stride(0), whole.stride(1),
-            kept, kept.stride(0), kept.stride(1), kept_idx,
-            pruned, pruned.stride(0), pruned.stride(1), pruned_idx,
-            n, num_keep, dim,
+            rows_of(whole), rows_of(kept), kept_idx, rows_of(pruned), pruned_idx, n, num_keep,
             SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
         )  # fmt: skip
 
@@ -113,16 +100,12 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
 
 
 @triton.jit(do_not_specialize=["n", "count"])
-def gather_kernel(
-    x_ptr, stride_xb, stride_xn, idx_ptr, out_ptr, n, count, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def gather_kernel(x, idx_ptr, out_ptr, n, count, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     tiles = tl.cdiv(count, BLOCK_R)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
-    move_side(
-        x_ptr, stride_xb, stride_xn, out_ptr, count.to(tl.int64) * dim, dim, idx_ptr,
-        b, pid % tiles, count, n, dim, False, BLOCK_R, BLOCK_D,
-    )  # fmt: skip
+    out = Rows(out_ptr, count.to(tl.int64) * x.dim, x.dim, x.dim)
+    move_side(x, out, idx_ptr, b, pid % tiles, count, n, False, BLOCK_R, BLOCK_D)
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -135,7 +118,7 @@ def gather(x: Tensor, idx: Tensor) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(x):
             gather_kernel[(batch * triton.cdiv(count, _BLOCK_R),)](
-                x, x.stride(0), x.stride(1), idx, out, n, count, dim,
+                rows_of(x), idx, out, n, count,
                 BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
             )  # fmt: skip
     return out

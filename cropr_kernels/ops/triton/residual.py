@@ -6,6 +6,8 @@ score from what it just stored. The last program of an image to finish selects t
 A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +16,38 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from ..validation import check
 from .scores import fold_query
-from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, block_counters, dense_rows, registers
+from .select import Selection, is_last, key_blocks, priority_bytes, select_image
+from .utils import PINNED, Rows, block_counters, dense_rows, registers, rows_of
+
+
+class Update(NamedTuple):
+    """What is added to the rows, if anything is: (B, K, D), and a factor (D,) on it, if there is one."""
+
+    ptr: Any
+    gamma: Any
+
+
+class Norm(NamedTuple):
+    """A LayerNorm: weight and bias (D,), if it has them, and eps."""
+
+    weight: Any
+    bias: Any
+    eps: Any
+
+
+class Sizes(NamedTuple):
+    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score."""
+
+    ptr: Any
+    weight: Any
+
+
+class RowBlocks(NamedTuple):
+    """Rows that a program holds, and the two powers of two that cover their width."""
+
+    rows: int
+    first: int
+    rest: int
 
 
 @triton.jit
@@ -45,23 +77,23 @@ def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC: tl.constexpr):
+def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
     """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
-    if update_ptr is not None:
-        step = tl.load(update_ptr + cols[None, :], mask=mask, other=0.0).to(ACC)
-        if gamma_ptr is not None:
-            step = step * load_vector(gamma_ptr, cols, dim, 1.0, ACC)[None, :]
+    if update.ptr is not None:
+        step = tl.load(update.ptr + flat[:, None] * dim + cols[None, :], mask=mask, other=0.0).to(ACC)
+        if update.gamma is not None:
+            step = step * load_vector(update.gamma, cols, dim, 1.0, ACC)[None, :]
         x = (x.to(ACC) + step).to(x.dtype)
         tl.store(x_ptr + cols[None, :], x, mask=mask)
     return x.to(ACC)
 
 
 @triton.jit
-def store_norm(out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, ACC: tl.constexpr):
-    weight = load_vector(weight_ptr, cols, dim, 1.0, ACC)
-    bias = load_vector(bias_ptr, cols, dim, 0.0, ACC)
+def store_norm(out_ptr, value, mean, scale, norm, cols, inside, dim, ACC: tl.constexpr):
+    weight = load_vector(norm.weight, cols, dim, 1.0, ACC)
+    bias = load_vector(norm.bias, cols, dim, 0.0, ACC)
     out = (value - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
     tl.store(out_ptr + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < dim)[None, :])
 
@@ -74,39 +106,35 @@ def squares(value, mean, cols, dim):
 
 
 @triton.jit(do_not_specialize=["n", "count"])
-def add_norm_kernel(
-    x_ptr, stride_xb, stride_xn, idx_ptr, update_ptr, gamma_ptr, weight_ptr, bias_ptr, eps, out_ptr, n, count, dim,
-    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
+def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr):
     """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
-    x_ptr += b * stride_xb + position[:, None] * stride_xn
-    if update_ptr is not None:
-        update_ptr += flat[:, None] * dim
-    cols = tl.arange(0, BLOCK_A)
-    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
-    if BLOCK_B > 0:
-        more_cols = BLOCK_A + tl.arange(0, BLOCK_B)
-        more = load_rows(x_ptr, update_ptr, gamma_ptr, more_cols, valid, dim, ACC)
+    ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
+    dim = x.dim
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows)
+    x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
+    cols = tl.arange(0, BLOCKS.first)
+    value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
+    if BLOCKS.rest > 0:
+        more_cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
+        more = load_rows(x_ptr, update, flat, more_cols, valid, dim, ACC)
     if out_ptr is not None:
         total = tl.sum(value, axis=1)
-        if BLOCK_B > 0:
+        if BLOCKS.rest > 0:
             total += tl.sum(more, axis=1)
         mean = total / dim
         spread = squares(value, mean, cols, dim)
-        if BLOCK_B > 0:
+        if BLOCKS.rest > 0:
             spread += squares(more, mean, more_cols, dim)
-        scale = 1.0 / tl.sqrt(spread / dim + eps)
+        scale = 1.0 / tl.sqrt(spread / dim + norm.eps)
         out_ptr += flat[:, None] * dim
-        store_norm(out_ptr, value, mean, scale, weight_ptr, bias_ptr, cols, inside, dim, ACC)
-        if BLOCK_B > 0:
-            store_norm(out_ptr, more, mean, scale, weight_ptr, bias_ptr, more_cols, inside, dim, ACC)
+        store_norm(out_ptr, value, mean, scale, norm, cols, inside, dim, ACC)
+        if BLOCKS.rest > 0:
+            store_norm(out_ptr, more, mean, scale, norm, more_cols, inside, dim, ACC)
 
 
 @triton.jit
-def adjust_scores_by_size(scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, size_weight, BLOCK_N: tl.constexpr):
-    """scores += size_weight * their standard deviation over the patches * log(size), for one image, in place."""
+def adjust_scores_by_size(scores_ptr, sizes_ptr, weight, idx_ptr, count, num_prefix, BLOCK_N: tl.constexpr):
+    """scores += weight * their standard deviation over the patches * log(size), for one image, in place."""
     lanes = tl.arange(0, BLOCK_N)
     patches = tl.maximum(count - num_prefix, 1)
     sums = tl.zeros([BLOCK_N], tl.float32)
@@ -120,7 +148,7 @@ def adjust_scores_by_size(scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, siz
         inside = (offs >= num_prefix) & (offs < count)
         distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - mean
         spread += tl.where(inside, distance * distance, 0.0)
-    scale = size_weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
+    scale = weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
     scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
@@ -136,36 +164,29 @@ def adjust_scores_by_size(scores_ptr, sizes_ptr, idx_ptr, count, num_prefix, siz
 
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
 def add_select_kernel(
-    x_ptr, idx_ptr, update_ptr, gamma_ptr, query_ptr, scores_ptr, counters_ptr, kept_idx_ptr, pruned_idx_ptr,
-    sizes_ptr, size_weight, priority_ptr, n, count, num_keep, num_prefix, dim,
-    BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    x, idx_ptr, update, query_ptr, selection, sizes, n, count, num_keep, num_prefix,
+    BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Rows idx of x (B, N, D) += gamma * update (B, K, D); an image's last program selects which of them are kept."""
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCK_R)
-    x_ptr += b * n * dim + position[:, None] * dim
-    update_ptr += flat[:, None] * dim
-    cols = tl.arange(0, BLOCK_A)
-    value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
+    ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
+    dim = x.dim
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows)
+    x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
+    cols = tl.arange(0, BLOCKS.first)
+    value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
     score = tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
-    if BLOCK_B > 0:
-        cols = BLOCK_A + tl.arange(0, BLOCK_B)
-        value = load_rows(x_ptr, update_ptr, gamma_ptr, cols, valid, dim, ACC)
+    if BLOCKS.rest > 0:
+        cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
+        value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
         score += tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
-    tl.store(scores_ptr + flat, score.to(tl.float32), mask=inside)
-    if is_last(counters_ptr + b, tl.cdiv(count, BLOCK_R)):
-        scores_ptr += b * count
+    tl.store(selection.scores + flat, score.to(tl.float32), mask=inside)
+    if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
         if idx_ptr is not None:
             idx_ptr += b * count
-        if priority_ptr is not None:
-            priority_ptr += b * n
-        if sizes_ptr is not None:
-            adjust_scores_by_size(scores_ptr, sizes_ptr + b * n, idx_ptr, count, num_prefix, size_weight, BLOCK_N)
-        select_image(
-            scores_ptr, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (count - num_keep), count, num_keep,
-            num_prefix, idx_ptr, priority_ptr, BLOCK_N, IN_REGISTERS,
-        )  # fmt: skip
+        scores_ptr = selection.scores + b * count
+        if sizes.ptr is not None:
+            adjust_scores_by_size(scores_ptr, sizes.ptr + b * n, sizes.weight, idx_ptr, count, num_prefix, KEYS.tokens)
+        select_image(scores_ptr, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
 
 
 def split_width(dim: int) -> tuple[int, int]:
@@ -175,28 +196,27 @@ def split_width(dim: int) -> tuple[int, int]:
     return first, max(triton.next_power_of_2(rest), 16) if rest > 0 else 0
 
 
-def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
+def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> RowBlocks:
     """Rows a program holds, 64 bytes of x a thread, and the two blocks of their width."""
-    block_a, block_b = split_width(dim)
-    rows = max(1, 2048 // dtype.itemsize * num_warps // (block_a + block_b))
-    return {"BLOCK_R": 1 << (rows.bit_length() - 1), "BLOCK_A": block_a, "BLOCK_B": block_b}
+    first, rest = split_width(dim)
+    rows = max(1, 2048 // dtype.itemsize * num_warps // (first + rest))
+    return RowBlocks(1 << (rows.bit_length() - 1), first, rest)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out):
+def _launch_add_norm(x, idx, update, norm, out):
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
     if not (batch and count and dim):
         return
     blocks, num_warps = row_blocks(dim, 4, x.dtype), 4
     with torch.cuda.device_of(x):
-        add_norm_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
-            x, x.stride(0), x.stride(1), _dense(idx), _dense(update), _dense(gamma), _dense(weight), _dense(bias),
-            eps, out, n, count, dim, **blocks, num_warps=num_warps,
-            **registers(num_warps), **PINNED,
+        add_norm_kernel[(batch * triton.cdiv(count, blocks.rows),)](
+            rows_of(x), _dense(idx), update, norm, out, n, count, blocks,
+            num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
 
 
@@ -204,21 +224,22 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
-    _launch_add_norm(dense_rows(x), idx, None, None, weight, bias, eps, out)
+    _launch_add_norm(dense_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
     return out
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
     """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
     check("add_", x, idx, update, gamma)
-    _launch_add_norm(x, idx, update, gamma, None, None, 0.0, None)
+    _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
 
 
 def add_norm_(x, idx, update, gamma, weight, bias, eps):
     """Launch cropr::add_norm_; positions as in add_."""
     check("add_norm_", x, idx, update, gamma, weight, bias, eps)
     out = x.new_empty(update.shape)
-    _launch_add_norm(x, idx, update, gamma, weight, bias, eps, out)
+    parts = Update(_dense(update), _dense(gamma)), Norm(_dense(weight), _dense(bias), eps)
+    _launch_add_norm(x, idx, *parts, out)
     return out
 
 
@@ -229,27 +250,29 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
     if not (batch and count and dim):
         return kept_idx, pruned_idx
-    selection, num_warps = select_blocks(count, embedded=True)
+    keys, num_warps = key_blocks(count, embedded=True)
     num_warps = max(num_warps, 4)
     blocks = row_blocks(dim, num_warps, x.dtype)
+    scores = x.new_empty((batch, count), dtype=torch.float32)
+    selection = Selection(scores, priority_bytes(priority), block_counters(x), kept_idx, pruned_idx)
     with torch.cuda.device_of(x):
-        add_select_kernel[(batch * triton.cdiv(count, blocks["BLOCK_R"]),)](
-            x, _dense(idx), update.contiguous(), _dense(gamma), fold_query(query, accumulation_dtype(x.dtype)),
-            x.new_empty((batch, count), dtype=torch.float32), block_counters(x), kept_idx, pruned_idx,
-            _dense(sizes) if size_weight else None, size_weight, priority_bytes(priority),
-            n, count, num_keep, num_prefix, dim, **blocks, **selection,
-            num_warps=num_warps, **registers(num_warps), **PINNED,
+        add_select_kernel[(batch * triton.cdiv(count, blocks.rows),)](
+            rows_of(x), _dense(idx), Update(_dense(update), _dense(gamma)),
+            fold_query(query, accumulation_dtype(x.dtype)), selection,
+            Sizes(_dense(sizes) if size_weight else None, float(size_weight)),
+            n, count, num_keep, num_prefix, blocks, keys, num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
     return kept_idx, pruned_idx
 
 
 @triton.jit(do_not_specialize=["count", "num_prefix"])
 def rotate_kernel(
-    x_ptr, stride_xb, stride_xn, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads, width,
+    x, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One token a program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    width = x.dim
+    ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     patches = count - num_prefix
     pid = tl.program_id(0)
     b = (pid // patches).to(tl.int64)
@@ -259,7 +282,7 @@ def rotate_kernel(
         position = tl.load(idx_ptr + b * count + token)
     table_ptr += (position - num_prefix) * 2 * width
     head = tl.arange(0, BLOCK_H)
-    x_ptr += b * stride_xb + token.to(tl.int64) * stride_xn + head[:, None] * stride_xh
+    x_ptr = x.ptr + b * x.stride_b + token.to(tl.int64) * x.stride_n + head[:, None] * stride_xh
     if HALF:
         low = tl.arange(0, BLOCK_W // 2)
         distance = width // 2
@@ -276,14 +299,14 @@ def rotate_kernel(
     else:
         cols = tl.arange(0, BLOCK_W)
         mask = (head < heads)[:, None] & (cols < width)[None, :]
-        x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
+        pairs = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
         sin = tl.load(table_ptr + cols, mask=cols < width, other=0.0).to(ACC)
         cos = tl.load(table_ptr + width + cols, mask=cols < width, other=0.0).to(ACC)
-        a, c = tl.split(tl.reshape(x.to(ACC), (BLOCK_H, BLOCK_W // 2, 2)))
+        a, c = tl.split(tl.reshape(pairs.to(ACC), (BLOCK_H, BLOCK_W // 2, 2)))
         sin_a, sin_c = tl.split(tl.reshape(sin, (BLOCK_W // 2, 2)))
         cos_a, cos_c = tl.split(tl.reshape(cos, (BLOCK_W // 2, 2)))
         turned = tl.join(a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :])
-        tl.store(x_ptr + cols[None, :], tl.reshape(turned, (BLOCK_H, BLOCK_W)).to(x.dtype), mask=mask)
+        tl.store(x_ptr + cols[None, :], tl.reshape(turned, (BLOCK_H, BLOCK_W)).to(pairs.dtype), mask=mask)
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
@@ -294,8 +317,8 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
         return
     with torch.cuda.device_of(x):
         rotate_kernel[(batch * (count - num_prefix),)](
-            x, x.stride(0), x.stride(1), x.stride(2), table.contiguous(), _dense(idx),
-            count, num_prefix, heads, width, HALF=half,
+            Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
+            count, num_prefix, heads, HALF=half,
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_W=max(triton.next_power_of_2(width), 2),
             num_warps=4, **PINNED,
         )  # fmt: skip

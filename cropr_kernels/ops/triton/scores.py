@@ -9,36 +9,30 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype, fold_queries
 from ..validation import check
-from .select import is_last, priority_bytes, select_blocks, select_image
-from .utils import PINNED, block_counters, dense_rows, registers, width_block
+from .select import Selection, is_last, key_blocks, priority_bytes, select_image
+from .utils import PINNED, block_counters, dense_rows, registers, rows_of, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
 def scores_kernel(
-    x_ptr, query_ptr, scores_ptr, stride_xb, stride_xn, counters_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr,
-    n, num_keep, num_prefix, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    x, query_ptr, selection, n, num_keep, num_prefix,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_R)
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    x_row_ptr = x_ptr + b * stride_xb + rows.to(tl.int64)[:, None] * stride_xn
+    x_row_ptr = x.ptr + b * x.stride_b + rows.to(tl.int64)[:, None] * x.stride_n
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=query_ptr.dtype.element_ty)
-    for start in range(0, dim, BLOCK_D):
+    for start in range(0, x.dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
-        q = tl.load(query_ptr + cols, mask=cols < dim, other=0.0)
-        x = tl.load(x_row_ptr + cols[None, :], mask=(rows[:, None] < n) & (cols[None, :] < dim), other=0.0)
-        acc += x.to(acc.dtype) * q[None, :]
-    tl.store(scores_ptr + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
-    if kept_idx_ptr is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
-        if is_last(counters_ptr + b, tiles):
-            if priority_ptr is not None:
-                priority_ptr += b * n
-            select_image(
-                scores_ptr + b * n, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-                n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, IN_REGISTERS,
-            )  # fmt: skip
+        q = tl.load(query_ptr + cols, mask=cols < x.dim, other=0.0)
+        tile = tl.load(x_row_ptr + cols[None, :], mask=(rows[:, None] < n) & (cols[None, :] < x.dim), other=0.0)
+        acc += tile.to(acc.dtype) * q[None, :]
+    tl.store(selection.scores + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
+    if selection.kept_idx is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
+        if is_last(selection.counters + b, tiles):
+            select_image(selection.scores + b * n, selection, b, None, n, n, num_keep, num_prefix, KEYS)
 
 
 def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
@@ -59,14 +53,16 @@ def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
         return out
     # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
     # tuner, and the same with selection as without, or prune would disagree with scores.
-    blocks, num_warps = select_blocks(n, embedded=True)
+    blocks, num_warps = key_blocks(n, embedded=True)
     num_warps = max(num_warps, 4)
+    num_keep, counters = 0, None
+    if kept_idx is not None:
+        num_keep, counters = kept_idx.shape[1], block_counters(x)
     with torch.cuda.device_of(x):
         scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
-            x, fold_query(query, accumulation_dtype(x.dtype)), out, x.stride(0), x.stride(1),
-            None if kept_idx is None else block_counters(x), kept_idx, pruned_idx, priority_bytes(priority),
-            n, 0 if kept_idx is None else kept_idx.shape[1], num_prefix, dim,
-            **row_blocks(dim, num_warps, x.dtype), **blocks, num_warps=num_warps, **registers(num_warps), **PINNED,
+            rows_of(x), fold_query(query, accumulation_dtype(x.dtype)),
+            Selection(out, priority_bytes(priority), counters, kept_idx, pruned_idx), n, num_keep, num_prefix,
+            **row_blocks(dim, num_warps, x.dtype), KEYS=blocks, num_warps=num_warps, **registers(num_warps), **PINNED,
         )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ keys are ordered by position. Every step is an integer operation, so the result 
 _MAX_BLOCK tokens (half of it in kernels that do more) stay in registers; above, they are re-read in chunks.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,24 @@ from .utils import PINNED, dense_rows
 _MAX_BLOCK = 4096
 _COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
 _COUNT_MASK = tl.constexpr((1 << 21) - 1)
+
+
+class Selection(NamedTuple):
+    """Scores (B, K) of tokens and what becomes of them. Absent are: priority, where there is none; the counters (B,)
+    of finished programs, where one program selects alone; the positions, where scores are all that is asked for."""
+
+    scores: Any
+    priority: Any
+    counters: Any
+    kept_idx: Any
+    pruned_idx: Any
+
+
+class KeyBlocks(NamedTuple):
+    """Tokens whose keys a program holds at a time, and whether these are all of them."""
+
+    tokens: int
+    in_registers: bool
 
 
 @triton.jit
@@ -82,11 +100,15 @@ def count_three(keys, threshold, shift):
 
 
 @triton.jit
-def select_image(
-    scores_ptr, kept_idx_ptr, pruned_idx_ptr, n, num_keep, num_prefix, from_idx_ptr, priority_ptr,
-    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
-):  # fmt: skip
-    """Split one image's positions, or the positions from_idx that its tokens came from."""
+def select_image(scores_ptr, selection, b, from_idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
+    """Split the n positions of image b, or those of its `whole` ones, from_idx, that its tokens came from."""
+    BLOCK_N: tl.constexpr = KEYS.tokens
+    IN_REGISTERS: tl.constexpr = KEYS.in_registers
+    kept_idx_ptr = selection.kept_idx + b * num_keep
+    pruned_idx_ptr = selection.pruned_idx + b * (n - num_keep)
+    priority_ptr = selection.priority
+    if priority_ptr is not None:
+        priority_ptr += b * whole
     lanes = tl.arange(0, BLOCK_N)
     crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N)
     keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded)
@@ -100,9 +122,7 @@ def select_image(
         counts = count_three(keys, threshold, shift)
         if not IN_REGISTERS:
             for start in range(BLOCK_N, n, BLOCK_N):
-                chunk = load_keys(
-                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded
-                )  # fmt: skip
+                chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded)
                 counts += count_three(chunk, threshold, shift)
         packed = tl.sum(counts, axis=0)
         digit = (
@@ -148,32 +168,20 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
-def select_kernel(
-    scores_ptr, kept_idx_ptr, pruned_idx_ptr, priority_ptr, stride_sb, n, num_keep, num_prefix,
-    BLOCK_N: tl.constexpr, IN_REGISTERS: tl.constexpr,
-):  # fmt: skip
+def select_kernel(selection, stride_sb, n, num_keep, num_prefix, KEYS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
-    if priority_ptr is not None:
-        priority_ptr += b * n
-    select_image(
-        scores_ptr + b * stride_sb, kept_idx_ptr + b * num_keep, pruned_idx_ptr + b * (n - num_keep),
-        n, num_keep, num_prefix, None, priority_ptr, BLOCK_N, IN_REGISTERS,
-    )  # fmt: skip
+    select_image(selection.scores + b * stride_sb, selection, b, None, n, n, num_keep, num_prefix, KEYS)
 
 
-def select_blocks(n: int, *, embedded: bool = False) -> tuple[dict[str, Any], int]:
-    """Constants of select_image for images of n tokens, and the warps that hold the keys without spilling.
+def key_blocks(n: int, *, embedded: bool = False) -> tuple[KeyBlocks, int]:
+    """Blocks of select_image for images of n tokens, and the warps that hold the keys without spilling.
 
     embedded: in a kernel that has registers of its own to hold as well.
     """
     if n > _COUNT_MASK.value:
         raise RuntimeError(f"select: N must be at most {_COUNT_MASK.value} on CUDA, got {n}")
     block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK // 2 if embedded else _MAX_BLOCK)
-    constants = {
-        "BLOCK_N": block,
-        "IN_REGISTERS": n <= block,
-    }
-    return constants, min(max(block // 128, 1), 16)
+    return KeyBlocks(block, n <= block), min(max(block // 128, 1), 16)
 
 
 def priority_bytes(priority: Tensor | None) -> Tensor | None:
@@ -192,10 +200,10 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        constants, num_warps = select_blocks(n)
+        blocks, num_warps = key_blocks(n)
+        selection = Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx)
         with torch.cuda.device_of(scores):
             select_kernel[(batch,)](
-                scores, kept_idx, pruned_idx, priority_bytes(priority), scores.stride(0), n, num_keep, num_prefix,
-                **constants, num_warps=num_warps, **PINNED,
+                selection, scores.stride(0), n, num_keep, num_prefix, blocks, num_warps=num_warps, **PINNED,
             )  # fmt: skip
     return kept_idx, pruned_idx

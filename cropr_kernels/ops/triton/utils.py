@@ -1,4 +1,11 @@
-"""What every launcher shares: block shapes and dense rows."""
+"""What launchers and kernels share: rows of a tensor, block shapes.
+
+A tensor travels with its strides, a selection with its outputs: NamedTuples are arguments of kernels. Numbers in them
+are specialised, so they hold what a model keeps from layer to layer (strides, widths); counts of tokens stand alone.
+Any of their members may be None, never the tuple: Triton 3.6 cannot compare one that holds None, nor return it.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +26,20 @@ def block_counters(x: Tensor) -> Tensor:
     New for every launch, under a graph's capture too: whatever outlived one could be shared by streams or replays.
     """
     return torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+
+
+class Rows(NamedTuple):
+    """Rows of a (B, N, D) tensor: its data, elements from image to image and from row to row, and D."""
+
+    ptr: Any
+    stride_b: Any
+    stride_n: Any
+    dim: Any
+
+
+def rows_of(x: Tensor) -> Rows:
+    """The rows of x as an argument of a kernel; x has a stride of one in the last dimension."""
+    return Rows(x, x.stride(0), x.stride(1), x.shape[2])
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -1,0 +1,240 @@
+"""The commands and their arguments. What a command does is in cropr_kernels.cli, which is loaded to run it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .parsing import Parser
+
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("torch", "aoti", "onnx")
+_PRESETS = Path(__file__).parents[1] / "cropr_kernels" / "train" / "presets"
+
+
+def count(text: str) -> int:
+    """A number of things, as `type` of an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return int(text)
+
+
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "model": dict(
+        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, or a folder of transformers, "
+        "cropr.save or cropr train"
+    ),
+    "--arch": dict(help="of a weight file: a preset, or a model of timm or torchvision (default: by its tensors)"),
+    "--img-size": dict(type=count, help="side of the images in pixels (default: the model's)"),
+    "--num-classes": dict(type=int, help="0: features in place of classes (default: the model's)"),
+    "--queries": dict(
+        type=Path, help="what cropr calibrate wrote; it also says rate, merge and llf where no option does"
+    ),
+    "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
+    "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
+    "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
+    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion"),
+    "--merge": dict(action=argparse.BooleanOptionalAction, help="merge the pruned tokens into those that are kept"),
+    "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
+    "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
+    "--crop-pct": dict(type=float, help="side of the crop over that of the resized photo (default: the model's)"),
+    "--interpolation": dict(choices=("bicubic", "bilinear", "lanczos"), help="default: the model's"),
+    "--max-pixels": dict(type=count, help="of a photo; larger ones are not read (default: 178956970)"),
+    "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
+    "--rounds": dict(type=count, help="timings of each, the median is used (default: 3 to 9, as many as take 45 s)"),
+    "--device": dict(help="default: cuda where there is a GPU, else cpu"),
+    "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
+    "--quiet": dict(action="store_true", help="no progress"),
+}
+
+
+def add_arguments(parser: Any, *names: str) -> None:
+    """Arguments that several commands have."""
+    for name in names:
+        parser.add_argument(name, **_ARGUMENTS[name])
+
+
+def add_model(parser: Any, **how: Any) -> None:
+    """The arguments that name a model."""
+    parser.add_argument("model", **_ARGUMENTS["model"] | how)
+    add_arguments(parser, "--arch", "--img-size", "--num-classes")
+
+
+def add_pixels(parser: Any) -> None:
+    """The arguments that say how photos are read."""
+    add_arguments(parser, "--mean", "--std", "--crop-pct", "--interpolation", "--max-pixels")
+
+
+def add_pruning(parser: Any) -> None:
+    """The arguments of `load_with_queries`."""
+    add_model(parser)
+    add_arguments(parser, "--queries", "--llf", "--merge")
+    add_pixels(parser)
+    schedule = parser.add_mutually_exclusive_group()
+    add_arguments(schedule, "--rate", "--keep")
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
+    add_arguments(parser, "--rate", "--llf", "--merge")
+    add_model(parser, nargs="?", help="as of the other commands; a name has random weights")
+    parser.set_defaults(run="info.run", after_stop="nothing was written")
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="prune a pretrained model without labels and without training",
+        description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
+        "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
+    )
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--quiet")
+    add_pixels(parser)
+    parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
+    parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
+    parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
+    parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
+    parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
+    parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
+    parser.set_defaults(
+        run="calibrate.run",
+        after_stop="{out} is written as soon as the queries are known; the same command begins anew",
+    )
+
+
+def _add_map(commands: Any) -> None:
+    parser = commands.add_parser(
+        "map",
+        help="pictures of what a model prunes from photos, block by block",
+        description="Write maps.png (photos, and over each the block after which each patch is pruned), and for each "
+        "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
+        "calibrated on these photos.",
+    )
+    add_model(parser)
+    add_arguments(parser, "--queries", "--rate", "--llf", "--quiet")
+    add_pixels(parser)
+    parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
+    parser.set_defaults(run="map.run", after_stop="the pictures named above are whole; the same command begins anew")
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the schedule that reaches a speed on this device",
+        description="Measure how the time of a model depends on the number of tokens on this device, choose how many "
+        "are kept after each block, measure that, and write it for cropr.apply(model, keep=FILE). A name has random "
+        "weights.",
+    )
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
+    goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
+    add_model(parser)
+    add_arguments(parser, "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
+    parser.set_defaults(run="tune.run", after_stop="nothing was written; the same command begins anew")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure a model on this device, unpruned and at several rates",
+        description="Time a deployed model at several rates and batch sizes, in turns; a name has random weights. The "
+        "engine is first compared with the functional ops. Writes OUT.json and, with matplotlib, OUT.png.",
+    )
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
+    parser.set_defaults(run="bench.run", after_stop="what the tables above say is in {out}.json")
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
+        description="Write a pruned model in each format, compare what it computes with the model, and time it.",
+    )
+    add_pruning(parser)
+    add_arguments(parser, "--batch", "--device", "--rounds", "--quiet")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
+    parser.add_argument("--ops", choices=["cropr", "aten"], help="aten: the file needs no cropr ops (default: as fits)")
+    parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
+    parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
+    parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
+    parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: exported)")
+    parser.set_defaults(run="export.run", after_stop="the files named above are whole")
+
+
+def _add_infer(commands: Any) -> None:
+    parser = commands.add_parser(
+        "infer",
+        help="classify or embed a folder of photos or WebDataset shards, into Parquet",
+        description="Run a pruned model over photos. Writes part-00000.parquet and so on; the same command resumes "
+        "where it was stopped. Under torchrun all processes share the work.",
+    )
+    add_pruning(parser)
+    add_arguments(parser, "--device", "--dtype", "--quiet")
+    parser.add_argument("source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--features", action="store_true", help="features in place of classes")
+    parser.add_argument("--top", type=count, default=5, help="classes of each photo (default: 5)")
+    parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--unit", type=count, default=2048, help="photos of a folder in one file (default: 2048)")
+    parser.add_argument("--workers", type=count, default=4, help="threads that read photos (default: 4)")
+    parser.set_defaults(run="infer.run", after_stop="the same command resumes with the files that are not there yet")
+
+
+def _add_train(commands: Any) -> None:
+    training = commands.add_parser(
+        "train",
+        help="train a pruned Vision Transformer",
+        description="Train, or resume the run in OUT. Options are those of config.json, as name=value: rate=8 llf=true "
+        "img_size=224,224. Under torchrun all processes share the work.",
+    )
+    source = training.add_mutually_exclusive_group()
+    source.add_argument(
+        "--preset",
+        choices=sorted(file.stem for file in _PRESETS.glob("*.json")),
+        help="a published recipe to start from",
+    )
+    source.add_argument("--config", type=Path, help="a config.json to start from")
+    training.add_argument("--data", help="root folder of the dataset")
+    training.add_argument("--out", type=Path, required=True, help="folder of the run")
+    add_arguments(training, "--quiet")
+    training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
+    training.hint = "options of the configuration are given as name=value"
+    training.set_defaults(
+        run="train.run_train", after_stop="the same command resumes from the last checkpoint in {out}"
+    )
+    measuring = commands.add_parser(
+        "eval",
+        help="measure a trained model, and draw what it prunes",
+        description="Measure the model of a run on its validation data. Writes eval.json, maps.png, curves.png there.",
+    )
+    measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
+    measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
+    measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
+    measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
+    add_arguments(measuring, "--quiet")
+    measuring.set_defaults(run="train.run_eval", after_stop="nothing was written; the same command begins anew")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        from cropr_kernels.cli.info import versions
+
+        print(", ".join(f"{name} {value}" for name, value in versions().items()))
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands: `run` names a function in cropr_kernels.cli, `after_stop` says what a stop leaves."""
+    parser = argparse.ArgumentParser(prog="cropr", description="Token Cropr for PyTorch.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and device, and exit")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for add in (_add_info, _add_calibrate, _add_map, _add_tune, _add_bench, _add_export, _add_infer, _add_train):
+        add(commands)
+    return parser

@@ -211,11 +211,15 @@ def _add_train(commands: Any) -> None:
     )
     measuring = commands.add_parser(
         "eval",
-        help="measure a trained model, and draw what it prunes",
-        description="Measure the model of a run on its validation data. Writes eval.json, maps.png, curves.png there.",
+        help="measure a model on data with labels, and draw what it prunes",
+        description="Measure the model of a run of cropr train on its validation data, or any classifier on the photos "
+        "in DATA/val/CLASS, one folder a class in the order of its classes. Writes eval.json, maps.png, curves.png.",
     )
-    measuring.add_argument("out", type=Path, help="folder of a run of cropr train")
-    measuring.add_argument("--data", help="root folder of the dataset, if it has moved")
+    add_model(measuring)
+    add_arguments(measuring, "--queries", "--llf", "--merge")
+    add_pixels(measuring)
+    measuring.add_argument("--data", help="root folder of the dataset (default: that of the run)")
+    measuring.add_argument("--out", type=Path, help="folder to write to (default: that of the run, or eval)")
     measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
     measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
     add_arguments(measuring, "--quiet")

@@ -41,6 +41,11 @@ class Loaded(NamedTuple):
     trained: bool  # a run of cropr train, or saved pruned: with a schedule and queries of its own
 
 
+def is_run_folder(name: str | Path) -> bool:
+    """Whether there is a folder of a run of `cropr train`."""
+    return (Path(name) / "config.json").is_file() and not is_transformers_folder(name) and not was_saved(name)
+
+
 def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
     """The model that the arguments name, pruned as they say, at rate 0 if they cannot; a run as it was trained.
 
@@ -48,7 +53,7 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     """
     given, name = vars(options), options.model
     made = {key: own for key in ("arch", "img_size", "num_classes") if (own := given.get(key)) is not None}
-    is_run = (Path(name) / "config.json").is_file() and not is_transformers_folder(name) and not was_saved(name)
+    is_run = is_run_folder(name)
     if made and (is_run or was_saved(name)):
         raise ValueError(f"{name} says itself what it is: leave out --arch, --img-size and --num-classes")
     if is_run:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..models.adapters import find_spec
 from ..pruning.api import set_rate
 from ..pruning.maps import pruning_map
 from ..pruning.model import is_pruned
+from ..tasks import Classifier
 from ..train.config import PRESETS, Config
 from ..train.data import Data, load_data, val_loader
 from ..train.evaluate import MAIN, evaluate
@@ -20,6 +22,7 @@ from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
 from ..utils.optional import need
 from ..utils.viz import save_curves, save_pruning_maps
+from .common import is_run_folder, load_with_queries
 from .outputs import check_file, check_folder, checked_rates
 
 
@@ -57,13 +60,45 @@ def run_train(options: argparse.Namespace) -> None:
         print(json.dumps(metrics))
 
 
-def run_eval(options: argparse.Namespace) -> None:
-    task, config, classes = rebuild(options.out)
+def _of_run(folder: Path, options: argparse.Namespace) -> tuple[Any, Config, Data]:
+    """The task of a run of `cropr train`, its configuration and its data."""
+    task, config, classes = rebuild(folder)
     config = config.changed(data=options.data) if options.data else config
     need_libraries(config)
-    check_file(options.out / "eval.json", ".json", "the folder")
     data = load_data(config)
-    require_same(options.out, data, classes)
+    require_same(folder, data, classes)
+    return task, config, data
+
+
+def _of_model(options: argparse.Namespace) -> tuple[Any, Config, Data]:
+    """A classifier that any other name means, and photos val/CLASS/*.jpg, read as the model takes them."""
+    if not options.data:
+        raise ValueError(
+            f"{options.model} is no run of cropr train: say where photos val/CLASS/*.jpg are, --data FOLDER"
+        )
+    options.rate = 0 if options.rates == [0] else None
+    model, pixels, _ = load_with_queries(options)
+    config = Config(data=options.data).changed(img_size=pixels.img_size, mean=pixels.mean, std=pixels.std)
+    need_libraries(config)
+    folder = Path(options.data) / config.val_split[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no {folder}"
+        )
+    make = need("torchvision.datasets", "train", "cropr eval").ImageFolder
+    val = make(folder, transform=pixels.normalise, loader=pixels.load)
+    if len(val.classes) != find_spec(model).num_classes:
+        wanted = f"{find_spec(model).num_classes} folders, one for each class of the model and in their order"
+        raise ValueError(f"{folder} must hold {wanted}, it holds {len(val.classes)}")
+    return Classifier(model).eval(), config, Data(val, val, val.classes)
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    is_run = is_run_folder(options.model)
+    out = options.out or Path(options.model if is_run else "eval")
+    check_file(out / "eval.json", ".json", "the folder")
+    task, config, data = _of_run(Path(options.model), options) if is_run else _of_model(options)
+    classes = data.classes
     pruned, rows = is_pruned(task.backbone), []
     if options.rates and not pruned:
         raise ValueError("--rates needs a pruned model; this run has no schedule")
@@ -82,26 +117,26 @@ def run_eval(options: argparse.Namespace) -> None:
     names = [name for name in rows[0] if name not in ("aux", "schedule")]
     cells = [[row["schedule"], *(f"{row[name]:g}" for name in names)] for row in rows]
     print(table(["schedule", *names], cells), flush=True)
-    write_text(options.out / "eval.json", json.dumps(rows, indent=1) + "\n")
+    write_text(out / "eval.json", json.dumps(rows, indent=1) + "\n")
     try:
-        draw(task.cpu(), config, data, options)
+        draw(task.cpu(), config, data, out, options.pictures)
     except ImportError as error:
         print(f"no picture: {error}")
 
 
 @torch.no_grad()
-def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> None:
+def draw(task: Any, config: Config, data: Data, out: Path, pictures: int) -> None:
     """Write curves.png, how training went, and maps.png, where the model prunes."""
-    lines = read_log(options.out / "metrics.jsonl")
+    lines = read_log(out / "metrics.jsonl")
     if lines:
-        save_curves(options.out / "curves.png", lines, MAIN[config.task])
-        print(f"wrote {options.out / 'curves.png'}")
-    if not options.pictures or not is_pruned(task.backbone):
+        save_curves(out / "curves.png", lines, MAIN[config.task])
+        print(f"wrote {out / 'curves.png'}")
+    if not pictures or not is_pruned(task.backbone):
         return
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
-    step = max(len(data.val) // options.pictures, 1)
+    step = max(len(data.val) // pictures, 1)
     shown, maps = [], []
-    for index in range(0, len(data.val), step)[: options.pictures]:
+    for index in range(0, len(data.val), step)[:pictures]:
         image = data.val[index][0]
         if config.task == "detection":
             pixels = task.pixels([image])[0]
@@ -111,5 +146,5 @@ def draw(task: Any, config: Config, data: Data, options: argparse.Namespace) -> 
         maps.append(pruning_map(task.backbone, pixels[None])[0])
         shown.append(pixels * std + mean)
     depth = len(find_spec(task.backbone).blocks)
-    save_pruning_maps(options.out / "maps.png", torch.stack(shown), torch.stack(maps), depth)
-    print(f"wrote {options.out / 'maps.png'}")
+    save_pruning_maps(out / "maps.png", torch.stack(shown), torch.stack(maps), depth)
+    print(f"wrote {out / 'maps.png'}")

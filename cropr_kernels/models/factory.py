@@ -50,8 +50,8 @@ def kind_of(name: str, *, pretrained: bool = False) -> str:
     near = difflib.get_close_matches(name, {*PRESETS, *TORCHVISION, *timm.list_models()}, 3)
     hint = f"; near are {', '.join(near)}" if near else ""
     raise ValueError(
-        "a model must be a preset of cropr_kernels, a model of timm (hf-hub:OWNER/NAME too) or torchvision, a weight "
-        f"file ({', '.join(WEIGHT_FILES)}) or a folder of transformers, cropr.save or cropr train, got {name!r}{hint}"
+        "a model must be a preset of cropr_kernels, a model of timm or torchvision, hf-hub:OWNER/NAME of timm, a "
+        f"weight file ({', '.join(WEIGHT_FILES)}) or a folder of transformers, cropr.save or cropr train, got {name!r}{hint}"
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.outputs import outputs_of
 from ..pruning.model import is_pruned, of_image, run
 from ..pruning.state import PruningOptions
 
@@ -13,7 +14,7 @@ class Classifier(nn.Module):
     """A backbone with its own head, and the losses it is trained with.
 
     Args:
-        backbone: an image classifier that ends in logits (B, classes): pruned by `apply`, or any other.
+        backbone: an image classifier with logits (B, classes), also of transformers: pruned by `apply`, or any other.
         smoothing: label smoothing in [0, 1), of all targets.
     """
 
@@ -38,6 +39,6 @@ class Classifier(nn.Module):
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Logits (B, classes) of every auxiliary head, in order, and of the output last."""
         if not is_pruned(self.backbone):
-            return [self.backbone(images)]
+            return [outputs_of(self.backbone(images))]
         output, state = run(self.backbone, lambda: self.backbone(images), PruningOptions(predict=True))
-        return [*map(of_image, state.aux), output]
+        return [*map(of_image, state.aux), outputs_of(output)]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.folders import FOLDERS
+from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.models.factory import create_model
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations
@@ -30,34 +32,113 @@ def run(capsys):
     return command
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+def saved(folder):
+    cropr.save(cropr.apply(randomise(reference_vit()), rate=3, merge=True, num_outputs=0), folder / "saved")
+    return [folder / "saved"]
+
+
+def checkpoint_of_timm(folder):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=5)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state, "args": argparse.Namespace(lr=0.1)}, folder / "best.pth.tar")
+    return [folder / "best.pth.tar", "--arch", "vit_tiny_patch16_224", "--img-size", "96", "--num-classes", "5"]
+
+
+SOURCES = {kind: lambda folder, make=make: [make(folder)] for kind, make in FOLDERS.items()}
+SOURCES |= {"saved by cropr.save": saved, "checkpoint of timm, --arch": checkpoint_of_timm}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_every_command_takes(kind, run, tmp_path):
     for library in ("PIL", "matplotlib", "tqdm"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     tables = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
-    name, classifies = FOLDERS[kind](tmp_path), "features" not in kind and "tower" not in kind
+    name, *how = SOURCES[kind](tmp_path)
+    classifies, rate = "features" not in kind and "tower" not in kind, "2" if how else "4"
     queries, schedule = tmp_path / "queries.safetensors", tmp_path / "schedule.json"
-    assert "kept after each block" in run("info", name, "--rate", "4")
-    out = run("calibrate", name, PHOTOS, "--rates", "4", "--least", "0", "--photos", "2", "--out", queries, "--quiet")
-    assert ("same class, %" if classifies else "cosine, %") in out and "recommended: rate 4" in out
+    assert "kept after each block" in run("info", name, *how, "--rate", rate)
+    calibrate = ["calibrate", name, PHOTOS, *how, "--rates", rate, "--least", "0", "--photos", "2", "--quiet"]
+    out = run(*calibrate, "--out", queries)
+    assert ("same class, %" if classifies else "cosine, %") in out and f"recommended: rate {rate}" in out
     assert (out.splitlines()[2].split()[-1] == "-") != classifies
-    out = run("map", name, PHOTOS / "coffee.jpg", "--queries", queries, "--rate", "4", "--out", tmp_path / "maps")
+    asked = ["--queries", queries, "--quiet"]  # they say the rate
+    out = run("map", name, PHOTOS / "coffee.jpg", *how, *asked, "--out", tmp_path / "maps")
     assert re.search(r"\d+ of \d+ patches are kept", out) and "calibrated" not in out
-    run("tune", name, "--speedup", "1", "--rounds", "1", "--out", schedule, "--quiet")
+    assert (f"pruned as {queries} says: rate={rate}" in out) == ("saved" not in kind)
+    run("tune", name, *how, "--speedup", "1", "--rounds", "1", "--out", schedule, "--quiet")
     assert json.loads(schedule.read_text())["keep"]
-    out = run("bench", name, "--rates", "4", "--batch", "1", "--rounds", "1", "--out", tmp_path / "bench", "--quiet")
-    assert "FLOP ratio" in out
-    export = ["export", name, "--queries", queries, "--rate", "4", "--rounds", "1", "--images", PHOTOS]
+    bench = ["bench", name, *how, "--rates", rate, "--batch", "1", "--rounds", "1", "--quiet"]
+    assert "FLOP ratio" in run(*bench, "--out", tmp_path / "bench")
+    export = ["export", name, *how, *asked, "--rounds", "1", "--images", PHOTOS]
     out = run(*export, "--format", "torch", "--out", tmp_path / "files")
     stem = Path(name).stem
     assert (tmp_path / "files" / f"{stem}.pt2").is_file() and f"{stem}.pt2" in out
     shutil.copytree(PHOTOS, tmp_path / "photos", ignore=shutil.ignore_patterns("*a*.jpg"))
-    infer = ["infer", name, tmp_path / "photos", "--queries", queries, "--rate", "4", "--quiet", "--out"]
     for more in [[], ["--features"]]:
         folder = tmp_path / f"results{len(more)}"
-        assert "3 photos, 0 of them unreadable" in run(*infer, folder, *more)
+        assert "3 photos, 0 of them unreadable" in run(
+            "infer", name, tmp_path / "photos", *how, *asked, "--out", folder, *more
+        )
         rows = tables.dataset(folder, format="parquet").to_table().to_pylist()
         assert len(rows) == 3 and ("classes" in rows[0]) == (classifies and not more)
+    if classifies:
+        pytest.importorskip("torchmetrics", reason="the train extra is not installed")
+        for index, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:5]):
+            folder = tmp_path / "labelled" / "val" / str(index)
+            folder.mkdir(parents=True)
+            shutil.copy(photo, folder)
+        evaluate = ["eval", name, *how, *asked, "--data", tmp_path / "labelled", "--pictures", "1"]
+        assert "top-1" in run(*evaluate, "--rates", "0", rate, "--out", tmp_path / "eval")
+        assert [row["images"] for row in json.loads((tmp_path / "eval" / "eval.json").read_text())] == [5, 5]
+
+
+def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    name, queries = FOLDERS["transformers classifier"](tmp_path), tmp_path / "queries.safetensors"
+    model = cropr.apply(create_model(name), ratio=0.9, merge=cropr.Merge(2.0), num_outputs=0)
+    cropr.save_queries(model, queries)
+    merge = "Merge(candidates=2.0, size_weight=2.0)"
+    for options, expected in (
+        ([], f"ratio=0.9, llf=False, {merge}\n"),
+        (["--rate", "2"], f"rate=2, llf=False, {merge} (as asked: rate)\n"),
+        (["--rate", "2", "--no-merge"], "rate=2, llf=False (as asked: rate, merge)\n"),
+        (["--llf"], f"ratio=0.9, llf=True, {merge} (as asked: llf)\n"),
+    ):
+        folder = tmp_path / f"results{len(options)}{options[-1:]}"
+        out = run("infer", name, PHOTOS, "--queries", queries, *options, "--out", folder, "--quiet")
+        assert f"pruned as {queries} says: {expected}" in out
+        settings = json.loads((folder / "_settings.json").read_text())
+        assert (settings["merge"] == "None") == ("--no-merge" in options)
+
+
+def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
+    for kind, options, message in (
+        (
+            "saved by cropr.save",
+            ["--arch", "x"],
+            "says itself what it is: leave out --arch, --img-size and --num-classes",
+        ),
+        ("saved by cropr.save", ["--no-merge"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
+        ("transformers features", ["--img-size", "9"], "says itself what its img_size is: leave out --img-size"),
+        ("weight file", ["--num-classes", "9"], "--num-classes) must be 5, those of "),
+    ):
+        [name] = SOURCES[kind](tmp_path)
+        queries = [] if kind == "saved by cropr.save" else ["--rate", "0"]
+        assert cli.main(["infer", str(name), str(PHOTOS), "--out", str(tmp_path / "out"), *queries, *options]) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "labelled" / "val" / "one").mkdir(parents=True)
+    shutil.copy(PHOTOS / "coffee.jpg", tmp_path / "labelled" / "val" / "one")
+    evaluate = ["eval", str(tmp_path / "saved")]
+    for options, message in (
+        ([], "is no run of cropr train: say where photos val/CLASS/*.jpg are, --data FOLDER"),
+        (["--data", str(tmp_path)], "--data must be a folder with photos in val/CLASS, there is no"),
+        (
+            ["--data", str(tmp_path / "labelled")],
+            "must hold 5 folders, one for each class of the model and in their order",
+        ),
+    ):
+        assert cli.main([*evaluate, *options]) == 1 and message in capsys.readouterr().err
 
 
 def test_a_model_of_torchvision_by_name(run):

@@ -370,7 +370,10 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
         (["train", "--data", str(other), "--out", str(out)], "other data: classes[0] was 'blue', is 'green'"),
         (["eval", str(out), "--data", str(other)], "other data: classes[0] was 'blue', is 'green'"),
-        (["eval", str(tmp_path / "none")], "there is no file"),
+        (
+            ["eval", str(tmp_path / "none")],
+            "none is no run of cropr train: say where photos val/CLASS/*.jpg are, --data",
+        ),
         (["export", str(out), "--llf"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
     ]:
         assert cli.main(arguments) == 1

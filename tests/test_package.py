@@ -75,7 +75,7 @@ def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
         r"log\(size\) in attention +one more dimension of 16-bit heads on CUDA, else an additive bias", text
     )
     assert cli.main(["info", "vit_tiny_patch16_224", "--rate", "40"]) == 1
-    assert "cropr info: schedule: rate=40 keeps -4 of 36 tokens" in capsys.readouterr().err
+    assert "cropr info: schedule: rate must be at most 17 for 197 tokens and 11 modules" in capsys.readouterr().err
 
 
 def test_info_says_when_heads_leave_no_room_for_the_size(capsys, monkeypatch):

@@ -48,10 +48,11 @@ def kind_of(name: str, *, pretrained: bool = False) -> str:
     if name.startswith(_HUBS) or timm.is_model(name.split(".")[0]):
         return "timm"
     near = difflib.get_close_matches(name, {*PRESETS, *TORCHVISION, *timm.list_models()}, 3)
+    known = f"weight file ({', '.join(WEIGHT_FILES)}) or a folder of transformers, cropr.save or cropr train"
     hint = f"; near are {', '.join(near)}" if near else ""
     raise ValueError(
         "a model must be a preset of cropr_kernels, a model of timm or torchvision, hf-hub:OWNER/NAME of timm, a "
-        f"weight file ({', '.join(WEIGHT_FILES)}) or a folder of transformers, cropr.save or cropr train, got {name!r}{hint}"
+        f"{known}, got {name!r}{hint}"
     )
 
 

@@ -61,6 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise  # of a file that was read
         if reason is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16:
             reason = "No space left on device"
+        if reason is None and "inline_container" in str(error):  # of torch.save, whatever stopped it
+            reason = "only a part fits: a limit of file sizes, or of the disk"
         if reason is None:
             raise
         kind = type(error) if isinstance(error, OSError) else OSError

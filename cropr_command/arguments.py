@@ -20,15 +20,20 @@ def count(text: str) -> int:
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(
-        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, a folder of transformers, or a "
-        "run of cropr train"
+        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, or a folder of transformers, "
+        "cropr.save or cropr train"
     ),
-    "--queries": dict(type=Path, help="what cropr calibrate wrote; a run of cropr train has its own"),
-    "--rate": dict(type=int, help="tokens pruned after each block (default: 8, or that of the run)"),
+    "--arch": dict(help="of a weight file: a preset, or a model of timm or torchvision (default: by its tensors)"),
+    "--img-size": dict(type=count, help="side of the images in pixels (default: the model's)"),
+    "--num-classes": dict(type=int, help="0: features in place of classes (default: the model's)"),
+    "--queries": dict(
+        type=Path, help="what cropr calibrate wrote; it also says rate, merge and llf where no option does"
+    ),
+    "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
     "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
     "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
-    "--llf": dict(action="store_true", help="Last Layer Fusion"),
-    "--merge": dict(action="store_true", help="merge the pruned tokens into those that are kept"),
+    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion"),
+    "--merge": dict(action=argparse.BooleanOptionalAction, help="merge the pruned tokens into those that are kept"),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--crop-pct": dict(type=float, help="side of the crop over that of the resized photo (default: the model's)"),
@@ -48,6 +53,12 @@ def add_arguments(parser: Any, *names: str) -> None:
         parser.add_argument(name, **_ARGUMENTS[name])
 
 
+def add_model(parser: Any, **how: Any) -> None:
+    """The arguments that name a model."""
+    parser.add_argument("model", **_ARGUMENTS["model"] | how)
+    add_arguments(parser, "--arch", "--img-size", "--num-classes")
+
+
 def add_pixels(parser: Any) -> None:
     """The arguments that say how photos are read."""
     add_arguments(parser, "--mean", "--std", "--crop-pct", "--interpolation", "--max-pixels")
@@ -55,7 +66,8 @@ def add_pixels(parser: Any) -> None:
 
 def add_pruning(parser: Any) -> None:
     """The arguments of `load_with_queries`."""
-    add_arguments(parser, "model", "--queries", "--llf", "--merge")
+    add_model(parser)
+    add_arguments(parser, "--queries", "--llf", "--merge")
     add_pixels(parser)
     schedule = parser.add_mutually_exclusive_group()
     add_arguments(schedule, "--rate", "--keep")
@@ -64,7 +76,7 @@ def add_pruning(parser: Any) -> None:
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
     add_arguments(parser, "--rate", "--llf", "--merge")
-    parser.add_argument("model", nargs="?", help="as of the other commands; a name has random weights")
+    add_model(parser, nargs="?", help="as of the other commands; a name has random weights")
     parser.set_defaults(run="info.run", after_stop="nothing was written")
 
 
@@ -75,7 +87,8 @@ def _add_calibrate(commands: Any) -> None:
         description="Solve for the queries of a pretrained model on photos of a folder, compare the pruned model with "
         "the unpruned one on others, at several rates, and recommend one. Load them with cropr.load_queries.",
     )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--quiet")
     add_pixels(parser)
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
     parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
@@ -97,7 +110,8 @@ def _add_map(commands: Any) -> None:
         "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
         "calibrated on these photos.",
     )
-    add_arguments(parser, "model", "--queries", "--rate", "--llf", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--queries", "--rate", "--llf", "--quiet")
     add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
@@ -115,7 +129,8 @@ def _add_tune(commands: Any) -> None:
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--speedup", type=float, help="times as fast as the unpruned model")
     goal.add_argument("--latency-ms", type=float, help="milliseconds of a forward of the batch")
-    add_arguments(parser, "model", "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
     parser.set_defaults(run="tune.run", after_stop="nothing was written; the same command begins anew")
 
@@ -127,7 +142,8 @@ def _add_bench(commands: Any) -> None:
         description="Time a deployed model at several rates and batch sizes, in turns; a name has random weights. The "
         "engine is first compared with the functional ops. Writes OUT.json and, with matplotlib, OUT.png.",
     )
-    add_arguments(parser, "model", "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
+    add_model(parser)
+    add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")

@@ -15,6 +15,7 @@ from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
 from .calibration import save_queries as save_queries
 from .exporting import export as export
+from .models.pixels import Pixels as Pixels
 from .models.vit import ViT as ViT
 from .models.vit import ViTConfig as ViTConfig
 from .models.vit import create_vit as create_vit
@@ -33,7 +34,9 @@ from .pruning.model import features as features
 from .pruning.module import Cropr as Cropr
 from .pruning.module import Scorer as Scorer
 from .pruning.module import loss as loss
-from .pruning.pretrained import from_pretrained as from_pretrained
+from .pruning.saving import from_pretrained as from_pretrained
+from .pruning.saving import load as load
+from .pruning.saving import save as save
 from .pruning.windows import Windows as Windows
 from .schedule import Schedule as Schedule
 from .tuning import tune as tune

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .models.outputs import outputs_of
-from .pruning.api import deploy, set_rate
-from .pruning.model import require_pruned, run
+from .pruning.api import deploy, options_of, set_rate
+from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.state import PruningOptions
+from .schedule import SCHEDULES
 from .utils.flops import flop_counter
 from .utils.io import atomic_write, load_safetensors
 from .utils.optional import need
@@ -188,15 +189,22 @@ def _set_queries(stack: Any, queries: Tensor) -> None:
 
 
 def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = None) -> None:
-    """Write the folded queries of a pruned model, (modules, D) float32, and what is said about them: safetensors.
+    """Write the folded queries of a pruned model, (modules, D) float32, and how it is pruned: safetensors.
+
+    The commands prune as the file says: by its schedule, merging and fusion. `about` adds to that, or replaces it.
 
     Raises:
         TypeError: the model is not pruned.
+        OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
     write = need("safetensors.torch", "demo", "cropr.save_queries").save_file
-    queries, text = torch.stack([module.query().cpu() for module in stack]), json.dumps(about or {}, sort_keys=True)
+    how = {name: own for name, own in (options_of(stack) or {}).items() if name in (*SCHEDULES, "llf", "merge")}
+    queries, text = (
+        torch.stack([module.query().cpu() for module in stack]),
+        json.dumps(how | (about or {}), sort_keys=True),
+    )
     with atomic_write(path) as temporary:
         write({"queries": queries}, temporary, {"about": text, "sha256": _checksum(queries, text)})
 
@@ -205,11 +213,34 @@ def _checksum(queries: Tensor, about: str) -> str:
     return hashlib.sha256(queries.numpy().tobytes() + about.encode()).hexdigest()
 
 
+def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """The queries (modules, D) in a file, and what is said about them; errors are those of `load_queries`."""
+    if Path(path).is_dir():
+        raise ValueError(f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or cropr.save_queries")
+    try:
+        tensors, metadata = load_safetensors(path)
+        why = "" if "queries" in tensors and "about" in metadata else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
+    except ValueError as error:
+        why = str(error)
+    if why:
+        give = "give one that cropr calibrate or cropr.save_queries wrote"
+        raise ValueError(f"cropr.load_queries: {path} holds no queries: {why}; {give}")
+    queries, about = tensors["queries"], metadata["about"]
+    if metadata.get("sha256") != _checksum(queries, about):
+        raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or copy again")
+    if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
+        raise ValueError(
+            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds {queries.dtype} "
+            f"{tuple(queries.shape)}"
+        )
+    return queries, json.loads(about)
+
+
 @torch.no_grad()
 def load_queries(model: Any, path: str | Path) -> Any:
     """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in place.
 
-    A model with Last Layer Fusion has one module fewer, and takes the first ones.
+    A model with Last Layer Fusion has one module fewer, and takes the first ones. How the model is pruned stays.
 
     Returns:
         The same model.
@@ -221,23 +252,12 @@ def load_queries(model: Any, path: str | Path) -> Any:
         ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
-    try:
-        tensors, metadata = load_safetensors(path)
-        queries, about = tensors["queries"], metadata["about"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"cropr.load_queries: {path} holds no queries: {error}") from error
-    if metadata.get("sha256") != _checksum(queries, about):
-        raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match")
-    if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
-        raise ValueError(
-            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds {queries.dtype} "
-            f"{tuple(queries.shape)}"
-        )
+    queries, _ = read_queries(path)
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:
         raise ValueError(
             f"cropr.load_queries: the model has {len(stack)} modules of width {dim}, {path} queries of shape "
-            f"{tuple(queries.shape)}"
+            f"{tuple(queries.shape)}; calibrate this model"
         )
     _set_queries(stack, queries.to(next(model.parameters()).device))
     return model
@@ -271,6 +291,7 @@ def agreement(
         ValueError: there are no images, or a rate drops more tokens than there are.
     """
     classifies = require_pruned(model, "cropr.agreement").spec.num_classes > 0
+    warn_of_random_queries(model, "cropr.agreement", 4)
     fast, device = deploy(model), next(model.parameters()).device
     rates, flops = [*rates], dict[int, int]()
     outputs: dict[int, list[Tensor]] = {}

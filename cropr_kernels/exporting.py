@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from .ops.decompositions import decompositions
 from .pruning.api import deploy
-from .pruning.model import require_pruned, run
+from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
-from .utils.io import publish
+from .utils.io import disk_errors, publish
 from .utils.optional import need
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -94,6 +94,7 @@ def export(
     need_libraries(format)
     if format == "onnx" and ops == "cropr":
         raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
+    warn_of_random_queries(model, "cropr.export")
     wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
     traced = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
     shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None
@@ -102,7 +103,7 @@ def export(
         program = program.run_decompositions(decompositions())
     expected = wrapped(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder, disk_errors(path):
         file = Path(folder) / path.name
         _write(program, file, format)
         difference, same_map = _compare(list(load_exported(file, format)(images)), list(expected), with_map)

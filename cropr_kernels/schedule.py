@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SCHEDULES = ("rate", "keep", "ratio", "const")  # the ways to say it
+
 
 def num_modules(depth: int, llf: bool) -> int:
     """How many Cropr modules a network of `depth` blocks holds; ValueError if it is too shallow for one."""
@@ -43,7 +45,7 @@ class Schedule:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rate", "keep", "ratio", "const") if getattr(self, name) is not None]
+        given = [name for name in SCHEDULES if getattr(self, name) is not None]
         if len(given) != 1:
             one = "exactly one of rate, keep, ratio and const"
             raise ValueError(f"schedule: give {one}, got {', '.join(given) or 'none'}")
@@ -76,7 +78,14 @@ class Schedule:
         if self.rate is not None:
             rate = round(self.share * self.rate)  # keeps counts at multiples of 4 more often than a share of them
             first = num_tokens - rate - (num_prefix % 4 if rate else 0)
-            return self._checked([first - rate * module for module in range(modules)], num_tokens, num_prefix)
+            counts = [first - rate * module for module in range(modules)]
+            if counts[-1] <= num_prefix:
+                most = max(num_tokens - num_prefix - 1 - num_prefix % 4, 0) // modules
+                raise ValueError(
+                    f"schedule: rate must be at most {most} for {num_tokens} tokens and {modules} modules, so that one "
+                    f"patch is left beside the {num_prefix} prefix tokens, got {rate}"
+                )
+            return self._checked(counts, num_tokens, num_prefix)
         if isinstance(self.keep, tuple):
             counts = list(self.keep)
             if len(counts) != modules:
@@ -100,8 +109,8 @@ class Schedule:
         for module, (before, count) in enumerate(zip([num_tokens, *counts], counts)):
             if not num_prefix + 1 <= count <= before:
                 raise ValueError(
-                    f"schedule: {self} keeps {count} of {before} tokens in module {module}; it must keep at least one "
-                    f"patch beside the {num_prefix} prefix tokens and at most the {before} there are"
+                    f"schedule: {self} keeps {count} of {before} tokens in module {module}; keep at least one patch "
+                    f"beside the {num_prefix} prefix tokens and at most the {before} there are"
                 )
         return counts
 

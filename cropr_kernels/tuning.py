@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .pruning.api import deploy
+from .pruning.api import deployed_copy
 from .pruning.model import require_pruned
 from .pruning.model import run as pruned_run
 from .pruning.state import PruningOptions
@@ -163,7 +163,7 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    fast, modules, prefix, depth = deploy(model), len(stack), stack.spec.num_prefix, len(stack.spec.blocks)
+    fast, modules, prefix, depth = deployed_copy(model), len(stack), stack.spec.num_prefix, len(stack.spec.blocks)
     tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 
     def run(keep: Sequence[int], batch: Tensor = images) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import cropr_kernels as cropr
+from cropr_kernels.pruning.api import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.images import load_photo
 from cropr_kernels.utils.io import table as text_table
@@ -43,7 +44,7 @@ def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
     made = {"no pruning": model}
     for name, llf in ((f"Cropr, R = {rate}", False), (f"Cropr, R = {rate}, LLF", True)):
         cropr.apply(model, rate=rate, llf=llf)
-        made[name] = cropr.deploy(model)
+        made[name] = deployed_copy(model)
         cropr.remove(model)
     return made
 

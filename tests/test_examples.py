@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_snippets_run_and_print_what_the_page_says(source, printed, tmp_path, mo
     pytest.importorskip("torchvision", reason="the train extra is not installed")
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     monkeypatch.chdir(tmp_path)
+    warnings.filterwarnings("error", "cropr.* the queries are random")
     exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[torch.onnx]")]
     assert shown == printed.splitlines()

@@ -41,7 +41,8 @@ def test_ratio_always_leaves_a_patch(patches, prefix, depth, ratio, llf):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Schedule(rate=18).counts(197, 12), r"rate=18 keeps -2 of 16 tokens in module 10"),
+        (lambda: Schedule(rate=18).counts(197, 12), "rate must be at most 17 for 197 tokens and 11 modules, .* got 18"),
+        (lambda: Schedule(rate=8).counts(101, 13, 5), r"at most 7 for 101 tokens .* the 5 prefix tokens, got 8"),
         (lambda: Schedule(rate=-1).counts(197, 12), "rate must be >= 0, got -1"),
         (lambda: Schedule(rate=8).counts(197, 1), "depth must be at least 2 without LLF, got 1"),
         (lambda: Schedule(rate=8).counts(197, 2, llf=True), "depth must be at least 3 with LLF, got 2"),

@@ -8,6 +8,7 @@ import torch
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import PruningModule
 from cropr_kernels.models.vit import PRESETS
+from cropr_kernels.pruning.api import deployed_copy
 
 
 def image_size(name: str) -> int:
@@ -23,7 +24,7 @@ def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
 
 def deploy(model: Any, plain: Any, **options: Any) -> Any:
     """For inference, with the weights of `plain` where they are: whoever has its own finds them colder in the cache."""
-    deployed = cropr.deploy(model, **options)
+    deployed = deployed_copy(model, **options)
     shared = dict(plain.named_parameters())
     for name, module in deployed.named_modules():
         for key in list(module._parameters):

@@ -11,7 +11,7 @@ from torch import Tensor
 from cropr_kernels import __version__
 
 from ..models.outputs import outputs_of
-from ..pruning.api import deploy, set_rate
+from ..pruning.api import deployed_copy, set_rate
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
 from ..utils.progress import each
@@ -28,7 +28,7 @@ def measure(
     model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int | None, show: bool
 ) -> list[dict[str, Any]]:
     """One row per rate, 0 first; RuntimeError where the engine computes something else than the functional ops."""
-    fast, plain = deploy(model, cuda_graphs=graphs), deploy(model, engine=False)
+    fast, plain = deployed_copy(model, cuda_graphs=graphs), deployed_copy(model, engine=False)
     calls: dict[Any, Callable[[], Any]] = {}
     gflops: dict[int, float] = {}
     what = f"batch {len(images)}"
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     graphs, rows = len(rates) if options.cuda_graphs else 0, list[dict[str, Any]]()
     device, dtype = place["device"], str(place["dtype"]).removeprefix("torch.")
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    reason = deploy(model).cropr.engine_reason
+    reason = deployed_copy(model).cropr.engine_reason
     about = {
         "model": options.model,
         "llf": model.cropr.config.llf,

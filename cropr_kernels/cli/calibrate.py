@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import calibration
 from ..models.adapters import find_spec
-from ..models.factory import Pixels
+from ..models.pixels import Pixels
 from ..utils.images import find_photos, readable, told
 from ..utils.io import table
 from ..utils.optional import need
@@ -47,8 +47,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"photos: {pixels}{told(skipped)}")
     unreadable: tuple[list[str], list[str]] = [], []
     calibration.calibrate(model, batches(paths[:fitted], pixels, "calibrating", show, unreadable[0]))
-    config = model.cropr.config
-    facts: dict[str, Any] = {"model": options.model, "llf": config.llf, "merge": config.merge is not None}
+    facts: dict[str, Any] = {"model": options.model}
     calibration.save_queries(model, options.out, facts)  # what follows may be interrupted
     compare = batches(compared, pixels, f"comparing at {len(rates)} rates", show, unreadable[1])
     rows = calibration.agreement(model, compare, rates)

@@ -2,16 +2,20 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..calibration import load_queries
-from ..models.factory import Pixels, create_model, is_transformers_folder, pixels_of
+from ..calibration import load_queries, read_queries
+from ..models.factory import create_model, is_transformers_folder, require_own_head
+from ..models.pixels import Pixels, pixels_of
 from ..pruning.api import apply, set_rate
+from ..pruning.merging import Merge
 from ..pruning.model import is_pruned
-from ..pruning.pretrained import from_pretrained, was_pruned
+from ..pruning.saving import load, was_saved
+from ..schedule import SCHEDULES
 from ..train.loop import rebuild
 from ..utils.optional import need
 
@@ -43,27 +47,30 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     Raises what `create_model`, `rebuild` and `apply` raise, and ValueError where the arguments do not fit the model.
     """
     given, name = vars(options), options.model
-    rate, keep, merge = given.get("rate", 0), given.get("keep"), given.get("merge", False)
-    if (Path(name) / "config.json").is_file() and not is_transformers_folder(name):
+    made = {key: own for key in ("arch", "img_size", "num_classes") if (own := given.get(key)) is not None}
+    is_run = (Path(name) / "config.json").is_file() and not is_transformers_folder(name) and not was_saved(name)
+    if made and (is_run or was_saved(name)):
+        raise ValueError(f"{name} says itself what it is: leave out --arch, --img-size and --num-classes")
+    if is_run:
         task, config, _ = rebuild(name)
         if config.task != "classification":
             raise ValueError(f"{name} must be a run of classification, is one of {config.task}")
         model, pixels = task.backbone, Pixels(config.img_size, config.mean, config.std)
+    elif was_saved(name):
+        model = load(name).to(torch.float32)
+        pixels = model.cropr.pixels or pixels_of(model, name)
     else:
-        model = (
-            from_pretrained(name, dtype=torch.float32)
-            if was_pruned(name)
-            else create_model(name, pretrained=pretrained)
-        )
-        pixels = pixels_of(model, name)
-    trained = is_pruned(model)
+        model = create_model(name, pretrained=pretrained, **made)
+        if pretrained and "num_classes" in made:
+            require_own_head(name, model, made["num_classes"])
+        pixels = pixels_of(model, made.get("arch", name))
+    trained, asked = is_pruned(model), _asked(options)
     if not trained:
-        schedule = {"rate": 8 if rate is None else rate} if keep is None else {"keep": keep}
-        apply(model, **schedule, llf=options.llf, merge=merge, num_outputs=0)
-    elif options.llf or merge or keep is not None:
+        _prune(model, asked, {"rate": 8 if "rate" in given else 0}, given.get("queries"))
+    elif asked.keys() - {"rate"}:
         raise ValueError(f"{name} says itself how it is pruned: leave out --llf, --merge and --keep")
-    elif given.get("rate") is not None:
-        set_rate(model, rate)
+    elif asked:
+        set_rate(model, asked["rate"])
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{name} has weights that are not finite")
     own = {part: value for part in ("mean", "std", "crop_pct", "interpolation") if (value := given.get(part))}
@@ -75,6 +82,27 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     if given.get("max_pixels"):  # Pillow warns from this number on, and refuses from twice as many
         need("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = given["max_pixels"] // 2
     return Loaded(model, pixels, trained)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about how to prune."""
+    names = ("rate", "keep", "llf", "merge")
+    return {name: own for name in names if (own := vars(options).get(name)) is not None}
+
+
+def _prune(model: Any, asked: dict[str, Any], default: dict[str, Any], queries: Path | None) -> None:
+    """Prune a model as the command line asks; for what it leaves open as the queries say, or else by the default."""
+    how: dict[str, Any] = {}
+    if queries is not None:
+        about = read_queries(queries)[1]
+        how = {name: about[name] for name in (*SCHEDULES, "llf") if about.get(name) is not None}
+        how["merge"] = Merge(**about["merge"]) if isinstance(about.get("merge"), dict) else bool(about.get("merge"))
+    schedules = ({name: one[name] for name in SCHEDULES if name in one} for one in (asked, how, default))
+    rest = {name: own for name, own in (how | asked).items() if name not in SCHEDULES}
+    apply(model, **next(filter(None, schedules)), **rest, num_outputs=0)
+    if queries is not None and os.environ.get("RANK", "0") == "0":
+        but = f" (as asked: {', '.join(asked)})" if asked else ""
+        print(f"pruned as {queries} says: {model.cropr.config}{but}")
 
 
 def load_with_queries(options: argparse.Namespace) -> Loaded:

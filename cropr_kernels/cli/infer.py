@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import find_spec
-from ..models.factory import Pixels
 from ..models.outputs import outputs_of, remove_classifier
+from ..models.pixels import Pixels
 from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
 from ..utils.io import atomic_write, require_launcher, write_text

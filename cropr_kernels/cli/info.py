@@ -13,7 +13,7 @@ from cropr_kernels import __version__
 from .. import ops
 from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
-from ..pruning.api import deploy, remove, set_rate
+from ..pruning.api import deployed_copy, remove, set_rate
 from ..utils.flops import flop_counter
 from .common import load_model
 
@@ -60,9 +60,9 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     """How a model would be pruned and what would run it."""
     model, pixels, _ = load_model(options, pretrained=False)
     known, image = find_spec(model), torch.zeros(1, 3, *pixels.img_size)
-    deployed = deploy(model)
+    deployed = deployed_copy(model)
     stack, depth, gflops = deployed.cropr, len(known.blocks), []
-    for one in (deployed, set_rate(deploy(model), 0)):
+    for one in (deployed, set_rate(deployed_copy(model), 0)):
         with flop_counter() as counter:
             one(image)
         gflops.append(counter.get_total_flops() / 2e9)

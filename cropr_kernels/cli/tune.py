@@ -21,7 +21,13 @@ def run(options: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         tuned = tune(model.to(**place), images, **goal, rounds=options.rounds, show=not options.quiet)
     llf, dtype = model.cropr.config.llf, str(place["dtype"]).removeprefix("torch.")
-    about = {"model": options.model, "batch": batch, "dtype": dtype, "llf": llf, "merge": options.merge}
+    about = {
+        "model": options.model,
+        "batch": batch,
+        "dtype": dtype,
+        "llf": llf,
+        "merge": model.cropr.config.merge is not None,
+    }
     print(f"kept after each block: {' '.join(map(str, tuned.keep))}")
     print(f"unpruned {tuned.unpruned_ms:.3g} ms, pruned {tuned.pruned_ms:.3g} ms a batch of {batch}")
     print(

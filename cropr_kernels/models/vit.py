@@ -184,6 +184,13 @@ class PatchEmbed(nn.Module):
         return self.proj(images).permute(0, 2, 3, 1)
 
 
+def resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, prefix + patches, D) of one grid at another (bicubic); those of the prefix stay."""
+    grid = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
+    return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
 class ViT(nn.Module):
     """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the patch size.
 
@@ -232,10 +239,7 @@ class ViT(nn.Module):
         if (height, width) == (self.grid, self.grid):
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.grid**2
-        fixed, table = self.pos_embed[:, :prefix], self.pos_embed[:, prefix:]
-        table = table.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=(height, width), mode="bicubic", antialias=True)
-        return torch.cat([fixed, table.permute(0, 2, 3, 1).flatten(1, 2).to(fixed.dtype)], dim=1)
+        return resize_positions(self.pos_embed, prefix, (self.grid, self.grid), (height, width))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, P + patches, D) and, for rotary models, the rotary table (patches, 2 * head_dim)."""

@@ -24,6 +24,7 @@ from .model import (
     is_pruned,
     keep_grid,
     require_pruned,
+    warn_of_random_queries,
 )
 from .module import Cropr, FoldedCropr, Scorer
 from .windows import Windows
@@ -128,22 +129,39 @@ def apply(
     return model
 
 
-def _note(model: Any) -> None:
-    """Tell the configuration of a model of transformers how it is pruned: save_pretrained writes it."""
-    stack, first = model.cropr, model.cropr[0]
-    if not hasattr(getattr(model, "config", None), "save_pretrained") or not isinstance(first, Cropr | FoldedCropr):
-        return
-    config, grid, patch = stack.config, stack.config.grid, stack.spec.patch_size
-    head = getattr(first, "aggregator", None)
-    model.config.cropr = {
+def options_of(stack: CroprModules) -> dict[str, Any] | None:
+    """The options with which `apply` makes such modules, as plain values; None where only others know how."""
+    first, config = stack[0], stack.config
+    if not isinstance(first, Cropr | FoldedCropr):
+        return None
+    grid, patch, head = config.grid, stack.spec.patch_size, getattr(first, "aggregator", None)
+    return {
         **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
         "llf": config.llf,
         "merge": config.merge and asdict(config.merge),
+        "windows": config.windows and asdict(config.windows),
         "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
         "num_outputs": head.head.out_features if head else 0,
         "mlp_ratio": head.mlp[0].out_features / stack.spec.dim if head and head.mlp else 0.0,
     }
+
+
+def apply_options(model: Any, options: dict[str, Any]) -> Any:
+    """`apply` with what `options_of` gave."""
+    merge, windows = options.get("merge"), options.get("windows")
+    made = {
+        "merge": Merge(**merge) if merge else False,
+        "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
+    }
+    return apply(model, **options | made)
+
+
+def _note(model: Any) -> None:
+    """Tell the configuration of a model of transformers how it is pruned: save_pretrained writes it."""
+    options = options_of(model.cropr)
+    if options is not None and hasattr(getattr(model, "config", None), "save_pretrained"):
+        model.config.cropr = options
 
 
 def _replace_attributes(model: Any, stack: CroprModules) -> None:
@@ -234,6 +252,8 @@ def set_rate(model: Any, rate: int) -> Any:
     _counts(config, stack.spec)
     stack.config = config
     _note(model)
+    if isinstance(stack[0], FoldedCropr):
+        warn_of_random_queries(model, "cropr.set_rate")
     return model
 
 
@@ -256,7 +276,8 @@ def set_progress(model: Any, share: float) -> Any:
 def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
 
-    The argument stays as it was. A rate of 0 gives the unpruned model on the same engine.
+    The argument stays as it was. A rate of 0 gives the unpruned model on the same engine. Warns, once a model, where
+    the queries were neither trained, calibrated nor loaded, as `pruning_map`, `merge_map`, `agreement` and `export` do.
 
     Args:
         model: pruned by `apply`.
@@ -273,6 +294,14 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         ValueError: cuda_graphs is negative.
     """
     require_pruned(model, "cropr.deploy")
+    warn_of_random_queries(model, "cropr.deploy")
+    deployed = deployed_copy(model, engine=engine, cuda_graphs=cuda_graphs)
+    deployed.cropr.warned = model.cropr.warned
+    return deployed
+
+
+def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
+    """`deploy` for those who measure time, which does not depend on the queries: nothing is said of random ones."""
     if cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     deployed = copy.deepcopy(model)
@@ -293,7 +322,7 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
         light.watched = [one for parts in light.engine for one in parts.watched()]
     except EngineRefusal as refusal:
         light.engine_reason = str(refusal)
-    light.graphs = Graphs(cuda_graphs) if cuda_graphs else None
+    light.graphs, light.warned = Graphs(cuda_graphs) if cuda_graphs else None, True
     if cuda_graphs:
         deployed.forward = GraphedForward(deployed)
     return deployed.eval().requires_grad_(False)

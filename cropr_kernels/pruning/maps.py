@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import require_pruned, run
+from .model import require_pruned, run, warn_of_random_queries
 from .state import PruningOptions
 
 
@@ -28,6 +28,7 @@ def pruning_map(
         ValueError: a mask does not fit.
     """
     tower = require_pruned(model, "cropr.pruning_map").spec.tower
+    warn_of_random_queries(model, "cropr.pruning_map", 4)
     options = PruningOptions(protect=protect, padding=padding)
     _, state = run(model, lambda: tower(images, **kwargs), options)
     return state.pruning_map(images.device)
@@ -52,6 +53,7 @@ def merge_map(model: Any, images: Tensor, *, protect: Tensor | None = None, **kw
     stack = require_pruned(model, "cropr.merge_map")
     if stack.config.merge is None:
         raise ValueError("cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)")
+    warn_of_random_queries(model, "cropr.merge_map", 4)
     tower = stack.spec.tower
     _, state = run(model, lambda: tower(images, **kwargs), PruningOptions(protect=protect))
     grid, prefix, rows = state.require_grid(), state.num_prefix, state.rows

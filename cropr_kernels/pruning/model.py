@@ -1,6 +1,7 @@
 """A pruned model: `model.cropr`, and what happens before and after its own forward."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
+from ..models.pixels import Pixels
 from .config import PruningConfig
 from .engine import Graphs
 from .masks import level_padding
+from .module import Scorer
 from .state import PruningOptions, PruningState, Slot, Slots
 
 T = TypeVar("T")
@@ -34,6 +37,8 @@ class CroprModules(nn.ModuleList):
         self.watched: list[tuple[nn.Module, str, nn.Module]] = []
         self.engine_reason = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
+        self.warned = False  # of random queries
+        self.pixels: Pixels | None = None  # how the model's images are prepared, where `load` knows it
 
     @property
     def slot(self) -> Slot:
@@ -63,6 +68,23 @@ def require_pruned(model: Any, caller: str) -> CroprModules:
     if not is_pruned(model):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
     return model.cropr
+
+
+def warn_of_random_queries(model: Any, caller: str, stacklevel: int = 3) -> None:
+    """Say once of a pruned model that what it prunes is arbitrary, where it is; a decorator is one more level."""
+    stack: CroprModules = model.cropr
+    if (
+        stack.warned
+        or stack.config.schedule.rate == 0
+        or not any(isinstance(one, Scorer) and one.is_random() for one in stack)
+    ):
+        return
+    stack.warned = True
+    warnings.warn(
+        f"{caller}: the queries are random, so what is pruned is arbitrary; call cropr.calibrate(model, images), "
+        "cropr.load_queries(model, file), or train first",
+        stacklevel=stacklevel,
+    )
 
 
 def run(model: Any, call: Callable[[], T], options: PruningOptions) -> tuple[T, PruningState]:

@@ -19,6 +19,10 @@ class Scorer(nn.Module, ABC):
     def query(self) -> Tensor:
         """The vector (D,), float32, whose product with a token is its score: what the engine and merging take."""
 
+    def is_random(self) -> bool:
+        """Whether its query is known to be the random one that it began with."""
+        return False
+
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """In training: an auxiliary prediction from x (B, N, D), and the scores (B, N), if either is at hand.
 
@@ -106,11 +110,19 @@ class Cropr(Scorer):
             )
         self.queries = nn.Parameter(torch.empty(num_queries, dim), requires_grad=num_outputs > 0)
         nn.init.trunc_normal_(self.queries, std=dim**-0.5)
+        self.initial = self.queries[0].detach().clone()  # no state: what was loaded, trained or calibrated is another
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
+        self.register_load_state_dict_pre_hook(_translate)
 
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
         return fold_queries(self.queries.detach()).float()
+
+    def is_random(self) -> bool:
+        """Whether its queries are those that it began with: neither trained, nor calibrated, nor loaded."""
+        own = self.queries.detach()
+        known = not (own.is_meta or self.initial.is_meta or hasattr(own, "full_tensor"))
+        return known and torch.equal(own[0].cpu(), self.initial.to("cpu", own.dtype))
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
@@ -134,9 +146,26 @@ class FoldedCropr(Scorer):
     def __init__(self, module: Cropr):
         super().__init__()
         self.register_buffer("folded", module.query().clone())
+        self.initial = self.folded.clone() if module.is_random() else None
+        self.register_load_state_dict_pre_hook(_translate)
 
     def query(self) -> Tensor:
         return self.folded
+
+    def is_random(self) -> bool:
+        return self.initial is not None and torch.equal(self.folded.cpu(), self.initial.to("cpu", self.folded.dtype))
+
+
+def _translate(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Trained modules and deployed ones take each other's state; heads are left out where there is nothing to train."""
+    queries, folded = f"{prefix}queries", f"{prefix}folded"
+    if isinstance(module, FoldedCropr) and queries in state:
+        state[folded] = fold_queries(state.pop(queries)).float()
+    elif isinstance(module, Cropr) and len(module.queries) == 1 and folded in state:
+        state[queries] = state.pop(folded).unsqueeze(0)
+    if getattr(module, "aggregator", None) is None:
+        for name in [name for name in state if name.startswith(f"{prefix}aggregator.")]:
+            del state[name]
 
 
 def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: Any) -> Tensor:

@@ -16,7 +16,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
         kept = "the one before is still there" if path.exists() else "there is none"
-        raise RuntimeError(f"checkpoint: cannot write {path}: {error}; {kept}") from error
+        raise RuntimeError(f"checkpoint: {error}; {kept}") from error
 
 
 def load(path: Path, *fields: str) -> dict[str, Any]:

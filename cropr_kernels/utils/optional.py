@@ -1,6 +1,6 @@
 """Libraries that only some features need, imported where they are used."""
 
-import importlib
+import importlib.util
 from typing import Any
 
 _DISTRIBUTIONS = {"PIL": "pillow", "faster_coco_eval": "faster-coco-eval", "sklearn": "scikit-learn"}
@@ -10,6 +10,14 @@ def distribution(module: str) -> str:
     """The name by which a module's library is installed."""
     library = module.split(".")[0]
     return _DISTRIBUTIONS.get(library, library)
+
+
+def is_there(module: str) -> bool:
+    """Whether a library is installed."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # somebody has put None in its place
+        return False
 
 
 def need(module: str, extra: str, what: str) -> Any:

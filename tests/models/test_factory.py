@@ -8,8 +8,9 @@ import torch
 from helpers.folders import FOLDERS, MEAN, STD
 from helpers.models import CLASSIFIERS, HOSTS, MODELS, reference_vit
 
-from cropr_kernels.models.factory import create_model, kind_of, pixels_of
+from cropr_kernels.models.factory import create_model, kind_of
 from cropr_kernels.models.outputs import outputs_of, remove_classifier
+from cropr_kernels.models.pixels import pixels_of
 from cropr_kernels.models.vit import ViT
 
 
@@ -29,7 +30,9 @@ def test_what_a_name_means(tmp_path):
     assert kind_of("vit_tiny_patch16_224", pretrained=True) == "timm"
     (tmp_path / "config.json").write_text("[]")
     for name in ("resnet_of_nobody", str(tmp_path)):
-        with pytest.raises(ValueError, match=r"a model must be a preset .* or a folder of transformers, got "):
+        with pytest.raises(
+            ValueError, match=r"a model must be a preset .* or a folder of transformers, cropr.save or .* got "
+        ):
             kind_of(name)
 
 

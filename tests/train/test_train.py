@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(RuntimeError, match=r"cannot write .*last.pt: .*; .*the one before is still there"):
+        with pytest.raises(RuntimeError, match=r"last.pt cannot be written: .*; .*the one before is still there"):
             checkpoint.save(path, {"model": {"w": torch.ones(10**5)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

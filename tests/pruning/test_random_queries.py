@@ -1,0 +1,120 @@
+"""Random queries are said once, wherever they would decide what is pruned, and nobody else is bothered."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from helpers.models import reference_vit, timm_vit
+
+import cropr_kernels as cropr
+from cropr_kernels.pruning.api import deployed_copy
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+SAID = "the queries are random, so what is pruned is arbitrary; call cropr.calibrate"
+
+
+def like(model):
+    return IMAGES.to(next(model.parameters()).dtype)
+
+
+CALLS = {
+    "deploy": cropr.deploy,
+    "pruning_map": lambda model: cropr.pruning_map(model, like(model)),
+    "merge_map": lambda model: cropr.merge_map(model, like(model)),
+    "agreement": lambda model: cropr.agreement(model, like(model), [2]),
+}
+
+
+def pruned(**options):
+    return cropr.apply(reference_vit(), **{"rate": 8, "merge": True, **options}).eval()
+
+
+def is_quiet(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return not any(SAID in str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_they_are_said_once_and_the_line_is_the_callers(name, half):
+    model = pruned()
+    if half:
+        model = copy.deepcopy(pickle.loads(pickle.dumps(model))).bfloat16()
+    with pytest.warns(UserWarning, match=rf"cropr.{name}: {SAID}") as caught:
+        CALLS[name](model)
+    assert [one.filename for one in caught] == [__file__]
+    assert is_quiet(lambda: CALLS[name](model)) and is_quiet(
+        lambda: cropr.pruning_map(cropr.deploy(model), like(model))
+    )
+
+
+def test_a_file_of_them_is_said_too(tmp_path):
+    with pytest.warns(UserWarning, match=f"cropr.export: {SAID}"):
+        cropr.export(pruned(merge=False), IMAGES, tmp_path / "model.pt2", format="torch")
+
+
+def test_an_unpruned_deployed_model_that_begins_to_prune_says_it():
+    model = pruned(rate=0)
+    assert is_quiet(lambda: cropr.deploy(model))
+    with pytest.warns(UserWarning, match=f"cropr.set_rate: {SAID}"):
+        cropr.set_rate(cropr.deploy(model), 3)
+    assert is_quiet(lambda: cropr.set_rate(model, 3)), "it may still be calibrated"
+    assert is_quiet(lambda: cropr.set_rate(deployed_copy(model), 3)), "measuring time needs no queries"
+
+
+def trained(model, tmp_path):
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
+    cropr.loss(lambda output, _: output.square().sum(), *model(IMAGES), None).backward()
+    optimizer.step()
+
+
+def loaded(model, tmp_path):
+    model.load_state_dict(pruned(num_queries=len(model.cropr[0].queries)).state_dict())
+
+
+def assigned(model, tmp_path):
+    model.load_state_dict(pruned(num_queries=len(model.cropr[0].queries)).state_dict(), assign=True)
+
+
+def with_a_file(model, tmp_path):
+    cropr.save_queries(pruned(), tmp_path / "queries.safetensors")
+    cropr.load_queries(model, tmp_path / "queries.safetensors")
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize(
+    "make",
+    [trained, loaded, assigned, with_a_file, lambda model, _: cropr.calibrate(model, IMAGES)],
+    ids=["trained", "loaded", "assigned", "file", "calibrated"],
+)
+def test_queries_that_came_from_somewhere_are_not(make, num_queries, deployed, tmp_path):
+    model = pruned(num_queries=num_queries)
+    if deployed and make in (trained, loaded, assigned):
+        pytest.skip("a deployed model has nothing to train, and other names")
+    model = deployed_copy(model) if deployed else model
+    model.cropr.warned = False
+    make(model, tmp_path)
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        for call in CALLS.values():
+            assert is_quiet(lambda call=call, other=other: call(other))
+    assert not any("initial" in name for name in model.state_dict())
+
+
+def test_modules_of_others_are_their_own_business():
+    class Mine(cropr.Scorer):
+        def query(self):
+            return torch.ones(64)
+
+    model = cropr.apply(timm_vit(), rate=8, make_module=lambda layer, block: Mine())
+    assert is_quiet(lambda: cropr.deploy(model))
+
+
+def test_weights_that_are_nowhere_yet_are_not_known_to_be_random():
+    with torch.device("meta"):
+        model = cropr.apply(reference_vit(), rate=8)
+    assert is_quiet(lambda: cropr.deploy(model))

@@ -1,0 +1,202 @@
+"""What cropr.save writes cropr.load gives back, bit for bit; what is damaged or cannot be named is said."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from helpers.models import HOSTS, outputs_of, randomise, reference_vit, timm_eva, timm_vit, torchvision_vit
+
+import cropr_kernels as cropr
+from cropr_kernels.models.architecture import architecture_of
+from cropr_kernels.utils import io
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.filterwarnings("ignore:.*(Parameter|unauthenticated).*")
+
+
+def by_name(name="vit_tiny_patch16_224", **options):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return timm.create_model(name, **{"img_size": 64, "num_classes": 5, **options})
+
+
+FAMILIES = {
+    "reference": lambda: reference_vit(rope=True, swiglu=True, qkv="joint_eva", global_pool="avg"),
+    "timm": lambda: by_name(depth=4, patch_size=8, drop_path_rate=0.1),
+    "timm, average": lambda: by_name(depth=4, patch_size=8, global_pool="avg", class_token=False),
+    "timm, Eva": lambda: by_name("eva02_tiny_patch14_224", img_size=112, num_classes=3),
+    "torchvision": torchvision_vit,
+    "transformers": HOSTS["ViT"],
+}
+WAYS = [{"rate": 1, "merge": cropr.Merge(2.0)}, {"ratio": 0.8, "llf": True, "num_queries": 3}]
+
+
+def images_of(model):
+    size = getattr(getattr(model, "patch_embed", None), "img_size", (64, 64))
+    return torch.nn.functional.interpolate(IMAGES, size).to(next(model.parameters()).dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_comes_back_bit_for_bit(family, how, dtype, tmp_path):
+    model = cropr.apply(randomise(FAMILIES[family]()).to(dtype), **how).eval()
+    images = images_of(model)
+    for saved in (model, cropr.deploy(model, engine=False)):
+        cropr.save(saved, tmp_path / "model")
+        other = cropr.load(tmp_path / "model")
+        assert type(other) is type(model) and other.cropr.config == model.cropr.config and not other.training
+        again = other if saved is model else cropr.deploy(other, engine=False)  # frozen, as what was saved
+        assert torch.equal(outputs_of(again(images)), outputs_of(saved(images)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cropr.deploy(other)  # nobody says that its queries are random
+        assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    names = {name for name in model.state_dict() if not name.startswith("cropr.")}
+    assert {name for name in other.state_dict() if not name.startswith("cropr.")} == names
+
+
+def test_how_images_are_prepared_is_saved(tmp_path):
+    mine = cropr.Pixels((64, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.9, "bilinear", True)
+    model = cropr.apply(reference_vit(), rate=2)
+    for pixels, expected in ((None, None), (mine, mine)):
+        cropr.save(model, tmp_path, pixels=pixels)
+        assert cropr.load(tmp_path).cropr.pixels == expected
+    cropr.save(cropr.load(tmp_path), tmp_path)
+    assert cropr.load(tmp_path).cropr.pixels == mine
+    model = by_name(depth=3)
+    cropr.save(cropr.apply(model, rate=1), tmp_path)
+    other = cropr.load(tmp_path)
+    assert other.cropr.pixels.crop_pct == 0.9 and other.pretrained_cfg == model.pretrained_cfg
+
+
+@torch.no_grad()
+def test_windows_and_half_a_curriculum_are_saved(tmp_path):
+    options = dict(rate=1, llf=True, windows=cropr.Windows(4, (1,)), num_queries=16)
+    model = cropr.apply(randomise(timm_vit()), **options).eval()
+    cropr.set_progress(model, 0.0)
+    with pytest.warns(UserWarning, match=r"nothing that can be named makes this timm\.models\.vision_transformer\.Vis"):
+        cropr.save(model, tmp_path)
+    other = cropr.load(tmp_path, timm_vit())
+    assert other.cropr.config == model.cropr.config
+    assert torch.equal(other.forward_features(IMAGES), model.forward_features(IMAGES))
+
+
+@torch.no_grad()
+def test_what_nothing_names_is_loaded_into_a_model_that_is_given(tmp_path):
+    make = lambda: timm_eva(scale_attn_inner=True)  # noqa: E731
+    model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
+    with pytest.warns(UserWarning, match=r"cropr.load will need one: cropr.load\(path, model=\.\.\.\)"):
+        cropr.save(model, tmp_path)
+    with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; make one and give it: cropr.load\("):
+        cropr.load(tmp_path)
+    for given in (make(), cropr.apply(make(), rate=9, num_outputs=0)):
+        other = cropr.load(tmp_path, model=given)
+        assert other is given and torch.equal(other(IMAGES), model(IMAGES))
+    with pytest.raises(ValueError, match=r"does not fit this VisionTransformer: \d+ tensors differ, the first are "):
+        cropr.load(tmp_path, model=timm_vit(depth=4))
+
+
+@torch.no_grad()
+def test_modules_of_ones_own_are_put_there_before(tmp_path):
+    class Mine(cropr.Scorer):
+        def __init__(self):
+            super().__init__()
+            self.own = torch.nn.Parameter(torch.randn(64))
+
+        def query(self):
+            return self.own.float()
+
+    def make():
+        return cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: Mine()).eval()
+
+    model = make()
+    cropr.save(model, tmp_path)
+    with pytest.raises(ValueError, match="has modules of its own: prune a model with the same make_module and give it"):
+        cropr.load(tmp_path)
+    assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
+
+
+def test_options_that_change_no_tensor_are_not_lost():
+    assert architecture_of(by_name())["options"] == {"num_classes": 5, "img_size": [64, 64]}
+    assert architecture_of(by_name(drop_path_rate=0.1, proj_drop_rate=0.1)) is not None
+    for options in (dict(act_layer="relu"), dict(norm_layer=torch.nn.Identity), dict(qk_norm=True)):
+        assert architecture_of(by_name(**options)) is None
+    changed = by_name()
+    changed.blocks[0].mlp.act = torch.nn.ReLU()
+    assert architecture_of(changed) is None
+
+
+@pytest.mark.parametrize("family", ["reference", "transformers"])
+def test_damage_is_found_and_named(family, tmp_path):
+    cropr.save(cropr.apply(FAMILIES[family](), rate=2, num_outputs=0), tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes(), config.read_text()
+    for place in (len(whole[0]) // 2, len(whole[0]) - 1):
+        weights.write_bytes(whole[0][:place] + bytes([whole[0][place] ^ 1]) + whole[0][place + 1 :])
+        with pytest.raises(ValueError, match=r"is damaged, or not all of it was written: .*; save it again"):
+            cropr.load(tmp_path)
+    weights.write_bytes(whole[0])
+    about = json.loads(whole[1])
+    about["cropr"]["rate"] = 3
+    config.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="is damaged, or not all of it was written"):
+        cropr.load(tmp_path)
+    config.write_text(whole[1])
+    assert cropr.load(tmp_path).cropr.config.schedule.rate == 2
+
+
+def test_what_is_no_saved_model_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"cropr.save: the model is not pruned"):
+        cropr.save(reference_vit(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*; cropr.save writes one"):
+        cropr.load(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("[]")
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError, match=r"holds no pruned model; cropr.save writes one into a folder"):
+            cropr.load(path)
+    with pytest.raises(ValueError, match=r"the path must be a folder, .*config.json is a file"):
+        cropr.save(cropr.apply(reference_vit(), rate=2), tmp_path / "config.json")
+
+
+def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
+    model = cropr.apply(reference_vit(), rate=2, num_outputs=0)
+    cropr.save(model, tmp_path)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("unexpected pos 896 vs 854") from None
+
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(pytest.importorskip("safetensors.torch"), "save_file", fails)
+    queries = tmp_path / "queries.safetensors"
+    for call, path in (
+        (lambda: cropr.save(model, tmp_path), tmp_path / "model.safetensors"),
+        (lambda: cropr.save_queries(model, queries), queries),
+    ):
+        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device; mend that or name"):
+            call()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert cropr.load(tmp_path).cropr.config == model.cropr.config
+
+
+@torch.no_grad()
+def test_states_of_pruned_models_load_into_pruned_and_plain_ones():
+    model = cropr.apply(randomise(reference_vit()), rate=4).eval()
+    fast = cropr.deploy(model, engine=False)
+    for options in ({}, {"num_outputs": 0}):
+        other = cropr.apply(reference_vit(), rate=4, **options).eval()
+        assert not any(other.load_state_dict(model.state_dict()))
+        assert torch.equal(other(IMAGES), model(IMAGES))
+    for state in (model.state_dict(), fast.state_dict()):
+        other = cropr.deploy(cropr.apply(reference_vit(), rate=4), engine=False)
+        assert not any(other.load_state_dict(state)) and torch.equal(other(IMAGES), model(IMAGES))
+    other = cropr.apply(reference_vit(), rate=4, num_outputs=0).eval()
+    assert not any(other.load_state_dict(fast.state_dict())) and torch.equal(other(IMAGES), model(IMAGES))
+    plain = reference_vit().eval()
+    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and all(name.startswith("cropr.") for name in unexpected)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"cropr.0.queries\""):
+        plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(IMAGES), cropr.set_rate(model, 0)(IMAGES))

@@ -58,7 +58,7 @@ def test_the_command_says_what_is_wrong(weights, tmp_path, capsys):
         ([tmp_path / "none"], [], "there is no photo or folder"),
         ([tmp_path], [], "no photos (.bmp"),
         ([__file__], [], "cannot identify image file"),
-        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate=40 keeps -4 of 36 tokens"),
+        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate must be at most 17 for 197 tokens"),
         ([PHOTOS / "rocket.jpg"], ["--queries", str(tmp_path / "none.pt")], "none.pt"),
     ]:
         arguments = ["map", str(weights), *map(str, images), "--out", str(tmp_path / "out"), *more]

@@ -33,7 +33,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
     "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
     "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion"),
-    "--merge": dict(action=argparse.BooleanOptionalAction, help="merge the pruned tokens into those that are kept"),
+    "--merge": dict(
+        action=argparse.BooleanOptionalAction,
+        help="merge the pruned tokens into those that are kept, or drop them (default: as the queries or the model "
+        "say, or merge, with --llf drop)",
+    ),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--crop-pct": dict(type=float, help="side of the crop over that of the resized photo (default: the model's)"),
@@ -106,12 +110,12 @@ def _add_map(commands: Any) -> None:
     parser = commands.add_parser(
         "map",
         help="pictures of what a model prunes from photos, block by block",
-        description="Write maps.png (photos, and over each the block after which each patch is pruned), and for each "
-        "photo NAME.gif, an animation, and NAME_blocks.png, its frames side by side. Without --queries the model is "
-        "calibrated on these photos.",
+        description="Write maps.png (photos, and over each the block after which each patch is pruned), merged.png "
+        "(the tokens they end in, where they merge), and for each photo NAME.gif, an animation, and NAME_blocks.png, "
+        "its frames side by side. Without --queries the model is calibrated on these photos.",
     )
     add_model(parser)
-    add_arguments(parser, "--queries", "--rate", "--llf", "--quiet")
+    add_arguments(parser, "--queries", "--rate", "--llf", "--merge", "--quiet")
     add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")

@@ -104,6 +104,7 @@ def _prune(model: Any, asked: dict[str, Any], default: dict[str, Any], queries: 
         how["merge"] = Merge(**about["merge"]) if isinstance(about.get("merge"), dict) else bool(about.get("merge"))
     schedules = ({name: one[name] for name in SCHEDULES if name in one} for one in (asked, how, default))
     rest = {name: own for name, own in (how | asked).items() if name not in SCHEDULES}
+    rest.setdefault("merge", not rest.get("llf"))  # the better of the two without training, but where all come back
     apply(model, **next(filter(None, schedules)), **rest, num_outputs=0)
     if queries is not None and os.environ.get("RANK", "0") == "0":
         but = f" (as asked: {', '.join(asked)})" if asked else ""

@@ -8,11 +8,11 @@ import torch
 from .. import calibration
 from ..models.adapters import find_spec
 from ..pruning.api import deploy
-from ..pruning.maps import pruning_map
+from ..pruning.maps import merge_map, pruning_map
 from ..utils.images import find_named_photos, readable, shown, told
 from ..utils.optional import need
 from ..utils.progress import each
-from ..utils.viz import save_pruning_frames, save_pruning_maps
+from ..utils.viz import save_merge_maps, save_pruning_frames, save_pruning_maps
 from .common import load_model
 from .outputs import check_folder
 
@@ -40,8 +40,13 @@ def run(options: argparse.Namespace) -> None:
     fast, depth = deploy(model), len(find_spec(model).blocks)
     maps = torch.cat([pruning_map(fast, batch) for batch in each(images.split(16), "pruning", show=show)])
     sheet = options.out / "maps.png"
-    save_pruning_maps(sheet, photos[:8], maps[:8], depth, [shown(path.stem) for path in paths[:8]])
-    print(f"{sheet}: {min(len(paths), 8)} photos, dark patches are pruned first")
+    first, titles = photos[:8], [shown(path.stem) for path in paths[:8]]
+    save_pruning_maps(sheet, first, maps[:8], depth, titles)
+    print(f"{sheet}: {len(first)} photos, dark patches are pruned first")
+    if fast.cropr.config.merge is not None:
+        sheet = options.out / "merged.png"
+        save_merge_maps(sheet, first, merge_map(fast, images[:8]), titles)
+        print(f"{sheet}: the same, and the tokens they end in")
     names: dict[str, int] = {}
     for path, photo, own in zip(paths, photos, maps):
         names[path.stem] = names.get(path.stem, 0) + 1  # photos of different folders may have one name

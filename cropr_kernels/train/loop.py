@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -55,6 +56,8 @@ def processes(config: Config) -> Iterator[Place]:
         yield Place(0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size(), torch.device(kind))
     finally:
         if ours:
+            # Gloo's threads end with the last reference to the group; one that wants the GIL as Python exits aborts it.
+            gc.collect()  # wrapped models refer to themselves
             dist.destroy_process_group()
 
 
@@ -83,13 +86,18 @@ def train(
         RuntimeError: the loss stays infinite or NaN, a checkpoint cannot be written, or another process writes there.
     """
     with processes(config) as place:
-        config = build.settled(config)
-        data = load_data(config) if data is None else data
-        task = build.task(config, len(data.classes)) if task is None else task
-        with folder.locked(Path(out)) if place.rank == 0 else contextlib.nullcontext():
-            if place.world > 1:
-                dist.barrier()  # the others read the folder when the first has it
-            return Run(config, Path(out), data, task, place, show).go()
+        return _train(config, Path(out), data, task, place, show)
+
+
+def _train(config: Config, out: Path, data: Data | None, task: Any, place: Place, show: bool) -> dict[str, Any]:
+    """What `train` does as one of the processes; apart, so that the model is let go before they part."""
+    config = build.settled(config)
+    data = load_data(config) if data is None else data
+    task = build.task(config, len(data.classes)) if task is None else task
+    with folder.locked(out) if place.rank == 0 else contextlib.nullcontext():
+        if place.world > 1:
+            dist.barrier()  # the others read the folder when the first has it
+        return Run(config, out, data, task, place, show).go()
 
 
 class Run:
@@ -154,6 +162,7 @@ class Run:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(self.place.device.type, (self.place.world,))
+        getattr(mesh, "_pg_registry", {}).clear()  # for torch.compile alone; DTensor's caches keep the mesh for ever
         for block in task.backbone.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         shared: Any = fully_shard(task, mesh=mesh)

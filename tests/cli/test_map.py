@@ -45,11 +45,13 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
     text = capsys.readouterr().out
     assert "41 of 196 patches are kept" in text and "calibrated on these 3 photos" in text
     names = {f"{name}{end}" for name in ("rocket", "coffee", "rocket_2") for end in (".gif", "_blocks.png")}
-    assert {path.name for path in out.iterdir()} == names | {"maps.png"}
+    assert {path.name for path in out.iterdir()} == names | {"maps.png", "merged.png"}
     with Image.open(out / "coffee.gif") as animation:
         assert animation.n_frames == 12
     cropr.save_queries(cropr.apply(reference_vit(embed_dim=192, depth=12), rate=1), queries)
+    (out / "merged.png").unlink()
     assert cli.main(["map", str(weights), photos[0], "--queries", str(queries), "--out", str(out)]) == 0
+    assert not (out / "merged.png").exists()  # the queries say that tokens are dropped
     assert "calibrated" not in capsys.readouterr().out
 
 
@@ -58,7 +60,7 @@ def test_the_command_says_what_is_wrong(weights, tmp_path, capsys):
         ([tmp_path / "none"], [], "there is no photo or folder"),
         ([tmp_path], [], "no photos (.bmp"),
         ([__file__], [], "cannot identify image file"),
-        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate must be at most 17 for 197 tokens and 11 modules"),
+        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate must be at most 17 for 197 tokens"),
         ([PHOTOS / "rocket.jpg"], ["--queries", str(tmp_path / "none.pt")], "none.pt"),
     ]:
         arguments = ["map", str(weights), *map(str, images), "--out", str(tmp_path / "out"), *more]

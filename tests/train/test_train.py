@@ -121,12 +121,22 @@ def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_pa
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+# A thread of gloo's that still ran when Python exits would abort the process, now and then.
 PROCESSES = """
-import json, sys
+import glob, sys, time
 import torch
 from cropr_kernels.train import Config, train
 torch.set_num_threads(1)
 train(Config.read(sys.argv[1]), sys.argv[2], show=False)
+def ended():
+    try:
+        return not any("gloo" in open(path).read() for path in glob.glob("/proc/self/task/*/comm"))
+    except OSError:  # one does just now
+        return False
+deadline = time.monotonic() + 10
+while not ended():
+    assert time.monotonic() < deadline, "threads of gloo are left"
+    time.sleep(0.01)
 """
 
 

@@ -92,8 +92,8 @@ def test_loss_is_the_plain_sum():
 @pytest.mark.parametrize("llf", [False, True])
 def test_deploy_gives_the_same_bits_and_leaves_its_argument_alone(model, images, llf, num_queries):
     cropr.apply(model, rate=8, llf=llf, num_queries=num_queries)
-    before = copy.deepcopy(model.state_dict())
     model.train()
+    before = copy.deepcopy(model.state_dict())
     deployed = cropr.deploy(model, engine=False)
     assert model.training and not deployed.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))

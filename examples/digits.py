@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import cropr_kernels as cropr
 from cropr_kernels.utils.flops import flop_counter
-from cropr_kernels.utils.timing import medians
+from cropr_kernels.utils.timing import in_turns
 
 EPOCHS, BATCH, RATE, TEST = 20, 64, 20, 360
 MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
@@ -98,7 +98,8 @@ def compare(
     pruned = cropr.apply(copy.deepcopy(model).eval(), rate=rates[0], merge=True)
     cropr.calibrate(pruned, images[:256])
     made = {rate: cropr.deploy(cropr.set_rate(pruned, rate)) for rate in rates}
-    times = medians({rate: lambda own=own: own(test_images) for rate, own in made.items()}, images.device, rounds, show)
+    calls = {rate: lambda own=own: own(test_images) for rate, own in made.items()}
+    times = in_turns(calls, images.device, rounds, show=show)
     guesses, flops = {}, {}
     for rate, own in made.items():
         with flop_counter() as counter:
@@ -111,7 +112,7 @@ def compare(
             rate,
             percent(guesses[rate] == test_labels),
             percent(guesses[rate] == guesses[first]),
-            times[first] / times[rate],
+            times[first].seconds / times[rate].seconds,
             flops[first] / flops[rate],
         )
         for rate in rates

@@ -22,7 +22,8 @@ from ..calibration import calibrate
 from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
 from ..utils.io import require_launcher, write_text
-from ..utils.progress import Progress
+from ..utils.optional import need
+from ..utils.progress import Progress, each
 from . import build, checkpoint, folder
 from .config import Config
 from .data import Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
@@ -176,8 +177,8 @@ class Run:
         """Queries in closed form from training photos of all classes; every process comes to the same ones."""
         samples, generator = Samples(self.data.train, self.config.seed), torch.Generator().manual_seed(self.config.seed)
         order = torch.randperm(len(samples), generator=generator)[:count].split(16)
-        bar = need("tqdm", "train", "cropr train").tqdm(order, desc="calibrating", disable=not self.show, leave=False)
-        photos = ([samples[-1, index].image for index in part.tolist()] for part in bar)
+        parts = each(order, "calibrating", show=self.show)
+        photos = ([samples[-1, index].image for index in part.tolist()] for part in parts)
         # A detector takes photos as they are, and normalises them itself.
         pixels = self.task.pixels if self.config.task == "detection" else torch.stack
         calibrate(self.task.backbone, map(pixels, photos))

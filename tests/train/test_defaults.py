@@ -11,6 +11,7 @@ import cropr_kernels as cropr
 from cropr_kernels.train import PRESETS, Config, loop, precision, train
 from cropr_kernels.train.data import Data, Samples
 from cropr_kernels.train.loop import rebuild
+from cropr_kernels.utils.timing import Timing
 
 pytest.importorskip("torchmetrics", reason="needs the train extra")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -157,7 +158,8 @@ def test_bfloat16_is_chosen_where_it_is_measured_to_be_fast(monkeypatch):
     device = torch.device("cpu")
     assert precision.measured_amp(device)[0] in ("none", "bfloat16")
     for gain, verdict in [(2.0, "bfloat16"), (1.1, "none"), (1 / 46, "none")]:
-        monkeypatch.setattr(precision, "medians", lambda *_, gain=gain, **__: {"bfloat16": 1.0, "float32": gain})
+        times = {"bfloat16": Timing(1.0, 1.0, 1.0), "float32": Timing(gain, gain, gain)}
+        monkeypatch.setattr(precision, "in_turns", lambda *_, times=times, **__: times)
         assert precision.measured_amp(device) == (verdict, f"bfloat16 is {gain:.2g} times as fast as float32 here")
 
 

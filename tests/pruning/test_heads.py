@@ -99,3 +99,13 @@ def test_transformers_saves_heads_where_there_are_any(trained, tmp_path):
     other.train()
     assert len(heads(other)) == len(heads(model.train()))
     assert other.cropr[0].aggregator.mlp[0].out_features == 128
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_folder_holds_heads_where_there_are_any(trained, tmp_path):
+    model = cropr.calibrate(pruned(mlp_ratio=2.0).train(trained), IMAGES)
+    cropr.save(model, tmp_path)
+    for given in (None, reference_vit()):
+        other = cropr.load(tmp_path, given)
+        assert heads(other) == heads(model) and bool(heads(other)) == trained
+        assert other.train().cropr[0].aggregator.mlp[0].out_features == 128

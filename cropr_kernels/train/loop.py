@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import os
@@ -52,6 +53,9 @@ def processes(config: Config) -> Iterator[Place]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
     if ours:
+        importlib.import_module(
+            "torch.distributed.checkpoint.state_dict"
+        )  # imported later, its defaults hold the group
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
     try:
         alone = not dist.is_initialized()

@@ -38,6 +38,9 @@ def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
     assert pruned.token_share < 0.55
     assert plain.accuracy > 93
     assert pruned.accuracy > plain.accuracy - 2
+    unpruned, merged = digits.compare(plain.model, (0, 13), rounds=1, show=False)
+    assert (unpruned.accuracy, unpruned.agreement) == (plain.accuracy, 100)
+    assert merged.flop_ratio > 1.4 and merged.agreement > 95 and merged.accuracy > plain.accuracy - 2
 
 
 def test_demo_writes_its_pictures_and_table(examples, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,10 @@ def apply(
             llf. The class token and registers are left out, and the model gives features (B, patches, D) only.
         img_size: height and width in pixels that the schedule is for; default the model's own. Other sizes still run.
         num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch of a window).
-        num_outputs: width of the auxiliary predictions; default the model's classes; 0 for none.
+        num_outputs: width of the auxiliary predictions; 0 for none: the queries then do not learn, and the model gives
+            its plain output in training too. Default: the model's classes, with heads that are made when the model is
+            first in training mode, so that one which is only calibrated has none. Call train() before you make the
+            optimizer, or DDP: an optimizer that holds the queries but not their heads is refused at its first step.
         mlp_ratio: of the modules' MLP, see `Cropr`.
         make_module: called as make_module(layer, block) for what stands after each pruned block in place of `Cropr`:
             any module with the methods of `Scorer`.
@@ -104,12 +107,13 @@ def apply(
     if spec.needs_map and not llf and not merge:
         raise ValueError(f"cropr.apply: {type(model).__name__} needs the whole map: cropr.apply(..., llf=True)")
     _counts(config, spec)  # refuse now what could only fail later
-    outputs = spec.num_classes if num_outputs is None else num_outputs
+    later = (spec.num_classes, mlp_ratio) if num_outputs is None and make_module is None and spec.num_classes else None
+    outputs = num_outputs or 0
     if make_module is None:
         make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries, mlp_ratio)  # noqa: E731
     count = num_modules(len(spec.blocks), llf)
     modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
-    stack = CroprModules(modules, config, spec)
+    stack = CroprModules(modules, config, spec, later)
     if config.merge is not None and not selects_by_query(stack):
         raise ValueError(f"cropr.apply: merge selects by queries, and {type(modules[0]).__name__} does not")
     own = next((p for p in spec.blocks[0].parameters() if p.is_floating_point() and not p.is_meta), None)
@@ -135,6 +139,7 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
     if not isinstance(first, Cropr | FoldedCropr):
         return None
     grid, patch, head = config.grid, stack.spec.patch_size, getattr(first, "aggregator", None)
+    mlp = getattr(head, "mlp", None)
     return {
         **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
         "llf": config.llf,
@@ -142,8 +147,8 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
         "windows": config.windows and asdict(config.windows),
         "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
-        "num_outputs": head.head.out_features if head else 0,
-        "mlp_ratio": head.mlp[0].out_features / stack.spec.dim if head and head.mlp else 0.0,
+        "num_outputs": None if stack.later else head.head.out_features if head else 0,
+        "mlp_ratio": stack.later[1] if stack.later else mlp[0].out_features / stack.spec.dim if mlp else 0.0,
     }
 
 
@@ -306,6 +311,7 @@ def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> A
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     deployed = copy.deepcopy(model)
     light: CroprModules = deployed.cropr
+    light.later = None
     for layer, module in enumerate(light):
         if isinstance(module, Cropr):
             light[layer] = FoldedCropr(module)

@@ -2,12 +2,14 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
@@ -24,9 +26,18 @@ T = TypeVar("T")
 class CroprModules(nn.ModuleList):
     """`model.cropr`: the Cropr modules in order, how they prune, and what they know of the model."""
 
-    def __init__(self, modules: Sequence[nn.Module], config: PruningConfig, spec: ModelSpec):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        config: PruningConfig,
+        spec: ModelSpec,
+        later: tuple[int, float] | None = None,
+    ):
         super().__init__(modules)
         self.config, self.spec = config, spec
+        self.later = later  # outputs and MLP ratio of the auxiliary heads that training will need
+        if later is not None:
+            self.requires_grad_(True)
         self.slots, self.traced_slot = Slots(), Slot()
         self.recompute = False  # run blocks again in backward instead of keeping their activations
         # What remove undoes: hooks, and attributes of the model that apply changed.
@@ -39,6 +50,25 @@ class CroprModules(nn.ModuleList):
         self.graphs: Graphs | None = None
         self.warned = False  # of random queries
         self.pixels: Pixels | None = None  # how the model's images are prepared, where `load` knows it
+
+    def train(self, mode: bool = True) -> "CroprModules":
+        if mode:
+            self._make_heads()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Of a model that was trained: the heads are among what is loaded."""
+        if any(name.startswith(prefix) and ".aggregator." in name for name in state_dict):
+            self._make_heads()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _make_heads(self) -> None:
+        if self.later is not None:
+            head, self.later = self.later, None
+            modules: list[Any] = [*self]
+            for module in modules:
+                module.add_head(*head)
+            _watch_optimizers(self)
 
     @property
     def slot(self) -> Slot:
@@ -56,6 +86,27 @@ class CroprModules(nn.ModuleList):
     def __repr__(self) -> str:
         engine = f"off ({self.engine_reason})" if self.engine is None else "on"
         return super().__repr__().replace("(", f"({self.config}, engine {engine}", 1)
+
+
+def _watch_optimizers(stack: Any) -> None:
+    """Refuse the first step of an optimizer that was made before these heads."""
+    first, checked = weakref.ref(stack[0]), False
+
+    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal checked
+        module: Any = first()
+        if checked or module is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        checked = id(module.queries) in held
+        if checked and not any(id(parameter) in held for parameter in module.aggregator.parameters()):
+            checked = False
+            raise RuntimeError(
+                "cropr: the optimizer was made before model.train() made the auxiliary heads, and does not train them; "
+                "make it after model.train(), or give num_outputs to cropr.apply"
+            )
+
+    weakref.finalize(stack, register_optimizer_step_pre_hook(check).remove)
 
 
 def is_pruned(model: Any) -> bool:

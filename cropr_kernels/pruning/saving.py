@@ -110,7 +110,7 @@ def load(path: str | Path, model: Any = None) -> Any:
         next(model.parameters()).device,
         next(one.dtype for one in state.values() if one.is_floating_point()),
     )
-    _prune(model.to(dtype), about, path)
+    _prune(model.to(dtype).eval(), about, path)
     try:
         model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
     except RuntimeError as error:

@@ -16,7 +16,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
         kept = "the one before is still there" if path.exists() else "there is none"
-        raise RuntimeError(f"checkpoint: {error}; {kept}") from error
+        what = error if isinstance(error, OSError) else f"{path} cannot be written: {error}"
+        raise RuntimeError(f"checkpoint: {what}; {kept}") from error
 
 
 def load(path: Path, *fields: str) -> dict[str, Any]:

@@ -42,7 +42,9 @@ class Config:
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch
     mlp_ratio: float = 4.0
-    calibrate: int = 0  # training photos from which queries are set in closed form before the first step
+    # training photos from which queries are set in closed form before the first step; None: 128 where the network is
+    # pretrained, else 0
+    calibrate: int | None = None
     fixed_queries: bool = False  # queries do not learn, and there are no auxiliary heads: those of calibrate stay
     window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
     global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same
@@ -62,8 +64,8 @@ class Config:
     last_block_lr_scale: float = 1.0  # of the last block, which with LLF meets tokens it was not pretrained on
     drop_path: float = 0.0
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
-    amp: Literal["none", "bfloat16", "float16"] = "none"
-    ema: float = 0.0  # decay of the weight average that is evaluated as well; 0: none
+    amp: Literal["none", "auto", "bfloat16", "float16"] = "none"  # auto: bfloat16 where it is fast
+    ema: float = 0.0  # highest decay of the weight average that is evaluated beside the weights; 0: none
     grad_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
     seed: int = 0
@@ -113,6 +115,7 @@ class Config:
         for name, holds, allowed in [
             ("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"),
             ("std", min(self.std) > 0, "> 0"),
+            ("calibrate", (self.calibrate or 0) >= 0, ">= 0"),
             ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
             ("num_queries", free or self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is"),
             ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
@@ -146,6 +149,12 @@ class Config:
     @property
     def prunes(self) -> bool:
         return any(value is not None for value in self.schedule.values())
+
+    @property
+    def calibration_photos(self) -> int:
+        """What `calibrate` says: nothing can be calibrated without pruning, or with window attention."""
+        fits = self.prunes and not self.window and bool(self.pretrained or self.weights)
+        return (128 if fits else 0) if self.calibrate is None else self.calibrate
 
     def changed(self, **values: Any) -> "Config":
         """A copy with other values; ValueError where there is no such option, or a value cannot be."""

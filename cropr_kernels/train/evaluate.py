@@ -13,6 +13,7 @@ from torch import Tensor
 from ..utils.optional import need
 from ..utils.progress import each
 from .config import Config
+from .precision import autocast
 
 
 def evaluate(
@@ -44,11 +45,6 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(total)
     return values | {"skipped": int(total[0]), "images": int(total[1]), "seconds": round(seconds, 2)}
-
-
-def autocast(config: Config, device: torch.device) -> Any:
-    dtype = None if config.amp == "none" else getattr(torch, config.amp)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _percent(value: Tensor) -> float:

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from ..calibration import calibrate
 from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
 from ..utils.io import require_launcher, write_text
-from ..utils.progress import Progress
+from ..utils.optional import need
+from ..utils.progress import Progress, each
 from . import build, checkpoint, folder
 from .config import Config
 from .data import Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
-from .evaluate import MAIN, autocast, evaluate
+from .evaluate import MAIN, evaluate
 from .optim import lr_share, param_groups, progress
+from .precision import autocast, measured_amp
 
 # what last.pt holds beside the model
 _FIELDS = ("config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals", "bad_in_a_row")
@@ -50,6 +53,9 @@ def processes(config: Config) -> Iterator[Place]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
     if ours:
+        importlib.import_module(
+            "torch.distributed.checkpoint.state_dict"
+        )  # imported later, its defaults hold the group
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
     try:
         alone = not dist.is_initialized()
@@ -67,8 +73,12 @@ def train(
     """Train a task, or resume a run that was interrupted, to the same losses as without the interruption.
 
     Writes into `out`: config.json; metrics.jsonl, one line for every log_steps steps and every evaluation; last.pt, to
-    resume from, every save_steps steps and at the end of an epoch; best.pt, the best weights so far (of the average,
-    where there is one). Under torchrun all processes share the work; batch_size is that of all together.
+    resume from, every save_steps steps and at the end of an epoch; best.pt, the best weights so far. Where the weights
+    are averaged both are evaluated: `weights` and `average` are what they reach, `of` the better one, whose metrics and
+    weights those written are. Under torchrun all processes share the work; batch_size is that of all together.
+
+    A pretrained network that is pruned starts from calibrated queries (`Config.calibrate`; a `task` that is given only
+    where calibrate says so). amp="auto" is decided once, and is the run's from then on.
 
     Args:
         config: the run.
@@ -93,17 +103,20 @@ def _train(config: Config, out: Path, data: Data | None, task: Any, place: Place
     """What `train` does as one of the processes; apart, so that the model is let go before they part."""
     config = build.settled(config)
     data = load_data(config) if data is None else data
-    task = build.task(config, len(data.classes)) if task is None else task
+    made = task is None
+    task = build.task(config, len(data.classes)) if made else task
     with folder.locked(out) if place.rank == 0 else contextlib.nullcontext():
         if place.world > 1:
             dist.barrier()  # the others read the folder when the first has it
-        return Run(config, out, data, task, place, show).go()
+        return Run(config, out, data, task, place, show, made=made).go()
 
 
 class Run:
-    """One training run of one process."""
+    """One training run of one process; `made`: of the task that the configuration describes."""
 
-    def __init__(self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool):
+    def __init__(
+        self, config: Config, out: Path, data: Data, task: Any, place: Place, show: bool, *, made: bool = False
+    ):
         self.config, self.out, self.data, self.place, self.log = config, out, data, place, out / "metrics.jsonl"
         self.task = task.to(place.device).train()
         self.writes, self.parent = place.rank == 0, os.getppid()
@@ -113,44 +126,67 @@ class Run:
         self.step, self.bad_in_a_row, self.best = 0, 0, -math.inf
         self.totals = {"skipped": 0, "not_finite": 0}
         self.last_metrics: dict[str, Any] = {}
-        resumed = self._claim_folder()
-        if resumed is None and config.calibrate and is_pruned(task.backbone):
-            self._calibrate()
+        notes: list[str] = []
+        resumed = self._claim_folder(notes)
+        config = self.config
+        photos = config.calibration_photos if made else config.calibrate or 0
+        if resumed is None and photos and is_pruned(task.backbone):
+            self._calibrate(min(photos, len(data.train)), notes)
         self.wrapped = self._share(self.task)
         self.optimizer = torch.optim.AdamW(param_groups(self.task, config), lr=config.lr, betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
-        self.ema = AveragedModel(self.task, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.ema: Any = None
+        if config.ema:
+            average = need("timm.utils", "train", "cropr train").ModelEmaV3
+            self.ema = average(self.task, decay=config.ema, use_warmup=True)
         if resumed is not None:
             self._restore(resumed)
-        self._cut_log()
+        self._cut_log(new=resumed is None)
+        for note in notes:
+            self._log({"note": note})
+            if self.show:
+                print(note, file=sys.stderr)
 
-    def _claim_folder(self) -> dict[str, Any] | None:
-        """The checkpoint to resume from, if the folder holds this run."""
+    def _claim_folder(self, notes: list[str]) -> dict[str, Any] | None:
+        """The checkpoint to resume from, if the folder holds this run; where amp is auto, settle it."""
         last, found = self.out / "last.pt", None
         if last.exists():
             found = checkpoint.load(last, *_FIELDS)
-            differences = self.config.differences(Config.parse(found["config"], last))
+            before = Config.parse(found["config"], last)
+            if self.config.amp == "auto":
+                self.config = self.config.changed(amp=before.amp)
+            differences = self.config.differences(before)
             if differences:
                 raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
             folder.require_same(self.out, self.data, found["classes"], found.get("samples", ()))
+        elif self.config.amp == "auto":
+            verdict = [measured_amp(self.place.device)]
+            if self.place.world > 1:
+                dist.broadcast_object_list(verdict)  # that of the first
+            [(amp, reason)] = verdict
+            self.config = self.config.changed(amp=amp)
+            notes.append(f"amp=auto is amp={amp}: {reason}")
         if self.writes:
             write_text(self.out / "config.json", self.config.to_json())
         return found
 
-    def _cut_log(self) -> None:
+    def _cut_log(self, *, new: bool) -> None:
         """Keep the log up to this step, and its evaluation: what was logged after the checkpoint will be again."""
-        lines = [line for line in folder.read_log(self.log) if line["step"] <= self.step]
+        lines = [] if new else [line for line in folder.read_log(self.log) if line["step"] <= self.step]
         self.last_metrics = next((line["val"] for line in lines if line["step"] == self.step and "val" in line), {})
         if self.writes:
             write_text(self.log, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _calibrate(self) -> None:
-        """Queries in closed form from training photos; every process comes to the same ones."""
-        samples, count = Samples(self.data.train, self.config.seed), min(self.config.calibrate, len(self.data.train))
-        photos = ([samples[-1, i].image for i in range(count)[at : at + 16]] for at in range(0, count, 16))
+    def _calibrate(self, count: int, notes: list[str]) -> None:
+        """Queries in closed form from training photos of all classes; every process comes to the same ones."""
+        samples, generator = Samples(self.data.train, self.config.seed), torch.Generator().manual_seed(self.config.seed)
+        order = torch.randperm(len(samples), generator=generator)[:count].split(16)
+        parts = each(order, "calibrating", show=self.show)
+        photos = ([samples[-1, index].image for index in part.tolist()] for part in parts)
         # A detector takes photos as they are, and normalises them itself.
         pixels = self.task.pixels if self.config.task == "detection" else torch.stack
         calibrate(self.task.backbone, map(pixels, photos))
+        notes.append(f"queries calibrated on {count} training photos (calibrate=0: random ones)")
 
     def _share(self, task: nn.Module) -> nn.Module:
         if self.place.world == 1:
@@ -259,7 +295,7 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
-                self.ema.update_parameters(self.task)
+                self.ema.update(self.task, self.step + 1)
         else:
             self.totals["not_finite"] += 1
             self.bad_in_a_row += 1
@@ -291,16 +327,24 @@ class Run:
         return contextlib.nullcontext()
 
     def _evaluate(self) -> None:
-        config = self.config
-        task: Any = self.task if self.ema is None else self.ema.module
-        if is_pruned(task.backbone):
-            set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
-        loader = val_loader(self.data.val, config, rank=self.place.rank, world=self.place.world)
-        self.last_metrics = evaluate(task, loader, config, len(self.data.classes), self.place.device, self.show)
+        """Measure the weights, and their average where there is one; the better one counts."""
+        config, main, place = self.config, MAIN[self.config.task], self.place
+        tasks: dict[str, Any] = {"weights": self.task} | ({} if self.ema is None else {"average": self.ema.module})
+        reached: dict[str, dict[str, Any]] = {}
+        for name, task in tasks.items():
+            if is_pruned(task.backbone):
+                set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
+            loader = val_loader(self.data.val, config, rank=place.rank, world=place.world)
+            reached[name] = evaluate(task, loader, config, len(self.data.classes), place.device, self.show)
+        best = max(reached, key=lambda name: reached[name][main])
+        self.last_metrics = reached[best].copy()
+        if self.ema is not None:
+            self.last_metrics |= {"of": best, **{name: metrics[main] for name, metrics in reached.items()}}
         self._log({"val": self.last_metrics})
-        if self.last_metrics[MAIN[config.task]] > self.best:
-            self.best = self.last_metrics[MAIN[config.task]]
-            weights = checkpoint.state_of(task, self.optimizer)["model"] if self.ema is None else task.state_dict()
+        if self.last_metrics[main] > self.best:
+            self.best = self.last_metrics[main]
+            whole = checkpoint.state_of(self.task, self.optimizer) if best == "weights" else {}
+            weights = whole["model"] if whole else self.ema.module.state_dict()
             self._write("best.pt", {"model": weights, "step": self.step, "metrics": self.last_metrics})
 
 

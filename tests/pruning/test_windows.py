@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused():
     windows = cropr.Windows(SIZE)
     with pytest.raises(ValueError, match="windows need llf=True"):
         cropr.apply(model, rate=1, windows=windows)
-    with pytest.raises(ValueError, match="rate=8 keeps 0 of 8 tokens"):
+    with pytest.raises(ValueError, match="rate must be at most 7 for 16 tokens"):
         cropr.apply(model, rate=8, llf=True, windows=windows)
     with pytest.raises(ValueError, match="size must be >= 1, got 0"):
         cropr.Windows(0)

@@ -101,12 +101,12 @@ def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
 
     config = Config(
         data=str(scenes), model_options=("depth=4", "embed_dim=32", "num_heads=2"), patch_size=8, rate=3, llf=True,
-        calibrate=6, batch_size=4, workers=0, device="cpu",
+        calibrate=1000, batch_size=4, workers=0, device="cpu",
         **{**RECIPES["detection"], "window": 0, "global_blocks": ()},
     )  # fmt: skip
     data, task = load_data(config), build.task(config, 2)
     expected = build.task(config, 2)
-    photos = [Samples(data.train, config.seed)[-1, i].image for i in range(6)]
+    photos = [Samples(data.train, config.seed)[-1, i].image for i in range(len(data.train))]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     torch.testing.assert_close(task.pixels(photos), torch.stack([(photo - mean) / std for photo in photos]))
     cropr.calibrate(expected.backbone, expected.pixels(photos))

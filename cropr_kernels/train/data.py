@@ -6,6 +6,7 @@ What a sample looks like is decided by (seed, epoch, index) alone, and what a st
 import contextlib
 import os
 import random
+import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -23,6 +24,7 @@ from ..utils.optional import need
 from .config import Config
 
 TRIES = 16  # neighbours tried in place of a sample that cannot be read
+_LONGEST_FOLDER = 107 - len("/pymp-01234567/listener-01234567")  # the address of a Unix socket has 107 bytes
 
 
 class Data(NamedTuple):
@@ -135,10 +137,16 @@ def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -
 
 def make_loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
     """Samples of a dataset in batches of keys (epoch, index)."""
+    workers, folder = min(config.workers, os.cpu_count() or 1), tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:  # or they would fail in silence, and training wait
+        raise ValueError(
+            f"config: workers send images through sockets in the folder for temporary files, whose path must have at "
+            f"most {_LONGEST_FOLDER} bytes, got {folder}: set TMPDIR to another, or workers=0"
+        )
     return DataLoader(
         Samples(dataset, config.seed),
         batch_sampler=batches,
-        num_workers=min(config.workers, os.cpu_count() or 1),
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )

@@ -164,12 +164,11 @@ def left_in(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STOPS)
-def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, inputs, tmp_path):
+def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, inputs, tmp_path, tmp_path_factory):
     command, where, count, sentence, files = STOPS[case]
     number = signal.SIGTERM if "writing" in case else signal.SIGINT
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out, scratch = tmp_path / "out", tmp_path_factory.mktemp("t")
     out.mkdir()
-    scratch.mkdir()
     words = filled(command, inputs, out / "x") + (["--quiet"] if not command.startswith("info") else [])
     done = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", STOPPED, str(int(number)), where, str(count), *words],
@@ -180,7 +179,7 @@ def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, 
         start_new_session=True,
         env={**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
     )
-    _, errors = done.communicate()
+    _, errors = done.communicate(timeout=300)
     name = "terminated" if number == signal.SIGTERM else "interrupted"
     assert done.returncode == 128 + number, errors
     assert errors.startswith(f"cropr {words[0]}: {name}; ") and sentence in errors and errors.count("\n") == 1, errors

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import sys
 
 from .arguments import make_parser
@@ -22,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
             name, left = f"cropr {options.command}", options.after_stop.format(**vars(options))
             module, _, function = options.run.rpartition(".")
             getattr(importlib.import_module(f"cropr_kernels.cli.{module}"), function)(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would say so once more as it ends
+            return 128 + signal.SIGPIPE
         except BaseException as error:
             if signals.caught:  # libraries may have made another error of it
                 if os.environ.get("RANK", "0") == "0":

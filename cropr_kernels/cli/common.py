@@ -105,7 +105,7 @@ def _prune(model: Any, asked: dict[str, Any], default: dict[str, Any], queries: 
     schedules = ({name: one[name] for name in SCHEDULES if name in one} for one in (asked, how, default))
     rest = {name: own for name, own in (how | asked).items() if name not in SCHEDULES}
     rest.setdefault("merge", not rest.get("llf"))  # the better of the two without training, but where all come back
-    apply(model, **next(filter(None, schedules)), **rest, num_outputs=0)
+    apply(model, **next(filter(None, schedules)), **rest)
     if queries is not None and os.environ.get("RANK", "0") == "0":
         but = f" (as asked: {', '.join(asked)})" if asked else ""
         print(f"pruned as {queries} says: {model.cropr.config}{but}")

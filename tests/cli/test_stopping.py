@@ -190,6 +190,15 @@ def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, 
         os.killpg(done.pid, 0)
 
 
+def test_a_reader_that_has_enough_is_no_error(inputs, tmp_path):
+    for words in (["info"], filled(WRITES["map"], inputs, tmp_path / "x")):
+        command = [sys.executable, "-W", "ignore", "-m", "cropr_kernels.cli", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+            running.stdout.close()
+            errors = running.stderr.read()
+        assert errors == "" and running.returncode == 128 + signal.SIGPIPE
+
+
 def test_help_loads_no_library(tmp_path):
     code = "import sys; from cropr_command.__main__ import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    "
     code += "print([m for m in ('torch', 'numpy', 'cropr_kernels', 'timm', 'sympy', 'PIL') if m in sys.modules])"

@@ -24,7 +24,7 @@ from examples import digits
 
 WEIGHTS = ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
 PHOTOS = Path(__file__).parent / "photos"
-TO_FIT, CROPS = ("coffee", "flower", "rocket"), 64  # the photos to calibrate on; the others are compared and shown
+TO_FIT, CROPS = ("coffee", "flower", "rocket"), 128  # the photos to calibrate on; the others are compared and shown
 ABOUT = """Takes a minute or two on two cores, and 1 MB of disk for pictures.
 Pruning is lossy: tokens are merged, and some answers change. Agreement is how often the class stays the same."""
 WITHOUT = """No pretrained weights: none in timm's cache, and no internet to download them from (23 MB). Name a file of

@@ -179,7 +179,7 @@ def commands():
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_of_the_pages_are_understood(words, monkeypatch):
+def test_commands_of_the_pages_are_understood(words, tmp_path, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, arguments):
@@ -196,6 +196,10 @@ def test_commands_of_the_pages_are_understood(words, monkeypatch):
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
+    elif words[:2] == ["python", "-c"]:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "examples").symlink_to(ROOT / "examples")
+        exec(compile(words[2], "command", "exec"), {})
     else:
         assert words[0] in ("pip", "cmake", "build/cpp/classify")
 

@@ -1,5 +1,5 @@
 # make demo   set everything up, prune a network, time, draw   make test    set everything up, run all tests
-# make install  the package and its commands into .venv, without the demo
+# make install  set everything up and stop there
 # make bench  op throughput on this device                     make lint    formatters and type checks
 # make asan   op tests on C++ kernels that report wrong memory accesses and undefined behaviour
 PYTHON ?= python3
@@ -47,7 +47,7 @@ lint: $(VENV)/dev.done
 	$(BIN)/pre-commit run --all-files
 
 $(VENV)/torch.done:
-	@echo "Installing PyTorch into $(VENV): minutes, and 6.5 GB of disk with CUDA (2 GB without: TORCH_INDEX, see README)"
+	@echo "Installing PyTorch into $(VENV): minutes, and 6.5 GB of disk with CUDA (2.5 GB without: TORCH_INDEX, see README)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(call install,--upgrade pip)
 	@$(call install,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) torchvision) $(TORCH))

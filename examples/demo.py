@@ -101,7 +101,7 @@ def show(subject: Subject, out: Path, device: torch.device) -> None:
     """Calibrate, compare and time the model, in one table, and draw what is merged."""
     rates, shown = [0, *subject.rates], subject.rates[1]
     model, images = subject.model.to(device), subject.images.to(device)
-    cropr.calibrate(cropr.apply(model, rate=shown, merge=True, num_outputs=0), subject.to_fit)
+    cropr.calibrate(cropr.apply(model, rate=shown, merge=True), subject.to_fit)
     agreed = cropr.agreement(model, images, rates)
     timed = measure(model, images[: subject.batch], rates, graphs=0, rounds=None, show=True)  # checks what it times
     fast = cropr.deploy(model)

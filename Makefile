@@ -1,4 +1,5 @@
-# make demo   set everything up, train, time and draw          make test    set everything up, run all tests
+# make demo   set everything up, prune a network, time, draw   make test    set everything up, run all tests
+# make install  set everything up and stop there
 # make bench  op throughput on this device                     make lint    formatters and type checks
 # make asan   op tests on C++ kernels that report wrong memory accesses and undefined behaviour
 PYTHON ?= python3
@@ -6,16 +7,24 @@ VENV ?= .venv
 # Processes that run the tests, a thread each: their threads would only wait for one another.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-BUILD_DEPS := "torch>=2.10,<2.16" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+TORCH := "torch>=2.10,<2.16"
+# Where PyTorch and torchvision come from; without CUDA: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+BUILD_DEPS := "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
 # AddressSanitizer must be loaded before Python, and finds C++ exceptions only if their library is there already.
 SANITIZERS = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# What pip says is shown only where it fails.
+install = $(BIN)/python -m pip install $(1) > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
 
-.PHONY: demo test asan bench lint clean
+.PHONY: install demo test asan bench lint clean
 .DELETE_ON_ERROR:
 
+install: $(VENV)/demo.done
+	@echo "installed: $(BIN)/cropr --help"
+
 demo: $(VENV)/demo.done
-	$(BIN)/python -m examples.demo $(ARGS)
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -38,14 +47,17 @@ lint: $(VENV)/dev.done
 	$(BIN)/pre-commit run --all-files
 
 $(VENV)/torch.done:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(BUILD_DEPS)
-	touch $@
+	@echo "Installing PyTorch into $(VENV): minutes, and 6.5 GB of disk with CUDA (2.5 GB without: TORCH_INDEX, see README)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(call install,--upgrade pip)
+	@$(call install,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) torchvision) $(TORCH))
+	@$(call install,$(BUILD_DEPS))
+	@touch $@
 
 $(VENV)/%.done: $(VENV)/torch.done $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
-	touch $@
+	@echo "Building the package and installing what '$*' needs: minutes"
+	@$(call install,--no-build-isolation --editable ".[$*]")
+	@touch $@
 
 clean:
 	rm -rf build dist out *.egg-info cropr_kernels/*.so $(VENV)

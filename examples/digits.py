@@ -1,21 +1,17 @@
 """Train a small ViT with Cropr, and its unpruned twin, on the handwritten digits bundled with scikit-learn.
 
-The unpruned one stands for a pretrained network where no weights are at hand: `compare` calibrates it and merges.
+The unpruned one stands for a pretrained network where no weights are at hand: the demo calibrates it and merges.
 """
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
-from tqdm import tqdm
 
 import cropr_kernels as cropr
-from cropr_kernels.utils.flops import flop_counter
-from cropr_kernels.utils.timing import in_turns
+from cropr_kernels.utils.progress import Progress
 
 EPOCHS, BATCH, RATE, TEST = 20, 64, 20, 360
 MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
@@ -56,8 +52,7 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
     batches = len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches, pct_start=0.2)
-    name = f"digits, {'Cropr' if rate else 'no pruning'}"
-    with tqdm(total=epochs * batches, desc=name, disable=not show, leave=False, mininterval=1) as bar:
+    with Progress("training on digits", epochs * batches, show=show) as progress:
         for epoch in range(epochs):
             if rate:
                 cropr.set_rate(model, min(rate, round(2 * rate * epoch / epochs)))
@@ -71,49 +66,7 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
-                bar.update()
+                progress.update()
     if rate:
         cropr.set_rate(model, rate)
     return Result(model.eval(), accuracy(model, test_images, test_labels), share)
-
-
-@dataclass
-class Row:
-    rate: int  # tokens merged after each block; 0: unpruned
-    accuracy: float  # on the test digits, in percent
-    agreement: float  # with the unpruned network, in percent of the test digits
-    speed_up: float  # over the unpruned network on the same engine
-    flop_ratio: float  # times fewer FLOPs
-
-
-@torch.inference_mode()
-def compare(
-    model: torch.nn.Module, rates: Sequence[int] = (0, 10, 15, 20), rounds: int = 9, show: bool = True
-) -> list[Row]:
-    """Accuracy and speed of a trained unpruned network, calibrated on training digits without labels, and merging.
-
-    The first rate is what the others are compared with.
-    """
-    images, _, test_images, test_labels = load()
-    pruned = cropr.apply(copy.deepcopy(model).eval(), rate=rates[0], merge=True)
-    cropr.calibrate(pruned, images[:256])
-    made = {rate: cropr.deploy(cropr.set_rate(pruned, rate)) for rate in rates}
-    calls = {rate: lambda own=own: own(test_images) for rate, own in made.items()}
-    times = in_turns(calls, images.device, rounds, show=show)
-    guesses, flops = {}, {}
-    for rate, own in made.items():
-        with flop_counter() as counter:
-            guesses[rate] = own(test_images).argmax(1)
-        flops[rate] = counter.get_total_flops()
-    first = rates[0]
-    percent = lambda hits: 100 * hits.float().mean().item()  # noqa: E731
-    return [
-        Row(
-            rate,
-            percent(guesses[rate] == test_labels),
-            percent(guesses[rate] == guesses[first]),
-            times[first].seconds / times[rate].seconds,
-            flops[first] / flops[rate],
-        )
-        for rate in rates
-    ]

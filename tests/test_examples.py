@@ -22,57 +22,83 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 @pytest.fixture
 def examples():
-    for package in ("sklearn", "matplotlib", "PIL", "tqdm"):
+    for package in ("sklearn", "matplotlib", "PIL", "huggingface_hub"):
         pytest.importorskip(package, reason=f"the demo extra is not installed: {package}")
-    from examples import demo, digits, photos
+    from examples import demo, digits
 
-    return demo, digits, photos
+    return demo, digits
 
 
 @pytest.mark.slow
 def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
     """A real model, trained end to end: half the tokens, the same digits. Three seeds: benchmarks/accuracy/digits."""
-    _, digits, _ = examples
+    _, digits = examples
     plain = digits.train(seed=0, rate=0, show=False)
     pruned = digits.train(seed=0, rate=digits.RATE, show=False)
     assert pruned.token_share < 0.55
     assert plain.accuracy > 93
     assert pruned.accuracy > plain.accuracy - 2
-    unpruned, merged = digits.compare(plain.model, (0, 13), rounds=1, show=False)
-    assert (unpruned.accuracy, unpruned.agreement) == (plain.accuracy, 100)
-    assert merged.flop_ratio > 1.4 and merged.agreement > 95 and merged.accuracy > plain.accuracy - 2
+    train, _, images, labels = digits.load()
+    merged = cropr.calibrate(cropr.apply(plain.model, rate=13, merge=True), train[:256])
+    (row,) = cropr.agreement(merged, images, [13])
+    assert row.flops > 1.4 and row.agreement > 0.95
+    assert digits.accuracy(cropr.deploy(merged), images, labels) > plain.accuracy - 2
 
 
-def test_demo_writes_its_pictures_and_table(examples, tmp_path, monkeypatch, capsys):
-    demo, _, photos = examples
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs", "1", "--out", str(tmp_path)])
-    plain = photos.compare
-    monkeypatch.setattr(photos, "compare", lambda names, images: plain(["vit_tiny_patch16_224"], images[:2], repeats=1))
+def run_demo(demo, monkeypatch, capsys, *arguments):
+    """What the demo prints, and its table, of few and short measurements."""
+    measure = demo.measure
+    quick = lambda model, images, rates, **how: measure(model, images[:2], rates, **{**how, "rounds": 1})  # noqa: E731
+    monkeypatch.setattr(demo, "measure", quick)
+    monkeypatch.setattr(demo, "CROPS", 4)
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, arguments)])
     demo.main()
     text = capsys.readouterr().out
-    for column in ("images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"):
-        assert column in text
-    assert text.count("vit_tiny_patch16_224") == 3
-    for name in ("digits.png", "speed.png"):
+    lines = [line.split() for line in text.splitlines()]
+    return text, [line for line in lines if line and (line[0] == "unpruned" or line[0].isdigit())]
+
+
+def test_without_weights_the_demo_trains_on_digits_and_says_how_to_have_some(examples, tmp_path, monkeypatch, capsys):
+    demo, digits = examples
+    monkeypatch.setattr(demo, "find_weights", lambda: None)
+    monkeypatch.setattr(digits, "EPOCHS", 4)
+    text, rows = run_demo(demo, monkeypatch, capsys, "--out", tmp_path)
+    assert "Pruning is lossy" in text and "--weights FILE" in text and "accuracy, %" in text
+    assert [row[0] for row in rows] == ["unpruned", "8", "12", "16"] and rows[0][1] == "100.0"
+    accuracies = [float(row[2]) for row in rows]
+    assert accuracies[0] > 60 and min(accuracies) > accuracies[0] - 20
+    for name in ("pruned.png", "merged.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_refuses_a_missing_weight_file(examples, monkeypatch, capsys):
-    demo, *_ = examples
+def test_the_demo_measures_a_weight_file_on_photos_it_was_not_calibrated_on(examples, tmp_path, monkeypatch, capsys):
+    demo, _ = examples
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    text, rows = run_demo(demo, monkeypatch, capsys, "--weights", tmp_path / "weights.pth", "--out", tmp_path)
+    assert "No pretrained weights" not in text and "accuracy, %" not in text
+    assert [row[0] for row in rows] == ["unpruned", "4", "8", "12"] and rows[0][1] == "100.0"
+    assert (tmp_path / "pruned.png").stat().st_size > 10_000 and (tmp_path / "merged.png").stat().st_size > 10_000
+    subject = demo.of_photos(str(tmp_path / "weights.pth"))
+    assert subject.to_fit.shape == subject.images.shape == (4, 3, 224, 224) and len(subject.pictures) == 4
+    assert {path.stem for path in demo.PHOTOS.glob("*.jpg")} > set(demo.TO_FIT)
+
+
+def test_the_demo_finds_weights_in_timms_cache_and_does_without_internet(examples, tmp_path, monkeypatch):
+    demo, _ = examples
+    monkeypatch.setattr(demo, "try_to_load_from_cache", lambda *_: "cached.safetensors")
+    assert demo.find_weights() == "cached.safetensors"
+    monkeypatch.setattr(demo, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(demo, "hf_hub_url", lambda *_: "http://127.0.0.1:9/nowhere")
+    assert demo.find_weights() is None
+
+
+def test_the_demo_refuses_a_missing_weight_file(examples, monkeypatch, capsys):
+    demo, _ = examples
     monkeypatch.setattr(sys, "argv", ["demo.py", "--weights", "nowhere.safetensors"])
     with pytest.raises(SystemExit):
         demo.main()
     assert "--weights: no file at nowhere.safetensors" in capsys.readouterr().err
-
-
-def test_demo_draws_maps_of_a_local_model(examples, tmp_path, capsys):
-    demo, *_ = examples
-    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    demo.run_pretrained(tmp_path, torch.device("cpu"), str(tmp_path / "weights.pth"))
-    assert "class " in capsys.readouterr().out
-    for name in ("photos.png", "merged.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_every_photo_has_a_credit():
@@ -153,7 +179,7 @@ def commands():
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_of_the_pages_are_understood(words, monkeypatch):
+def test_commands_of_the_pages_are_understood(words, tmp_path, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, arguments):
@@ -170,6 +196,10 @@ def test_commands_of_the_pages_are_understood(words, monkeypatch):
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
+    elif words[:2] == ["python", "-c"]:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "examples").symlink_to(ROOT / "examples")
+        exec(compile(words[2], "command", "exec"), {})
     else:
         assert words[0] in ("pip", "cmake", "build/cpp/classify")
 

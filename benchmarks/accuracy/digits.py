@@ -1,4 +1,4 @@
-"""Accuracy of Cropr against no pruning on the handwritten digits, several seeds.
+"""Accuracy of Cropr against no pruning on the handwritten digits, several seeds, and a picture of what is pruned.
 
 python -m benchmarks.accuracy.digits [--seeds 3] [--out benchmarks/results/digits.json]
 """
@@ -7,7 +7,9 @@ import argparse
 import statistics
 from pathlib import Path
 
+import cropr_kernels as cropr
 from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.utils.viz import save_pruning_maps
 from examples import digits
 
 
@@ -29,10 +31,13 @@ def main() -> None:
                     "token share": round(result.token_share, 3),
                 }
             )
+    images, picture = digits.load()[2][:8], options.out.with_suffix(".png")
+    maps = cropr.pruning_map(cropr.deploy(result.model), images)
+    save_pruning_maps(picture, (images + 1) / 2, maps, depth=digits.MODEL["depth"])
     for method in ("no pruning", "Cropr"):
         accuracies = [row["accuracy"] for row in results.rows if row["method"] == method]
         print(f"{method:12}{statistics.mean(accuracies):.1f} %  {accuracies}")
-    print(options.out)
+    print(options.out, picture)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,68 @@
-// Classify an image with a package of `cropr export MODEL --format aoti`, without Python.
+// Classify a photo with a package of `cropr export MODEL --format aoti`, without Python.
 //
-//   classify MODEL.pt2 IMAGE.f32 [HEIGHT WIDTH]
+//   classify MODEL.pt2 PHOTO.ppm [SIDE]
 //
-// IMAGE.f32 holds a batch of one, preprocessed: 3 x HEIGHT x WIDTH float32, channel by channel (default 224 x 224).
+// PHOTO.ppm is a binary PPM (P6), which Pillow, ImageMagick, ffmpeg and GIMP write; SIDE is that of the model's images,
+// in pixels (default 224). The photo is prepared as cropr and timm do it; the constants are those of `photos: ...`, the
+// first line of `cropr calibrate MODEL PHOTOS`.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <limits>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace {
 
-at::Tensor read_image(const std::string& path, int64_t height, int64_t width) {
-  at::Tensor image = torch::empty({1, 3, height, width});
-  const auto bytes = static_cast<std::streamsize>(image.nbytes());
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  if (!file) throw std::runtime_error("no image at " + path);
-  if (file.tellg() != bytes)
+constexpr double kCropPct = 0.875;                // share of the resized photo's side that is looked at
+const float kMean[3] = {0.5F, 0.5F, 0.5F};        // of red, green and blue in [0, 1]
+const float kDeviation[3] = {0.5F, 0.5F, 0.5F};
+
+int64_t read_number(std::istream& file) {
+  while (file >> std::ws && file.peek() == '#') file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+  int64_t number = 0;
+  file >> number;
+  return number;
+}
+
+// (1, 3, height, width) float32 in [0, 255].
+at::Tensor read_photo(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("no photo at " + path);
+  std::string kind(2, ' ');
+  file.read(kind.data(), 2);
+  const int64_t width = read_number(file), height = read_number(file), highest = read_number(file);
+  constexpr int64_t most = 1 << 15;
+  if (!file || kind != "P6" || highest != 255 || std::min(width, height) < 1 || std::max(width, height) > most)
+    throw std::runtime_error(path + " must be a binary PPM (P6) of 8 bits and at most 32768 pixels a side");
+  file.get();
+  const at::Tensor pixels = torch::empty({1, height, width, 3}, torch::kUInt8);
+  file.read(static_cast<char*>(pixels.data_ptr()), pixels.numel());
+  if (file.gcount() != pixels.numel())
     throw std::runtime_error(
-        path + " must hold " + std::to_string(bytes) + " bytes, holds " + std::to_string(file.tellg()));
-  file.seekg(0);
-  file.read(static_cast<char*>(image.data_ptr()), bytes);
-  return image;
+        path + " must hold " + std::to_string(pixels.numel()) + " bytes of pixels, holds " +
+        std::to_string(file.gcount()));
+  return pixels.permute({0, 3, 1, 2}).to(torch::kFloat32);
+}
+
+// The photo as the model takes it, (1, 3, side, side).
+at::Tensor prepare(const at::Tensor& photo, int64_t side) {
+  const double shorter = static_cast<double>(std::min(photo.size(2), photo.size(3)));
+  const double scale = std::floor(static_cast<double>(side) / kCropPct) / shorter;
+  const auto scaled = [&](int64_t size) { return static_cast<int64_t>(static_cast<double>(size) * scale + 1e-6); };
+  const int64_t height = scaled(photo.size(2)), width = scaled(photo.size(3));
+  const auto start = [&](int64_t size) { return static_cast<int64_t>(std::nearbyint(0.5 * double(size - side))); };
+  at::Tensor image = at::_upsample_bicubic2d_aa(photo.contiguous(), {height, width}, false).round().clamp(0, 255);
+  image = image.slice(2, start(height), start(height) + side).slice(3, start(width), start(width) + side);
+  const at::Tensor mean = torch::tensor(at::ArrayRef<float>(kMean)).view({3, 1, 1});
+  const at::Tensor deviation = torch::tensor(at::ArrayRef<float>(kDeviation)).view({3, 1, 1});
+  return ((image / 255 - mean) / deviation).contiguous();
 }
 
 void classify(const std::string& package, const at::Tensor& image) {
@@ -44,14 +80,15 @@ void classify(const std::string& package, const at::Tensor& image) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3 && argc != 5) {
-    std::cerr << "usage: classify MODEL.pt2 IMAGE.f32 [HEIGHT WIDTH]\n";
+  if (argc != 3 && argc != 4) {
+    std::cerr << "usage: classify MODEL.pt2 PHOTO.ppm [SIDE]\n";
     return 2;
   }
-  const int64_t height = argc == 5 ? std::atoll(argv[3]) : 224, width = argc == 5 ? std::atoll(argv[4]) : 224;
   try {
+    const int64_t side = argc == 4 ? std::atoll(argv[3]) : 224;
+    if (side < 1) throw std::runtime_error(std::string("SIDE must be a number of pixels, got ") + argv[3]);
     const c10::InferenceMode guard;
-    classify(argv[1], read_image(argv[2], height, width));
+    classify(argv[1], prepare(read_photo(argv[2]), side));
   } catch (const std::exception& error) {
     std::cerr << "classify: " << error.what() << "\n";
     return 1;

@@ -142,7 +142,7 @@ def main() -> None:
         print(WITHOUT)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     show(of_digits() if weights is None else of_photos(weights), options.out, device)
-    print("So few images tell little. On a folder of yours: cropr calibrate MODEL FOLDER --merge")
+    print("So few images tell little. On a folder of yours: cropr calibrate MODEL FOLDER")
 
 
 if __name__ == "__main__":

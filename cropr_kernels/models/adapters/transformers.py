@@ -45,7 +45,7 @@ def find(model: Any) -> ModelSpec | None:
         raise TypeError(
             f"cropr.apply: {type(model).__name__} has {len(stacks)} vision towers; give cropr.apply the one to prune"
         )
-    if not hasattr(model, "main_input_name"):
+    if not hasattr(type(model), "main_input_name"):  # peft passes on what its model has
         return None  # a module around one of transformers
     if type(model).__name__.endswith("Backbone"):
         raise ValueError(

@@ -143,7 +143,7 @@ sys.exit(main(arguments))
 """
 STOPS = {
     "while libraries are loaded": ("info", "torch.nn", 1, "nothing was written", 0),
-    "info": ("info M", "cropr_kernels.cli.info:deploy", 1, "nothing was written", 0),
+    "info": ("info M", "cropr_kernels.cli.info:deployed_copy", 1, "nothing was written", 0),
     "calibrate": (WRITES["calibrate"], "cropr_kernels.calibration:importance", 3, "begins anew", 0),
     "calibrate, comparing": (WRITES["calibrate"], "cropr_kernels.calibration:outputs_of", 2, "begins anew", 1),
     "map, writing": (WRITES["map"], "cropr_kernels.utils.io:publish", 3, "named above are whole", 2),

@@ -46,6 +46,12 @@ def write_images(folder, images):
     return str(folder)
 
 
+def test_workers_need_a_short_path_for_their_sockets(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 120)))
+    with pytest.raises(ValueError, match=r"at most 75 bytes, got .*xxx: set TMPDIR to another, or workers=0"):
+        train(SMALL.changed(workers=1), tmp_path / "run", data=DATA, show=False)
+
+
 @pytest.mark.slow
 def test_40_steps_of_the_preset_on_digits_are_far_above_chance(tmp_path):
     """A new head on a backbone of 160 steps: an average that starts too slowly would be no better than chance."""

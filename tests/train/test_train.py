@@ -194,13 +194,6 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_counted():
         Samples(Broken(40, set(range(40))), seed=0)[0, 0]
 
 
-def test_workers_need_a_short_path_for_their_sockets(photos, tmp_path, monkeypatch):
-    folder = tmp_path / ("x" * 120)
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    with pytest.raises(ValueError, match=r"at most 75 bytes, got .*xxx: set TMPDIR to another, or workers=0"):
-        train(config(photos, workers=1), tmp_path / "run", show=False)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_corrupt_image_is_counted_in_the_log(tmp_path):
     folder = write_photos(tmp_path / "photos", count=8)

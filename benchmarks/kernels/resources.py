@@ -8,7 +8,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from cropr_kernels.ops.validation import OPS
 ARCHITECTURES = [80, 90, 100]
 TYPES = ["float32", "float64", "bfloat16", "float16"]
 # Tokens and channels: every width of the selection, in registers and in chunks.
-_SHAPES = [(197, 768), (1025, 1536), (4096, 768), (9216, 768)]
+SHAPES = [(197, 768), (1025, 1536), (4096, 768), (9216, 768)]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0}
 
 
@@ -51,8 +51,8 @@ class _Driver:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def launches(dtype: str) -> list[Launch]:
-    """Every kernel as the launchers launch it, for tensors without data."""
+def launches(dtype: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[Launch]:
+    """Every kernel as the launchers launch it, for tensors without data of so many tokens and channels."""
     found: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -62,7 +62,7 @@ def launches(dtype: str) -> list[Launch]:
     try:
         for op, file in FILES.items():
             launcher = getattr(importlib.import_module(f"cropr_kernels.ops.triton.{file}"), op)
-            for args in _calls(op, getattr(torch, dtype)):
+            for args in _calls(op, getattr(torch, dtype), shapes):
                 launcher(**args)
     finally:
         JITFunction.run = run
@@ -83,10 +83,10 @@ def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tupl
         driver._active = active
 
 
-def _calls(op: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def _calls(op: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """Calls of an op, with and without its optional tensors, with one and with many queries."""
     spec = OPS[op]
-    for n, dim in _SHAPES:
+    for n, dim in shapes:
         for queries, flag in ((1, False), (64, True)):
             sizes = {"B": 2, "N": n, "D": dim, "K": n, "R": n // 4, "M": queries, "S": n - n // 4, "C": n // 4}
             sizes |= {"F": dim, "P": n} | ({"H": 12, "C": 64} if op == "rotate_" else {})

@@ -1,11 +1,13 @@
 """Every Triton kernel compiles ahead of time, without spilling, for the GPUs it is meant for. Needs no GPU."""
 
 import importlib
+import math
 import os
 import re
 import subprocess
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -13,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.kernels.resources import ARCHITECTURES, TYPES, compile_launches, constants, launches, resources, tool
 from cropr_kernels.ops.registration import FILES
+from cropr_kernels.ops.triton.residual import row_blocks
 
 
 def test_every_kernel_is_among_the_launches():
@@ -31,6 +34,34 @@ def test_kernels_compile_without_spills(architecture, dtype, tmp_path):
         assert usage["LOCAL"] == 0, where
         assert compiled.metadata.shared <= 99 * 1024, where  # the least an sm_80 to sm_100 block can have
         assert usage["STACK"] == 0, where
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_two_threads_hold_one_element_of_a_row_that_changes_in_place(dtype):
+    """Both load it, one stores it: one that loads late would add the update to what has it already."""
+    found = launches(dtype, [(50, 64), (197, 272), (197, 528), (197, 1040)])
+    changing = [
+        one for one in found if one.kernel.__name__ in ("add_norm_kernel", "add_select_kernel", "rotate_kernel")
+    ]
+    for launch, compiled in compile_launches(changing, 90):
+        code = compiled.asm["ttgir"]
+        layouts = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<(.*)>", code))
+        stores = re.findall(r"tt\.store .*tensor<(\d+)x(\d+)x!tt\.ptr<\w+>, (#blocked\d*)>", code)
+        assert stores, launch.kernel.__name__
+        for rows, cols, layout in stores:
+            parts = re.findall(r"(?:threadsPerWarp|warpsPerCTA) = \[(\d+), (\d+)\]", layouts[layout])
+            threads = math.prod(int(number) for part in parts for number in part)
+            assert int(rows) * int(cols) >= threads == 32 * launch.options["num_warps"], (launch, rows, cols)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_warps", [4, 8, 16])
+def test_tiles_of_rows_have_an_element_for_every_thread(dtype, num_warps):
+    for dim in range(1, 4200):
+        blocks = row_blocks(dim, num_warps, dtype)
+        assert blocks.first + blocks.rest >= dim
+        for width in filter(None, (blocks.first, blocks.rest)):
+            assert blocks.rows * width >= 32 * num_warps, (dim, blocks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -185,7 +185,7 @@ def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
     count, m, n = logits.shape
     with torch.cuda.device_of(logits):
         softmax_kernel[(count * m,)](
-            logits, slope, n, BLOCK_N=min(triton.next_power_of_2(n), 1024), num_warps=4, **PINNED,
+            logits, slope, n, BLOCK_N=min(max(triton.next_power_of_2(n), 128), 1024), num_warps=4, **PINNED,
         )  # fmt: skip
 
 

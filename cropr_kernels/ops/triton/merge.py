@@ -264,6 +264,7 @@ def means_kernel(
                 rows_ptr = x_ptr + origin[:, None] * x.stride_n + cols[None, :]
                 rows = tl.load(rows_ptr, mask=merges[:, None] & (cols < dim)[None, :], other=0.0)
                 sums += tl.sum(rows.to(ACC) * size[:, None], axis=0)
+            tl.debug_barrier()  # in place, all threads have read the row before one stores it
             tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=cols < dim)
         tl.store(plan.kept_sizes + slot, total)
         if IN_PLACE:

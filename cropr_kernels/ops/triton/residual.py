@@ -157,6 +157,7 @@ def adjust_scores_by_size(scores_ptr, sizes_ptr, weight, idx_ptr, count, num_pre
         if idx_ptr is not None:
             position = tl.load(idx_ptr + offs, inside, other=0)
         score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
+        tl.debug_barrier()  # where threads share an element, all have it before one stores it
         score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
         tl.store(scores_ptr + offs, score, inside)
     tl.debug_barrier()
@@ -197,10 +198,15 @@ def split_width(dim: int) -> tuple[int, int]:
 
 
 def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> RowBlocks:
-    """Rows a program holds, 64 bytes of x a thread, and the two blocks of their width."""
+    """Rows a program holds, 64 bytes of x a thread, and the two blocks of their width.
+
+    No tile has fewer elements than the program has threads, or several would hold one element: those that load it late
+    would find what another has stored, and add the update twice.
+    """
     first, rest = split_width(dim)
     rows = max(1, 2048 // dtype.itemsize * num_warps // (first + rest))
-    return RowBlocks(1 << (rows.bit_length() - 1), first, rest)
+    rows, threads = 1 << (rows.bit_length() - 1), 32 * num_warps
+    return RowBlocks(rows, max(first, threads // rows), rest and max(rest, threads // rows))
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -315,10 +321,10 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
     batch, count, heads, width = x.shape
     if not x.numel() or count == num_prefix:
         return
+    block_h, block_w = triton.next_power_of_2(heads), max(triton.next_power_of_2(width), 2)
     with torch.cuda.device_of(x):
         rotate_kernel[(batch * (count - num_prefix),)](
             Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
-            count, num_prefix, heads, HALF=half,
-            BLOCK_H=triton.next_power_of_2(heads), BLOCK_W=max(triton.next_power_of_2(width), 2),
-            num_warps=4, **PINNED,
+            count, num_prefix, heads, HALF=half, BLOCK_H=block_h, BLOCK_W=block_w,
+            num_warps=min(max(block_h * block_w // 64, 1), 4), **PINNED,  # a thread for each pair, at most
         )  # fmt: skip

@@ -23,6 +23,17 @@ from .outputs import check_file, checked_rates
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
+def require_same(expected: Tensor, got: Tensor, what: str) -> None:
+    """RuntimeError where more than one image in a hundred differs: a near-tie may prune another token.
+
+    In 16 bits near-ties are too many to tell.
+    """
+    difference = (got - expected).flatten(1).abs().amax(1) / expected.abs().max()
+    allowed = _TOLERANCE.get(expected.dtype)
+    if allowed is not None and int((~(difference <= allowed)).sum()) > len(got) // 100:
+        raise RuntimeError(f"{what}: by up to {difference.max().item():.2g} of the largest output, {allowed:g} allowed")
+
+
 @torch.inference_mode()
 def measure(
     model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int | None, show: bool
@@ -36,10 +47,7 @@ def measure(
         with flop_counter() as counter:
             expected = outputs_of(set_rate(plain, rate)(images))
         got = outputs_of(set_rate(fast, rate)(images))
-        difference = ((got - expected).abs().max() / expected.abs().max()).item()
-        allowed = _TOLERANCE.get(images.dtype)  # in 16 bits a near-tie may prune another token
-        if allowed is not None and not difference <= allowed:
-            raise RuntimeError(f"at rate {rate} the engine differs from the functional ops: {difference:.2g}")
+        require_same(expected, got, f"at rate {rate} the engine differs from the functional ops")
         gflops[rate] = counter.get_total_flops() / 2e9 / len(images)
         calls[rate] = lambda rate=rate: set_rate(fast, rate)(images)  # type: ignore[misc]
     rows = []

@@ -1,10 +1,10 @@
-"""Models run with two threads here, with which libraries take other paths than with one, as all other tests do."""
+"""With two threads libraries take other paths than with one, as most tests have."""
 
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -16,6 +16,8 @@ import cropr_kernels as cropr
 from cropr_kernels.pruning.engine import Graphs
 from cropr_kernels.pruning.model import graph_key
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ENGINE_MODELS = {
     **MODELS,
     "reference, qk-norm, LayerScale": lambda: reference_vit(qk_norm=True, init_values=0.5),

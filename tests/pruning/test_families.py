@@ -22,6 +22,8 @@ import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_spec
 from cropr_kernels.pruning.block_wrapper import WrappedBlock, _mask_at
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.fixture(params=HOSTS)
 def name(request):

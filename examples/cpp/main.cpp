@@ -3,7 +3,7 @@
 //   classify MODEL.pt2 PHOTO.ppm [SIDE]
 //
 // PHOTO.ppm is a binary PPM (P6), which Pillow, ImageMagick, ffmpeg and GIMP write; SIDE is that of the model's images,
-// in pixels (default 224). The photo is prepared as cropr and timm do it; the constants are those of `photos: ...`, the
+// in pixels (default 224). The photo is prepared as cropr and timm do it, pixels a level or two apart; the constants are those of `photos: ...`, the
 // first line of `cropr calibrate MODEL PHOTOS`.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
@@ -31,7 +31,7 @@ int64_t read_number(std::istream& file) {
   return number;
 }
 
-// (1, 3, height, width) float32 in [0, 255].
+// (1, 3, height, width) uint8.
 at::Tensor read_photo(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("no photo at " + path);
@@ -48,7 +48,7 @@ at::Tensor read_photo(const std::string& path) {
     throw std::runtime_error(
         path + " must hold " + std::to_string(pixels.numel()) + " bytes of pixels, holds " +
         std::to_string(file.gcount()));
-  return pixels.permute({0, 3, 1, 2}).to(torch::kFloat32);
+  return pixels.permute({0, 3, 1, 2});
 }
 
 // The photo as the model takes it, (1, 3, side, side).
@@ -58,7 +58,7 @@ at::Tensor prepare(const at::Tensor& photo, int64_t side) {
   const auto scaled = [&](int64_t size) { return static_cast<int64_t>(static_cast<double>(size) * scale + 1e-6); };
   const int64_t height = scaled(photo.size(2)), width = scaled(photo.size(3));
   const auto start = [&](int64_t size) { return static_cast<int64_t>(std::nearbyint(0.5 * double(size - side))); };
-  at::Tensor image = at::_upsample_bicubic2d_aa(photo.contiguous(), {height, width}, false).round().clamp(0, 255);
+  at::Tensor image = at::_upsample_bicubic2d_aa(photo, {height, width}, false);
   image = image.slice(2, start(height), start(height) + side).slice(3, start(width), start(width) + side);
   const at::Tensor mean = torch::tensor(at::ArrayRef<float>(kMean)).view({3, 1, 1});
   const at::Tensor deviation = torch::tensor(at::ArrayRef<float>(kDeviation)).view({3, 1, 1});

@@ -72,7 +72,7 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
         "no pruning, last block 10x as fast": dict(last_block_lr_scale=10.0),
     },
     "ablations": {
-        "no MLP": STRONG | CALIBRATED | dict(mlp_ratio=0.0),
+        "no MLP": STRONG | CALIBRATED,
         "no stop-gradient": STRONG | CALIBRATED,
         "sampling": STRONG | CALIBRATED,
         "queries fixed": STRONG | CALIBRATED | dict(fixed_queries=True),

@@ -118,6 +118,7 @@ class MultiHeadCropr(Cropr):
 # By the name of the method, what makes the module of each layer from the width of the tokens and the number of classes.
 SCORERS: dict[str, Callable[[int, int], Cropr]] = {
     "non-salient": NonSalientCropr,
+    "no MLP": partial(Cropr, mlp_ratio=0.0),
     "no stop-gradient": OpenCropr,
     "sampling": SamplingCropr,
     "several heads": partial(MultiHeadCropr, num_heads=3),

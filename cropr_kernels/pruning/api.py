@@ -43,7 +43,6 @@ def apply(
     img_size: tuple[int, int] | None = None,
     num_queries: int = 1,
     num_outputs: int | None = None,
-    mlp_ratio: float = 4.0,
     make_module: Callable[[int, nn.Module], Scorer] | None = None,
 ) -> Any:
     """Put Cropr modules between the blocks of a model, in place.
@@ -75,7 +74,6 @@ def apply(
             its plain output in training too. Default: the model's classes, with heads that are made when the model is
             first in training mode, so that one which is only calibrated has none. Call train() before you make the
             optimizer, or DDP: an optimizer that holds the queries but not their heads is refused at its first step.
-        mlp_ratio: of the modules' MLP, see `Cropr`.
         make_module: called as make_module(layer, block) for what stands after each pruned block in place of `Cropr`:
             any module with the methods of `Scorer`.
 
@@ -107,10 +105,10 @@ def apply(
     if spec.needs_map and not llf and not merge:
         raise ValueError(f"cropr.apply: {type(model).__name__} needs the whole map: cropr.apply(..., llf=True)")
     _counts(config, spec)  # refuse now what could only fail later
-    later = (spec.num_classes, mlp_ratio) if num_outputs is None and make_module is None and spec.num_classes else None
+    later = spec.num_classes if num_outputs is None and make_module is None else 0
     outputs = num_outputs or 0
     if make_module is None:
-        make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries, mlp_ratio)  # noqa: E731
+        make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries)  # noqa: E731
     count = num_modules(len(spec.blocks), llf)
     modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
     stack = CroprModules(modules, config, spec, later)
@@ -136,10 +134,11 @@ def apply(
 def options_of(stack: CroprModules) -> dict[str, Any] | None:
     """The options with which `apply` makes such modules, as plain values; None where only others know how."""
     first, config = stack[0], stack.config
-    if not isinstance(first, Cropr | FoldedCropr):
+    if type(first) not in (Cropr, FoldedCropr):  # a class of its own scores in its own way
         return None
     grid, patch, head = config.grid, stack.spec.patch_size, getattr(first, "aggregator", None)
-    mlp = getattr(head, "mlp", None)
+    if head and (head.mlp is None or head.mlp[0].out_features != 4 * stack.spec.dim):
+        return None
     return {
         **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
         "llf": config.llf,
@@ -148,7 +147,6 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
         "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
         "num_outputs": None if stack.later else head.head.out_features if head else 0,
-        "mlp_ratio": stack.later[1] if stack.later else mlp[0].out_features / stack.spec.dim if mlp else 0.0,
     }
 
 
@@ -311,7 +309,7 @@ def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> A
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     deployed = copy.deepcopy(model)
     light: CroprModules = deployed.cropr
-    light.later = None
+    light.later = 0
     for layer, module in enumerate(light):
         if isinstance(module, Cropr):
             light[layer] = FoldedCropr(module)

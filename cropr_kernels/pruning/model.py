@@ -31,12 +31,12 @@ class CroprModules(nn.ModuleList):
         modules: Sequence[nn.Module],
         config: PruningConfig,
         spec: ModelSpec,
-        later: tuple[int, float] | None = None,
+        later: int = 0,
     ):
         super().__init__(modules)
         self.config, self.spec = config, spec
-        self.later = later  # outputs and MLP ratio of the auxiliary heads that training will need
-        if later is not None:
+        self.later = later  # outputs of the auxiliary heads that training will need; 0: none, or they are there
+        if later:
             self.requires_grad_(True)
         self.slots, self.traced_slot = Slots(), Slot()
         self.recompute = False  # run blocks again in backward instead of keeping their activations
@@ -63,11 +63,11 @@ class CroprModules(nn.ModuleList):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _make_heads(self) -> None:
-        if self.later is not None:
-            head, self.later = self.later, None
+        if self.later:
+            outputs, self.later = self.later, 0
             modules: list[Any] = [*self]
             for module in modules:
-                module.add_head(*head)
+                module.add_head(outputs)
             _watch_optimizers(self)
 
     @property

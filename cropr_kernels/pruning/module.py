@@ -114,9 +114,9 @@ class Cropr(Scorer):
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
         self.register_load_state_dict_pre_hook(_translate)
 
-    def add_head(self, num_outputs: int, mlp_ratio: float) -> None:
+    def add_head(self, num_outputs: int) -> None:
         """Give a module that has none its training path: where its queries are, and frozen if they are."""
-        head = Aggregator(self.queries.shape[1], num_outputs, mlp_ratio)
+        head = Aggregator(self.queries.shape[1], num_outputs)
         self.aggregator = head.to(self.queries).requires_grad_(self.queries.requires_grad)
 
     def query(self) -> Tensor:

@@ -57,7 +57,6 @@ def task(config: Config, num_classes: int) -> Any:
                 img_size=config.img_size,
                 num_queries=config.num_queries if config.task == "classification" else per_patch,
                 num_outputs=num_classes if config.prunes and not config.fixed_queries else 0,
-                mlp_ratio=config.mlp_ratio,
             )
         if config.task == "classification":
             return Classifier(model, config.smoothing)

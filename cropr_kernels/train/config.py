@@ -41,7 +41,6 @@ class Config:
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch
-    mlp_ratio: float = 4.0
     # training photos from which queries are set in closed form before the first step; None: 128 where the network is
     # pretrained, else 0
     calibrate: int | None = None

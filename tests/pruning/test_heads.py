@@ -31,14 +31,14 @@ def test_a_model_that_is_only_calibrated_has_no_heads(make):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_training_makes_heads_and_the_queries_learn(dtype):
-    model = pruned(mlp_ratio=2.0).to(dtype)
+    model = pruned().to(dtype)
     queries = [module.queries for module in model.cropr]
     output, aux = model.train()(IMAGES.to(dtype))
     assert len(aux) == 3 and {prediction.shape for prediction in aux} == {output.shape}
     assert all(module.queries is own for module, own in zip(model.cropr, queries))
     made = [module.aggregator for module in model.cropr]
     assert {parameter.dtype for head in made for parameter in head.parameters()} == {dtype}
-    assert made[0].mlp[0].out_features == 128 and all(head.training for head in made)
+    assert made[0].mlp[0].out_features == 256 and all(head.training for head in made)
     sum(prediction.float().sum() for prediction in aux).backward()
     assert all(own.grad.abs().sum() > 0 for own in queries)
     model.eval().train()
@@ -91,21 +91,21 @@ def test_weights_load_with_heads_and_without(trained):
 @pytest.mark.parametrize("trained", [False, True])
 def test_transformers_saves_heads_where_there_are_any(trained, tmp_path):
     t = transformers()
-    model = pruned(lambda: t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)), mlp_ratio=2.0)
+    model = pruned(lambda: t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)))
     model.train(trained).save_pretrained(tmp_path)
     other = cropr.from_pretrained(tmp_path)
     assert bool(heads(other)) == trained and heads(other) == heads(model)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     other.train()
     assert len(heads(other)) == len(heads(model.train()))
-    assert other.cropr[0].aggregator.mlp[0].out_features == 128
+    assert other.cropr[0].aggregator.mlp[0].out_features == 256
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_folder_holds_heads_where_there_are_any(trained, tmp_path):
-    model = cropr.calibrate(pruned(mlp_ratio=2.0).train(trained), IMAGES)
+    model = cropr.calibrate(pruned().train(trained), IMAGES)
     cropr.save(model, tmp_path)
     for given in (None, reference_vit()):
         other = cropr.load(tmp_path, given)
         assert heads(other) == heads(model) and bool(heads(other)) == trained
-        assert other.train().cropr[0].aggregator.mlp[0].out_features == 128
+        assert other.train().cropr[0].aggregator.mlp[0].out_features == 256

@@ -118,6 +118,21 @@ def test_modules_of_ones_own_are_put_there_before(tmp_path):
     assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
 
 
+class Reversed(cropr.Cropr):
+    def query(self):
+        return -super().query()
+
+
+@pytest.mark.parametrize("make_module", [lambda *_: Reversed(64), lambda *_: cropr.Cropr(64, 5, mlp_ratio=2.0)])
+def test_a_module_that_apply_would_not_make_is_not_taken_for_one(make_module, tmp_path):
+    model = cropr.apply(randomise(reference_vit()), rate=8, make_module=make_module).eval()
+    cropr.save(model, tmp_path)
+    with pytest.raises(ValueError, match="prune a model with the same make_module and give it"):
+        cropr.load(tmp_path)
+    other = cropr.apply(reference_vit(), rate=8, make_module=make_module).eval()
+    assert torch.equal(cropr.load(tmp_path, other)(IMAGES), model(IMAGES))
+
+
 def test_options_that_change_no_tensor_are_not_lost():
     assert architecture_of(by_name())["options"] == {"num_classes": 5, "img_size": [64, 64]}
     assert architecture_of(by_name(drop_path_rate=0.1, proj_drop_rate=0.1)) is not None

@@ -1,9 +1,10 @@
 """Minutes from a clone to the first table: how often a pruned model of yours says what the unpruned one says.
 
-python -m benchmarks.newcomer REPOSITORY WEIGHTS PHOTOS
+python -m benchmarks.newcomer REPOSITORY WEIGHTS PHOTOS [--out benchmarks/results/newcomer.json]
 
 Runs the three commands a newcomer types, in an empty folder: git clone, make install, cropr calibrate. REPOSITORY is an
-address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a folder.
+address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a folder. One row per PyTorch: with
+CUDA, and without, where TORCH_INDEX or a constraint of pip says so.
 """
 
 import argparse
@@ -12,30 +13,37 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.utils.results import RESULTS, Results, environment
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository")
     parser.add_argument("weights", type=Path)
     parser.add_argument("photos", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "newcomer.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        commands = [
-            ["git", "clone", "--quiet", options.repository, "cropr"],
-            ["make", "-C", "cropr", "install"],
-            ["cropr/.venv/bin/cropr", "calibrate", options.weights.resolve(), options.photos.resolve()],
-        ]
-        times = []
-        for command in commands:
-            words = " ".join(map(str, command))
-            print(f"$ {words}", flush=True)
+        commands = {
+            "clone": ["git", "clone", "--quiet", options.repository, "cropr"],
+            "install": ["make", "-C", "cropr", "install"],
+            "calibrate": ["cropr/.venv/bin/cropr", "calibrate", options.weights.resolve(), options.photos.resolve()],
+        }
+        seconds = {}
+        for name, command in commands.items():
+            print("$", *command, flush=True)
             start = time.perf_counter()
             subprocess.run(command, cwd=folder, check=True)
-            times.append((words, time.perf_counter() - start))
-        megabytes = subprocess.run(["du", "-sm", folder], check=True, capture_output=True, text=True).stdout.split()[0]
-    for words, seconds in times:
-        print(f"{seconds:7.1f} s  {words}")
-    print(f"{sum(seconds for _, seconds in times):7.1f} s in all, {megabytes} MB of disk")
+            seconds[name] = round(time.perf_counter() - start, 1)
+        said = [f"{folder}/cropr/.venv/bin/python", "-c", "import torch; print(torch.__version__)"]
+        version, megabytes = (
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+            for command in (said, ["du", "-s", "--block-size=MB", folder])
+        )
+    row = {"installed": version, "seconds": seconds, "disk": megabytes}
+    results = Results(options.out, environment("cpu"), keys=("installed",))
+    results.replace([*(old for old in results.rows if old["installed"] != version), row])
+    print(f"{sum(seconds.values()):.0f} s in all ({seconds}), {megabytes} of disk, torch {version}: {options.out}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
+from benchmarks.utils.results import load
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils import viz
 
@@ -142,6 +143,14 @@ def test_the_readme_is_read_in_minutes():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1100
+
+
+def test_the_disk_that_is_named_was_measured():
+    _, rows = load("newcomer")
+    measured = {"+cpu" in row["installed"]: int(row["disk"].removesuffix("MB")) / 1000 for row in rows}
+    for name in ("README.md", "Makefile"):
+        with_cuda, without = map(float, re.findall(r"([\d.]+) GB", (ROOT / name).read_text()))
+        assert 0.9 * with_cuda < measured[False] < 1.05 * with_cuda and 0.9 * without < measured[True] < 1.05 * without
 
 
 def snippets():

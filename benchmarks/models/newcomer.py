@@ -1,6 +1,6 @@
 """Minutes from a clone to the first table: how often a pruned model of yours says what the unpruned one says.
 
-python -m benchmarks.newcomer REPOSITORY WEIGHTS PHOTOS [--out benchmarks/results/newcomer.json]
+python -m benchmarks.models.newcomer REPOSITORY WEIGHTS PHOTOS [--out benchmarks/results/newcomer.json]
 
 Runs the three commands a newcomer types, in an empty folder: git clone, make install, cropr calibrate. REPOSITORY is an
 address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a folder. One row per PyTorch: with

@@ -124,8 +124,17 @@ struct Extent {
   }
 };
 
-// What changes in place shares memory with nothing else that the op reads or writes.
-void check_overlap(const Op& op, std::initializer_list<const Tensor*> tensors) {
+int64_t bound(const char* sum, const Dims& dims, int64_t before) {
+  if (*sum >= 'a' && *sum <= 'z') return before;
+  int64_t value = 0;
+  for (; *sum != '\0'; ++sum)
+    if (*sum >= 'A' && *sum <= 'Z') value += dims[*sum];
+  return value;
+}
+
+}  // namespace
+
+void check_overlap(const Op& op, std::span<const Tensor* const> tensors) {
   const Input* input = op.inputs;
   for (const Tensor* changed : tensors) {
     if (changed != nullptr && input->layout != Layout::kAny) {
@@ -145,16 +154,6 @@ void check_overlap(const Op& op, std::initializer_list<const Tensor*> tensors) {
     ++input;
   }
 }
-
-int64_t bound(const char* sum, const Dims& dims, int64_t before) {
-  if (*sum >= 'a' && *sum <= 'z') return before;
-  int64_t value = 0;
-  for (; *sum != '\0'; ++sum)
-    if (*sum >= 'A' && *sum <= 'Z') value += dims[*sum];
-  return value;
-}
-
-}  // namespace
 
 Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> numbers) {
   Dims dims;
@@ -180,7 +179,7 @@ Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::init
     before = value;
     ++range;
   }
-  check_overlap(op, tensors);
+  check_overlap(op, {tensors.begin(), tensors.size()});
   return dims;
 }
 

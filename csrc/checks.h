@@ -4,6 +4,7 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <span>
 
 #include "library.h"
 #include "tensor.h"
@@ -36,6 +37,9 @@ class Dims {
 // Tensors in the order of op.inputs, null where one is left out, and numbers in the order of op.ranges. The first
 // argument that is not what it must be is refused in one sentence.
 Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> numbers = {});
+
+// What changes in place shares memory with nothing else that the op reads or writes; tensors as for check.
+void check_overlap(const Op& op, std::span<const Tensor* const> tensors);
 
 // Every index in [0, n), so that no kernel leaves its buffers.
 void check_positions(const Op& op, const char* name, const int64_t* idx, int64_t count, int64_t n);

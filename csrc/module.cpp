@@ -1,9 +1,14 @@
 // The Python module `cropr_kernels._C`: importing it registers the CPU kernels; it reports how it was built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "launch.h"
 #include "library.h"
 
 namespace {
@@ -57,4 +62,27 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Facts of this build as a dict: compiler, torch_headers, torch_abi, cpu_instruction_set.");
+
+  // allocations (dtype, sizes, bytes to zero); launches (function, grid, threads, shared memory, parameters (kind, index,
+  // value)); which allocations are returned.
+  using Parameters = std::vector<std::tuple<int, int64_t, int64_t>>;
+  m.def(
+      "keep_plan",
+      [](const std::vector<std::tuple<std::string, std::vector<int64_t>, size_t>>& allocations,
+         const std::vector<std::tuple<uint64_t, unsigned, unsigned, unsigned, Parameters>>& launches,
+         const std::vector<int64_t>& outputs) {
+        cropr::Plan plan{{}, {}, outputs};
+        for (const auto& [dtype, sizes, zero_bytes] : allocations)
+          plan.allocations.push_back({cropr::dtype_named(dtype), sizes, zero_bytes});
+        for (const auto& [function, grid, threads, shared, parameters] : launches) {
+          cropr::Launch& launch = plan.launches.emplace_back(cropr::Launch{function, grid, threads, shared, {}});
+          for (const auto& [kind, index, value] : parameters)
+            launch.parameters.push_back({static_cast<cropr::Parameter::Kind>(kind), index, value});
+        }
+        cropr::keep_plan(std::move(plan));
+      },
+      "Keep what the last op that this thread could not replay launches for arguments like these.");
+  m.def("forget_plans", &cropr::forget_plans, "Forget all plans.");
+  m.def("replayed", &cropr::replayed, "Whether the last op of cropr_replay in this thread had a plan.");
+  m.def("load_driver", &cropr::load_driver, "Load the CUDA driver that launches plans.");
 }

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -85,22 +86,28 @@ inline bool is_float(ScalarType type) {
 // A tensor on its way out of a kernel, in the form the dispatcher's stack holds it.
 using Returned = StableIValue;
 
-// A new contiguous CPU tensor. release() hands it to the dispatcher as it is, where returning a Tensor would
+// A new contiguous tensor. release() hands it to the dispatcher as it is, where returning a Tensor would
 // allocate a second handle: for a small op that is a good part of its time.
 class Output {
  public:
-  Output(std::initializer_list<int64_t> sizes, ScalarType type) {
+  // On the CPU.
+  Output(std::initializer_list<int64_t> sizes, ScalarType type)
+      : Output(
+            {sizes.begin(), sizes.size()}, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+            aoti_torch_device_type_cpu(), 0) {}
+  // Of a dtype and a device as libtorch numbers them.
+  Output(std::span<const int64_t> sizes, int32_t dtype, int32_t device_type, int32_t device_index) {
     const int64_t dim = static_cast<int64_t>(sizes.size());
     int64_t strides[4];
     int64_t step = 1;
     for (int64_t i = dim - 1; i >= 0; --i) {
       strides[i] = step;
-      step *= std::max<int64_t>(sizes.begin()[i], 1);
+      step *= std::max<int64_t>(sizes[i], 1);
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dim, sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-        aoti_torch_device_type_cpu(), 0, &handle_));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.data(), strides, dtype, device_type, device_index, &handle_));
   }
+  Output(Output&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
   ~Output() {

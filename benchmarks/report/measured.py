@@ -161,7 +161,17 @@ def gpu_ops() -> str:
     return grid(["", "x", "dtype", "L2", "prune, us", *columns], body) + f"\n\n{where(env)}."
 
 
+def launch_cost() -> str:
+    found = load("launch_cost")
+    if found is None:
+        return "Not measured yet."
+    env, rows = found
+    body = [[f"`{row['op']}`", f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in rows]
+    return grid(["op", "through Triton", "from its plan"], body) + f"\n\n{where(env)}; the least of 50 rounds."
+
+
 SECTIONS: Sections = {
+    "launch_cost": launch_cost,
     "cpu_ops": cpu_ops,
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),

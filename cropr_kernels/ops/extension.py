@@ -4,7 +4,11 @@ from pathlib import Path
 
 try:
     from .._C import build_info as build_info
+    from .._C import forget_plans as forget_plans
+    from .._C import keep_plan as keep_plan
+    from .._C import load_driver as load_driver
     from .._C import ops as table
+    from .._C import replayed as replayed
 except ImportError as error:
     raise ImportError(
         "cropr_kernels: the C++ extension cropr_kernels._C is missing or does not load "

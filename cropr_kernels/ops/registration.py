@@ -1,7 +1,7 @@
 """The ops of namespace ``cropr``: their definition, fake kernels, gradients and FLOP formulas.
 
 The only file that registers anything in Python. Schemas are those of csrc/library.h; CPU kernels register when ``_C``
-is imported; CUDA kernels are the Triton launchers of ``ops/triton/``, imported at their first call.
+is imported; CUDA kernels are plans (csrc/launch.cpp) of what the Triton launchers of ``ops/triton/`` did at first.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .extension import NAMES, table
+from .extension import NAMES, replayed, table
 from .validation import check_shapes
 
 # The ops whose launchers are in each file of triton/.
@@ -30,21 +30,28 @@ FAMILIES = {
 FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
 
 
-def _cuda_launcher(name: str, module: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
+def cuda_kernel(name: str, module: str) -> Callable[..., Any]:
+    """The CUDA kernel of an op: its plan for arguments like these, or else its launcher."""
+    replay = getattr(torch.ops.cropr_replay, name).default
+
+    def kernel(*args: Any) -> Any:
+        result = replay(*args)
+        if replayed():
+            return result
         try:
+            launching = importlib.import_module("cropr_kernels.ops.triton.launching")
             kernels = importlib.import_module(f"cropr_kernels.ops.triton.{module}")
         except ImportError as error:
             raise ImportError(f"cropr::{name}: CUDA tensors need triton: pip install triton ({error})") from error
-        return getattr(kernels, name)(*args)
+        return launching.record(getattr(kernels, name), args)
 
-    return launch
+    return kernel
 
 
 _library = torch.library.Library("cropr", "DEF")
 for _name, _row in zip(NAMES, table):
     _library.define(_row[0], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _cuda_launcher(_name, FILES[_name]), "CUDA")
+    _library.impl(_name, cuda_kernel(_name, FILES[_name]), "CUDA")
 
 
 # Fake kernels: the refusals of the real ones, and dtype and sizes of each result. Dtypes are their own or that of an

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype
 from ..validation import check
+from .launching import launch
 from .scores import scores
-from .utils import PINNED, dense_rows, rows_of
+from .utils import dense_rows, rows_of
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -149,13 +150,13 @@ def weighted_rows_kernel(
 
 def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     batch, n, dim = x.shape
-    with torch.cuda.device_of(x):
-        attend_one_kernel[(batch,)](
-            rows_of(x), query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, n,
-            SCALE=scale,  # a constant of the model: one variant
-            BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16),
-            num_warps=8, maxnreg=224, **PINNED,  # left alone, ptxas spills to fit two programs on a processor
-        )  # fmt: skip
+    launch(
+        attend_one_kernel, batch,
+        rows_of(x), query.to(accumulation_dtype(x.dtype)).contiguous(), grad, out, raw, n,
+        SCALE=scale,  # a constant of the model: one variant
+        BLOCK_N=one_query_rows(x.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16),
+        num_warps=8, maxnreg=224,  # left alone, ptxas spills to fit two programs on a processor
+    )  # fmt: skip
 
 
 def one_query_rows(dtype: torch.dtype) -> int:
@@ -174,19 +175,19 @@ def _launch_dot(a: Tensor, x: Tensor, out: Tensor) -> None:
     count, m, n = out.shape
     tiles = matrix_tiles(x.dtype)
     edge = tiles["edge"]
-    with torch.cuda.device_of(x):
-        rows_dot_rows_kernel[(count * triton.cdiv(m, edge) * triton.cdiv(n, edge),)](
-            rows_of(a), rows_of(x), out, m, n, BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"],
-            num_warps=tiles["num_warps"], **PINNED,
-        )  # fmt: skip
+    launch(
+        rows_dot_rows_kernel, count * triton.cdiv(m, edge) * triton.cdiv(n, edge),
+        rows_of(a), rows_of(x), out, m, n, BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"],
+        num_warps=tiles["num_warps"],
+    )  # fmt: skip
 
 
 def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
     count, m, n = logits.shape
-    with torch.cuda.device_of(logits):
-        softmax_kernel[(count * m,)](
-            logits, slope, n, BLOCK_N=min(max(triton.next_power_of_2(n), 128), 1024), num_warps=4, **PINNED,
-        )  # fmt: skip
+    launch(
+        softmax_kernel, count * m,
+        logits, slope, n, BLOCK_N=min(max(triton.next_power_of_2(n), 128), 1024), num_warps=4,
+    )  # fmt: skip
 
 
 def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool) -> None:
@@ -195,12 +196,11 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
     tiles = matrix_tiles(x.dtype)
     edge = tiles["edge"]
     grid = triton.cdiv(m, edge) * triton.cdiv(dim, edge) * (1 if sum_batch else count)
-    with torch.cuda.device_of(x):
-        weighted_rows_kernel[(grid,)](
-            weight, rows_of(x), out, m, n, count,
-            SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
-            **PINNED,
-        )  # fmt: skip
+    launch(
+        weighted_rows_kernel, grid,
+        weight, rows_of(x), out, m, n, count,
+        SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+    )  # fmt: skip
 
 
 def _chunk(x: Tensor, m: int) -> int:

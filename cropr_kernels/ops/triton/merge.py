@@ -14,9 +14,10 @@ import triton.language as tl
 
 from ..reference import accumulation_dtype
 from ..validation import check
+from .launching import launch
 from .prune import gather
 from .select import is_last
-from .utils import PINNED, block_counters, dense_rows, rows_of, width_block
+from .utils import block_counters, dense_rows, rows_of, width_block
 
 _NUM_WARPS = 4
 
@@ -298,20 +299,21 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     partial_idx, nearest = x.new_empty(partial.shape, dtype=torch.int64), torch.empty_like(candidate_idx)
     is_pruned, similarity = (x.new_empty(candidate_idx.shape, dtype=dtype) for dtype in (torch.int32, acc))
     plan = Plan(kept_idx, pruned_idx, slots, kept_sizes, dest)
-    with torch.cuda.device_of(x):
-        targets_kernel[(batch * tiles,)](
-            rows_of(features), Tokens(safe_idx, candidate_idx, sizes),
-            Scratch(partial, partial_idx, similarity, nearest, is_pruned, block_counters(x)), plan,
-            n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
-            num_warps=_NUM_WARPS, **target_registers(features.dtype), **PINNED,
+    launch(
+        targets_kernel, batch * tiles,
+        rows_of(features), Tokens(safe_idx, candidate_idx, sizes),
+        Scratch(partial, partial_idx, similarity, nearest, is_pruned, block_counters(x)), plan,
+        n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
+        num_warps=_NUM_WARPS, **target_registers(features.dtype),
+    )  # fmt: skip
+    out = x if in_place else gather(x, kept_idx)
+    if num_prune and dim:
+        launch(
+            means_kernel, batch * num_prune,
+            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
+            BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
+            num_warps=_NUM_WARPS,
         )  # fmt: skip
-        out = x if in_place else gather(x, kept_idx)
-        if num_prune and dim:
-            means_kernel[(batch * num_prune,)](
-                rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
-                BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
-                num_warps=_NUM_WARPS, **PINNED,
-            )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 
 

@@ -4,15 +4,15 @@ A program moves a tile of rows that all belong to one side, kept or pruned, so t
 Positions are checked against the buffer: a wrong index moves nothing rather than writing elsewhere.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..validation import check
+from .launching import launch
 from .scores import launch_scores_select
 from .select import select
-from .utils import PINNED, Rows, dense_rows, rows_of, width_block
+from .utils import Rows, dense_rows, rows_of, width_block
 
 _BLOCK_R = 8
 _NUM_WARPS = 4
@@ -64,11 +64,11 @@ def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
     tiles = triton.cdiv(num_keep, _BLOCK_R) + triton.cdiv(n - num_keep, _BLOCK_R)
     if not whole.numel():
         return
-    with torch.cuda.device_of(whole):
-        split_kernel[(batch * tiles,)](
-            rows_of(whole), rows_of(kept), kept_idx, rows_of(pruned), pruned_idx, n, num_keep,
-            SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
-        )  # fmt: skip
+    launch(
+        split_kernel, batch * tiles,
+        rows_of(whole), rows_of(kept), kept_idx, rows_of(pruned), pruned_idx, n, num_keep,
+        SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+    )  # fmt: skip
 
 
 def prune(x, query, num_keep, num_prefix=0, priority=None):
@@ -116,9 +116,9 @@ def gather(x: Tensor, idx: Tensor) -> Tensor:
     count = idx.shape[1]
     out = x.new_empty((batch, count, dim))
     if out.numel():
-        with torch.cuda.device_of(x):
-            gather_kernel[(batch * triton.cdiv(count, _BLOCK_R),)](
-                rows_of(x), idx, out, n, count,
-                BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS, **PINNED,
-            )  # fmt: skip
+        launch(
+            gather_kernel, batch * triton.cdiv(count, _BLOCK_R),
+            rows_of(x), idx, out, n, count,
+            BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
+        )  # fmt: skip
     return out

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import accumulation_dtype
 from ..validation import check
+from .launching import launch
 from .scores import fold_query
 from .select import Selection, is_last, key_blocks, priority_bytes, select_image
-from .utils import PINNED, Rows, block_counters, dense_rows, registers, rows_of
+from .utils import Rows, block_counters, dense_rows, registers, rows_of
 
 
 class Update(NamedTuple):
@@ -219,11 +219,11 @@ def _launch_add_norm(x, idx, update, norm, out):
     if not (batch and count and dim):
         return
     blocks, num_warps = row_blocks(dim, 4, x.dtype), 4
-    with torch.cuda.device_of(x):
-        add_norm_kernel[(batch * triton.cdiv(count, blocks.rows),)](
-            rows_of(x), _dense(idx), update, norm, out, n, count, blocks,
-            num_warps=num_warps, **registers(num_warps), **PINNED,
-        )  # fmt: skip
+    launch(
+        add_norm_kernel, batch * triton.cdiv(count, blocks.rows),
+        rows_of(x), _dense(idx), update, norm, out, n, count, blocks,
+        num_warps=num_warps, **registers(num_warps),
+    )  # fmt: skip
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -261,13 +261,13 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
     blocks = row_blocks(dim, num_warps, x.dtype)
     scores = x.new_empty((batch, count), dtype=torch.float32)
     selection = Selection(scores, priority_bytes(priority), block_counters(x), kept_idx, pruned_idx)
-    with torch.cuda.device_of(x):
-        add_select_kernel[(batch * triton.cdiv(count, blocks.rows),)](
-            rows_of(x), _dense(idx), Update(_dense(update), _dense(gamma)),
-            fold_query(query, accumulation_dtype(x.dtype)), selection,
-            Sizes(_dense(sizes) if size_weight else None, float(size_weight)),
-            n, count, num_keep, num_prefix, blocks, keys, num_warps=num_warps, **registers(num_warps), **PINNED,
-        )  # fmt: skip
+    launch(
+        add_select_kernel, batch * triton.cdiv(count, blocks.rows),
+        rows_of(x), _dense(idx), Update(_dense(update), _dense(gamma)),
+        fold_query(query), selection,
+        Sizes(_dense(sizes) if size_weight else None, float(size_weight)),
+        n, count, num_keep, num_prefix, blocks, keys, num_warps=num_warps, **registers(num_warps),
+    )  # fmt: skip
     return kept_idx, pruned_idx
 
 
@@ -322,9 +322,9 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
     if not x.numel() or count == num_prefix:
         return
     block_h, block_w = triton.next_power_of_2(heads), max(triton.next_power_of_2(width), 2)
-    with torch.cuda.device_of(x):
-        rotate_kernel[(batch * (count - num_prefix),)](
-            Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
-            count, num_prefix, heads, HALF=half, BLOCK_H=block_h, BLOCK_W=block_w,
-            num_warps=min(max(block_h * block_w // 64, 1), 4), **PINNED,  # a thread for each pair, at most
-        )  # fmt: skip
+    launch(
+        rotate_kernel, batch * (count - num_prefix),
+        Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
+        count, num_prefix, heads, HALF=half, BLOCK_H=block_h, BLOCK_W=block_w,
+        num_warps=min(max(block_h * block_w // 64, 1), 4),  # a thread for each pair, at most
+    )  # fmt: skip

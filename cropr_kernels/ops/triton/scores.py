@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype, fold_queries
 from ..validation import check
+from .launching import launch
 from .select import Selection, is_last, key_blocks, priority_bytes, select_image
-from .utils import PINNED, block_counters, dense_rows, registers, rows_of, width_block
+from .utils import block_counters, dense_rows, registers, rows_of, width_block
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
@@ -23,12 +24,12 @@ def scores_kernel(
     b = (pid // tiles).to(tl.int64)
     rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row_ptr = x.ptr + b * x.stride_b + rows.to(tl.int64)[:, None] * x.stride_n
-    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=query_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32)
     for start in range(0, x.dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         q = tl.load(query_ptr + cols, mask=cols < x.dim, other=0.0)
         tile = tl.load(x_row_ptr + cols[None, :], mask=(rows[:, None] < n) & (cols[None, :] < x.dim), other=0.0)
-        acc += tile.to(acc.dtype) * q[None, :]
+        acc += tile.to(acc.dtype) * q.to(acc.dtype)[None, :]
     tl.store(selection.scores + b * n + rows, tl.sum(acc, axis=1).to(tl.float32), mask=rows < n)
     if selection.kept_idx is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
         if is_last(selection.counters + b, tiles):
@@ -40,9 +41,9 @@ def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_R": 4 * num_warps, "BLOCK_D": width_block(dim, 512 // accumulation_dtype(dtype).itemsize)}
 
 
-def fold_query(query: Tensor, dtype: torch.dtype) -> Tensor:
-    """The folded query as kernels read it; no launch for one that is that already."""
-    return fold_queries(query).to(dtype).contiguous()
+def fold_query(query: Tensor) -> Tensor:
+    """The folded query as kernels read it, of any dtype; no launch for one that is that already."""
+    return fold_queries(query).contiguous() if query.ndim == 2 else query.contiguous()
 
 
 def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
@@ -58,12 +59,12 @@ def _launch(x, query, kept_idx, pruned_idx, num_prefix, priority=None):
     num_keep, counters = 0, None
     if kept_idx is not None:
         num_keep, counters = kept_idx.shape[1], block_counters(x)
-    with torch.cuda.device_of(x):
-        scores_kernel[(batch * triton.cdiv(n, 4 * num_warps),)](
-            rows_of(x), fold_query(query, accumulation_dtype(x.dtype)),
-            Selection(out, priority_bytes(priority), counters, kept_idx, pruned_idx), n, num_keep, num_prefix,
-            **row_blocks(dim, num_warps, x.dtype), KEYS=blocks, num_warps=num_warps, **registers(num_warps), **PINNED,
-        )  # fmt: skip
+    launch(
+        scores_kernel, batch * triton.cdiv(n, 4 * num_warps),
+        rows_of(x), fold_query(query),
+        Selection(out, priority_bytes(priority), counters, kept_idx, pruned_idx), n, num_keep, num_prefix,
+        **row_blocks(dim, num_warps, x.dtype), KEYS=blocks, num_warps=num_warps, **registers(num_warps),
+    )  # fmt: skip
     return out
 
 

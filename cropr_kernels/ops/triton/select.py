@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import check
-from .utils import PINNED, dense_rows
+from .launching import launch
+from .utils import dense_rows
 
 _MAX_BLOCK = 4096
 _COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
@@ -202,8 +203,8 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     if batch and n:
         blocks, num_warps = key_blocks(n)
         selection = Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx)
-        with torch.cuda.device_of(scores):
-            select_kernel[(batch,)](
-                selection, scores.stride(0), n, num_keep, num_prefix, blocks, num_warps=num_warps, **PINNED,
-            )  # fmt: skip
+        launch(
+            select_kernel, batch,
+            selection, scores.stride(0), n, num_keep, num_prefix, blocks, num_warps=num_warps,
+        )  # fmt: skip
     return kept_idx, pruned_idx

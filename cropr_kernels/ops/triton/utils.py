@@ -11,9 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-# Compiler options that decide the bits of a sum, so that they do not follow Triton's defaults.
-PINNED = {"enable_fp_fusion": True}
-
 
 def registers(num_warps: int) -> dict[str, int]:
     """Registers a thread may have, for kernels that ptxas would otherwise spill to fit more warps on a processor."""

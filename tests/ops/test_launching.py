@@ -1,0 +1,166 @@
+"""Plans launch what Triton launched. The driver is a mock: kernels are compiled and launched, none runs."""
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from conftest import INTERPRETED
+
+if INTERPRETED or torch.cuda.is_available():
+    pytest.skip("needs a process without a GPU that compiles kernels", allow_module_level=True)
+
+from helpers.cases import legal_call
+
+from benchmarks.utils.mock_driver import mock_cuda
+from cropr_kernels.ops.extension import NAMES, replayed
+from cropr_kernels.ops.validation import OPS
+
+SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "S": 29, "C": 8, "P": 40}
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    with mock_cuda(tmp_path_factory.mktemp("driver")) as made:
+        yield made
+
+
+def cases():
+    for op in NAMES:
+        yield pytest.param(op, torch.bfloat16, False, id=op)
+        if OPS[op].optional:
+            yield pytest.param(op, torch.float32, True, id=f"{op}, without what is optional")
+
+
+def call_of(op, dtype, bare=False):
+    args = legal_call(op, dtype, **SIZES)
+    if bare:
+        args |= dict.fromkeys(OPS[op].optional)
+    if bare and "update" in args:
+        args["update"] = torch.randn(2, 37, 48).to(dtype)
+    if "query" in args:
+        args["query"] = args["query"][0].float()  # as a deployed module holds it: folded
+    return args
+
+
+def addresses(tensors):
+    return {tensor.data_ptr().to_bytes(8, "little") for tensor in tensors}
+
+
+def outputs_of(result):
+    return () if result is None else result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize(("op", "dtype", "bare"), cases())
+def test_a_plan_launches_what_triton_launched(cuda, op, dtype, bare):
+    args = call_of(op, dtype, bare)
+    call = getattr(cuda.ops, op)
+    with cuda.recording() as launched:
+        results = [outputs_of(call(*args.values()))]
+        first, was_replayed = list(launched), [replayed()]
+        launched.clear()
+        results.append(outputs_of(call(*args.values())))
+        second = list(launched)
+        was_replayed.append(replayed())
+    assert first and was_replayed == [False, not op.startswith("attend")]
+    given = addresses(value for value in args.values() if isinstance(value, torch.Tensor))
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        assert one[:4] == other[:4]
+        assert len(one.parameters) == len(other.parameters)
+        for before, after in zip(one.parameters, other.parameters):
+            if before == after:
+                continue  # a number, an argument, or memory that was free again
+            assert before not in given and len(before) == 8
+            for old, new in zip(*results):
+                assert (before in addresses([old])) == (after in addresses([new]))
+    for old, new in zip(*results):
+        assert old.shape == new.shape and old.dtype == new.dtype and old.stride() == new.stride()
+
+
+def test_a_plan_is_for_calls_that_are_alike(cuda):
+    """Another dtype, size, stride, alignment, number, or an argument left out: another plan."""
+    x, q = torch.randn(3, 40, 48), torch.randn(48)
+    storage = torch.randn(3 * 40 * 48 + 1)
+    calls = [
+        (x, q, 20),
+        (x, q, 21),
+        (x, q, 20, 1),
+        (x, q, 20, 0, torch.zeros(3, 40, dtype=torch.int8)),
+        (x.double(), q, 20),
+        (x[:2], q, 20),
+        (torch.randn(3, 80, 48)[:, ::2], q, 20),
+        (storage[:-1].view(3, 40, 48), q, 20),
+        (storage[1:].view(3, 40, 48), q, 20),
+    ]
+    met = [[cuda.ops.prune(*args) is not None and replayed() for args in calls] for _ in range(2)]
+    assert met[0] == [False] * 7 + [True, False]  # the last but one is like the first
+    assert all(met[1])
+
+
+def test_arguments_that_are_one_tensor_or_share_memory_are_told_apart(cuda):
+    x, both = torch.randn(2, 9, 48), torch.randn(96)
+    weight, bias = both[:48], both[48:]
+    calls = [(weight, bias), (weight, weight), (bias, weight), (weight.clone(), bias.clone())]
+    for args in calls * 2:
+        cuda.ops.gather_norm(x, None, *args, 1e-6)
+        with cuda.recording() as launched:
+            cuda.ops.gather_norm(x, None, *args, 1e-6)
+        assert replayed()
+        found = [value for one in launched for value in one.parameters]
+        assert all(tensor.data_ptr().to_bytes(8, "little") in found for tensor in args)
+
+
+def test_a_replay_refuses_memory_that_is_shared(cuda):
+    x, rows = torch.randn(2, 9, 48), torch.randn(2, 9, 48)
+    for _ in range(2):
+        cuda.ops.add_(x, None, rows, None)
+    assert replayed()
+    with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
+        cuda.ops.add_(x, None, x.view(2, 9, 48), None)
+
+
+def test_bad_input_is_refused_as_before(cuda):
+    x, q = torch.randn(2, 9, 48), torch.randn(48)
+    for _ in range(2):
+        cuda.ops.prune(x, q, 5)
+        with pytest.raises(RuntimeError, match=r"prune: num_keep must be in \[num_prefix, N\] = \[0, 9\], got 10"):
+            cuda.ops.prune(x, q, 10)
+
+
+def test_threads_replay_side_by_side(cuda):
+    x, q = torch.randn(2, 33, 48), torch.randn(48)
+    cuda.ops.prune(x, q, 16)
+    wrong = []
+
+    def work():
+        for i in range(300):
+            results = cuda.ops.prune(x, q, 10 + i % 7)
+            if [result.shape[1] for result in results] != [10 + i % 7] * 2 + [23 - i % 7] * 2:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_replay_holds_nothing(cuda):
+    x, q = torch.randn(2, 9, 48), torch.randn(48)
+    for _ in range(3):
+        kept, *_ = cuda.ops.prune(x, q, 5)
+    assert [tensor._use_count() for tensor in (x, q, kept)] == [1, 1, 1]
+
+
+def test_an_error_of_the_driver_is_raised(cuda):
+    x, q = torch.randn(2, 9, 48), torch.randn(48)
+    cuda.ops.prune(x, q, 6)
+    cuda.library.mock_set_error(2)
+    try:
+        with pytest.raises(RuntimeError, match="cropr: a launch failed: an error of the mock driver"):
+            cuda.ops.prune(x, q, 6)
+    finally:
+        cuda.library.mock_set_error(0)

@@ -32,7 +32,10 @@ OUTRO = """
   reason, and one selection. The rows themselves stay where they are. Once x is larger than the L2 cache that read alone
   is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: to get below it, the programs of an image
   would have to hold their rows on chip until its selection is known (a thread block cluster, or a wait between
-  programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory.
+  programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory: with
+  `CACHE_BYTES` in pruning/engine.py at half of the L2 cache, that many images run through all blocks at a time, the
+  read stays on chip, and pruning adds {cached:+.2f} of a copy, since fewer rows are written. It is off until a GPU says
+  that the smaller matrix products cost less than that saves.
 - **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
   and add_select_ it is the last program of an image that selects, so it needs no launch of its own.
 - **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every active row
@@ -133,7 +136,12 @@ def main() -> None:
         next(work.bytes for work in works() if work.kernel == kernel and work.shape == "256x197x1024")
         for kernel in ("add_norm_", "add_select_ + gather_norm", "merging over pruning")
     )
-    outro = OUTRO.format(marginal=(pruning - plain) / (4.0 * 256 * 197 * 1024), again=merging / options.bandwidth * 1e6)
+    copy, kept = 4.0 * 256 * 197 * 1024, 2.0 * 256 * num_keep(197) * 1024
+    outro = OUTRO.format(
+        marginal=(pruning - plain) / copy,
+        cached=(pruning - plain - kept) / copy,
+        again=merging / options.bandwidth * 1e6,
+    )
     write_text(PAGE, intro + "\n".join(lines) + "\n" + outro)
     print(PAGE)
 

@@ -25,6 +25,11 @@ class Masks(NamedTuple):
         """Which of the active tokens are padding, (B, K)."""
         return self.padding if self.padding is None or positions is None else self.padding.gather(1, positions)
 
+    def split(self, images: int) -> list["Masks"]:
+        """The masks of so many images at a time."""
+        paddings = [None] * len(self.priority) if self.padding is None else self.padding.split(images)
+        return [Masks(*parts) for parts in zip(self.priority.split(images), paddings)]
+
 
 def make_masks(
     protect: Tensor | None, padding: Tensor | None, batch: int, num_patches: int, num_prefix: int

@@ -97,6 +97,22 @@ def test_one_selection_a_layer_and_no_row_moves():
     assert "prune" in called_ops(lambda: functional(images))
 
 
+@pytest.mark.parametrize("images", [1, 2, 9])
+@pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}])
+def test_a_batch_may_run_in_parts(options, images, monkeypatch):
+    _, engine = both("reference", rate=9, **options)
+    x = torch.randn(5, 3, 64, 64, dtype=torch.float64)
+    protect, padding = (torch.rand(2, 5, 8, 8) < 0.1).unbind()
+    for masks in ({}, {"protect": protect}, {} if "merge" in options else {"protect": protect, "padding": padding}):
+        whole, tokens = engine(x, **masks), cropr.features(engine, x, **masks)
+        calls = len(called_ops(lambda masks=masks: engine(x, **masks)))
+        with monkeypatch.context() as patch:
+            patch.setattr("cropr_kernels.pruning.engine.CACHE_BYTES", images * 65 * 64 * 8)
+            torch.testing.assert_close(engine(x, **masks), whole)
+            torch.testing.assert_close(cropr.features(engine, x, **masks), tokens)
+            assert len(called_ops(lambda masks=masks: engine(x, **masks))) == -(-5 // images) * calls
+
+
 @pytest.mark.parametrize("schedule", [{"keep": [40, 40, 9]}, {"ratio": 0.5}, {"keep": [65, 65, 65]}, {"rate": 16}])
 def test_other_schedules_and_sizes(schedule):
     functional, engine = both("timm ViT, any size", **schedule)

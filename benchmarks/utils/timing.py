@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cropr_kernels.pruning.engine import Graphs
+from cropr_kernels.pruning.graphs import Graphs
 
 Key = TypeVar("Key")
 COLD_BYTES = 400 << 20  # several times the L2 cache

@@ -103,6 +103,8 @@ def data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")  # of several processes that share the tests
+    items[:] = items[int(shard) :: int(shards)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

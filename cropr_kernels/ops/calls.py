@@ -37,4 +37,6 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
 
 def bare_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
     """The same without any optional tensor: where no positions are given, all tokens are meant."""
-    return legal_call(op, dtype, **sizes | {"K": (SIZES | sizes)["N"]}) | dict.fromkeys(OPS[op].optional)
+    optional = OPS[op].optional
+    every = {"K": (SIZES | sizes)["N"]} if "idx" in optional else {}
+    return legal_call(op, dtype, **sizes | every) | dict.fromkeys(optional)

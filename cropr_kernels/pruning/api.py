@@ -227,7 +227,7 @@ def remove(model: Any) -> Any:
             setattr(module, name, value)
     if hasattr(model, "set_grad_checkpointing"):
         model.grad_checkpointing = stack.recompute
-    if isinstance(vars(model).get("forward"), GraphedForward):
+    if GraphedForward.of(model) is not None:
         del model.forward
     for hook in stack.hooks:
         hook.remove()
@@ -329,9 +329,9 @@ def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int | None = 
     except EngineRefusal as refusal:
         light.engine_reason = str(refusal)
     light.graphs, light.warned = None, True
-    if isinstance(vars(deployed).get("forward"), GraphedForward):
+    if GraphedForward.of(deployed) is not None:
         del deployed.forward
     if cuda_graphs != 0 and "forward" not in vars(deployed):  # one that somebody else put there stays as it is
         light.graphs = Graphs(CAPACITY, PATIENCE) if cuda_graphs is None else Graphs(cuda_graphs)
-        deployed.forward = GraphedForward(deployed, PATCHES if cuda_graphs is None else math.inf)
+        deployed.forward = GraphedForward(deployed, PATCHES if cuda_graphs is None else math.inf).forward
     return deployed.eval().requires_grad_(False)

@@ -1,12 +1,13 @@
 """CUDA graphs of a deployed model: where launches take longer than what they launch, one replay takes their place."""
 
-import inspect
 import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from functools import wraps
 from itertools import chain
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -127,9 +128,19 @@ class GraphedForward:
     """
 
     def __init__(self, model: Any, patches: float = math.inf):
-        self.model, self.patches = model, patches
-        self.__signature__ = inspect.signature(model.forward)
-        self.parts = _Parts(model)
+        self.model, self.patches, self.parts = model, patches, _Parts(model)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What takes the place of the model's: as torch.export wants it, a method, with the same signature."""
+        own = type(self.model).forward
+        return MethodType(wraps(own)(lambda self, *args, **kwargs: self(*args, **kwargs)), self)
+
+    @staticmethod
+    def of(model: Any) -> "GraphedForward | None":
+        """That of a model, if it has one."""
+        found = getattr(vars(model).get("forward"), "__self__", None)
+        return found if isinstance(found, GraphedForward) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, own = self.model, type(self.model).forward

@@ -162,7 +162,9 @@ def _add_bench(commands: Any) -> None:
     add_model(parser)
     add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay CUDA graphs (default: of small batches)"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
     parser.set_defaults(run="bench.run", after_stop="what the tables above say is in {out}.json")
 

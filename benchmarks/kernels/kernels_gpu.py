@@ -11,7 +11,6 @@ With --device cpu the same calls are checked and timed by the clock: that tests 
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 import cropr_kernels as cropr
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
 from benchmarks.utils.results import RESULTS, Results, environment, name_of
-from benchmarks.utils.timing import capture, cold_copies, quantile, replay
+from benchmarks.utils.timing import capture, clocked, cold_copies, quantile, replay
 from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
 from cropr_kernels.ops import reference
 
@@ -37,13 +36,7 @@ def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
     if inputs[0].is_cuda:
         times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
     else:
-        times = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for x in inputs:
-                    call(x)
-                times[name].append(1e6 * (time.perf_counter() - start) / len(inputs))
+        times = clocked(calls, inputs, rounds)
     row: dict[str, Any] = {}
     for name, values in times.items():
         row[f"{name}, us"] = round(quantile(values, 0.5), 3)

@@ -289,10 +289,10 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int | None = None) -
             and the repr of `model.cropr` say so and why. False: functional ops, logits of model.eval() bit for bit.
             Inputs that require a gradient, and `pruning_map`, take the functional ops too.
         cuda_graphs: how many CUDA graphs of forward there may be at a time; 0 for none. One is captured at the first
-            call for each shape, schedule and precision, and replayed; it holds the memory of one forward. Default: 8,
-            of batches of up to 4096 patches, above which launches do not count. Not used are graphs for CPU inputs and
-            for inputs that require a gradient, in training mode, under torch.compile, in transforms and other graphs,
-            and where modules have hooks or outputs of several blocks are asked for.
+            call for each shape, schedule and precision, and replayed; together they hold the memory of one forward.
+            Default: 8, of batches of up to 4096 patches, above which launches do not count. There are none for CPU
+            inputs and inputs that require a gradient, in training mode, under torch.compile, in transforms and other
+            graphs, and where modules have hooks or outputs of several blocks are asked for.
 
     Raises:
         TypeError: the model is not pruned.
@@ -335,3 +335,10 @@ def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int | None = 
         light.graphs = Graphs(CAPACITY, PATIENCE) if cuda_graphs is None else Graphs(cuda_graphs)
         deployed.forward = GraphedForward(deployed, PATCHES if cuda_graphs is None else math.inf).forward
     return deployed.eval().requires_grad_(False)
+
+
+def hold_graphs(deployed: Any, count: int) -> None:
+    """Let a deployed model with CUDA graphs have so many at a time, as where many schedules are timed in turns."""
+    graphs: Graphs | None = deployed.cropr.graphs
+    if graphs is not None:
+        graphs.capacity = max(graphs.capacity, count)

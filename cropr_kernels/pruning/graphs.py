@@ -4,7 +4,7 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from functools import wraps
 from itertools import chain
 from types import MethodType
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from ..models.adapters import is_hooked
 
 # Unless deploy is told otherwise: patches of a batch up to which a GPU waits for launches (not measured yet), graphs at
-# a time, and calls after which one that was not used makes room. Each holds the memory of one such forward.
+# a time, and calls after which one that was not used makes room.
 PATCHES, CAPACITY, PATIENCE = 4096, 8, 1000
 
 
@@ -25,47 +25,53 @@ class CaptureError(RuntimeError):
     """What was called cannot be captured in a CUDA graph."""
 
 
+class Place:
+    """What graphs on the current device share: the stream and the memory they are captured with, so that together they
+    hold no more than the largest does, and when the last call is done with that memory."""
+
+    def __init__(self) -> None:
+        self.stream, self.pool, self.free = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.Event()
+
+
 class Captured:
     """One function in a CUDA graph, with inputs and outputs of its own.
 
     It is captured without autograd, and replays on the stream that is current on the device of the inputs, whatever
-    device the caller is on: each call waits until the one before, on whatever stream, has left inputs and outputs.
+    device the caller is on: each call waits until the one before at that place, on whatever stream, is done.
     """
 
     last_call = 0
 
-    def __init__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...]):
-        self.device, kind = inputs[0].device, inputs[0].device.type
+    def __init__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], place: Place):
+        self.place, self.device, kind = place, inputs[0].device, inputs[0].device.type
         # Weights that autocast has cast once would be freed when it ends, or be the graph's own.
         autocast = torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
         with torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad(), autocast:
             self.inputs = tuple(value.clone() for value in inputs)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which capture must not do
+            place.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(place.stream):  # compiles kernels and fills caches, which capture must not do
                 for _ in range(2):
                     run(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(place.stream)
             self.graph = torch.cuda.CUDAGraph()
+            how: Any = {"pool": place.pool, "stream": place.stream, "capture_error_mode": "thread_local"}
             try:  # other threads may allocate meanwhile
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self.graph, **how):
                     self.output = run(*self.inputs)
             except RuntimeError as error:
                 raise CaptureError(str(error).partition("\n")[0]) from error
-            self.free = torch.cuda.Event()
-            self.free.record()
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
         """The function's result for these inputs, a copy that later calls leave alone."""
         with torch.cuda.device(self.device), torch.no_grad():
-            self.free.wait()
+            self.place.free.wait()
             for static, value in zip(self.inputs, inputs):
                 static.copy_(value)
             self.graph.replay()
             result = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, self.output)
-            self.free.record()
+            self.place.free.record()
         return result
 
 
@@ -84,6 +90,7 @@ class Graphs:
             raise ValueError(f"Graphs: capacity must be >= 1, got {capacity}")
         self.capacity, self.patience, self.calls = capacity, patience, 0
         self.captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.places: dict[torch.device, Place] = {}
         self.lock = threading.Lock()
 
     def __call__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], key: Hashable) -> Any:
@@ -112,7 +119,11 @@ class Graphs:
             return oldest is None or not full or self.calls - oldest.last_call > self.patience
 
     def capture(self, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Captured:
-        return Captured(run, inputs)
+        device = inputs[0].device
+        if device not in self.places:
+            with torch.cuda.device(device):
+                self.places[device] = Place()
+        return Captured(run, inputs, self.places[device])
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[int, int]]:
         # Copies capture anew: graphs belong to the tensors they were captured with.
@@ -215,20 +226,19 @@ class _Parts:
         hooks = [place[name] for place in places[1:] for name in ("_forward_hooks", "_forward_pre_hooks")]
         others = [place[name] for place in places for name in ("_parameters", "_buffers", "_modules")]
         self.filled, self.empty = list(filter(None, hooks + others)), [one for one in hooks if not one]
+        self.tensors = [*model.parameters(), *model.buffers()]
 
     def now(self) -> "_Held":
         """What is there now."""
-        return _Held(chain.from_iterable(map(dict.values, self.filled)), any(self.empty))
+        objects = tuple(chain.from_iterable(map(dict.values, self.filled)))
+        return _Held(objects, (any(self.empty), *map(id, objects), *map(Tensor.data_ptr, self.tensors)))
 
 
 class _Held:
-    """Objects by identity, and tensors also by where their data is; held, so that no others can take their places."""
+    """Objects and their identity; held, so that no others can take their places."""
 
-    def __init__(self, objects: Iterable[Any], hooked: bool):
-        self.objects = tuple(objects)
-        places = (one.data_ptr() for one in self.objects if isinstance(one, Tensor))
-        self.identity = (hooked, *map(id, self.objects), *places)
-        self.hash = hash(self.identity)
+    def __init__(self, objects: tuple[Any, ...], identity: tuple[int, ...]):
+        self.objects, self.identity, self.hash = objects, identity, hash(identity)
 
     def __hash__(self) -> int:
         return self.hash

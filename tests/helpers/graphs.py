@@ -36,8 +36,17 @@ class RecordedCuda:
     """
 
     def __init__(self, monkeypatch):
-        self.log, self.current, self.made, self.capturing = [], "caller's", 0, None
-        for name in ("device", "Stream", "stream", "current_stream", "CUDAGraph", "graph", "Event"):
+        self.log, self.current, self.made, self.pools, self.capturing = [], "caller's", 0, 0, None
+        for name in (
+            "device",
+            "Stream",
+            "stream",
+            "current_stream",
+            "CUDAGraph",
+            "graph",
+            "graph_pool_handle",
+            "Event",
+        ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def note(self, what):
@@ -66,13 +75,17 @@ class RecordedCuda:
         return RecordedGraph(self)
 
     @contextmanager
-    def graph(self, graph, *, stream, capture_error_mode):
+    def graph(self, graph, *, pool, stream, capture_error_mode):
         self.capturing = graph
         with self.stream(stream):
-            self.note(f"captures, {capture_error_mode}")
+            self.note(f"captures, {capture_error_mode}, in {pool}")
             yield
             self.note("has captured")
         self.capturing = None
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return f"pool {self.pools}"
 
     def Event(self):
         return RecordedEvent(self)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
 from cropr_kernels.pruning.api import deployed_copy
-from cropr_kernels.pruning.graphs import CAPACITY, PATCHES, PATIENCE, Captured, GraphedForward, Graphs
+from cropr_kernels.pruning.graphs import CAPACITY, PATCHES, PATIENCE, Captured, GraphedForward, Graphs, Place
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -75,7 +75,7 @@ def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_
         return x * 2
 
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        captured = Captured(run, (torch.ones(1),))
+        captured = Captured(run, (torch.ones(1),), Place())
     runs = "runs, casts uncached, torch.bfloat16 True, (False, False)"
     assert cuda.log == [
         "caller's: enters cpu",
@@ -83,20 +83,30 @@ def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_
         f"stream 1: {runs}",
         f"stream 1: {runs}",
         "caller's: waits for stream 1",
-        "stream 1: captures, thread_local",
+        "stream 1: captures, thread_local, in pool 1",
         f"stream 1: {runs}",
         "stream 1: has captured",
-        "caller's: records",
         "caller's: leaves cpu",
     ]
     captured((torch.ones(1),))  # static inputs are written outside inference mode too
-    Captured(run, (torch.ones(1),))
-    assert torch.is_autocast_cache_enabled() and "torch.bfloat16 False" in cuda.log[-4]
+    Captured(run, (torch.ones(1),), captured.place)
+    assert torch.is_autocast_cache_enabled() and "torch.bfloat16 False" in cuda.log[-3]
+
+
+def test_the_graphs_of_a_device_share_stream_and_memory(monkeypatch):
+    cuda, graphs = RecordedCuda(monkeypatch), Graphs(2)
+    for key in "ab":
+        graphs(torch.neg, (torch.ones(1),), key)
+    graphs.places["another"] = graphs.places.pop(torch.device("cpu"))
+    graphs(torch.neg, (torch.ones(1),), "c")
+    captures = [line for line in cuda.log if " captures" in line]
+    assert captures == [f"stream {i}: captures, thread_local, in pool {i}" for i in (1, 1, 2)]
+    assert cuda.log.count("caller's: waits for the record") == cuda.log.count("caller's: records") == 3
 
 
 def test_a_call_waits_for_the_one_before_on_another_stream(monkeypatch):
     cuda = RecordedCuda(monkeypatch)
-    captured = Captured(lambda x: x * 2, (torch.ones(1),))
+    captured = Captured(lambda x: x * 2, (torch.ones(1),), Place())
     output = captured.output
     captured.graph.runs.append(lambda: cuda.note(f"reads {captured.inputs[0].item()}"))
     captured.graph.runs.append(lambda: output.copy_(captured.inputs[0] * 2))
@@ -123,7 +133,7 @@ def test_what_cannot_be_captured_says_so(monkeypatch):
         return x
 
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
-        Captured(run, (torch.ones(1),))
+        Captured(run, (torch.ones(1),), Place())
 
 
 # A model's
@@ -230,7 +240,7 @@ def test_hooks_see_every_call_and_get_no_graph(where, monkeypatch):
     handle = model.get_submodule(where).register_forward_hook(lambda *args: seen.append(where))
     for i in range(3):
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-        assert len(seen) == i + 1
+        assert len(seen) == i + 1 and graphs.captures == 1
     handle.remove()
     model(images)
     assert len(seen) == 3 and len(graphs.captured) <= 2
@@ -347,7 +357,7 @@ def test_graphs_do_not_swallow_gradients():
 def test_streams_that_take_turns_on_one_graph_get_their_own_results():
     model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8)).cuda()
     eager, streams = cropr.deploy(model, cuda_graphs=0), [torch.cuda.Stream() for _ in range(3)]
-    batches = [torch.randn(4, 3, 64, 64, device="cuda") for _ in range(30)]
+    batches = [torch.randn(1 + i % 4, 3, 64, 64, device="cuda") for i in range(60)]  # graphs that share memory
     expected = [eager(images) for images in batches]
     torch.cuda.synchronize()
     got = []
@@ -355,7 +365,7 @@ def test_streams_that_take_turns_on_one_graph_get_their_own_results():
         with torch.cuda.stream(streams[i % 3]):
             got.append(model(images))
     torch.cuda.synchronize()
-    assert all(map(torch.equal, got, expected)) and len(model.cropr.graphs.captured) == 1
+    assert all(map(torch.equal, got, expected)) and len(model.cropr.graphs.captured) == 4
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ shared() {  # shared NAME ARGUMENTS...: pytest in several processes, each with i
   shift
   enough "$name" || return
   for ((shard = 0; shard < PROCESSES; shard++)); do
-    CROPR_SHARD=$shard/$PROCESSES timeout --kill-after=3 "$(left)" python3 -m pytest -q -p no:cacheprovider "$@" \
+    OMP_NUM_THREADS=2 CROPR_SHARD=$shard/$PROCESSES timeout --kill-after=3 "$(left)" python3 -m pytest -q -p no:cacheprovider "$@" \
       > "$WORK/logs/$name.$shard.log" 2>&1 &
     pids+=($!)
   done

@@ -1,6 +1,7 @@
 """`cropr doctor`: whether every device of this machine computes what the ops mean."""
 
 import argparse
+import ctypes
 import multiprocessing
 import textwrap
 from collections.abc import Callable, Iterator
@@ -187,5 +188,15 @@ def _named(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
     gpu = torch.cuda.get_device_properties(device)
-    about = f"sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 30} GB, CUDA {torch.version.cuda}"
-    return f"{device}, {gpu.name}, {about}"
+    cuda = f"CUDA {torch.version.cuda}, driver for CUDA {_driver()}"
+    return f"{device}, {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 30} GB, {cuda}"
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver knows."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "unknown"
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -2,10 +2,12 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cropr_kernels.cli.doctor
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.cli.doctor import NETWORKS, checks, in_process, perform
 from cropr_kernels.ops import NAMES, calls
@@ -93,6 +95,29 @@ def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
     for check in checks(device):
         if check.what == op and not (as_integers and check.dtype == torch.bfloat16):
             assert perform(check, device, calls.SIZES) == "", str(check)
+
+
+def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, capsys):
+    gpu = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+    def found(device):
+        failing = device == torch.device("cuda", 1)
+        return (
+            (check, "wrong" if failing and not check.plain and check.what in NETWORKS else "")
+            for check in checks(device)
+        )
+
+    monkeypatch.setattr(cropr_kernels.cli.doctor, "outcomes", found)
+    assert cli.main(["doctor", "--quiet"]) == 1
+    _, cpu, first, *wrong, second = capsys.readouterr().out.splitlines()
+    count = len(checks(CPU)) + len(NETWORKS) * 4
+    assert cpu.endswith(f"{len(checks(CPU))} checks passed")
+    assert first.startswith("cuda:0, A GPU, sm_90, 80 GB, CUDA ") and first.endswith(f"{count} checks passed")
+    assert "driver for CUDA " in second and second.endswith(f"12 of {count} checks failed")
+    assert wrong[:2] == ["cuda:1: network, float32, CUDA graphs:", "    wrong"] and len(wrong) == 24
 
 
 def ends_or_hangs(check, device):

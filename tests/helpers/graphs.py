@@ -10,20 +10,21 @@ from cropr_kernels.pruning.graphs import CaptureError, Graphs
 class CountingGraphs(Graphs):
     """Graphs whose capture needs no GPU: a replay runs the function again, on inputs of its own."""
 
-    captures, refuses = 0, False
+    captures, replays, refuses = 0, 0, False
 
     def capture(self, run, inputs):
         if self.refuses:
             raise CaptureError("an operation waits for the GPU")
         self.captures += 1
-        return Rerun(run, inputs)
+        return Rerun(self, run, inputs)
 
 
 class Rerun:
-    def __init__(self, run, inputs):
-        self.run, self.inputs = run, tuple(value.clone() for value in inputs)
+    def __init__(self, graphs, run, inputs):
+        self.graphs, self.run, self.inputs = graphs, run, tuple(value.clone() for value in inputs)
 
     def __call__(self, inputs):
+        self.graphs.replays += 1
         for static, value in zip(self.inputs, inputs):
             static.copy_(value)
         return self.run(*self.inputs)

@@ -1,7 +1,9 @@
 """CUDA graphs: what is captured and when, in which order streams work; on a GPU, what replays give."""
 
 import copy
+import gc
 import threading
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -11,7 +13,7 @@ from helpers.models import MODELS, randomise, reference_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.api import deployed_copy, hold_graphs
 from cropr_kernels.pruning.graphs import CAPACITY, PATCHES, PATIENCE, Captured, GraphedForward, Graphs, Place
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -154,6 +156,15 @@ def test_deploy_captures_small_batches_and_one_argument_switches_it_off():
     assert "forward" not in vars(cropr.remove(fast))
 
 
+def test_many_schedules_in_turns_may_each_have_a_graph():
+    model = cropr.apply(reference_vit(), rate=8)
+    fast, plain = deployed_copy(model, cuda_graphs=None), deployed_copy(model)
+    for one in (fast, plain):
+        hold_graphs(one, 30)
+        hold_graphs(one, 3)
+    assert fast.cropr.graphs.capacity == 30 and plain.cropr.graphs is None
+
+
 def test_a_forward_that_somebody_else_put_there_stays():
     model = cropr.apply(reference_vit().eval(), rate=8)
     model.forward = lambda images: "theirs"
@@ -223,12 +234,16 @@ def test_all_that_changes_what_a_graph_computes_captures_anew(monkeypatch):
 
 def test_new_weights_cannot_take_the_place_of_those_of_a_graph(monkeypatch):
     """A graph's key names weights by their address: while it is there, they are."""
-    model, graphs = deployed(monkeypatch, capacity=99)
-    images = photos()
-    for _ in range(20):
-        model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight), requires_grad=False)
-        model(images)
-    assert graphs.captures == 20
+    model, graphs = deployed(monkeypatch)
+    model(photos())
+    before = weakref.ref(model.head.weight)
+    model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight), requires_grad=False)
+    model(photos())
+    gc.collect()
+    assert graphs.captures == 2 and before() is not None
+    graphs.captured.popitem(last=False)
+    gc.collect()
+    assert before() is None
 
 
 @pytest.mark.parametrize("where", ["blocks.1.mlp", "norm", "patch_embed.proj", "head"])
@@ -240,10 +255,10 @@ def test_hooks_see_every_call_and_get_no_graph(where, monkeypatch):
     handle = model.get_submodule(where).register_forward_hook(lambda *args: seen.append(where))
     for i in range(3):
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-        assert len(seen) == i + 1 and graphs.captures == 1
+        assert len(seen) == i + 1 and graphs.captures == graphs.replays == 1
     handle.remove()
     model(images)
-    assert len(seen) == 3 and len(graphs.captured) <= 2
+    assert len(seen) == 3 and graphs.replays == 2
     around = model.register_forward_hook(lambda *args: seen.append("model"))  # not inside of what is captured
     captures = graphs.captures
     model(images)
@@ -273,7 +288,7 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
     model(images)
     monkeypatch.undo()
     model(images)  # on the CPU
-    assert not graphs.captured and graphs.captures == 1
+    assert not graphs.captured and graphs.captures == graphs.replays == 1
 
 
 def test_large_batches_are_left_to_themselves(monkeypatch):

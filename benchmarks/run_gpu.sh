@@ -72,6 +72,7 @@ shared() {  # shared NAME ARGUMENTS...: pytest in several processes, each with i
 
 sanitize() {
   local check number=0 code ours filter name
+  command -v compute-sanitizer > /dev/null || { echo "sanitize: skipped, not installed: compute-sanitizer"; return; }
   [ -e "$WORK/done/sanitize" ] && rm "$WORK/done"/sanitize*
   ours=$(sed -n 's/^def \(\w*_kernel\)(.*/\1/p' cropr_kernels/ops/triton/*.py | paste -sd '|')
   for check in memcheck racecheck synccheck initcheck; do

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cropr_kernels as cropr
 from cropr_kernels.pruning.api import deployed_copy, hold_graphs
 from cropr_kernels.pruning.graphs import CAPACITY, PATCHES, PATIENCE, Captured, GraphedForward, Graphs, Place
+from cropr_kernels.pruning.model import run as pruned_run
+from cropr_kernels.pruning.state import PruningOptions
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -281,6 +283,7 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
     model.eval()
     assert torch.func.vmap(lambda one: model(one[None])[0])(images).shape == expected.shape
     assert cropr.pruning_map(model, images).shape == (2, 8, 8)
+    assert pruned_run(model, lambda: model(images), PruningOptions(engine=True))[1].num_tokens == 65
     assert model(images[:0]).shape == (0, 5)
     torch.jit.trace(model, images, check_trace=False)
     assert torch.export.export(model, (images,)).module()(images).shape == expected.shape

@@ -287,6 +287,10 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
     assert model(images[:0]).shape == (0, 5)
     torch.jit.trace(model, images, check_trace=False)
     assert torch.export.export(model, (images,)).module()(images).shape == expected.shape
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model(images)
+    monkeypatch.undo()
+    on_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model(images)
     monkeypatch.undo()

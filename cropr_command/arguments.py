@@ -84,6 +84,19 @@ def _add_info(commands: Any) -> None:
     parser.set_defaults(run="info.run", after_stop="nothing was written")
 
 
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check every op, and small networks, on each device of this machine",
+        description="Compare every op, in each dtype, with its definition, and small pruned networks with the "
+        "functional ops, on the CPU and on each GPU; the first run compiles its kernels. Names what is wrong, and then "
+        "ends with the exit code 1.",
+    )
+    parser.add_argument("--device", help="only this one (default: the CPU and every GPU)")
+    add_arguments(parser, "--quiet")
+    parser.set_defaults(run="doctor.run", dtype=None, after_stop="what was wrong so far is said above")
+
+
 def _add_calibrate(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
@@ -149,7 +162,9 @@ def _add_bench(commands: Any) -> None:
     add_model(parser)
     add_arguments(parser, "--rates", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay CUDA graphs (default: of small batches)"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
     parser.set_defaults(run="bench.run", after_stop="what the tables above say is in {out}.json")
 
@@ -243,6 +258,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cropr", description="Token Cropr for PyTorch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and device, and exit")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for add in (_add_info, _add_calibrate, _add_map, _add_tune, _add_bench, _add_export, _add_infer, _add_train):
+    for add in (
+        _add_info,
+        _add_doctor,
+        _add_calibrate,
+        _add_map,
+        _add_tune,
+        _add_bench,
+        _add_export,
+        _add_infer,
+        _add_train,
+    ):
         add(commands)
     return parser

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .pruning.api import deployed_copy
+from .pruning.api import deployed_copy, hold_graphs
 from .pruning.model import require_pruned
 from .pruning.model import run as pruned_run
 from .pruning.state import PruningOptions
@@ -163,7 +163,8 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    fast, modules, prefix, depth = deployed_copy(model), len(stack), stack.spec.num_prefix, len(stack.spec.blocks)
+    fast, modules = deployed_copy(model, cuda_graphs=None), len(stack)
+    prefix, depth = stack.spec.num_prefix, len(stack.spec.blocks)
     tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 
     def run(keep: Sequence[int], batch: Tensor = images) -> Callable[[], Any]:
@@ -184,6 +185,7 @@ def tune(
     if show:
         work = f"{len(counts) + 2} schedules, {rounds} rounds, and the chosen one up to {_TRIALS} times"
         announce("tune", work, forward * (_AVERAGE * (len(counts) + 2) * (rounds + 1) + _TRIALS * 1.7 * (checks + 1)))
+    hold_graphs(fast, len(counts) + 2 + 2 * _TRIALS)
     gentle = [tokens - module - 1 for module in range(modules)] if tokens > modules + prefix else [tokens] * modules
     calls = {count: run([count] * modules) for count in [*counts, tokens]} | {"gentle": run(gentle)}
     timings = in_turns(calls, device, rounds, show=show, what="latency curve")

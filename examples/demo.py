@@ -103,7 +103,7 @@ def show(subject: Subject, out: Path, device: torch.device) -> None:
     model, images = subject.model.to(device), subject.images.to(device)
     cropr.calibrate(cropr.apply(model, rate=shown, merge=True), subject.to_fit)
     agreed = cropr.agreement(model, images, rates)
-    timed = measure(model, images[: subject.batch], rates, graphs=0, rounds=None, show=True)  # checks what it times
+    timed = measure(model, images[: subject.batch], rates, graphs=False, rounds=None, show=True)  # checks what it times
     fast = cropr.deploy(model)
     cells = []
     for one, times in zip(agreed, timed):

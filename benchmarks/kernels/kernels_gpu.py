@@ -2,14 +2,17 @@
 
 python -m benchmarks.kernels.kernels_gpu [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
 
+A run that is cut off goes on where it stopped when started again with the same --out.
+
 Replayed graphs taking turns, medians, as in prune_gpu; cold inputs are copies that exceed the L2 together. The marginal
 cost of pruning is add_select_ and gather_norm together, less the add_norm_ that a block without pruning would run.
 With --device cpu the same calls are checked and timed by the clock: that tests this script, and measures nothing.
 """
 
 import argparse
-import time
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from torch import Tensor
 import cropr_kernels as cropr
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
 from benchmarks.utils.results import RESULTS, Results, environment, name_of
-from benchmarks.utils.timing import capture, cold_copies, quantile, replay
+from benchmarks.utils.timing import capture, clocked, cold_copies, quantile, replay
 from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
 from cropr_kernels.ops import reference
 
 ops = torch.ops.cropr
 Calls = dict[str, Callable[[Tensor], Any]]
+KEYS = ("kernel", "shape", "dtype", "L2")
 
 
 def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
@@ -32,13 +36,7 @@ def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
     if inputs[0].is_cuda:
         times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
     else:
-        times = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for x in inputs:
-                    call(x)
-                times[name].append(1e6 * (time.perf_counter() - start) / len(inputs))
+        times = clocked(calls, inputs, rounds)
     row: dict[str, Any] = {}
     for name, values in times.items():
         row[f"{name}, us"] = round(quantile(values, 0.5), 3)
@@ -211,29 +209,28 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
     device, rounds, small = options.device, options.rounds, options.device == "cpu"
-    shapes = [(2, 197, 384)] if small else list(GPU_SHAPES)
-    cells: list[Callable[[], dict[str, Any]]] = []
-    for choice in ((4, 197),) if small else ((256, 197), (64, 1025), (8, 9216), (1, 197)):
-        cells.append(lambda choice=choice: selection(choice, device, rounds))
-    for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for cold in (True, False):
-                cells.append(lambda s=shape, d=dtype, c=cold: stream(s, d, device, c, rounds))
-    attends = (
-        ((2, 1, 50, 64), (2, 40, 50, 64))
-        if small
-        else ((256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024))
-    )
-    for sizes in attends:
-        cells.append(lambda sizes=sizes: attention(*sizes, torch.bfloat16, device, rounds))
-    heads = (
-        ((2, 2, 50, 64),) if small else ((1, 16, 197, 64), (256, 16, 197, 64), (64, 16, 1025, 64), (8, 12, 4096, 64))
-    )
-    for sizes in heads:
-        cells.append(lambda sizes=sizes: sized_attention(*sizes, torch.bfloat16, device, rounds))
-    results = Results(options.out, environment(device))
-    for cell in cells:
-        results.add(cell())
+    selections = [(4, 197)] if small else [(256, 197), (64, 1025), (8, 9216), (1, 197)]
+    streams = [(2, 197, 384)] if small else list(GPU_SHAPES)
+    attends = [(256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024)]
+    heads = [(1, 16, 197, 64), (256, 16, 197, 64), (64, 16, 1025, 64), (8, 12, 4096, 64)]
+    if small:
+        attends, heads = [(2, 1, 50, 64), (2, 40, 50, 64)], [(2, 2, 50, 64)]
+    dtypes, half, last = (torch.bfloat16, torch.float16, torch.float32), torch.bfloat16, (device, rounds)
+    cells: list[tuple[Any, ...]] = [  # a value for each of KEYS, and what measures it
+        *(("select", shape, None, None, partial(selection, shape, *last)) for shape in selections),
+        *(
+            ("stream", shape, name_of(dtype), level, partial(stream, shape, dtype, device, level == "cold", rounds))
+            for shape, dtype, level in itertools.product(streams, dtypes, ("cold", "hot"))
+        ),
+        *(("attend", shape, name_of(half), None, partial(attention, *shape, half, *last)) for shape in attends),
+        *(
+            ("sized attention", shape, name_of(half), None, partial(sized_attention, *shape, half, *last))
+            for shape in heads
+        ),
+    ]
+    results = Results(options.out, environment(device), KEYS)
+    for *_, measure in results.remaining(cells):
+        results.add(measure())
         print({key: value for key, value in results.rows[-1].items() if "p10" not in key}, flush=True)
 
 

@@ -1,15 +1,17 @@
 """Prune on a CUDA GPU against its baselines: replayed graphs, cold and hot L2, medians; a file after every cell.
 
-python -m benchmarks.kernels.prune_gpu [--minutes 9] [--out benchmarks/results/gpu_ops.json]
+python -m benchmarks.kernels.prune_gpu [--minutes 9] [--out benchmarks/results/gpu_ops.json] [--device cpu]
 
 A run that stops at its minutes goes on where it stopped when started again with the same --out.
 
 Cold: every replay works on another copy of x, and the copies together are several times the L2. Hot: always one.
 Bytes counted: x read once for the scores and once for the copy, every row written once, indices and scores on top.
+With --device cpu one small shape is checked and timed by the clock: that tests this script, and measures nothing.
 """
 
 import argparse
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,29 @@ import torch
 from benchmarks.baselines.prune import PRUNE, check, topk_and_index_select
 from benchmarks.kernels.shapes import GPU_SHAPES, make_inputs, num_keep
 from benchmarks.utils.results import RESULTS, Results, environment, name_of
-from benchmarks.utils.timing import capture, cold_copies, compiled, quantile, replay
+from benchmarks.utils.timing import capture, clocked, cold_copies, compiled, quantile, replay
 
 
 @torch.inference_mode()
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, *, cold: bool) -> dict[str, Any]:
-    x, query = make_inputs(shape, dtype, "cuda")
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, cold: bool) -> dict[str, Any]:
+    x, query = make_inputs(shape, dtype, device)
     keep = num_keep(shape[1])
     check(x, query, keep)
     inputs = cold_copies(x) if cold else [x] * 8
     functions = PRUNE | {"top-k + index_select": topk_and_index_select}
     functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
-    row: dict[str, Any] = {"shape": list(shape), "model": GPU_SHAPES[shape], "dtype": name_of(dtype), "keep": keep}
+    row: dict[str, Any] = {"shape": list(shape), "model": GPU_SHAPES.get(shape), "dtype": name_of(dtype), "keep": keep}
     row["L2"] = "cold" if cold else "hot"
     graphs = {}
-    for name, function in functions.items():
+    for name, function in functions.items() if x.is_cuda else ():
         try:
             graphs[name] = capture(function, inputs, query, keep)
         except RuntimeError as error:  # a baseline that cannot be captured is recorded as such
             row[f"{name}: error"] = str(error).splitlines()[0]
-    times = replay(graphs, len(inputs))
+    if x.is_cuda:
+        times = replay(graphs, len(inputs))
+    else:
+        times = clocked({name: partial(call, query=query, keep=keep) for name, call in functions.items()}, inputs, 3)
     for name, values in times.items():
         row[f"{name}, us"] = round(quantile(values, 0.5), 2)
         row[f"{name}, us p10 p90"] = [round(quantile(values, q), 2) for q in (0.1, 0.9)]
@@ -54,16 +59,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_ops.json")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after so long (default: 9)")
+    parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
-    results = Results(options.out, environment("cuda"), keys=("shape", "dtype", "L2"))
+    shapes = GPU_SHAPES if options.device == "cuda" else [(2, 197, 384)]
+    results = Results(options.out, environment(options.device), keys=("shape", "dtype", "L2"))
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     cells = [
-        (shape, name_of(dtype), level) for dtype, shape, level in itertools.product(dtypes, GPU_SHAPES, ("cold", "hot"))
+        (shape, name_of(dtype), level) for dtype, shape, level in itertools.product(dtypes, shapes, ("cold", "hot"))
     ]
     for shape, dtype, level in results.remaining(cells, options.minutes):
-        row = measure(shape, getattr(torch, dtype), cold=level == "cold")
+        row = measure(shape, getattr(torch, dtype), options.device, cold=level == "cold")
         results.add(row)
         shown = {key: value for key, value in row.items() if " / " in key or key == "prune, us"}
         print(dtype, shape, level, shown, flush=True)

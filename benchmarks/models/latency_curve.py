@@ -3,10 +3,12 @@
 python -m benchmarks.models.latency_curve [--model vit_large_patch16_224] [--batch 64] [--dtype bfloat16] [--step 1]
                                           [--out FILE]
 
-Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the plot).
+Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the plot, which needs
+matplotlib). On a GPU a run that is cut off goes on where it stopped when started again.
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ def main() -> None:
     stack = torch.nn.Sequential(*blocks)
     env: dict[str, Any] = environment(options.device)
     env |= {"model": options.model, "blocks": 4, "batch": options.batch, "dtype": options.dtype}
-    results = Results(out, env)
-    rows: list[dict[str, Any]] = []
+    results = Results(out, env, ("tokens",) if options.device == "cuda" else ())
+    rows = [row | {"relative": 1e-3 * row["ms"]} for row in results.rows]  # of a run that was cut off
     width = blocks[0].norm1.weight.shape[0]
-    for tokens in range(options.tokens[0], options.tokens[1] + 1, options.step):
+    for (tokens,) in results.remaining(
+        (tokens,) for tokens in range(options.tokens[0], options.tokens[1] + 1, options.step)
+    ):
         x = torch.randn(options.batch, tokens, width, device=options.device, dtype=getattr(torch, options.dtype))
         run = graphed(stack) if x.is_cuda else stack
         run(x)
@@ -46,7 +50,10 @@ def main() -> None:
         median = quantile([seconds_of(run, x, calls) for _ in range(options.rounds)], 0.5)
         rows.append({"tokens": tokens, "relative": median} | ({"ms": 1e3 * median} if x.is_cuda else {}))
         results.replace(relative_to_last(rows))
-    plot_latency_curve(out.with_suffix(".png"), results.rows, env)
+    if importlib.util.find_spec("matplotlib"):
+        plot_latency_curve(out.with_suffix(".png"), results.rows, env)
+    else:
+        print("no plot: matplotlib is not installed")
     print(out)
 
 

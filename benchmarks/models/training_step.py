@@ -3,7 +3,7 @@
 python -m benchmarks.models.training_step [--models vit_large_patch16_224 ...] [--batch 128] [--out FILE]
 
 Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and backward, under bfloat16
-autocast, without the optimizer.
+autocast, without the optimizer. A run that is cut off goes on where it stopped when started again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def step_of(model: Any, target: Tensor) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def measure(name: str, batch: int, device: str, rate: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, rate: int, device: str, rounds: int) -> dict[str, Any]:
     def fresh() -> Any:
         torch.manual_seed(0)
         return cropr.create_vit(name).to(device).train()
@@ -78,9 +78,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    results = Results(options.out or RESULTS / f"{options.device}_training.json", environment(options.device))
-    for name in options.models:
-        results.add(measure(name, options.batch, options.device, options.rate, options.rounds))
+    out = options.out or RESULTS / f"{options.device}_training.json"
+    results = Results(out, environment(options.device), keys=("model", "batch", "rate"))
+    for cell in results.remaining((name, options.batch, options.rate) for name in options.models):
+        results.add(measure(*cell, options.device, options.rounds))
         print(results.rows[-1], flush=True)
 
 

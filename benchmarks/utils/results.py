@@ -33,8 +33,11 @@ class Results:
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
 
     def remaining(self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")) -> Iterator[tuple[Any, ...]]:
-        """Those of the cells (a value for each key, more may follow) that have no row; after the minutes no more."""
-        done = {tuple(hashable(row[key]) for key in self.keys) for row in self.rows}
+        """Those of the cells (a value for each key, more may follow) that have no row; after the minutes no more.
+
+        None is the value of a column that a row does not have.
+        """
+        done = {tuple(hashable(row.get(key)) for key in self.keys) for row in self.rows}
         deadline = time.monotonic() + 60 * minutes
         for cell in cells:
             if cell[: len(self.keys)] in done:

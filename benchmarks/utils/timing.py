@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cropr_kernels.pruning.engine import Graphs
+from cropr_kernels.pruning.graphs import Graphs
 
 Key = TypeVar("Key")
 COLD_BYTES = 400 << 20  # several times the L2 cache
@@ -90,4 +90,16 @@ def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25
             stop.synchronize()
             if round_ > 2:
                 times[name].append(1e3 * start.elapsed_time(stop) / calls)
+    return times
+
+
+def clocked(functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of one call by the clock, on each input in turn: what tests a script without a GPU."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for x in inputs:
+                function(x)
+            times[name].append(1e6 * (time.perf_counter() - start) / len(inputs))
     return times

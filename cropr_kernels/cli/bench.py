@@ -12,7 +12,7 @@ from torch import Tensor
 from cropr_kernels import __version__
 
 from ..models.outputs import outputs_of
-from ..pruning.api import deployed_copy, set_rate
+from ..pruning.api import deployed_copy, hold_graphs, set_rate
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
 from ..utils.progress import each
@@ -45,10 +45,12 @@ def agrees(model: Any, images: Tensor, rate: int) -> bool:
 
 @torch.inference_mode()
 def measure(
-    model: Any, images: Tensor, rates: list[int], *, graphs: int, rounds: int | None, show: bool
+    model: Any, images: Tensor, rates: list[int], *, graphs: bool | None, rounds: int | None, show: bool
 ) -> list[dict[str, Any]]:
     """One row per rate, 0 first; RuntimeError where the engine computes something else than the functional ops."""
-    fast, plain = deployed_copy(model, cuda_graphs=graphs), deployed_copy(model, engine=False)
+    fast = deployed_copy(model, cuda_graphs=None if graphs is None else graphs * len(rates))
+    hold_graphs(fast, len(rates))
+    plain = deployed_copy(model, engine=False)
     calls: dict[Any, Callable[[], Any]] = {}
     gflops: dict[int, float] = {}
     what = f"batch {len(images)}"
@@ -85,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     model, pixels, _ = load_model(options, pretrained=False)
     rates = [0, *(rate for rate in checked_rates(model, options.rates) if rate)]
     model.to(**place)
-    graphs, rows = len(rates) if options.cuda_graphs else 0, list[dict[str, Any]]()
+    rows = list[dict[str, Any]]()
     device, dtype = place["device"], str(place["dtype"]).removeprefix("torch.")
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     reason = deployed_copy(model).cropr.engine_reason
@@ -99,11 +101,12 @@ def run(options: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "cropr_kernels": __version__,
         "engine": f"off, {reason}" if reason else "zero-copy",
+        "cuda_graphs": {None: "of small batches", True: "yes", False: "no"}[options.cuda_graphs],
     }
     print(f"{device}, {dtype}, engine {about['engine']}; spread: between the quartiles, over the median")
     for batch in options.batch:
         images = torch.randn(batch, 3, *pixels.img_size).to(**place)
-        found = measure(model, images, rates, graphs=graphs, rounds=options.rounds, show=not options.quiet)
+        found = measure(model, images, rates, graphs=options.cuda_graphs, rounds=options.rounds, show=not options.quiet)
         rows += (own := [{"batch": batch, **row} for row in found])
         print(report(own), flush=True)
         write_text(out, json.dumps({**about, "rows": rows}, indent=1) + "\n")

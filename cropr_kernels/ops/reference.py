@@ -133,6 +133,14 @@ def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Ten
     return attend(x, queries, scale), scores(x, queries)
 
 
+def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
+    """The gradient of attend with respect to the queries."""
+    with torch.enable_grad():
+        learned = queries.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(attend(x, learned, scale), learned, grad_out)
+    return gradient
+
+
 # The residual buffer: no row of x (B, N, D) moves, idx (B, K) names the active tokens; None: all of them.
 
 

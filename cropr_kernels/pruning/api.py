@@ -1,6 +1,7 @@
 """apply, remove, set_rate, deploy: put Cropr into a model that exists, in place, and take it out again."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,11 +14,10 @@ from ..models.adapters import EngineRefusal, engine_parts, find_spec
 from ..schedule import Schedule, num_modules
 from .block_wrapper import unwrap, wrap
 from .config import PruningConfig
-from .engine import Graphs
+from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
 from .merging import Merge
 from .model import (
     CroprModules,
-    GraphedForward,
     after_forward,
     before_forward,
     fill_padding,
@@ -227,7 +227,7 @@ def remove(model: Any) -> Any:
             setattr(module, name, value)
     if hasattr(model, "set_grad_checkpointing"):
         model.grad_checkpointing = stack.recompute
-    if isinstance(vars(model).get("forward"), GraphedForward):
+    if GraphedForward.of(model) is not None:
         del model.forward
     for hook in stack.hooks:
         hook.remove()
@@ -276,7 +276,7 @@ def set_progress(model: Any, share: float) -> Any:
     return model
 
 
-def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
+def deploy(model: Any, *, engine: bool = True, cuda_graphs: int | None = None) -> Any:
     """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
 
     The argument stays as it was. A rate of 0 gives the unpruned model on the same engine. Warns, once a model, where
@@ -288,9 +288,11 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
             those of model.eval() up to rounding. Blocks it does not know use the functional ops; `cropr info MODEL`
             and the repr of `model.cropr` say so and why. False: functional ops, logits of model.eval() bit for bit.
             Inputs that require a gradient, and `pruning_map`, take the functional ops too.
-        cuda_graphs: capture forward in a CUDA graph per (shape, schedule, precision), at most so many at a time, and
-            replay it; 0 for none. Each graph holds the memory of one forward. CPU inputs, inputs that require a
-            gradient and torch.compile ignore it.
+        cuda_graphs: how many CUDA graphs of forward there may be at a time; 0 for none. One is captured at the first
+            call for each shape, schedule and precision, and replayed; together they hold the memory of one forward.
+            Default: 8, of batches of up to 4096 patches, above which launches do not count. There are none for CPU
+            inputs and inputs that require a gradient, in training mode, under torch.compile, in transforms and other
+            graphs, and where modules have hooks or outputs of several blocks are asked for.
 
     Raises:
         TypeError: the model is not pruned.
@@ -303,9 +305,9 @@ def deploy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
     return deployed
 
 
-def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> Any:
+def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int | None = 0) -> Any:
     """`deploy` for those who measure time, which does not depend on the queries: nothing is said of random ones."""
-    if cuda_graphs < 0:
+    if cuda_graphs is not None and cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     deployed = copy.deepcopy(model)
     light: CroprModules = deployed.cropr
@@ -326,7 +328,17 @@ def deployed_copy(model: Any, *, engine: bool = True, cuda_graphs: int = 0) -> A
         light.watched = [one for parts in light.engine for one in parts.watched()]
     except EngineRefusal as refusal:
         light.engine_reason = str(refusal)
-    light.graphs, light.warned = Graphs(cuda_graphs) if cuda_graphs else None, True
-    if cuda_graphs:
-        deployed.forward = GraphedForward(deployed)
+    light.graphs, light.warned = None, True
+    if GraphedForward.of(deployed) is not None:
+        del deployed.forward
+    if cuda_graphs != 0 and "forward" not in vars(deployed):  # one that somebody else put there stays as it is
+        light.graphs = Graphs(CAPACITY, PATIENCE) if cuda_graphs is None else Graphs(cuda_graphs)
+        deployed.forward = GraphedForward(deployed, PATCHES if cuda_graphs is None else math.inf).forward
     return deployed.eval().requires_grad_(False)
+
+
+def hold_graphs(deployed: Any, count: int) -> None:
+    """Let a deployed model with CUDA graphs have so many at a time, as where many schedules are timed in turns."""
+    graphs: Graphs | None = deployed.cropr.graphs
+    if graphs is not None:
+        graphs.capacity = max(graphs.capacity, count)

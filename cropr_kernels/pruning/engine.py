@@ -8,15 +8,11 @@ pruned tokens still are. Merging changes the rows that tokens go into, and moves
 calls it; those behind pass on what it gives. The functional form of the same is `PruningState`.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..models.adapters import BlockParts
 from ..models.blocks import Rotary
@@ -149,54 +145,3 @@ class Merged:
 
 def _norm(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:
     return ops.gather_norm(x, idx, norm.weight, norm.bias, norm.eps)
-
-
-class Captured(NamedTuple):
-    graph: Any
-    inputs: tuple[Tensor, ...]
-    output: Any
-
-
-class Graphs:
-    """CUDA graphs of one model, captured at the first call for each key, the least recently used dropped first.
-
-    A replay runs the whole network without Python or launches. Every graph holds the memory of one forward. Threads
-    take turns: a graph has one set of inputs.
-    """
-
-    def __init__(self, capacity: int):
-        if capacity < 1:
-            raise ValueError(f"Graphs: capacity must be >= 1, got {capacity}")
-        self.capacity = capacity
-        self.captured: OrderedDict[Hashable, Captured] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def __call__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], key: Hashable) -> Any:
-        """run(*inputs), replayed; the result is a copy that later calls leave alone."""
-        with self.lock:
-            found = self.captured.get(key)
-            if found is None:
-                while len(self.captured) >= self.capacity:
-                    self.captured.popitem(last=False)
-                found = self.captured[key] = self.capture(run, inputs)
-            self.captured.move_to_end(key)
-            for static, value in zip(found.inputs, inputs):
-                static.copy_(value)
-            found.graph.replay()
-            return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, found.output)
-
-    def capture(self, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Captured:
-        static, device = tuple(value.clone() for value in inputs), inputs[0].device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles kernels and fills caches, which capture must not do
-            for _ in range(2):
-                run(*static)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-            output = run(*static)
-        return Captured(graph, static, output)
-
-    def __reduce__(self) -> tuple[type["Graphs"], tuple[int]]:
-        return Graphs, (self.capacity,)  # copies capture anew: graphs belong to the tensors they were captured with

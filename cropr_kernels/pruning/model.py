@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
 from ..models.pixels import Pixels
 from .config import PruningConfig
-from .engine import Graphs
+from .graphs import Graphs
 from .masks import level_padding
 from .module import Scorer
 from .state import PruningOptions, PruningState, Slot, Slots
@@ -192,7 +192,7 @@ def before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         engine, whole = _takes_engine(model, kwargs), stack.spec.returns_tokens
         options = PruningOptions(protect, padding, engine=engine, whole=whole)
         _check_masks(model, options)
-        slot.options, slot.state, slot.stack = options, None, stack
+        slot.options, slot.state, slot.model, slot.stack = options, None, model, stack
     return args, kwargs
 
 
@@ -257,37 +257,3 @@ def _check_masks(model: Any, options: PruningOptions) -> None:
             "cropr: padding needs a head that takes the class token or averages over the patches; that of "
             f"{name} does neither"
         )
-
-
-class GraphedForward:
-    """The forward of a deployed model, captured in CUDA graphs."""
-
-    def __init__(self, model: Any):
-        self.model, self.__signature__ = model, inspect.signature(model.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, slot = self.model, self.model.cropr.slot
-        forward = type(model).forward
-        options, [images, *more] = slot.options, [*args, *kwargs.values()]
-        plain = isinstance(images, Tensor) and images.is_cuda and not (more or model.training)
-        if not plain or torch.compiler.is_compiling() or (torch.is_grad_enabled() and images.requires_grad):
-            return forward(model, *args, **kwargs)
-        if options is None or options.predict is not None:
-            return forward(model, *args, **kwargs)
-        masks = {name: mask for name in ("protect", "padding") if (mask := getattr(options, name)) is not None}
-
-        def run(batch: Tensor, *given: Tensor) -> Any:
-            slot.options = options._replace(**dict(zip(masks, given)))
-            return forward(model, **dict.fromkeys(kwargs, batch)) if kwargs else forward(model, batch)
-
-        with torch.no_grad():
-            return model.cropr.graphs(run, (images, *masks.values()), (graph_key(model, images), *kwargs, *masks))
-
-
-def graph_key(model: Any, images: Tensor) -> tuple[Any, ...]:
-    """All that decides what a captured graph computes: shapes, schedule, precision, where the weights are."""
-    weight = next(model.parameters())
-    device = images.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    placed = (images.shape, images.dtype, images.device, weight.data_ptr(), weight.dtype)
-    return *placed, model.cropr.config, autocast

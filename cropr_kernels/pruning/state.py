@@ -33,13 +33,14 @@ class Slot:
 
     def __init__(self) -> None:
         self.options: PruningOptions | None = None  # of the forward under way, or about to begin
-        self.stack: Any = None  # its Cropr modules: those of a replica where there are several
+        self.model: Any = None  # and its Cropr modules: a replica's own where there are several
+        self.stack: Any = None
         self.grid: tuple[int, int] | None = None  # patches in height and width of the images just embedded
         self.state: PruningState | None = None
         self.padding: Tensor | None = None  # (B, K), of the tokens that the last norm is about to see
 
     def clear(self) -> None:
-        self.options = self.stack = self.state = self.padding = None
+        self.options = self.model = self.stack = self.state = self.padding = None
 
 
 class Slots(threading.local):

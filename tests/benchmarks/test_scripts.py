@@ -77,6 +77,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert list(second.remaining(cells, minutes=-1)) == [] and "out of minutes" in capsys.readouterr().out
     assert Results(path, {}).rows == [], "without keys a run starts afresh"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert list(Results(path, {}, keys=("shape", "L2")).remaining([((1, 2), None), ((5, 6), None)])) == [((5, 6), None)]
 
 
 def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():

@@ -216,7 +216,7 @@ def test_bench_tells_a_near_tie_from_a_fault(monkeypatch):
     model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", img_size=64, depth=3).eval(), rate=4, merge=True)
     images = torch.randn(2, 3, 64, 64)
     monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0, torch.float64: 1e-9})
-    how = dict(graphs=0, rounds=1, show=False)
+    how = dict(graphs=False, rounds=1, show=False)
     assert len(benching.measure(model, images, [0, 4], **how)) == 2  # all differ in float32, none in float64
     plain = benching.deployed_copy
 

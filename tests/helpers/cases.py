@@ -1,4 +1,4 @@
-"""Inputs for all op tests: one table of shapes, and legal and illegal calls of every op, made from csrc/library.h."""
+"""Inputs for all op tests: one table of shapes, and illegal calls of every op, made from csrc/library.h."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cropr_kernels.ops.calls import DTYPES as DTYPES
+from cropr_kernels.ops.calls import SIZES, legal_call
 from cropr_kernels.ops.validation import OPS, Input
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # (B, N, D, K, P)
 SHAPES = [
@@ -53,34 +53,6 @@ def odd_layouts(x: Tensor) -> dict[str, Tensor]:
         "part of a longer sequence": padded[:, 2 : n + 2].copy_(x),
         "odd storage offset": offset.copy_(x),
     }
-
-
-# Sizes by their letters in the table, and what numbers are that no range bounds.
-SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "S": 4, "C": 5, "F": 7, "P": 8, "H": 3}
-NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "half": False}
-
-
-def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
-    """Arguments by name, in the order of the schema; every optional tensor is there."""
-    spec, sizes = OPS[op], SIZES | ({"C": 6} if op == "rotate_" else {}) | sizes
-    args: dict[str, Any] = dict.fromkeys(spec.arguments) | {n: v for n, v in NUMBERS.items() if n in spec.arguments}
-    given, order = 0, torch.stack([torch.randperm(sizes["N"]) for _ in range(sizes["B"])])
-    for input in spec.inputs:
-        shape = [factor * sizes[letter] for factor, letter in input.shapes[-1]]
-        if input.dtypes == "int64":  # all lists of an op together hold no position twice
-            given = 0 if shape[1] == sizes["N"] else given
-            args[input.name] = order[:, given : given + shape[1]].sort(1).values
-            given += shape[1]
-        elif input.dtypes == "int8 or bool":
-            args[input.name] = torch.randint(-1, 2, shape, dtype=torch.int8)
-        elif input.dtypes == "float32":
-            args[input.name] = torch.rand(shape) + 1
-        else:
-            args[input.name] = torch.randn(shape).to(dtype)
-    for name, low, high in spec.ranges:
-        least, most = (sum(sizes[letter] for letter in text if letter.isupper()) for text in (low, high))
-        args[name] = 1 if low == "0" else (least + most + 1) // 2
-    return args
 
 
 def illegal_calls(op: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -3,18 +3,14 @@
 import copy
 import pickle
 import re
-from collections import OrderedDict
 
 import pytest
 import torch
-from helpers.graphs import CountingGraphs
 from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.pruning.engine import Graphs
-from cropr_kernels.pruning.model import graph_key
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -177,14 +173,6 @@ def test_unfrozen_blocks_are_refused_instead_of_not_learning():
         assert engine(images).isfinite().all()
 
 
-@pytest.mark.gpu
-def test_graphs_do_not_swallow_gradients():
-    model = cropr.deploy(cropr.apply(reference_vit().eval(), rate=8), cuda_graphs=1).cuda()
-    images = torch.randn(1, 3, 64, 64, device="cuda", requires_grad=True)
-    model(images).sum().backward()
-    assert images.grad.abs().sum() > 0 and not model.cropr.graphs.captured
-
-
 def test_maps_of_a_deployed_model_are_those_of_the_model():
     model = cropr.apply(reference_vit().eval(), rate=8, llf=True)
     images = torch.randn(2, 3, 64, 64)
@@ -257,68 +245,6 @@ def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
     calls = re.findall(r"torch\.ops\.cropr\.(add_norm_|add_select_|add_)\.default\((\w+), ", "\n".join(codes))
     assert len(calls) == 2 * len(engine.blocks)
     assert len({buffer for _, buffer in calls}) == 1
-
-
-# CUDA graphs
-
-
-def test_graphs_are_bounded_and_results_are_the_callers_own():
-    graphs = CountingGraphs(2)
-    double = lambda x: x * 2  # noqa: E731
-    first = graphs(double, (torch.ones(3),), "a")
-    second = graphs(double, (torch.full((3,), 5.0),), "a")
-    assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3
-    assert graphs.captures == 1
-    graphs(double, (torch.ones(1),), "b")
-    graphs(double, (torch.ones(3),), "a")
-    graphs(double, (torch.ones(2),), "c")  # "b" is the least recently used
-    assert list(graphs.captured) == ["a", "c"] and graphs.captures == 3
-    assert copy.deepcopy(graphs).captured == OrderedDict()
-    with pytest.raises(ValueError, match="capacity must be >= 1, got 0"):
-        Graphs(0)
-
-
-def test_the_key_of_a_graph_holds_all_that_changes_its_result():
-    model = cropr.deploy(cropr.apply(reference_vit(), rate=8), cuda_graphs=4)
-    images = torch.randn(1, 3, 64, 64)
-    key = lambda: graph_key(model, images)  # noqa: E731
-    keys = {key(), graph_key(model, images.double()), graph_key(model, images.repeat(2, 1, 1, 1))}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        keys.add(key())
-    cropr.set_rate(model, 4)
-    keys.add(key())
-    model.bfloat16()
-    keys.add(key())
-    assert len(keys) == 6
-    assert model(images.bfloat16()).shape == (1, 5)  # CPU inputs ignore graphs
-    with pytest.raises(ValueError, match="cuda_graphs must be >= 0, got -1"):
-        cropr.deploy(model, cuda_graphs=-1)
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [{"rate": 8}, {"keep": [40, 30, 20]}, {"ratio": 0.5}, {"const": [2, 25]}, {"keep": (40, 30, 20)}],
-    ids=str,
-)
-def test_every_schedule_makes_a_key(schedule):
-    models = [cropr.deploy(cropr.apply(reference_vit(), **schedule)) for _ in range(2)]
-    assert models[0].cropr.config == models[1].cropr.config
-    assert len({model.cropr.config for model in models}) == 1 and hash(graph_key(models[0], torch.zeros(1, 3, 64, 64)))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ENGINE_MODELS)
-def test_replayed_graphs_give_the_eager_result(kind, dtype):
-    _, engine = both(kind, dtype, rate=8, llf=True)
-    engine = engine.cuda()
-    graphed = copy.deepcopy(engine)
-    graphed.cropr.graphs = Graphs(2)
-    for batch in (1, 2, 3, 1):
-        images = torch.randn(batch, 3, 64, 64, dtype=dtype, device="cuda")
-        with torch.no_grad():
-            assert torch.equal(graphed(images), engine(images))
-    assert len(graphed.cropr.graphs.captured) == 2
 
 
 @pytest.mark.gpu

@@ -183,16 +183,6 @@ def test_masks_on_cuda_give_the_cpu_result_replayed_too(kind):
         torch.testing.assert_close(replayed, model(images, padding=padding), rtol=1e-6, atol=1e-6)
 
 
-def test_graphs_replay_masks():
-    from helpers.graphs import CountingGraphs
-
-    graphs, masks = CountingGraphs(2), (torch.ones(2), torch.zeros(2))
-    run = lambda x, mask: x * mask  # noqa: E731
-    assert graphs(run, (torch.full((2,), 3.0), masks[0]), "a").tolist() == [3.0, 3.0]
-    assert graphs(run, (torch.full((2,), 5.0), masks[1]), "a").tolist() == [0.0, 0.0]
-    assert graphs.captures == 1
-
-
 def test_what_averages_sees_the_patches_alone():
     x, padding = torch.randn(2, 6, 4), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0]]).bool()
     got = level_padding(x, padding, 1)[:, 1:].mean(1)

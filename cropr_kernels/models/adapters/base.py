@@ -93,7 +93,8 @@ def require_plain(parts: BlockParts) -> None:
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody listens to a module, or has put another forward in its place."""
     if module._forward_hooks or module._forward_pre_hooks:
-        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for.
+        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for, `apply` its own.
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+        owners = (getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)
+        return not all(owner.startswith(("transformers.", "cropr_kernels.pruning.model")) for owner in owners)
     return "forward" in module.__dict__

@@ -1,0 +1,140 @@
+"""`cropr doctor` passes what is right, and names what is not: each wrong check, and all of them."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import cropr_kernels.cli.doctor
+from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.cli.doctor import NETWORKS, checks, in_process, perform
+from cropr_kernels.ops import NAMES, calls
+
+CPU = torch.device("cpu")
+ops = torch.ops.cropr
+
+
+def plant(monkeypatch, op, wrong):
+    """Let an op do something else: wrong(its own function, arguments)."""
+    own = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *args, **kwargs: wrong(own, args, kwargs))
+
+
+def doctor(capsys, *arguments):
+    code = cli.main(["doctor", "--device", "cpu", *arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_what_is_right_is_one_line_a_device(capsys):
+    code, out, err = doctor(capsys)
+    versions, device = out.splitlines()
+    assert code == 0 and torch.__version__ in versions and "cpu_instruction_set" in versions
+    assert device.startswith("cpu, ") and device.endswith(f" {len(checks(CPU))} checks passed") and not err
+    assert {check.what for check in checks(CPU)} == {*NAMES, *NETWORKS}
+
+
+def test_every_wrong_op_is_named_with_dtype_arguments_and_the_first_difference(monkeypatch, capsys):
+    def last_row(own, args, kwargs):
+        result = own(*args, **kwargs)
+        if result.dtype == torch.bfloat16:
+            result[1, -1, 3] += 1
+        return result
+
+    def forgets_idx(own, args, kwargs):
+        if args[2] is None:
+            raise ValueError("no idx")
+        return own(*args, **kwargs)
+
+    plant(monkeypatch, "gather", last_row)
+    plant(monkeypatch, "rotate_", forgets_idx)
+    code, out, err = doctor(capsys)
+    found = [line for line in out.splitlines() if line.startswith("cpu: ")]
+    rotations = [f"cpu: rotate_, {dtype}, without idx:" for dtype in ("float32", "float64", "bfloat16", "float16")]
+    assert code == 1 and found == ["cpu: gather, bfloat16:", *rotations]
+    assert out.count("ValueError: no idx") == 4
+    assert "result 0[1, 119, 3] is " in out and "(1 of 46080 are wrong)" in out
+    assert err == f"cropr doctor: 5 of {len(checks(CPU))} checks failed\n"
+
+
+def test_what_an_op_writes_and_must_not_write_is_looked_at(monkeypatch):
+    writes = {"add_": 0, "gather": 0, "merge_": 3}  # x, x that is only read, sizes
+    for op, position in writes.items():
+        plant(monkeypatch, op, lambda own, args, kwargs, i=position: [own(*args, **kwargs), args[i].add_(1)][0])
+    for op in writes:
+        [check] = [one for one in checks(CPU) if one.what == op and one.dtype == torch.float32 and not one.plain]
+        name = "sizes" if op == "merge_" else "x"
+        assert perform(check, CPU).startswith(f"{name}[0, 0")
+
+
+def test_another_dtype_or_shape_is_a_difference(monkeypatch):
+    plant(monkeypatch, "scores", lambda own, args, kwargs: own(*args, **kwargs).to(args[0].dtype))
+    found = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.what == "scores"}
+    assert found.pop(torch.float32) == ""
+    assert all("result 0 is torch" in one and "not torch.float32 (2, 197)" in one for one in found.values())
+
+
+def test_networks_that_compute_something_else_are_named(monkeypatch):
+    plant(monkeypatch, "add_norm_", lambda own, args, kwargs: own(*args, **kwargs) * 1.5)
+    networks = [check for check in checks(CPU) if check.what in NETWORKS]
+    assert len(networks) == 12
+    assert all("logits differ by" in perform(check, CPU) for check in networks)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("op", NAMES)
+def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
+    for name in NAMES:
+        monkeypatch.setattr(ops, name, getattr(kernels, name))
+    device = torch.device(kernels.device)
+    as_integers = kernels.interpreted and op.startswith(
+        ("attend", "merge")
+    )  # so Triton's interpreter multiplies bfloat16
+    for check in checks(device):
+        if check.what == op and not (as_integers and check.dtype == torch.bfloat16):
+            assert perform(check, device, calls.SIZES) == "", str(check)
+
+
+def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, capsys):
+    gpu = SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+    def found(device):
+        failing = device == torch.device("cuda", 1)
+        return (
+            (check, "wrong" if failing and not check.plain and check.what in NETWORKS else "")
+            for check in checks(device)
+        )
+
+    monkeypatch.setattr(cropr_kernels.cli.doctor, "outcomes", found)
+    assert cli.main(["doctor", "--quiet"]) == 1
+    _, cpu, first, *wrong, second = capsys.readouterr().out.splitlines()
+    count = len(checks(CPU)) + len(NETWORKS) * 4
+    assert cpu.endswith(f"{len(checks(CPU))} checks passed")
+    assert first.startswith("cuda:0, A GPU, sm_90, 80 GB, CUDA ") and first.endswith(f"{count} checks passed")
+    assert "driver for CUDA " in second and second.endswith(f"12 of {count} checks failed")
+    assert wrong[:2] == ["cuda:1: network, float32, CUDA graphs:", "    wrong"] and len(wrong) == 24
+
+
+def ends_or_hangs(check, device):
+    if check.what == "gather":
+        os._exit(7)
+    if check.what == "restore":
+        time.sleep(600)
+    return "wrong" if check.what == "select" else ""
+
+
+def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_has_another():
+    todo = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
+    [last] = [i for i, check in enumerate(todo) if check.what == "select"]
+    found = list(in_process(todo, CPU, 60.0, ends_or_hangs))  # without a GPU a wrong result is one too many
+    assert found == [(check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])]
+    rest = todo[[check.what for check in todo].index("gather") :]
+    assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
+    rest = rest[1:]
+    assert rest[0].what == "restore"
+    assert list(in_process(rest, CPU, 1.0, ends_or_hangs)) == [(rest[0], "no answer in 1 s")]

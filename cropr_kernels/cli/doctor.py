@@ -72,16 +72,24 @@ def _op(check: Check, device: torch.device, sizes: dict[str, int]) -> str:
     if check.what == "rotate_":  # C is the width of a head there, and even
         sizes = sizes | {"C": sizes["F"] & ~1}
     theirs = (bare_call if check.plain else legal_call)(check.what, check.dtype, **sizes)
-    ours = {name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in theirs.items()}
-    got = getattr(torch.ops.cropr, check.what)(*ours.values())
-    expected = getattr(reference, check.what)(*theirs.values())
-    results = [{f"result {i}": part for i, part in enumerate(_parts(one))} for one in (got, expected)]
-    pairs = zip((results[0] | ours).items(), (results[1] | theirs).values())  # also what changes in place, or must not
-    return next(filter(None, (_difference(name, a, b) for (name, a), b in pairs if isinstance(a, Tensor))), "")
+    calls = [{name: _copy(value, device) for name, value in theirs.items()} for _ in range(2)]  # compiled, replayed
+    expected = _named_parts(getattr(reference, check.what)(*theirs.values())) | theirs
+    for call, ours in enumerate(calls):
+        got = _named_parts(getattr(torch.ops.cropr, check.what)(*ours.values())) | ours  # what must not change, too
+        for name, part in got.items():
+            wrong = _difference(name, part, expected[name]) if isinstance(part, Tensor) else ""
+            if wrong:
+                return f"{'the second call: ' if call else ''}{wrong}"
+    return ""
 
 
-def _parts(result: Any) -> tuple[Tensor, ...]:
-    return () if result is None else result if isinstance(result, tuple) else (result,)
+def _copy(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _named_parts(result: Any) -> dict[str, Any]:
+    parts = () if result is None else result if isinstance(result, tuple) else (result,)
+    return {f"result {i}": part for i, part in enumerate(parts)}
 
 
 def _difference(name: str, got: Tensor, expected: Tensor) -> str:

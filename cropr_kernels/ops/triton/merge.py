@@ -20,8 +20,9 @@ from .select import KeyBlocks, Selection, is_last, select_image
 from .utils import PINNED, dense_rows, rows_of
 
 _NUM_WARPS = 4
+_REGISTERS = 168  # a thread may have, where ptxas would otherwise spill to fit more warps on a processor
 _BLOCK = 1024  # positions that a program looks at in one step, where it does nothing else with them
-_TOGETHER = tl.constexpr(8)  # rows that are in flight at once
+_TOGETHER = tl.constexpr(4)  # rows that are in flight at once
 
 
 class Tokens(NamedTuple):
@@ -282,7 +283,8 @@ def means_kernel(
             cols = first + tl.arange(0, BLOCK_D)
             inside = cols < dim
             total = own
-            sums = own * tl.load(x_ptr + target * x.stride_n + cols, mask=inside, other=0.0).to(ACC)
+            row = tl.load(x_ptr + target * x.stride_n + cols, mask=inside, other=0.0)
+            sums = tl.fma(row.to(ACC), own.to(ACC), tl.zeros([BLOCK_D], ACC))
             start = mine
             while start < num_prune:
                 for i in tl.static_range(_TOGETHER):  # in order of position
@@ -291,7 +293,7 @@ def means_kernel(
                     origin = tl.load(plan.pruned_idx + r, mask=joins, other=0)
                     size = tl.load(sizes_ptr + origin, mask=joins, other=0.0)
                     row = tl.load(x_ptr + origin * x.stride_n + cols, mask=joins & inside, other=0.0)
-                    sums = tl.where(joins, sums + size * row.to(ACC), sums)
+                    sums = tl.fma(row.to(ACC), size.to(ACC), sums)
                     total += size
                 start = next_joining(plan.slot_idx, slot, start + _TOGETHER, num_prune, BLOCK)
             tl.debug_barrier()  # in place, all threads have read the row and the size before one stores them
@@ -304,7 +306,7 @@ def means_kernel(
 def target_blocks(dtype: torch.dtype, num_candidates: int) -> TargetBlocks:
     """Tiles of targets_kernel: what registers hold without spilling."""
     block = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
-    safe, candidates, cols = (64, 64, 64) if dtype.itemsize == 2 else (32, 32, 16) if dtype.itemsize == 4 else (32, 16, 16)
+    safe, candidates, cols = (64, 64, 32) if dtype.itemsize == 2 else (32, 32, 16) if dtype.itemsize == 4 else (32, 16, 16)
     return TargetBlocks(safe, candidates, cols, _BLOCK, KeyBlocks(block, num_candidates <= block))
 
 
@@ -329,14 +331,14 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
         targets_kernel[(batch * tiles * groups,)](
             rows_of(features), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
             n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
-            num_warps=_NUM_WARPS, **PINNED,
+            num_warps=_NUM_WARPS, maxnreg=_REGISTERS, **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)
         if num_prune and dim:
             means_kernel[(batch * num_prune,)](
                 rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK=_BLOCK,
                 BLOCK_D=min(max(triton.next_power_of_2(dim), 128), 4096 // accumulation_dtype(x.dtype).itemsize),
-                num_warps=_NUM_WARPS, **PINNED,
+                num_warps=_NUM_WARPS, maxnreg=_REGISTERS, **PINNED,
             )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 

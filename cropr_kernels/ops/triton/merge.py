@@ -21,8 +21,8 @@ from .utils import PINNED, dense_rows, rows_of
 
 _NUM_WARPS = 4
 _REGISTERS = 168  # a thread may have, where ptxas would otherwise spill to fit more warps on a processor
-_BLOCK = 1024  # positions that a program looks at in one step, where it does nothing else with them
-_TOGETHER = tl.constexpr(4)  # rows that are in flight at once
+_BLOCK = 1024  # of a list of positions, that a program takes at a time
+_TOGETHER = tl.constexpr(4)  # pruned rows of a mean that are loaded at a time
 
 
 class Tokens(NamedTuple):
@@ -34,17 +34,16 @@ class Tokens(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); the least distance
-    (minus the similarity) and with which safe token at all (B, C); the candidates by number, first those that are kept
-    (B, C). Zeros (B, N) that become the slots of the kept positions, and zeros that count finished programs."""
+    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); the negative of the best
+    at all, and with which (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B, N + G + 1):
+    N become the slots of kept positions, the others count programs, of each group of candidates, then groups."""
 
     partial: Any
     partial_idx: Any
     distance: Any
     nearest_idx: Any
     order: Any
-    slots: Any
-    counters: Any
+    zeros: Any
 
 
 class Plan(NamedTuple):
@@ -156,31 +155,32 @@ def choose_targets(
     tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
-    BLOCK: tl.constexpr = BLOCKS.positions
-    lanes = tl.arange(0, BLOCK)
-    # Kept are those with the largest distance, of equals the lower position.
+    # Kept are those most distant, of equals the lower position.
     num_stay = num_candidates - num_prune
     order = Selection(scratch.distance, None, None, scratch.order, scratch.order + num_stay)
     select_image(scratch.distance, order, 0, None, num_candidates, num_candidates, num_stay, 0, BLOCKS.keys)
+    # A one at every position that is kept; the ones before it are its slot.
+    BLOCK: tl.constexpr = BLOCKS.positions
+    lanes = tl.arange(0, BLOCK)
     for start in range(0, num_safe, BLOCK):
         position, exists = load_positions(tokens.safe_idx, start + lanes, num_safe, n)
-        tl.store(scratch.slots + position, 1, mask=exists)
+        tl.store(scratch.zeros + position, 1, mask=exists)
     tl.debug_barrier()
     for start in range(0, num_stay, BLOCK):
         offs = start + lanes
         which = tl.load(scratch.order + offs, mask=offs < num_stay, other=num_candidates, cache_modifier=".cg")
         position, exists = load_positions(tokens.candidate_idx, which, num_candidates, n)
-        tl.store(scratch.slots + position, 1, mask=exists)
+        tl.store(scratch.zeros + position, 1, mask=exists)
     tl.debug_barrier()
     kept_before = num_safe * 0
     for start in range(0, n, BLOCK):
         position = start + lanes
-        kept = tl.load(scratch.slots + position, mask=position < n, other=0, cache_modifier=".cg")
+        kept = tl.load(scratch.zeros + position, mask=position < n, other=0, cache_modifier=".cg")
         slot = kept_before + tl.cumsum(kept, axis=0) - kept
         size = tl.load(tokens.sizes + position, mask=kept == 1, other=0.0)
         tl.store(plan.kept_idx + slot, position.to(tl.int64), mask=kept == 1)
         tl.store(plan.kept_sizes + slot, size, mask=kept == 1)
-        tl.store(scratch.slots + position, slot, mask=kept == 1)
+        tl.store(scratch.zeros + position, slot, mask=kept == 1)
         if not IN_PLACE:
             tl.store(plan.dest_idx + position, slot.to(tl.int64), mask=kept == 1)
         kept_before += tl.sum(kept, axis=0)
@@ -193,7 +193,7 @@ def choose_targets(
         nearest = tl.load(scratch.nearest_idx + which, mask=inside, other=num_safe, cache_modifier=".cg")
         target, there = load_positions(tokens.safe_idx, nearest, num_safe, n)
         moves = exists & there
-        slot = tl.load(scratch.slots + target, mask=moves, other=-1, cache_modifier=".cg")
+        slot = tl.load(scratch.zeros + target, mask=moves, other=-1, cache_modifier=".cg")
         tl.store(plan.pruned_idx + offs, position, mask=exists)
         tl.store(plan.slot_idx + offs, slot, mask=inside)
         tl.store(plan.dest_idx + position, target if IN_PLACE else slot.to(tl.int64), mask=moves)
@@ -229,8 +229,7 @@ def targets_kernel(
         scratch.distance + b * num_candidates,
         scratch.nearest_idx + b * num_candidates,
         scratch.order + b * num_candidates,
-        scratch.slots + b * n,
-        scratch.counters + b * (groups + 1),
+        scratch.zeros + b * (n + groups + 1),
     )
     slots = num_prefix + tile * BLOCKS.safe + tl.arange(0, BLOCKS.safe)
     candidates = group * BLOCKS.candidates + tl.arange(0, BLOCKS.candidates)
@@ -239,11 +238,12 @@ def targets_kernel(
     at = tile.to(tl.int64) * num_candidates + candidates
     tl.store(scratch.partial + at, best, mask=inside)
     tl.store(scratch.partial_idx + at, nearest, mask=inside)
-    if is_last(scratch.counters + group, tiles):
+    counters = scratch.zeros + n
+    if is_last(counters + group, tiles):
         best, nearest = nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS)
         tl.store(scratch.distance + candidates, -best, mask=inside)
         tl.store(scratch.nearest_idx + candidates, nearest, mask=inside)
-        if is_last(scratch.counters + groups, groups):
+        if is_last(counters + groups, groups):
             plan = plan_of(plan, b, n, num_safe + num_candidates - num_prune, num_prune)
             choose_targets(tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE, BLOCKS)
 
@@ -305,9 +305,9 @@ def means_kernel(
 
 def target_blocks(dtype: torch.dtype, num_candidates: int) -> TargetBlocks:
     """Tiles of targets_kernel: what registers hold without spilling."""
-    block = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
-    safe, candidates, cols = (64, 64, 32) if dtype.itemsize == 2 else (32, 32, 16) if dtype.itemsize == 4 else (32, 16, 16)
-    return TargetBlocks(safe, candidates, cols, _BLOCK, KeyBlocks(block, num_candidates <= block))
+    keys = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
+    tile = {2: (64, 64, 32), 4: (32, 32, 16), 8: (32, 16, 16)}[dtype.itemsize]
+    return TargetBlocks(*tile, _BLOCK, KeyBlocks(keys, num_candidates <= keys))
 
 
 def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
@@ -324,8 +324,9 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
     partial, distance = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
     partial_idx, nearest = (x.new_empty(part.shape, dtype=torch.int32) for part in (partial, distance))
-    slots, counters = x.new_zeros(batch * (n + groups + 1), dtype=torch.int32).split([batch * n, batch * (groups + 1)])
-    scratch = Scratch(partial, partial_idx, distance, nearest, torch.empty_like(candidate_idx), slots, counters)
+    order = x.new_empty(candidate_idx.shape, dtype=torch.int64)
+    zeros = x.new_zeros((batch, n + groups + 1), dtype=torch.int32)
+    scratch = Scratch(partial, partial_idx, distance, nearest, order, zeros)
     plan = Plan(kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest)
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles * groups,)](

@@ -58,14 +58,13 @@ class Plan(NamedTuple):
 
 
 class TargetBlocks(NamedTuple):
-    """Safe tokens and candidates that a program of targets_kernel compares, columns it takes at a time, and what it
-    takes at a time of a list of positions and of the candidates' keys."""
+    """Safe tokens and candidates that a program of targets_kernel compares, columns it takes at a time, and positions
+    of a list."""
 
     safe: int
     candidates: int
     cols: int
     positions: int
-    keys: KeyBlocks
 
 
 @triton.jit
@@ -134,10 +133,11 @@ def nearest_in_tile(features, b, tokens, slots, candidates, num_safe, num_candid
 def nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS: tl.constexpr):
     """Of all safe tokens the one most like each candidate: tiles ascend and only more wins, the lowest of equals."""
     BLOCK_T: tl.constexpr = 16
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
     ACC: tl.constexpr = scratch.partial.dtype.element_ty
     inside = (candidates < num_candidates)[None, :]
-    best = tl.full([BLOCKS.candidates], float("-inf"), ACC)
-    nearest = tl.zeros([BLOCKS.candidates], tl.int32) + num_prefix
+    best = tl.full([BLOCK_C], float("-inf"), ACC)
+    nearest = tl.zeros([BLOCK_C], tl.int32) + num_prefix
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)[:, None]
         at = tile.to(tl.int64) * num_candidates + candidates[None, :]
@@ -152,13 +152,14 @@ def nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLO
 
 @triton.jit
 def choose_targets(
-    tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr
-):
+    tokens, scratch, plan, n, num_safe, num_candidates, num_prune,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
     # Kept are those most distant, of equals the lower position.
     num_stay = num_candidates - num_prune
     order = Selection(scratch.distance, None, None, scratch.order, scratch.order + num_stay)
-    select_image(scratch.distance, order, 0, None, num_candidates, num_candidates, num_stay, 0, BLOCKS.keys)
+    select_image(scratch.distance, order, 0, None, num_candidates, num_candidates, num_stay, 0, KEYS)
     # A one at every position that is kept; the ones before it are its slot.
     BLOCK: tl.constexpr = BLOCKS.positions
     lanes = tl.arange(0, BLOCK)
@@ -214,10 +215,12 @@ def plan_of(plan, b, n, num_keep, num_prune):
 @triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
 def targets_kernel(
     features, tokens, scratch, plan, n, num_safe, num_candidates, num_prune, num_prefix,
-    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCKS.safe), 1)
-    groups = tl.maximum(tl.cdiv(num_candidates, BLOCKS.candidates), 1)
+    BLOCK_S: tl.constexpr = BLOCKS.safe
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
+    tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCK_S), 1)
+    groups = tl.maximum(tl.cdiv(num_candidates, BLOCK_C), 1)
     pid = tl.program_id(0)
     b = (pid // (tiles * groups)).to(tl.int64)
     group = pid // tiles % groups
@@ -231,8 +234,8 @@ def targets_kernel(
         scratch.order + b * num_candidates,
         scratch.zeros + b * (n + groups + 1),
     )
-    slots = num_prefix + tile * BLOCKS.safe + tl.arange(0, BLOCKS.safe)
-    candidates = group * BLOCKS.candidates + tl.arange(0, BLOCKS.candidates)
+    slots = num_prefix + tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    candidates = group * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = candidates < num_candidates
     best, nearest = nearest_in_tile(features, b, tokens, slots, candidates, num_safe, num_candidates, n, BLOCKS)
     at = tile.to(tl.int64) * num_candidates + candidates
@@ -245,7 +248,7 @@ def targets_kernel(
         tl.store(scratch.nearest_idx + candidates, nearest, mask=inside)
         if is_last(counters + groups, groups):
             plan = plan_of(plan, b, n, num_safe + num_candidates - num_prune, num_prune)
-            choose_targets(tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE, BLOCKS)
+            choose_targets(tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE, BLOCKS, KEYS)
 
 
 @triton.jit
@@ -303,11 +306,11 @@ def means_kernel(
             tl.store(sizes_ptr + target, total)
 
 
-def target_blocks(dtype: torch.dtype, num_candidates: int) -> TargetBlocks:
-    """Tiles of targets_kernel: what registers hold without spilling."""
-    keys = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
+def target_blocks(dtype: torch.dtype, num_candidates: int) -> tuple[TargetBlocks, KeyBlocks]:
+    """Blocks of targets_kernel: what registers hold without spilling."""
     tile = {2: (64, 64, 32), 4: (32, 32, 16), 8: (32, 16, 16)}[dtype.itemsize]
-    return TargetBlocks(*tile, _BLOCK, KeyBlocks(keys, num_candidates <= keys))
+    keys = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
+    return TargetBlocks(*tile, _BLOCK), KeyBlocks(keys, num_candidates <= keys)
 
 
 def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
@@ -319,7 +322,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
     safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(features.dtype)
-    blocks = target_blocks(features.dtype, num_candidates)
+    blocks, keys = target_blocks(features.dtype, num_candidates)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks.safe), 1)
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
     partial, distance = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
@@ -331,7 +334,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     with torch.cuda.device_of(x):
         targets_kernel[(batch * tiles * groups,)](
             rows_of(features), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
-            n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
+            n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks, KEYS=keys,
             num_warps=_NUM_WARPS, maxnreg=_REGISTERS, **PINNED,
         )  # fmt: skip
         out = x if in_place else gather(x, kept_idx)

@@ -142,6 +142,23 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     assert run() == (list(range(70, 80)), [2] * 10)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 600, 16, 488, 525, 1), torch.float32),
+        ((1, 600, 16, 300, 450, 1), torch.float64),
+        ((1, 2300, 16, 1030, 1240, 3), torch.float32),  # more of everything than a program takes at a time
+    ],
+)
+def test_long_lists_match_the_definition(kernels, shape, dtype):
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, kernels.device)
+    x = x.sign()  # products, lengths and cosines are exact, and many are equal
+    kept, *lists = kernels.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
+    expected, *expected_lists = reference.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(lists, expected_lists, strict=True))
+    torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_every_layout_gives_the_same_bits(backend):
     x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
     plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, 1)

@@ -54,6 +54,26 @@ def test_no_two_threads_hold_one_element_of_a_row_that_changes_in_place(dtype):
             assert int(rows) * int(cols) >= threads == 32 * launch.options["num_warps"], (launch, rows, cols)
 
 
+@pytest.mark.parametrize("dim", [96, 768])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_layout_orders_the_sums_of_merge(dtype, dim):
+    """A reduction adds up in the order of its layout, which follows the alignment of what is loaded."""
+    aligned = [one for one in launches(dtype, [(197, dim)]) if one.kernel.__module__.endswith(".merge")]
+    odd = torch.empty(9, dtype=getattr(torch, dtype))[1:]
+    unaligned = [one._replace(args=(one.args[0]._replace(ptr=odd), *one.args[1:])) for one in aligned]
+    instructions = {}
+    for some in (aligned, unaligned):
+        for launch, compiled in compile_launches(some, 90):
+            code = compiled.asm["ttgir"]
+            for reduction in re.findall(r'"tt\.(?:reduce|scan)".*?tt\.(?:reduce|scan)\.return', code, re.DOTALL):
+                assert "addf" not in reduction, (launch.kernel.__name__, constants(launch), reduction)
+            layouts = instructions.setdefault((launch.kernel.__name__, str(constants(launch))), [])
+            layouts.append(re.findall(r"#mma\d* = .*|tt\.dot|ttng\.warp_group_dot ", code))
+    assert {name for name, _ in instructions} == {"targets_kernel", "means_kernel"}
+    for name, layouts in instructions.items():
+        assert len(layouts) == 2 and layouts[0] == layouts[1], name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("num_warps", [4, 8, 16])
 def test_tiles_of_rows_have_an_element_for_every_thread(dtype, num_warps):

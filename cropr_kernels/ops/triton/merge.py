@@ -1,9 +1,10 @@
 """cropr::merge and merge_ on CUDA: pruned tokens are merged into the most similar safe ones, in two launches.
 
-The first compares: a program holds a tile of safe tokens against all candidates, and the last program of an image
-chooses which are pruned, and their targets. The second writes the means, one program per pruned token: the first of
-those that share a target adds them all up, in order, so no two programs write one row and the bits are the same on
-every run.
+The first compares: a program holds a tile of safe tokens against a tile of candidates. The last of those that share
+candidates finds the nearest safe token of each; the last of an image chooses which are pruned, and their targets. The
+second writes the means, one program per pruned token: the first of those that share a target adds them all up, one
+after the other, so no two programs write one row. The code says in which order floats are added up, not the layout
+that the compiler picks: the bits are the same on every run and for every alignment.
 """
 
 from typing import Any, NamedTuple
@@ -16,10 +17,13 @@ from ..reference import accumulation_dtype
 from ..validation import check
 from .launching import launch
 from .prune import gather
-from .select import is_last
-from .utils import block_counters, dense_rows, rows_of, width_block
+from .select import KeyBlocks, Selection, is_last, select_image
+from .utils import dense_rows, rows_of
 
 _NUM_WARPS = 4
+_REGISTERS = 168  # a thread may have, where ptxas would otherwise spill to fit more warps on a processor
+_BLOCK = 1024  # of a list of positions, that a program takes at a time
+_TOGETHER = tl.constexpr(4)  # pruned rows of a mean that are loaded at a time
 
 
 class Tokens(NamedTuple):
@@ -31,15 +35,16 @@ class Tokens(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Each candidate's best similarity, and with which safe token, by tile (B, T, C) and at all (B, C); whether it is
-    pruned (B, C); the counters (B,) of finished programs."""
+    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); the negative of the best
+    at all, and with which (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B, N + G + 1):
+    N become the slots of kept positions, the others count programs, of each group of candidates, then groups."""
 
     partial: Any
     partial_idx: Any
-    similarity: Any
+    distance: Any
     nearest_idx: Any
-    is_pruned: Any
-    counters: Any
+    order: Any
+    zeros: Any
 
 
 class Plan(NamedTuple):
@@ -54,11 +59,13 @@ class Plan(NamedTuple):
 
 
 class TargetBlocks(NamedTuple):
-    """Safe tokens and candidates that a program of targets_kernel compares, and columns it takes at a time."""
+    """Safe tokens and candidates that a program of targets_kernel compares, columns it takes at a time, and positions
+    of a list."""
 
     safe: int
     candidates: int
     cols: int
+    positions: int
 
 
 @triton.jit
@@ -70,91 +77,128 @@ def load_positions(idx_ptr, offs, count, n):
 
 
 @triton.jit
-def count_kept_before(candidate_idx_ptr, is_pruned_ptr, positions, num_candidates, BLOCK_C: tl.constexpr):
-    """How many kept candidates have a position below each of `positions`."""
-    count = tl.zeros(positions.shape, tl.int32)
-    for start in range(0, num_candidates, BLOCK_C):
-        offs = start + tl.arange(0, BLOCK_C)
-        inside = offs < num_candidates
-        at = tl.load(candidate_idx_ptr + offs, mask=inside, other=0)
-        kept = inside & (tl.load(is_pruned_ptr + offs, mask=inside, other=1, cache_modifier=".cg") == 0)
-        count += tl.sum((kept[None, :] & (at[None, :] < positions[:, None])).to(tl.int32), axis=1)
-    return count
+def sum_pairs(x, LEVELS: tl.constexpr):
+    """Add neighbours along axis 1, LEVELS times over: a sum whose order no layout can change."""
+    for _ in tl.static_range(LEVELS):
+        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        x = even + odd
+    return x
+
+
+@triton.jit
+def sum_rows(x):
+    """Add up each row, neighbours first."""
+    for _ in tl.static_range(8):
+        if x.shape[1] > 1:
+            x = sum_pairs(x, 1)
+    return x.reshape(x.shape[0])
+
+
+@triton.jit
+def lowest_of_nearest(similarity, slots):
+    """Along axis 0 the largest similarity, and the lowest slot that has it."""
+    best = tl.max(similarity, axis=0)
+    return best, tl.min(tl.where(similarity == best[None, :], slots, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def nearest_in_tile(features, b, tokens, slots, candidates, num_safe, num_candidates, n, BLOCKS: tl.constexpr):
+    """Of the safe tokens at `slots` the one most like each candidate, by cosine; NaN is the lowest."""
+    ACC: tl.constexpr = tl.float64 if features.ptr.dtype.element_ty == tl.float64 else tl.float32
+    BLOCK_S: tl.constexpr = BLOCKS.safe
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
+    BLOCK_D: tl.constexpr = BLOCKS.cols
+    dim = features.dim
+    position, safe = load_positions(tokens.safe_idx, slots, num_safe, n)
+    origin, candidate = load_positions(tokens.candidate_idx, candidates, num_candidates, n)
+    ptr = features.ptr + b * features.stride_b
+    safe_ptr = ptr + position[:, None] * features.stride_n
+    candidate_ptr = ptr + origin[:, None] * features.stride_n
+    product = tl.zeros([BLOCK_S, BLOCK_C], ACC)
+    safe_squares = tl.zeros([BLOCK_S, BLOCK_D // 8], ACC)
+    squares = tl.zeros([BLOCK_C, BLOCK_D // 8], ACC)
+    for first in range(0, dim, BLOCK_D):
+        cols = first + tl.arange(0, BLOCK_D)[None, :]
+        rows = tl.load(safe_ptr + cols, mask=safe[:, None] & (cols < dim), other=0.0)
+        others = tl.load(candidate_ptr + cols, mask=candidate[:, None] & (cols < dim), other=0.0)
+        product = tl.dot(rows, tl.trans(others), product, input_precision="ieee", out_dtype=ACC)
+        safe_squares += sum_pairs(rows.to(ACC) * rows.to(ACC), 3)
+        squares += sum_pairs(others.to(ACC) * others.to(ACC), 3)
+    safe_length, length = tl.sqrt(sum_rows(safe_squares)), tl.sqrt(sum_rows(squares))
+    similarity = product / safe_length[:, None] / length[None, :]
+    similarity = tl.where(safe[:, None] & (similarity == similarity), similarity, float("-inf"))
+    return lowest_of_nearest(similarity, slots[:, None])
+
+
+@triton.jit
+def nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS: tl.constexpr):
+    """Of all safe tokens the one most like each candidate: tiles ascend and only more wins, the lowest of equals."""
+    BLOCK_T: tl.constexpr = 16
+    BLOCK_C: tl.constexpr = BLOCKS.candidates
+    ACC: tl.constexpr = scratch.partial.dtype.element_ty
+    inside = (candidates < num_candidates)[None, :]
+    best = tl.full([BLOCK_C], float("-inf"), ACC)
+    nearest = tl.zeros([BLOCK_C], tl.int32) + num_prefix
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)[:, None]
+        at = tile.to(tl.int64) * num_candidates + candidates[None, :]
+        mask = (tile < tiles) & inside
+        values = tl.load(scratch.partial + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        slots = tl.load(scratch.partial_idx + at, mask=mask, other=0x7FFFFFFF, cache_modifier=".cg")
+        value, slot = lowest_of_nearest(values, slots)
+        nearest = tl.where(value > best, slot, nearest)
+        best = tl.maximum(best, value)
+    return best, nearest
 
 
 @triton.jit
 def choose_targets(
-    tokens, scratch, plan, n, tiles, num_safe, num_candidates, num_prune, num_prefix,
-    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr,
+    tokens, scratch, plan, n, num_safe, num_candidates, num_prune,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
-    BLOCK_S: tl.constexpr = BLOCKS.safe
-    BLOCK_C: tl.constexpr = BLOCKS.candidates
-    ACC: tl.constexpr = scratch.partial.dtype.element_ty
-    for start in range(0, num_candidates, BLOCK_C):
-        offs = start + tl.arange(0, BLOCK_C)
-        inside = offs < num_candidates
-        best = tl.full([BLOCK_C], float("-inf"), ACC)
-        nearest = tl.zeros([BLOCK_C], tl.int64) + num_prefix
-        for tile in range(0, tiles):  # tiles ascend and only more wins: the lowest of equals
-            partial = tile * num_candidates + offs
-            value = tl.load(scratch.partial + partial, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            where = tl.load(scratch.partial_idx + partial, mask=inside, other=0, cache_modifier=".cg")
-            nearest = tl.where(value > best, where, nearest)
-            best = tl.maximum(best, value)
-        tl.store(scratch.similarity + offs, best, mask=inside)
-        tl.store(scratch.nearest_idx + offs, nearest, mask=inside)
+    # Kept are those most distant, of equals the lower position.
+    num_stay = num_candidates - num_prune
+    order = Selection(scratch.distance, None, None, scratch.order, scratch.order + num_stay)
+    select_image(scratch.distance, order, 0, None, num_candidates, num_candidates, num_stay, 0, KEYS)
+    # A one at every position that is kept; the ones before it are its slot.
+    BLOCK: tl.constexpr = BLOCKS.positions
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, num_safe, BLOCK):
+        position, exists = load_positions(tokens.safe_idx, start + lanes, num_safe, n)
+        tl.store(scratch.zeros + position, 1, mask=exists)
     tl.debug_barrier()
-    for start in range(0, num_candidates, BLOCK_C):
-        offs = start + tl.arange(0, BLOCK_C)
-        inside = offs < num_candidates
-        mine = tl.load(scratch.similarity + offs, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        rank = tl.zeros([BLOCK_C], tl.int32)  # candidates that are pruned before this one
-        for first in range(0, num_candidates, BLOCK_C):
-            others = first + tl.arange(0, BLOCK_C)
-            there = others < num_candidates
-            other = tl.load(scratch.similarity + others, mask=there, other=float("-inf"), cache_modifier=".cg")
-            equal = (other[None, :] == mine[:, None]) & (others[None, :] > offs[:, None])
-            before = there[None, :] & ((other[None, :] > mine[:, None]) | equal)
-            rank += tl.sum(before.to(tl.int32), axis=1)
-        tl.store(scratch.is_pruned + offs, (rank < num_prune).to(tl.int32), mask=inside)
+    for start in range(0, num_stay, BLOCK):
+        offs = start + lanes
+        which = tl.load(scratch.order + offs, mask=offs < num_stay, other=num_candidates, cache_modifier=".cg")
+        position, exists = load_positions(tokens.candidate_idx, which, num_candidates, n)
+        tl.store(scratch.zeros + position, 1, mask=exists)
     tl.debug_barrier()
-    pruned_before = num_prune * 0
-    for start in range(0, num_candidates, BLOCK_C):
-        offs = start + tl.arange(0, BLOCK_C)
-        inside = offs < num_candidates
-        pruned = tl.load(scratch.is_pruned + offs, mask=inside, other=0, cache_modifier=".cg")
-        position, exists = load_positions(tokens.candidate_idx, offs, num_candidates, n)
-        is_pruned, is_kept = exists & (pruned == 1), exists & (pruned == 0)
-        order = pruned_before + tl.cumsum(pruned, axis=0) - pruned  # pruned tokens below this position
-        safe_before = tl.zeros([BLOCK_C], tl.int32)
-        for first in range(0, num_safe, BLOCK_S):
-            slots = first + tl.arange(0, BLOCK_S)
-            at = tl.load(tokens.safe_idx + slots, mask=slots < num_safe, other=n)
-            safe_before += tl.sum((at[None, :] < position[:, None]).to(tl.int32), axis=1)
-        slot = safe_before + offs - order
-        tl.store(plan.kept_idx + slot, position, mask=is_kept)
-        size = tl.load(tokens.sizes + position, mask=is_kept, other=0.0)
-        tl.store(plan.kept_sizes + slot, size, mask=is_kept)
-        nearest = tl.load(scratch.nearest_idx + offs, mask=inside, other=0, cache_modifier=".cg")
-        target = tl.load(tokens.safe_idx + nearest, mask=is_pruned, other=0)
-        into = nearest + count_kept_before(tokens.candidate_idx, scratch.is_pruned, target, num_candidates, BLOCK_C)
-        tl.store(plan.pruned_idx + order, position, mask=is_pruned)
-        tl.store(plan.slot_idx + order, into, mask=is_pruned)
-        if IN_PLACE:
-            tl.store(plan.dest_idx + position, target, mask=is_pruned)
-        else:
-            tl.store(plan.dest_idx + position, tl.where(pruned == 1, into, slot.to(tl.int64)), mask=exists)
-        pruned_before += tl.sum(pruned, axis=0)
-    for start in range(0, num_safe, BLOCK_S):
-        slots = start + tl.arange(0, BLOCK_S)
-        position, exists = load_positions(tokens.safe_idx, slots, num_safe, n)
-        slot = slots + count_kept_before(tokens.candidate_idx, scratch.is_pruned, position, num_candidates, BLOCK_C)
-        tl.store(plan.kept_idx + slot, position, mask=exists)
-        size = tl.load(tokens.sizes + position, mask=exists, other=0.0)
-        tl.store(plan.kept_sizes + slot, size, mask=exists)
+    kept_before = num_safe * 0
+    for start in range(0, n, BLOCK):
+        position = start + lanes
+        kept = tl.load(scratch.zeros + position, mask=position < n, other=0, cache_modifier=".cg")
+        slot = kept_before + tl.cumsum(kept, axis=0) - kept
+        size = tl.load(tokens.sizes + position, mask=kept == 1, other=0.0)
+        tl.store(plan.kept_idx + slot, position.to(tl.int64), mask=kept == 1)
+        tl.store(plan.kept_sizes + slot, size, mask=kept == 1)
+        tl.store(scratch.zeros + position, slot, mask=kept == 1)
         if not IN_PLACE:
-            tl.store(plan.dest_idx + position, slot.to(tl.int64), mask=exists)
+            tl.store(plan.dest_idx + position, slot.to(tl.int64), mask=kept == 1)
+        kept_before += tl.sum(kept, axis=0)
+    tl.debug_barrier()
+    for start in range(0, num_prune, BLOCK):
+        offs = start + lanes
+        inside = offs < num_prune
+        which = tl.load(scratch.order + num_stay + offs, mask=inside, other=num_candidates, cache_modifier=".cg")
+        position, exists = load_positions(tokens.candidate_idx, which, num_candidates, n)
+        nearest = tl.load(scratch.nearest_idx + which, mask=inside, other=num_safe, cache_modifier=".cg")
+        target, there = load_positions(tokens.safe_idx, nearest, num_safe, n)
+        moves = exists & there
+        slot = tl.load(scratch.zeros + target, mask=moves, other=-1, cache_modifier=".cg")
+        tl.store(plan.pruned_idx + offs, position, mask=exists)
+        tl.store(plan.slot_idx + offs, slot, mask=inside)
+        tl.store(plan.dest_idx + position, target if IN_PLACE else slot.to(tl.int64), mask=moves)
 
 
 @triton.jit
@@ -172,64 +216,58 @@ def plan_of(plan, b, n, num_keep, num_prune):
 @triton.jit(do_not_specialize=["n", "num_safe", "num_candidates", "num_prune", "num_prefix"])
 def targets_kernel(
     features, tokens, scratch, plan, n, num_safe, num_candidates, num_prune, num_prefix,
-    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     BLOCK_S: tl.constexpr = BLOCKS.safe
     BLOCK_C: tl.constexpr = BLOCKS.candidates
-    BLOCK_D: tl.constexpr = BLOCKS.cols
-    dim = features.dim
-    ACC: tl.constexpr = scratch.partial.dtype.element_ty
     tiles = tl.maximum(tl.cdiv(num_safe - num_prefix, BLOCK_S), 1)
+    groups = tl.maximum(tl.cdiv(num_candidates, BLOCK_C), 1)
     pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
+    b = (pid // (tiles * groups)).to(tl.int64)
+    group = pid // tiles % groups
     tile = pid % tiles
     tokens = Tokens(tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates, tokens.sizes + b * n)
     scratch = Scratch(
         scratch.partial + b * tiles * num_candidates,
         scratch.partial_idx + b * tiles * num_candidates,
-        scratch.similarity + b * num_candidates,
+        scratch.distance + b * num_candidates,
         scratch.nearest_idx + b * num_candidates,
-        scratch.is_pruned + b * num_candidates,
-        scratch.counters + b,
+        scratch.order + b * num_candidates,
+        scratch.zeros + b * (n + groups + 1),
     )
-    feature_ptr = features.ptr + b * features.stride_b
     slots = num_prefix + tile * BLOCK_S + tl.arange(0, BLOCK_S)
-    position, safe = load_positions(tokens.safe_idx, slots, num_safe, n)
-    safe_ptr = feature_ptr + position[:, None] * features.stride_n
-    for start in range(0, num_candidates, BLOCK_C):
-        offs = start + tl.arange(0, BLOCK_C)
-        origin, candidate = load_positions(tokens.candidate_idx, offs, num_candidates, n)
-        candidate_ptr = feature_ptr + origin[:, None] * features.stride_n
-        product = tl.zeros([BLOCK_S, BLOCK_C], ACC)
-        safe_square = tl.zeros([BLOCK_S], ACC)
-        square = tl.zeros([BLOCK_C], ACC)
-        for first in range(0, dim, BLOCK_D):
-            cols = first + tl.arange(0, BLOCK_D)[None, :]
-            rows = tl.load(safe_ptr + cols, mask=safe[:, None] & (cols < dim), other=0.0)
-            others = tl.load(candidate_ptr + cols, mask=candidate[:, None] & (cols < dim), other=0.0)
-            product = tl.dot(rows, tl.trans(others), product, input_precision="ieee", out_dtype=ACC)
-            safe_square += tl.sum(rows.to(ACC) * rows.to(ACC), axis=1)
-            square += tl.sum(others.to(ACC) * others.to(ACC), axis=1)
-        similarity = product / tl.sqrt(safe_square)[:, None] / tl.sqrt(square)[None, :]
-        comparable = safe[:, None] & (similarity == similarity)  # NaN is the lowest
-        similarity = tl.where(comparable, similarity, float("-inf"))
-        best = tl.max(similarity, axis=0)
-        slot = tl.min(tl.where(comparable & (similarity == best[None, :]), slots[:, None], num_safe), axis=0)
-        partial = tile * num_candidates + offs
-        tl.store(scratch.partial + partial, best, mask=offs < num_candidates)
-        tl.store(scratch.partial_idx + partial, slot.to(tl.int64), mask=offs < num_candidates)
-    if is_last(scratch.counters, tiles):
-        num_keep = num_safe + num_candidates - num_prune
-        choose_targets(
-            tokens, scratch, plan_of(plan, b, n, num_keep, num_prune),
-            n, tiles, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE, BLOCKS,
-        )  # fmt: skip
+    candidates = group * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = candidates < num_candidates
+    best, nearest = nearest_in_tile(features, b, tokens, slots, candidates, num_safe, num_candidates, n, BLOCKS)
+    at = tile.to(tl.int64) * num_candidates + candidates
+    tl.store(scratch.partial + at, best, mask=inside)
+    tl.store(scratch.partial_idx + at, nearest, mask=inside)
+    counters = scratch.zeros + n
+    if is_last(counters + group, tiles):
+        best, nearest = nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS)
+        tl.store(scratch.distance + candidates, -best, mask=inside)
+        tl.store(scratch.nearest_idx + candidates, nearest, mask=inside)
+        if is_last(counters + groups, groups):
+            plan = plan_of(plan, b, n, num_safe + num_candidates - num_prune, num_prune)
+            choose_targets(tokens, scratch, plan, n, num_safe, num_candidates, num_prune, IN_PLACE, BLOCKS, KEYS)
+
+
+@triton.jit
+def next_joining(slot_idx_ptr, slot, start, num_prune, BLOCK: tl.constexpr):
+    """The first pruned token from `start` on that joins `slot`; num_prune if there is none."""
+    found, first = num_prune, num_prune * 0 + start
+    while (first < num_prune) & (found == num_prune):
+        offs = first + tl.arange(0, BLOCK)
+        joins = tl.load(slot_idx_ptr + offs, mask=offs < num_prune, other=-1) == slot
+        found = tl.min(tl.where(joins, offs, num_prune), axis=0)
+        first += BLOCK
+    return found
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
 def means_kernel(
     x, plan, sizes_ptr, out_ptr, n, num_keep, num_prune,
-    IN_PLACE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     dim = x.dim
@@ -239,80 +277,74 @@ def means_kernel(
     plan = plan_of(plan, b, n, num_keep, num_prune)
     sizes_ptr += b * n
     slot = tl.load(plan.slot_idx + mine)
-    earlier = 0
-    for start in range(0, mine, BLOCK_R):
-        offs = start + tl.arange(0, BLOCK_R)
-        earlier += tl.sum((tl.load(plan.slot_idx + offs, mask=offs < mine, other=-1) == slot).to(tl.int32), axis=0)
-    target = tl.load(plan.kept_idx + slot)
-    if (earlier == 0) & (target >= 0) & (target < n):
+    if (slot >= 0) & (next_joining(plan.slot_idx, slot, 0, num_prune, BLOCK) == mine):
         x_ptr = x.ptr + b * x.stride_b
+        target = tl.load(plan.kept_idx + slot)
         own = tl.load(sizes_ptr + target)
         total = own
-        for start in range(0, num_prune, BLOCK_R):
-            offs = start + tl.arange(0, BLOCK_R)
-            origin, exists = load_positions(plan.pruned_idx, offs, num_prune, n)
-            merges = exists & (tl.load(plan.slot_idx + offs, mask=exists, other=-1) == slot)
-            total += tl.sum(tl.load(sizes_ptr + origin, mask=merges, other=0.0), axis=0)
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + slot) * dim
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
-            sums = own * tl.load(x_ptr + target * x.stride_n + cols, mask=cols < dim, other=0.0).to(ACC)
-            for start in range(0, num_prune, BLOCK_R):
-                offs = start + tl.arange(0, BLOCK_R)
-                origin, exists = load_positions(plan.pruned_idx, offs, num_prune, n)
-                merges = exists & (tl.load(plan.slot_idx + offs, mask=exists, other=-1) == slot)
-                size = tl.load(sizes_ptr + origin, mask=merges, other=0.0)
-                rows_ptr = x_ptr + origin[:, None] * x.stride_n + cols[None, :]
-                rows = tl.load(rows_ptr, mask=merges[:, None] & (cols < dim)[None, :], other=0.0)
-                sums += tl.sum(rows.to(ACC) * size[:, None], axis=0)
-            tl.debug_barrier()  # in place, all threads have read the row before one stores it
-            tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=cols < dim)
+            inside = cols < dim
+            total = own
+            row = tl.load(x_ptr + target * x.stride_n + cols, mask=inside, other=0.0)
+            sums = tl.fma(row.to(ACC), own.to(ACC), tl.zeros([BLOCK_D], ACC))
+            start = mine
+            while start < num_prune:
+                for i in tl.static_range(_TOGETHER):  # in order of position
+                    r = start + i
+                    joins = tl.load(plan.slot_idx + r, mask=r < num_prune, other=-1) == slot
+                    origin = tl.load(plan.pruned_idx + r, mask=joins, other=0)
+                    size = tl.load(sizes_ptr + origin, mask=joins, other=0.0)
+                    row = tl.load(x_ptr + origin * x.stride_n + cols, mask=joins & inside, other=0.0)
+                    sums = tl.fma(row.to(ACC), size.to(ACC), sums)
+                    total += size
+                start = next_joining(plan.slot_idx, slot, start + _TOGETHER, num_prune, BLOCK)
+            tl.debug_barrier()  # in place, all threads have read the row and the size before one stores them
+            tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(plan.kept_sizes + slot, total)
         if IN_PLACE:
             tl.store(sizes_ptr + target, total)
 
 
-def means_rows(dtype: torch.dtype) -> int:
-    """Pruned tokens that a program of means_kernel reads at a time: what registers hold without spilling."""
-    return 8 if dtype == torch.float64 else 16
-
-
-def target_registers(dtype: torch.dtype) -> dict[str, int]:
-    """Registers a thread of targets_kernel may have, where ptxas would otherwise spill to fit more warps."""
-    return {"maxnreg": 168 if dtype == torch.float64 else 96}
+def target_blocks(dtype: torch.dtype, num_candidates: int) -> tuple[TargetBlocks, KeyBlocks]:
+    """Blocks of targets_kernel: what registers hold without spilling."""
+    tile = {2: (64, 64, 32), 4: (32, 32, 16), 8: (32, 16, 16)}[dtype.itemsize]
+    keys = min(max(triton.next_power_of_2(num_candidates), 128), _BLOCK)
+    return TargetBlocks(*tile, _BLOCK), KeyBlocks(keys, num_candidates <= keys)
 
 
 def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
     (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
     num_prune = num_safe + num_candidates - num_keep
-    kept_idx, pruned_idx, slots = (
-        x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune, num_prune)
-    )
+    kept_idx, pruned_idx = (x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune))
     kept_sizes = sizes.new_empty((batch, num_keep))
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     features = x if features is None else dense_rows(features)
     safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(features.dtype)
-    blocks = TargetBlocks(32, 16, 64 if features.dtype.itemsize == 2 else 16)
+    blocks, keys = target_blocks(features.dtype, num_candidates)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks.safe), 1)
-    partial = x.new_empty((batch, tiles, num_candidates), dtype=acc)
-    partial_idx, nearest = x.new_empty(partial.shape, dtype=torch.int64), torch.empty_like(candidate_idx)
-    is_pruned, similarity = (x.new_empty(candidate_idx.shape, dtype=dtype) for dtype in (torch.int32, acc))
-    plan = Plan(kept_idx, pruned_idx, slots, kept_sizes, dest)
+    groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
+    partial, distance = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
+    partial_idx, nearest = (x.new_empty(part.shape, dtype=torch.int32) for part in (partial, distance))
+    order = x.new_empty(candidate_idx.shape, dtype=torch.int64)
+    zeros = x.new_zeros((batch, n + groups + 1), dtype=torch.int32)
+    scratch = Scratch(partial, partial_idx, distance, nearest, order, zeros)
+    plan = Plan(kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest)
     launch(
-        targets_kernel, batch * tiles,
-        rows_of(features), Tokens(safe_idx, candidate_idx, sizes),
-        Scratch(partial, partial_idx, similarity, nearest, is_pruned, block_counters(x)), plan,
-        n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
-        num_warps=_NUM_WARPS, **target_registers(features.dtype),
+        targets_kernel, batch * tiles * groups,
+        rows_of(features), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
+        n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks, KEYS=keys,
+        num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
     out = x if in_place else gather(x, kept_idx)
     if num_prune and dim:
         launch(
             means_kernel, batch * num_prune,
-            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK_R=means_rows(x.dtype),
-            BLOCK_D=width_block(dim, 1024 // accumulation_dtype(x.dtype).itemsize),
-            num_warps=_NUM_WARPS,
+            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK=_BLOCK,
+            BLOCK_D=min(max(triton.next_power_of_2(dim), 128), 4096 // accumulation_dtype(x.dtype).itemsize),
+            num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 

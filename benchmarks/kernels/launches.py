@@ -95,7 +95,7 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
         images = torch.empty(2, 3, 16 * side, 16 * side, dtype=dtype)
         protect, padding = (torch.empty(2, side, side, dtype=torch.bool) for _ in range(2))
         for parts, how in _MODELS:
-            sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 4}
+            sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 3}
             model = ViT(ViTConfig(num_classes=10, **sizes, **parts)).to(dtype)
             model = deployed_copy(cropr.apply(model, ratio=0.2, **how))
             with _Launching():

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,15 @@ from torch.utils._pytree import tree_leaves
 from .launches import Launch
 
 _SHARED_KIB = {80: 163, 90: 227, 100: 227}  # that a block may have; elsewhere 99
-_MOVES_ROWS = ("split_kernel", "gather_kernel", "add_norm_kernel")
-_READS_ROWS = (*_MOVES_ROWS, "scores_kernel", "add_select_kernel", "attend_one_kernel")
+_MOVES_ROWS = (
+    "split_kernel",
+    "gather_kernel",
+    "scores_kernel",
+    "attend_one_kernel",
+    "add_norm_kernel",
+    "add_select_kernel",
+    "rotate_kernel",
+)
 
 
 def tool(name: str) -> Path:
@@ -123,18 +131,21 @@ def _one_thread_each(type: str, layouts: dict[str, str]) -> bool:
 
 
 def narrow_rows(launch: Launch, compiled: Any) -> list[str]:
-    """What is wrong with a kernel whose rows are a multiple of 16 bytes: they move 16 bytes at a time."""
-    accesses = re.findall(r"\b(ld|st)\.global(?:\.\w+)*?((?:\.v\d)?)\.b(\d+)", compiled.asm["ptx"])
-    widths = [(kind, int(vector[2:] or 1) * int(bits) // 8) for kind, vector, bits in accesses]
-    wide = {kind: sum(width == 16 for one, width in widths if one == kind) for kind in ("ld", "st")}
-    name, found = launch.kernel.__name__, []
-    if name in _READS_ROWS and wide["ld"] < max(wide["st"], 1):
-        found.append(f"rows are loaded in pieces: {widths}")
-    if name in _MOVES_ROWS and any(width < 16 for kind, width in widths if kind == "st"):
-        found.append(f"rows are stored in pieces: {widths}")
-    if name == "add_select_kernel" and not wide["st"]:
-        found.append(f"rows are stored in pieces: {widths}")
-    return found
+    """What is wrong with a kernel whose rows are whole multiples of 16 bytes: a thread takes all it can at a time.
+
+    That is 16 bytes, or less where a tile has less for each thread.
+    """
+    if launch.kernel.__name__ not in _MOVES_ROWS:
+        return []
+    due, ptx = Counter(), compiled.asm["ptx"]
+    for kind, shape, bits in re.findall(
+        r"tt\.(load|store) %.* : tensor<(\d+x\d+)x!tt\.ptr<[a-z]+(\d+)>", compiled.asm["ttgir"]
+    ):
+        size = math.prod(map(int, shape.split("x"))) * int(bits) // 8 // (32 * compiled.metadata.num_warps)
+        due[kind, min(size, 16)] += max(size // 16, 1)
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.c\w)?(?:\.v(\d))?\.b(\d+)", ptx):
+        due[{"ld": "load", "st": "store"}[kind], int(vector or 1) * int(bits) // 8] -= 1
+    return [f"{count} times no {kind} of {size} bytes" for (kind, size), count in due.items() if count > 0]
 
 
 def sum_order(compiled: Any) -> list[str]:

@@ -35,7 +35,7 @@ def main() -> None:
                 )
                 found_here = problems(launch, compiled) + narrow_rows(launch, compiled)
                 wrong += [f"{launch} {dtype} sm_{architecture}: {problem}" for problem in found_here]
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or 0)
 
 
 if __name__ == "__main__":

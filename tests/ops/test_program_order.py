@@ -1,0 +1,90 @@
+"""Kernels whose programs meet: results are the same in whatever order programs run, and whoever is last."""
+
+import os
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from helpers.cases import same_bits
+
+from cropr_kernels.ops import reference
+
+pytestmark = pytest.mark.kernels
+if not INTERPRETED:
+    pytest.skip("programs take turns in Triton's interpreter only", allow_module_level=True)
+
+from helpers.interleaved import counting_loads, interleaved  # noqa: E402
+
+SEEDS = int(os.environ.get("CROPR_SEEDS", 10))
+
+
+def integers(*shape, low=-2, high=3):
+    """Small numbers, so that scores are exact and tie."""
+    return torch.randint(low, high, shape).float()
+
+
+def prune(backend):
+    return backend.prune(integers(2, 70, 4), integers(4), 40, 1)
+
+
+def prune_by_priority(backend):
+    return backend.prune(integers(2, 40, 4), integers(4), 20, 1, integers(2, 40) > 1)
+
+
+def add_select(backend):
+    x, idx = integers(2, 11, 512), torch.arange(1, 10).repeat(2, 1)
+    return x, *backend.add_select_(x, idx, integers(2, 9, 512), None, integers(512), 5, 1)
+
+
+def add_select_by_size(backend):
+    x, sizes = integers(2, 9, 512), integers(2, 9, low=1, high=5)
+    return x, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), 5, 1, sizes, 1.5)
+
+
+def merge(backend):
+    safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
+    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, integers(2, 90, low=1), 75, None, 1)
+
+
+def merge_in_place(backend):
+    safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
+    x, sizes, parent = torch.randn(2, 90, 8), integers(2, 90, low=1), torch.arange(90).repeat(2, 1)
+    return x, sizes, parent, *backend.merge_(x, safe_idx, candidate_idx, sizes, parent, 75, 1)
+
+
+@pytest.mark.parametrize("call", [prune, prune_by_priority, add_select, add_select_by_size, merge, merge_in_place])
+def test_no_order_of_programs_changes_a_result(backend, call):
+    expected = call(backend)
+    for seed in range(SEEDS):
+        torch.manual_seed(0)
+        with interleaved(seed):
+            got = call(backend)
+        for a, b in zip(got, expected):
+            assert same_bits(a, b) if a.is_floating_point() else torch.equal(a, b), seed
+
+
+def longest(call, backend, n):
+    """Loads of the program that makes the most."""
+    with counting_loads() as loads:
+        call(backend, n)
+    return max(loads.values())
+
+
+def select_of(backend, n):
+    backend.select(integers(1, n), n // 2, 1)
+
+
+def add_select_of(backend, n):
+    x = integers(1, n, 16)
+    backend.add_select_(x, None, torch.zeros_like(x), None, integers(16), n // 2, 1, integers(1, n, low=1), 1.0)
+
+
+def merge_of(backend, n):
+    safe_idx, candidate_idx = reference.select(integers(1, n), n * 3 // 5, 1)
+    backend.merge(integers(1, n, 4), safe_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, None, 1)
+
+
+@pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 600)])
+def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
+    one, two, four = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))
+    assert four - two <= 2.2 * (two - one), (one, two, four)

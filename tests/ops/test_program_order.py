@@ -84,7 +84,7 @@ def merge_of(backend, n):
     backend.merge(integers(1, n, 4), safe_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, None, 1)
 
 
-@pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 600)])
+@pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 400)])
 def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
     one, two, four = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))
     assert four - two <= 2.2 * (two - one), (one, two, four)

@@ -85,6 +85,7 @@ struct Arguments {
     std::string_view rest = schema.substr(schema.find('(') + 1);
     rest = rest.substr(0, rest.find(") ->"));
     while (!rest.empty()) {
+      if (count == kMaxArguments) fail("cropr: an op takes more than ", kMaxArguments, " arguments");
       const size_t comma = std::min(rest.find(", "), rest.size()), space = rest.find(' ');
       const std::string_view type = rest.substr(0, space);
       names[count] = rest.substr(space + 1, rest.find_first_of(",=)", space) - space - 1);
@@ -210,7 +211,8 @@ int32_t dtype_named(const std::string& name) {
 
 void keep_plan(Plan plan) {
   for (const Launch& launch : plan.launches)
-    if (launch.parameters.size() > kMaxParameters) fail("cropr: a kernel takes more than ", kMaxParameters, " arguments");
+    if (launch.parameters.size() > kMaxParameters)
+      fail("cropr: a kernel takes more than ", kMaxParameters, " arguments");
   if (missed.empty()) return;
   const std::unique_lock lock(mutex);
   if (plans.size() >= kMaxPlans) plans.clear();

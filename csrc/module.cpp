@@ -63,8 +63,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "Facts of this build as a dict: compiler, torch_headers, torch_abi, cpu_instruction_set.");
 
-  // allocations (dtype, sizes, bytes to zero); launches (function, grid, threads, shared memory, parameters (kind, index,
-  // value)); which allocations are returned.
+  // allocations (dtype, sizes, bytes to zero); launches (function, grid, threads, shared memory, parameters (kind,
+  // index, value)); which allocations are returned.
   using Parameters = std::vector<std::tuple<int, int64_t, int64_t>>;
   m.def(
       "keep_plan",

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch.utils._pytree import tree_leaves
 
-from .launches import Launch
+from benchmarks.kernels.launches import Launch
 
 _SHARED_KIB = {80: 163, 90: 227, 100: 227}  # that a block may have; elsewhere 99
 _MOVES_ROWS = (
@@ -39,6 +39,15 @@ def resources(compiled: Any) -> dict[str, int]:
         command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def blocks_a_processor(compiled: Any, usage: dict[str, int]) -> int:
+    """How many programs a streaming multiprocessor holds, by registers, threads and shared memory."""
+    architecture, threads = compiled.metadata.target.arch, 32 * compiled.metadata.num_warps
+    registers = -(-usage["REG"] // 8) * 8 * threads
+    memory = (_SHARED_KIB.get(architecture, 99) + 1) << 10
+    most = 2048 if architecture in _SHARED_KIB else 1536
+    return min((1 << 16) // registers, most // threads, memory // (compiled.metadata.shared + 1024), 32)
 
 
 def problems(launch: Launch, compiled: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every Triton kernel that models of known widths launch, and what the lint says
+"""Registers, shared memory, spills and blocks a processor of every Triton kernel that models of known widths launch, and what the lint says
 of them. Compiled ahead of time: needs no GPU.
 
 python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
@@ -7,8 +7,8 @@ python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
 import argparse
 import sys
 
-from .launches import ARCHITECTURES, SIDES, TYPES, WIDTHS, compile_launches, launches
-from .lint import narrow_rows, problems, resources
+from benchmarks.kernels.launches import ARCHITECTURES, SIDES, TYPES, WIDTHS, compile_launches, launches
+from benchmarks.kernels.lint import blocks_a_processor, narrow_rows, problems, resources
 
 SHORT = {"widths": [384, 1024], "sides": [24]}
 
@@ -21,7 +21,9 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {"widths": WIDTHS, "sides": SIDES} if options.all else SHORT
     wrong = []
-    print(f"{'kernel':24}{'dtype':>9}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'stack':>6}  constants")
+    print(
+        f"{'kernel':24}{'dtype':>9}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'stack':>6}{'blocks':>7}  constants"
+    )
     for dtype in [options.dtype] if options.dtype else TYPES:
         found = launches(dtype, **chosen)
         for architecture in [options.arch] if options.arch else ARCHITECTURES:
@@ -30,7 +32,7 @@ def main() -> None:
                 name, warps = launch.kernel.__name__, launch.options["num_warps"]
                 print(
                     f"{name:24}{dtype:>9}{architecture:>4}{warps:>6}{usage['REG']:>10}{compiled.metadata.shared:>8}"
-                    f"{usage['STACK']:>6}  {launch}",
+                    f"{usage['STACK']:>6}{blocks_a_processor(compiled, usage):>7}  {launch}",
                     flush=True,
                 )
                 found_here = problems(launch, compiled) + narrow_rows(launch, compiled)

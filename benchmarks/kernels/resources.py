@@ -1,5 +1,5 @@
-"""Registers, shared memory, spills and blocks a processor of every Triton kernel that models of known widths launch, and what the lint says
-of them. Compiled ahead of time: needs no GPU.
+"""Registers, shared memory, stack and blocks a processor of every Triton kernel that models of known widths launch, and
+what the lint says of them. Compiled ahead of time: needs no GPU.
 
 python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
 """
@@ -21,20 +21,21 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {"widths": WIDTHS, "sides": SIDES} if options.all else SHORT
     wrong = []
-    print(
-        f"{'kernel':24}{'dtype':>9}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'stack':>6}{'blocks':>7}  constants"
-    )
+    columns = ("dtype", "sm", "warps", "registers", "shared", "stack", "blocks")
+    print("".join(f"{column:>10}" for column in columns), " kernel and constants")
     for dtype in [options.dtype] if options.dtype else TYPES:
         found = launches(dtype, **chosen)
         for architecture in [options.arch] if options.arch else ARCHITECTURES:
             for launch, compiled in compile_launches(found, architecture):
                 usage = resources(compiled)
-                name, warps = launch.kernel.__name__, launch.options["num_warps"]
-                print(
-                    f"{name:24}{dtype:>9}{architecture:>4}{warps:>6}{usage['REG']:>10}{compiled.metadata.shared:>8}"
-                    f"{usage['STACK']:>6}{blocks_a_processor(compiled, usage):>7}  {launch}",
-                    flush=True,
+                numbers = (
+                    launch.options["num_warps"],
+                    usage["REG"],
+                    compiled.metadata.shared,
+                    usage["STACK"],
+                    blocks_a_processor(compiled, usage),
                 )
+                print("".join(f"{value:>10}" for value in (dtype, architecture, *numbers)), f" {launch}", flush=True)
                 found_here = problems(launch, compiled) + narrow_rows(launch, compiled)
                 wrong += [f"{launch} {dtype} sm_{architecture}: {problem}" for problem in found_here]
     sys.exit("\n".join(wrong) or 0)

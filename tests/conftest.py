@@ -1,7 +1,8 @@
 """Backends, data and devices the tests run on.
 
-Every op test runs once per backend: the plain PyTorch definition, the C++ kernels, CUDA where there is a GPU, and in
-a process of its own (TRITON_INTERPRET=1) the Triton kernels interpreted on CPU tensors.
+Every op test runs once per backend: the plain PyTorch definition, the C++ kernels, these while the Triton kernels are
+compiled for a GPU and looked at, CUDA where there is a GPU, and in a process of its own (TRITON_INTERPRET=1) the Triton
+kernels interpreted on CPU tensors.
 """
 
 import importlib.util
@@ -64,6 +65,10 @@ def make_backend(name: str) -> Backend:
     if name == "triton":
         modules = {file: importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in FILES.values()}
         return Backend(name, "cpu", {op: getattr(modules[file], op) for op, file in FILES.items()})
+    if name == "compiled":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        compiled = importlib.import_module("helpers.compiled")
+        return Backend(name, "cpu", {op: compiled.compiled_op(op) for op in FILES})
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     if name == "cuda":
@@ -89,7 +94,7 @@ def _copy(value: Any) -> Any:
     return empty.set_(value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride())
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "cuda"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "compiled", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     made = make_backend(request.param)
     if made.interpreted:
@@ -97,7 +102,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return made
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cpp", "cuda"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cpp", "compiled", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend with kernels of its own: everything but the definition."""
     made = make_backend(request.param)

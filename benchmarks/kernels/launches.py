@@ -1,0 +1,161 @@
+"""The launches of Triton kernels, recorded in place of running, and compiled as launches would be. Needs no GPU."""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+import cropr_kernels as cropr
+from cropr_kernels.models.vit import ViT, ViTConfig
+from cropr_kernels.ops.registration import FILES
+from cropr_kernels.ops.validation import OPS
+from cropr_kernels.pruning.api import deployed_copy
+
+ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+TYPES = ["float32", "float64", "bfloat16", "float16"]
+WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of the Vision Transformers that have weights
+# Sides of the grid of patches: 197, 577 and 1025 tokens have keys in registers, 9217 do not.
+SIDES = [14, 24, 32, 96]
+_NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0}
+# Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions, and fusion.
+_MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"init_values": 1e-5}, {"merge": True}),
+    ({"rope": True, "swiglu": True, "qkv": "joint_eva", "global_pool": "avg"}, {"llf": True}),
+]
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: its arguments, and its options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of the kernel, by name."""
+        values = dict(zip(self.kernel.arg_names, self.args)) | self.options
+        return {parameter.name: values[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr}
+
+    def __str__(self) -> str:
+        return " ".join([self.kernel.__name__, *(f"{name}={value}" for name, value in self.constants.items())])
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect what is launched; no kernel runs."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(Launch(kernel, args, options))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def launcher(op: str) -> Any:
+    """What the dispatcher calls for tensors on CUDA."""
+    return getattr(importlib.import_module(f"cropr_kernels.ops.triton.{FILES[op]}"), op)
+
+
+class _Launching(TorchDispatchMode):
+    """Ops of this package are launched as well, on whatever device their tensors are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cropr":
+            launcher(func._schema.name.removeprefix("cropr::"))(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def launches(dtype: str, widths: list[int] = WIDTHS, sides: list[int] = SIDES) -> list[Launch]:
+    """Those of models of these widths and grids on the engine, and of the ops that it leaves to training and users."""
+    with recording() as found:
+        for width, side in itertools.product(widths, sides):
+            _run_engine(getattr(torch, dtype), width, side)
+            for op in OPS:
+                if not op.endswith(("_", "norm")):
+                    for args in _calls(op, getattr(torch, dtype), width, side * side + 1):
+                        launcher(op)(**args)
+    return found
+
+
+def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
+    """Forward passes of pruned models whose tensors have no data."""
+    with torch.device("meta"), torch.no_grad():
+        images = torch.empty(2, 3, 16 * side, 16 * side, dtype=dtype)
+        protect, padding = (torch.empty(2, side, side, dtype=torch.bool) for _ in range(2))
+        for parts, how in _MODELS:
+            sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 4}
+            model = ViT(ViTConfig(num_classes=10, **sizes, **parts)).to(dtype)
+            model = deployed_copy(cropr.apply(model, ratio=0.2, **how))
+            with _Launching():
+                model(images)
+                model(images, protect=protect)
+                if "merge" not in how:
+                    model(images, padding=padding)
+
+
+def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str, Any]]:
+    """Calls of an op on tensors without data, with and without its optional tensors, with one and with many queries."""
+    spec = OPS[op]
+    for queries in (1, 64):
+        sizes = {
+            "B": 2,
+            "N": n,
+            "D": width,
+            "K": n,
+            "R": n // 4,
+            "M": queries,
+            "S": n - n // 4,
+            "C": n // 4,
+            "F": width,
+        }
+        args: dict[str, Any] = {name: _NUMBERS.get(name) for name in spec.arguments}
+        for input in spec.inputs:
+            allowed = input.allowed[0] if input.allowed and len(input.allowed) < 4 else dtype
+            shape = [factor * sizes[letter] for factor, letter in input.shapes[0]]
+            args[input.name] = torch.empty(shape, dtype=allowed, device="meta")
+        args |= {name: 1 if low == "0" else n - n // 8 for name, low, _ in spec.ranges}
+        yield args
+        if spec.optional:
+            yield args | dict.fromkeys(spec.optional)
+
+
+class _Driver:
+    """What Triton asks a driver for before it compiles. Kernels are kept by device: here, by architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
+    """Every specialisation among the launches, bound and compiled as a launch on that architecture would, each once."""
+    active, driver._active = driver._active, _Driver(architecture)
+    try:
+        seen = set()
+        for launch in launches:
+            compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                yield launch, compiled
+    finally:
+        driver._active = active

@@ -1,0 +1,31 @@
+"""Ops whose answer is that of C++, while what they launch on CUDA is compiled for a GPU and looked at."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.launches import compile_launches, launcher, recording
+from benchmarks.kernels.lint import problems, resources
+
+ARCHITECTURE = int(os.environ.get("CROPR_ARCHITECTURE", 90))
+STACK = 800  # bytes of a thread, in kernels that no model launches
+_checked: set[str] = set()
+
+
+def compiled_op(name: str) -> Callable[..., Any]:
+    """The op, after each kernel that it launches for these tensors, of this alignment, has passed the lint."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with recording() as launches:
+            launcher(name)(*args, **kwargs)
+        for launch, compiled in compile_launches(launches, ARCHITECTURE):
+            if compiled.hash not in _checked:
+                found = problems(launch, compiled)
+                assert not found, f"{launch}: {found}"
+                assert resources(compiled)["STACK"] <= STACK, f"{launch}: {resources(compiled)}"
+                _checked.add(compiled.hash)
+        return getattr(torch.ops.cropr, name)(*args, **kwargs)
+
+    return call

@@ -26,7 +26,7 @@ from benchmarks.kernels.launches import (
 )
 from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
 from cropr_kernels.ops.registration import FILES
-from cropr_kernels.ops.triton.residual import row_blocks
+from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 197 and 577 tokens, 1025 and 9217 in one width.
 KNOWN = [
@@ -71,13 +71,12 @@ def test_narrow_second_blocks_are_not_shared_by_threads(op, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("num_warps", [4, 8, 16])
-def test_tiles_of_rows_have_an_element_for_every_thread(dtype, num_warps):
+def test_tiles_of_rows_have_an_element_for_every_thread(dtype):
     for dim in range(1, 4200):
-        blocks = row_blocks(dim, num_warps, dtype)
+        blocks = row_blocks(dim, dtype)
         assert blocks.first + blocks.rest >= dim
         for width in filter(None, (blocks.first, blocks.rest)):
-            assert blocks.rows * width >= 32 * num_warps, (dim, blocks)
+            assert blocks.rows * width >= 32 * STREAM["num_warps"], (dim, blocks)
 
 
 def orders(op, call):

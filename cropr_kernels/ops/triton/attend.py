@@ -14,7 +14,7 @@ from ..reference import accumulation_dtype
 from ..validation import check
 from .launching import launch
 from .scores import scores
-from .utils import dense_rows, rows_of
+from .utils import aligned_rows, rows_of
 
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -228,7 +228,7 @@ def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Tensor:
-    x = dense_rows(x)
+    x = aligned_rows(x)
     (batch, n, dim), m = x.shape, queries.shape[0]
     out = x.new_empty((batch, m, dim))
     if not out.numel():
@@ -249,7 +249,7 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
 def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
     """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
     check("attend_backward", grad_out, x, queries, scale)
-    x, acc = dense_rows(x), accumulation_dtype(x.dtype)
+    x, acc = aligned_rows(x), accumulation_dtype(x.dtype)
     (batch, n, dim), m = x.shape, queries.shape[0]
     if not grad_out.numel():
         return torch.zeros_like(queries, memory_format=torch.contiguous_format)

@@ -80,14 +80,15 @@ def split_width(dim: int) -> tuple[int, int]:
 
 
 def row_blocks(dim: int, dtype: torch.dtype) -> RowBlocks:
-    """Rows a program of STREAM holds, 64 bytes of x a thread, and the two blocks of their width.
+    """Rows a program of STREAM holds, and the two blocks of their width: 64 bytes of x a thread, or half of it where
+    elements move one by one, each with an address of its own.
 
     No tile has fewer elements than the program has threads, or several would hold one element: those that load it late
     would find what another has stored, and add the update twice.
     """
     threads = 32 * STREAM["num_warps"]
     first, rest = split_width(dim)
-    rows = max(1, 64 // dtype.itemsize * threads // (first + rest))
+    rows = max(1, (32 if dim % 16 else 64) // dtype.itemsize * threads // (first + rest))
     rows = 1 << (rows.bit_length() - 1)
     return RowBlocks(rows, max(first, threads // rows), rest and max(rest, threads // rows))
 

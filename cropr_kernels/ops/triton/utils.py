@@ -61,7 +61,7 @@ def width_block(dim: int, limit: int) -> int:
     would waste a quarter of them.
     """
     divisor = dim & -dim
-    return min(divisor if divisor >= 64 else max(triton.next_power_of_2(dim), 16), limit)
+    return min(divisor if divisor >= 128 else max(triton.next_power_of_2(dim), 16), limit)
 
 
 class RowBlocks(NamedTuple):
@@ -83,14 +83,15 @@ def row_blocks(dim: int, dtype: torch.dtype) -> RowBlocks:
     """Rows a program of STREAM holds, and the two blocks of their width: 64 bytes of x a thread, or half of it where
     elements move one by one, each with an address of its own.
 
-    No tile has fewer elements than the program has threads, or several would hold one element: those that load it late
-    would find what another has stored, and add the update twice.
+    Every tile has 16 bytes for each thread, so that this is what they move at a time. In none may several threads hold
+    one element: those that load it late would find what another has stored, and add the update twice.
     """
     threads = 32 * STREAM["num_warps"]
+    least = 16 // dtype.itemsize * threads
     first, rest = split_width(dim)
     rows = max(1, (32 if dim % 16 else 64) // dtype.itemsize * threads // (first + rest))
     rows = 1 << (rows.bit_length() - 1)
-    return RowBlocks(rows, max(first, threads // rows), rest and max(rest, threads // rows))
+    return RowBlocks(rows, max(first, least // rows), rest and max(rest, least // rows))
 
 
 @triton.jit

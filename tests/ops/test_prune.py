@@ -160,7 +160,7 @@ def test_split_is_prune_with_known_scores(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1030, 8, 700, 1)])
 def test_prune_and_split_heed_priority(backend, shape, dtype):
     batch, n, dim, num_keep, num_prefix = shape
     x, query = tokens(batch, n, dim, dtype, backend.device), torch.randn(dim, device=backend.device)

@@ -19,6 +19,7 @@ SHAPES = [
     (2, 9, 6, 0),
     (0, 10, 16, 4),
 ]
+MANY = (2, 1300, 16, 1100)  # more than the last program of an image selects from
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -128,7 +129,7 @@ def test_add_select_composes_positions(backend, shape, prefix, dtype):
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 7)])
+@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 7), MANY])
 def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     x, idx, update, gamma, *_ = problem(shape, torch.float32, backend.device)
     query = torch.randn(shape[2], device=backend.device)
@@ -152,7 +153,7 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7)])
+@pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7), MANY])
 def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
     x, idx, update, gamma, *_ = problem(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)

@@ -28,7 +28,7 @@ from benchmarks.kernels.launches import (
 )
 from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
 from cropr_kernels.ops.registration import FILES
-from cropr_kernels.ops.triton.residual import row_blocks
+from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217, whose keys do not.
 KNOWN = [
@@ -83,13 +83,12 @@ def test_narrow_second_blocks_are_not_shared_by_threads(op, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("num_warps", [4, 8, 16])
-def test_tiles_of_rows_have_an_element_for_every_thread(dtype, num_warps):
+def test_tiles_of_rows_have_an_element_for_every_thread(dtype):
     for dim in range(1, 4200):
-        blocks = row_blocks(dim, num_warps, dtype)
+        blocks = row_blocks(dim, dtype)
         assert blocks.first + blocks.rest >= dim
         for width in filter(None, (blocks.first, blocks.rest)):
-            assert blocks.rows * width >= 32 * num_warps, (dim, blocks)
+            assert blocks.rows * width >= 32 * STREAM["num_warps"], (dim, blocks)
 
 
 def orders(op, call):
@@ -100,32 +99,63 @@ def orders(op, call):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [96, 384])
-def test_scores_are_summed_in_one_order_with_selection_and_without(width, dtype):
-    call = legal_call("prune", dtype, N=197, D=width, M=1)
-    alone = orders("scores", {"x": call["x"], "query": call["query"]})
-    assert alone["scores_kernel"] and alone["scores_kernel"] == orders("prune", call)["scores_kernel"]
+@pytest.mark.parametrize("width", [96, 384, 1024])
+def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens(width, dtype):
+    call = legal_call("prune", dtype, N=50, D=width, M=1)
+    alone = orders("scores", {"x": call["x"], "query": call["query"]})["scores_kernel"]
+    for n in (50, 1000, 1200):
+        assert alone and orders("prune", legal_call("prune", dtype, N=n, D=width, M=1))["scores_kernel"] == alone
+        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None}
+        assert orders("add_select_", call)["add_select_kernel"] == alone
 
 
-# Ops whose sums follow the alignment of x.
-FOLLOWS = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the layout of a tile follows the alignment")
+def views_of(call, in_place):
+    """The call with every tensor, and all of them, in layouts that a compiler must treat in other ways."""
+    x = call["x"]
+    views = odd_layouts(x) | {"odd rows": torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=x.dtype)[:, :, :-1].copy_(x)}
+    for name, view in views.items():
+        if view.is_contiguous() or not in_place:
+            yield f"x, {name}", call | {"x": view}
+    shifted = {name: odd_layouts(value)["odd storage offset"] for name, value in call.items() if is_rows(value)}
+    for name, view in shifted.items():
+        yield f"{name}, odd storage offset", call | {name: view}
+    yield "all, odd storage offset", call | shifted
+
+
+def is_rows(value):
+    return isinstance(value, torch.Tensor) and value.ndim == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [96, 100, 1024])
 @pytest.mark.parametrize(
-    "op",
-    [
-        *(pytest.param(op, marks=FOLLOWS) for op in ("scores", "prune")),
-        *("gather_norm", "add_norm_", "add_select_", "merge", "merge_"),
-    ],
+    "op", ["scores", "prune", "attend", "attend_backward", "gather_norm", "add_norm_", "add_select_", "merge", "merge_"]
 )
-def test_every_layout_is_summed_in_one_order(op, dtype):
-    call = legal_call(op, dtype, N=50, D=96, K=30, S=30, C=20)
+def test_every_layout_is_summed_in_one_order(op, width, dtype):
+    call = legal_call(op, dtype, N=50, D=width, K=30, S=30, C=20, M=1)
     plain = orders(op, call)
     assert any(plain.values())
-    for name, view in odd_layouts(call["x"]).items():
-        if view.is_contiguous() or not op.endswith("_"):
-            assert orders(op, call | {"x": view}) == plain, name
+    for name, view in views_of(call, op.endswith("_")):
+        assert orders(op, view) == plain, name
+
+
+@pytest.mark.parametrize(("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")])
+@pytest.mark.parametrize(("n", "after"), [(1024, []), (1025, ["select_kernel"])])
+def test_many_tokens_are_selected_by_a_launch_of_their_own(op, kernel, n, after):
+    with recording() as found:
+        launcher(op)(**legal_call(op, torch.bfloat16, N=n, K=n, D=384))
+    assert [launch.kernel.__name__ for launch in found if launch.kernel.__name__ != "split_kernel"] == [kernel, *after]
+    assert found[0].options["num_warps"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_copied_16_bytes_at_a_time(dtype):
+    """Whatever the number of tokens, which is the width of logits."""
+    with recording() as found:
+        launcher("attend")(**legal_call("attend", dtype, N=197, D=384, M=5))
+    for launch, compiled in compile_launches(found, 80):
+        sizes = re.findall(r"cp\.async\.c\w\.shared\.global .*?\], \[.*?\], (\w+)", compiled.asm["ptx"])
+        assert set(sizes) == ({"0x10"} if "rows" in launch.kernel.__name__ else set()), launch
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,16 @@ from torch import Tensor
 from ..validation import check
 from .launching import launch
 from .scores import fold_query
-from .select import Selection, is_last, key_blocks, priority_bytes, select_image
-from .utils import Rows, block_counters, dense_rows, registers, rows_of
+from .select import (
+    Selection,
+    Sizes,
+    embedded_keys,
+    is_last,
+    launch_select,
+    priority_bytes,
+    weigh_and_select,
+)
+from .utils import STREAM, Rows, aligned_rows, block_counters, load_vector, row_blocks, rows_of
 
 
 class Update(NamedTuple):
@@ -33,29 +41,6 @@ class Norm(NamedTuple):
     weight: Any
     bias: Any
     eps: Any
-
-
-class Sizes(NamedTuple):
-    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score."""
-
-    ptr: Any
-    weight: Any
-
-
-class RowBlocks(NamedTuple):
-    """Rows that a program holds, and the two powers of two that cover their width."""
-
-    rows: int
-    first: int
-    rest: int
-
-
-@triton.jit
-def load_vector(ptr, cols, dim, default: tl.constexpr, ACC: tl.constexpr):
-    value = tl.full(cols.shape, default, ACC)
-    if ptr is not None:
-        value = tl.load(ptr + cols, mask=cols < dim, other=0.0).to(ACC)
-    return value
 
 
 @triton.jit
@@ -132,43 +117,12 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
             store_norm(out_ptr, more, mean, scale, norm, more_cols, inside, dim, ACC)
 
 
-@triton.jit
-def adjust_scores_by_size(scores_ptr, sizes_ptr, weight, idx_ptr, count, num_prefix, BLOCK_N: tl.constexpr):
-    """scores += weight * their standard deviation over the patches * log(size), for one image, in place."""
-    lanes = tl.arange(0, BLOCK_N)
-    patches = tl.maximum(count - num_prefix, 1)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, count, BLOCK_N):
-        offs = start + lanes
-        sums += tl.load(scores_ptr + offs, (offs >= num_prefix) & (offs < count), other=0.0, cache_modifier=".cg")
-    mean = tl.sum(sums, axis=0) / patches
-    spread = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, count, BLOCK_N):
-        offs = start + lanes
-        inside = (offs >= num_prefix) & (offs < count)
-        distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - mean
-        spread += tl.where(inside, distance * distance, 0.0)
-    scale = weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
-    scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
-    for start in range(0, count, BLOCK_N):
-        offs = start + lanes
-        inside = offs < count
-        position = offs.to(tl.int64)
-        if idx_ptr is not None:
-            position = tl.load(idx_ptr + offs, inside, other=0)
-        score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
-        tl.debug_barrier()  # where threads share an element, all have it before one stores it
-        score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
-        tl.store(scores_ptr + offs, score, inside)
-    tl.debug_barrier()
-
-
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
 def add_select_kernel(
     x, idx_ptr, update, query_ptr, selection, sizes, n, count, num_keep, num_prefix,
     BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D); an image's last program selects which of them are kept."""
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program may select."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows)
@@ -181,32 +135,10 @@ def add_select_kernel(
         value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
         score += tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
     tl.store(selection.scores + flat, score.to(tl.float32), mask=inside)
-    if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
-        if idx_ptr is not None:
-            idx_ptr += b * count
-        scores_ptr = selection.scores + b * count
-        if sizes.ptr is not None:
-            adjust_scores_by_size(scores_ptr, sizes.ptr + b * n, sizes.weight, idx_ptr, count, num_prefix, KEYS.tokens)
-        select_image(scores_ptr, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
-
-
-def split_width(dim: int) -> tuple[int, int]:
-    """Two blocks that cover a row: the largest power of two in it, and the next power of two over the rest, or 0."""
-    first = max(1 << (dim.bit_length() - 1), 16)
-    rest = dim - first
-    return first, max(triton.next_power_of_2(rest), 16) if rest > 0 else 0
-
-
-def row_blocks(dim: int, num_warps: int, dtype: torch.dtype) -> RowBlocks:
-    """Rows a program holds, 64 bytes of x a thread, and the two blocks of their width.
-
-    No tile has fewer elements than the program has threads, or several would hold one element: those that load it late
-    would find what another has stored, and add the update twice.
-    """
-    first, rest = split_width(dim)
-    rows = max(1, 2048 // dtype.itemsize * num_warps // (first + rest))
-    rows, threads = 1 << (rows.bit_length() - 1), 32 * num_warps
-    return RowBlocks(rows, max(first, threads // rows), rest and max(rest, threads // rows))
+    if selection.counters is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
+        if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
+            scores_ptr = selection.scores + b * count
+            weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -218,11 +150,10 @@ def _launch_add_norm(x, idx, update, norm, out):
     count = n if idx is None else idx.shape[1]
     if not (batch and count and dim):
         return
-    blocks, num_warps = row_blocks(dim, 4, x.dtype), 4
+    blocks = row_blocks(dim, x.dtype)
     launch(
         add_norm_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), _dense(idx), update, norm, out, n, count, blocks,
-        num_warps=num_warps, **registers(num_warps),
+        rows_of(x), _dense(idx), update, norm, out, n, count, blocks, **STREAM,
     )  # fmt: skip
 
 
@@ -230,7 +161,7 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
-    _launch_add_norm(dense_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
+    _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
     return out
 
 
@@ -244,7 +175,7 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps):
     """Launch cropr::add_norm_; positions as in add_."""
     check("add_norm_", x, idx, update, gamma, weight, bias, eps)
     out = x.new_empty(update.shape)
-    parts = Update(_dense(update), _dense(gamma)), Norm(_dense(weight), _dense(bias), eps)
+    parts = Update(aligned_rows(update.contiguous()), _dense(gamma)), Norm(_dense(weight), _dense(bias), eps)
     _launch_add_norm(x, idx, *parts, out)
     return out
 
@@ -256,18 +187,18 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
     if not (batch and count and dim):
         return kept_idx, pruned_idx
-    keys, num_warps = key_blocks(count, embedded=True)
-    num_warps = max(num_warps, 4)
-    blocks = row_blocks(dim, num_warps, x.dtype)
+    blocks, keys = row_blocks(dim, x.dtype), embedded_keys(count)
     scores = x.new_empty((batch, count), dtype=torch.float32)
-    selection = Selection(scores, priority_bytes(priority), block_counters(x), kept_idx, pruned_idx)
+    counters = None if keys is None else block_counters(x)
+    selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
+    idx, sizes = _dense(idx), Sizes(_dense(sizes) if size_weight else None, float(size_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), _dense(idx), Update(_dense(update), _dense(gamma)),
-        fold_query(query), selection,
-        Sizes(_dense(sizes) if size_weight else None, float(size_weight)),
-        n, count, num_keep, num_prefix, blocks, keys, num_warps=num_warps, **registers(num_warps),
+        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection, sizes,
+        n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
+    if keys is None:
+        launch_select(selection, num_prefix, sizes=sizes, idx=idx, whole=n)
     return kept_idx, pruned_idx
 
 

@@ -1,9 +1,9 @@
 """cropr::select on CUDA: exact top-k of each image in one launch, both index lists ascending.
 
-One program per image: its own here, elsewhere the last of those that wrote the image's scores (`is_last`). Scores
-become integers of the same order; the threshold, the K-th largest key, is found two bits at a time by counting; equal
-keys are ordered by position. Every step is an integer operation, so the result is the same on every run. Up to
-_MAX_BLOCK tokens (half of it in kernels that do more) stay in registers; above, they are re-read in chunks.
+One program per image: that of a launch, or up to _MAX_EMBEDDED tokens the last of those that wrote the image's scores
+(`is_last`). Scores become integers of the same order; the threshold, the K-th largest key, is found two bits at a time
+by counting; equal keys are ordered by position. Every step is an integer operation, so the result is the same on every
+run. Up to _MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from .launching import launch
 from .utils import dense_rows
 
 _MAX_BLOCK = 4096
+_MAX_EMBEDDED = 1024
 _COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
 _COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
@@ -31,6 +32,13 @@ class Selection(NamedTuple):
     counters: Any
     kept_idx: Any
     pruned_idx: Any
+
+
+class Sizes(NamedTuple):
+    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score."""
+
+    ptr: Any
+    weight: Any
 
 
 class KeyBlocks(NamedTuple):
@@ -159,6 +167,47 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, whole, n, num_keep, num
 
 
 @triton.jit
+def adjust_scores_by_size(scores_ptr, sizes_ptr, weight, idx_ptr, count, num_prefix, BLOCK_N: tl.constexpr):
+    """scores += weight * their standard deviation over the patches * log(size), for one image, in place."""
+    lanes = tl.arange(0, BLOCK_N)
+    patches = tl.maximum(count - num_prefix, 1)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        sums += tl.load(scores_ptr + offs, (offs >= num_prefix) & (offs < count), other=0.0, cache_modifier=".cg")
+    mean = tl.sum(sums, axis=0) / patches
+    spread = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        inside = (offs >= num_prefix) & (offs < count)
+        distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - mean
+        spread += tl.where(inside, distance * distance, 0.0)
+    scale = weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
+    scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
+    for start in range(0, count, BLOCK_N):
+        offs = start + lanes
+        inside = offs < count
+        position = offs.to(tl.int64)
+        if idx_ptr is not None:
+            position = tl.load(idx_ptr + offs, inside, other=0)
+        score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
+        tl.debug_barrier()  # where threads share an element, all have it before one stores it
+        score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
+        tl.store(scores_ptr + offs, score, inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
+    """select_image, of tokens that came from idx (B, n) if it is there, after their sizes, if these count."""
+    if idx_ptr is not None:
+        idx_ptr += b * n
+    if sizes.ptr is not None:
+        adjust_scores_by_size(scores_ptr, sizes.ptr + b * whole, sizes.weight, idx_ptr, n, num_prefix, KEYS.tokens)
+    select_image(scores_ptr, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
+
+
+@triton.jit
 def is_last(counter_ptr, programs):
     """Whether all other programs of this image have called this before; what they stored is then visible here.
 
@@ -168,21 +217,25 @@ def is_last(counter_ptr, programs):
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
 
 
-@triton.jit(do_not_specialize=["n", "num_keep", "num_prefix"])
-def select_kernel(selection, stride_sb, n, num_keep, num_prefix, KEYS: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_sb", "whole", "n", "num_keep", "num_prefix"])
+def select_kernel(selection, stride_sb, sizes, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
-    select_image(selection.scores + b * stride_sb, selection, b, None, n, n, num_keep, num_prefix, KEYS)
+    scores_ptr = selection.scores + b * stride_sb
+    weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
 
 
-def key_blocks(n: int, *, embedded: bool = False) -> tuple[KeyBlocks, int]:
-    """Blocks of select_image for images of n tokens, and the warps that hold the keys without spilling.
-
-    embedded: in a kernel that has registers of its own to hold as well.
-    """
+def key_blocks(n: int) -> tuple[KeyBlocks, int]:
+    """Blocks of select_kernel for images of n tokens, and the warps that hold the keys without spilling."""
     if n > _COUNT_MASK.value:
         raise RuntimeError(f"select: N must be at most {_COUNT_MASK.value} on CUDA, got {n}")
-    block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK // 2 if embedded else _MAX_BLOCK)
+    block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
     return KeyBlocks(block, n <= block), min(max(block // 128, 1), 16)
+
+
+def embedded_keys(n: int) -> KeyBlocks | None:
+    """Blocks of select_image in a kernel of STREAM; none where it would spill: select_kernel comes after."""
+    blocks, _ = key_blocks(n)
+    return blocks if n <= _MAX_EMBEDDED else None
 
 
 def priority_bytes(priority: Tensor | None) -> Tensor | None:
@@ -201,10 +254,19 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        blocks, num_warps = key_blocks(n)
-        selection = Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx)
-        launch(
-            select_kernel, batch,
-            selection, scores.stride(0), n, num_keep, num_prefix, blocks, num_warps=num_warps,
-        )  # fmt: skip
+        launch_select(Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx), num_prefix)
     return kept_idx, pruned_idx
+
+
+def launch_select(
+    selection: Selection, num_prefix: int, *, sizes: Sizes | None = None, idx: Tensor | None = None, whole: int = 0
+) -> None:
+    """Select by scores (B, N) of tokens that are all there are, or those at idx (B, N) of `whole` ones."""
+    scores = selection.scores
+    batch, n = scores.shape
+    blocks, num_warps = key_blocks(n)
+    launch(
+        select_kernel, batch,
+        selection, scores.stride(0), sizes or Sizes(None, 0.0), idx, whole or n, n, selection.kept_idx.shape[1],
+        num_prefix, blocks, num_warps=num_warps,
+    )  # fmt: skip

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-
-def registers(num_warps: int) -> dict[str, int]:
-    """Registers a thread may have, for kernels that ptxas would otherwise spill to fit more warps on a processor."""
-    return {"maxnreg": 96 if num_warps <= 8 else 128}
+# Launch options of kernels that stream whole rows. Left alone, ptxas spills to fit more warps on a processor.
+STREAM = {"num_warps": 4, "maxnreg": 96}
 
 
 def block_counters(x: Tensor) -> Tensor:
@@ -44,6 +43,17 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned_rows(x: Tensor) -> Tensor:
+    """dense_rows, copied where they could not be loaded 16 bytes at a time, as those of a contiguous tensor are.
+
+    The layout of a tile, and so the order of its sums, follows from that; at other widths no row is loaded so.
+    """
+    x = dense_rows(x)
+    if x.shape[-1] % 16 == 0 and (x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def width_block(dim: int, limit: int) -> int:
     """Choose a power-of-two block for a row of `dim` elements.
 
@@ -51,4 +61,43 @@ def width_block(dim: int, limit: int) -> int:
     would waste a quarter of them.
     """
     divisor = dim & -dim
-    return min(divisor if divisor >= 64 else max(triton.next_power_of_2(dim), 16), limit)
+    return min(divisor if divisor >= 128 else max(triton.next_power_of_2(dim), 16), limit)
+
+
+class RowBlocks(NamedTuple):
+    """Rows that a program holds, and the two powers of two that cover their width."""
+
+    rows: int
+    first: int
+    rest: int
+
+
+def split_width(dim: int) -> tuple[int, int]:
+    """Two blocks that cover a row: the largest power of two in it, and the next power of two over the rest, or 0."""
+    first = max(1 << (dim.bit_length() - 1), 16)
+    rest = dim - first
+    return first, max(triton.next_power_of_2(rest), 16) if rest > 0 else 0
+
+
+def row_blocks(dim: int, dtype: torch.dtype) -> RowBlocks:
+    """Rows a program of STREAM holds, and the two blocks of their width: 64 bytes of x a thread, or half of it where
+    elements move one by one, each with an address of its own.
+
+    Every tile has 16 bytes for each thread, so that this is what they move at a time. In none may several threads hold
+    one element: those that load it late would find what another has stored, and add the update twice.
+    """
+    threads = 32 * STREAM["num_warps"]
+    least = 16 // dtype.itemsize * threads
+    first, rest = split_width(dim)
+    rows = max(1, (32 if dim % 16 else 64) // dtype.itemsize * threads // (first + rest))
+    rows = 1 << (rows.bit_length() - 1)
+    return RowBlocks(rows, max(first, least // rows), rest and max(rest, least // rows))
+
+
+@triton.jit
+def load_vector(ptr, cols, dim, default: tl.constexpr, ACC: tl.constexpr):
+    """These elements of a vector (dim,), or where there is none, the default."""
+    value = tl.full(cols.shape, default, ACC)
+    if ptr is not None:
+        value = tl.load(ptr + cols, mask=cols < dim, other=0.0).to(ACC)
+    return value

@@ -27,7 +27,8 @@ OUTRO = """
 ## What each kernel does beyond its floor, and why
 
 - **prune** reads x twice: once for the scores, once for the copy, because no row can move before the last score of
-  its image is known. Where x fits the L2 cache the second read is not from memory. Two launches.
+  its image is known. Where x fits the L2 cache the second read is not from memory. Two launches, three above 1,024
+  tokens.
 - **add_select_ + gather_norm** against **add_norm_**: pruning costs one more read of the kept rows, for the same
   reason, and one selection. The rows themselves stay where they are. Once x is larger than the L2 cache that read alone
   is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: to get below it, the programs of an image
@@ -37,15 +38,16 @@ OUTRO = """
   read stays on chip, and pruning adds {cached:+.2f} of a copy, since fewer rows are written. It is off until a GPU says
   that the smaller matrix products cost less than that saves.
 - **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
-  and add_select_ it is the last program of an image that selects, so it needs no launch of its own.
+  and add_select_ it is the last program of an image that selects, so it needs no launch of its own, up to 1,024 tokens:
+  the keys of more would take registers from the programs that stream rows.
 - **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every active row
   once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that take
   others in. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would read a
   sixteenth of that; it agrees less with the unpruned model (benchmarks.md).
 - **proportional attention** with one more dimension copies q, k and v, padded by 8 columns, before FlashAttention: 2.25
   times their bytes, which a projection with padded weights would save.
-- **attend, M = 1** reads x once in each direction. A program works on one image: fewer images than processors leave
-  some idle.
+- **attend, M = 1** reads x once in each direction. Fewer than 256 images are split into parts of at least 64 tokens:
+  one image of 577 tokens keeps 10 programs busy.
 - **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them back: three passes over
   (M, N) that a kernel keeping D = 1024 wide rows on chip would not need. Nothing of that shape is kept for backward.
 """

@@ -72,7 +72,7 @@ def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
 
 
 def prune(x, query, num_keep, num_prefix=0, priority=None):
-    """Launch cropr::prune in two: scores with the selection, and one pass that moves every row."""
+    """Launch cropr::prune: scores, with the selection or before it, and one pass that moves every row."""
     check("prune", x, query, num_keep, num_prefix, priority)
     return _split(x, *launch_scores_select(x, query, num_keep, num_prefix, priority))
 

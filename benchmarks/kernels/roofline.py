@@ -36,7 +36,8 @@ OUTRO = """
   programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory: with
   `CACHE_BYTES` in pruning/engine.py at half of the L2 cache, that many images run through all blocks at a time, the
   read stays on chip, and pruning adds {cached:+.2f} of a copy, since fewer rows are written. It is off until a GPU says
-  that the smaller matrix products cost less than that saves.
+  that the smaller matrix products cost less than that saves. Cheaper, and as untried: with `RECENT_FIRST` in
+  ops/triton/utils.py the second read begins with the last image, so that as much as fits the cache is still there.
 - **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
   and add_select_ it is the last program of an image that selects, so it needs no launch of its own, up to 1,024 tokens:
   the keys of more would take registers from the programs that stream rows.

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import triton
 from conftest import INTERPRETED
 from helpers.cases import same_bits
 
@@ -88,3 +89,19 @@ def merge_of(backend, n):
 def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
     one, two, four = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))
     assert four - two <= 2.2 * (two - one), (one, two, four)
+
+
+def test_no_order_of_images_changes_a_result(backend, monkeypatch):
+    """With what reads rows a second time beginning with the last image, as without."""
+    x, query, update = integers(3, 37, 48), integers(48), integers(3, 20, 48)
+
+    def results():
+        kept, idx, *rest = backend.prune(x, query, 20, 1)
+        buffer = x.clone()
+        split = backend.add_select_(buffer, idx, update, None, query, 12, 1)
+        return [kept, idx, *rest, backend.gather_norm(x, idx, None, None, 1e-6), buffer, *split]
+
+    expected = results()
+    for module in ("utils", "residual"):
+        monkeypatch.setattr(f"cropr_kernels.ops.triton.{module}.RECENT_FIRST", triton.language.constexpr(True))
+    assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))

@@ -12,7 +12,7 @@ from ..validation import check
 from .launching import launch
 from .scores import launch_scores_select
 from .select import select
-from .utils import Rows, dense_rows, rows_of, width_block
+from .utils import Rows, dense_rows, image_of, rows_of, width_block
 
 _BLOCK_R = 8
 _NUM_WARPS = 4
@@ -50,7 +50,7 @@ def split_kernel(
     kept_tiles = tl.cdiv(num_keep, BLOCK_R)
     tiles = kept_tiles + tl.cdiv(n - num_keep, BLOCK_R)
     pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
+    b = image_of(pid, tiles, not SCATTER)
     tile = pid % tiles
     if tile < kept_tiles:
         move_side(whole, kept, kept_idx_ptr, b, tile, num_keep, n, SCATTER, BLOCK_R, BLOCK_D)

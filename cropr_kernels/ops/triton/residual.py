@@ -25,7 +25,7 @@ from .select import (
     priority_bytes,
     weigh_and_select,
 )
-from .utils import STREAM, Rows, aligned_rows, block_counters, load_vector, row_blocks, rows_of
+from .utils import RECENT_FIRST, STREAM, Rows, aligned_rows, block_counters, image_of, load_vector, row_blocks, rows_of
 
 
 class Update(NamedTuple):
@@ -44,14 +44,14 @@ class Norm(NamedTuple):
 
 
 @triton.jit
-def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr):
+def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
     """This program's image, the active tokens it holds, which of them exist, and their rows of x and which are there.
 
     Returns b, index in (B * K), mask of the index, position in x, mask of the position.
     """
     tiles = tl.cdiv(count, BLOCK_R)
     pid = tl.program_id(0)
-    b = (pid // tiles).to(tl.int64)
+    b = image_of(pid, tiles, AGAIN)
     rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     flat, inside = b * count + rows, rows < count
     position, valid = rows.to(tl.int64), inside
@@ -67,7 +67,8 @@ def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
     if update.ptr is not None:
-        step = tl.load(update.ptr + flat[:, None] * dim + cols[None, :], mask=mask, other=0.0).to(ACC)
+        step_ptr = update.ptr + flat[:, None] * dim + cols[None, :]
+        step = tl.load(step_ptr, mask=mask, other=0.0, eviction_policy="evict_first" if RECENT_FIRST else "").to(ACC)
         if update.gamma is not None:
             step = step * load_vector(update.gamma, cols, dim, 1.0, ACC)[None, :]
         x = (x.to(ACC) + step).to(x.dtype)
@@ -95,7 +96,7 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
     """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows)
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, update.ptr is None)
     x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
     cols = tl.arange(0, BLOCKS.first)
     value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
@@ -125,7 +126,7 @@ def add_select_kernel(
     """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program may select."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows)
+    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, False)
     x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
     cols = tl.arange(0, BLOCKS.first)
     value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)

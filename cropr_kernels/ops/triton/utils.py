@@ -15,6 +15,10 @@ from torch import Tensor
 # Launch options of kernels that stream whole rows. Left alone, ptxas spills to fit more warps on a processor.
 STREAM = {"num_warps": 4, "maxnreg": 96}
 
+# Whether what reads rows a second time begins with the last image, whose rows are still in the L2 cache, and what is
+# read but once leaves it first. Off until a GPU says that it pays.
+RECENT_FIRST = tl.constexpr(False)
+
 
 def block_counters(x: Tensor) -> Tensor:
     """Zeros (B,), int32: how many programs of each image are done, so that the last one knows itself.
@@ -92,6 +96,15 @@ def row_blocks(dim: int, dtype: torch.dtype) -> RowBlocks:
     rows = max(1, (32 if dim % 16 else 64) // dtype.itemsize * threads // (first + rest))
     rows = 1 << (rows.bit_length() - 1)
     return RowBlocks(rows, max(first, least // rows), rest and max(rest, least // rows))
+
+
+@triton.jit
+def image_of(pid, programs, AGAIN: tl.constexpr):
+    """The image of a program, of which each has so many; AGAIN: its rows have just been read."""
+    b = pid // programs
+    if AGAIN and RECENT_FIRST:
+        b = tl.num_programs(0) // programs - 1 - b
+    return b.to(tl.int64)
 
 
 @triton.jit

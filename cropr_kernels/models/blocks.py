@@ -59,13 +59,45 @@ def attention_by_dimension(
     """
     width = q.shape[-1]
     scale = width**-0.5 if scale is None else scale
-    bias = (log_sizes / scale).unsqueeze(1).expand(k.shape[:3])
-    high = bias.to(k.dtype)
-    low = (bias - high).to(k.dtype)
     ones = q.new_ones(1).expand(*q.shape[:3], 2)
     q, v = torch.cat([q, F.pad(ones, (0, _EXTRA - 2))], -1), F.pad(v, (0, _EXTRA))
-    k = torch.cat([k, F.pad(torch.stack([high, low], -1), (0, _EXTRA - 2))], -1)
+    k = torch.cat([k, F.pad(torch.stack(_in_two_parts(k, log_sizes, scale), -1), (0, _EXTRA - 2))], -1)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
+
+
+def _in_two_parts(k: Tensor, log_sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """log(size) over the scale in the dtype of k, (B, H, K), and what that has lost."""
+    bias = (log_sizes / scale).unsqueeze(1).expand(k.shape[:3])
+    high = bias.to(k.dtype)
+    return high, (bias - high).to(k.dtype)
+
+
+def pads_projection(attn: Any, x: Tensor) -> bool:
+    """Whether the extra dimension comes from a padded matrix `qkv`: it is one plain layer, smaller than its outputs."""
+    return (
+        x.is_cuda
+        and type(attn.qkv) is torch.nn.Linear
+        and getattr(attn, "q_bias", None) is None
+        and isinstance(attn.q_norm, torch.nn.Identity)
+        and isinstance(attn.k_norm, torch.nn.Identity)
+        and takes_extra_dimension(attn.qkv.out_features // (3 * attn.num_heads), x.dtype)
+        and x.shape[0] * x.shape[1] > attn.qkv.in_features
+    )
+
+
+def attention_by_projection(attn: Any, x: Tensor, log_sizes: Tensor) -> Tensor:
+    """attention_by_dimension of the heads of x, which are projected with their extra columns, and not copied."""
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    width = len(weight) // (3 * attn.num_heads)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    columns = F.pad(bias.view(3, attn.num_heads, width), (0, _EXTRA))
+    columns[0, :, width : width + 2] = 1
+    rows = F.pad(weight.view(3, attn.num_heads, width, -1), (0, 0, 0, _EXTRA))
+    heads = F.linear(x, rows.flatten(0, 2), columns.flatten())
+    heads = heads.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    heads[1, ..., width], heads[1, ..., width + 1] = _in_two_parts(heads[1], log_sizes, width**-0.5)
+    q, k, v = heads.unbind()
+    return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
 
 
 def attention_by_bias(

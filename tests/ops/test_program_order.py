@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-import triton
 from conftest import INTERPRETED
 from helpers.cases import same_bits
 
@@ -14,6 +13,7 @@ pytestmark = pytest.mark.kernels
 if not INTERPRETED:
     pytest.skip("programs take turns in Triton's interpreter only", allow_module_level=True)
 
+import triton  # noqa: E402
 from helpers.interleaved import counting_loads, interleaved  # noqa: E402
 
 SEEDS = int(os.environ.get("CROPR_SEEDS", 10))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ import torch.nn.functional as F
 from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension, project_heads, proportional_attention
+from cropr_kernels.models.blocks import (
+    attention_by_bias,
+    attention_by_dimension,
+    attention_by_projection,
+    pads_projection,
+    project_heads,
+    proportional_attention,
+)
 from cropr_kernels.pruning.merging import resolve_parents
 
 WAYS = {
@@ -141,6 +149,35 @@ def test_sixteen_bit_keys_lose_nothing_of_the_size():
     sizes = torch.arange(1.0, 33.0)[None]
     weights = attention_by_dimension(q, k, v, sizes.log())[0, 0, 0].float()
     torch.testing.assert_close(weights, sizes[0] / sizes.sum(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("make", [reference_vit, timm_vit, lambda: reference_vit(qkv_bias=False)])
+def test_projected_with_its_columns_attention_is_the_same(make, monkeypatch):
+    """What CUDA does in 16 bits, on the CPU in float64: attention, and a whole network on the engine."""
+    model = randomise(make()).eval().double()
+    attn, x, sizes = model.blocks[0].attn, torch.randn(3, 30, 64).double(), torch.randint(1, 9, (3, 30)).double()
+    expected = proportional_attention(*project_heads(attn, x), sizes.log())
+    torch.testing.assert_close(attention_by_projection(attn, x, sizes.log()), expected)
+    images = torch.randn(2, 3, 64, 64).double()
+    engine, calls = cropr.deploy(cropr.apply(model, rate=9, merge=True)), []
+    expected = engine(images)
+    monkeypatch.setattr(
+        "cropr_kernels.models.adapters.reference.pads_projection", lambda attn, x: calls.append(x) or True
+    )
+    torch.testing.assert_close(engine(images), expected)
+    assert calls
+
+
+def test_only_one_plain_matrix_is_padded(monkeypatch):
+    tokens = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(8, 65, 64))
+    assert pads_projection(reference_vit().blocks[0].attn, tokens)
+    assert not pads_projection(reference_vit(qk_norm=True).blocks[0].attn, tokens)
+    assert not pads_projection(reference_vit(qkv="split").blocks[0].attn, tokens)
+    for other in ({"is_cuda": False}, {"dtype": torch.float32}, {"shape": (1, 64, 64)}):
+        assert not pads_projection(reference_vit().blocks[0].attn, SimpleNamespace(**{**vars(tokens), **other}))
+    attn = reference_vit().blocks[0].attn
+    attn.qkv = type("Lora", (torch.nn.Linear,), {})(64, 192)
+    assert not pads_projection(attn, tokens)
 
 
 def test_gradients_of_both_ways_agree():

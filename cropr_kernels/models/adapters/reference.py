@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, project_heads, proportional_attention
+from ..blocks import Rotary, attention_by_projection, pads_projection, project_heads, proportional_attention
 from ..vit import Block, ViT
 from .base import BlockParts, ModelSpec, own_class
 
@@ -47,12 +47,16 @@ def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
     """The update of an attention with timm's names; it is opened only where its heads are needed."""
     if rotary is None and log_sizes is None:
         return attn(h)
-    q, k, v = project_heads(attn, h)
-    if rotary is not None:
-        half = getattr(attn, "rotate_half", False)
-        rotary.rotate_(q, half=half)
-        rotary.rotate_(k, half=half)
-    heads = proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes).transpose(1, 2).flatten(2)
+    if rotary is None and log_sizes is not None and pads_projection(attn, h):
+        heads = attention_by_projection(attn, h, log_sizes)
+    else:
+        q, k, v = project_heads(attn, h)
+        if rotary is not None:
+            half = getattr(attn, "rotate_half", False)
+            rotary.rotate_(q, half=half)
+            rotary.rotate_(k, half=half)
+        heads = proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes)
+    heads = heads.transpose(1, 2).flatten(2)
     heads = attn.proj(attn.norm(heads) if hasattr(attn, "norm") else heads)
     return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads
 

@@ -91,12 +91,13 @@ def test_a_plan_is_for_calls_that_are_alike(cuda):
         (x.double(), q, 20),
         (x[:2], q, 20),
         (torch.randn(3, 80, 48)[:, ::2], q, 20),
+        (torch.randn(3, 1100, 48), q, 20),
         (storage[:-1].view(3, 40, 48), q, 20),
         (storage[1:].view(3, 40, 48), q, 20),
     ]
     met = [[cuda.ops.prune(*args) is not None and replayed() for args in calls] for _ in range(2)]
-    assert met[0] == [False] * 7 + [True, False]  # the last but one is like the first
-    assert met[1] == [True] * 8 + [False]  # the last is copied to where rows are aligned, by PyTorch
+    assert met[0] == [False] * 8 + [True, False]  # the last but one is like the first
+    assert met[1] == [True] * 9 + [False]  # the last is copied to where rows are aligned, by PyTorch
 
 
 def test_arguments_that_are_one_tensor_or_share_memory_are_told_apart(cuda):

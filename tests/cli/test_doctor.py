@@ -86,12 +86,12 @@ def test_networks_that_compute_something_else_are_named(monkeypatch):
 @pytest.mark.kernels
 @pytest.mark.parametrize("op", NAMES)
 def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
+    if kernels.name == "compiled":
+        pytest.skip("its answers are those of C++")
     for name in NAMES:
         monkeypatch.setattr(ops, name, getattr(kernels, name))
     device = torch.device(kernels.device)
-    as_integers = kernels.interpreted and op.startswith(
-        ("attend", "merge")
-    )  # so Triton's interpreter multiplies bfloat16
+    as_integers = kernels.interpreted and op.startswith(("attend", "merge"))  # how Triton then multiplies bfloat16
     for check in checks(device):
         if check.what == op and not (as_integers and check.dtype == torch.bfloat16):
             assert perform(check, device, calls.SIZES) == "", str(check)

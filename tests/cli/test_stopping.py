@@ -22,7 +22,7 @@ from cropr_kernels.train.config import PRESETS
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 PHOTOS = str(ROOT / "examples" / "photos")
-COMMANDS = ("info", "calibrate", "map", "tune", "bench", "export", "infer", "train", "eval")
+COMMANDS = ("info", "doctor", "calibrate", "map", "tune", "bench", "export", "infer", "train", "eval")
 TRAIN = ("epochs=1", "batch_size=2", "img_size=64,64", "model=vit_tiny_patch16_224", "rate=1", "workers=1")
 
 

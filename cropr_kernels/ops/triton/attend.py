@@ -20,6 +20,7 @@ from .scores import scores
 from .select import is_last
 from .utils import aligned_rows, block_counters, rows_of
 
+_REGISTERS = 224  # a thread may have: left alone, ptxas spills to fit more programs on a processor
 _PROGRAMS = 256  # that keep a GPU busy; fixed, as the order of sums follows from it
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
@@ -236,7 +237,7 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
         rows_of(x), query.to(acc).contiguous(), grad, out, raw, parts, n, part,
         SCALE=scale,  # a constant of the model: one variant
         BLOCK_N=block, BLOCK_D=max(triton.next_power_of_2(dim), 16),
-        num_warps=8, maxnreg=224,  # left alone, ptxas spills to fit two programs on a processor
+        num_warps=8, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
@@ -247,9 +248,9 @@ def one_query_rows(dtype: torch.dtype) -> int:
 
 def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:
     """Edge and inner length of the product tiles, and warps, that no architecture from sm_80 on spills with."""
-    if dtype == torch.float64:
-        return {"edge": 64, "inner": 16, "num_warps": 8}
-    return {"edge": 64, "inner": 16 if dtype == torch.float32 else 64, "num_warps": 4}
+    if dtype.itemsize == 2:
+        return {"edge": 64, "inner": 64, "num_warps": 4}
+    return {"edge": 64, "inner": 16, "num_warps": 8}
 
 
 def _launch_dot(a: Tensor, x: Tensor, out: Tensor) -> None:
@@ -259,7 +260,7 @@ def _launch_dot(a: Tensor, x: Tensor, out: Tensor) -> None:
     launch(
         rows_dot_rows_kernel, count * triton.cdiv(m, edge) * triton.cdiv(n, edge),
         rows_of(a), rows_of(x), out, out.stride(1), m, n, BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"],
-        num_warps=tiles["num_warps"],
+        num_warps=tiles["num_warps"], maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
@@ -280,7 +281,8 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
     launch(
         weighted_rows_kernel, grid,
         weight, weight.stride(1), rows_of(x), out, m, n, count,
-        SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"], num_warps=tiles["num_warps"],
+        SUM_BATCH=sum_batch, BLOCK_M=edge, BLOCK_D=edge, BLOCK_K=tiles["inner"],
+        num_warps=tiles["num_warps"], maxnreg=_REGISTERS,
     )  # fmt: skip
 
 

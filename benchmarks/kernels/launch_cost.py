@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.utils.mock_driver import mock_cuda
+from benchmarks.kernels.mock_driver import mock_cuda
 from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.ops.extension import replayed
 from cropr_kernels.ops.triton import merge, prune, residual

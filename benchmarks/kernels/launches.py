@@ -131,8 +131,8 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
             yield args | dict.fromkeys(spec.optional)
 
 
-class _Driver:
-    """What Triton asks a driver for before it compiles. Kernels are kept by device: here, by architecture."""
+class Compiler:
+    """The driver of one device, as far as compilation asks. Kernels are kept by device: here, by architecture."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -149,7 +149,7 @@ class _Driver:
 
 def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
     """Every specialisation among the launches, bound and compiled as a launch on that architecture would, each once."""
-    active, driver._active = driver._active, _Driver(architecture)
+    active, driver._active = driver._active, Compiler(architecture)
     try:
         seen = set()
         for launch in launches:

@@ -13,7 +13,7 @@ if INTERPRETED or torch.cuda.is_available():
 
 from helpers.cases import legal_call
 
-from benchmarks.utils.mock_driver import mock_cuda
+from benchmarks.kernels.mock_driver import mock_cuda
 from cropr_kernels.ops.extension import NAMES, replayed
 from cropr_kernels.ops.validation import OPS
 

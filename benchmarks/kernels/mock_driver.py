@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime import JITFunction
 
+from benchmarks.kernels.launches import Compiler
 from cropr_kernels.ops.extension import NAMES, forget_plans, table
 from cropr_kernels.ops.registration import FILES, cuda_kernel
 
@@ -78,20 +78,12 @@ def build(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-class _Driver(CudaDriver):
-    """Triton's own, with one device and one stream."""
+class _Driver(Compiler, CudaDriver):
+    """Triton's own, of one device with one stream."""
 
     def __init__(self, architecture: int) -> None:
-        self.utils, self.launcher_cls, self.architecture = CudaUtils(), CudaLauncher, architecture
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
+        Compiler.__init__(self, architecture)
+        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
 
 
 class MockCuda:

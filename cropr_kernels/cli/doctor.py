@@ -162,6 +162,7 @@ def in_process(
 
 
 def _serve(connection: Connection, todo: list[Check], device: torch.device, perform: Callable[..., str]) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant
     for check in todo:
         wrong, usable = perform(check, device), True
         if wrong:

@@ -38,7 +38,7 @@ asan: $(VENV)/test.done
 		$(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
-		--override-ini pythonpath=build/asan/lib -k "not (reference or cuda or triton)" tests/ops $(ARGS)
+		--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" tests/ops $(ARGS)
 
 bench: $(VENV)/test.done
 	$(BIN)/python -m benchmarks.kernels.prune_cpu $(ARGS)

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import cropr_kernels as cropr
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import DOCS, RESULTS, Results, environment
 from cropr_kernels.utils.viz import save_pruning_maps
 from examples import digits
 
@@ -31,7 +31,10 @@ def main() -> None:
                     "token share": round(result.token_share, 3),
                 }
             )
-    images, picture = digits.load()[2][:8], options.out.with_suffix(".png")
+    images, picture = (
+        digits.load()[2][:8],
+        (DOCS if options.out.parent == RESULTS else options.out.parent) / "digits.png",
+    )
     maps = cropr.pruning_map(cropr.deploy(result.model), images)
     save_pruning_maps(picture, (images + 1) / 2, maps, depth=digits.MODEL["depth"])
     for method in ("no pruning", "Cropr"):

@@ -1,6 +1,10 @@
 """Plans launch what Triton launched. The driver is a mock: kernels are compiled and launched, none runs."""
 
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +169,13 @@ def test_an_error_of_the_driver_is_raised(cuda):
             cuda.ops.prune(x, q, 6)
     finally:
         cuda.library.mock_set_error(0)
+
+
+def test_the_cost_of_launching_is_measured(tmp_path):
+    """In a process of its own, as the driver is; what is measured depends on the machine, and is only printed."""
+    out = tmp_path / "cost.json"
+    command = [sys.executable, "-m", "benchmarks.kernels.launch_cost", "--rounds", "1", "--calls", "20", "--out", out]
+    print(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["op"] for row in rows} == {"gather_norm", "add_norm_", "add_select_", "merge_", "rotate_", "prune"}
+    assert all(row["plan"] > 0 and row["triton"] > 0 for row in rows)

@@ -32,11 +32,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
     "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
     "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
-    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion"),
+    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion: all tokens in the last block, pruned ones with the change of their host"),
     "--merge": dict(
         action=argparse.BooleanOptionalAction,
         help="merge the pruned tokens into those that are kept, or drop them (default: as the queries or the model "
-        "say, or merge, with --llf drop)",
+        "say, or merge)",
     ),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),

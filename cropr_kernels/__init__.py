@@ -23,8 +23,10 @@ from .ops import Split as Split
 from .pruning.api import apply as apply
 from .pruning.api import deploy as deploy
 from .pruning.api import remove as remove
+from .pruning.api import set_llf as set_llf
 from .pruning.api import set_progress as set_progress
 from .pruning.api import set_rate as set_rate
+from .pruning.fusion import Fusion as Fusion
 from .pruning.maps import merge_map as merge_map
 from .pruning.maps import pruning_map as pruning_map
 from .pruning.masks import pad_images as pad_images

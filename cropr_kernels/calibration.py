@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .models.outputs import outputs_of
 from .pruning.api import deploy, options_of, set_rate
+from .pruning.fusion import Fusion, Restore
 from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.state import PruningOptions
@@ -159,7 +161,15 @@ def calibrate(
         raise ValueError("cropr.calibrate: needs at least one image, got none")
     solutions = [_solve(layer, *normal, ridge) for layer, normal in enumerate(zip(gram, moment))]
     _set_queries(stack, F.normalize(torch.stack(solutions), dim=1))
+    _settle_fusion(stack, "host")
     return model
+
+
+def _settle_fusion(stack: Any, restore: Restore) -> None:
+    """How a network restores tokens whose queries are calibrated, where nothing says how: it never saw old tokens."""
+    stack.calibrated = True
+    if stack.config.llf is not None:
+        stack.config = replace(stack.config, llf=stack.config.llf.by_default(restore))
 
 
 def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
@@ -240,7 +250,8 @@ def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 def load_queries(model: Any, path: str | Path) -> Any:
     """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in place.
 
-    A model with Last Layer Fusion has one module fewer, and takes the first ones. How the model is pruned stays.
+    A model with Last Layer Fusion has one module fewer, and takes the first ones. How the model is pruned stays; where
+    llf=True left it open, tokens are restored as the file says.
 
     Returns:
         The same model.
@@ -252,7 +263,7 @@ def load_queries(model: Any, path: str | Path) -> Any:
         ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.load_queries")
-    queries, _ = read_queries(path)
+    queries, about = read_queries(path)
     dim = len(stack[0].query())
     if len(queries) < len(stack) or queries.shape[1] != dim:
         raise ValueError(
@@ -260,6 +271,8 @@ def load_queries(model: Any, path: str | Path) -> Any:
             f"{tuple(queries.shape)}; calibrate this model"
         )
     _set_queries(stack, queries.to(next(model.parameters()).device))
+    said = Fusion.of(about.get("llf"))
+    _settle_fusion(stack, "host" if said is None else said.restore or "left")
     return model
 
 

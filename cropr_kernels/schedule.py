@@ -1,7 +1,8 @@
 """Pruning schedules: how many tokens are kept after each block.
 
 Modules sit after every block but the last; with Last Layer Fusion after every block but the last two, since what the
-module before the last block drops would come straight back (paper section 3.2).
+module before the last block drops would come straight back (paper section 3.2); where more blocks see all tokens, so
+many fewer.
 """
 
 import json
@@ -13,11 +14,15 @@ from pathlib import Path
 SCHEDULES = ("rate", "keep", "ratio", "const")  # the ways to say it
 
 
-def num_modules(depth: int, llf: bool) -> int:
-    """How many Cropr modules a network of `depth` blocks holds; ValueError if it is too shallow for one."""
-    last, how = (2, "with") if llf else (1, "without")
+def num_modules(depth: int, llf: int) -> int:
+    """How many Cropr modules a network of `depth` blocks holds, of which the last `llf` see all tokens by fusion.
+
+    ValueError if it is too shallow for one.
+    """
+    last = 1 + llf
     if depth <= last:
-        raise ValueError(f"schedule: depth must be at least {last + 1} {how} LLF, got {depth}")
+        how = "without LLF" if not llf else "with LLF" if llf == 1 else f"with LLF over {llf} blocks"
+        raise ValueError(f"schedule: depth must be at least {last + 1} {how}, got {depth}")
     return depth - last
 
 
@@ -61,14 +66,14 @@ class Schedule:
                 counts = _read(Path(counts)) if isinstance(counts, str | Path) else counts
                 object.__setattr__(self, name, tuple(counts))
 
-    def counts(self, num_tokens: int, depth: int, num_prefix: int = 1, llf: bool = False) -> list[int]:
+    def counts(self, num_tokens: int, depth: int, num_prefix: int = 1, llf: int = 0) -> list[int]:
         """Kept tokens after each module, prefix included.
 
         Args:
             num_tokens: tokens that enter the network, prefix included.
             depth: blocks of the network.
             num_prefix: P, tokens that are never dropped (class token, registers).
-            llf: whether Last Layer Fusion follows.
+            llf: how many last blocks see all tokens by Last Layer Fusion; True is 1.
 
         Raises:
             ValueError: the network is too shallow, the schedule is for another number of modules, or a module would

@@ -45,6 +45,8 @@ constexpr Input kGamma{"gamma", Types::kFloat, "D"}, kWeight{"weight", Types::kF
 constexpr Input kBias{"bias", Types::kFloat, "D"};
 constexpr Input kSafe{"safe_idx", Types::kInt64, "BS"}, kCandidates{"candidate_idx", Types::kInt64, "BC"};
 constexpr Input kSizes{"sizes", Types::kFloat32, "BN"}, kPriorities{"priority", Types::kPriority, "BN"};
+constexpr Input kKept{"kept_idx", Types::kInt64, "BK"}, kPruned{"pruned_idx", Types::kInt64, "BR"};
+constexpr Input kParent{"parent", Types::kInt64, "BN", Layout::kContiguous};
 
 constexpr Op kOps[] = {
     {"scores(Tensor x, Tensor query) -> Tensor", {kX, kQuery}},
@@ -62,10 +64,7 @@ constexpr Op kOps[] = {
      {{"num_prefix", "0", "N"}, {"num_keep", "num_prefix", "N"}}},
     {"gather(Tensor x, Tensor idx) -> Tensor", {kX, kIdx}},
     {"restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor",
-     {{"kept", Types::kFloat, "BKD"},
-      {"kept_idx", Types::kInt64, "BK"},
-      {"pruned", Types::kOfFirst, "BRD"},
-      {"pruned_idx", Types::kInt64, "BR"}}},
+     {{"kept", Types::kFloat, "BKD"}, kKept, {"pruned", Types::kOfFirst, "BRD"}, kPruned}},
     {"attend(Tensor x, Tensor queries, float scale) -> Tensor", {kX, kQueries}},
     {"attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", {kX, kQueries}},
     {"attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
@@ -75,6 +74,11 @@ constexpr Op kOps[] = {
      " -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
      {kX, kSafe, kCandidates, kSizes, {"features", Types::kFloat, "BNF"}},
      {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
+    {"host_offsets(Tensor x, Tensor kept_idx, Tensor pruned_idx, SymInt num_prefix=0)"
+     " -> (Tensor offset, Tensor host_idx)",
+     {kX, kKept, kPruned},
+     {{"num_prefix", "0", "K"}}},
+    {"add_hosts(Tensor x, Tensor parent) -> Tensor", {kX, {"parent", Types::kInt64, "BN"}}},
     // The engine's: x is the residual buffer and changes in place, idx names the active tokens (None: all).
     {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor",
      {kX, kIdx, kWeight, kBias}},
@@ -88,13 +92,13 @@ constexpr Op kOps[] = {
      {kInPlace, kIdx, kUpdate, kGamma, kQuery, kSizes, kPriorities},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
     {"merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-     " SymInt num_keep, SymInt num_prefix=0) -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-     {kInPlace,
-      kSafe,
-      kCandidates,
-      {"sizes", Types::kFloat32, "BN", Layout::kContiguous},
-      {"parent", Types::kInt64, "BN", Layout::kContiguous}},
+     " SymInt num_keep, SymInt num_prefix=0, bool offsets=False)"
+     " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
+     {kInPlace, kSafe, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent},
      {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
+    {"host_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt num_prefix=0) -> ()",
+     {kInPlace, kKept, kPruned, kParent},
+     {{"num_prefix", "0", "K"}}},
     {"rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
      {{"x", Types::kFloat, "BKHC", Layout::kDenseRows}, {"table", Types::kFloat, "P2C"}, kIdx},
      {{"num_prefix", "0", "K"}}},

@@ -1,10 +1,9 @@
 // CPU kernels of cropr::merge and merge_: pruned tokens are merged into the most similar safe ones.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
+#include "nearest.h"
 #include "row_kernels.h"
 #include "rows.h"
 #include "tensor.h"
@@ -15,85 +14,17 @@ namespace {
 using torch::stable::parallel_for;
 
 // The safe tokens and the candidates for pruning, as ascending positions of x (B, N, D); num_keep of both are kept.
-struct Partition {
-  Tensor safe, candidates;  // contiguous
-  const int64_t *safe_pos, *candidate_pos;
-  int64_t batch, n, num_safe, num_candidates, num_keep, num_prune, num_prefix;
+struct Partition : Lists {
+  int64_t num_keep, num_prune;
 
   Partition(
       const Op& op, const Dims& dims, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep, int64_t prefix)
-      : safe(torch::stable::contiguous(safe_idx)),
-        candidates(torch::stable::contiguous(candidate_idx)),
-        safe_pos(data<int64_t>(safe)),
-        candidate_pos(data<int64_t>(candidates)),
-        batch(dims['B']),
-        n(dims['N']),
-        num_safe(dims['S']),
-        num_candidates(dims['C']),
+      : Lists(op, dims, safe_idx, candidate_idx, prefix),
         num_keep(keep),
-        num_prune(num_safe + num_candidates - keep),
-        num_prefix(prefix) {
-    if (num_prune > 0 && num_safe == num_prefix)
-      fail(name_of(op), ": safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = ", prefix);
-    check_positions_once(op, "safe_idx and candidate_idx", safe_pos, num_safe, candidate_pos, num_candidates, batch, n);
-    check_ascending(op, "safe_idx", safe_pos, num_safe);
-    check_ascending(op, "candidate_idx", candidate_pos, num_candidates);
-  }
-
-  void check_ascending(const Op& op, const char* name, const int64_t* positions, int64_t count) const {
-    for (int64_t b = 0; b < batch; ++b, positions += count)
-      for (int64_t i = 1; i < count; ++i)
-        if (positions[i - 1] > positions[i])
-          fail(
-              name_of(op), ": ", name, " must be ascending, got ", positions[i - 1], " before ", positions[i],
-              " in image ", b);
+        num_prune(num_safe + num_candidates - keep) {
+    if (num_prune > 0) require_target(op);
   }
 };
-
-// For each candidate the most similar safe token behind the prefix, by the cosine of their features, and how similar;
-// the lower position of equals. NaN is the lowest similarity.
-template <typename T>
-void find_nearest(const Rows<T>& features, const Partition& partition, int64_t* nearest, double* similarities) {
-  using A = acc_t<T>;
-  constexpr int64_t kTogether = 16;  // candidates that share one pass over the safe tokens
-  const int64_t dim = features.dim, groups = (partition.num_candidates + kTogether - 1) / kTogether;
-  if (groups == 0) return;
-  parallel_for(0, partition.batch * groups, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> rows(kTogether * dim);
-    Scratch<A> wide(dim);
-    const auto norm = [&](const T* row) {
-      A square;
-      widen_row<T>(row, dim, wide.data());
-      dot_rows<T>(row, dim, 1, dim, wide.data(), &square);
-      return std::sqrt(square);
-    };
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / groups, first = task % groups * kTogether;
-      const int64_t count = std::min(kTogether, partition.num_candidates - first);
-      const T* image = features.image(b);
-      const int64_t* from = partition.candidate_pos + b * partition.num_candidates + first;
-      for (int64_t r = 0; r < count; ++r) std::copy_n(image + from[r] * features.stride_n, dim, rows.data() + r * dim);
-      A best[kTogether], products[kTogether];
-      std::fill_n(best, kTogether, -std::numeric_limits<A>::infinity());
-      int64_t* mine = nearest + b * partition.num_candidates + first;
-      std::fill_n(mine, count, partition.num_prefix);
-      for (int64_t i = partition.num_prefix; i < partition.num_safe; ++i) {
-        const T* row = image + partition.safe_pos[b * partition.num_safe + i] * features.stride_n;
-        const A length = norm(row);
-        dot_rows<T>(rows.data(), dim, count, dim, wide.data(), products);
-        for (int64_t r = 0; r < count; ++r) {
-          const A similarity = products[r] / length;
-          if (similarity > best[r]) best[r] = similarity, mine[r] = i;  // never for NaN
-        }
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        const A similarity = best[r] / norm(rows.data() + r * dim);
-        similarities[b * partition.num_candidates + first + r] =
-            std::isnan(similarity) ? -std::numeric_limits<double>::infinity() : similarity;
-      }
-    }
-  });
-}
 
 // Which tokens are pruned, and into which they are merged.
 struct Plan {
@@ -183,6 +114,20 @@ void combine(
   });
 }
 
+// Each pruned row of x (B, N, D) becomes what it was less the mean it went into.
+template <typename T>
+void subtract_means(T* x, int64_t dim, const Partition& partition, const Plan& plan) {
+  parallel_for(0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {
+    Scratch<acc_t<T>> scratch(2 * dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / partition.num_prune;
+      T* image = x + b * partition.n * dim;
+      const T* mean = image + plan.kept[b * partition.num_keep + plan.slots[i]] * dim;
+      subtract_row<T>(image + plan.pruned[i] * dim, mean, dim, scratch.data());
+    }
+  });
+}
+
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
     const OptionalTensor& features, int64_t num_prefix) {
@@ -228,7 +173,7 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
 
 std::tuple<Returned, Returned, Returned> merge_(
     Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, int64_t num_keep,
-    int64_t num_prefix) {
+    int64_t num_prefix, bool offsets) {
   constexpr const Op& op = op_named("merge_");
   const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, &parent}, {num_prefix, num_keep});
   const Partition partition(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
@@ -244,6 +189,7 @@ std::tuple<Returned, Returned, Returned> merge_(
     combine(Rows<T>(x), partition, plan, size, total, [&](int64_t b, int64_t slot) {
       return rows + (b * partition.n + plan.kept[b * num_keep + slot]) * x.size(2);
     });
+    if (offsets) subtract_means(rows, x.size(2), partition, plan);
   });
   int64_t* into = mutable_data<int64_t>(parent);
   for (int64_t b = 0; b < partition.batch; ++b) {

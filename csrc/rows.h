@@ -158,6 +158,14 @@ void gather_rows(
   copy.finish();
 }
 
+// row -= other, rounded once; scratch holds 2 * dim.
+template <typename T>
+void subtract_row(T* row, const T* other, int64_t dim, acc_t<T>* scratch) {
+  widen_row<T>(other, dim, scratch);
+  for (int64_t d = 0; d < dim; ++d) scratch[d] = -scratch[d];
+  add_row<T>(row, scratch, nullptr, dim, scratch + dim);
+}
+
 // Who is kept and who is pruned before the scores are asked: (B, N), int8 or bool (true: kept). Null where absent.
 class Priority {
  public:

@@ -12,6 +12,7 @@ from ..calibration import load_queries, read_queries
 from ..models.factory import create_model, is_transformers_folder, require_own_head
 from ..models.pixels import Pixels, pixels_of
 from ..pruning.api import apply, set_rate
+from ..pruning.fusion import Fusion
 from ..pruning.merging import Merge
 from ..pruning.model import is_pruned
 from ..pruning.saving import load, was_saved
@@ -100,11 +101,12 @@ def _prune(model: Any, asked: dict[str, Any], default: dict[str, Any], queries: 
     how: dict[str, Any] = {}
     if queries is not None:
         about = read_queries(queries)[1]
-        how = {name: about[name] for name in (*SCHEDULES, "llf") if about.get(name) is not None}
+        how = {name: about[name] for name in SCHEDULES if about.get(name) is not None}
+        how["llf"] = Fusion.of(about.get("llf")) or False
         how["merge"] = Merge(**about["merge"]) if isinstance(about.get("merge"), dict) else bool(about.get("merge"))
     schedules = ({name: one[name] for name in SCHEDULES if name in one} for one in (asked, how, default))
     rest = {name: own for name, own in (how | asked).items() if name not in SCHEDULES}
-    rest.setdefault("merge", not rest.get("llf"))  # the better of the two without training, but where all come back
+    rest.setdefault("merge", True)  # the better of the two without training
     apply(model, **next(filter(None, schedules)), **rest)
     if queries is not None and os.environ.get("RANK", "0") == "0":
         but = f" (as asked: {', '.join(asked)})" if asked else ""

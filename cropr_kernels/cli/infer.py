@@ -198,7 +198,7 @@ def _settings(stack: Any, units: Sequence[Unit]) -> dict[str, Any]:
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
         "schedule": str(stack.config.schedule),
-        "llf": stack.config.llf,
+        "llf": str(stack.config.llf),
         "merge": str(stack.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
         "units": len(units),

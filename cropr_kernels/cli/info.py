@@ -68,13 +68,14 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         gflops.append(counter.get_total_flops() / 2e9)
     tokens = known.num_prefix + stack.config.grid[0] * stack.config.grid[1]
     counts = stack.config.counts(tokens, depth, known.num_prefix)
+    last = {0: "", 1: ", all in the last block"}.get(stack.config.whole_blocks, f", all in the last {stack.config.whole_blocks}")
     remove(model)
     off = f"off, the functional ops run it: {stack.engine_reason}"
     facts = {
         "model": f"{options.model}, {type(model).__module__}.{type(model).__name__}",
         "tokens": f"{tokens} of width {known.dim}, {known.num_prefix} of them never pruned",
         "blocks": f"{depth} x {type(known.blocks[0]).__name__}",
-        "kept after each block": " ".join(map(str, counts)) + (", all in the last block" if stack.config.llf else ""),
+        "kept after each block": " ".join(map(str, counts)) + last,
         "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {stack.config.schedule}",
         "engine": off if stack.engine is None else "zero-copy, every block",
     }

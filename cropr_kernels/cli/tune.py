@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tuned = tune(model.to(**place), images, **goal, rounds=options.rounds, show=not options.quiet)
-    llf, dtype = model.cropr.config.llf, str(place["dtype"]).removeprefix("torch.")
+    llf, dtype = str(model.cropr.config.llf or "no"), str(place["dtype"]).removeprefix("torch.")
     about = {
         "model": options.model,
         "batch": batch,
@@ -40,4 +40,4 @@ def run(options: argparse.Namespace) -> None:
         if str(warning.message).startswith("cropr.tune: "):
             print(f"warning: {str(warning.message).removeprefix('cropr.tune: ')}")
     save_tuned(options.out, tuned, about | {"device": str(place["device"]), "torch": torch.__version__})
-    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{', llf=True' if llf else ''})")
+    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{', llf=True' if options.llf else ''})")

@@ -9,7 +9,7 @@ from .validation import OPS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Sizes by their letters in the table, and what numbers are that no range bounds.
 SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "S": 4, "C": 5, "F": 7, "P": 8, "H": 3}
-NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "half": False}
+NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "half": False, "offsets": False}
 
 
 def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
@@ -19,8 +19,9 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
     given, order = 0, torch.stack([torch.randperm(sizes["N"]) for _ in range(sizes["B"])])
     for input in spec.inputs:
         shape = [factor * sizes[letter] for factor, letter in input.shapes[-1]]
-        if input.dtypes == "int64":  # all lists of an op together hold no position twice
-            given = 0 if shape[1] == sizes["N"] else given
+        if input.name == "parent":  # all lead to the first token
+            args[input.name] = (torch.arange(sizes["N"]) // 2).repeat(sizes["B"], 1)
+        elif input.dtypes == "int64":  # all lists of an op together hold no position twice
             args[input.name] = order[:, given : given + shape[1]].sort(1).values
             given += shape[1]
         elif input.dtypes == "int8 or bool":

@@ -161,6 +161,42 @@ def merge(
     return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix))
 
 
+def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Find the host of every pruned token, the kept token it is most like, and how far it is from it.
+
+        offset[r] = x[pruned_idx[r]] - x[host_idx[r]]
+
+    A pruned token that is restored with what its host became, host + offset, lives through what its host does.
+    Similarity is the cosine; NaN is the lowest. Of equal tokens the lower position is the host. The first num_prefix
+    are none.
+
+    Args:
+        x: (B, N, D).
+        kept_idx, pruned_idx: (B, K) and (B, R), ascending as from `select`; K + R may be less than N.
+        num_prefix: in [0, K]; less than K where R > 0.
+
+    Returns:
+        Offsets (B, R, D), and positions of the hosts in x (B, R). Gradient for x, through the offsets; the choice has
+        none.
+    """
+    return torch.ops.cropr.host_offsets(x, kept_idx, pruned_idx, num_prefix)
+
+
+def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
+    """Add up each token, its host, the host of that, and so on: tokens from offsets.
+
+        out[n] = x[n] + x[parent[n]] + x[parent[parent[n]]] + ..., up to the token that is its own parent
+
+    Args:
+        x: (B, N, D); offsets from the host where a token was pruned.
+        parent: (B, N) int64 in [0, N): where the host is; its own position for a token that has none.
+
+    Returns:
+        (B, N, D), rounded once; rows of tokens without a host are exact copies. Gradient for x.
+    """
+    return torch.ops.cropr.add_hosts(x, parent)
+
+
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm of the rows at idx, (B, K, D); weight and bias are (D,) or None."""
     return torch.ops.cropr.gather_norm(x, idx, weight, bias, eps)
@@ -220,6 +256,7 @@ def merge_(
     parent: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    offsets: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`merge` in place: the kept rows of x become the means. Rows in neither list, and pruned rows, do not change.
 
@@ -227,11 +264,17 @@ def merge_(
         safe_idx, candidate_idx: (B, S) and (B, C), ascending; S + C may be less than N.
         sizes: (B, N) float32, contiguous; those of kept tokens change.
         parent: (B, N) int64, contiguous; receives for each pruned token the position it is merged into.
+        offsets: pruned rows become their offset from the mean, for `add_hosts`.
 
     Returns:
         Positions kept and pruned, ascending, and the sizes (B, K) of the kept tokens.
     """
-    return torch.ops.cropr.merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    return torch.ops.cropr.merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets)
+
+
+def host_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+    """`host_offsets` in place: pruned rows of x become their offsets; parent (B, N), contiguous, receives the hosts."""
+    torch.ops.cropr.host_offsets_(x, kept_idx, pruned_idx, parent, num_prefix)
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:

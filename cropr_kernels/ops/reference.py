@@ -3,6 +3,8 @@
 What the arguments are is said in `functional`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -106,18 +108,52 @@ def _choose_targets(
     count = safe_idx.shape[1] + candidate_idx.shape[1] - num_keep
     if count == 0:
         return torch.cat([safe_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
-    wide = features.detach().to(accumulation_dtype(features.dtype))
-    safe, candidates = gather(wide, safe_idx[:, num_prefix:]), gather(wide, candidate_idx)
-    lengths = candidates.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
-    similarity = candidates @ safe.transpose(1, 2) / lengths
-    similarity = torch.where(similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity)
-    nearest = num_prefix + similarity.argmax(-1)
-    order = similarity.max(-1).values.flip(1).sort(dim=1, descending=True, stable=True).indices
+    best, nearest = _find_nearest(features, safe_idx, candidate_idx, num_prefix)
+    order = best.flip(1).sort(dim=1, descending=True, stable=True).indices
     order = candidate_idx.shape[1] - 1 - order  # the most similar first, of equals the higher position
     chosen, others = order[:, :count].sort(1).values, order[:, count:]
     kept_idx = torch.cat([safe_idx, candidate_idx.gather(1, others)], 1).sort(1).values
     target = torch.searchsorted(kept_idx, safe_idx.gather(1, nearest.gather(1, chosen)))
     return kept_idx, candidate_idx.gather(1, chosen), target
+
+
+def _find_nearest(
+    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Of each candidate the highest cosine with a safe token behind the prefix, and the index of that in safe_idx."""
+    wide = features.detach().to(accumulation_dtype(features.dtype))
+    safe, candidates = gather(wide, safe_idx[:, num_prefix:]), gather(wide, candidate_idx)
+    lengths = candidates.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
+    similarity = candidates @ safe.transpose(1, 2) / lengths
+    similarity = torch.where(similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity)
+    return similarity.max(-1).values, num_prefix + similarity.argmax(-1)
+
+
+def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """x[pruned] - x[host], and where the host is: the kept token that the pruned one is most like."""
+    if pruned_idx.shape[1] == 0:
+        return gather(x, pruned_idx), pruned_idx.clone()
+    host_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
+    rows = x.to(accumulation_dtype(x.dtype))
+    return (gather(rows, pruned_idx) - gather(rows, host_idx)).to(x.dtype), host_idx
+
+
+def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
+    """out[b, n] = x[b, n] + x[b, parent[b, n]] + ..., up to the token that is its own parent."""
+    rows = x.to(accumulation_dtype(x.dtype))
+    for hop in hops(parent):
+        rows = rows + gather(torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), hop)
+    return rows.to(x.dtype)
+
+
+def hops(parent: Tensor) -> Iterator[Tensor]:
+    """Where parents lead in 1, 2, 4, ... steps, (B, N), and N where the way ends before: pointer doubling."""
+    count = parent.shape[1]
+    ends = parent == torch.arange(count, device=parent.device)
+    hop = torch.where(ends, torch.full_like(parent, count), parent)
+    for _ in range(max(count - 1, 0).bit_length()):
+        yield hop
+        hop = torch.cat([hop, torch.full_like(hop[:, :1], count)], 1).gather(1, hop)
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
@@ -210,6 +246,7 @@ def merge_(
     parent: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    offsets: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """merge of the rows at safe_idx and candidate_idx, written back to x, sizes and parent."""
     both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
@@ -221,7 +258,21 @@ def merge_(
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)
     sizes.scatter_(1, kept_idx, kept_sizes)
     parent.scatter_(1, pruned_idx, kept_idx.gather(1, dest.gather(1, pruned_at)))
+    if offsets:
+        _subtract_hosts(x, pruned_idx, parent)
     return kept_idx, pruned_idx, kept_sizes
+
+
+def host_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+    """host_offsets, written to the pruned rows of x, and hosts to parent."""
+    _, host_idx = host_offsets(x, kept_idx, pruned_idx, num_prefix)
+    parent.scatter_(1, pruned_idx, host_idx)
+    _subtract_hosts(x, pruned_idx, parent)
+
+
+def _subtract_hosts(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
+    rows = _rows(x, pruned_idx) - _rows(x, parent.gather(1, pruned_idx))
+    x.scatter_(1, pruned_idx.unsqueeze(-1).expand_as(rows), rows.to(x.dtype))
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:

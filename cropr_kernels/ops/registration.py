@@ -25,6 +25,7 @@ FAMILIES = {
     "prune": ("prune", "split", "gather", "restore"),
     "attend": ("attend", "attend_scores", "attend_backward"),
     "merge": ("merge", "merge_"),
+    "hosts": ("host_offsets", "host_offsets_", "add_hosts"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
 }
 FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
@@ -69,11 +70,14 @@ _RESULTS = {
     "attend_scores": "x B,M,D; float32 B,N",
     "attend_backward": "queries M,D",
     "merge": f"x B,num_keep,D; {_CHOICE}; int64 B,N",
+    "host_offsets": "x B,R,D; int64 B,R",
+    "add_hosts": "x B,N,D",
     "gather_norm": "x B,K,D",
     "add_": "",
     "add_norm_": "x B,K,D",
     "add_select_": "int64 B,num_keep; int64 B,K-num_keep",
     "merge_": _CHOICE,
+    "host_offsets_": "",
     "rotate_": "",
 }
 
@@ -176,6 +180,38 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
     return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
 
 
+def _offsets_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, pruned_idx, _ = inputs
+    offset, host_idx = output
+    if ctx.needs_input_grad[0]:
+        ctx.num_tokens = x.shape[1]
+        ctx.save_for_backward(pruned_idx, host_idx)
+        ctx.mark_non_differentiable(host_idx)
+    else:
+        ctx.mark_non_differentiable(offset, host_idx)
+
+
+def _offsets_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 4
+    pruned_idx, host_idx = (idx.unsqueeze(-1).expand_as(grad) for idx in ctx.saved_tensors)
+    zeros = grad.new_zeros((grad.shape[0], ctx.num_tokens, grad.shape[2]))
+    return zeros.scatter(1, pruned_idx, grad).scatter_add(1, host_idx, -grad), None, None, None
+
+
+def _hosts_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _hosts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (parent,) = ctx.saved_tensors
+    total = grad.to(reference.accumulation_dtype(grad.dtype))
+    for hop in reference.hops(parent):  # to each token go the gradients of all that it was added to
+        padded = torch.cat([total, torch.zeros_like(total[:, :1])], 1)
+        total = padded.scatter_add(1, hop.unsqueeze(-1).expand_as(total), total)[:, :-1]
+    return total.to(grad.dtype), None
+
+
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, queries, ctx.scale = inputs
     out, *scores = output if isinstance(output, tuple) else (output,)
@@ -201,6 +237,8 @@ for _name, _backward, _setup in (
     ("gather", _gather_backward, _gather_setup),
     ("restore", _restore_backward, _restore_setup),
     ("merge", _merge_backward, _merge_setup),
+    ("host_offsets", _offsets_backward, _offsets_setup),
+    ("add_hosts", _hosts_backward, _hosts_setup),
     ("attend", _attend_backward, _attend_setup),
     ("attend_scores", _attend_backward, _attend_setup),
     ("attend_backward", _nothing, _no_gradient),
@@ -245,7 +283,7 @@ def _count_versions(name: str) -> Callable[..., Any]:
     return count
 
 
-for _name in (*FAMILIES["residual"], "merge_"):
+for _name in (*FAMILIES["residual"], "merge_", "host_offsets_"):
     _library.impl(_name, _refuse_gradient(_name), "Autograd", with_keyset=True)
     if _name.endswith("_"):
         _library.impl(_name, _count_versions(_name), "ADInplaceOrView", with_keyset=True)
@@ -274,6 +312,10 @@ def _merge_flops(x: Any, safe: Any, candidates: Any, *rest: Any, **_: Any) -> in
     return 2 * x[0] * safe[1] * candidates[1] * channels  # similarities
 
 
+def _host_flops(x: Any, kept: Any, pruned: Any, *_: Any, **__: Any) -> int:
+    return _merge_flops(x, kept, pruned)
+
+
 def _attend_flops(x: Any, queries: Any, *_: Any, **__: Any) -> int:
     return 4 * math.prod(x) * queries[0]  # logits and weighted sum
 
@@ -284,6 +326,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "add_select_": lambda x, idx, update, *_, **__: _score_flops(update),
     "merge": _merge_flops,
     "merge_": _merge_flops,
+    "host_offsets": _host_flops,
+    "host_offsets_": _host_flops,
     "attend": _attend_flops,
     "attend_scores": _attend_flops,
     "attend_backward": lambda grad, x, queries, *_, **__: 6 * math.prod(x) * queries[0],  # and gradients of both

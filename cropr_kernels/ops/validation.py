@@ -171,7 +171,12 @@ def _targets(op: str, dims: Dims, values: dict[str, Any]) -> None:
     if op == "merge" and safe + candidates != n:
         _fail(op, f"safe_idx and candidate_idx must together hold N = {n} positions, got {safe} + {candidates}")
     if values["num_keep"] < safe + candidates and safe == prefix:
-        _fail(op, f"safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = {prefix}")
+        _fail(op, f"safe_idx must hold a token behind the prefix, got S = num_prefix = {prefix}")
+
+
+def _hosts(op: str, dims: Dims, values: dict[str, Any]) -> None:
+    if dims["R"] > 0 and dims["K"] == values["num_prefix"]:
+        _fail(op, f"kept_idx must hold a token behind the prefix, got K = num_prefix = {dims['K']}")
 
 
 def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
@@ -185,5 +190,6 @@ def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
 _RULES: dict[str, Callable[[str, Dims, dict[str, Any]], None]] = {
     **dict.fromkeys(("attend", "attend_scores", "attend_backward"), _some_token),
     **dict.fromkeys(("merge", "merge_"), _targets),
+    **dict.fromkeys(("host_offsets", "host_offsets_"), _hosts),
     "rotate_": _rotary_rows,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from ..models.adapters import EngineRefusal, engine_parts, find_spec
 from ..schedule import Schedule, num_modules
 from .block_wrapper import unwrap, wrap
 from .config import PruningConfig
+from .fusion import Fusion, Restore
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
 from .merging import Merge
 from .model import (
@@ -21,6 +22,7 @@ from .model import (
     after_forward,
     before_forward,
     fill_padding,
+    forward_intermediates,
     is_pruned,
     keep_grid,
     require_pruned,
@@ -37,7 +39,7 @@ def apply(
     keep: Sequence[int] | str | Path | None = None,
     ratio: float | None = None,
     const: tuple[int, int] | None = None,
-    llf: bool = False,
+    llf: bool | Restore | Fusion = False,
     merge: bool | Merge = False,
     windows: Windows | None = None,
     img_size: tuple[int, int] | None = None,
@@ -62,7 +64,8 @@ def apply(
             DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
         rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
-        llf: Last Layer Fusion: all tokens return before the last block.
+        llf: Last Layer Fusion: all tokens are restored before the last block; "left", as published, or "host", with
+            what changed since. A `Fusion` says more; True is `Fusion()`.
         merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was not trained to be
             pruned. Outputs cover all positions: a merged token is copied to all that it stands for. A `Merge` says how;
             True is `Merge()`.
@@ -91,25 +94,27 @@ def apply(
             "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
         )
     spec = find_spec(model)
-    if windows is not None and (not llf or merge):
-        raise ValueError("cropr.apply: windows need llf=True, so that the map is whole again, and do not merge")
+    if windows is not None and merge:
+        raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
         raise ValueError(f"cropr.apply: windows are for timm models and cropr_kernels.ViT, got {type(model).__name__}")
+    fusion = Fusion.of(llf)
+    if fusion is not None and merge:
+        fusion = fusion.by_default("host")
     config = PruningConfig(
         Schedule(rate, keep, ratio, const),
-        llf,
+        fusion,
         (merge if isinstance(merge, Merge) else Merge()) if merge else None,
         windows,
         spec.grid if img_size is None else (img_size[0] // spec.patch_size[0], img_size[1] // spec.patch_size[1]),
     )
-    if spec.needs_map and not llf and not merge:
-        raise ValueError(f"cropr.apply: {type(model).__name__} needs the whole map: cropr.apply(..., llf=True)")
+    _require_map(config, model, spec, "cropr.apply")
     _counts(config, spec)  # refuse now what could only fail later
     later = spec.num_classes if num_outputs is None and make_module is None else 0
     outputs = num_outputs or 0
     if make_module is None:
         make_module = lambda layer, block: Cropr(spec.dim, outputs, num_queries)  # noqa: E731
-    count = num_modules(len(spec.blocks), llf)
+    count = num_modules(len(spec.blocks), config.whole_blocks)
     modules: list[Any] = [make_module(layer, spec.blocks[layer]) for layer in range(count)]
     stack = CroprModules(modules, config, spec, later)
     if config.merge is not None and not selects_by_query(stack):
@@ -141,7 +146,7 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
         return None
     return {
         **{name: own for name, own in asdict(config.schedule).items() if own is not None and name != "share"},
-        "llf": config.llf,
+        "llf": asdict(config.llf) if config.llf else False,
         "merge": config.merge and asdict(config.merge),
         "windows": config.windows and asdict(config.windows),
         "img_size": [grid[0] * patch[0], grid[1] * patch[1]],
@@ -152,8 +157,9 @@ def options_of(stack: CroprModules) -> dict[str, Any] | None:
 
 def apply_options(model: Any, options: dict[str, Any]) -> Any:
     """`apply` with what `options_of` gave."""
-    merge, windows = options.get("merge"), options.get("windows")
+    merge, windows, llf = options.get("merge"), options.get("windows"), options.get("llf")
     made = {
+        "llf": "left" if llf is True else Fusion.of(llf) or False,  # True: by versions that knew no other
         "merge": Merge(**merge) if merge else False,
         "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
     }
@@ -170,11 +176,7 @@ def _note(model: Any) -> None:
 def _replace_attributes(model: Any, stack: CroprModules) -> None:
     """What a pruned model does in another way."""
     spec, config = stack.spec, stack.config
-    if config.llf:
-        # All tokens meet again in the last block: dropping it for some images would drop the fusion.
-        for module in spec.blocks[-1].modules():
-            if getattr(module, "drop_prob", 0.0):
-                _replace(stack, module, "drop_prob", 0.0)
+    _keep_last_blocks(stack)
     if config.windows is not None:
         for block in spec.blocks:  # rotary positions start at the first token now
             for name in ("num_prefix", "num_prefix_tokens"):
@@ -185,18 +187,27 @@ def _replace_attributes(model: Any, stack: CroprModules) -> None:
         _replace(stack, model, "grad_checkpointing", False)
         _replace(stack, model, "set_grad_checkpointing", partial(_set_recompute, stack))
     if hasattr(model, "forward_intermediates"):
-        _replace(stack, model, "forward_intermediates", _refuse_intermediates)
+        _replace(stack, model, "forward_intermediates", partial(forward_intermediates, model))
+
+
+def _keep_last_blocks(stack: CroprModules) -> None:
+    """All tokens meet again in the last blocks: dropping one for some images would drop the fusion."""
+    blocks = stack.spec.blocks
+    for block in blocks[len(blocks) - stack.config.whole_blocks :]:
+        for module in block.modules():
+            if getattr(module, "drop_prob", 0.0):
+                _replace(stack, module, "drop_prob", 0.0)
+
+
+def _require_map(config: PruningConfig, model: Any, spec: Any, caller: str) -> None:
+    if config.windows is not None and config.llf is None:
+        raise ValueError(f"{caller}: windows need llf=True, so that the map is whole again")
+    if spec.needs_map and config.llf is None and config.merge is None:
+        raise ValueError(f"{caller}: {type(model).__name__} needs the whole map: cropr.apply(..., llf=True)")
 
 
 def _set_recompute(stack: CroprModules, enable: bool = True) -> None:
     stack.recompute = enable
-
-
-def _refuse_intermediates(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError(
-        "cropr: maps of several blocks are not supported, as pruned tokens are in none of them but the last with LLF; "
-        "call cropr.remove(model) first"
-    )
 
 
 def _replace(stack: CroprModules, module: Any, name: str, value: Any) -> None:
@@ -257,6 +268,32 @@ def set_rate(model: Any, rate: int) -> Any:
     _note(model)
     if isinstance(stack[0], FoldedCropr):
         warn_of_random_queries(model, "cropr.set_rate")
+    return model
+
+
+def set_llf(model: Any, llf: bool | Restore | Fusion) -> Any:
+    """Restore pruned tokens in another way from now on, in place, or not at all: as `apply` takes it.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: it lacks modules that it would need, as one that was pruned with fusion over more blocks does; or it
+            needs the whole map.
+    """
+    stack, fusion = require_pruned(model, "cropr.set_llf"), Fusion.of(llf)
+    if fusion is not None:
+        fusion = fusion.by_default("host" if stack.config.merge is not None or stack.calibrated else "left")
+    config = replace(stack.config, llf=fusion)
+    needed = num_modules(len(stack.spec.blocks), config.whole_blocks)
+    if needed > len(stack):
+        raise ValueError(
+            f"cropr.set_llf: llf={llf!r} needs {needed} modules, and the model has {len(stack)}; cropr.remove it and "
+            "apply anew"
+        )
+    _require_map(config, model, stack.spec, "cropr.set_llf")
+    _counts(config, stack.spec)
+    stack.config = config
+    _keep_last_blocks(stack)
+    _note(model)
     return model
 
 

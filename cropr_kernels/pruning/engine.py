@@ -4,8 +4,9 @@
     h = norm(x[idx]);  x[idx] += attention(h), h = norm(x[idx]);  x[idx] += mlp(h), idx = idx[select(x[idx] . q)]
 
 So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of x, where the
-pruned tokens still are. Merging changes the rows that tokens go into, and moves none. The first block of a pruned model
-calls it; those behind pass on what it gives. The functional form of the same is `PruningState`.
+pruned tokens still are. Merging changes the rows that tokens go into, and moves none; so does fusion by hosts, which
+leaves a pruned token's offset from its host in its row, and adds the rows of hosts up before the last block. The first
+block of a pruned model calls it; those behind pass on what it gives. The functional form of the same is `PruningState`.
 """
 
 from contextlib import nullcontext
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ..models.adapters import BlockParts
 from ..models.blocks import Rotary
+from .config import PruningConfig
 from .masks import Masks
-from .merging import Merge, resolve_parents
+from .merging import resolve_parents
 from .state import PruningState
 
 ops = torch.ops.cropr
@@ -67,7 +69,7 @@ def _run(
     counts, prefix = state.counts, state.num_prefix
     x, idx = x.contiguous(), None
     count = x.shape[1]
-    merged = Merged(state.config.merge, x, prefix) if state.config.merge is not None and counts[-1] < count else None
+    pruned = Pruned(state.config, x, prefix) if counts[-1] < count else None
     priority = None if masks is None else masks.priority
     log_sizes = None if masks is None else masks.log_sizes(None)
     h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))
@@ -83,42 +85,41 @@ def _run(
             ops.add_(x, idx, update, scale2)
             break
         following = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
-        prunes = layer < len(counts) and counts[layer] < count
-        reunites = state.config.llf and layer + 1 == state.last and (prunes or idx is not None)
-        if prunes:
-            query = state.stack[layer].query()
-            if merged is None:
-                idx, _ = ops.add_select_(x, idx, update, scale2, query, counts[layer], prefix, priority=priority)
-                log_sizes = None if masks is None else masks.log_sizes(idx)
-            else:
-                idx = merged.add_merge_(x, idx, update, scale2, query, counts[layer], priority)
-                log_sizes = merged.log_sizes
+        if pruned is not None and layer < len(counts) and counts[layer] < count:
             count = counts[layer]
-        elif reunites:
+            idx = pruned.add_prune_(x, idx, update, scale2, state.stack[layer].query(), count, priority)
+            if pruned.merge is not None:
+                log_sizes = pruned.log_sizes
+            else:
+                log_sizes = None if masks is None else masks.log_sizes(idx)
+        elif pruned is not None and layer == state.fused_after:
             ops.add_(x, idx, update, scale2)
+            x = ops.add_hosts(x, pruned.parent) if pruned.by_host else x
+            idx, pruned = None, None
+            log_sizes = None if masks is None else masks.log_sizes(None)
         else:
             h = ops.add_norm_(x, idx, update, scale2, following.weight, following.bias, following.eps)
             continue
-        if reunites:
-            idx, count, merged = None, x.shape[1], None
-            log_sizes = None if masks is None else masks.log_sizes(None)
         h = _norm(x, idx, following)
     if idx is None:
         return x, None
-    whole = merged is not None and state.options.whole
-    return ops.gather(x, merged.positions() if merged is not None and whole else idx), idx
+    merged = pruned is not None and pruned.merge is not None
+    return ops.gather(x, pruned.positions() if merged and state.options.whole else idx), idx
 
 
-class Merged:
-    """What merging remembers while a batch goes through the network."""
+class Pruned:
+    """What is remembered of the pruned tokens while a batch goes through the network."""
 
-    def __init__(self, merge: Merge, x: Tensor, num_prefix: int):
-        self.merge, self.num_prefix, self.merges = merge, num_prefix, 0
-        self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
-        self.parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)  # where each token went
+    def __init__(self, config: PruningConfig, x: Tensor, num_prefix: int):
+        self.merge, self.num_prefix, self.merges = config.merge, num_prefix, 0
+        self.by_host = config.llf is not None and config.llf.by_host
+        if self.merge is not None:
+            self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
+        if self.merge is not None or self.by_host:  # where each token went, or its host is
+            self.parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
         self.log_sizes: Tensor | None = None  # (B, K), of the active tokens, for their attention
 
-    def add_merge_(
+    def add_prune_(
         self,
         x: Tensor,
         idx: Tensor | None,
@@ -128,12 +129,17 @@ class Merged:
         num_keep: int,
         priority: Tensor | None,
     ) -> Tensor:
-        """End a block as add_select_ does, and merge the pruned tokens: (B, num_keep), the positions kept."""
+        """End a block as add_select_ does, and drop or merge the pruned tokens: (B, num_keep), the positions kept."""
         prefix = self.num_prefix
+        if self.merge is None:
+            kept_idx, pruned_idx = ops.add_select_(x, idx, update, gamma, query, num_keep, prefix, priority=priority)
+            if self.by_host:
+                ops.host_offsets_(x, kept_idx, pruned_idx, self.parent, prefix)
+            return kept_idx
         weight = self.merge.size_weight if self.merges else 0.0  # at first every size is one
         safe = self.merge.num_safe(update.shape[1], num_keep, prefix)
         split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, self.sizes, weight, priority)
-        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix)
+        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix, self.by_host)
         self.merges += 1
         self.log_sizes = kept_sizes.log()
         return kept_idx

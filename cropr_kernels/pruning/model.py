@@ -49,6 +49,7 @@ class CroprModules(nn.ModuleList):
         self.engine_reason = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
         self.warned = False  # of random queries
+        self.calibrated = False  # in closed form, or loaded from a file of such queries
         self.pixels: Pixels | None = None  # how the model's images are prepared, where `load` knows it
 
     def train(self, mode: bool = True) -> "CroprModules":
@@ -57,7 +58,14 @@ class CroprModules(nn.ModuleList):
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Of a model that was trained: the heads are among what is loaded."""
+        """Of a model that was trained: the heads are among what is loaded.
+
+        Modules that fusion over more blocks leaves without work are left out.
+        """
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            module = name[len(prefix) :].partition(".")[0]
+            if self.config.llf is not None and module.isdecimal() and int(module) >= len(self):
+                del state_dict[name]
         if any(name.startswith(prefix) and ".aggregator." in name for name in state_dict):
             self._make_heads()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -217,6 +225,28 @@ def after_forward(model: Any, args: Any, kwargs: Any, output: Any) -> Any:
 def of_image(prediction: Tensor) -> Tensor:
     """One prediction (B, outputs) an image; several queries (B, M, outputs) are averaged."""
     return prediction if prediction.ndim == 2 else prediction.mean(1)
+
+
+def forward_intermediates(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """timm's maps of several blocks, of a pruned model: of the last ones, in which all tokens are."""
+    stack = model.cropr
+    own = type(model).forward_intermediates
+    indices = inspect.signature(own).bind(model, x, *args, **kwargs).arguments.get("indices")
+    depth, config = len(stack.spec.blocks), stack.config
+    if config.schedule.rate != 0:
+        first = depth - 1 - config.whole_blocks if config.llf else depth - 1 if config.merge else depth
+        wanted = range(depth)[-indices:] if isinstance(indices, int) else indices or range(depth)
+        missing = [block for block in wanted if block % depth < first]
+        if missing:
+            raise ValueError(
+                f"cropr: pruned tokens are not in the maps of blocks {', '.join(map(str, missing))}; ask for "
+                f"{f'those from {first} on' if first < depth else 'none'}, or cropr.apply(model, ..., "
+                "llf=cropr.Fusion(blocks=...)), with which the last ones are whole"
+            )
+    try:
+        return own(model, x, *args, **kwargs)
+    finally:
+        stack.slot.clear()
 
 
 def keep_grid(stack: CroprModules, projection: nn.Module, args: Any, output: Any) -> None:

@@ -70,6 +70,7 @@ class PruningState:
         grids = [one for one in (grid, config.grid) if one is not None and one[0] * one[1] == patches]
         self.grid = grids[0] if grids else None
         self.stack, self.config, self.options, self.last = stack, config, options, depth - 1
+        self.fused_after = depth - 1 - config.whole_blocks if config.llf else depth  # the block before all tokens return
         self.counts = config.counts(x.shape[1], depth, prefix)
         self.windows, self.num_images, self.dropped_prefix = config.windows, x.shape[0], 0
         self.masks = make_masks(options.protect, options.padding, x.shape[0], patches, prefix)
@@ -88,7 +89,9 @@ class PruningState:
         self.rows: Tensor | None = None  # (B, N), where tokens merged: the row of those kept in which each token is
         self.aux: list[Tensor] = []
         self.pruned_idx: list[tuple[int, Tensor]] = []  # layer, and the positions (B, R) pruned after it
-        self.pruned_tokens: list[Tensor] = []
+        self.pruned_tokens: list[Tensor] = []  # (B, R, D), as they were pruned
+        self.offsets: list[Tensor] = []  # (B, R, D), of these from their hosts, and where the hosts are (B, R)
+        self.host_idx: list[Tensor] = []
         self.tokens: Tensor | None = None  # after the last block, where they are collected
 
     @property
@@ -96,25 +99,23 @@ class PruningState:
         return self.stack.training if self.options.predict is None else self.options.predict
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
-        """The tokens that a block shall see: all of them in the last one with Last Layer Fusion."""
+        """The tokens as a block shall see them: with windows its own, or all of an image."""
         windows = self.windows
         if layer == 0 and windows is not None and self.grid is not None:
             x = windows.split(x[:, self.dropped_prefix :], self.grid)
-        if self.config.llf and layer == self.last and self.positions is not None:
-            pruned = torch.cat(self.pruned_tokens, 1), torch.cat([idx for _, idx in self.pruned_idx], 1)
-            x = torch.ops.cropr.restore(x, self.positions, *pruned)
-            self.positions = self.sizes = None
         if windows is not None and layer in windows.global_blocks:
             x = x.reshape(self.num_images, -1, x.shape[2])
         return x
 
     def after_block(self, layer: int, x: Tensor) -> Tensor:
-        """The tokens that are kept of those a block gave."""
+        """The tokens that are kept of those a block gave; all of them again where the fusion follows."""
         windows = self.windows
         if windows is not None and layer in windows.global_blocks:
             x = x.reshape(self.num_images * windows.count(self.grid or (0, 0)), -1, x.shape[2])
         if layer < len(self.counts):
             x = self._prune(layer, x)
+        if layer == self.fused_after and self.positions is not None:
+            x = self._restore(x, self.positions)
         return self._finish(x) if layer == self.last else x
 
     def rotary_rows(self, layer: int, table: Tensor) -> Tensor:
@@ -164,22 +165,44 @@ class PruningState:
         before, priority = self.positions, None if self.masks is None else self.masks.priority
         if priority is not None and before is not None:
             priority = priority.gather(1, before)
-        collects = self.config.llf or self.options.collect
+        by_host, all_tokens = self.config.llf is not None and self.config.llf.by_host, x
+        collects = self.options.collect or (self.config.llf is not None and not by_host)
         if self.config.merge is None:
             x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores, priority)
+            if by_host:
+                offset, host_idx = torch.ops.cropr.host_offsets(all_tokens, kept_idx, pruned_idx, prefix)
         else:
-            before_merge = x
-            x, kept_idx, pruned_idx = self._merge(self.config.merge, x, module, count, scores, priority)
-            pruned = torch.ops.cropr.gather(before_merge, pruned_idx) if collects else None
-        self.positions = kept_idx if before is None else before.gather(1, kept_idx)
-        self.pruned_idx.append((layer, pruned_idx if before is None else before.gather(1, pruned_idx)))
+            x, kept_idx, pruned_idx, rows = self._merge(self.config.merge, x, module, count, scores, priority)
+            if by_host or collects:
+                pruned = torch.ops.cropr.gather(all_tokens, pruned_idx)
+            if by_host:
+                offset, host_idx = pruned - torch.ops.cropr.gather(x, rows), kept_idx.gather(1, rows)
+        if before is not None:
+            kept_idx, pruned_idx = before.gather(1, kept_idx), before.gather(1, pruned_idx)
+        self.positions = kept_idx
+        self.pruned_idx.append((layer, pruned_idx))
         if collects:
             self.pruned_tokens.append(pruned)
+        if by_host:
+            self.offsets.append(offset)
+            self.host_idx.append(host_idx if before is None else before.gather(1, host_idx))
+        return x
+
+    def _restore(self, x: Tensor, positions: Tensor) -> Tensor:
+        """All tokens at their positions, of those that are active (B, K, D) and those that were pruned."""
+        by_host, pruned_idx = bool(self.offsets), torch.cat([idx for _, idx in self.pruned_idx], 1)
+        pruned = torch.cat(self.offsets if by_host else self.pruned_tokens, 1)
+        x = torch.ops.cropr.restore(x, positions, pruned, pruned_idx)
+        if by_host:
+            parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
+            x = torch.ops.cropr.add_hosts(x, parent.scatter(1, pruned_idx, torch.cat(self.host_idx, 1)))
+        self.positions = self.sizes = None
         return x
 
     def _merge(
         self, merge: Merge, x: Tensor, module: Any, count: int, scores: Tensor | None, priority: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens kept, positions kept and pruned, and the row of the kept that each of the pruned went into."""
         prefix = self.num_prefix
         scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
         if self.sizes is None:
@@ -191,7 +214,7 @@ class PruningState:
             x, *split, self.sizes, count, num_prefix=prefix
         )
         self.rows = dest if self.rows is None else dest.gather(1, self.rows)
-        return x, kept_idx, pruned_idx
+        return x, kept_idx, pruned_idx, dest.gather(1, pruned_idx)
 
     def _finish(self, x: Tensor) -> Tensor:
         """What the model shall see of the tokens after the last block."""

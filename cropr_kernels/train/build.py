@@ -7,6 +7,7 @@ import torch
 from ..models.adapters import find_spec
 from ..models.factory import create_model, kind_of, load_weights
 from ..pruning.api import apply
+from ..pruning.fusion import Fusion
 from ..pruning.windows import Windows
 from ..tasks import Classifier, Detector, Segmenter
 from . import checkpoint
@@ -51,7 +52,7 @@ def task(config: Config, num_classes: int) -> Any:
             apply(
                 model,
                 **schedule,
-                llf=config.llf or windows is not None,
+                llf=Fusion(config.restore) if config.llf or windows else False,
                 merge=config.merge,
                 windows=windows,
                 img_size=config.img_size,

@@ -38,6 +38,7 @@ class Config:
     ratio: float | None = None
     const: tuple[int, int] | None = None
     llf: bool = False
+    restore: Literal["left", "host"] = "left"  # with llf: tokens as they left, or with the change of their host
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch

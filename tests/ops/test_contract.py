@@ -187,6 +187,8 @@ FLOPS = {
     "add_select_": 2 * 2 * 4 * 6,
     "merge": 2 * 2 * 4 * 5 * 7,
     "merge_": 2 * 2 * 4 * 5 * 6,
+    "host_offsets": 2 * 2 * 4 * 5 * 6,
+    "host_offsets_": 2 * 2 * 4 * 5 * 6,
 }
 
 
@@ -254,16 +256,16 @@ def test_what_changes_in_place_shares_no_memory(kernels, name):
             ):
                 getattr(kernels, name)(*call.values())
     beside = torch.zeros(2 * x.numel(), dtype=x.dtype, device=x.device)  # one storage, different parts of it
-    key, value = next(iter(same.items()))
-    if value.numel() <= x.numel():
+    for key, value in [one for one in same.items() if one[1].numel() <= x.numel()][:1]:
         apart = {"x": beside[: x.numel()].view(x.shape), key: beside[x.numel() :][: value.numel()].view(value.shape)}
         getattr(kernels, name)(*(args | apart).values())
 
 
-@pytest.mark.parametrize("argument", ["safe_idx", "candidate_idx"])
-@pytest.mark.parametrize("name", ["merge", "merge_"])
-def test_lists_to_merge_must_ascend(name, argument):
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ["merge", "merge_", "host_offsets", "host_offsets_"])
+def test_lists_to_compare_must_ascend(name, which):
     args = legal_call(name)
+    argument = [key for key in args if key.endswith("_idx")][which]
     args[argument] = args[argument].flip(1)
     with pytest.raises(RuntimeError, match=rf"{name}: {argument} must be ascending, got \d+ before \d+ in image 0"):
         getattr(ops, name)(*args.values())
@@ -335,11 +337,15 @@ def sentences():
         *((*call(name, x=x[:, :0]), f"{name}: x must have at least one token, got shape (2, 0, 6)") for name in ATTEND),
         (
             *call("merge", num_prefix=4),
-            "merge: safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = 4",
+            "merge: safe_idx must hold a token behind the prefix, got S = num_prefix = 4",
         ),
         (
             *call("merge_", num_prefix=4),
-            "merge_: safe_idx must hold a token behind the prefix to merge into, got S = num_prefix = 4",
+            "merge_: safe_idx must hold a token behind the prefix, got S = num_prefix = 4",
+        ),
+        *(
+            (*call(name, num_prefix=4), f"{name}: kept_idx must hold a token behind the prefix, got K = num_prefix = 4")
+            for name in ("host_offsets", "host_offsets_")
         ),
         (
             *call("merge", candidate_idx=torch.arange(5, 9).expand(2, -1)),

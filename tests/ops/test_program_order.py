@@ -50,10 +50,19 @@ def merge(backend):
 def merge_in_place(backend):
     safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
     x, sizes, parent = torch.randn(2, 90, 8), integers(2, 90, low=1), torch.arange(90).repeat(2, 1)
-    return x, sizes, parent, *backend.merge_(x, safe_idx, candidate_idx, sizes, parent, 75, 1)
+    return x, sizes, parent, *backend.merge_(x, safe_idx, candidate_idx, sizes, parent, 75, 1, True)
 
 
-@pytest.mark.parametrize("call", [prune, prune_by_priority, add_select, add_select_by_size, merge, merge_in_place])
+def offsets_in_place(backend):
+    x, parent = torch.randn(2, 90, 8), torch.arange(90).repeat(2, 1)
+    backend.host_offsets_(x, *reference.select(integers(2, 90), 50, 1), parent, 1)
+    return x, parent
+
+
+CALLS = [prune, prune_by_priority, add_select, add_select_by_size, merge, merge_in_place, offsets_in_place]
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_no_order_of_programs_changes_a_result(backend, call):
     expected = call(backend)
     for seed in range(SEEDS):

@@ -232,8 +232,6 @@ def test_models_that_cannot_be_pruned_are_refused():
         cropr.set_rate(model, 40)
     with pytest.raises(ValueError, match="create it with patch_drop_rate=0"):
         cropr.apply(timm_vit(patch_drop_rate=0.5), rate=8)
-    with pytest.raises(RuntimeError, match="maps of several blocks are not supported"):
-        cropr.apply(timm_vit(), rate=8).forward_intermediates(torch.randn(1, 3, 64, 64))
     for function in (cropr.remove, cropr.deploy, lambda m: cropr.set_rate(m, 2), lambda m: cropr.pruning_map(m, None)):
         with pytest.raises(TypeError, match=r"the model is not pruned; call cropr.apply"):
             function(reference_vit())

@@ -267,8 +267,9 @@ def next_joining(slot_idx_ptr, slot, start, num_prune, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
 def means_kernel(
     x, plan, sizes_ptr, out_ptr, n, num_keep, num_prune,
-    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A mean a program; with OFFSETS, in place, pruned rows become their offsets from it."""
     pid = tl.program_id(0)
     dim = x.dim
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -301,7 +302,16 @@ def means_kernel(
                     total += size
                 start = next_joining(plan.slot_idx, slot, start + _TOGETHER, num_prune, BLOCK)
             tl.debug_barrier()  # in place, all threads have read the row and the size before one stores them
-            tl.store(out_ptr + cols, (sums / total).to(out_ptr.dtype.element_ty), mask=inside)
+            mean = (sums / total).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + cols, mean, mask=inside)
+            if OFFSETS:
+                start = mine
+                while start < num_prune:
+                    own_ptr = x_ptr + tl.load(plan.pruned_idx + start) * x.stride_n + cols
+                    row = tl.load(own_ptr, mask=inside, other=0.0)
+                    tl.debug_barrier()
+                    tl.store(own_ptr, (row.to(ACC) - mean.to(ACC)).to(row.dtype), mask=inside)
+                    start = next_joining(plan.slot_idx, slot, start + 1, num_prune, BLOCK)
         tl.store(plan.kept_sizes + slot, total)
         if IN_PLACE:
             tl.store(sizes_ptr + target, total)
@@ -314,7 +324,7 @@ def target_blocks(dtype: torch.dtype, num_candidates: int) -> tuple[TargetBlocks
     return TargetBlocks(*tile, _BLOCK), KeyBlocks(keys, num_candidates <= keys)
 
 
-def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place):
+def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place, offsets=False):
     (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
     num_prune = num_safe + num_candidates - num_keep
     kept_idx, pruned_idx = (x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune))
@@ -342,7 +352,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     if num_prune and dim:
         launch(
             means_kernel, batch * num_prune,
-            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, BLOCK=_BLOCK,
+            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, OFFSETS=offsets, BLOCK=_BLOCK,
             BLOCK_D=min(max(triton.next_power_of_2(dim), 128), 4096 // accumulation_dtype(x.dtype).itemsize),
             num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
@@ -358,9 +368,10 @@ def merge(x, safe_idx, candidate_idx, sizes, num_keep, features=None, num_prefix
     return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
-def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0):
+def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0, offsets=False):
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix)
+    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets)
     parts = (sizes, parent, num_keep, None, num_prefix)
-    _, kept_idx, pruned_idx, kept_sizes = _launch(x, safe_idx, candidate_idx, *parts, in_place=True)
+    parts = _launch(x, safe_idx, candidate_idx, *parts, in_place=True, offsets=offsets)
+    _, kept_idx, pruned_idx, kept_sizes = parts
     return kept_idx, pruned_idx, kept_sizes

@@ -1,0 +1,224 @@
+"""cropr::host_offsets, host_offsets_ and add_hosts: pruned tokens are restored with the change of their hosts."""
+
+import pytest
+import torch
+from helpers.cases import DTYPES, SHAPES, odd_layouts, same_bits, tokens
+
+from cropr_kernels.ops import reference
+
+pytestmark = pytest.mark.kernels
+
+# (B, N, D, K, P); K = P has no host
+CASES = [shape for shape in SHAPES if shape[3] > shape[4] or shape[3] == shape[1]] + [(2, 150, 24, 70, 1)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def problem(shape, dtype, device):
+    """x, kept_idx, pruned_idx, num_prefix."""
+    batch, n, dim, keep, prefix = shape
+    x = tokens(batch, n, dim, dtype, device)
+    return x, *reference.select(torch.randn(batch, n, device=device), keep, prefix), prefix
+
+
+def chains(batch, n, device, length=9):
+    """Parents that lead over up to `length` tokens to one that is its own."""
+    parent, rank = torch.arange(n).repeat(batch, 1), torch.randint(0, length, (batch, n))
+    for b in range(batch):
+        for position in range(n):
+            later = torch.nonzero(rank[b] > rank[b, position]).flatten()
+            if len(later):
+                parent[b, position] = later[torch.randint(len(later), ())]
+    return parent.to(device)
+
+
+def skip_if_uninterpretable(backend, dtype):
+    if backend.interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CASES)
+def test_a_host_is_the_kept_token_most_alike(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype)
+    x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
+    offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
+    assert offset.dtype == dtype and offset.shape == (*pruned_idx.shape, x.shape[2]) and offset.is_contiguous()
+    assert host_idx.shape == pruned_idx.shape
+    if not offset.numel():
+        return
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    for b in range(len(x)):
+        similarity = unit[b, pruned_idx[b]] @ unit[b, kept_idx[b, prefix:]].T
+        chosen = (unit[b, pruned_idx[b]] * unit[b, host_idx[b]]).sum(1)
+        torch.testing.assert_close(chosen, similarity.max(1).values, rtol=0, atol=1e-5)
+        assert torch.isin(host_idx[b], kept_idx[b, prefix:]).all()
+    wide = x.to(reference.accumulation_dtype(dtype))
+    expected = (reference.gather(wide, pruned_idx) - reference.gather(wide, host_idx)).to(dtype)
+    assert same_bits(offset, expected)
+
+
+def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
+    x = torch.ones(1, 80, 16, device=backend.device)
+    kept_idx, pruned_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
+
+    def hosts():
+        return backend.host_offsets(x, kept_idx, pruned_idx, 2)[1][0].tolist()
+
+    assert hosts() == [2] * 20
+    x[0, 2, 3] = float("nan")  # like none
+    x[0, 3] = 0.0  # nor is this
+    assert hosts() == [4] * 20
+    x[:] = float("nan")
+    assert hosts() == [2] * 20
+
+
+@pytest.mark.parametrize("shape", [(2, 600, 16, 488, 1), (1, 2300, 16, 1240, 3)])
+def test_long_lists_match_the_definition(kernels, shape):
+    x, kept_idx, pruned_idx, prefix = problem(shape, torch.float32, kernels.device)
+    x = x.sign()  # products, lengths and cosines are exact, and many are equal
+    for got, expected in zip(
+        kernels.host_offsets(x, kept_idx, pruned_idx, prefix), reference.host_offsets(x, kept_idx, pruned_idx, prefix)
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_every_layout_gives_the_same_bits(backend):
+    x, kept_idx, pruned_idx, prefix = problem((2, 50, 96, 30, 1), torch.float32, backend.device)
+    parent = chains(2, 50, backend.device)
+    flipped = [part.t().contiguous().t() for part in (kept_idx, pruned_idx, parent)]
+    plain, added = backend.host_offsets(x, kept_idx, pruned_idx, prefix), backend.add_hosts(x, parent)
+    for name, odd in odd_layouts(x).items():
+        for got, expected in zip(backend.host_offsets(odd, *flipped[:2], prefix), plain):
+            assert torch.equal(got, expected), name
+        assert torch.equal(backend.add_hosts(odd, flipped[2]), added), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CASES)
+def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype)
+    x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
+    batch, n, dim = x.shape
+    offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
+    # The same tokens in a longer buffer, between tokens pruned before.
+    at = torch.arange(n, device=x.device) * 2 + 1
+    buffer = x.new_full((batch, 2 * n + 1, dim), 7.0)
+    buffer[:, at] = x
+    parent = torch.full(buffer.shape[:2], -5, device=x.device)
+    expected, hosts = buffer.clone(), parent.clone()
+    backend.host_offsets_(buffer, at[kept_idx], at[pruned_idx], parent, prefix)
+    expected.scatter_(1, at[pruned_idx].unsqueeze(-1).expand_as(offset), offset)
+    assert same_bits(buffer, expected)
+    assert torch.equal(parent, hosts.scatter(1, at[pruned_idx], at[host_idx]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 33), (3, 70, 96), (1, 197, 192), (0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_adding_up_follows_every_parent(backend, shape, dtype):
+    x = tokens(*shape, dtype, backend.device)
+    parent = chains(*shape[:2], backend.device)
+    got = backend.add_hosts(x, parent)
+    assert got.dtype == dtype and got.shape == x.shape and got.is_contiguous()
+    expected = x.double().clone()
+    for b in range(shape[0]):
+        for position in range(shape[1]):
+            at = position
+            while parent[b, at] != at:
+                at = parent[b, at].item()
+                expected[b, position] += x[b, at]
+    torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    alone = parent == torch.arange(shape[1], device=x.device)
+    assert same_bits(got[alone], x[alone])
+
+
+def test_nan_reaches_only_what_stands_on_it(backend):
+    x = torch.zeros(1, 6, 40, device=backend.device)
+    x[0, 2] = float("nan")
+    parent = torch.tensor([[0, 2, 5, 4, 4, 5]], device=x.device)
+    assert backend.add_hosts(x, parent).isnan().all(-1).tolist() == [[False, True, True, False, False, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_host_that_left_later_is_resolved_first(backend, dtype):
+    """Against method, one token after the other: left + (host now - host then), departures from the last to the first."""
+    skip_if_uninterpretable(backend, dtype)
+    batch, n, dim, prefix = 2, 40, 32, 1
+    buffer = tokens(batch, n, dim, dtype, backend.device)
+    parent = torch.arange(n, device=buffer.device).repeat(batch, 1)
+    idx, departures = parent.clone(), []
+    for keep in (31, 22, 13, 6):
+        step = tokens(batch, idx.shape[1], dim, dtype, backend.device)  # what a block does to the active tokens
+        buffer.scatter_(1, idx.unsqueeze(-1).expand_as(step), reference.gather(buffer, idx) + step)
+        kept, pruned = reference.select(torch.randn(batch, idx.shape[1], device=buffer.device), keep, prefix)
+        kept, pruned = idx.gather(1, kept), idx.gather(1, pruned)
+        before = buffer.clone()
+        backend.host_offsets_(buffer, kept, pruned, parent, prefix)
+        departures.append((pruned, before))
+        idx = kept
+    got, expected = backend.add_hosts(buffer, parent), buffer.double().clone()
+    for b in range(batch):
+        for pruned, before in reversed(departures):
+            for position in pruned[b].tolist():
+                host = parent[b, position].item()
+                change = expected[b, host] - before[b, host].double()
+                expected[b, position] = before[b, position].double() + change
+    tolerance = 20 * TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
+    skip_if_uninterpretable(backend, dtype)
+    x = tokens(2, 90, 48, dtype, backend.device)
+    safe_idx, candidate_idx = reference.select(torch.randn(2, 90, device=x.device), 40, 1)
+    sizes = torch.randint(1, 6, (2, 90), device=x.device).float()
+    own = torch.arange(90, device=x.device).repeat(2, 1)
+    results = []
+    for offsets in (False, True):
+        buffer, parent = x.clone(), own.clone()
+        lists = backend.merge_(buffer, safe_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets)
+        results.append((buffer, parent, *lists))
+    (plain, parent, kept_idx, pruned_idx, _), (buffer, *_) = results
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
+    assert same_bits(reference.gather(buffer, kept_idx), reference.gather(plain, kept_idx))
+    wide = plain.to(reference.accumulation_dtype(dtype))
+    expected = reference.gather(wide, pruned_idx) - reference.gather(wide, parent.gather(1, pruned_idx))
+    assert same_bits(reference.gather(buffer, pruned_idx), expected.to(dtype))
+
+
+def test_same_bits_every_time(kernels):
+    x, *lists = problem((2, 90, 32, 40, 1), torch.float32, kernels.device)
+    parent = chains(2, 90, kernels.device)
+    first = *kernels.host_offsets(x, *lists), kernels.add_hosts(x, parent)
+    for _ in range(2 if kernels.interpreted else 20):
+        for got, expected in zip((*kernels.host_offsets(x, *lists), kernels.add_hosts(x, parent)), first):
+            assert torch.equal(got, expected)
+
+
+def test_gradients_are_those_of_the_definition():
+    x, kept_idx, pruned_idx, prefix = problem((2, 9, 5, 4, 1), torch.float64, "cpu")
+    x.requires_grad_()
+    parent = chains(2, 9, "cpu", length=4)
+    ops = torch.ops.cropr
+    assert torch.autograd.gradcheck(lambda x: ops.host_offsets(x, kept_idx, pruned_idx, prefix)[0], x)
+    assert torch.autograd.gradcheck(lambda x: ops.add_hosts(x, parent), x)
+
+
+@pytest.mark.parametrize("name", ["host_offsets", "host_offsets_"])
+def test_without_a_kept_token_there_is_no_host(name):
+    x, kept_idx, pruned_idx, _ = problem((2, 9, 5, 3, 3), torch.float32, "cpu")
+    parent = [torch.arange(9).repeat(2, 1)] if name.endswith("_") else []
+    for device in ("cpu", "meta"):
+        args = [arg.to(device) for arg in (x, kept_idx, pruned_idx, *parent)]
+        with pytest.raises(RuntimeError, match=f"{name}: kept_idx must hold a token behind the prefix, got K = num_pr"):
+            getattr(torch.ops.cropr, name)(*args, 3)
+
+
+def test_parents_must_exist_and_end():
+    x = torch.randn(1, 4, 3)
+    for parent, error in (
+        ([0, 2, 1, 3], "parent must lead to a token that is its own parent, got a cycle at 1 in image 0"),
+        ([0, 4, 1, 3], r"parent must hold positions in \[0, 4\), got 4"),
+    ):
+        with pytest.raises(RuntimeError, match=f"add_hosts: {error}"):
+            torch.ops.cropr.add_hosts(x, torch.tensor([parent]))

@@ -32,7 +32,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
     "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
     "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
-    "--llf": dict(action=argparse.BooleanOptionalAction, help="Last Layer Fusion: all tokens in the last block, pruned ones with the change of their host"),
+    "--llf": dict(
+        action=argparse.BooleanOptionalAction,
+        help="Last Layer Fusion: all tokens in the last block, pruned ones with the change of their host",
+    ),
     "--merge": dict(
         action=argparse.BooleanOptionalAction,
         help="merge the pruned tokens into those that are kept, or drop them (default: as the queries or the model "

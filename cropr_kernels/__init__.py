@@ -1,6 +1,6 @@
 """Token Cropr for PyTorch: Vision Transformers that drop the tokens their task does not need.
 
-Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend,merge}``.
+Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend,merge,...}``.
 
     import cropr_kernels as cropr
 

@@ -55,14 +55,28 @@ def test_plain_merging_merges_as_the_op_does(prefix, with_features):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > shape[4]])
+def test_plain_operators_find_and_add_hosts_as_the_ops_do(shape):
+    batch, n, dim, num_keep, prefix = shape
+    x = torch.randn(batch, n, dim)
+    kept_idx, pruned_idx = reference.select(torch.randn(batch, n), num_keep, prefix)
+    expected = reference.host_offsets(x, kept_idx, pruned_idx, prefix)
+    for a, b in zip(portable.host_offsets(x, kept_idx, pruned_idx, prefix), expected):
+        torch.testing.assert_close(a, b)
+    parent = (torch.arange(n) // 2).repeat(batch, 1)
+    torch.testing.assert_close(portable.add_hosts(x, parent), ops.add_hosts(x, parent))
+
+
 CASES = [
     ("reference", {}),
     ("reference", {"llf": True}),
+    ("reference", {"llf": "host"}),
+    ("reference", {"llf": "host", "merge": True}),
     ("reference", {"merge": True}),
     ("reference", {"merge": cropr.Merge(candidates=2.0)}),
     ("reference, registers", {"llf": True}),
     ("timm ViT, no class token", {}),
-    ("timm EVA-02", {"llf": True}),
+    ("timm EVA-02", {"llf": "host"}),
     ("timm EVA-02", {"merge": True}),
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import fold_queries
+from .reference import accumulation_dtype, fold_queries, hops
 
 
 def _refuse(priority: Tensor | None) -> None:
@@ -81,14 +81,11 @@ def merge(
     positions = torch.arange(n, device=x.device).expand(batch, -1)
     if num_prune == 0:
         return x, positions, positions[:, :0], sizes, positions
-    compared = (x if features is None else features).float()
-    safe, others = gather(compared, safe_idx[:, num_prefix:]), gather(compared, candidate_idx)
-    lengths = others.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
-    best, nearest = (others @ safe.transpose(1, 2) / lengths).max(-1)
+    best, nearest = _find_nearest(x if features is None else features, safe_idx, candidate_idx, num_prefix)
     # Of equal candidates the higher position is pruned: the order is reversed, as the top keeps the lower.
     chosen = _ascending(candidates - 1 - best.flip(1).topk(num_prune, dim=1).indices)
     pruned_idx = candidate_idx.gather(1, chosen)
-    target = safe_idx.gather(1, nearest.gather(1, chosen) + num_prefix)  # the position that each is merged into
+    target = safe_idx.gather(1, nearest.gather(1, chosen))  # the position that each is merged into
     is_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)
     row = (~is_pruned).long().cumsum(1) - 1  # of the kept tokens
     kept_idx = _ascending((is_pruned.float() * n + positions).topk(num_keep, dim=1, largest=False).indices)
@@ -106,7 +103,30 @@ def merge(
     return kept, kept_idx, pruned_idx, own + gained, dest
 
 
+def _find_nearest(features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Of each candidate the highest cosine with a safe token, and the index of that in safe_idx."""
+    compared = features.float()
+    safe, others = gather(compared, safe_idx[:, num_prefix:]), gather(compared, candidate_idx)
+    lengths = others.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
+    best, nearest = (others @ safe.transpose(1, 2) / lengths).max(-1)
+    return best, nearest + num_prefix
+
+
+def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    if pruned_idx.shape[1] == 0:
+        return gather(x, pruned_idx), pruned_idx
+    host_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
+    return gather(x, pruned_idx) - gather(x, host_idx), host_idx
+
+
+def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
+    rows = x.to(accumulation_dtype(x.dtype))
+    for hop in hops(parent):
+        rows = rows + gather(torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), hop)
+    return rows.to(x.dtype)
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """What replaces each op, for `ExportedProgram.run_decompositions`."""
-    functions = (scores, select, prune, split, gather, restore, merge)
+    functions = (scores, select, prune, split, gather, restore, merge, host_offsets, add_hosts)
     return {getattr(torch.ops.cropr, function.__name__).default: function for function in functions}

@@ -117,9 +117,7 @@ def _choose_targets(
     return kept_idx, candidate_idx.gather(1, chosen), target
 
 
-def _find_nearest(
-    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_prefix: int
-) -> tuple[Tensor, Tensor]:
+def _find_nearest(features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     """Of each candidate the highest cosine with a safe token behind the prefix, and the index of that in safe_idx."""
     wide = features.detach().to(accumulation_dtype(features.dtype))
     safe, candidates = gather(wide, safe_idx[:, num_prefix:]), gather(wide, candidate_idx)

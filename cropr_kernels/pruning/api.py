@@ -283,13 +283,13 @@ def set_llf(model: Any, llf: bool | Restore | Fusion) -> Any:
     if fusion is not None:
         fusion = fusion.by_default("host" if stack.config.merge is not None or stack.calibrated else "left")
     config = replace(stack.config, llf=fusion)
+    _require_map(config, model, stack.spec, "cropr.set_llf")
     needed = num_modules(len(stack.spec.blocks), config.whole_blocks)
     if needed > len(stack):
         raise ValueError(
             f"cropr.set_llf: llf={llf!r} needs {needed} modules, and the model has {len(stack)}; cropr.remove it and "
             "apply anew"
         )
-    _require_map(config, model, stack.spec, "cropr.set_llf")
     _counts(config, stack.spec)
     stack.config = config
     _keep_last_blocks(stack)

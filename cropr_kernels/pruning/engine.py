@@ -103,8 +103,8 @@ def _run(
         h = _norm(x, idx, following)
     if idx is None:
         return x, None
-    merged = pruned is not None and pruned.merge is not None
-    return ops.gather(x, pruned.positions() if merged and state.options.whole else idx), idx
+    merges = pruned is not None and pruned.merge is not None and state.options.whole
+    return ops.gather(x, pruned.positions() if pruned is not None and merges else idx), idx
 
 
 class Pruned:

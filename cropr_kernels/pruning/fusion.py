@@ -11,11 +11,11 @@ class Fusion:
     """How pruned tokens are restored before the last blocks.
 
     Args:
-        restore: "left": as they were when they were pruned, as published; for a network that is trained so. "host": each
-            with the change that its host lived through since, left + (host now - host then); for any other network,
-            which has never seen tokens that are many blocks old. The host is the kept token that it was most like
-            (cosine, class token and registers aside), or the one that it merged into. None: "host" where tokens merge
-            or queries are calibrated, else "left".
+        restore: "left": as they were when they were pruned, as published; for a network that is trained so. "host":
+            each with the change that its host lived through since, left + (host now - host then); for any other
+            network, which has never seen tokens that are many blocks old. The host is the kept token that it was most
+            like (cosine, class token and registers aside), or the one that it merged into. None: "host" where tokens
+            merge or queries are calibrated, else "left".
         blocks: >= 1, how many last blocks see all tokens.
 
     Raises:

@@ -70,7 +70,7 @@ class PruningState:
         grids = [one for one in (grid, config.grid) if one is not None and one[0] * one[1] == patches]
         self.grid = grids[0] if grids else None
         self.stack, self.config, self.options, self.last = stack, config, options, depth - 1
-        self.fused_after = depth - 1 - config.whole_blocks if config.llf else depth  # the block before all tokens return
+        self.fused_after = depth - 1 - config.whole_blocks if config.llf else depth  # the block before the fusion
         self.counts = config.counts(x.shape[1], depth, prefix)
         self.windows, self.num_images, self.dropped_prefix = config.windows, x.shape[0], 0
         self.masks = make_masks(options.protect, options.padding, x.shape[0], patches, prefix)

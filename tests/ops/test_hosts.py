@@ -140,7 +140,7 @@ def test_nan_reaches_only_what_stands_on_it(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_host_that_left_later_is_resolved_first(backend, dtype):
-    """Against method, one token after the other: left + (host now - host then), departures from the last to the first."""
+    """One token after the other: left + (host now - host then), departures from the last to the first."""
     skip_if_uninterpretable(backend, dtype)
     batch, n, dim, prefix = 2, 40, 32, 1
     buffer = tokens(batch, n, dim, dtype, backend.device)

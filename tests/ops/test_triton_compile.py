@@ -130,8 +130,19 @@ def is_rows(value):
 @pytest.mark.parametrize("width", [96, 100, 1024])
 @pytest.mark.parametrize(
     "op",
-    ["scores", "prune", "attend", "attend_backward", "gather_norm", "add_norm_", "add_select_"]
-    + ["merge", "merge_", "host_offsets", "host_offsets_"],
+    [
+        "scores",
+        "prune",
+        "attend",
+        "attend_backward",
+        "gather_norm",
+        "add_norm_",
+        "add_select_",
+        "merge",
+        "merge_",
+        "host_offsets",
+        "host_offsets_",
+    ],
 )
 def test_every_layout_is_summed_in_one_order(op, width, dtype):
     call = legal_call(op, dtype, N=50, D=width, K=30, S=30, C=20, M=1)

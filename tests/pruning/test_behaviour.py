@@ -21,7 +21,8 @@ FAMILIES = {
     "transformers DINOv3": HOSTS["DINOv3"],
     "torchvision": HOSTS["torchvision"],
 }
-WAYS = {"dropping": {}, "LLF": {"llf": True}, "merging": {"merge": True}, "merging, LLF": {"merge": True, "llf": True}}
+MERGED = {"merge": True}
+WAYS = {"dropping": {}, "LLF": {"llf": "host"}, "merging": MERGED, "merging, LLF": MERGED | {"llf": True}}
 
 
 @pytest.fixture(params=FAMILIES)

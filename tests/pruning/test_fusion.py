@@ -1,11 +1,203 @@
-"""Last Layer Fusion: how pruned tokens are restored, and that the whole map is there."""
+"""Last Layer Fusion by hosts: what it promises to whoever sets it, trains with it, saves it or counts it."""
 
 import copy
 import re
 
 import pytest
 import torch
-from helpers.models import FAMILIES, reference_vit, timm_vit
-from torch import nn
+from helpers.models import HOSTS, outputs_of, randomise, reference_vit, timm_vit
 
 import cropr_kernels as cropr
+from cropr_kernels.utils.flops import flop_counter
+
+DROP, MERGE = {}, {"merge": True}
+
+
+def pruned(**options):
+    torch.manual_seed(0)
+    return cropr.apply(randomise(reference_vit(depth=6)).eval().double(), rate=5, num_outputs=0, **options)
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+
+def fusion(model):
+    return model.cropr.config.llf
+
+
+def test_true_means_what_fits():
+    assert fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).by_host
+    assert fusion(pruned(llf=True, merge=True)) == cropr.Fusion("host")
+    assert fusion(pruned(llf="left", merge=True)) == cropr.Fusion("left")
+    assert fusion(pruned(llf=cropr.Fusion(blocks=3))) == cropr.Fusion(None, 3)
+
+
+def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    open_, left = pruned(llf=True), pruned(llf="left")
+    for model in (open_, left):
+        cropr.calibrate(model, images)
+    assert fusion(open_) == cropr.Fusion("host") and fusion(left) == cropr.Fusion("left")
+    for model in (open_, left, cropr.calibrate(pruned(), images)):
+        cropr.save_queries(model, tmp_path / "queries.safetensors")
+        loaded = cropr.load_queries(pruned(llf=True), tmp_path / "queries.safetensors")
+        assert fusion(loaded) == (fusion(model) or cropr.Fusion("host"))
+        assert fusion(cropr.set_llf(loaded, True)) == cropr.Fusion("host")
+        assert fusion(cropr.load_queries(pruned(llf="left"), tmp_path / "queries.safetensors")) == cropr.Fusion("left")
+
+
+@pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
+@torch.no_grad()
+def test_each_way_gives_the_whole_map_and_another_one(images, options):
+    model, tokens = pruned(**options), []
+    unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
+    for llf in ("left", "host", cropr.Fusion("left", 2), cropr.Fusion("host", 2), cropr.Fusion("host", 4)):
+        for one in (cropr.set_llf(model, llf), cropr.deploy(cropr.set_llf(model, llf))):
+            tokens.append(cropr.features(one, images)[0])
+            assert tokens[-1].shape == unpruned.shape
+        torch.testing.assert_close(tokens[-1], tokens[-2], rtol=1e-9, atol=1e-9)
+    assert len({round(one.abs().sum().item(), 6) for one in tokens}) == 5
+    assert torch.equal(cropr.set_rate(model, 0).forward_features(images), unpruned)
+
+
+@torch.no_grad()
+def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
+    """Where every block does the same to all tokens, whoever missed it lived through it with its host."""
+    model = pruned()
+    for block in model.blocks:
+        for part in (block.attn.proj, block.mlp.fc2):
+            part.weight.zero_()
+    unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
+    for llf in ("host", cropr.Fusion("host", 3)):
+        again = pruned(llf=llf)
+        again.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
+        for one in (again, cropr.deploy(again)):
+            torch.testing.assert_close(cropr.features(one, images)[0], unpruned)
+    left = cropr.features(cropr.set_llf(model, "left"), images)[0]
+    assert (left - unpruned).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
+def test_gradients_reach_tokens_and_their_hosts(images, options):
+    model = pruned(llf="host", **options)
+    model.cropr.requires_grad_(False)
+    x = images[:1, :, :8, :8].clone().requires_grad_()
+
+    def loss(patch):
+        whole = torch.cat([torch.cat([patch, images[:1, :, :8, 8:]], 3), images[:1, :, 8:]], 2)
+        return model.forward_features(whole).square().mean((0, 1))[:3]
+
+    assert torch.autograd.gradcheck(loss, x, eps=1e-7, atol=1e-4)
+
+
+def test_flops_are_those_of_the_blocks_that_see_all_tokens(images):
+    counts = {}
+    for llf in (False, "left", "host", cropr.Fusion("host", 2)):
+        model = cropr.deploy(pruned(llf=llf))
+        with flop_counter() as counter:
+            model(images)
+        counts[str(llf)] = counter.get_total_flops()
+    missing, left, host, two = counts.values()
+    assert missing < left < host < two and host < 1.02 * left
+
+
+@torch.no_grad()
+def test_maps_and_masks_are_as_without_hosts(images):
+    protect = torch.zeros(2, 8, 8, dtype=torch.bool)
+    protect[:, 2:4, 2:4] = True
+    padding = torch.zeros(2, 8, 8, dtype=torch.bool)
+    padding[1, :, 6:] = True
+    left, host = pruned(llf="left"), pruned(llf="host")
+    for masks in ({}, {"protect": protect}, {"padding": padding}):
+        assert torch.equal(cropr.pruning_map(left, images, **masks), cropr.pruning_map(host, images, **masks))
+        expected = host(images, **masks)
+        torch.testing.assert_close(cropr.deploy(host)(images, **masks), expected, rtol=1e-9, atol=1e-9)
+    other = images.clone()
+    other[1, :, :, 48:] = 7.0  # what padding holds reaches nobody, by no host
+    torch.testing.assert_close(host(other, padding=padding), expected, rtol=1e-9, atol=1e-9)
+    merging = pruned(llf="host", merge=True)
+    assert cropr.merge_map(merging, images).shape == (2, 8, 8)
+
+
+@torch.no_grad()
+def test_windows_restore_by_hosts_of_the_same_window(images):
+    windows = cropr.Windows(4, (1, 5))
+    model = randomise(reference_vit(depth=6)).eval().double()
+    left, host = (
+        cropr.apply(copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0).forward_features(
+            images
+        )
+        for llf in ("left", "host")
+    )
+    assert left.shape == host.shape == (2, 64, 64) and not torch.allclose(left, host)
+    with pytest.raises(ValueError, match="windows need llf=True"):
+        cropr.set_llf(cropr.apply(model, keep=[12, 8, 8, 5], windows=windows, llf=True, num_outputs=0), False)
+
+
+def test_set_llf_needs_the_modules_it_uses():
+    model = pruned()
+    for llf in ("host", cropr.Fusion("left", 2), False, True):
+        cropr.set_llf(model, llf)
+    narrow = pruned(llf=cropr.Fusion("host", 3))
+    with pytest.raises(ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")):
+        cropr.set_llf(narrow, True)
+    with pytest.raises(ValueError, match=re.escape("depth must be at least 7 with LLF over 5 blocks, got 6")):
+        pruned(llf=cropr.Fusion(blocks=5))
+    for wrong, error in (("right", "restore must be 'left' or 'host', got 'right'"), (0, "blocks must be an integer")):
+        with pytest.raises(ValueError, match=error):
+            cropr.Fusion(wrong) if isinstance(wrong, str) else cropr.Fusion(blocks=wrong)
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_with_its_fusion(images, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    for options in ({"llf": cropr.Fusion("host", 2)}, {"llf": True}, {"llf": "left", "merge": True}, {}):
+        model = pruned(**options)
+        cropr.save(model, tmp_path / "one")
+        again = cropr.load(tmp_path / "one")
+        assert fusion(again) == fusion(model) and torch.equal(again(images), model(images))
+    cropr.save(cropr.set_llf(model, cropr.Fusion("host", 2)), tmp_path / "one")  # one module more than fusion uses
+    assert torch.equal(cropr.load(tmp_path / "one")(images), model(images))
+
+
+@torch.no_grad()
+def test_folders_of_before_restore_as_they_did(images, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from cropr_kernels.pruning.api import apply_options
+
+    model = apply_options(randomise(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0})
+    assert fusion(model) == cropr.Fusion("left")
+
+
+def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
+    model = timm_vit(drop_path_rate=0.2, depth=6)
+    cropr.apply(model, rate=5, llf=cropr.Fusion("host", 2))
+    rates = [block.drop_path1.drop_prob if hasattr(block.drop_path1, "drop_prob") else 0.0 for block in model.blocks]
+    assert rates[4:] == [0.0, 0.0] and all(rates[1:4])
+    assert cropr.remove(model).blocks[5].drop_path1.drop_prob == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "SigLIP", "torchvision"])
+@pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
+@torch.no_grad()
+def test_models_that_run_their_blocks_restore_by_hosts(name, options):
+    torch.manual_seed(0)
+    model, images = randomise(HOSTS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
+    plain = outputs_of(model(images))
+    cropr.apply(model, rate=8, llf="host", num_outputs=0, **options)
+    got, fast = outputs_of(model(images)), outputs_of(cropr.deploy(model)(images))
+    assert got.shape == plain.shape and not torch.allclose(got, plain)
+    torch.testing.assert_close(fast, got, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(outputs_of(cropr.set_rate(model, 0)(images)), plain, rtol=0, atol=0)
+
+
+def test_it_compiles_in_one_graph(images):
+    for options in (DROP, MERGE):
+        model = pruned(llf="host", **options)
+        for one in (model, cropr.deploy(model)):
+            with torch.no_grad():
+                got = torch.compile(one, backend="aot_eager", fullgraph=True)(images)
+                torch.testing.assert_close(got, one(images))

@@ -93,7 +93,7 @@ def test_logits_are_those_of_a_slow_merge(options, how):
         torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("llf", [False, "left", "host"])
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_computes_what_the_functional_ops_do(name, how, llf):

@@ -96,7 +96,22 @@ def block(tokens, positions, state, layer, config):
     return [t + two * mlp(norm(t, state, f"{name}.norm2"), state, f"{name}.mlp", config) for t in tokens]
 
 
-def slow_cropr(image, state, queries, config, llf):
+def host_of(token, others):
+    """Of [(place, row)] the place of the row most like a token."""
+    return max(others, key=lambda other: torch.nn.functional.cosine_similarity(token, other[1], dim=0).item())[0]
+
+
+def restored(departures, alive):
+    """Rows by place: those alive, and from the last departure to the first left + (host now - host then)."""
+    rows = dict(alive)
+    for left, then, hosts in reversed(departures):
+        for place, row in left.items():
+            host = hosts[place]
+            rows[place] = row if host is None else row + (rows[host] - then[host])
+    return rows
+
+
+def slow_cropr(image, state, queries, config, fusion):
     """Sections 1 of the method on one image: returns the logits and the positions kept after each module."""
     patch, side = config.patch_size, config.img_size // config.patch_size
     tokens, positions = [], []
@@ -116,12 +131,14 @@ def slow_cropr(image, state, queries, config, llf):
         tokens = [t + p for t, p in zip(prefix + tokens, table)]
     positions = [None] * num_prefix + positions
 
-    order, gone, kept_positions = list(range(len(tokens))), [], []
-    modules = DEPTH - (2 if llf else 1)
+    everywhere, order, departures, kept_positions = positions, list(range(len(tokens))), [], []
+    whole = fusion.blocks if fusion else 0
+    modules = DEPTH - 1 - whole
     for layer in range(DEPTH):
-        if llf and layer == DEPTH - 1:
-            everything = sorted(gone + list(zip(order, tokens, positions)), key=lambda item: item[0])
-            order, tokens, positions = (list(part) for part in zip(*everything))
+        if layer == DEPTH - whole:
+            rows = restored(departures, zip(order, tokens))
+            order, positions = list(range(len(rows))), everywhere
+            tokens = [rows[place] for place in order]
         tokens = block(tokens, positions, state, layer, config)
         if layer >= modules:
             continue
@@ -129,8 +146,12 @@ def slow_cropr(image, state, queries, config, llf):
         score = [sum(float(q.double() @ t.double()) for q in queries[layer]) for t in tokens]
         candidates = sorted(range(num_prefix, len(tokens)), key=lambda i: (score[i], -i))
         leaving = set(candidates[:drop])
-        gone += [(order[i], tokens[i], positions[i]) for i in leaving]
         stay = [i for i in range(len(tokens)) if i not in leaving]
+        left, then = ({order[i]: tokens[i] for i in part} for part in (leaving, stay))
+        patches = [(order[i], tokens[i]) for i in stay if i >= num_prefix]
+        by_host = fusion is not None and fusion.restore == "host"
+        hosts = {place: host_of(row, patches) if by_host else None for place, row in left.items()}
+        departures.append((left, then, hosts))
         order, tokens, positions = ([part[i] for i in stay] for part in (order, tokens, positions))
         kept_positions.append(order)
     if "norm.weight" in state:
@@ -143,14 +164,14 @@ def slow_cropr(image, state, queries, config, llf):
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_queries", [1, 5])
-@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("llf", [None, cropr.Fusion("left"), cropr.Fusion("host"), cropr.Fusion("host", 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_a_slow_implementation_of_the_paper(family, llf, num_queries):
     config = ViTConfig(**COMMON, **FAMILIES[family])
     model = ViT(config).eval()
     for parameter in model.parameters():  # nothing at its neutral value
         parameter.add_(0.1 * torch.randn_like(parameter))
-    cropr.apply(model, rate=RATE, llf=llf, num_queries=num_queries)
+    cropr.apply(model, rate=RATE, llf=llf or False, num_queries=num_queries)
     images = torch.randn(2, 3, config.img_size, config.img_size)
     state, queries = model.state_dict(), [module.queries for module in model.cropr]
     logits, deployed = model(images), cropr.deploy(model, engine=False)(images)

@@ -93,7 +93,7 @@ def offsets_kernel(x, tokens, scratch, offsets, n, num_keep, num_prune, num_pref
 
 
 def _launch_offsets(x, kept_idx, pruned_idx, offsets, num_prefix):
-    (batch, n, dim), num_keep, num_prune = x.shape, kept_idx.shape[1], pruned_idx.shape[1]
+    (batch, n, _), num_keep, num_prune = x.shape, kept_idx.shape[1], pruned_idx.shape[1]
     if not (batch and num_prune):
         return
     blocks, _ = target_blocks(x.dtype, num_prune)

@@ -19,9 +19,7 @@ struct Partition : Lists {
 
   Partition(
       const Op& op, const Dims& dims, const Tensor& safe_idx, const Tensor& candidate_idx, int64_t keep, int64_t prefix)
-      : Lists(op, dims, safe_idx, candidate_idx, prefix),
-        num_keep(keep),
-        num_prune(num_safe + num_candidates - keep) {
+      : Lists(op, dims, safe_idx, candidate_idx, prefix), num_keep(keep), num_prune(num_safe + num_candidates - keep) {
     if (num_prune > 0) require_target(op);
   }
 };

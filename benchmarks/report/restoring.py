@@ -70,7 +70,10 @@ def differences() -> str:
                 points.append(statistics.mean(own["agreement"] - plain["agreement"] for own, plain in pairs))
                 for key in [key for key in ratios if key in pairs[0][0]]:
                     ratios[key].append(statistics.geometric_mean(own[key] / plain[key] for own, plain in pairs))
-            line += [spread(points, 1), *(spread(values, 2, "x") if values else "-" for values in ratios.values())]
+            line += [
+                spread(points, 1).replace("-0.0", "0.0"),
+                *(spread(values, 2, "x") if values else "-" for values in ratios.values()),
+            ]
         body.append(line)
     head = ["", "restored", *(f"{name}, {what}" for name in data for what in ("agreement", "KL", "features"))]
     note = (

@@ -1,11 +1,16 @@
-"""Ways to merge tokens by likeness: ToMe, DPC-KNN."""
+"""Ways to merge tokens by likeness: ToMe, and into clusters DPC-KNN and ATC."""
 
+from typing import Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.baselines.matching import absorb, behind_prefix, unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction
 from benchmarks.baselines.selection import distances
+from cropr_kernels.utils.optional import need
 
 ops = torch.ops.cropr
 
@@ -113,3 +118,43 @@ class DPCKNN(Reducer):
         centres = (density + delta.log()).topk(count, dim=1).indices.sort(1).values
         cluster = ops.gather(pairwise, centres).argmin(1)
         return cluster.scatter(1, centres, torch.arange(count, device=pairwise.device).expand(batch, -1))
+
+
+class ATC(Reducer):
+    """Agglomerative clusters of the keys, by 1 - cosine, become their means: the closest two until num_keep are left.
+
+    SciPy clusters on the host, one image after the other. Source: Haurum et al. 2024 (arXiv 2409.11923).
+
+    Args:
+        linkage: how far clusters are from one another: the mean, largest or smallest distance of their members.
+    """
+
+    needs = frozenset({"keys"})
+    place = "attention"
+
+    def __init__(self, linkage: Literal["average", "complete", "single"] = "average"):
+        super().__init__()
+        self.linkage = linkage
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        keys = unit_keys(context, num_prefix)
+        patches = keys.shape[1]
+        row, column = torch.triu_indices(patches, patches, 1, device=x.device)
+        pairwise = (1 - keys @ keys.transpose(1, 2))[:, row, column].double().cpu().numpy()
+        parts = zip(*(self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise))
+        kept, moved, target = (torch.from_numpy(np.stack(part)).to(x.device) for part in parts)
+        return absorb(x, context, behind_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
+
+    def clusters(self, pairwise: np.ndarray, points: int, merges: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of points with distances (pairs,): the first of each cluster, all others, and the cluster of each of these.
+
+        The tree is cut after so many merges: a threshold would leave fewer clusters where distances are equal.
+        """
+        hierarchy = need("scipy.cluster.hierarchy", "demo", "ATC")
+        tree = hierarchy.linkage(pairwise, self.linkage)[:merges, :2].astype(np.int64)
+        root = np.arange(points + merges)
+        for node in reversed(range(merges)):
+            root[tree[node]] = root[points + node]
+        _, first, cluster = np.unique(root[:points], return_index=True, return_inverse=True)
+        others = np.delete(np.arange(points), first)
+        return first, others, cluster[others]

@@ -15,7 +15,7 @@ from cropr_kernels.models.blocks import project_heads, proportional_attention, r
 from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
-Need = Literal["attention", "class row", "keys", "values", "patches"]
+Need = Literal["attention", "class row", "keys", "values", "patches", "update"]
 _PADDING = 1e-30  # what a size of 0 is taken for, so that its logarithm is finite; the weight is 0 all the same
 
 
@@ -31,6 +31,8 @@ class Context(NamedTuple):
     sizes: Tensor | None = None  # (B, N) float32: how many tokens each stands for, 0 for padding; None: one
     log_sizes: Tensor | None = None  # (B, N) float32, where attention weighs tokens by their sizes
     active: Tensor | None = None  # (B, N) of 0 and 1, with gradient, where training masks tokens and drops none
+    update: Tensor | None = None  # (B, N, D): what the MLP adds to the tokens
+    depth: float = 0.0  # of all blocks, the share that comes before this one
 
     def need(self, name: str) -> Tensor:
         """What a reducer asked for.
@@ -158,6 +160,7 @@ class Reduced(nn.Module):
             if reducer is None and context.log_sizes is None and context.active is None:
                 x = block(x, rope=rope)
                 continue
+            context = context._replace(depth=layer / len(backbone.blocks))
             x, reduction = run_block(block, x, rope, prefix, context, reducer, self.counts[layer] if reducer else 0)
             if reduction is None:
                 continue
@@ -214,13 +217,14 @@ def run_block(
                 raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
-    update = block.attn.proj(heads.transpose(1, 2).flatten(2))
-    x = x + block.drop_path1(block.ls1(update))
+    x = x + block.drop_path1(block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2))))
     if reducer is not None and reducer.place == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    update = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    x = x + update
     if reducer is not None and reducer.place == "block":
+        context = context._replace(update=update if "update" in needs else None)
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
     return x, reduction

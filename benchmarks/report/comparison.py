@@ -18,6 +18,7 @@ NEEDS = {
     "keys": "keys",
     "values": "values",
     "patches": "the input",
+    "update": "what the MLP adds",
 }
 
 

@@ -34,8 +34,7 @@ class PiToMe(Reducer):
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         count, keys = x.shape[1] - num_keep, unit_keys(context, num_prefix)
-        energy = F.elu(keys @ keys.transpose(1, 2) - self.margin * (1 - context.depth), inplace=True).mean(2)
-        order = energy.argsort(dim=1, descending=True, stable=True)
+        order = energy(keys, self.margin * (1 - context.depth)).argsort(dim=1, descending=True, stable=True)
         may_merge = order.shape[1] if context.depth < 0.5 else 2 * count
         even, odd = order[:, :may_merge:2], order[:, 1:may_merge:2]
         similarity = ops.gather(keys, even) @ ops.gather(keys, odd).transpose(1, 2)
@@ -109,6 +108,13 @@ def unit_keys(context: Context, num_prefix: int) -> Tensor:
     """The keys of the patches, mean over heads, of length one: (B, N - P, C), at least float32."""
     keys = context.need("keys").detach()[:, :, num_prefix:]
     return F.normalize(keys.mean(1, dtype=torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+
+
+def energy(keys: Tensor, margin: float) -> Tensor:
+    """(B, N), of keys of length one: the mean over all N of ELU(cosine - margin)."""
+    above = (keys @ keys.transpose(1, 2)).sub_(margin)
+    # ELU(y) = max(y, 0) + exp(min(y, 0)) - 1; on a CPU F.elu takes four times as long
+    return above.clamp_min(0).add_(above.clamp_max_(0).exp_()).mean(2) - 1
 
 
 def sizes_of(x: Tensor, context: Context) -> Tensor:

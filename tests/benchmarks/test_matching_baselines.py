@@ -9,7 +9,7 @@ from helpers.baselines import COUNTS, TOKENS, context_of
 from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
-from benchmarks.baselines.matching import ATM, CroprMerge, PiToMe
+from benchmarks.baselines.matching import ATM, CroprMerge, PiToMe, energy, unit_keys
 from benchmarks.baselines.network import Reduced
 from cropr_kernels.ops.reference import size_adjusted_scores
 
@@ -86,6 +86,12 @@ def test_pitome_merges_what_has_the_highest_energy(depth, prefix):
         return [[i] for i in protected] + slow_match(merging[::2], merging[1::2], cosine, REMOVED)
 
     expect(reduction, x, context, groups_of, prefix)
+
+
+def test_energy_is_the_mean_of_elu():
+    _, context = case(1, 0.0)
+    keys = unit_keys(context, 1)
+    torch.testing.assert_close(energy(keys, 0.3), F.elu(keys @ keys.transpose(1, 2) - 0.3).mean(2))
 
 
 def test_pitome_does_not_mind_where_tokens_are():

@@ -185,4 +185,11 @@ def absorb(
     if keep_norms:
         longest = tokens.norm(dim=2).scatter_reduce(1, target, coming.norm(dim=2), "amax")
         means = means * (longest / means.norm(dim=2)).unsqueeze(2)
-    return Reduction(means, sizes=total)
+    return Reduction(means, sizes=total, rows=lambda: rows_of(kept, moved, target))
+
+
+def rows_of(kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
+    """For each of N tokens the index in `kept` (B, K) of the one it is in, as in `absorb`: (B, N)."""
+    rows = torch.empty_like(torch.cat([kept, moved], 1))
+    rows.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+    return rows.scatter_(1, moved, target)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.matching import absorb, behind_prefix, unit_keys
+from benchmarks.baselines.matching import absorb, behind_prefix, rows_of, unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction
 from benchmarks.baselines.selection import distances
 from cropr_kernels.utils.optional import need
@@ -39,15 +39,14 @@ class ToMe(Reducer):
                 f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
             )
         merge = merge_fused if self.fused else merge_pairs
-        merged, sizes = merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
-        return Reduction(merged, sizes=sizes)
+        return merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
 
 
-def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
     """One bipartite merge of x (B, N, D): `count` even tokens go into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; and their sizes, float32.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and rows.
     """
     metric = F.normalize(metric, dim=-1)
     even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
@@ -66,19 +65,25 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
     merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
     sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
-    return merged / sizes.unsqueeze(-1).to(x.dtype), sizes
+
+    def rows() -> Tensor:
+        all_odd = torch.arange(odd_prefix, odd.shape[1], device=x.device).expand(len(x), -1)
+        kept = torch.cat([behind_prefix(2 * stays - num_prefix, num_prefix), 2 * all_odd + 1], 1)
+        return rows_of(kept, 2 * goes, target + kept.shape[1] - odd.shape[1])
+
+    return Reduction(merged / sizes.unsqueeze(-1).to(x.dtype), sizes=sizes, rows=rows)
 
 
-def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, and their sizes."""
+def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
+    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, their sizes, and rows."""
     batch, tokens, _ = x.shape
     positions = torch.arange(tokens, device=x.device)
     stays = positions % 2 == 1
     stays[:num_prefix] = True
     odd, even = (positions[mask].expand(batch, -1) for mask in (stays, ~stays))
     sizes = x.new_ones(batch, tokens, dtype=torch.float32) if sizes is None else sizes
-    merged, _, _, sizes, _ = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
-    return merged, sizes
+    merged, _, _, sizes, dest = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
+    return Reduction(merged, sizes=sizes, rows=lambda: dest)
 
 
 class DPCKNN(Reducer):
@@ -105,7 +110,8 @@ class DPCKNN(Reducer):
         weight = torch.ones_like(patches[..., :1]) if self.score is None else self.score(patches).exp()
         mass = x.new_zeros(batch * count, dim).index_add(0, rows, (patches * weight).flatten(0, 1).type_as(x))
         total = x.new_zeros(batch * count, 1).index_add(0, rows, weight.flatten(0, 1).type_as(x))
-        return Reduction(torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1))
+        means = torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1)
+        return Reduction(means, rows=lambda: behind_prefix(cluster, num_prefix))
 
     def clusters(self, pairwise: Tensor, count: int) -> Tensor:
         """Of points with distances (B, N, N): the cluster of each, (B, N) from 0 to count - 1."""

@@ -56,6 +56,7 @@ class Reduction(NamedTuple):
     sizes: Tensor | None = None  # (B, K), as in Context
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # to be added to that of the network
+    rows: Callable[[], Tensor] | None = None  # (B, N), for who asks: the row in which each is, where all are in one
 
 
 class Features(NamedTuple):
@@ -64,6 +65,16 @@ class Features(NamedTuple):
     tokens: Tensor
     losses: list[Tensor]
     active: Tensor | None
+    rows: Sequence[Callable[[], Tensor] | None] = ()  # of every reduction
+
+    def whole(self) -> Tensor | None:
+        """A copy of each token at all positions that it stands for, (B, N0, D); None where tokens are dropped."""
+        at: Tensor | None = None
+        for rows in self.rows:
+            if rows is None:
+                return None
+            at = rows() if at is None else rows().gather(1, at)
+        return self.tokens if at is None else take(self.tokens, at)
 
 
 class Reducer(nn.Module, ABC):
@@ -148,6 +159,7 @@ class Reduced(nn.Module):
         x, table = backbone.embed(images)
         rope, prefix, losses = table, backbone.num_prefix_tokens, []
         pruned: list[tuple[Tensor, Tensor]] = []
+        rows: list[Callable[[], Tensor] | None] = []
         reducers: Any = dict(self.reducers.items())
         users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
         side = backbone.config.patch_size
@@ -164,6 +176,7 @@ class Reduced(nn.Module):
             x, reduction = run_block(block, x, rope, prefix, context, reducer, self.counts[layer] if reducer else 0)
             if reduction is None:
                 continue
+            rows.append(reduction.rows)
             losses += [] if reduction.loss is None else [reduction.loss]
             before, positions = context.positions, context.positions
             if reduction.idx is not None:
@@ -171,14 +184,14 @@ class Reduced(nn.Module):
             elif table is not None:
                 raise ValueError(f"{type(reducer).__name__} mixes tokens: they have no rotary positions")
             if reduction.pruned is not None:
-                tokens, rows = reduction.pruned
-                pruned.append((tokens, rows if before is None else before.gather(1, rows)))
+                tokens, idx = reduction.pruned
+                pruned.append((tokens, idx if before is None else before.gather(1, idx)))
             if table is not None:
                 rope = rope_at(table, positions, prefix)
             sizes = reduction.sizes
             logarithms = None if sizes is None or not reducer.proportional else sizes.clamp_min(_PADDING).log()
             context = context._replace(positions=positions, sizes=sizes, log_sizes=logarithms, active=reduction.active)
-        return Features(backbone.norm(x), losses, context.active)
+        return Features(backbone.norm(x), losses, context.active, rows)
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:

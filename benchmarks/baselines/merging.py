@@ -146,7 +146,8 @@ class ATC(Reducer):
         keys = unit_keys(context, num_prefix)
         patches = keys.shape[1]
         row, column = torch.triu_indices(patches, patches, 1, device=x.device)
-        pairwise = (1 - keys @ keys.transpose(1, 2))[:, row, column].double().cpu().numpy()
+        cosine = (keys @ keys.transpose(1, 2)).flatten(1).index_select(1, row * patches + column)
+        pairwise = (1 - cosine).double().cpu().numpy()
         parts = zip(*(self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise))
         kept, moved, target = (torch.from_numpy(np.stack(part)).to(x.device) for part in parts)
         return absorb(x, context, behind_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)

@@ -65,11 +65,12 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
     merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
     sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
+    num_odd = odd.shape[1]
 
-    def rows() -> Tensor:
-        all_odd = torch.arange(odd_prefix, odd.shape[1], device=x.device).expand(len(x), -1)
+    def rows() -> Tensor:  # keeps no tokens alive
+        all_odd = torch.arange(odd_prefix, num_odd, device=stays.device).expand(len(stays), -1)
         kept = torch.cat([behind_prefix(2 * stays - num_prefix, num_prefix), 2 * all_odd + 1], 1)
-        return rows_of(kept, 2 * goes, target + kept.shape[1] - odd.shape[1])
+        return rows_of(kept, 2 * goes, target + kept.shape[1] - num_odd)
 
     return Reduction(merged / sizes.unsqueeze(-1).to(x.dtype), sizes=sizes, rows=rows)
 

@@ -56,7 +56,7 @@ class Reduction(NamedTuple):
     sizes: Tensor | None = None  # (B, K), as in Context
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # to be added to that of the network
-    rows: Callable[[], Tensor] | None = None  # (B, N), for who asks: the row in which each is, where all are in one
+    rows: Callable[[], Tensor] | None = None  # for who asks: (B, N), the row in which each token is; None: not all are
 
 
 class Features(NamedTuple):

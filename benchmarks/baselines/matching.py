@@ -46,10 +46,10 @@ class ATM(Reducer):
     """Pairs merge that lose least by it: n m / (n + m) (1 - cosine of the keys), n and m their sizes, as Ward has it.
 
     In the first half of the blocks even patches merge into odd ones, as in ToMe; later the smaller half of the patches
-    into the larger half ("size-distinctive"). Source: Lee and Choi 2025 (arXiv 2505.15160). Theirs is that sizes count
-    in the loss and, late in the network, in the halves. Ours is what their code, which is not public, may have
-    otherwise: the weight is Ward's, the halves change in the middle, and as many tokens merge as the schedule says,
-    where theirs are all those above a threshold of each layer.
+    into the larger half. Source: Lee and Choi 2025 (arXiv 2505.15160), without code of theirs. Theirs is that the
+    choice of pairs weighs sizes too, late in the network above all. Ours, which theirs may have otherwise: the weight
+    is Ward's, and counts in all blocks; the halves change in the middle of the network, and the smaller one goes; and
+    as many tokens merge as the schedule says, where theirs are all that are above a threshold of the layer.
 
     Args:
         distinctive: False: even and odd in all blocks, so that Ward's weight is all that ToMe has not.

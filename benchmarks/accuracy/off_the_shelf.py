@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import agreement, calibrated, log_probabilities, percent_equal
+from benchmarks.accuracy.agreement import agreement, answers, calibrated, percent_equal, relative_error
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.baselines.matching import CroprMerge
 from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import OFF_THE_SHELF, SYSTEMS
 from benchmarks.models.deployment import deploy, pruned, unpruned
@@ -34,15 +35,24 @@ MERGES = {
     "merge, sizes do not protect": cropr.Merge(size_weight=0),
     "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
 }
-METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES]
+# Cropr's merge step by step, with other weights. Its speed is not that of the engine.
+EXPERIMENTS: dict[str, dict[str, bool]] = {
+    "merge, Ward's loss": {"ward": True},
+    "merge, norms kept": {"keep_norms": True},
+}
+METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES, *EXPERIMENTS]
 
 
 def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Tensor]:
     """A method at a rate; `model` holds the calibrated queries."""
     depth, tokens = len(base.blocks), base.num_prefix_tokens + base.grid**2
+    counts = cropr.Schedule(rate=rate).counts(tokens, depth, base.num_prefix_tokens)
     if name in SYSTEMS:
-        counts = cropr.Schedule(rate=rate).counts(tokens, depth, base.num_prefix_tokens)
         return Reduced(base, SYSTEMS[name], counts).eval()
+    if name in EXPERIMENTS:
+        queries = (module.query() for module in model.cropr)
+        options = EXPERIMENTS[name]
+        return Reduced(base, lambda *_: CroprMerge(next(queries), cropr.Merge(), **options), counts).eval()
     if name in MERGES:
         merging = pruned(base, rate=rate, merge=MERGES[name])
         merging.cropr.load_state_dict(model.cropr.state_dict())
@@ -61,12 +71,15 @@ def compare(options: argparse.Namespace, base: Any, classes: list[str]) -> None:
         images, names = read_photos(options.data / DATA[data], VAL, options.photos, seed)
         target = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
         known = bool((target >= 0).all())  # the model's head knows the classes of Tiny-ImageNet alone
-        expected, model = log_probabilities(base, images), calibrated(base, calibration)
+        (expected, whole), model = answers(base, images), calibrated(base, calibration)
         for cell in tqdm(of_seed, desc=f"{data}, seed {seed}", mininterval=5):
             _, _, rate, name = cell
-            got = log_probabilities(build(base, model, name, rate), images)
+            got, tokens = answers(build(base, model, name, rate), images)
             same, divergence = agreement(got, expected)
             row = dict(zip(results.keys, cell)) | {"agreement": round(same, 2), "KL": round(divergence, 4)}
+            if tokens is not None and whole is not None:  # a method that covers all positions
+                prefix = base.num_prefix_tokens
+                row["features"] = round(relative_error(tokens[:, prefix:], whole[:, prefix:]), 4)
             if known:
                 row["top-1"] = round(percent_equal(got.argmax(1), target), 2)
                 row["top-1 unpruned"] = round(percent_equal(expected.argmax(1), target), 2)

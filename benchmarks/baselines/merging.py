@@ -1,11 +1,16 @@
-"""Ways to merge tokens by likeness: ToMe, DPC-KNN."""
+"""Ways to merge tokens by likeness: ToMe, and into clusters DPC-KNN and ATC."""
 
+from typing import Literal
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.baselines.matching import absorb, behind_prefix, rows_of, unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction
 from benchmarks.baselines.selection import distances
+from cropr_kernels.utils.optional import need
 
 ops = torch.ops.cropr
 
@@ -34,15 +39,14 @@ class ToMe(Reducer):
                 f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
             )
         merge = merge_fused if self.fused else merge_pairs
-        merged, sizes = merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
-        return Reduction(merged, sizes=sizes)
+        return merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
 
 
-def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
     """One bipartite merge of x (B, N, D): `count` even tokens go into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; and their sizes, float32.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and rows.
     """
     metric = F.normalize(metric, dim=-1)
     even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
@@ -61,19 +65,26 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
     merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
     sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
-    return merged / sizes.unsqueeze(-1).to(x.dtype), sizes
+    num_odd = odd.shape[1]
+
+    def rows() -> Tensor:  # keeps no tokens alive
+        all_odd = torch.arange(odd_prefix, num_odd, device=stays.device).expand(len(stays), -1)
+        kept = torch.cat([behind_prefix(2 * stays - num_prefix, num_prefix), 2 * all_odd + 1], 1)
+        return rows_of(kept, 2 * goes, target + kept.shape[1] - num_odd)
+
+    return Reduction(merged / sizes.unsqueeze(-1).to(x.dtype), sizes=sizes, rows=rows)
 
 
-def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, and their sizes."""
+def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
+    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, their sizes, and rows."""
     batch, tokens, _ = x.shape
     positions = torch.arange(tokens, device=x.device)
     stays = positions % 2 == 1
     stays[:num_prefix] = True
     odd, even = (positions[mask].expand(batch, -1) for mask in (stays, ~stays))
     sizes = x.new_ones(batch, tokens, dtype=torch.float32) if sizes is None else sizes
-    merged, _, _, sizes, _ = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
-    return merged, sizes
+    merged, _, _, sizes, dest = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
+    return Reduction(merged, sizes=sizes, rows=lambda: dest)
 
 
 class DPCKNN(Reducer):
@@ -100,7 +111,8 @@ class DPCKNN(Reducer):
         weight = torch.ones_like(patches[..., :1]) if self.score is None else self.score(patches).exp()
         mass = x.new_zeros(batch * count, dim).index_add(0, rows, (patches * weight).flatten(0, 1).type_as(x))
         total = x.new_zeros(batch * count, 1).index_add(0, rows, weight.flatten(0, 1).type_as(x))
-        return Reduction(torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1))
+        means = torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1)
+        return Reduction(means, rows=lambda: behind_prefix(cluster, num_prefix))
 
     def clusters(self, pairwise: Tensor, count: int) -> Tensor:
         """Of points with distances (B, N, N): the cluster of each, (B, N) from 0 to count - 1."""
@@ -113,3 +125,44 @@ class DPCKNN(Reducer):
         centres = (density + delta.log()).topk(count, dim=1).indices.sort(1).values
         cluster = ops.gather(pairwise, centres).argmin(1)
         return cluster.scatter(1, centres, torch.arange(count, device=pairwise.device).expand(batch, -1))
+
+
+class ATC(Reducer):
+    """Agglomerative clusters of the keys, by 1 - cosine, become their means: the closest two until num_keep are left.
+
+    SciPy clusters on the host, one image after the other. Source: Haurum et al. 2024 (arXiv 2409.11923).
+
+    Args:
+        linkage: how far clusters are from one another: the mean, largest or smallest distance of their members.
+    """
+
+    needs = frozenset({"keys"})
+    place = "attention"
+
+    def __init__(self, linkage: Literal["average", "complete", "single"] = "average"):
+        super().__init__()
+        self.linkage = linkage
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        keys = unit_keys(context, num_prefix)
+        patches = keys.shape[1]
+        row, column = torch.triu_indices(patches, patches, 1, device=x.device)
+        cosine = (keys @ keys.transpose(1, 2)).flatten(1).index_select(1, row * patches + column)
+        pairwise = (1 - cosine).double().cpu().numpy()
+        parts = zip(*(self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise))
+        kept, moved, target = (torch.from_numpy(np.stack(part)).to(x.device) for part in parts)
+        return absorb(x, context, behind_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
+
+    def clusters(self, pairwise: np.ndarray, points: int, merges: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of points with distances (pairs,): the first of each cluster, all others, and the cluster of each of these.
+
+        The tree is cut after so many merges: a threshold would leave fewer clusters where distances are equal.
+        """
+        hierarchy = need("scipy.cluster.hierarchy", "demo", "ATC")
+        tree = hierarchy.linkage(pairwise, self.linkage)[:merges, :2].astype(np.int64)
+        root = np.arange(points + merges)
+        for node in reversed(range(merges)):
+            root[tree[node]] = root[points + node]
+        _, first, cluster = np.unique(root[:points], return_index=True, return_inverse=True)
+        others = np.delete(np.arange(points), first)
+        return first, others, cluster[others]

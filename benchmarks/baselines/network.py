@@ -15,7 +15,7 @@ from cropr_kernels.models.blocks import project_heads, proportional_attention, r
 from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
-Need = Literal["attention", "class row", "keys", "values", "patches"]
+Need = Literal["attention", "class row", "keys", "values", "patches", "update"]
 _PADDING = 1e-30  # what a size of 0 is taken for, so that its logarithm is finite; the weight is 0 all the same
 
 
@@ -31,6 +31,8 @@ class Context(NamedTuple):
     sizes: Tensor | None = None  # (B, N) float32: how many tokens each stands for, 0 for padding; None: one
     log_sizes: Tensor | None = None  # (B, N) float32, where attention weighs tokens by their sizes
     active: Tensor | None = None  # (B, N) of 0 and 1, with gradient, where training masks tokens and drops none
+    update: Tensor | None = None  # (B, N, D): what the MLP adds to the tokens
+    depth: float = 0.0  # of all blocks, the share that comes before this one
 
     def need(self, name: str) -> Tensor:
         """What a reducer asked for.
@@ -54,6 +56,7 @@ class Reduction(NamedTuple):
     sizes: Tensor | None = None  # (B, K), as in Context
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # to be added to that of the network
+    rows: Callable[[], Tensor] | None = None  # for who asks: (B, N), the row in which each token is; None: not all are
 
 
 class Features(NamedTuple):
@@ -62,6 +65,16 @@ class Features(NamedTuple):
     tokens: Tensor
     losses: list[Tensor]
     active: Tensor | None
+    rows: Sequence[Callable[[], Tensor] | None] = ()  # of every reduction
+
+    def whole(self) -> Tensor | None:
+        """A copy of each token at all positions that it stands for, (B, N0, D); None where tokens are dropped."""
+        at: Tensor | None = None
+        for rows in self.rows:
+            if rows is None:
+                return None
+            at = rows() if at is None else rows().gather(1, at)
+        return self.tokens if at is None else take(self.tokens, at)
 
 
 class Reducer(nn.Module, ABC):
@@ -146,6 +159,7 @@ class Reduced(nn.Module):
         x, table = backbone.embed(images)
         rope, prefix, losses = table, backbone.num_prefix_tokens, []
         pruned: list[tuple[Tensor, Tensor]] = []
+        rows: list[Callable[[], Tensor] | None] = []
         reducers: Any = dict(self.reducers.items())
         users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
         side = backbone.config.patch_size
@@ -158,9 +172,11 @@ class Reduced(nn.Module):
             if reducer is None and context.log_sizes is None and context.active is None:
                 x = block(x, rope=rope)
                 continue
+            context = context._replace(depth=layer / len(backbone.blocks))
             x, reduction = run_block(block, x, rope, prefix, context, reducer, self.counts[layer] if reducer else 0)
             if reduction is None:
                 continue
+            rows.append(reduction.rows)
             losses += [] if reduction.loss is None else [reduction.loss]
             before, positions = context.positions, context.positions
             if reduction.idx is not None:
@@ -168,14 +184,14 @@ class Reduced(nn.Module):
             elif table is not None:
                 raise ValueError(f"{type(reducer).__name__} mixes tokens: they have no rotary positions")
             if reduction.pruned is not None:
-                tokens, rows = reduction.pruned
-                pruned.append((tokens, rows if before is None else before.gather(1, rows)))
+                tokens, idx = reduction.pruned
+                pruned.append((tokens, idx if before is None else before.gather(1, idx)))
             if table is not None:
                 rope = rope_at(table, positions, prefix)
             sizes = reduction.sizes
             logarithms = None if sizes is None or not reducer.proportional else sizes.clamp_min(_PADDING).log()
             context = context._replace(positions=positions, sizes=sizes, log_sizes=logarithms, active=reduction.active)
-        return Features(backbone.norm(x), losses, context.active)
+        return Features(backbone.norm(x), losses, context.active, rows)
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:
@@ -214,13 +230,14 @@ def run_block(
                 raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
             q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
-    update = block.attn.proj(heads.transpose(1, 2).flatten(2))
-    x = x + block.drop_path1(block.ls1(update))
+    x = x + block.drop_path1(block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2))))
     if reducer is not None and reducer.place == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    update = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    x = x + update
     if reducer is not None and reducer.place == "block":
+        context = context._replace(update=update if "update" in needs else None)
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
     return x, reduction

@@ -7,9 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.baselines.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
-from benchmarks.baselines.merging import DPCKNN, ToMe
+from benchmarks.baselines.matching import ATM, PiToMe
+from benchmarks.baselines.merging import ATC, DPCKNN, ToMe
 from benchmarks.baselines.network import Make
-from benchmarks.baselines.selection import ATS, AttentionTopK, EViT, FeatureVariance, KMedoids, PixelVariance, Random
+from benchmarks.baselines.selection import (
+    ATS,
+    SAINT,
+    AttentionTopK,
+    EViT,
+    FeatureVariance,
+    KMedoids,
+    PixelVariance,
+    Random,
+    RepresentationShift,
+)
 
 Schedule = Literal["dec, LLF", "dec", "const", "const, LLF"]  # in the order of the table
 # By depth. The paper's rate at 24 blocks; at 12 the rates at which the accuracy benchmarks train.
@@ -104,6 +115,18 @@ BASELINES = (
         trained=("dec",),
     ),
     Baseline(
+        "representation shift",
+        lambda dim, kept, patches: RepresentationShift(),
+        "pruning",
+        "those to which the MLP adds most",
+    ),
+    Baseline(
+        "SAINT",
+        lambda dim, kept, patches: SAINT(),
+        "pruning",
+        "odd patches, and even ones that are like few odd ones",
+    ),
+    Baseline(
         "DPC-KNN",
         lambda dim, kept, patches: DPCKNN(),
         "merging",
@@ -142,6 +165,52 @@ BASELINES = (
         "merging",
         "",
         timed={"dec": None},
+        variant=True,
+    ),
+    Baseline(
+        "PiToMe",
+        lambda dim, kept, patches: PiToMe(),
+        "merging",
+        "those that are like many others merge in pairs",
+    ),
+    Baseline(
+        "PiToMe, plain attention",
+        lambda dim, kept, patches: PiToMe(proportional=False),
+        "merging",
+        "",
+        variant=True,
+    ),
+    Baseline(
+        "ATM",
+        lambda dim, kept, patches: ATM(),
+        "merging",
+        "the most similar, smaller ones first, merge in pairs; late in the network small ones into large ones",
+    ),
+    Baseline(
+        "ATM, even and odd",
+        lambda dim, kept, patches: ATM(distinctive=False),
+        "merging",
+        "",
+        variant=True,
+    ),
+    Baseline(
+        "ATC",
+        lambda dim, kept, patches: ATC(),
+        "merging",
+        "means of agglomerative clusters",
+    ),
+    Baseline(
+        "ATC, complete linkage",
+        lambda dim, kept, patches: ATC("complete"),
+        "merging",
+        "",
+        variant=True,
+    ),
+    Baseline(
+        "ATC, single linkage",
+        lambda dim, kept, patches: ATC("single"),
+        "merging",
+        "",
         variant=True,
     ),
     Baseline(

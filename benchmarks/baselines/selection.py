@@ -1,9 +1,11 @@
-"""Ways to choose the tokens that stay: random, variance, attention top-k, EViT, ATS, k-medoids."""
+"""Ways to choose the tokens that stay: random, variance, attention top-k, representation shift, SAINT,
+EViT, ATS, k-medoids."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.baselines.matching import unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction, Selector, take
 
 ops = torch.ops.cropr
@@ -52,6 +54,49 @@ class AttentionTopK(Selector):
 
     def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
         return context.need("class_row").mean(1)
+
+
+class RepresentationShift(Selector):
+    """Those stay to which the MLP adds most: the norm of its update. Source: Choi et al. 2025 (arXiv 2508.00367)."""
+
+    needs = frozenset({"update"})
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        return context.need("update").float().norm(dim=-1)
+
+
+class SAINT(Selector):
+    """Between attention and MLP those even patches go that are like many odd ones: redundant before unimportant.
+
+    A patch's score is the number of odd patches that are as like as the threshold, times exp(10 (their mean likeness -
+    threshold)); its mean likeness to all odd ones, if there is none. Likeness is the cosine of the keys. Those with the
+    highest go. How many is the schedule's; theirs differs by image. Tokens stay in order of position, where theirs puts
+    the odd ones behind the others. Source: Jeddi et al. 2025 (arXiv 2503.11549) and its code.
+    """
+
+    needs = frozenset({"keys"})
+    place = "attention"
+
+    def __init__(self, threshold: float = 0.75):
+        super().__init__()
+        self.threshold = threshold
+
+    def scores(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        keys = unit_keys(context, num_prefix)
+        cosine = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+        near = cosine >= self.threshold
+        count = near.sum(2)
+        likeness = (cosine * near).sum(2) / count.clamp_min(1)
+        redundant = torch.where(count > 0, count * (10 * (likeness - self.threshold)).exp(), cosine.mean(2))
+        scores = torch.full_like(x[..., 0], torch.inf, dtype=torch.float32)
+        scores[:, num_prefix::2] = -redundant.float()
+        return scores
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        most, count = (x.shape[1] - num_prefix + 1) // 2, x.shape[1] - num_keep
+        if count > most:
+            raise ValueError(f"SAINT: of {x.shape[1]} tokens at most {most} can go, not {count}")
+        return super().forward(x, context, num_keep, num_prefix)
 
 
 class EViT(Reducer):

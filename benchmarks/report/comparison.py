@@ -18,6 +18,7 @@ NEEDS = {
     "keys": "keys",
     "values": "values",
     "patches": "the input",
+    "update": "what the MLP adds",
 }
 
 
@@ -222,7 +223,10 @@ def plot_off_the_shelf() -> None:
             points = []
             for rate in sorted({row["rate"] for row in rows}):
                 own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-                points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
+                if own and (rate, method) in speed:
+                    points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
+            if not points:  # not measured yet
+                continue
             bold = {"linewidth": 2.4} if method == "merge" else {"linewidth": 1.2, "alpha": 0.8}
             axis.plot(*zip(*points), marker="o", markersize=4, label=LABELS.get(method, method).strip("*"), **bold)
         axis.set_title(name, fontsize=10)

@@ -9,7 +9,7 @@ from helpers.models import randomise, reference_vit
 import cropr_kernels as cropr
 from benchmarks.baselines.learned import ReducedClassifier
 from benchmarks.baselines.network import Context, Reduced, Selector, attention_of, patches_of
-from benchmarks.baselines.registry import SYSTEMS
+from benchmarks.baselines.registry import BASELINES, SYSTEMS
 from benchmarks.baselines.selection import EViT
 
 
@@ -39,6 +39,32 @@ def test_they_keep_as_many_tokens_as_the_schedule_says(name):
     with torch.no_grad():
         network(torch.randn(2, 3, 64, 64))
     assert seen == [65, *counts_for(name)]
+
+
+@pytest.mark.parametrize("name", [baseline.name for baseline in BASELINES if baseline.kind == "merging"])
+@pytest.mark.parametrize("prefix", [1, 2, 3])
+@pytest.mark.parametrize("depth", [0.0, 0.75])
+def test_tokens_that_merge_are_the_means_of_those_whose_row_they_are(depth, prefix, name):
+    x = torch.randn(3, TOKENS, DIM)
+    context = context_of(x, prefix, None if name == "DPC-KNN" else torch.randint(1, 5, (3, TOKENS)).float(), depth)
+    reduction = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix)(x, context, KEEP, prefix)
+    sizes = torch.ones(3, TOKENS) if context.sizes is None else context.sizes
+    mass = F.one_hot(reduction.rows(), KEEP).float() * sizes.unsqueeze(2)
+    total = mass.sum(1)
+    torch.testing.assert_close(reduction.tokens, mass.transpose(1, 2) @ x / total.unsqueeze(2))
+    assert name == "DPC-KNN" or torch.equal(reduction.sizes, total)
+
+
+def test_a_network_whose_tokens_merge_covers_all_positions():
+    images = torch.randn(2, 3, 64, 64)
+    for name, covers in [("ToMe", True), ("ToMe, fused", True), ("PiToMe", True), ("ATC", True), ("SAINT", False)]:
+        with torch.no_grad():
+            features = make(name).run(images)
+        whole = features.whole()
+        assert (whole is not None) == covers
+        if whole is not None:
+            assert whole.shape[1] == 65 and torch.equal(whole[:, 0], features.tokens[:, 0])
+            assert len(torch.unique(whole[0], dim=0)) == COUNTS[-1]
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

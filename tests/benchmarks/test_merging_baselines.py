@@ -1,11 +1,13 @@
 """Baselines that merge tokens are what their papers say: each against a slow, obvious version."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.baselines import DIM, KEEP, TOKENS, context_of
 
-from benchmarks.baselines.merging import DPCKNN, merge_fused, merge_pairs
+from benchmarks.baselines.merging import ATC, DPCKNN, merge_fused, merge_pairs
 
 
 def slow_density_peaks(points, count, neighbours):
@@ -70,7 +72,8 @@ def slow_pairs(x, metric, sizes, count, prefix):
 def test_tome_merges_the_most_similar_pairs(prefix, merge):
     x, metric = torch.randn(3, 31, 8, dtype=torch.float64), torch.randn(3, 31, 5, dtype=torch.float64)
     sizes = torch.randint(1, 4, (3, 31)).float()
-    merged, total = merge(x, metric, sizes, 6, prefix)
+    reduction = merge(x, metric, sizes, 6, prefix)
+    merged, total = reduction.tokens, reduction.sizes
     for b in range(3):
         order, expected, expected_total = slow_pairs(x[b], metric[b], sizes[b].double(), 6, prefix)
         if merge is merge_fused:  # in order of position
@@ -81,3 +84,50 @@ def test_tome_merges_the_most_similar_pairs(prefix, merge):
     torch.testing.assert_close(
         (merged * total.double().unsqueeze(-1)).sum(1), (x * sizes.double().unsqueeze(-1)).sum(1)
     )
+
+
+def slow_agglomerative(keys, count, linkage):
+    """Groups of points, one by one: the two groups closest to one another become one."""
+    groups = [[i] for i in range(len(keys))]
+    reduce = {"average": lambda all: sum(all) / len(all), "complete": max, "single": min}[linkage]
+
+    def apart(pair):
+        return reduce([1 - F.cosine_similarity(keys[i], keys[j], dim=0).item() for i in pair[0] for j in pair[1]])
+
+    while len(groups) > count:
+        pairs = [(groups[i], groups[j]) for i in range(len(groups)) for j in range(i)]
+        first, second = min(pairs, key=apart)
+        groups = [group for group in groups if group not in (first, second)] + [first + second]
+    return groups
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_atc_merges_the_closest_clusters(prefix, linkage):
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    context = context_of(x, prefix, torch.randint(1, 5, (2, TOKENS)).float())
+    reduction = ATC(linkage)(x, context, KEEP, prefix)
+    for b in range(2):
+        sizes, expected, totals = context.sizes[b].double(), [], []
+        groups = slow_agglomerative(context.keys[b].mean(0)[prefix:], KEEP - prefix, linkage)
+        for group in [[i] for i in range(prefix)] + [[i + prefix for i in group] for group in groups]:
+            totals.append(sizes[group].sum())
+            expected.append((x[b, group] * sizes[group].unsqueeze(1)).sum(0) / totals[-1])
+        expected, totals = torch.stack(expected), torch.stack(totals)
+        order, back = reduction.tokens[b, :, 0].argsort(), expected[:, 0].argsort()
+        torch.testing.assert_close(reduction.tokens[b, order], expected[back])
+        torch.testing.assert_close(reduction.sizes[b, order].double(), totals[back])
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_atc_of_equal_tokens_leaves_as_many_clusters(linkage):
+    x = torch.ones(1, TOKENS, DIM)
+    reduction = ATC(linkage)(x, context_of(x)._replace(keys=torch.ones(1, 2, TOKENS, 4)), KEEP, 1)
+    assert torch.equal(reduction.tokens, x[:, :KEEP]) and reduction.sizes.sum() == TOKENS
+
+
+def test_atc_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
+    x = torch.randn(1, TOKENS, DIM)
+    with pytest.raises(ImportError, match=r"ATC needs scipy: pip install scipy \(all of its kind: the extra \[demo\]"):
+        ATC()(x, context_of(x), KEEP, 1)

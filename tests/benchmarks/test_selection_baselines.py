@@ -1,13 +1,16 @@
 """Baselines that choose tokens are what their papers say: each against a slow, obvious version."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.baselines import DIM, HEADS, KEEP, TOKENS, context_of, make
 from helpers.models import randomise, reference_vit
 
 from benchmarks.baselines.network import Context, Reduced
 from benchmarks.baselines.registry import SYSTEMS
-from benchmarks.baselines.selection import ATS, EViT, KMedoids
+from benchmarks.baselines.selection import ATS, SAINT, EViT, KMedoids
 from cropr_kernels.models.blocks import project_heads
 
 
@@ -41,6 +44,60 @@ def test_pixel_variance_follows_the_patches_through_all_layers():
     )
     expected = variance.topk(30).indices.sort(1).values + 1
     assert torch.equal(active[:, 1:], expected) and (active[:, 0] == 0).all()
+
+
+def test_representation_shift_keeps_what_the_mlp_changes_most():
+    model = randomise(reference_vit(depth=2, init_values=0.1)).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        first, (x, _) = model.blocks[0], model.embed(images)
+        after = first(x)
+        shift = (after - x - first.ls1(first.attn(first.norm1(x)))).norm(dim=2)
+        shift[:, 0] = torch.inf
+        kept = shift.topk(20).indices.sort(1).values
+        x = model.blocks[1](after.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2])))
+        network = Reduced(model, SYSTEMS["representation shift"], [20])
+        torch.testing.assert_close(network(images), model.forward_head(model.norm(x)))
+
+
+def slow_saint(cosine, evens, odds, threshold):
+    """The even patches, those first that are like most odd ones."""
+    scores = {}
+    for i in evens:
+        all_odd = [cosine(i, j) for j in odds]
+        near = [value for value in all_odd if value >= threshold]
+        alone = sum(all_odd) / len(all_odd)
+        scores[i] = len(near) * math.exp(10 * (sum(near) / len(near) - threshold)) if near else alone
+    return sorted(evens, key=lambda i: -scores[i])
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.75, 2.0])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_saint_drops_even_patches_that_are_like_odd_ones(prefix, threshold):
+    x = torch.randn(3, TOKENS, DIM)
+    context = context_of(x, prefix)
+    reduction = SAINT(threshold)(x, context, KEEP, prefix)
+    for b in range(3):
+        keys = context.keys[b].double().mean(0)
+        goes = slow_saint(
+            lambda i, j, keys=keys: F.cosine_similarity(keys[i], keys[j], dim=0).item(),
+            range(prefix, TOKENS, 2),
+            range(prefix + 1, TOKENS, 2),
+            threshold,
+        )[: TOKENS - KEEP]
+        assert reduction.idx[b].tolist() == [i for i in range(TOKENS) if i not in goes]
+        assert torch.equal(reduction.tokens[b], x[b, reduction.idx[b]])
+
+
+def test_saint_restores_what_it_dropped_and_drops_half_at_most():
+    network = Reduced(randomise(reference_vit()), SYSTEMS["SAINT"], [50, 40, 40], llf=True).eval()
+    seen = []
+    network.backbone.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    with torch.no_grad():
+        network(torch.randn(2, 3, 64, 64))
+    assert seen[0][1] == 65
+    with pytest.raises(ValueError, match="SAINT: of 65 tokens at most 32 can go, not 35"):
+        Reduced(reference_vit(), SYSTEMS["SAINT"], [30])(torch.randn(1, 3, 64, 64))
 
 
 def test_evit_fuses_pruned_tokens_by_attention():

@@ -18,9 +18,10 @@ def make(name, **options):
     return Reduced(randomise(reference_vit(**options)), SYSTEMS[name], counts_for(name)).eval()
 
 
-def context_of(x, prefix=1, sizes=None):
-    """Everything a reducer may ask for."""
+def context_of(x, prefix=1, sizes=None, depth=0.0):
+    """Everything a reducer may ask for, in a block before which there is this share of all."""
     batch, tokens, _ = x.shape
     q, k, v = (torch.randn(batch, HEADS, tokens, 4, dtype=x.dtype) for _ in range(3))
     attention = (q @ k.transpose(2, 3)).softmax(-1).to(x.dtype)
-    return Context(attention, attention[:, :, 0], k, v, torch.randn(batch, tokens - prefix, 12), None, sizes)
+    patches, update = torch.randn(batch, tokens - prefix, 12), torch.randn_like(x)
+    return Context(attention, attention[:, :, 0], k, v, patches, sizes=sizes, update=update, depth=depth)

@@ -1,0 +1,34 @@
+"""The comparison without training: every method is built, and its answers are those of its forward."""
+
+import pytest
+import torch
+from helpers.models import randomise, reference_vit
+
+import cropr_kernels as cropr
+from benchmarks.accuracy.agreement import answers, calibrated, relative_error
+from benchmarks.accuracy.off_the_shelf import EXPERIMENTS, MERGES, METHODS, build
+from benchmarks.baselines.registry import BASELINES
+
+MERGING = {one.name for one in BASELINES if one.kind == "merging"} | {*MERGES, *EXPERIMENTS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_those_of_the_forward_and_whole_where_tokens_merge(name):
+    base, images = randomise(reference_vit()).eval().requires_grad_(False), torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        method = build(base, calibrated(base, images), name, 9)
+        torch.manual_seed(0)
+        expected = method(images).log_softmax(1)
+        torch.manual_seed(0)
+        got, tokens = answers(method, images)
+    torch.testing.assert_close(got, expected)
+    assert (tokens is not None) == (name in MERGING)
+    if tokens is not None:
+        assert tokens.shape == (4, 65, base.embed_dim)
+        assert len(torch.unique(tokens[0], dim=0)) == cropr.Schedule(rate=9).counts(65, 4, 1)[-1]
+
+
+def test_an_error_of_one_is_that_of_the_mean():
+    tokens = torch.randn(5, 7, 3) * 4 + 2
+    assert relative_error(tokens, tokens) == 0
+    assert relative_error(tokens.mean((0, 1)).expand_as(tokens), tokens) == pytest.approx(1, rel=1e-5)

@@ -17,14 +17,15 @@ class ToMe(Reducer):
         proportional: log(size) on the attention logits, as ToMe has it off the shelf.
         fused: one call of `cropr::merge` does it. Tokens then stay in order of position, where ToMe puts the odd ones
             behind the others, so that the next block pairs other tokens.
+        traced: say where tokens went, for maps of all positions; nobody who measures time asks for it.
     """
 
     needs = frozenset({"keys"})
     place = "attention"
 
-    def __init__(self, *, proportional: bool = True, fused: bool = False):
+    def __init__(self, *, proportional: bool = True, fused: bool = False, traced: bool = False):
         super().__init__()
-        self.proportional, self.fused = proportional, fused
+        self.proportional, self.fused, self.traced = proportional, fused, traced
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         tokens = x.shape[1]
@@ -34,15 +35,19 @@ class ToMe(Reducer):
                 f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
             )
         merge = merge_fused if self.fused else merge_pairs
-        merged, sizes = merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
-        return Reduction(merged, sizes=sizes)
+        count, metric = tokens - num_keep, context.need("keys").mean(1)
+        merged, sizes, dest = merge(x, metric, context.sizes, count, num_prefix, self.traced)
+        return Reduction(merged, sizes=sizes, dest=dest)
 
 
-def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def merge_pairs(
+    x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int, traced: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """One bipartite merge of x (B, N, D): `count` even tokens go into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; and their sizes, float32.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32; and, if traced, the row
+        of them into which each token went, (B, N).
     """
     metric = F.normalize(metric, dim=-1)
     even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
@@ -61,19 +66,27 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
     merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
     sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
-    return merged / sizes.unsqueeze(-1).to(x.dtype), sizes
+    dest = None
+    if traced:
+        before = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        order = torch.cat([before[:, :num_prefix], 2 * stays, before[:, 1::2][:, odd_prefix:]], 1)
+        dest = before.scatter(1, order, before[:, : order.shape[1]])
+        dest = dest.scatter(1, 2 * goes, dest.gather(1, 2 * target + 1))
+    return merged / sizes.unsqueeze(-1).to(x.dtype), sizes, dest
 
 
-def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, and their sizes."""
+def merge_fused(
+    x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int, traced: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, and the rest as above."""
     batch, tokens, _ = x.shape
     positions = torch.arange(tokens, device=x.device)
     stays = positions % 2 == 1
     stays[:num_prefix] = True
     odd, even = (positions[mask].expand(batch, -1) for mask in (stays, ~stays))
     sizes = x.new_ones(batch, tokens, dtype=torch.float32) if sizes is None else sizes
-    merged, _, _, sizes, _ = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
-    return merged, sizes
+    merged, _, _, sizes, dest = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
+    return merged, sizes, dest if traced else None
 
 
 class DPCKNN(Reducer):

@@ -52,6 +52,7 @@ class Reduction(NamedTuple):
     pruned: tuple[Tensor, Tensor] | None = None  # pruned tokens (B, N - K, D) and their rows, where asked for
     weights: Tensor | None = None  # (B, K - P, N - P): what patch tokens were mixed by, where that is at hand
     sizes: Tensor | None = None  # (B, K), as in Context
+    dest: Tensor | None = None  # (B, N): the row of `tokens` that each token went into, where tokens merge in whole
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # to be added to that of the network
 
@@ -62,6 +63,11 @@ class Features(NamedTuple):
     tokens: Tensor
     losses: list[Tensor]
     active: Tensor | None
+    places: Tensor | None = None  # (B, N0), where tokens merged in whole: the row of `tokens` in which each token is
+
+    def whole(self) -> Tensor:
+        """Tokens of all positions, in order: a merged one is copied to all that it stands for."""
+        return self.tokens if self.places is None else ops.gather(self.tokens, self.places)
 
 
 class Reducer(nn.Module, ABC):
@@ -150,6 +156,7 @@ class Reduced(nn.Module):
         users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
         side = backbone.config.patch_size
         context = Context(patches=users[0].prepare(patches_of(images, side)) if users else None)
+        places: Tensor | None = None
         for layer, block in enumerate(backbone.blocks):
             if pruned and layer == len(backbone.blocks) - 1:
                 x = ops.restore(x, context.positions, *(torch.cat(parts, 1) for parts in zip(*pruned)))
@@ -162,6 +169,8 @@ class Reduced(nn.Module):
             if reduction is None:
                 continue
             losses += [] if reduction.loss is None else [reduction.loss]
+            if reduction.dest is not None:
+                places = reduction.dest if places is None else reduction.dest.gather(1, places)
             before, positions = context.positions, context.positions
             if reduction.idx is not None:
                 positions = reduction.idx if before is None else before.gather(1, reduction.idx)
@@ -175,7 +184,7 @@ class Reduced(nn.Module):
             sizes = reduction.sizes
             logarithms = None if sizes is None or not reducer.proportional else sizes.clamp_min(_PADDING).log()
             context = context._replace(positions=positions, sizes=sizes, log_sizes=logarithms, active=reduction.active)
-        return Features(backbone.norm(x), losses, context.active)
+        return Features(backbone.norm(x), losses, context.active, places)
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers.baselines import DIM, KEEP, TOKENS, context_of
 
-from benchmarks.baselines.merging import DPCKNN, merge_fused, merge_pairs
+from benchmarks.baselines.merging import DPCKNN, ToMe, merge_fused, merge_pairs
+from benchmarks.baselines.network import Reduced
+from cropr_kernels.models.vit import ViT, ViTConfig
 
 
 def slow_density_peaks(points, count, neighbours):
@@ -70,7 +72,11 @@ def slow_pairs(x, metric, sizes, count, prefix):
 def test_tome_merges_the_most_similar_pairs(prefix, merge):
     x, metric = torch.randn(3, 31, 8, dtype=torch.float64), torch.randn(3, 31, 5, dtype=torch.float64)
     sizes = torch.randint(1, 4, (3, 31)).float()
-    merged, total = merge(x, metric, sizes, 6, prefix)
+    merged, total, untraced = merge(x, metric, sizes, 6, prefix)
+    assert untraced is None
+    _, _, dest = merge(x, metric, sizes, 6, prefix, True)
+    went = F.one_hot(dest, 25).double() * sizes.double().unsqueeze(-1)
+    torch.testing.assert_close(went.transpose(1, 2) @ x / total.double().unsqueeze(-1), merged)
     for b in range(3):
         order, expected, expected_total = slow_pairs(x[b], metric[b], sizes[b].double(), 6, prefix)
         if merge is merge_fused:  # in order of position
@@ -81,3 +87,21 @@ def test_tome_merges_the_most_similar_pairs(prefix, merge):
     torch.testing.assert_close(
         (merged * total.double().unsqueeze(-1)).sum(1), (x * sizes.double().unsqueeze(-1)).sum(1)
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tome_copies_what_it_merged_to_all_places(fused):
+    config = ViTConfig(img_size=64, embed_dim=32, depth=4, num_heads=2, num_classes=0, reg_tokens=2)
+    vit = ViT(config).eval().requires_grad_(False)
+    vit.norm = torch.nn.Identity()
+    for block in vit.blocks:  # blocks change nothing: all that is left of ToMe is means
+        block.attn.proj.weight.zero_()
+        block.mlp.fc2.weight.zero_()
+    images = torch.randn(2, 3, 64, 64)
+    reduced = Reduced(vit, lambda *_: ToMe(fused=fused, traced=True), [15, 11, 8]).eval()
+    found = reduced.run(images)
+    x, _ = vit.embed(images)
+    together = F.one_hot(found.places, 8).float()
+    means = (together.transpose(1, 2) @ x) / together.sum(1).unsqueeze(-1)
+    torch.testing.assert_close(found.tokens, means)
+    torch.testing.assert_close(found.whole(), together @ means)

@@ -167,7 +167,7 @@ class Reduced(nn.Module):
         for layer, block in enumerate(backbone.blocks):
             if pruned and layer == len(backbone.blocks) - 1:
                 x = ops.restore(x, context.positions, *(torch.cat(parts, 1) for parts in zip(*pruned)))
-                rope, context = table, Context()
+                rope, context, rows = table, Context(), []
             reducer = reducers.get(str(layer))
             if reducer is None and context.log_sizes is None and context.active is None:
                 x = block(x, rope=rope)

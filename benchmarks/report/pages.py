@@ -1,11 +1,11 @@
 """Which page holds which sections."""
 
-from benchmarks.report import comparison, measured, readme, restoring, training
+from benchmarks.report import comparison, measured, readme, restoring, saliency, training
 from benchmarks.utils.results import DOCS, ROOT
 
 PAGES = {
     ROOT / "README.md": readme.SECTIONS,
     DOCS / "benchmarks.md": measured.SECTIONS | restoring.SECTIONS,
     DOCS / "training-results.md": training.SECTIONS,
-    DOCS / "comparison.md": comparison.SECTIONS,
+    DOCS / "comparison.md": comparison.SECTIONS | saliency.SECTIONS,
 }

@@ -10,7 +10,6 @@ off_the_shelf_speed.json. A run that is cut off goes on where it stopped.
 import argparse
 import itertools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import OFF_THE_SHELF, SYSTEMS
 from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.utils.results import RESULTS, Results, environment
-from benchmarks.utils.timing import in_turns, quantile, seconds_of
+from benchmarks.utils.timing import speed_up, timed
 
 MERGES = {
     "merge": cropr.Merge(),
@@ -88,24 +87,14 @@ def compare(options: argparse.Namespace, base: Any, classes: list[str]) -> None:
 
 def speed(options: argparse.Namespace, base: Any) -> None:
     """Every method at every rate against the unpruned model on the engine, in turns of one call in shuffled order."""
-    images = torch.randn(options.batch, 3, 224, 224)
-    model, rows = calibrated(base, torch.randn(8, 3, 224, 224)), []
+    model = calibrated(base, torch.randn(8, 3, 224, 224))
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
     models = {(rate, name): build(base, model, name, rate) for rate in options.rates for name in options.methods}
     models[0, "unpruned"] = unpruned(base)
-    with tqdm(total=(options.rounds + 2) * len(models), mininterval=5) as bar:
-
-        def turn(method: Callable[[Tensor], Tensor]) -> float:
-            bar.update()
-            return seconds_of(method, images)
-
-        turns = {cell: partial(turn, method) for cell, method in models.items()}
-        in_turns(turns, 2)  # warm up
-        times = in_turns(turns, options.rounds)
-    plain = quantile(times[0, "unpruned"], 0.5)
-    for (rate, name), own in times.items():
-        rows.append({"rate": rate, "method": name, "speed-up": round(plain / quantile(own, 0.5), 3)})
-        rows[-1]["p10 p90"] = [round(plain / quantile(own, q), 3) for q in (0.9, 0.1)]
+    times = timed(models, torch.randn(options.batch, 3, 224, 224), options.rounds)
+    rows = [
+        {"rate": rate, "method": name, **speed_up(times[0, "unpruned"], own)} for (rate, name), own in times.items()
+    ]
     Results(options.out, env).replace(rows)
 
 

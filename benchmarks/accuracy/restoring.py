@@ -1,11 +1,12 @@
 """How pruned tokens should be restored where nothing was trained for it: ways of Last Layer Fusion off the shelf.
 
-python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12 14 15 17]
+python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12 14 15 17] [--speed]
 
 FOLDER as in data.py. Each seed draws its own photos: as many to calibrate on, from the training
 split, as to compare on, from the validation split. Tokens are dropped or merged, by calibrated queries.
 Agreement, KL and features are with the unpruned model; features: squared error of the patch tokens behind the last norm
-over their variance about their mean. A run that is cut off goes on where it stopped.
+over their variance about their mean. A run that is cut off goes on where it stopped. --speed times the ways that the
+package has, on its engine, instead (nothing else should run): see restoring_speed.json.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from benchmarks.accuracy.agreement import agreement, calibrated
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.baselines import restores
 from benchmarks.baselines.restores import Departure, Trunk
+from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.timing import quantile, speed_up, timed
 
 MERGES = {"drop": None, "merge": cropr.Merge()}
 FITTED = 100  # photos that factors are solved on
@@ -51,6 +54,12 @@ METHODS = {
     "host's change, host chosen anew at each pruning": Method(restores.host_rechosen),
     "host's change, two last blocks": Method(restores.host_changed, 2),
 }  # and SCALED, which has to be solved
+FUSIONS = {  # those that the package has
+    "no LLF": False,
+    "left": "left",
+    "host's change": "host",
+    "host's change, two last blocks": cropr.Fusion("host", 2),
+}
 
 
 def flop_ratio(counts: Sequence[int], tokens: int, dim: int, blocks: int) -> float:
@@ -133,6 +142,24 @@ def measure(
         yield row | {"flop ratio": round(flop_ratio(counts, tokens, base.embed_dim, blocks), 3)}
 
 
+def speed(options: argparse.Namespace, base: Any) -> None:
+    """What the fusions of the package take on the engine, in turns, against no pruning and against tokens as they left."""
+    model = calibrated(base, torch.randn(8, 3, 224, 224))
+    models: dict[tuple[Any, ...], Any] = {(0, "", ""): unpruned(base)}
+    for rate, tokens, llf in itertools.product(options.rates, MERGES, FUSIONS):
+        fused = pruned(base, rate=rate, merge=MERGES[tokens] or False, llf=FUSIONS[llf])
+        fused.cropr.load_state_dict(model.cropr.state_dict(), strict=False)
+        models[rate, tokens, llf] = deploy(fused, base)
+    times = timed(models, torch.randn(options.batch, 3, 224, 224), options.rounds)
+    plain, rows = times.pop((0, "", "")), []
+    for (rate, tokens, llf), own in times.items():
+        over = [a / b for a, b in zip(own, times[rate, tokens, "left"])]  # of the same round
+        row = {"rate": rate, "tokens": tokens, "method": llf, **speed_up(plain, own)}
+        rows.append(row | {"times left": round(quantile(over, 0.5), 4)})
+    env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
+    Results(options.out, env).replace(rows)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,9 +167,15 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])  # options were chosen on 0 and 1
     parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 14, 15, 17])
-    parser.add_argument("--out", type=Path, default=RESULTS / "restoring.json")
+    parser.add_argument("--speed", action="store_true", help="measure time instead")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.out = options.out or RESULTS / f"restoring{'_speed' if options.speed else ''}.json"
     base, _ = load_model(options.data)
+    if options.speed:
+        return speed(options, base)
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "tokens", "method"))
     every = METHODS | {SCALED: Method(restores.host_changed)}

@@ -45,6 +45,19 @@ def tables() -> str:
     ratio = {(row["method"], row["rate"]): row["flop ratio"] for row in rows}
     body = [[name, *(f"{ratio[method, rate]:.2f}x" for rate in rates)] for name, method in FLOPS.items()]
     parts.append(f"FLOPs of the unpruned blocks over those of the pruned:\n\n{grid(['all tokens in', *columns], body)}")
+    fast = load("restoring_speed")
+    if fast is not None:
+        timed = {(row["tokens"], row["method"], row["rate"]): row for row in fast[1]}
+        body = [
+            [tokens, method, *(f"{timed[tokens, method, rate]['speed-up']:.2f}x" for rate in rates)]
+            for tokens, method in dict.fromkeys((row["tokens"], row["method"]) for row in fast[1])
+        ]
+        over = [row["times left"] for row in fast[1] if row["method"] == PLAIN]
+        parts.append(
+            f"Images a second over those of the unpruned network, on the engine; by hosts takes {min(over):.3f} to "
+            f"{max(over):.3f} times as long as tokens as they left:\n\n{grid(['', 'restored', *columns], body)}\n\n"
+            f"Batch {fast[0]['batch']}, {where(fast[0])}."
+        )
     note = (
         "Agreement in %, KL, features. ViT-Ti/16 at 224 px, calibrated queries, no training; mean of "
         f"{len(values_of(rows, 'seed'))} seeds, each with {env['photos']} photos to calibrate on and as many others to "

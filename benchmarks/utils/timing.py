@@ -3,10 +3,12 @@
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cropr_kernels.pruning.graphs import Graphs
 
@@ -45,6 +47,26 @@ def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> 
     last.record()
     last.synchronize()
     return 1e-3 * first.elapsed_time(last) / calls
+
+
+def timed(methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int) -> dict[Key, list[float]]:
+    """Seconds that each method takes for x, in turns of one call, after two rounds that warm up."""
+    with tqdm(total=(rounds + 2) * len(methods), mininterval=5) as bar:
+
+        def turn(method: Callable[[Tensor], Any]) -> float:
+            bar.update()
+            return seconds_of(method, x)
+
+        turns = {key: partial(turn, method) for key, method in methods.items()}
+        in_turns(turns, 2)
+        return in_turns(turns, rounds)
+
+
+def speed_up(plain: list[float], own: list[float]) -> dict[str, Any]:
+    """How many times faster than `plain`, by medians, with the spread of the times."""
+    base = quantile(plain, 0.5)
+    spread = [round(base / quantile(own, q), 3) for q in (0.9, 0.1)]
+    return {"speed-up": round(base / quantile(own, 0.5), 3), "p10 p90": spread}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -185,6 +185,19 @@ def test_wrappers_for_features_and_models_that_take_their_own_maps(images):
     torch.testing.assert_close(torch.cat([part.mean((2, 3)) for part in wrapper(images)], 1), expected)
 
 
+@torch.no_grad()
+def test_what_transformers_puts_around_timm():
+    t, photo = transformers(), torch.randn(1, 3, 224, 224)
+    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
+    model = t.TimmWrapperForImageClassification(t.TimmWrapperConfig.from_dict(about)).eval()
+    cropr.apply(model.timm_model, rate=8, llf=TWO, num_outputs=0)
+    output = model(photo, output_hidden_states=[9, -1])
+    assert [tuple(one.shape) for one in output.hidden_states] == [(1, 192, 14, 14)] * 2
+    torch.testing.assert_close(output.logits, model(photo).logits)
+    with pytest.raises(ValueError, match=r"not in the maps of blocks 0, .*in those from 9 on"):
+        model(photo, output_hidden_states=True)
+
+
 def test_window_attention_has_one_map():
     model = timm_vit(depth=DEPTH, dynamic_img_size=True).eval()
     cropr.apply(model, rate=1, llf=True, windows=cropr.Windows(4, (2, 5)), num_outputs=0)
@@ -220,11 +233,13 @@ def paligemma():
 
 
 AROUND = {
-    "LLaVA": (llava, TWO),  # vision_feature_layer=-2
-    "LLaVA, SigLIP": (lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"), TWO),
-    "LLaVA, several layers": (lambda: llava(vision_feature_layer=[-3, -1]), cropr.Fusion("host", blocks=3)),
-    "LLaVA-NeXT": (llava_next, TWO),
-    "PaliGemma": (paligemma, cropr.Fusion("host")),  # the last hidden state
+    "LLaVA": (llava, {"llf": TWO}),  # vision_feature_layer=-2
+    "LLaVA, merging": (llava, {"llf": TWO, "merge": True}),
+    "LLaVA, SigLIP": (lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"), {"llf": TWO}),
+    "LLaVA, layers": (lambda: llava(vision_feature_layer=[-3, -1]), {"llf": cropr.Fusion("host", blocks=3)}),
+    "LLaVA-NeXT": (llava_next, {"llf": TWO, "merge": True}),
+    "PaliGemma": (paligemma, {"llf": "host"}),  # the last hidden state
+    "PaliGemma, merging": (paligemma, {"llf": "host", "merge": True}),
 }
 
 
@@ -241,14 +256,15 @@ def asked_of(name, num_tokens):
 @pytest.mark.parametrize("name", AROUND)
 @torch.no_grad()
 def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
-    make, fusion = AROUND[name]
+    make, how = AROUND[name]
     model, num_tokens = make()
     asked = asked_of(name, num_tokens)
     randomise(model).eval()
     plain, words = model(**asked).logits, model.generate(**asked, max_new_tokens=4, do_sample=False)
     assert words.shape[1] == num_tokens + 7
 
-    tower = cropr.apply(model.model.vision_tower, rate=0, llf=fusion, num_outputs=0)
+    tower = cropr.apply(model.model.vision_tower, rate=0, num_outputs=0, **how)
+    cropr.calibrate(tower, torch.randn(4, 3, 64, 64))
     if deployed:
         tower = model.model.vision_tower = cropr.deploy(tower)
     torch.testing.assert_close(model(**asked).logits, plain, rtol=1e-4, atol=1e-4)

@@ -16,10 +16,10 @@ def dense_features() -> str:
         body.append([method, *(f"{spread([row['error'] for row in own], 2)}, {own[0]['FLOPs']:.2f}x" for own in cells)])
     photos = len({row["photo"] for row in rows})
     note = (
-        f"{env['network']} at {env['size']} px, {env['patches']} patches; {env['photos']} photos to calibrate on. Error: "
-        "the norm of the difference over that of the unpruned features, after the last norm, mean and range over "
-        f"{photos} photos; and how many times fewer FLOPs. Copies: merging without fusion, each token as the one that it "
-        "merged into."
+        f"{env['network']} at {env['size']} px, {env['patches']} patches; {env['photos']} photos to calibrate on. "
+        "Error: the norm of the difference over that of the unpruned features, after the last norm, mean and range "
+        f"over {photos} photos; and how many times fewer FLOPs. Copies: merging without fusion, each token as the one "
+        "that it merged into."
     )
     head = ["error, FLOPs fewer", *(f"R = {rate}" for rate in rates)]
     return grid(head, body) + f"\n\n{note} {where(env)}."

@@ -1,6 +1,6 @@
 """Which page holds which sections."""
 
-from benchmarks.report import comparison, measured, readme, restoring, saliency, training
+from benchmarks.report import comparison, features, measured, readme, restoring, saliency, training
 from benchmarks.utils.results import DOCS, ROOT
 
 PAGES = {
@@ -8,4 +8,5 @@ PAGES = {
     DOCS / "benchmarks.md": measured.SECTIONS | restoring.SECTIONS,
     DOCS / "training-results.md": training.SECTIONS,
     DOCS / "comparison.md": comparison.SECTIONS | saliency.SECTIONS,
+    DOCS / "dense-features.md": features.SECTIONS,
 }

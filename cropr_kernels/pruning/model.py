@@ -229,24 +229,38 @@ def of_image(prediction: Tensor) -> Tensor:
 
 def forward_intermediates(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """timm's maps of several blocks, of a pruned model: of the last ones, in which all tokens are."""
-    stack = model.cropr
-    own = type(model).forward_intermediates
-    indices = inspect.signature(own).bind(model, x, *args, **kwargs).arguments.get("indices")
-    depth, config = len(stack.spec.blocks), stack.config
-    if config.schedule.rate != 0:
-        first = depth - 1 - config.whole_blocks if config.llf else depth - 1 if config.merge else depth
-        wanted = range(depth)[-indices:] if isinstance(indices, int) else indices or range(depth)
-        missing = [block for block in wanted if block % depth < first]
-        if missing:
-            raise ValueError(
-                f"cropr: pruned tokens are not in the maps of blocks {', '.join(map(str, missing))}; ask for "
-                f"{f'those from {first} on' if first < depth else 'none'}, or cropr.apply(model, ..., "
-                "llf=cropr.Fusion(blocks=...)), with which the last ones are whole"
-            )
+    stack, own = model.cropr, type(model).forward_intermediates
+    _require_whole_maps(stack, args[0] if args else kwargs.get("indices"))
+    slot = stack.slot
+    if slot.options is not None:  # the model's own forward calls it
+        slot.options = slot.options._replace(engine=False)
+        return own(model, x, *args, **kwargs)
     try:
         return own(model, x, *args, **kwargs)
     finally:
-        stack.slot.clear()
+        slot.clear()
+
+
+def _require_whole_maps(stack: CroprModules, indices: int | Sequence[int] | None) -> None:
+    """ValueError where pruned tokens are not in all the maps that timm's `indices` name; wrong ones are for timm."""
+    depth, config = len(stack.spec.blocks), stack.config
+    if config.windows is not None:
+        raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
+    if config.schedule.rate == 0:
+        return
+    first = depth if config.llf is None and config.merge is None else depth - 1 - config.whole_blocks
+    if indices is None or isinstance(indices, int):
+        count = depth if indices is None else indices
+        wanted = list(range(max(depth - count, 0), depth))
+    else:
+        wanted = [index + depth if index < 0 else index for index in indices]
+    missing = [str(index) for index in wanted if 0 <= index < first]
+    if missing:
+        there = f"they are in those from {first} on" if first < depth else "they are in none"
+        raise ValueError(
+            f"cropr: pruned tokens are not in the maps of blocks {', '.join(missing)} (from 0), {there}; "
+            "cropr.set_llf(model, cropr.Fusion(blocks=...)) restores them before more blocks"
+        )
 
 
 def keep_grid(stack: CroprModules, projection: nn.Module, args: Any, output: Any) -> None:

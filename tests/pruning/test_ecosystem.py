@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from helpers.models import (
     HF,
-    TEXT,
     outputs_of,
     randomise,
     reference_vit,
@@ -222,28 +221,6 @@ def test_a_saved_model_comes_back_pruned(how, deployed, images, tmp_path):
     assert "cropr" not in json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(ValueError, match=r"nothing in .* was pruned when it was saved"):
         cropr.from_pretrained(tmp_path)
-
-
-@HF_MODELS
-@torch.no_grad()
-def test_the_vision_tower_of_a_llava(images, tmp_path):
-    t = transformers()
-    text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
-    config = t.LlavaConfig(
-        vision_config=t.CLIPVisionConfig(**HF), text_config=text, image_token_index=5, vision_feature_layer=-1
-    )
-    model = t.LlavaForConditionalGeneration(config).eval()
-    asked = {"input_ids": torch.tensor([[1] + [5] * 64 + [2, 3]] * 2), "pixel_values": images}
-    plain = model(**asked).logits
-    tower = cropr.apply(model.model.vision_tower, rate=0, llf=True)
-    assert torch.equal(model(**asked).logits, plain)
-    cropr.set_rate(tower, 8)
-    pruned = model(**asked).logits
-    assert pruned.shape == plain.shape and not torch.equal(pruned, plain)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(cropr.from_pretrained(tmp_path)(**asked).logits, pruned)
-    with torch.enable_grad():
-        assert model.train()(**asked, labels=asked["input_ids"]).loss.requires_grad
 
 
 @HF_MODELS

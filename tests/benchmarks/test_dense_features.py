@@ -1,0 +1,40 @@
+"""Features of all patches off the shelf: what is compared, and the picture."""
+
+import pytest
+import torch
+from helpers.models import randomise, reference_vit
+
+from benchmarks.accuracy import dense_features
+from benchmarks.accuracy.dense_features import METHODS, Colours, draw, errors, pruned_features
+
+
+@torch.no_grad()
+def test_at_rate_zero_every_method_gives_the_unpruned_features():
+    model, images = randomise(reference_vit(depth=6)).eval(), torch.randn(2, 3, 64, 64)
+    plain = model.forward_features(images)[:, 1:]
+    queries, counts = [torch.randn(64) for _ in range(5)], []
+    for method in METHODS:
+        same, whole = pruned_features(model, queries, images, method, 0)
+        assert torch.allclose(same, plain, atol=1e-5) and max(errors(same, plain)) < 1e-5
+        pruned, count = pruned_features(model, queries, images, method, 8)
+        assert pruned.shape == plain.shape and min(errors(pruned, plain)) > 0.01 and count < whole
+        counts.append(count)
+    assert min(counts) == counts[list(METHODS).index("merging, copies")]  # one block less sees all tokens
+    assert not hasattr(model, "cropr")
+
+
+def test_errors_are_relative_and_of_a_photo_each():
+    plain = torch.ones(2, 4, 3)
+    assert errors(plain * torch.tensor([1.5, 1.0])[:, None, None], plain) == pytest.approx([0.5, 0.0])
+
+
+def test_colours_are_the_components_of_the_unpruned_features(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    features = torch.randn(2, 16, 5) * torch.tensor([9.0, 3.0, 1.0, 0.0, 0.0])
+    colours = Colours(features[0])
+    made = colours(features[0])
+    assert made.shape == (4, 4, 3) and made.min() == 0 and made.max() == 1
+    other = features[0] + torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0])  # no component of theirs
+    assert torch.allclose(colours(other), made, atol=1e-4)
+    draw(tmp_path / "a.png", torch.rand(2, 3, 8, 8), features, dict.fromkeys(dense_features.PANELS, features), "")
+    assert (tmp_path / "a.png").stat().st_size > 1_000

@@ -1,0 +1,306 @@
+"""Whole maps of the last blocks: dense features, and the vision towers of models that read hidden states."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers.models import HF, TEXT, randomise, timm_eva, timm_vit, transformers
+from torch import nn
+
+import cropr_kernels as cropr
+from cropr_kernels.models.adapters import find_spec
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+DEPTH = 6
+DEEP = {**HF, "num_hidden_layers": DEPTH}
+TWO = cropr.Fusion("host", blocks=2)
+
+
+def hf(model, **options):
+    t = transformers()
+    return getattr(t, model)(getattr(t, model.replace("Model", "Config"))(**DEEP, **options))
+
+
+FAMILIES = {
+    "timm ViT": lambda: timm_vit(depth=DEPTH, reg_tokens=4, init_values=0.1),
+    "timm ViT, no class token": lambda: timm_vit(depth=DEPTH, class_token=False, global_pool="avg"),
+    "timm EVA-02": lambda: timm_eva(depth=DEPTH),
+    "ViT": lambda: hf("ViTModel"),
+    "DINOv2": lambda: hf("Dinov2Model"),
+    "SigLIP": lambda: hf("SiglipVisionModel"),
+    "CLIP": lambda: hf("CLIPVisionModel"),
+}
+TIMM = [name for name in FAMILIES if name.startswith("timm")]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+def whole(model, images, count, norm=False):
+    """The last maps, (B, prefix + patches, D) each."""
+    if not hasattr(model, "forward_intermediates"):
+        return model(images, output_hidden_states=True).hidden_states[-count:]
+    how = {"intermediates_only": True, "return_prefix_tokens": model.num_prefix_tokens > 0, "norm": norm}
+    maps = model.forward_intermediates(images, count, output_fmt="NLC", **how)
+    return [torch.cat(part[::-1], 1) if isinstance(part, tuple) else part for part in maps]
+
+
+def last_block(model, images, x):
+    """What the last block gives for other tokens, called as for these images."""
+    called, block = [], find_spec(model).blocks[-1]
+    handle = block.register_forward_pre_hook(
+        lambda block, args, kwargs: called.append((args, kwargs)), with_kwargs=True
+    )
+    model(images)
+    handle.remove()
+    (args, kwargs) = called[0]
+    output = block(x, *args[1:], **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_last_maps_are_whole(name, deployed, merge, images):
+    plain = randomise(FAMILIES[name]()).eval()
+    expected = whole(plain, images, 2)
+    model = cropr.apply(copy.deepcopy(plain), rate=0, llf=TWO, merge=merge, num_outputs=0)
+    model = cropr.deploy(model) if deployed else model
+    for got, one in zip(whole(model, images, 2), expected):
+        assert torch.equal(got, one)
+    cropr.set_rate(model, 8)
+    before, last = whole(model, images, 2)
+    assert before.shape == last.shape == expected[0].shape
+    assert not torch.allclose(before, expected[0])
+    if name in ("ViT", "DINOv2"):  # their last hidden state is after the norm
+        before, last = find_spec(plain).norm(before), find_spec(plain).norm(last_block(plain, images, before))
+        torch.testing.assert_close(model(images).last_hidden_state, last, rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(last, last_block(plain, images, before), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_maps_of_earlier_blocks_are_refused(name, images):
+    model = cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, num_outputs=0)
+    maps = lambda indices, **how: model.forward_intermediates(images, indices, **how)  # noqa: E731
+    with pytest.raises(ValueError, match=r"not in the maps of blocks 5 \(from 0\), they are in none; cropr.set_llf"):
+        maps(1)
+    cropr.apply(cropr.remove(model), rate=8, merge=True, num_outputs=0)
+    assert maps(1)[1][0].shape == (2, 64, 8, 8)
+    with pytest.raises(ValueError, match=r"not in the maps of blocks 4 \(from 0\), they are in those from 5 on"):
+        maps([4, 5])
+    for blocks in (1, 2):
+        cropr.set_llf(model, cropr.Fusion("host", blocks))
+        first = DEPTH - 1 - blocks
+        for indices in (blocks + 1, [first, 5], (-1, -blocks - 1), [first]):
+            last, found = maps(indices)
+            assert len(found) == (indices if isinstance(indices, int) else len(indices))
+            assert {tuple(one.shape) for one in found} == {(2, 64, 8, 8)}
+            assert torch.equal(last, model.forward_features(images))
+        early = maps([first], stop_early=True, intermediates_only=True)
+        assert torch.equal(early[0], maps([first])[1][0])
+        for indices in (None, blocks + 2, [first - 1, 5], [-1, -blocks - 2]):
+            with pytest.raises(
+                ValueError, match=rf"not in the maps of blocks .*{first - 1} .*in those from {first} on"
+            ):
+                maps(indices)
+        assert model.cropr.slot.state is None and model.cropr.slot.options is None
+    for wrong in (0, [9], [-7]):
+        with pytest.raises(AssertionError, match="out of range"):
+            maps(wrong)
+    assert len(cropr.set_rate(model, 0).forward_intermediates(images)[1]) == DEPTH
+    assert len(cropr.remove(model).forward_intermediates(images)[1]) == DEPTH
+
+
+@torch.no_grad()
+def test_the_older_interface_of_timm(images):
+    model = cropr.apply(randomise(FAMILIES["timm ViT"]()).eval(), rate=8, llf=TWO, num_outputs=0)
+    for one in (model, cropr.deploy(model)):
+        got = one.get_intermediate_layers(images, 3, reshape=True, norm=True)
+        assert [tuple(part.shape) for part in got] == [(2, 64, 8, 8)] * 3
+        assert torch.equal(got[2].flatten(2).mT, model.forward_features(images)[:, 5:])
+        with pytest.raises(ValueError, match=r"not in the maps of blocks 1, 2 \(from 0\)"):
+            one.get_intermediate_layers(images, [1, 2, 5])
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_copies_give_their_own_maps(name, deployed, images):
+    model = cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0)
+    model = cropr.deploy(model) if deployed else model
+    expected, file = whole(model, images, 3), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert all(torch.equal(*pair) for pair in zip(whole(other, images, 3), expected))
+        for parameter in other.cropr.spec.blocks[0].parameters():
+            parameter.data.zero_()
+        assert not torch.allclose(whole(other, images, 3)[0], expected[0])
+        assert all(torch.equal(*pair) for pair in zip(whole(model, images, 3), expected))  # nothing is shared
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02"])
+@torch.no_grad()
+def test_compiled_models_and_their_maps(name, images):
+    model = cropr.deploy(cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0))
+    torch._dynamo.reset()
+    for call in (model, lambda images: whole(model, images, 3)):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), call(images), rtol=1e-4, atol=1e-4)
+
+
+class OfMaps(nn.Module):
+    """Mixed into a model whose own forward takes the maps of two blocks."""
+
+    def forward(self, images):
+        return torch.cat([part.mean((2, 3)) for part in self.forward_intermediates(images, 2)[1]], 1)
+
+
+@torch.no_grad()
+def test_wrappers_for_features_and_models_that_take_their_own_maps(images):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    kind = timm.models.vision_transformer.VisionTransformer
+    options = dict(img_size=64, patch_size=8, embed_dim=64, depth=DEPTH, num_heads=2, num_classes=5)
+    plain = randomise(kind(**options)).eval()
+    own = type("Own", (OfMaps, kind), {})(**options).eval()
+    own.load_state_dict(plain.state_dict())
+    expected = own(images)
+    cropr.apply(own, rate=0, llf=TWO, num_outputs=0)
+    assert torch.equal(own(images), expected)
+    cropr.set_rate(own, 8)
+    expected = own(images)
+    torch.testing.assert_close(cropr.deploy(own)(images), expected)
+    assert own.cropr.slot.options is None
+    wrapper = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(4, 5), **options).eval()
+    wrapper.model.load_state_dict(plain.state_dict(), strict=False)
+    with pytest.raises(TypeError, match=r"FeatureGetterNet is a module around a model; .* at \.model, VisionTransf"):
+        cropr.apply(wrapper, rate=8)
+    cropr.apply(wrapper.model, rate=8, llf=TWO, num_outputs=0)
+    for mine, other in zip(wrapper.model.cropr, own.cropr):
+        mine.queries.copy_(other.queries)
+    torch.testing.assert_close(torch.cat([part.mean((2, 3)) for part in wrapper(images)], 1), expected)
+
+
+@torch.no_grad()
+def test_what_transformers_puts_around_timm():
+    t, photo = transformers(), torch.randn(1, 3, 224, 224)
+    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
+    model = t.TimmWrapperForImageClassification(t.TimmWrapperConfig.from_dict(about)).eval()
+    cropr.apply(model.timm_model, rate=8, llf=TWO, num_outputs=0)
+    output = model(photo, output_hidden_states=[9, -1])
+    assert [tuple(one.shape) for one in output.hidden_states] == [(1, 192, 14, 14)] * 2
+    torch.testing.assert_close(output.logits, model(photo).logits)
+    with pytest.raises(ValueError, match=r"not in the maps of blocks 0, .*in those from 9 on"):
+        model(photo, output_hidden_states=True)
+
+
+def test_window_attention_has_one_map():
+    model = timm_vit(depth=DEPTH, dynamic_img_size=True).eval()
+    cropr.apply(model, rate=1, llf=True, windows=cropr.Windows(4, (2, 5)), num_outputs=0)
+    with pytest.raises(ValueError, match=r"no maps but the last: model.forward_features\(images\)"):
+        model.forward_intermediates(torch.randn(1, 3, 64, 64), 1)
+
+
+# Models of language around a vision tower
+
+
+def llava(vision="CLIPVisionConfig", **options):
+    t = transformers()
+    text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
+    config = t.LlavaConfig(vision_config=getattr(t, vision)(**DEEP), text_config=text, image_token_index=5, **options)
+    return t.LlavaForConditionalGeneration(config), 64
+
+
+def llava_next():
+    t = transformers()
+    text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
+    config = t.LlavaNextConfig(
+        vision_config=t.CLIPVisionConfig(**DEEP), text_config=text, image_token_index=5, image_grid_pinpoints=[[64, 64]]
+    )
+    return t.LlavaNextForConditionalGeneration(config), 64 + 64 + 8  # the whole image, one tile, and ends of its rows
+
+
+def paligemma():
+    t = transformers()
+    text = t.GemmaConfig(**{**TEXT, "num_key_value_heads": 1, "head_dim": 32, "pad_token_id": 0})
+    vision = t.SiglipVisionConfig(**DEEP, vision_use_head=False)
+    config = t.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=5, projection_dim=64)
+    return t.PaliGemmaForConditionalGeneration(config), 64
+
+
+AROUND = {
+    "LLaVA": (llava, {"llf": TWO}),  # vision_feature_layer=-2
+    "LLaVA, merging": (llava, {"llf": TWO, "merge": True}),
+    "LLaVA, SigLIP": (lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"), {"llf": TWO}),
+    "LLaVA, layers": (lambda: llava(vision_feature_layer=[-3, -1]), {"llf": cropr.Fusion("host", blocks=3)}),
+    "LLaVA, last layer": (lambda: llava(vision_feature_layer=-1), {"llf": True}),
+    "LLaVA-NeXT": (llava_next, {"llf": TWO, "merge": True}),
+    "PaliGemma": (paligemma, {"llf": "host"}),  # the last hidden state
+    "PaliGemma, merging": (paligemma, {"llf": "host", "merge": True}),
+}
+
+
+def asked_of(name, num_tokens):
+    """A batch of two questions about an image each."""
+    ids = torch.tensor([[1, *[5] * num_tokens, 2, 3]] * 2)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "LLaVA-NeXT":
+        return asked | {"pixel_values": torch.randn(2, 2, 3, 64, 64), "image_sizes": torch.tensor([[64, 64]] * 2)}
+    return asked | {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("name", AROUND)
+@torch.no_grad()
+def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
+    make, how = AROUND[name]
+    model, num_tokens = make()
+    asked = asked_of(name, num_tokens)
+    randomise(model).eval()
+    plain, words = model(**asked).logits, model.generate(**asked, max_new_tokens=4, do_sample=False)
+    assert words.shape[1] == num_tokens + 7
+
+    tower = cropr.apply(model.model.vision_tower, rate=0, num_outputs=0, **how)
+    cropr.calibrate(tower, torch.randn(4, 3, 64, 64))
+    if deployed:
+        tower = model.model.vision_tower = cropr.deploy(tower)
+        assert tower.cropr.engine is not None
+    torch.testing.assert_close(model(**asked).logits, plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(**asked, max_new_tokens=4, do_sample=False), words)
+
+    distances = []
+    for rate in (1, 8):
+        cropr.set_rate(tower, rate)
+        pruned = model(**asked).logits
+        assert pruned.shape == plain.shape
+        distances.append(float((pruned - plain).norm() / plain.norm()))
+    assert 0 < distances[0] < 0.2 and distances[0] < distances[1]
+    assert model.generate(**asked, max_new_tokens=4, do_sample=False).shape == words.shape
+
+    model.config.vision_config = tower.config  # of a deployed tower a copy
+    model.save_pretrained(tmp_path)
+    other = cropr.from_pretrained(tmp_path)
+    assert other.model.vision_tower.cropr.config == tower.cropr.config
+    torch.testing.assert_close(other(**asked).logits, pruned, rtol=1e-4, atol=1e-4)
+    if not deployed:
+        with torch.enable_grad():
+            assert model.train()(**asked, labels=asked["input_ids"]).loss.requires_grad
+
+
+@torch.no_grad()
+def test_a_tower_without_its_tokens_is_noticed():
+    model, num_tokens = llava()
+    asked = asked_of("LLaVA", num_tokens)
+    tower = cropr.apply(model.eval().model.vision_tower, rate=8, llf="host", num_outputs=0)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**asked)
+    cropr.remove(tower)
+    cropr.apply(tower, rate=8, llf=TWO, num_outputs=0)
+    assert model(**asked).logits.isfinite().all()

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+import cropr_kernels as cropr
 from benchmarks.accuracy.data import WEIGHTS
 from benchmarks.baselines.fusions import OTHER_FUSIONS, FusedSegmenter
 from benchmarks.baselines.modules import MODULES, replace_modules
 from benchmarks.baselines.registry import FUSIONS
 from benchmarks.utils.results import Results, environment
+from cropr_kernels.pruning.model import is_pruned
 from cropr_kernels.train import Config, build, train
 from cropr_kernels.train.data import load_data
 from cropr_kernels.utils.flops import flop_counter
@@ -66,6 +69,29 @@ def build_task(config: Config, name: str, num_classes: int) -> Any:
     return task
 
 
+@torch.no_grad()
+def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[str, dict[int, float]]:
+    """How far what the first whole block reads, its normed tokens, is from that of the same network unpruned.
+
+    Squared error over the variance of the latter, by how many blocks a patch went through before it was pruned; those
+    never pruned stand at the depth of the network. Nothing where there is no fusion.
+    """
+    backbone = task.eval().backbone
+    if not is_pruned(backbone) or backbone.cropr.config.llf is None:
+        return {}
+    images = torch.stack([data.val[i][0][:, :side, :side] for i in range(photos)])
+    fused, seen = backbone.blocks[-backbone.cropr.config.whole_blocks], list[Tensor]()
+    handle = fused.register_forward_pre_hook(lambda block, args: seen.append(args[0][:, backbone.num_prefix_tokens :]))
+    after, config = cropr.pruning_map(backbone, images).flatten(1), backbone.cropr.config
+    cropr.set_rate(backbone, 0).forward_features(images)
+    handle.remove()
+    backbone.cropr.config = config
+    restored, whole = map(fused.norm1, seen)
+    variance = (whole - whole.mean((0, 1))).square().sum(2).mean()
+    error = (restored - whole).square().sum(2) / variance
+    return {"restored": {int(blocks): round(error[after == blocks].mean().item(), 4) for blocks in after.unique()}}
+
+
 def sweep(
     options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
 ) -> None:
@@ -84,5 +110,8 @@ def sweep(
         with torch.no_grad(), flop_counter() as counter:
             flops_of(task.to("cpu").eval().requires_grad_(False))
         figures = {key: value for key, value in reached.items() if key not in ("skipped", "images", "seconds", "aux")}
-        results.add({"seed": seed, "method": name, **figures, "GFLOPs": round(counter.get_total_flops() / 2e9, 3)})
+        figures |= {"GFLOPs": round(counter.get_total_flops() / 2e9, 3)}
+        if config.task == "segmentation":
+            figures |= restored_errors(task, data, config.img_size[0])
+        results.add({"seed": seed, "method": name, **figures})
         print(results.rows[-1], flush=True)

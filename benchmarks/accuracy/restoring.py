@@ -143,7 +143,7 @@ def measure(
 
 
 def speed(options: argparse.Namespace, base: Any) -> None:
-    """What the fusions of the package take on the engine, in turns, against no pruning and against tokens as they left."""
+    """What the package's fusions take on the engine, in turns, against no pruning and against tokens as they left."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     models: dict[tuple[Any, ...], Any] = {(0, "", ""): unpruned(base)}
     for rate, tokens, llf in itertools.product(options.rates, MERGES, FUSIONS):

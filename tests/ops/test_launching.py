@@ -177,5 +177,6 @@ def test_the_cost_of_launching_is_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernels.launch_cost", "--rounds", "1", "--calls", "20", "--out", out]
     print(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)
     rows = json.loads(out.read_text())["rows"]
-    assert {row["op"] for row in rows} == {"gather_norm", "add_norm_", "add_select_", "merge_", "rotate_", "prune"}
+    ops = ["gather_norm", "add_norm_", "add_select_", "merge_", "host_offsets_", "add_hosts", "rotate_", "prune"]
+    assert {row["op"] for row in rows} == {*ops}
     assert all(row["plan"] > 0 and row["triton"] > 0 for row in rows)

@@ -13,7 +13,7 @@ class PruningConfig:
     """How a model is pruned."""
 
     schedule: Schedule
-    llf: Fusion | None  # all tokens return before the last blocks
+    llf: Fusion | None  # all tokens are restored before the last blocks
     merge: Merge | None  # pruned tokens merge into kept ones
     windows: Windows | None
     grid: tuple[int, int]  # patches in height and width that the schedule is checked against

@@ -83,6 +83,8 @@ def _run(
         update = block.mlp(h)
         if layer == state.last:
             ops.add_(x, idx, update, scale2)
+            if pruned is not None and pruned.by_host:  # no block sees the tokens that are restored
+                return ops.add_hosts(x, pruned.parent), None
             break
         following = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
         if pruned is not None and layer < len(counts) and counts[layer] < count:

@@ -1,4 +1,4 @@
-"""Last Layer Fusion: before the last blocks all tokens are there again (paper section 3.2)."""
+"""Last Layer Fusion: all tokens are restored before the last blocks (paper section 3.2), or behind them."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -16,7 +16,8 @@ class Fusion:
             network, which has never seen tokens that are many blocks old. The host is the kept token that it was most
             like (cosine, class token and registers aside), or the one that it merged into. None: "host" where tokens
             merge or queries are calibrated, else "left".
-        blocks: >= 1, how many last blocks see all tokens.
+        blocks: >= 0, how many last blocks see all tokens. 0: none does, they are restored after the last, which costs
+            nothing; needs "host".
 
     Raises:
         ValueError: an option is out of range.
@@ -28,8 +29,12 @@ class Fusion:
     def __post_init__(self) -> None:
         if self.restore not in (None, *get_args(Restore)):
             raise ValueError(f"Fusion: restore must be 'left' or 'host', got {self.restore!r}")
-        if not isinstance(self.blocks, int) or self.blocks < 1:
-            raise ValueError(f"Fusion: blocks must be an integer >= 1, got {self.blocks!r}")
+        if not isinstance(self.blocks, int) or self.blocks < 0:
+            raise ValueError(f"Fusion: blocks must be an integer >= 0, got {self.blocks!r}")
+        if self.blocks == 0 and self.restore == "left":
+            raise ValueError("Fusion: tokens as they left need a block that sees them: blocks must be >= 1, got 0")
+        if self.blocks == 0:
+            object.__setattr__(self, "restore", "host")
 
     @classmethod
     def of(cls, llf: Any) -> "Fusion | None":
@@ -51,5 +56,5 @@ class Fusion:
         return self.restore == "host"
 
     def __str__(self) -> str:
-        last = "" if self.blocks == 1 else f", {self.blocks} blocks"
+        last = {0: ", behind the last block", 1: ""}.get(self.blocks, f", {self.blocks} blocks")
         return f"{self.restore or 'left'}{last}"

@@ -54,7 +54,7 @@ def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, 
 def test_each_way_gives_the_whole_map_and_another_one(images, options):
     model, tokens = pruned(**options), []
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
-    for llf in ("left", "host", cropr.Fusion("left", 2), cropr.Fusion("host", 2), cropr.Fusion("host", 4)):
+    for llf in ("left", "host", cropr.Fusion("left", 2), cropr.Fusion("host", 2), cropr.Fusion(blocks=0)):
         for one in (cropr.set_llf(model, llf), cropr.deploy(cropr.set_llf(model, llf))):
             tokens.append(cropr.features(one, images)[0])
             assert tokens[-1].shape == unpruned.shape
@@ -71,7 +71,7 @@ def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
         for part in (block.attn.proj, block.mlp.fc2):
             part.weight.zero_()
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
-    for llf in ("host", cropr.Fusion("host", 3)):
+    for llf in ("host", cropr.Fusion("host", 3), cropr.Fusion("host", 0)):
         again = pruned(llf=llf)
         again.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
         for one in (again, cropr.deploy(again)):
@@ -93,15 +93,31 @@ def test_gradients_reach_tokens_and_their_hosts(images, options):
     assert torch.autograd.gradcheck(loss, x, eps=1e-7, atol=1e-4)
 
 
+@torch.no_grad()
+def test_behind_the_last_block_they_cost_nothing_and_change_no_kept_token(images):
+    for options in (DROP, MERGE):
+        model = pruned(**options)
+        plain = cropr.deploy(model)(images)
+        kept = cropr.pruning_map(model, images).flatten(1) == 6
+        copies = cropr.features(model, images)[0][:, 1:]
+        fused = cropr.deploy(cropr.set_llf(model, cropr.Fusion(blocks=0)))
+        tokens = cropr.features(fused, images)[0][:, 1:]
+        torch.testing.assert_close(fused(images), plain, rtol=1e-9, atol=1e-9)  # the head reads the class token
+        if options:
+            torch.testing.assert_close(tokens[kept], copies[kept], rtol=1e-9, atol=1e-9)
+            assert not torch.allclose(tokens, copies)
+        assert len(fused.cropr) == 5 and tokens.shape == (2, 64, 64)
+
+
 def test_flops_are_those_of_the_blocks_that_see_all_tokens(images):
     counts = {}
-    for llf in (False, "left", "host", cropr.Fusion("host", 2)):
+    for llf in (False, cropr.Fusion(blocks=0), "left", "host", cropr.Fusion("host", 2)):
         model = cropr.deploy(pruned(llf=llf))
         with flop_counter() as counter:
             model(images)
         counts[str(llf)] = counter.get_total_flops()
-    missing, left, host, two = counts.values()
-    assert missing < left < host < two and host < 1.02 * left
+    missing, behind, left, host, two = counts.values()
+    assert missing < behind < left < host < two and behind < 1.02 * missing and host < 1.02 * left
 
 
 @torch.no_grad()
@@ -146,7 +162,9 @@ def test_set_llf_needs_the_modules_it_uses():
         cropr.set_llf(narrow, True)
     with pytest.raises(ValueError, match=re.escape("depth must be at least 7 with LLF over 5 blocks, got 6")):
         pruned(llf=cropr.Fusion(blocks=5))
-    for wrong, error in (("right", "restore must be 'left' or 'host', got 'right'"), (0, "blocks must be an integer")):
+    with pytest.raises(ValueError, match="tokens as they left need a block that sees them"):
+        cropr.Fusion("left", 0)
+    for wrong, error in (("right", "restore must be 'left' or 'host', got 'right'"), (-1, "blocks must be an integer")):
         with pytest.raises(ValueError, match=error):
             cropr.Fusion(wrong) if isinstance(wrong, str) else cropr.Fusion(blocks=wrong)
 

@@ -53,12 +53,14 @@ METHODS = {
     "host's change, host chosen anew at the last pruning": Method(lambda trunk: restores.host_rechosen(trunk, -1)),
     "host's change, host chosen anew at each pruning": Method(restores.host_rechosen),
     "host's change, two last blocks": Method(restores.host_changed, 2),
+    "host's change, behind the last block": Method(restores.host_changed, 0),
 }  # and SCALED, which has to be solved
 FUSIONS = {  # those that the package has
     "no LLF": False,
     "left": "left",
     "host's change": "host",
     "host's change, two last blocks": cropr.Fusion("host", 2),
+    "host's change, behind the last block": cropr.Fusion(blocks=0),
 }
 
 
@@ -94,7 +96,7 @@ def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | Non
     trunks, expected = [], []
     for images in photos.fitted.split(BATCH):
         departures = restores.run_trunk(base, photos.queries, images, counts, merge)
-        trunks.append(restores.entering(departures, 1, base.num_prefix_tokens))
+        trunks.append(restores.entering(base, departures, 1))
         x, _ = base.embed(images)
         for block in base.blocks[:-1]:
             x = block(x)
@@ -108,7 +110,7 @@ def run(base: Any, departures: list[Departure], method: Method) -> tuple[Tensor,
     if method.restore is None:
         tokens = restores.run_without_fusion(base, departures)
     else:
-        x = method.restore(restores.entering(departures, method.blocks, prefix))
+        x = method.restore(restores.entering(base, departures, method.blocks))
         tokens = restores.run_fusion(base, x, method.blocks)
     whole = tokens.shape[1] == departures[0].before.shape[1]
     return base.forward_head(tokens), tokens[:, prefix:] if whole else None

@@ -43,9 +43,11 @@ OTHERS: dict[str, tuple[Make, bool]] = {  # what reduces, and whether Last Layer
 CALIBRATED: dict[str, dict[str, Any]] = {
     "dropping, LLF": dict(llf="left"),
     "dropping, LLF by hosts": dict(llf="host"),
+    "dropping, by hosts behind the last block": dict(llf=cropr.Fusion(blocks=0)),
     "merging": dict(merge=True),
     "merging, LLF": dict(merge=True, llf="left"),
     "merging, LLF by hosts": dict(merge=True, llf="host"),
+    "merging, by hosts behind the last block": dict(merge=True, llf=cropr.Fusion(blocks=0)),
 }
 METHODS = [*OTHERS, *CALIBRATED]
 MEAN_MAP = "mean map of the other photos"

@@ -86,14 +86,17 @@ def run_trunk(
     return departures
 
 
-def entering(departures: list[Departure], blocks: int, num_prefix: int) -> Trunk:
+def entering(model: Any, departures: list[Departure], blocks: int) -> Trunk:
     """What the last so many blocks see: what was pruned right before them would come straight back, so it stayed."""
+    num_prefix = model.num_prefix_tokens
+    if blocks == 0:
+        return Trunk(run_last(model, departures), departures, num_prefix)
     return Trunk(departures[-blocks].before, departures[:-blocks], num_prefix)
 
 
 def run_fusion(model: Any, x: Tensor, blocks: int = 1) -> Tensor:
     """The last blocks on all tokens (B, N, D), and the last norm."""
-    for block in model.blocks[-blocks:]:
+    for block in model.blocks[len(model.blocks) - blocks :]:
         x = block(x)
     return model.norm(x)
 
@@ -104,12 +107,20 @@ def run_without_fusion(model: Any, departures: list[Departure]) -> Tensor:
     Then each is copied to all positions that it stands for.
     """
     last = departures[-1]
-    if last.target is None:
-        return model.norm(run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx))[0])
-    rows = roots(departures)
-    sizes = torch.zeros(rows.shape).scatter_add(1, rows, torch.ones(rows.shape)).gather(1, last.kept_idx)
-    kept, _ = run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx), sizes.log())
-    return model.norm(ops.gather(put(last.after, last.kept_idx, kept), rows))
+    return model.norm(
+        ops.gather(run_last(model, departures), last.kept_idx if last.target is None else roots(departures))
+    )
+
+
+def run_last(model: Any, departures: list[Departure]) -> Tensor:
+    """All rows (B, N, D), those of kept tokens as the last block gives them."""
+    last, log_sizes = departures[-1], None
+    if last.target is not None:
+        rows = roots(departures)
+        sizes = torch.zeros(rows.shape).scatter_add(1, rows, torch.ones(rows.shape)).gather(1, last.kept_idx)
+        log_sizes = sizes.log()
+    kept, _ = run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx), log_sizes)
+    return put(last.after, last.kept_idx, kept)
 
 
 def roots(departures: list[Departure]) -> Tensor:

@@ -8,7 +8,7 @@ from benchmarks.utils.results import load
 
 PLAIN = "host's change"  # what the others are compared with
 DIGITS = {"agreement": 1, "KL": 3, "features": 3}
-FLOPS = {"no LLF": "no LLF", "one last block": PLAIN, "two last blocks": f"{PLAIN}, two last blocks"}
+FLOPS = {"no block": "no LLF", "one last block": PLAIN, "two last blocks": f"{PLAIN}, two last blocks"}
 Row = dict[str, Any]
 
 

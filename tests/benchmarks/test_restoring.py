@@ -54,10 +54,10 @@ def test_at_rate_0_every_way_is_the_unpruned_model(merge):
     torch.testing.assert_close(run_without_fusion(model, departures), expected, rtol=0, atol=1e-5)
     for name, method in (RESTORES | {SCALED: None}).items():
         if method is None:
-            trunk = entering(departures, 1, 1)
+            trunk = entering(model, departures, 1)
             got = run_fusion(model, change_scaled(trunk, channel_factors([trunk], [trunk.x])))
         else:
-            got = run_fusion(model, method.restore(entering(departures, method.blocks, 1)), method.blocks)
+            got = run_fusion(model, method.restore(entering(model, departures, method.blocks)), method.blocks)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5, msg=name)
     assert flop_ratio([TOKENS] * (DEPTH - 1), TOKENS, 64, 1) == 1
 
@@ -66,12 +66,17 @@ def test_at_rate_0_every_way_is_the_unpruned_model(merge):
 @torch.no_grad()
 def test_the_trunk_prunes_as_the_package_does(merge):
     model, twin, images, departures = made(9, merge)
-    for llf, restore in (("left", left), ("host", host_changed), (cropr.Fusion("host", 2), host_changed)):
+    for llf, restore in (
+        ("left", left),
+        ("host", host_changed),
+        (cropr.Fusion("host", 2), host_changed),
+        (cropr.Fusion(blocks=0), host_changed),
+    ):
         fused = cropr.apply(copy.deepcopy(model), rate=9, merge=merge or False, llf=llf, num_outputs=0)
         for own, other in zip(fused.cropr, twin.cropr):
             own.load_state_dict(other.state_dict())
         blocks = fused.cropr.config.whole_blocks
-        got = run_fusion(model, restore(entering(departures, blocks, 1)), blocks)
+        got = run_fusion(model, restore(entering(model, departures, blocks)), blocks)
         torch.testing.assert_close(model.forward_head(got), fused(images), rtol=0, atol=1e-4)
     got = run_without_fusion(model, departures)
     torch.testing.assert_close(model.forward_head(got), twin(images), rtol=0, atol=1e-4)
@@ -159,9 +164,9 @@ def test_factors_of_channels_are_found_again():
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 @torch.no_grad()
 def test_only_pruned_tokens_are_restored(merge):
-    _, _, _, departures = made(9, merge)
+    model, _, _, departures = made(9, merge)
     for name, method in RESTORES.items():
-        trunk = entering(departures, method.blocks, 1)
+        trunk = entering(model, departures, method.blocks)
         got, kept_idx = method.restore(trunk), trunk.departures[-1].kept_idx
         assert torch.equal(torch.ops.cropr.gather(got, kept_idx), torch.ops.cropr.gather(trunk.x, kept_idx)), name
         assert got.isfinite().all()

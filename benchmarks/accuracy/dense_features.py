@@ -32,9 +32,11 @@ DRAWN = ("astronaut", "coffee", "china")
 METHODS: dict[str, dict[str, Any]] = {
     'dropping, "left"': dict(merge=False, llf="left"),
     'dropping, "host"': dict(merge=False, llf="host"),
+    'dropping, "host", behind the last block': dict(merge=False, llf=cropr.Fusion(blocks=0)),
     "merging, copies": dict(merge=True),
     'merging, "left"': dict(merge=True, llf="left"),
     'merging, "host"': dict(merge=True, llf="host"),
+    'merging, "host", behind the last block': dict(merge=True, llf=cropr.Fusion(blocks=0)),
 }
 PANELS = {
     'dropping, "left"': 'dropped, restored as they were\nllf="left", as published',

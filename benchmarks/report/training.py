@@ -133,6 +133,25 @@ def by_method(name: str, title: str, columns: dict[str, int]) -> str:
     return grid(["method", *columns, "seeds"], body) + f"\n\n{note} {where(env)}."
 
 
+def restored() -> str:
+    """How far restored tokens are from those of the same network unpruned, after training."""
+    found = load("segmentation")
+    rows = [row for row in found[1] if "restored" in row] if found is not None else []
+    if not rows:
+        return "Not measured yet."
+    blocks = sorted({int(count) for row in rows for count in row["restored"]})
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row["restored"] for row in rows if row["method"] == method]
+        body.append([method, *(spread([one[str(count)] for one in own], 2) for count in blocks)])
+    head = ["pruned after block", *(str(count) for count in blocks[:-1]), "never"]
+    note = (
+        "Squared error of what the last block reads, the normed tokens, over the variance of those of the same trained "
+        f"network without pruning. 8 epochs, seed {', '.join(str(seed) for seed in sorted({r['seed'] for r in rows}))}."
+    )
+    return grid(head, body) + f"\n\n{note}"
+
+
 def training_step() -> str:
     """What a training step costs with Cropr."""
     found = load("cpu_training")
@@ -166,6 +185,7 @@ SECTIONS: Sections = {
     "scorers": scorers,
     "untrained": untrained,
     "segmentation": lambda: by_method("segmentation", CAMVID, CAMVID_COLUMNS),
+    "restored": restored,
     "segmentation_long": lambda: by_method("segmentation_long", CAMVID, CAMVID_COLUMNS),
     "segmentation_low_rate": lambda: by_method("segmentation_low_rate", CAMVID, CAMVID_COLUMNS),
     "detection_bccd": lambda: by_method("detection_bccd", "BCCD, ViT-Ti/16 at 256 px", DETECTION_COLUMNS),

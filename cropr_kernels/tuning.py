@@ -97,7 +97,7 @@ def highest_rate(num_tokens: int, modules: int, num_prefix: int) -> float:
 def default_rates(model: Any) -> list[int]:
     """A quarter, a half, three quarters and nine tenths of the highest rate there is."""
     patches = model.cropr.config.grid[0] * model.cropr.config.grid[1]
-    most = (patches - 4) // len(model.cropr)
+    most = (patches - 4) // model.cropr.num_used
     return sorted({max(round(most * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
 
@@ -163,7 +163,7 @@ def tune(
         raise ValueError("cropr.tune: give exactly one of speedup and latency_ms")
     if (speedup is not None and not speedup >= 1) or (latency_ms is not None and not latency_ms > 0):
         raise ValueError(f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {speedup}, {latency_ms}")
-    fast, modules = deployed_copy(model, cuda_graphs=None), len(stack)
+    fast, modules = deployed_copy(model, cuda_graphs=None), stack.num_used
     prefix, depth = stack.spec.num_prefix, len(stack.spec.blocks)
     tokens = pruned_run(fast, lambda: fast(images), PruningOptions())[1].num_tokens
 

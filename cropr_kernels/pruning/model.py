@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, is_hooked
 from ..models.pixels import Pixels
+from ..schedule import num_modules
 from .config import PruningConfig
 from .graphs import Graphs
 from .masks import level_padding
@@ -77,6 +78,11 @@ class CroprModules(nn.ModuleList):
             for module in modules:
                 module.add_head(outputs)
             _watch_optimizers(self)
+
+    @property
+    def num_used(self) -> int:
+        """How many modules prune: fusion over more blocks, set later, leaves some without work."""
+        return num_modules(len(self.spec.blocks), self.config.whole_blocks)
 
     @property
     def slot(self) -> Slot:

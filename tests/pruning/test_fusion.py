@@ -157,6 +157,10 @@ def test_set_llf_needs_the_modules_it_uses():
     model = pruned()
     for llf in ("host", cropr.Fusion("left", 2), False, True):
         cropr.set_llf(model, llf)
+    tuned = cropr.tune(
+        cropr.set_llf(model, cropr.Fusion("host", 2)), torch.zeros(1, 3, 64, 64).double(), speedup=1.0, rounds=1
+    )
+    assert len(tuned.keep) == model.cropr.num_used == 3
     narrow = pruned(llf=cropr.Fusion("host", 3))
     with pytest.raises(ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")):
         cropr.set_llf(narrow, True)

@@ -21,9 +21,12 @@ def num_modules(depth: int, llf: int) -> int:
     """
     last = 1 + llf
     if depth <= last:
-        how = "without LLF" if not llf else "with LLF" if llf == 1 else f"with LLF over {llf} blocks"
-        raise ValueError(f"schedule: depth must be at least {last + 1} {how}, got {depth}")
+        raise ValueError(f"schedule: depth must be at least {last + 1} {_how(llf)}, got {depth}")
     return depth - last
+
+
+def _how(llf: int) -> str:
+    return "without LLF" if not llf else "with LLF" if llf == 1 else f"with LLF over {llf} blocks"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Schedule:
         if isinstance(self.keep, tuple):
             counts = list(self.keep)
             if len(counts) != modules:
-                what = f"{modules} counts for {depth} blocks (llf={llf}), got {len(counts)}"
+                what = f"{modules} counts for {depth} blocks {_how(llf)}, got {len(counts)}"
                 raise ValueError(f"schedule: keep must list {what}")
         elif self.ratio is not None:
             patches, counts = num_tokens - num_prefix, []
@@ -104,7 +107,7 @@ class Schedule:
         else:
             const = self.const or ()
             if len(const) != 2 or not 1 <= const[0] <= modules:
-                where = f"after in [1, {modules}] for {depth} blocks (llf={llf})"
+                where = f"after in [1, {modules}] for {depth} blocks {_how(llf)}"
                 raise ValueError(f"schedule: const must be (after, count), {where}, got {const}")
             counts = [num_tokens] * (const[0] - 1) + [const[1]] * (modules - const[0] + 1)
         counts = self._checked(counts, num_tokens, num_prefix)

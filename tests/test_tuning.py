@@ -171,7 +171,7 @@ def test_apply_takes_the_file(tmp_path):
     model = cropr.apply(timm_vit(), keep=path)
     assert model.cropr.config.counts(65, 4, 1) == [50, 40, 30]
     assert cropr.apply(reference_vit(), keep=str(path)).cropr.config.counts(65, 4, 1) == [50, 40, 30]
-    with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks \(llf=True\), got 3"):
+    with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks with LLF, got 3"):
         cropr.apply(reference_vit(), keep=path, llf=True)
     with pytest.raises(FileNotFoundError):
         cropr.apply(reference_vit(), keep=tmp_path / "none.json")

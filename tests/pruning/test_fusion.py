@@ -153,6 +153,17 @@ def test_windows_restore_by_hosts_of_the_same_window(images):
         cropr.set_llf(cropr.apply(model, keep=[12, 8, 8, 5], windows=windows, llf=True, num_outputs=0), False)
 
 
+@torch.no_grad()
+def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
+    for options in (DROP, MERGE):
+        model = pruned(llf="host", **options)
+        expected, plain = model(images), cropr.set_rate(copy.deepcopy(model), 0)(images)
+        assert torch.equal(cropr.set_progress(model, 0.0)(images), plain)
+        half = cropr.set_progress(model, 0.5)(images)
+        torch.testing.assert_close(cropr.deploy(model)(images), half, rtol=1e-9, atol=1e-9)
+        assert torch.equal(cropr.set_progress(model, 1.0)(images), expected) and not torch.allclose(half, expected)
+
+
 def test_set_llf_needs_the_modules_it_uses():
     model = pruned()
     for llf in ("host", cropr.Fusion("left", 2), False, True):

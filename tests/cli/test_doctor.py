@@ -91,7 +91,9 @@ def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
     for name in NAMES:
         monkeypatch.setattr(ops, name, getattr(kernels, name))
     device = torch.device(kernels.device)
-    as_integers = kernels.interpreted and op.startswith(("attend", "merge", "host_offsets"))  # how Triton multiplies then
+    as_integers = kernels.interpreted and op.startswith(
+        ("attend", "merge", "host_offsets")
+    )  # as Triton then multiplies
     for check in checks(device):
         if check.what == op and not (as_integers and check.dtype == torch.bfloat16):
             assert perform(check, device, calls.SIZES) == "", str(check)

@@ -186,8 +186,8 @@ def test_the_command_measures_and_writes(clock, tmp_path, capsys):
     arguments = ["tune", "vit_tiny_patch16_224", "--rounds", "1", "--quiet", "--out", str(out)]
     assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert "measured" in text and f"keep='{out}', llf=True" in text
-    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"]
+    assert "measured" in text and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='host', blocks=1))" in text
+    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"] == "host"
     assert found["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10) and found["measured"] >= 1.2 * 0.98
     assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1

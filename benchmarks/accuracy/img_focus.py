@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -147,3 +148,15 @@ def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
     [name] = [one.name for one in session.get_inputs()]
     [maps] = session.run(None, {name: images.numpy()})
     return (net(images) - torch.from_numpy(maps)[:, 0]).abs().max().item()
+
+
+def read_square(image: Any, side: int) -> Tensor:
+    """The middle of a Pillow image, (3, side, side) in [0, 1]: no borders that would be easy to prune."""
+    shorter = min(image.size)
+    left, top = ((length - shorter) // 2 for length in image.size)
+    image = image.convert("RGB").resize((side, side), 3, box=(left, top, left + shorter, top + shorter))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

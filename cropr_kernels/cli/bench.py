@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     reason = deployed_copy(model).cropr.engine_reason
     about = {
         "model": options.model,
-        "llf": str(model.cropr.config.llf or "no"),
+        "llf": model.cropr.config.llf and str(model.cropr.config.llf),
         "merge": model.cropr.config.merge is not None,
         "dtype": dtype,
         "device": device,

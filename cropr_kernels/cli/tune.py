@@ -20,12 +20,12 @@ def run(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tuned = tune(model.to(**place), images, **goal, rounds=options.rounds, show=not options.quiet)
-    llf, dtype = str(model.cropr.config.llf or "no"), str(place["dtype"]).removeprefix("torch.")
+    llf, dtype = model.cropr.config.llf, str(place["dtype"]).removeprefix("torch.")
     about = {
         "model": options.model,
         "batch": batch,
         "dtype": dtype,
-        "llf": llf,
+        "llf": llf and str(llf),
         "merge": model.cropr.config.merge is not None,
     }
     print(f"kept after each block: {' '.join(map(str, tuned.keep))}")
@@ -40,4 +40,5 @@ def run(options: argparse.Namespace) -> None:
         if str(warning.message).startswith("cropr.tune: "):
             print(f"warning: {str(warning.message).removeprefix('cropr.tune: ')}")
     save_tuned(options.out, tuned, about | {"device": str(place["device"]), "torch": torch.__version__})
-    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{', llf=True' if options.llf else ''})")
+    how = (", merge=True" if model.cropr.config.merge else "") + (f", llf=cropr.{llf!r}" if llf else "")
+    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{how})")

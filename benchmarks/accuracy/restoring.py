@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.agreement import agreement, calibrated
+from benchmarks.accuracy.counts import block_flops
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.baselines import restores
 from benchmarks.baselines.restores import Departure, Trunk
@@ -68,8 +69,7 @@ def flop_ratio(counts: Sequence[int], tokens: int, dim: int, blocks: int) -> flo
     """How many times fewer FLOPs the blocks take: counts as without LLF, and the last `blocks` see all tokens."""
     seen = [tokens, *counts]
     fused = seen[: len(seen) - blocks] + [tokens] * blocks
-    unpruned, pruned = (sum(12 * n * dim**2 + 2 * n**2 * dim for n in ns) for ns in ([tokens] * len(seen), fused))
-    return unpruned / pruned
+    return block_flops([tokens] * len(seen), dim) / block_flops(fused, dim)
 
 
 class Photos(NamedTuple):

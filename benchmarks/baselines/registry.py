@@ -12,6 +12,7 @@ from benchmarks.baselines.merging import ATC, DPCKNN, ToMe
 from benchmarks.baselines.network import Make
 from benchmarks.baselines.selection import (
     ATS,
+    POMT,
     SAINT,
     AttentionTopK,
     EViT,
@@ -37,7 +38,8 @@ class Baseline:
 
     name: str
     make: Make
-    # "pruning" and "merging" need no training; "learned" has parameters of its own; "once" also reduces only once
+    # "pruning" and "merging" need no training; "learned" has parameters of its own; "once" reduces only once, most of
+    # them with such parameters
     kind: Literal["pruning", "merging", "learned", "once"]
     keeps: str  # what is kept, for the page
     # schedules it is timed at, with what is published of it
@@ -212,6 +214,12 @@ BASELINES = (
         "merging",
         "",
         variant=True,
+    ),
+    Baseline(
+        "POMT",
+        lambda dim, kept, patches: POMT(),
+        "once",
+        "those patches attend to most and of the largest values, and the mean of the others",
     ),
     Baseline(
         "DynamicViT",

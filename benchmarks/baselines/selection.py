@@ -1,5 +1,5 @@
 """Ways to choose the tokens that stay: random, variance, attention top-k, representation shift, SAINT,
-EViT, ATS, k-medoids."""
+EViT, POMT, ATS, k-medoids."""
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,28 @@ class EViT(Reducer):
         kept_idx, pruned_idx = ops.select(row.detach().float(), num_keep - 1, num_prefix)
         share = row.gather(1, pruned_idx).unsqueeze(1).type_as(x)
         return Reduction(torch.cat([ops.gather(x, kept_idx), share @ ops.gather(x, pruned_idx)], 1))
+
+
+class POMT(Reducer):
+    """Those stay that patches attend to and whose values are large, and one token more: the mean of the others.
+
+    The mean is one of the num_keep. A patch's score is the attention that it receives from all patches, each the
+    maximum over heads, over that of the patch which receives most; and a softmax over all tokens of the sum over
+    channels of the values, each the maximum over heads. Tokens stay in order of position, which theirs sorts by score;
+    its highest attention is that of the batch, here of the image, so that a batch changes nothing. Source: Eliopoulos
+    et al. 2025 (arXiv 2407.05941, Pruning One More Token) and its code, which prunes once, in the fourth block.
+    """
+
+    needs = frozenset({"attention", "values"})
+    place = "attention"
+
+    def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        received = context.need("attention").detach()[:, :, num_prefix:].amax(1).sum(1)[:, num_prefix:]
+        values = context.need("values").detach().float().amax(1).sum(-1).softmax(1)[:, num_prefix:]
+        scores = F.pad(received.float() / received.amax(1, keepdim=True) + values, (num_prefix, 0))
+        kept_idx, pruned_idx = ops.select(scores, num_keep - 1, num_prefix)
+        mean = ops.gather(x, pruned_idx).mean(1, keepdim=True)
+        return Reduction(torch.cat([ops.gather(x, kept_idx), mean], 1))
 
 
 class ATS(Reducer):

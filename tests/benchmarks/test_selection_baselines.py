@@ -10,7 +10,7 @@ from helpers.models import randomise, reference_vit
 
 from benchmarks.baselines.network import Context, Reduced
 from benchmarks.baselines.registry import SYSTEMS
-from benchmarks.baselines.selection import ATS, SAINT, EViT, KMedoids
+from benchmarks.baselines.selection import ATS, POMT, SAINT, EViT, KMedoids
 from cropr_kernels.models.blocks import project_heads
 
 
@@ -124,6 +124,24 @@ def test_evit_merges_between_attention_and_mlp():
         x = EViT()(x, Context(class_row=row), 20, 1).tokens
         x = second(x + first.mlp(first.norm2(x)))
         torch.testing.assert_close(Reduced(model, SYSTEMS["EViT"], [20])(images), model.forward_head(model.norm(x)))
+
+
+@pytest.mark.parametrize("prefix", [1, 3])
+def test_pomt_keeps_what_patches_attend_to_and_what_has_large_values(prefix):
+    x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
+    context = context_of(x, prefix)
+    tokens = POMT()(x, context, KEEP, prefix).tokens
+    patches = range(prefix, TOKENS)
+    for b in range(3):
+        attention, values = context.attention[b], context.values[b]
+        received = {j: sum(max(attention[h, i, j].item() for h in range(HEADS)) for i in patches) for j in patches}
+        sums = [sum(max(values[h, j, c].item() for h in range(HEADS)) for c in range(4)) for j in range(TOKENS)]
+        total = sum(math.exp(value) for value in sums)
+        score = {j: received[j] / max(received.values()) + math.exp(sums[j]) / total for j in patches}
+        order = sorted(patches, key=lambda j, score=score: -score[j])
+        kept, pruned = sorted(order[: KEEP - 1 - prefix]), order[KEEP - 1 - prefix :]
+        expected = [*x[b, :prefix], *(x[b, j] for j in kept), x[b, pruned].mean(0)]
+        torch.testing.assert_close(tokens[b], torch.stack(expected))
 
 
 def test_ats_samples_the_cumulated_significance():

@@ -151,6 +151,8 @@ def plan(options: argparse.Namespace, base: Any) -> None:
             {"group": group, "schedule": "constant", "keep": network.fitted(counting.even, keep), "batch": batch}
         )
     env = environment("cpu") | {"model": "vit_tiny_patch16_224", "rounds": options.rounds, "photos": options.estimate}
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    rows.sort(key=lambda row: groups.index(row["group"]))
     Results(options.planned, env).replace(rows)
 
 

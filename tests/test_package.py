@@ -70,7 +70,7 @@ def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
     assert "merging" not in text
     assert cli.main(["info", "vit_tiny_patch16_224", "--merge"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"merging +Merge\(candidates=1.5, size_weight=2.0\)", text)
+    assert re.search(r"merging +Merge\(candidates=3.0, size_weight=2.0\)", text)
     assert re.search(
         r"log\(size\) in attention +one more dimension of 16-bit heads on CUDA, else an additive bias", text
     )

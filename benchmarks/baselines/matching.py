@@ -185,7 +185,7 @@ def absorb(
     if keep_norms:
         longest = tokens.norm(dim=2).scatter_reduce(1, target, coming.norm(dim=2), "amax")
         means = means * (longest / means.norm(dim=2)).unsqueeze(2)
-    return Reduction(means, sizes=total, rows=lambda: rows_of(kept, moved, target))
+    return Reduction(means, places=kept, sizes=total, rows=lambda: rows_of(kept, moved, target))
 
 
 def rows_of(kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:

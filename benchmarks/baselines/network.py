@@ -57,6 +57,7 @@ class Reduction(NamedTuple):
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # to be added to that of the network
     rows: Callable[[], Tensor] | None = None  # for who asks: (B, N), the row in which each token is; None: not all are
+    places: Tensor | None = None  # (B, K): the rows whose places they take, where they are mixed and that is known
 
 
 class Features(NamedTuple):
@@ -83,7 +84,8 @@ class Reducer(nn.Module, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     # behind the block, between its attention and MLP, or before the attention, which then has fewer queries
     place: ClassVar[Literal["block", "attention", "queries"]] = "block"
-    proportional = True  # whether later attention weighs tokens by their sizes
+    proportional = True  # whether later attention weighs tokens by their sizes, to the power of
+    size_exponent = 1.0
 
     def prepare(self, patches: Tensor) -> Tensor:
         """What "patches" shall be, made of the input (B, N0 - P, pixels) once, by the first reducer for all layers."""
@@ -178,18 +180,20 @@ class Reduced(nn.Module):
                 continue
             rows.append(reduction.rows)
             losses += [] if reduction.loss is None else [reduction.loss]
-            before, positions = context.positions, context.positions
-            if reduction.idx is not None:
-                positions = reduction.idx if before is None else before.gather(1, reduction.idx)
-            elif table is not None:
+            if reduction.idx is None and table is not None:
                 raise ValueError(f"{type(reducer).__name__} mixes tokens: they have no rotary positions")
+            before, positions = context.positions, reduction.places if reduction.idx is None else reduction.idx
+            if before is not None:
+                positions = before if positions is None else before.gather(1, positions)
             if reduction.pruned is not None:
                 tokens, idx = reduction.pruned
                 pruned.append((tokens, idx if before is None else before.gather(1, idx)))
             if table is not None:
                 rope = rope_at(table, positions, prefix)
             sizes = reduction.sizes
-            logarithms = None if sizes is None or not reducer.proportional else sizes.clamp_min(_PADDING).log()
+            logarithms = None
+            if sizes is not None and reducer.proportional:
+                logarithms = sizes.clamp_min(_PADDING).log() * reducer.size_exponent
             context = context._replace(positions=positions, sizes=sizes, log_sizes=logarithms, active=reduction.active)
         return Features(backbone.norm(x), losses, context.active, rows)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cropr_kernels.models.blocks import project_heads, proportional_attention
 from cropr_kernels.ops.reference import size_adjusted_scores
-from cropr_kernels.pruning.merging import Merge
+from cropr_kernels.pruning.merging import Merge, checkerboard, log_sizes
 
 ops = torch.ops.cropr
 TEMPERATURE = 0.05  # of the softmax that weighs several hosts by their cosine; chosen on seed 0
@@ -46,10 +46,10 @@ def put(x: Tensor, idx: Tensor, rows: Tensor) -> Tensor:
     return x.scatter(1, idx.unsqueeze(-1).expand_as(rows), rows)
 
 
-def run_block(block: Any, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_block(block: Any, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What a block of the reference ViT gives for x (B, K, D), and its keys (B, K, C), mean over heads."""
     q, k, v = project_heads(block.attn, block.norm1(x))
-    heads = proportional_attention(q, k, v, log_sizes)
+    heads = proportional_attention(q, k, v, None if sizes is None else log_sizes(sizes))
     x = x + block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2)))
     return x + block.ls2(block.mlp(block.norm2(x))), k.mean(1)
 
@@ -65,17 +65,19 @@ def run_trunk(
     (batch, tokens), prefix = x.shape[:2], model.num_prefix_tokens
     active = torch.arange(tokens).repeat(batch, 1)
     sizes, parent = torch.ones(batch, tokens), active.clone()
+    colours = checkerboard(x, (model.grid, model.grid), prefix)
     departures: list[Departure] = []
     for block, query, count in zip(model.blocks, queries, counts):
-        log_sizes = sizes.gather(1, active).log() if merge is not None and departures else None
-        rows, keys = run_block(block, ops.gather(x, active), log_sizes)
+        weighed = sizes.gather(1, active) if merge is not None and departures else None
+        rows, keys = run_block(block, ops.gather(x, active), weighed)
         before = after = put(x, active, rows)
         scores, target = ops.scores(rows, query), None
         if merge is None:
             kept_idx, idx = (active.gather(1, part) for part in ops.select(scores, count, prefix))
         else:
             scores = size_adjusted_scores(scores, sizes.gather(1, active), merge.size_weight, prefix)
-            split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix)
+            priority = colours[len(departures) % 2].gather(1, active)
+            split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
             safe, candidates = (active.gather(1, part) for part in split)
             after = before.clone()
             kept_idx, idx, _ = ops.merge_(after, safe, candidates, sizes, parent, count, prefix)
@@ -114,12 +116,11 @@ def run_without_fusion(model: Any, departures: list[Departure]) -> Tensor:
 
 def run_last(model: Any, departures: list[Departure]) -> Tensor:
     """All rows (B, N, D), those of kept tokens as the last block gives them."""
-    last, log_sizes = departures[-1], None
+    last, sizes = departures[-1], None
     if last.target is not None:
         rows = roots(departures)
         sizes = torch.zeros(rows.shape).scatter_add(1, rows, torch.ones(rows.shape)).gather(1, last.kept_idx)
-        log_sizes = sizes.log()
-    kept, _ = run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx), log_sizes)
+    kept, _ = run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx), sizes)
     return put(last.after, last.kept_idx, kept)
 
 

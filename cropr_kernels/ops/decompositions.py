@@ -13,11 +13,6 @@ from torch import Tensor
 from .reference import accumulation_dtype, fold_queries, hops
 
 
-def _refuse(priority: Tensor | None) -> None:
-    if priority is not None:
-        raise ValueError("cropr.export: masks are not supported without the cropr ops; export with ops='cropr'")
-
-
 def _ascending(positions: Tensor) -> Tensor:
     """Positions in order; as float32, exact below 2^24, as not every runtime finds the top of integers."""
     count = positions.shape[1]
@@ -29,12 +24,15 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _refuse(priority)
     batch, n = scores.shape
     positions = torch.arange(n, device=scores.device).expand(batch, -1)
     if num_keep in (num_prefix, n):
         return positions[:, :num_keep], positions[:, num_keep:]
     patches, count = scores[:, num_prefix:], num_keep - num_prefix
+    if priority is not None:
+        order = patches.topk(n - num_prefix, dim=1).indices
+        rank = order.float().topk(n - num_prefix, dim=1, largest=False).indices  # of each token in that order
+        patches = priority[:, num_prefix:].float().sign() * n - rank
     kept = _ascending(patches.topk(count, dim=1).indices) + num_prefix
     # Where nobody asks for the pruned positions, this second sort is left out of the program.
     pruned = _ascending(patches.topk(n - num_prefix, dim=1).indices[:, count:]) + num_prefix

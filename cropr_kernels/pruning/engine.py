@@ -19,7 +19,7 @@ from ..models.adapters import BlockParts
 from ..models.blocks import Rotary
 from .config import PruningConfig
 from .masks import Masks
-from .merging import resolve_parents
+from .merging import log_sizes, resolve_parents
 from .state import PruningState
 
 ops = torch.ops.cropr
@@ -69,8 +69,9 @@ def _run(
     counts, prefix = state.counts, state.num_prefix
     x, idx = x.contiguous(), None
     count = x.shape[1]
-    pruned = Pruned(state.config, x, prefix) if counts[-1] < count else None
-    priority = None if masks is None else masks.priority
+    pruned = None
+    if counts[-1] < count:
+        pruned = Pruned(state.config, x, prefix, state.colours(x) if masks is None else (masks.priority,) * 2)
     log_sizes = None if masks is None else masks.log_sizes(None)
     h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))
     for layer, parts in enumerate(blocks):
@@ -89,7 +90,7 @@ def _run(
         following = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
         if pruned is not None and layer < len(counts) and counts[layer] < count:
             count = counts[layer]
-            idx = pruned.add_prune_(x, idx, update, scale2, state.stack[layer].query(), count, priority)
+            idx = pruned.add_prune_(x, idx, update, scale2, state.stack[layer].query(), count)
             if pruned.merge is not None:
                 log_sizes = pruned.log_sizes
             else:
@@ -112,8 +113,11 @@ def _run(
 class Pruned:
     """What is remembered of the pruned tokens while a batch goes through the network."""
 
-    def __init__(self, config: PruningConfig, x: Tensor, num_prefix: int):
-        self.merge, self.num_prefix, self.merges = config.merge, num_prefix, 0
+    def __init__(
+        self, config: PruningConfig, x: Tensor, num_prefix: int, priorities: tuple[Tensor | None, Tensor | None]
+    ):
+        self.merge, self.num_prefix, self.modules = config.merge, num_prefix, 0
+        self.priorities = priorities  # (B, N) each, in turns
         self.by_host = config.llf is not None and config.llf.by_host
         if self.merge is not None:
             self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
@@ -129,26 +133,25 @@ class Pruned:
         gamma: Tensor | None,
         query: Tensor,
         num_keep: int,
-        priority: Tensor | None,
     ) -> Tensor:
         """End a block as add_select_ does, and drop or merge the pruned tokens: (B, num_keep), the positions kept."""
-        prefix = self.num_prefix
+        prefix, before, priority = self.num_prefix, self.modules, self.priorities[self.modules % 2]
+        self.modules += 1
         if self.merge is None:
             kept_idx, pruned_idx = ops.add_select_(x, idx, update, gamma, query, num_keep, prefix, priority=priority)
             if self.by_host:
                 ops.host_offsets_(x, kept_idx, pruned_idx, self.parent, prefix)
             return kept_idx
-        weight = self.merge.size_weight if self.merges else 0.0  # at first every size is one
+        weight = self.merge.size_weight if before else 0.0  # at first every size is one
         safe = self.merge.num_safe(update.shape[1], num_keep, prefix)
         split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, self.sizes, weight, priority)
         kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix, self.by_host)
-        self.merges += 1
-        self.log_sizes = kept_sizes.log()
+        self.log_sizes = log_sizes(kept_sizes)
         return kept_idx
 
     def positions(self) -> Tensor:
         """For every token the position at which it is now: (B, N)."""
-        return resolve_parents(self.parent, self.merges)
+        return resolve_parents(self.parent, self.modules)
 
 
 def _norm(x: Tensor, idx: Tensor | None, norm: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.blocks import rope_at
 from ..ops.reference import size_adjusted_scores
 from .masks import Masks, make_masks
-from .merging import Merge
+from .merging import Merge, checkerboard, log_sizes
 
 
 class PruningOptions(NamedTuple):
@@ -82,6 +82,7 @@ class PruningState:
                 self.masks = Masks(rows.squeeze(-1), None)
             self.dropped_prefix, prefix = prefix, 0
         self.num_prefix, self.num_tokens = prefix, x.shape[1] if self.windows is None else self.windows.size**2
+        self.priorities: tuple[Tensor | None, Tensor | None] = None, None  # (B, N), by position, in turns
         self.next_layer = 0
         self.done = False  # the engine has run all blocks
         self.positions: Tensor | None = None  # (B, K), of the active tokens; None: all, in order
@@ -131,7 +132,7 @@ class PruningState:
         """What attention adds to the logits of each active token, (B, K); None where that is nothing."""
         if self.masks is not None and self.masks.padding is not None:
             return self.masks.log_sizes(self.positions)
-        return None if self.sizes is None else self.sizes.log()
+        return None if self.sizes is None else log_sizes(self.sizes)
 
     def pruning_map(self, device: torch.device) -> Tensor:
         """(B, grid height, grid width) int64: the number of blocks each patch went through."""
@@ -152,6 +153,13 @@ class PruningState:
             raise ValueError(f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} patches")
         return self.grid
 
+    def colours(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Priorities (B, N) of all tokens x (B, N, D) in every second module; none where tokens do not merge."""
+        if self.config.merge is None:
+            return None, None
+        grid = self.grid or (1, self.num_tokens - self.num_prefix)
+        return checkerboard(x, grid if self.windows is None else (self.windows.size,) * 2, self.num_prefix)
+
     def _prune(self, layer: int, x: Tensor) -> Tensor:
         module, count, prefix = self.stack[layer], self.counts[layer], self.num_prefix
         prediction, scores = None, None
@@ -162,7 +170,10 @@ class PruningState:
             self.aux.append(prediction)
         if count == x.shape[1]:
             return x
-        before, priority = self.positions, None if self.masks is None else self.masks.priority
+        before = self.positions
+        if before is None:
+            self.priorities = self.colours(x) if self.masks is None else (self.masks.priority,) * 2
+        priority = self.priorities[len(self.pruned_idx) % 2]
         if priority is not None and before is not None:
             priority = priority.gather(1, before)
         by_host, all_tokens = self.config.llf is not None and self.config.llf.by_host, x

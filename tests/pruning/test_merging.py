@@ -23,7 +23,7 @@ from cropr_kernels.pruning.merging import resolve_parents
 WAYS = {
     "default": cropr.Merge(),
     "no choice of the redundant": cropr.Merge(candidates=1),
-    "three times as many candidates": cropr.Merge(candidates=3),
+    "fewer candidates": cropr.Merge(candidates=1.5),
     "sizes do not protect": cropr.Merge(size_weight=0),
 }
 
@@ -42,26 +42,29 @@ def slow_image(model, tokens, counts, how):
         x = torch.stack([value for value, _, _ in alive])
         q, k, v = (part[0] for part in project_heads(block.attn, block.norm1(x)[None]))
         logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        logits = logits + torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
+        logits = logits + 0.9 * torch.tensor([size for _, size, _ in alive], dtype=x.dtype).log()
         heads = logits.softmax(-1) @ v
         x = x + block.ls1(block.attn.proj(heads.transpose(0, 1).flatten(1)))
         x = x + block.ls2(block.mlp(block.norm2(x)))
         alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
         if layer < len(counts):
-            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how)
+            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how, layer)
     rows = torch.empty_like(tokens)
     for value, _, patches in alive:
         rows[patches] = value
     return model.forward_head(model.norm(rows[None]))[0]
 
 
-def slow_merge(alive, features, query, keep, prefix, how):
+def slow_merge(alive, features, query, keep, prefix, how, layer):
+    """The first of a token's patches is where it is, on a grid of 8 x 8."""
     scores = [float(value @ query) for value, _, _ in alive]
     spread = torch.tensor(scores[prefix:], dtype=torch.float64).std(correction=0).item()
     weighed = [
         score + how.size_weight * spread * torch.tensor(size).log().item() for score, (_, size, _) in zip(scores, alive)
     ]
-    order = sorted(range(prefix, len(alive)), key=lambda i: weighed[i])  # least important first
+    cells = [patches[0] - prefix for _, _, patches in alive]
+    first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]  # of the colour that goes first
+    order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))  # least important first
     candidates = order[: len(alive) - how.num_safe(len(alive), keep, prefix)]
     safe = [i for i in range(prefix, len(alive)) if i not in candidates]
     nearest = {}
@@ -72,7 +75,7 @@ def slow_merge(alive, features, query, keep, prefix, how):
     for i in leaving:
         (value, size, patches), (taken, taken_size, taken_patches) = merged.pop(i), merged[nearest[i][1]]
         total = size + taken_size
-        merged[nearest[i][1]] = ((value * size + taken * taken_size) / total, total, patches + taken_patches)
+        merged[nearest[i][1]] = ((value * size + taken * taken_size) / total, total, taken_patches + patches)
     return [merged[i] for i in sorted(merged)]
 
 
@@ -286,7 +289,7 @@ def test_eva_attention_with_a_gate_is_refused():
 
 
 def test_the_repr_says_how_tokens_merge():
-    assert "Merge(candidates=1.5" in repr(cropr.apply(reference_vit(), rate=8, merge=True).cropr)
+    assert "Merge(candidates=3.0" in repr(cropr.apply(reference_vit(), rate=8, merge=True).cropr)
     assert "Merge" not in repr(cropr.apply(reference_vit(), rate=8).cropr)
 
 

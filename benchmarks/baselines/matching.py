@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.baselines.network import Context, Reducer, Reduction, take
 from cropr_kernels.ops.reference import size_adjusted_scores
-from cropr_kernels.pruning.merging import Merge
+from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge
 
 ops = torch.ops.cropr
 
@@ -78,30 +78,60 @@ class ATM(Reducer):
 
 
 class CroprMerge(Reducer):
-    """Cropr's own merge, step by step, with other weights: an experiment.
+    """Cropr's own merge, step by step, with parts of it left out or replaced: an experiment.
 
     Args:
         query: (D,), that of Cropr's module.
         merge: its options.
+        merges: how many there were before.
+        side: patches on a side of the image.
+        checkerboard: patches of one colour are safe before others.
+        cost_weight: among candidates too low scores go first; 0: those most like a safe token do.
+        keep_norms: a merged token has the norm of the one that it is merged into; or that of the mean.
+        size_exponent: attention weighs tokens by this power of their sizes.
         ward: pairs are chosen by Ward's loss, as in `ATM`, in place of the cosine of the tokens.
-        keep_norms: a merged token has the norm of its longest member, as in Token Fusion (Kim et al. 2024).
     """
 
-    def __init__(self, query: Tensor, merge: Merge, *, ward: bool = False, keep_norms: bool = False):
+    def __init__(
+        self,
+        query: Tensor,
+        merge: Merge,
+        merges: int,
+        side: int,
+        *,
+        checkerboard: bool = True,
+        cost_weight: float = COST_WEIGHT,
+        keep_norms: bool = True,
+        size_exponent: float = SIZE_EXPONENT,
+        ward: bool = False,
+    ):
         super().__init__()
-        self.query, self.merge, self.ward, self.keep_norms = query, merge, ward, keep_norms
+        self.query, self.merge, self.merges, self.side = query, merge, merges, side
+        self.checkerboard, self.cost_weight, self.keep_norms = checkerboard, cost_weight, keep_norms
+        self.size_exponent, self.ward = size_exponent, ward
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        scores, sizes = ops.scores(x, self.query), sizes_of(x, context)
-        scores = size_adjusted_scores(scores, sizes, self.merge.size_weight, num_prefix)
-        safe, may_go = ops.select(scores, self.merge.num_safe(x.shape[1], num_keep, num_prefix), num_prefix)
+        raw, sizes = ops.scores(x, self.query), sizes_of(x, context)
+        scores = size_adjusted_scores(raw, sizes, self.merge.size_weight, num_prefix)
+        priority = self.priority(x, context, num_prefix) if self.checkerboard else None
+        num_safe = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
+        safe, may_go = ops.select(scores, num_safe, num_prefix, priority)
         prefix, safe = safe[:, :num_prefix], safe[:, num_prefix:]
         unit = F.normalize(x.detach(), dim=-1)
-        similarity = ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)
+        loss = 1 - ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)
         if self.ward:
-            similarity = -ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * (1 - similarity)
+            loss = ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * loss
+        patches = raw[:, num_prefix:]
+        standardised = (scores - patches.mean(1, keepdim=True)) / patches.std(1, correction=0, keepdim=True)
+        loss = loss * (self.cost_weight * standardised.gather(1, may_go)).exp().unsqueeze(2)
         count = x.shape[1] - num_keep
-        return merge_matched(x, context, prefix, may_go, safe, similarity, count, keep_norms=self.keep_norms)
+        return merge_matched(x, context, prefix, may_go, safe, -loss, count, keep_norms=self.keep_norms)
+
+    def priority(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
+        """(B, N) int8: 1 for the colour that is safe before the other."""
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        cells = (positions if context.positions is None else context.positions) - num_prefix
+        return ((cells // self.side + cells % self.side + self.merges) % 2 == 1).to(torch.int8)
 
 
 def unit_keys(context: Context, num_prefix: int) -> Tensor:
@@ -174,7 +204,7 @@ def absorb(
 
     Args:
         target: (B, R), the index in `kept` of the one that each goes into.
-        keep_norms: the mean then gets the norm of its longest member.
+        keep_norms: the mean then gets the norm of the token that others go into.
     """
     sizes, tokens = sizes_of(x, context), take(x, kept)
     own, coming = sizes.gather(1, moved), take(x, moved)
@@ -183,8 +213,7 @@ def absorb(
     change, rows = (coming - take(tokens, target)) * share, target.unsqueeze(2).expand_as(coming)
     means = tokens.scatter_add(1, rows, change)
     if keep_norms:
-        longest = tokens.norm(dim=2).scatter_reduce(1, target, coming.norm(dim=2), "amax")
-        means = means * (longest / means.norm(dim=2)).unsqueeze(2)
+        means = means * (tokens.norm(dim=2) / means.norm(dim=2)).unsqueeze(2)
     return Reduction(means, places=kept, sizes=total, rows=lambda: rows_of(kept, moved, target))
 
 

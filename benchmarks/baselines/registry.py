@@ -121,12 +121,14 @@ BASELINES = (
         lambda dim, kept, patches: RepresentationShift(),
         "pruning",
         "those to which the MLP adds most",
+        trained=("dec",),
     ),
     Baseline(
         "SAINT",
         lambda dim, kept, patches: SAINT(),
         "pruning",
         "odd patches, and even ones that are like few odd ones",
+        trained=("dec",),
     ),
     Baseline(
         "DPC-KNN",
@@ -174,6 +176,7 @@ BASELINES = (
         lambda dim, kept, patches: PiToMe(),
         "merging",
         "those that are like many others merge in pairs",
+        trained=("dec",),
     ),
     Baseline(
         "PiToMe, plain attention",
@@ -187,6 +190,7 @@ BASELINES = (
         lambda dim, kept, patches: ATM(),
         "merging",
         "the most similar, smaller ones first, merge in pairs; late in the network small ones into large ones",
+        trained=("dec",),
     ),
     Baseline(
         "ATM, even and odd",
@@ -200,6 +204,7 @@ BASELINES = (
         lambda dim, kept, patches: ATC(),
         "merging",
         "means of agglomerative clusters",
+        trained=("dec",),
     ),
     Baseline(
         "ATC, complete linkage",

@@ -383,7 +383,7 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, num_prefix, *, in
     )  # fmt: skip
     out = x if in_place else gather(x, kept_idx)
     if num_prune and dim:
-        block_d = min(max(triton.next_power_of_2(dim), 128), 4096 // acc.itemsize)
+        block_d = min(max(triton.next_power_of_2(dim), 128), 1024 if acc == torch.float32 else 256)  # registers
         launch(
             means_kernel, batch * num_prune,
             rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, OFFSETS=offsets,

@@ -35,9 +35,10 @@ MERGES = {
     "merge, none of these": cropr.Merge(candidates=1, size_weight=0),
 }
 # Cropr's merge step by step, with other weights. Its speed is not that of the engine.
-EXPERIMENTS: dict[str, dict[str, bool]] = {
+EXPERIMENTS: dict[str, dict[str, Any]] = {
     "merge, Ward's loss": {"ward": True},
-    "merge, norms kept": {"keep_norms": True},
+    "merge, plain means": {"norm": None},
+    "merge, norms of the longest": {"norm": "longest"},
 }
 METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES, *EXPERIMENTS]
 

@@ -1,5 +1,7 @@
 """Ways to merge tokens in pairs that weigh more than ToMe does: PiToMe, ATM, and Cropr's own with other weights."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from cropr_kernels.ops.reference import size_adjusted_scores
 from cropr_kernels.pruning.merging import Merge
 
 ops = torch.ops.cropr
+
+Norm = Literal["target", "longest"]
 
 
 class PiToMe(Reducer):
@@ -84,12 +88,13 @@ class CroprMerge(Reducer):
         query: (D,), that of Cropr's module.
         merge: its options.
         ward: pairs are chosen by Ward's loss, as in `ATM`, in place of the cosine of the tokens.
-        keep_norms: a merged token has the norm of its longest member, as in Token Fusion (Kim et al. 2024).
+        norm: of a merged token: that of its target, as in `cropr::merge`, or of its longest member, as in Token Fusion
+            (Kim et al. 2024). None: of the mean.
     """
 
-    def __init__(self, query: Tensor, merge: Merge, *, ward: bool = False, keep_norms: bool = False):
+    def __init__(self, query: Tensor, merge: Merge, *, ward: bool = False, norm: Norm | None = "target"):
         super().__init__()
-        self.query, self.merge, self.ward, self.keep_norms = query, merge, ward, keep_norms
+        self.query, self.merge, self.ward, self.norm = query, merge, ward, norm
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         scores, sizes = ops.scores(x, self.query), sizes_of(x, context)
@@ -101,7 +106,7 @@ class CroprMerge(Reducer):
         if self.ward:
             similarity = -ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * (1 - similarity)
         count = x.shape[1] - num_keep
-        return merge_matched(x, context, prefix, may_go, safe, similarity, count, keep_norms=self.keep_norms)
+        return merge_matched(x, context, prefix, may_go, safe, similarity, count, norm=self.norm)
 
 
 def unit_keys(context: Context, num_prefix: int) -> Tensor:
@@ -143,7 +148,7 @@ def merge_matched(
     similarity: Tensor,
     count: int,
     *,
-    keep_norms: bool = False,
+    norm: Norm | None = None,
 ) -> Reduction:
     """Of the tokens at `goes` (B, A), the `count` that are most like one at `takes` (B, C) merge into that one.
 
@@ -162,11 +167,11 @@ def merge_matched(
     stays, chosen = ops.select(-best.float(), goes.shape[1] - count, 0)
     kept = torch.cat([others, goes.gather(1, stays), takes], 1)
     target = partner.gather(1, chosen) + (kept.shape[1] - takes.shape[1])
-    return absorb(x, context, kept, goes.gather(1, chosen), target, keep_norms=keep_norms)
+    return absorb(x, context, kept, goes.gather(1, chosen), target, norm=norm)
 
 
 def absorb(
-    x: Tensor, context: Context, kept: Tensor, moved: Tensor, target: Tensor, *, keep_norms: bool = False
+    x: Tensor, context: Context, kept: Tensor, moved: Tensor, target: Tensor, *, norm: Norm | None = None
 ) -> Reduction:
     """Tokens at `moved` (B, R) go into those at `kept` (B, K), by means that sizes weight.
 
@@ -174,7 +179,7 @@ def absorb(
 
     Args:
         target: (B, R), the index in `kept` of the one that each goes into.
-        keep_norms: the mean then gets the norm of its longest member.
+        norm: what the mean then gets: that of its target, or of its longest member.
     """
     sizes, tokens = sizes_of(x, context), take(x, kept)
     own, coming = sizes.gather(1, moved), take(x, moved)
@@ -182,9 +187,11 @@ def absorb(
     share = (own.double() / total.gather(1, target)).unsqueeze(2).type_as(x)
     change, rows = (coming - take(tokens, target)) * share, target.unsqueeze(2).expand_as(coming)
     means = tokens.scatter_add(1, rows, change)
-    if keep_norms:
-        longest = tokens.norm(dim=2).scatter_reduce(1, target, coming.norm(dim=2), "amax")
-        means = means * (longest / means.norm(dim=2)).unsqueeze(2)
+    if norm is not None:
+        norms = tokens.norm(dim=2)
+        if norm == "longest":
+            norms = norms.scatter_reduce(1, target, coming.norm(dim=2), "amax")
+        means = means * (norms / means.norm(dim=2)).unsqueeze(2)
     return Reduction(means, sizes=total, rows=lambda: rows_of(kept, moved, target))
 
 

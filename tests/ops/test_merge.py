@@ -226,9 +226,7 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
     batch, n, dim = shape[:3]
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
-        x, safe_idx, candidate_idx, sizes, keep, prefix
-    )
+    expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
     buffer, buffer_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)

@@ -272,11 +272,14 @@ def next_joining(slot_idx_ptr, slot, start, num_prune, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mean_of(x_ptr, stride, plan, sizes_ptr, target, own, slot, mine, num_prune, cols, inside, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of the target and, weighted by sizes, of the mean of all that share it, and how many tokens that is."""
+def mean_of(
+    x_ptr, stride, cols, inside, plan, sizes_ptr, target, slot, mine, num_prune,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Columns of the target and of the mean of all that share it, and how many tokens that is of."""
     target_row = tl.load(x_ptr + target * stride + cols, mask=inside, other=0.0).to(ACC)
-    sums = tl.fma(target_row, own.to(ACC), tl.zeros(cols.shape, ACC))
-    total = own
+    total = tl.load(sizes_ptr + target)
+    sums = tl.fma(target_row, total.to(ACC), tl.zeros(cols.shape, ACC))
     start = mine
     while start < num_prune:
         for i in tl.static_range(_TOGETHER):  # in order of position
@@ -311,16 +314,15 @@ def means_kernel(
     if (slot >= 0) & (next_joining(plan.slot_idx, slot, 0, num_prune, BLOCK) == mine):
         x_ptr = x.ptr + b * x.stride_b
         target = tl.load(plan.kept_idx + slot)
-        own = tl.load(sizes_ptr + target)
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + slot) * dim
-        total = own
+        total = 0.0
         mean = tl.zeros([BLOCK_D], ACC)
         own_square = tl.zeros([1], ACC)
         square = tl.zeros([1], ACC)
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
             row, mean, total = mean_of(
-                x_ptr, x.stride_n, plan, sizes_ptr, target, own, slot, mine, num_prune, cols, cols < dim, ACC, BLOCK
+                x_ptr, x.stride_n, cols, cols < dim, plan, sizes_ptr, target, slot, mine, num_prune, ACC, BLOCK
             )
             own_square += sum_of_squares(row)
             square += sum_of_squares(mean)
@@ -332,7 +334,7 @@ def means_kernel(
             inside = cols < dim
             if not ONE_BLOCK:
                 _, mean, _ = mean_of(
-                    x_ptr, x.stride_n, plan, sizes_ptr, target, own, slot, mine, num_prune, cols, inside, ACC, BLOCK
+                    x_ptr, x.stride_n, cols, inside, plan, sizes_ptr, target, slot, mine, num_prune, ACC, BLOCK
                 )
             tl.debug_barrier()  # in place, all threads have read the row and the size before one stores them
             # Rounded here, not first where an offset subtracts it.

@@ -70,9 +70,9 @@ constexpr Op kOps[] = {
     {"attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
      {kX, kQueries, {"grad_out", Types::kFloat, "BMD"}}},
     {"merge(Tensor x, Tensor safe_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep,"
-     " Tensor? features=None, SymInt num_prefix=0)"
+     " SymInt num_prefix=0)"
      " -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
-     {kX, kSafe, kCandidates, kSizes, {"features", Types::kFloat, "BNF"}},
+     {kX, kSafe, kCandidates, kSizes},
      {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
     {"host_offsets(Tensor x, Tensor kept_idx, Tensor pruned_idx, SymInt num_prefix=0)"
      " -> (Tensor offset, Tensor host_idx)",

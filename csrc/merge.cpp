@@ -1,5 +1,7 @@
 // CPU kernels of cropr::merge and merge_: pruned tokens are merged into the most similar safe ones.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -62,8 +64,8 @@ void choose_targets(const Partition& partition, const int64_t* nearest, const do
   }
 }
 
-void make_plan(const Tensor& features, const Partition& partition, Plan& plan) {
-  const Tensor dense = with_dense_rows(features);
+void make_plan(const Tensor& x, const Partition& partition, Plan& plan) {
+  const Tensor dense = with_dense_rows(x);
   std::vector<int64_t> nearest(partition.batch * partition.num_candidates, partition.num_prefix);
   std::vector<double> similarities(nearest.size());
   with_float_type(dense.scalar_type(), [&](auto tag) {
@@ -73,15 +75,29 @@ void make_plan(const Tensor& features, const Partition& partition, Plan& plan) {
   choose_targets(partition, nearest.data(), similarities.data(), plan);
 }
 
-// kept[slot] = (size * x + sum of those merged into it) / (size + sum of their sizes), rounded once, for every slot
-// that a pruned token goes into. `written(b, slot)` is where that row goes.
+// sqrt(own) / sqrt(mean), of sums of squares: what gives a mean the norm of its target. 1 where the mean has none, or
+// one that does not fit.
+template <typename A>
+A norm_factor(A own, A mean) {
+  constexpr A infinity = std::numeric_limits<A>::infinity();
+  const A factor = std::sqrt(own) / std::sqrt(mean);
+  return mean > 0 && mean < infinity && factor < infinity ? factor : A(1);
+}
+
+// mean = (size * x + sum of those merged into it) / (size + sum of their sizes), and kept[slot] = mean * |x| / |mean|,
+// rounded once, for every slot that a pruned token goes into. `written(b, slot)` is where that row goes.
 template <typename T, typename Written>
 void combine(
     const Rows<T>& x, const Partition& partition, const Plan& plan, const float* sizes, float* kept_sizes,
     const Written& written) {
   using A = acc_t<T>;
   parallel_for(0, partition.batch, 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> sum(x.dim);
+    Scratch<A> sum(x.dim), own(x.dim);
+    const auto square = [&](const A* row) {
+      A result;
+      dot_rows<A>(row, x.dim, 1, x.dim, row, &result);
+      return result;
+    };
     for (int64_t b = begin; b < end; ++b) {
       const int64_t *kept = plan.kept + b * partition.num_keep, *pruned = plan.pruned + b * partition.num_prune;
       const int64_t* slots = plan.slots.data() + b * partition.num_prune;
@@ -104,33 +120,36 @@ void combine(
           add(pruned[other]);
           total[slot] += size[pruned[other]];
         }
-        T* row = written(b, slot);
         const A whole = total[slot];
-        for (int64_t d = 0; d < x.dim; ++d) store_one(row + d, sum.data()[d] / whole);
+        for (int64_t d = 0; d < x.dim; ++d) sum.data()[d] /= whole;
+        widen_row<T>(x.image(b) + kept[slot] * x.stride_n, x.dim, own.data());
+        const A factor = norm_factor(square(own.data()), square(sum.data()));
+        T* row = written(b, slot);  // in place, where x was
+        for (int64_t d = 0; d < x.dim; ++d) store_one(row + d, sum.data()[d] * factor);
       }
     }
   });
 }
 
-// Each pruned row of x (B, N, D) becomes what it was less the mean it went into.
+// Each pruned row of x (B, N, D) becomes what it was less the row it went into.
 template <typename T>
-void subtract_means(T* x, int64_t dim, const Partition& partition, const Plan& plan) {
+void subtract_merged(T* x, int64_t dim, const Partition& partition, const Plan& plan) {
   parallel_for(0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {
     Scratch<acc_t<T>> scratch(2 * dim);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / partition.num_prune;
       T* image = x + b * partition.n * dim;
-      const T* mean = image + plan.kept[b * partition.num_keep + plan.slots[i]] * dim;
-      subtract_row<T>(image + plan.pruned[i] * dim, mean, dim, scratch.data());
+      const T* merged = image + plan.kept[b * partition.num_keep + plan.slots[i]] * dim;
+      subtract_row<T>(image + plan.pruned[i] * dim, merged, dim, scratch.data());
     }
   });
 }
 
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
-    const OptionalTensor& features, int64_t num_prefix) {
+    int64_t num_prefix) {
   constexpr const Op& op = op_named("merge");
-  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, given(features)}, {num_prefix, num_keep});
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes}, {num_prefix, num_keep});
   if (dims['S'] + dims['C'] != dims['N'])
     fail(
         "merge: safe_idx and candidate_idx must together hold N = ", dims['N'], " positions, got ", dims['S'], " + ",
@@ -144,7 +163,7 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
   Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
   Output dest({partition.batch, partition.n}, ScalarType::Long);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(features ? *features : x, partition, plan);
+  make_plan(x, partition, plan);
   int64_t* row_of = dest.data<int64_t>();
   for (int64_t b = 0; b < partition.batch; ++b) {
     for (int64_t i = 0; i < num_keep; ++i) row_of[b * partition.n + plan.kept[b * num_keep + i]] = i;
@@ -159,7 +178,7 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
       for_each_image_range(begin, end, num_keep, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
             rows.image(b), rows.stride_n, dim, plan.kept + b * num_keep, first, last, out + b * num_keep * dim,
-            RowCopy(0));  // means are written over some of them next
+            RowCopy(0));  // merged ones are written over some of them next
       });
     });
     combine(rows, partition, plan, data<float>(weights), kept_sizes.data<float>(), [&](int64_t b, int64_t slot) {
@@ -187,7 +206,7 @@ std::tuple<Returned, Returned, Returned> merge_(
     combine(Rows<T>(x), partition, plan, size, total, [&](int64_t b, int64_t slot) {
       return rows + (b * partition.n + plan.kept[b * num_keep + slot]) * x.size(2);
     });
-    if (offsets) subtract_means(rows, x.size(2), partition, plan);
+    if (offsets) subtract_merged(rows, x.size(2), partition, plan);
   });
   int64_t* into = mutable_data<int64_t>(parent);
   for (int64_t b = 0; b < partition.batch; ++b) {

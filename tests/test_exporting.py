@@ -42,15 +42,13 @@ def test_plain_operators_choose_and_move_as_the_ops_do(shape):
     assert torch.equal(portable.restore(*flipped), x)
 
 
-@pytest.mark.parametrize("with_features", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_plain_merging_merges_as_the_op_does(prefix, with_features):
+def test_plain_merging_merges_as_the_op_does(prefix):
     x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
     safe, candidates = reference.select(torch.randn(3, 40), 25, prefix)
-    features = torch.randn(3, 40, 5) if with_features else None
     for num_keep in (25, 31, 40):
-        expected = reference.merge(x, safe, candidates, sizes, num_keep, features, prefix)
-        got = portable.merge(x, safe, candidates, sizes, num_keep, features, prefix)
+        expected = reference.merge(x, safe, candidates, sizes, num_keep, prefix)
+        got = portable.merge(x, safe, candidates, sizes, num_keep, prefix)
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b)
 

@@ -20,16 +20,14 @@ class ToMe(Reducer):
 
     Args:
         proportional: log(size) on the attention logits, as ToMe has it off the shelf.
-        fused: one call of `cropr::merge` does it. Tokens then stay in order of position, where ToMe puts the odd ones
-            behind the others, so that the next block pairs other tokens.
     """
 
     needs = frozenset({"keys"})
     place = "attention"
 
-    def __init__(self, *, proportional: bool = True, fused: bool = False):
+    def __init__(self, *, proportional: bool = True):
         super().__init__()
-        self.proportional, self.fused = proportional, fused
+        self.proportional = proportional
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         tokens = x.shape[1]
@@ -38,8 +36,7 @@ class ToMe(Reducer):
             raise ValueError(
                 f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
             )
-        merge = merge_fused if self.fused else merge_pairs
-        return merge(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
+        return merge_pairs(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
 
 
 def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
@@ -73,18 +70,6 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
         return rows_of(kept, 2 * goes, target + kept.shape[1] - num_odd)
 
     return Reduction(merged / sizes.unsqueeze(-1).to(x.dtype), sizes=sizes, rows=rows)
-
-
-def merge_fused(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
-    """The same merge by `cropr::merge`: tokens (B, N - count, D) in order of position, their sizes, and rows."""
-    batch, tokens, _ = x.shape
-    positions = torch.arange(tokens, device=x.device)
-    stays = positions % 2 == 1
-    stays[:num_prefix] = True
-    odd, even = (positions[mask].expand(batch, -1) for mask in (stays, ~stays))
-    sizes = x.new_ones(batch, tokens, dtype=torch.float32) if sizes is None else sizes
-    merged, _, _, sizes, dest = ops.merge(x, odd, even, sizes, tokens - count, metric, num_prefix)
-    return Reduction(merged, sizes=sizes, rows=lambda: dest)
 
 
 class DPCKNN(Reducer):

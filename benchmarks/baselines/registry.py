@@ -164,14 +164,6 @@ BASELINES = (
         variant=True,
     ),
     Baseline(
-        "ToMe, fused",
-        lambda dim, kept, patches: ToMe(fused=True),
-        "merging",
-        "",
-        timed={"dec": None},
-        variant=True,
-    ),
-    Baseline(
         "PiToMe",
         lambda dim, kept, patches: PiToMe(),
         "merging",

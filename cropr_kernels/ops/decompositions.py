@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype, fold_queries, hops
+from .reference import accumulation_dtype, fold_queries, hops, norms
 
 
 def _ascending(positions: Tensor) -> Tensor:
@@ -70,7 +70,6 @@ def merge(
     candidate_idx: Tensor,
     sizes: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, n, _ = x.shape
@@ -79,7 +78,7 @@ def merge(
     positions = torch.arange(n, device=x.device).expand(batch, -1)
     if num_prune == 0:
         return x, positions, positions[:, :0], sizes, positions
-    best, nearest = _find_nearest(x if features is None else features, safe_idx, candidate_idx, num_prefix)
+    best, nearest = _find_nearest(x, safe_idx, candidate_idx, num_prefix)
     # Of equal candidates the higher position is pruned: the order is reversed, as the top keeps the lower.
     chosen = _ascending(candidates - 1 - best.flip(1).topk(num_prune, dim=1).indices)
     pruned_idx = candidate_idx.gather(1, chosen)
@@ -93,8 +92,9 @@ def merge(
     gained = (merges_into * weight.unsqueeze(2)).sum(1)
     kept, pruned = gather(x, kept_idx), gather(x, pruned_idx).float()
     sums = kept.float() * own.unsqueeze(2) + merges_into.transpose(1, 2) @ (pruned * weight.unsqueeze(2))
-    means = (sums / (own + gained).unsqueeze(2)).to(x.dtype)
-    kept = torch.where((gained == 0).unsqueeze(2), kept, means)
+    means = sums / (own + gained).unsqueeze(2)
+    norm, mean_norm, _ = norms(kept.float(), means)
+    kept = torch.where((gained == 0).unsqueeze(2), kept, (means * (norm / mean_norm)).to(x.dtype))
     # A pruned token is in the row of its target, a kept one in its own.
     into = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).long() * row.gather(1, target).unsqueeze(2)
     dest = torch.where(is_pruned, into.sum(1), row)

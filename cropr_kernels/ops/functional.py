@@ -138,14 +138,15 @@ def merge(
     candidate_idx: Tensor,
     sizes: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> Merged:
-    """Prune the candidates most like a safe token, and merge each into it, by means that sizes weight.
+    """Prune the candidates most like a safe token, and merge each into it: a mean that sizes weight, of its norm.
 
-        kept[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k
+        mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k
+        kept[k] = mean[k] |x[k]| / |mean[k]|
 
-    Similarity is the cosine of the features; NaN is the lowest. Of equal safe tokens the lower position is the target,
+    Rows that none is merged into do not change. The factor is 1 where |mean| is 0, or its square or the factor is not
+    finite. Similarity is the cosine of x; NaN is the lowest. Of equal safe tokens the lower position is the target,
     of equal candidates the higher position is pruned. The first num_prefix are no targets.
 
     Args:
@@ -153,12 +154,11 @@ def merge(
         safe_idx, candidate_idx: (B, S) and (B, C), ascending as from `select`, S + C = N.
         sizes: (B, N) float32, positive: how many tokens each token stands for.
         num_keep: in [S, S + C].
-        features: (B, N, F); x if None.
 
     Returns:
-        kept_sizes (B, K) is float32. Gradient for x, through the means; the choice has none.
+        kept_sizes (B, K) is float32. Gradient for x, through means and norms; the choice has none.
     """
-    return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix))
+    return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix))
 
 
 def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -258,13 +258,13 @@ def merge_(
     num_prefix: int = 0,
     offsets: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge` in place: the kept rows of x become the means. Rows in neither list, and pruned rows, do not change.
+    """`merge` in place, in the kept rows of x. Rows in neither list, and pruned rows, do not change.
 
     Args:
         safe_idx, candidate_idx: (B, S) and (B, C), ascending; S + C may be less than N.
         sizes: (B, N) float32, contiguous; those of kept tokens change.
         parent: (B, N) int64, contiguous; receives for each pruned token the position it is merged into.
-        offsets: pruned rows become their offset from the mean, for `add_hosts`.
+        offsets: pruned rows become their offset from the row they are merged into, for `add_hosts`.
 
     Returns:
         Positions kept and pruned, ascending, and the sizes (B, K) of the kept tokens.

@@ -81,24 +81,39 @@ def merge(
     candidate_idx: Tensor,
     sizes: Tensor,
     num_keep: int,
-    features: Tensor | None = None,
     num_prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """kept[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k."""
-    kept_idx, pruned_idx, target = _choose_targets(
-        x if features is None else features, safe_idx, candidate_idx, num_keep, num_prefix
-    )
+    """mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k.
+
+    kept[k] = mean[k] |x[k]| / |mean[k]|; the factor is 1 where |mean[k]| is 0 or infinite, or the factor not finite.
+    """
+    kept_idx, pruned_idx, target = _choose_targets(x, safe_idx, candidate_idx, num_keep, num_prefix)
     rows, weight = x.to(accumulation_dtype(x.dtype)), sizes.detach().to(accumulation_dtype(x.dtype)).unsqueeze(-1)
     kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
     mass = rows * weight
     rows_of_target = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
     sums = gather(mass, kept_idx).scatter_add(1, rows_of_target, gather(mass, pruned_idx))
     alone = kept_sizes == sizes.gather(1, kept_idx)
-    means = torch.where(alone.unsqueeze(-1), gather(rows, kept_idx), sums / kept_sizes.to(rows.dtype).unsqueeze(-1))
+    own, means = gather(rows, kept_idx), sums / kept_sizes.to(rows.dtype).unsqueeze(-1)
+    norm, mean_norm, _ = norms(own, means)
+    kept = torch.where(alone.unsqueeze(-1), own, means * (norm / mean_norm))
     dest = torch.empty_like(torch.cat([safe_idx, candidate_idx], 1))
     dest.scatter_(1, kept_idx, torch.arange(num_keep, device=x.device).expand_as(kept_idx))
     dest.scatter_(1, pruned_idx, target)
-    return means.to(x.dtype), kept_idx, pruned_idx, kept_sizes, dest
+    return kept.to(x.dtype), kept_idx, pruned_idx, kept_sizes, dest
+
+
+def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|target| and |mean| of rows (B, K, D), and whether the one over the other is the factor of a merge: (B, K, 1).
+
+    Where it is not, both are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
+    """
+    square, mean_square = (rows.square().sum(-1, keepdim=True) for rows in (targets, means))
+    fits = (mean_square > 0) & (mean_square < torch.inf) & (square.sqrt() / mean_square.sqrt() < torch.inf)
+    ones = torch.ones_like(square)
+    square, mean_square = torch.where(fits, square, ones), torch.where(fits, mean_square, ones)
+    some = square > 0
+    return torch.where(some, torch.where(some, square, ones).sqrt(), square), mean_square.sqrt(), fits
 
 
 def _choose_targets(
@@ -250,7 +265,7 @@ def merge_(
     both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
     safe, candidates = torch.searchsorted(both, safe_idx), torch.searchsorted(both, candidate_idx)
     kept, kept_at, pruned_at, kept_sizes, dest = merge(
-        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, None, num_prefix
+        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, num_prefix
     )
     kept_idx, pruned_idx = both.gather(1, kept_at), both.gather(1, pruned_at)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)

@@ -165,8 +165,8 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     x, _, _, sizes, *_ = inputs
     kept, *choice = output
     if ctx.needs_input_grad[0]:
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(sizes, *choice[2:])
+        kept_idx, _, kept_sizes, dest = choice
+        ctx.save_for_backward(x, sizes, kept_idx, kept_sizes, dest)
         ctx.mark_non_differentiable(*choice)
     else:
         ctx.mark_non_differentiable(kept, *choice)
@@ -175,9 +175,21 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0]:
         return (None,) * len(ctx.needs_input_grad)
-    sizes, kept_sizes, dest = ctx.saved_tensors
-    share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
-    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
+    x, sizes, kept_idx, kept_sizes, dest = ctx.saved_tensors
+    wide = reference.accumulation_dtype(x.dtype)
+    rows, grad = x.to(wide), grad.to(wide)
+    share = (sizes.to(wide) / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
+    target, into = torch.ops.cropr.gather(rows, kept_idx), dest.unsqueeze(-1).expand_as(rows)
+    mean = torch.zeros_like(target).scatter_add(1, into, rows * share)
+    norm, mean_norm, scaled = reference.norms(target, mean)
+    scaled = scaled & (kept_sizes != sizes.gather(1, kept_idx)).unsqueeze(-1)  # others are what they were
+    # kept = |target| unit: the norm passes on what is along the unit, the mean what is across.
+    unit = mean / mean_norm
+    along = (unit * grad).sum(-1, keepdim=True)
+    across = torch.where(scaled, norm / mean_norm * (grad - unit * along), grad)
+    own = torch.where(scaled & (norm > 0), target / torch.where(norm > 0, norm, 1.0) * along, 0.0)
+    members = torch.ops.cropr.gather(across, dest) * share
+    return members.scatter_add(1, kept_idx.unsqueeze(-1).expand_as(own), own).to(x.dtype), *(None,) * 5
 
 
 def _offsets_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -306,14 +318,8 @@ def _score_flops(x: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x)
 
 
-def _merge_flops(x: Any, safe: Any, candidates: Any, *rest: Any, **_: Any) -> int:
-    features = [shape for shape in rest if isinstance(shape, tuple | torch.Size) and len(shape) == 3]
-    channels = features[0][2] if features else x[2]
-    return 2 * x[0] * safe[1] * candidates[1] * channels  # similarities
-
-
-def _host_flops(x: Any, kept: Any, pruned: Any, *_: Any, **__: Any) -> int:
-    return _merge_flops(x, kept, pruned)
+def _similarity_flops(x: Any, those: Any, others: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * those[1] * others[1] * x[2]
 
 
 def _attend_flops(x: Any, queries: Any, *_: Any, **__: Any) -> int:
@@ -324,10 +330,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "scores": _score_flops,
     "prune": _score_flops,
     "add_select_": lambda x, idx, update, *_, **__: _score_flops(update),
-    "merge": _merge_flops,
-    "merge_": _merge_flops,
-    "host_offsets": _host_flops,
-    "host_offsets_": _host_flops,
+    **dict.fromkeys(("merge", "merge_", "host_offsets", "host_offsets_"), _similarity_flops),
     "attend": _attend_flops,
     "attend_scores": _attend_flops,
     "attend_backward": lambda grad, x, queries, *_, **__: 6 * math.prod(x) * queries[0],  # and gradients of both

@@ -30,13 +30,13 @@ def cosines(keys):
     return lambda i, j: F.cosine_similarity(mean[i], mean[j], dim=0).item()
 
 
-def slow_merge(x, sizes, groups, keep_norms=False):
-    """The weighted mean of each group of tokens, and its size, in order of the first channel."""
+def slow_merge(x, sizes, groups, norm=None):
+    """The weighted mean of each group, the target first, and its size, in order of the first channel."""
     tokens, totals = [], []
     for group in groups:
         mean = sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group)
-        if keep_norms:
-            mean = mean / mean.norm() * max(x[i].norm() for i in group)
+        if norm is not None:
+            mean = mean / mean.norm() * max(x[i].norm() for i in (group[:1] if norm == "target" else group))
         tokens.append(mean)
         totals.append(sum(sizes[i] for i in group))
     return in_order(torch.stack(tokens), torch.stack(totals))
@@ -137,11 +137,11 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
 
 
 @pytest.mark.parametrize("ward", [False, True])
-@pytest.mark.parametrize("keep_norms", [False, True])
-def test_weights_and_norms_of_croprs_own_merge(keep_norms, ward):
+@pytest.mark.parametrize("norm", ["target", "longest", None])
+def test_weights_and_norms_of_croprs_own_merge(norm, ward):
     x, context = case(1, 0.5)
     query, merge = torch.randn(DIM), cropr.Merge()
-    reduction = CroprMerge(query, merge, ward=ward, keep_norms=keep_norms)(x, context, TOKENS - REMOVED, 1)
+    reduction = CroprMerge(query, merge, ward=ward, norm=norm)(x, context, TOKENS - REMOVED, 1)
 
     def groups_of(b):
         sizes = context.sizes[b].tolist()
@@ -155,7 +155,7 @@ def test_weights_and_norms_of_croprs_own_merge(keep_norms, ward):
 
         return slow_match(may_go, safe, gain, REMOVED)
 
-    expect(reduction, x, context, groups_of, 1, keep_norms=keep_norms)
+    expect(reduction, x, context, groups_of, 1, norm=norm)
 
 
 def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():

@@ -44,7 +44,7 @@ def add_select_by_size(backend):
 
 def merge(backend):
     safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
-    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, integers(2, 90, low=1), 75, None, 1)
+    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, integers(2, 90, low=1), 75, 1)
 
 
 def merge_in_place(backend):
@@ -91,7 +91,7 @@ def add_select_of(backend, n):
 
 def merge_of(backend, n):
     safe_idx, candidate_idx = reference.select(integers(1, n), n * 3 // 5, 1)
-    backend.merge(integers(1, n, 4), safe_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, None, 1)
+    backend.merge(integers(1, n, 4), safe_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, 1)
 
 
 @pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 400)])

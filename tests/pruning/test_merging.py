@@ -76,6 +76,9 @@ def slow_merge(alive, features, query, keep, prefix, how, layer):
         (value, size, patches), (taken, taken_size, taken_patches) = merged.pop(i), merged[nearest[i][1]]
         total = size + taken_size
         merged[nearest[i][1]] = ((value * size + taken * taken_size) / total, total, taken_patches + patches)
+    for i in {nearest[i][1] for i in leaving}:
+        mean, *rest = merged[i]
+        merged[i] = (mean * alive[i][0].norm() / mean.norm(), *rest)
     return [merged[i] for i in sorted(merged)]
 
 

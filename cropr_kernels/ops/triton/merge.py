@@ -2,8 +2,8 @@
 
 The first compares: a program holds a tile of safe tokens against a tile of candidates. The last of those that share
 candidates finds the nearest safe token of each; the last of an image chooses which are pruned, and their targets. The
-second writes the means, one program per pruned token: the first of those that share a target adds them all up, one
-after the other, so no two programs write one row. The code says in which order floats are added up, not the layout
+second writes the merged rows, one program per pruned token: the first of those that share a target adds them all up,
+one after the other, so no two programs write one row. The code says in which order floats are added up, not the layout
 that the compiler picks: the bits are the same on every run and for every alignment.
 """
 
@@ -92,6 +92,13 @@ def sum_rows(x):
         if x.shape[1] > 1:
             x = sum_pairs(x, 1)
     return x.reshape(x.shape[0])
+
+
+@triton.jit
+def sum_of_squares(x):
+    """Of (N,), at least 128, neighbours first: (1,)."""
+    even, odd = tl.split(x.reshape(1, x.shape[0] // 2, 2))
+    return sum_rows(sum_pairs(tl.fma(even, even, odd * odd), 2))
 
 
 @triton.jit
@@ -264,12 +271,38 @@ def next_joining(slot_idx_ptr, slot, start, num_prune, BLOCK: tl.constexpr):
     return found
 
 
+@triton.jit
+def mean_of(
+    x_ptr, stride, cols, inside, plan, sizes_ptr, target, slot, mine, num_prune,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Columns of the target and of the mean of all that share it, and how many tokens that is of."""
+    target_row = tl.load(x_ptr + target * stride + cols, mask=inside, other=0.0).to(ACC)
+    total = tl.load(sizes_ptr + target)
+    sums = tl.fma(target_row, total.to(ACC), tl.zeros(cols.shape, ACC))
+    start = mine
+    while start < num_prune:
+        for i in tl.static_range(_TOGETHER):  # in order of position
+            r = start + i
+            joins = tl.load(plan.slot_idx + r, mask=r < num_prune, other=-1) == slot
+            origin = tl.load(plan.pruned_idx + r, mask=joins, other=0)
+            size = tl.load(sizes_ptr + origin, mask=joins, other=0.0)
+            row = tl.load(x_ptr + origin * stride + cols, mask=joins & inside, other=0.0)
+            sums = tl.fma(row.to(ACC), size.to(ACC), sums)
+            total += size
+        start = next_joining(plan.slot_idx, slot, start + _TOGETHER, num_prune, BLOCK)
+    return target_row, sums / total, total
+
+
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
 def means_kernel(
     x, plan, sizes_ptr, out_ptr, n, num_keep, num_prune,
-    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A mean a program; with OFFSETS, in place, pruned rows become their offsets from it."""
+    """A merged row a program; with OFFSETS, in place, pruned rows become their offsets from it.
+
+    Its norm takes a pass over all columns. What that finds is still in registers if they are ONE_BLOCK.
+    """
     pid = tl.program_id(0)
     dim = x.dim
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -281,36 +314,39 @@ def means_kernel(
     if (slot >= 0) & (next_joining(plan.slot_idx, slot, 0, num_prune, BLOCK) == mine):
         x_ptr = x.ptr + b * x.stride_b
         target = tl.load(plan.kept_idx + slot)
-        own = tl.load(sizes_ptr + target)
-        total = own
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + slot) * dim
+        total = 0.0
+        mean = tl.zeros([BLOCK_D], ACC)
+        own_square = tl.zeros([1], ACC)
+        square = tl.zeros([1], ACC)
+        for first in range(0, dim, BLOCK_D):
+            cols = first + tl.arange(0, BLOCK_D)
+            row, mean, total = mean_of(
+                x_ptr, x.stride_n, cols, cols < dim, plan, sizes_ptr, target, slot, mine, num_prune, ACC, BLOCK
+            )
+            own_square += sum_of_squares(row)
+            square += sum_of_squares(mean)
+        factor = tl.sqrt(own_square) / tl.sqrt(square)
+        fits = (square > 0) & (square < float("inf")) & (factor < float("inf"))
+        factor = tl.where(fits, factor, 1.0)
         for first in range(0, dim, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
             inside = cols < dim
-            total = own
-            row = tl.load(x_ptr + target * x.stride_n + cols, mask=inside, other=0.0)
-            sums = tl.fma(row.to(ACC), own.to(ACC), tl.zeros([BLOCK_D], ACC))
-            start = mine
-            while start < num_prune:
-                for i in tl.static_range(_TOGETHER):  # in order of position
-                    r = start + i
-                    joins = tl.load(plan.slot_idx + r, mask=r < num_prune, other=-1) == slot
-                    origin = tl.load(plan.pruned_idx + r, mask=joins, other=0)
-                    size = tl.load(sizes_ptr + origin, mask=joins, other=0.0)
-                    row = tl.load(x_ptr + origin * x.stride_n + cols, mask=joins & inside, other=0.0)
-                    sums = tl.fma(row.to(ACC), size.to(ACC), sums)
-                    total += size
-                start = next_joining(plan.slot_idx, slot, start + _TOGETHER, num_prune, BLOCK)
+            if not ONE_BLOCK:
+                _, mean, _ = mean_of(
+                    x_ptr, x.stride_n, cols, inside, plan, sizes_ptr, target, slot, mine, num_prune, ACC, BLOCK
+                )
             tl.debug_barrier()  # in place, all threads have read the row and the size before one stores them
-            mean = (sums / total).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + cols, mean, mask=inside)
+            # Rounded here, not first where an offset subtracts it.
+            merged = tl.fma(mean, factor, tl.zeros([BLOCK_D], ACC)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + cols, merged, mask=inside)
             if OFFSETS:
                 start = mine
                 while start < num_prune:
                     own_ptr = x_ptr + tl.load(plan.pruned_idx + start) * x.stride_n + cols
                     row = tl.load(own_ptr, mask=inside, other=0.0)
                     tl.debug_barrier()
-                    tl.store(own_ptr, (row.to(ACC) - mean.to(ACC)).to(row.dtype), mask=inside)
+                    tl.store(own_ptr, (row.to(ACC) - merged.to(ACC)).to(row.dtype), mask=inside)
                     start = next_joining(plan.slot_idx, slot, start + 1, num_prune, BLOCK)
         tl.store(plan.kept_sizes + slot, total)
         if IN_PLACE:
@@ -324,16 +360,15 @@ def target_blocks(dtype: torch.dtype, num_candidates: int) -> tuple[TargetBlocks
     return TargetBlocks(*tile, _BLOCK), KeyBlocks(keys, num_candidates <= keys)
 
 
-def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_prefix, *, in_place, offsets=False):
+def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, num_prefix, *, in_place, offsets=False):
     (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
     num_prune = num_safe + num_candidates - num_keep
     kept_idx, pruned_idx = (x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune))
     kept_sizes = sizes.new_empty((batch, num_keep))
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
-    features = x if features is None else dense_rows(features)
-    safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(features.dtype)
-    blocks, keys = target_blocks(features.dtype, num_candidates)
+    safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(x.dtype)
+    blocks, keys = target_blocks(x.dtype, num_candidates)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks.safe), 1)
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
     partial, distance = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
@@ -344,34 +379,34 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, features, num_pre
     plan = Plan(kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest)
     launch(
         targets_kernel, batch * tiles * groups,
-        rows_of(features), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
+        rows_of(x), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
         n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks, KEYS=keys,
         num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
     out = x if in_place else gather(x, kept_idx)
     if num_prune and dim:
+        block_d = min(max(triton.next_power_of_2(dim), 128), 1024 if acc == torch.float32 else 256)  # registers
         launch(
             means_kernel, batch * num_prune,
-            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, OFFSETS=offsets, BLOCK=_BLOCK,
-            BLOCK_D=min(max(triton.next_power_of_2(dim), 128), 4096 // accumulation_dtype(x.dtype).itemsize),
-            num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
+            rows_of(x), plan, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, OFFSETS=offsets,
+            ONE_BLOCK=dim <= block_d, BLOCK=_BLOCK, BLOCK_D=block_d, num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 
 
-def merge(x, safe_idx, candidate_idx, sizes, num_keep, features=None, num_prefix=0):
+def merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix=0):
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
-    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, features, num_prefix)
+    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, num_prefix)
     x = dense_rows(x)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
-    parts = (sizes.contiguous(), dest, num_keep, features, num_prefix)
+    parts = (sizes.contiguous(), dest, num_keep, num_prefix)
     return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
 def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0, offsets=False):
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
     check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets)
-    parts = (sizes, parent, num_keep, None, num_prefix)
+    parts = (sizes, parent, num_keep, num_prefix)
     parts = _launch(x, safe_idx, candidate_idx, *parts, in_place=True, offsets=offsets)
     _, kept_idx, pruned_idx, kept_sizes = parts
     return kept_idx, pruned_idx, kept_sizes

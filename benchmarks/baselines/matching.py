@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.network import Context, Reducer, Reduction, take
-from cropr_kernels.ops.reference import size_adjusted_scores
-from cropr_kernels.pruning.merging import Merge
+from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.pruning.merging import COST_WEIGHT, Merge
 
 ops = torch.ops.cropr
 
@@ -92,16 +92,18 @@ class CroprMerge(Reducer):
         self.query, self.merge, self.ward, self.keep_norms = query, merge, ward, keep_norms
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        scores, sizes = ops.scores(x, self.query), sizes_of(x, context)
-        scores = size_adjusted_scores(scores, sizes, self.merge.size_weight, num_prefix)
+        before, sizes = ops.scores(x, self.query), sizes_of(x, context)
+        scores = size_adjusted_scores(before, sizes, self.merge.size_weight, num_prefix)
+        costs = pruning_costs(before, scores, COST_WEIGHT, num_prefix)
         safe, may_go = ops.select(scores, self.merge.num_safe(x.shape[1], num_keep, num_prefix), num_prefix)
         prefix, safe = safe[:, :num_prefix], safe[:, num_prefix:]
         unit = F.normalize(x.detach(), dim=-1)
-        similarity = ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)
+        loss = (1 - ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)).clamp_min(0)
         if self.ward:
-            similarity = -ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * (1 - similarity)
+            loss = ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * loss
+        gain = -loss * costs.gather(1, may_go).unsqueeze(2)
         count = x.shape[1] - num_keep
-        return merge_matched(x, context, prefix, may_go, safe, similarity, count, keep_norms=self.keep_norms)
+        return merge_matched(x, context, prefix, may_go, safe, gain, count, keep_norms=self.keep_norms)
 
 
 def unit_keys(context: Context, num_prefix: int) -> Tensor:

@@ -177,7 +177,7 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
         return (None,) * len(ctx.needs_input_grad)
     sizes, kept_sizes, dest = ctx.saved_tensors
     share = (sizes / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
-    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * 6
+    return (torch.ops.cropr.gather(grad, dest) * share).to(ctx.dtype), *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def _offsets_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -277,7 +277,8 @@ def _count_versions(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for i in written:
-            torch.autograd.graph.increment_version(args[i])
+            if i < len(args) and args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         return result
 
     return count

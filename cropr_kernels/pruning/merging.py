@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# What it costs to prune a candidate rises with its score by exp(COST_WEIGHT * standardised score). Measured, and no
+# option: docs/benchmarks.md.
+COST_WEIGHT = 0.25
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -16,8 +20,8 @@ class Merge:
 
     Args:
         candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, and those of them
-            are that are most like a token that is sure to be kept: what is redundant goes before what is not. 1: no
-            such choice, the lowest scores are pruned.
+            are that are most like a token that is sure to be kept, the lower their scores the sooner: what is redundant
+            goes before what is not. 1: no such choice, the lowest scores are pruned.
         size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
             others had better be kept.
 

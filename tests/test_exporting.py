@@ -1,5 +1,6 @@
 """Exported models: the plain PyTorch form of the ops, every format against the model, fresh processes, C++."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -48,9 +49,9 @@ def test_plain_merging_merges_as_the_op_does(prefix, with_features):
     x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
     safe, candidates = reference.select(torch.randn(3, 40), 25, prefix)
     features = torch.randn(3, 40, 5) if with_features else None
-    for num_keep in (25, 31, 40):
-        expected = reference.merge(x, safe, candidates, sizes, num_keep, features, prefix)
-        got = portable.merge(x, safe, candidates, sizes, num_keep, features, prefix)
+    for num_keep, costs in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
+        expected = reference.merge(x, safe, candidates, sizes, num_keep, features, prefix, costs)
+        got = portable.merge(x, safe, candidates, sizes, num_keep, features, prefix, costs)
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b)
 

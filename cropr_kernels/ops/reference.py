@@ -40,11 +40,18 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
 
 
+def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row, (B, 1); of equal values the latter is zero."""
+    distance = values - values[:, :1]
+    mean = distance.mean(1, keepdim=True)
+    return values[:, :1] + mean, (distance - mean).square().mean(1, keepdim=True).sqrt()
+
+
 def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
     """scores + size_weight * standard deviation * log(sizes), all (B, N); the deviation is that over the patches."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
-    spread = scores[:, num_prefix:].std(1, correction=0, keepdim=True)
+    _, spread = _mean_and_spread(scores[:, num_prefix:])
     spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))  # NaN or infinite scores have none
     return scores + size_weight * spread * sizes.log()
 
@@ -57,10 +64,8 @@ def pruning_costs(scores: Tensor, adjusted: Tensor, cost_weight: float, num_pref
     """
     if scores.shape[1] == num_prefix:
         return torch.ones_like(adjusted)
-    patches = scores[:, num_prefix:]
-    spread = patches.std(1, correction=0, keepdim=True)
-    standardised = (adjusted - patches.mean(1, keepdim=True)) / spread
-    costs = (cost_weight * standardised).clamp(-60.0, 60.0).exp()
+    mean, spread = _mean_and_spread(scores[:, num_prefix:])
+    costs = (cost_weight * ((adjusted - mean) / spread)).clamp(-60.0, 60.0).exp()
     return torch.where((spread > 0) & spread.isfinite(), costs, torch.ones_like(costs))
 
 

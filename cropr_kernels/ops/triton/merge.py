@@ -37,8 +37,8 @@ class Tokens(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); what it costs to prune it,
-    and which safe token it is most like (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B,
+    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); what it costs to prune
+    it, and which it is most like at all (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B,
     N + G + 1): N become the slots of kept positions, the others count programs, of each group of candidates, then
     groups."""
 
@@ -239,12 +239,11 @@ def targets_kernel(
     b = (pid // (tiles * groups)).to(tl.int64)
     group = pid // tiles % groups
     tile = pid % tiles
-    costs_ptr = tokens.costs
-    if costs_ptr is not None:
-        costs_ptr += b * n
-    tokens = Tokens(
-        tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates, tokens.sizes + b * n, costs_ptr
-    )
+    costs = tokens.costs
+    if costs is not None:
+        costs += b * n
+    safe_idx, candidate_idx = tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates
+    tokens = Tokens(safe_idx, candidate_idx, tokens.sizes + b * n, costs)
     scratch = Scratch(
         scratch.partial + b * tiles * num_candidates,
         scratch.partial_idx + b * tiles * num_candidates,

@@ -20,7 +20,7 @@
 namespace cropr {
 namespace {
 
-constexpr size_t kMaxArguments = 10, kMaxParameters = 48, kMaxPlans = 4096;
+constexpr size_t kMaxArguments = 12, kMaxParameters = 48, kMaxPlans = 4096;
 
 // Of the CUDA driver and of libtorch_cuda: looked up when a GPU is there.
 struct Driver {

@@ -45,6 +45,7 @@ constexpr Input kGamma{"gamma", Types::kFloat, "D"}, kWeight{"weight", Types::kF
 constexpr Input kBias{"bias", Types::kFloat, "D"};
 constexpr Input kSafe{"safe_idx", Types::kInt64, "BS"}, kCandidates{"candidate_idx", Types::kInt64, "BC"};
 constexpr Input kSizes{"sizes", Types::kFloat32, "BN"}, kPriorities{"priority", Types::kPriority, "BN"};
+constexpr Input kCosts{"costs", Types::kFloat32, "BN"};
 constexpr Input kKept{"kept_idx", Types::kInt64, "BK"}, kPruned{"pruned_idx", Types::kInt64, "BR"};
 constexpr Input kParent{"parent", Types::kInt64, "BN", Layout::kContiguous};
 
@@ -70,9 +71,9 @@ constexpr Op kOps[] = {
     {"attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
      {kX, kQueries, {"grad_out", Types::kFloat, "BMD"}}},
     {"merge(Tensor x, Tensor safe_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep,"
-     " SymInt num_prefix=0)"
+     " SymInt num_prefix=0, Tensor? costs=None)"
      " -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
-     {kX, kSafe, kCandidates, kSizes},
+     {kX, kSafe, kCandidates, kSizes, kCosts},
      {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
     {"host_offsets(Tensor x, Tensor kept_idx, Tensor pruned_idx, SymInt num_prefix=0)"
      " -> (Tensor offset, Tensor host_idx)",
@@ -87,14 +88,22 @@ constexpr Op kOps[] = {
      " float eps) -> Tensor",
      {kInPlace, kIdx, kUpdate, kGamma, kWeight, kBias}},
     {"add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, SymInt num_keep,"
-     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None)"
+     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, Tensor(b!)? costs=None,"
+     " float cost_weight=0.0)"
      " -> (Tensor kept_idx, Tensor pruned_idx)",
-     {kInPlace, kIdx, kUpdate, kGamma, kQuery, kSizes, kPriorities},
+     {kInPlace,
+      kIdx,
+      kUpdate,
+      kGamma,
+      kQuery,
+      kSizes,
+      kPriorities,
+      {"costs", Types::kFloat32, "BN", Layout::kContiguous}},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
     {"merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-     " SymInt num_keep, SymInt num_prefix=0, bool offsets=False)"
+     " SymInt num_keep, SymInt num_prefix=0, bool offsets=False, Tensor? costs=None)"
      " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-     {kInPlace, kSafe, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent},
+     {kInPlace, kSafe, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent, kCosts},
      {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
     {"host_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt num_prefix=0) -> ()",
      {kInPlace, kKept, kPruned, kParent},

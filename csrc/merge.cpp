@@ -33,18 +33,18 @@ struct Plan {
   std::vector<int64_t> slots;  // (B, num_prune): the row of kept that each of them goes into
 };
 
-// The candidates most like a safe token are pruned; of equals the higher position.
-void choose_targets(const Partition& partition, const int64_t* nearest, const double* similarities, Plan& plan) {
+// The candidates that cost least are pruned; of equals the higher position. costs are those of candidates, (B, C).
+void choose_targets(const Partition& partition, const int64_t* nearest, const double* costs, Plan& plan) {
   plan.slots.resize(partition.batch * partition.num_prune);
   std::vector<int64_t> order(partition.num_candidates), slot_of(partition.n);
   std::vector<bool> is_pruned(partition.num_candidates);
   for (int64_t b = 0; b < partition.batch; ++b) {
     const int64_t* candidates = partition.candidate_pos + b * partition.num_candidates;
     const int64_t* safe = partition.safe_pos + b * partition.num_safe;
-    const double* similarity = similarities + b * partition.num_candidates;
+    const double* cost = costs + b * partition.num_candidates;
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-      return similarity[i] != similarity[j] ? similarity[i] > similarity[j] : i > j;
+      return cost[i] != cost[j] ? cost[i] < cost[j] : i > j;
     });
     is_pruned.assign(partition.num_candidates, false);
     for (int64_t r = 0; r < partition.num_prune; ++r) is_pruned[order[r]] = true;
@@ -64,13 +64,27 @@ void choose_targets(const Partition& partition, const int64_t* nearest, const do
   }
 }
 
-void make_plan(const Tensor& x, const Partition& partition, Plan& plan) {
+// What it costs to prune each candidate, (B, C), in place of its similarity to the nearest safe token: max(1 -
+// similarity, 0) * its cost among `costs` (B, N), one without them; NaN is the highest.
+template <typename A>
+void costs_of_similarities(const Partition& partition, const OptionalTensor& costs, double* similarities) {
+  const Tensor dense = costs ? torch::stable::contiguous(*costs) : partition.candidates;
+  const float* own = costs ? data<float>(dense) : nullptr;
+  for (int64_t i = 0; i < partition.batch * partition.num_candidates; ++i) {
+    A cost = std::max(A(1) - static_cast<A>(similarities[i]), A(0));
+    if (own != nullptr) cost *= own[i / partition.num_candidates * partition.n + partition.candidate_pos[i]];
+    similarities[i] = std::isnan(cost) ? std::numeric_limits<double>::infinity() : cost;
+  }
+}
+
+void make_plan(const Tensor& x, const Partition& partition, const OptionalTensor& costs, Plan& plan) {
   const Tensor dense = with_dense_rows(x);
   std::vector<int64_t> nearest(partition.batch * partition.num_candidates, partition.num_prefix);
   std::vector<double> similarities(nearest.size());
   with_float_type(dense.scalar_type(), [&](auto tag) {
-    if (partition.num_prune > 0)
-      find_nearest(Rows<decltype(tag)>(dense), partition, nearest.data(), similarities.data());
+    if (partition.num_prune == 0) return;
+    find_nearest(Rows<decltype(tag)>(dense), partition, nearest.data(), similarities.data());
+    costs_of_similarities<acc_t<decltype(tag)>>(partition, costs, similarities.data());
   });
   choose_targets(partition, nearest.data(), similarities.data(), plan);
 }
@@ -147,9 +161,9 @@ void subtract_merged(T* x, int64_t dim, const Partition& partition, const Plan& 
 
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& safe_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
-    int64_t num_prefix) {
+    int64_t num_prefix, const OptionalTensor& costs) {
   constexpr const Op& op = op_named("merge");
-  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes}, {num_prefix, num_keep});
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, given(costs)}, {num_prefix, num_keep});
   if (dims['S'] + dims['C'] != dims['N'])
     fail(
         "merge: safe_idx and candidate_idx must together hold N = ", dims['N'], " positions, got ", dims['S'], " + ",
@@ -163,7 +177,7 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
   Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
   Output dest({partition.batch, partition.n}, ScalarType::Long);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(x, partition, plan);
+  make_plan(x, partition, costs, plan);
   int64_t* row_of = dest.data<int64_t>();
   for (int64_t b = 0; b < partition.batch; ++b) {
     for (int64_t i = 0; i < num_keep; ++i) row_of[b * partition.n + plan.kept[b * num_keep + i]] = i;
@@ -190,15 +204,15 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
 
 std::tuple<Returned, Returned, Returned> merge_(
     Tensor x, const Tensor& safe_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, int64_t num_keep,
-    int64_t num_prefix, bool offsets) {
+    int64_t num_prefix, bool offsets, const OptionalTensor& costs) {
   constexpr const Op& op = op_named("merge_");
-  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, &parent}, {num_prefix, num_keep});
+  const Dims dims = check(op, {&x, &safe_idx, &candidate_idx, &sizes, &parent, given(costs)}, {num_prefix, num_keep});
   const Partition partition(op, dims, safe_idx, candidate_idx, num_keep, num_prefix);
   Output kept_idx({partition.batch, num_keep}, ScalarType::Long);
   Output pruned_idx({partition.batch, partition.num_prune}, ScalarType::Long);
   Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
   Plan plan{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  make_plan(x, partition, plan);
+  make_plan(x, partition, costs, plan);
   float *size = mutable_data<float>(sizes), *total = kept_sizes.data<float>();
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -148,33 +148,54 @@ Returned add_norm_(
   return out.release();
 }
 
-// scores += size_weight * their standard deviation over the patches * log(size), for the active tokens of image b.
-void adjust_scores_by_size(
-    const Residual& residual, int64_t b, int64_t num_prefix, double size_weight, const float* sizes, float* scores) {
+// How sizes (B, N) raise scores, and the costs (B, N) that scores become; null where there are none.
+struct Weights {
+  const float* sizes;
+  double size_weight;
+  float* costs;
+  double cost_weight;
+};
+
+// For the active tokens of image b: scores += size_weight * their standard deviation over the patches * log(size), and
+// of patches the cost exp(cost_weight * (new score - mean) / standard deviation), one without a spread.
+void weigh_scores(const Residual& residual, int64_t b, int64_t num_prefix, const Weights& weights, float* scores) {
+  constexpr double kMostExponent = 60;  // costs are finite and positive
   const int64_t patches = std::max<int64_t>(residual.count - num_prefix, 1);
   double mean = 0, squares = 0;
   for (int64_t i = num_prefix; i < residual.count; ++i) mean += scores[i];
   mean /= patches;
   for (int64_t i = num_prefix; i < residual.count; ++i) squares += (scores[i] - mean) * (scores[i] - mean);
-  const double scale = size_weight * std::sqrt(squares / patches);
-  if (!std::isfinite(scale)) return;  // scores with NaN or infinity have no spread
-  for (int64_t i = 0; i < residual.count; ++i)
-    scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[residual.position(b, i)])));
+  const double deviation = std::sqrt(squares / patches), scale = weights.size_weight * deviation;
+  if (weights.sizes != nullptr && std::isfinite(scale)) {  // scores with NaN or infinity have no spread
+    const float* sizes = weights.sizes + b * residual.n;
+    for (int64_t i = 0; i < residual.count; ++i)
+      scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[residual.position(b, i)])));
+  }
+  if (weights.costs == nullptr) return;
+  float* costs = weights.costs + b * residual.n;
+  const bool spreads = std::isfinite(deviation) && deviation > 0;
+  for (int64_t i = num_prefix; i < residual.count; ++i) {
+    const double exponent = spreads ? weights.cost_weight * (scores[i] - mean) / deviation : 0;
+    costs[residual.position(b, i)] = std::exp(static_cast<float>(std::clamp(exponent, -kMostExponent, kMostExponent)));
+  }
 }
 
 std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
     int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
-    const OptionalTensor& priority) {
+    const OptionalTensor& priority, const OptionalTensor& costs, double cost_weight) {
   constexpr const Op& op = op_named("add_select_");
-  const Dims dims =
-      check(op, {&x, given(idx), &update, given(gamma), &query, given(sizes), given(priority)}, {num_prefix, num_keep});
+  const Dims dims = check(
+      op, {&x, given(idx), &update, given(gamma), &query, given(sizes), given(priority), given(costs)},
+      {num_prefix, num_keep});
   Residual residual(op, dims, x, idx);
   const int64_t n = dims['N'], count = dims['K'], dim = dims['D'];
   const Priority ranks(priority, n);
   const bool adjusts = sizes && size_weight != 0;
-  const Tensor weights = adjusts ? torch::stable::contiguous(*sizes) : x;
-  const float* size = adjusts ? data<float>(weights) : nullptr;
+  const Tensor dense_sizes = adjusts ? torch::stable::contiguous(*sizes) : x;
+  const Weights weights{
+      adjusts ? data<float>(dense_sizes) : nullptr, size_weight, costs ? mutable_data<float>(*costs) : nullptr,
+      cost_weight};
   const int64_t num_prune = count - num_keep;
   Output kept({residual.batch, num_keep}, ScalarType::Long), pruned({residual.batch, num_prune}, ScalarType::Long);
   int64_t *kept_pos = kept.data<int64_t>(), *pruned_pos = pruned.data<int64_t>();
@@ -202,8 +223,8 @@ std::tuple<Returned, Returned> add_select_(
       Scratch<int8_t> own(priority ? count : 0);
       for (int64_t b = begin; b < end; ++b) {
         int64_t *keep = kept_pos + b * num_keep, *drop = pruned_pos + b * num_prune;
-        if (size != nullptr)
-          adjust_scores_by_size(residual, b, num_prefix, size_weight, size + b * n, scores + b * count);
+        if (weights.sizes != nullptr || weights.costs != nullptr)
+          weigh_scores(residual, b, num_prefix, weights, scores + b * count);
         const int8_t* rank = ranks.image(b);
         if (rank != nullptr) {
           for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[residual.position(b, i)];

@@ -1,5 +1,6 @@
 """Exported models: the plain PyTorch form of the ops, every format against the model, fresh processes, C++."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def test_plain_operators_choose_and_move_as_the_ops_do(shape):
 def test_plain_merging_merges_as_the_op_does(prefix):
     x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
     safe, candidates = reference.select(torch.randn(3, 40), 25, prefix)
-    for num_keep in (25, 31, 40):
-        expected = reference.merge(x, safe, candidates, sizes, num_keep, prefix)
-        got = portable.merge(x, safe, candidates, sizes, num_keep, prefix)
+    for num_keep, costs in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
+        expected = reference.merge(x, safe, candidates, sizes, num_keep, prefix, costs)
+        got = portable.merge(x, safe, candidates, sizes, num_keep, prefix, costs)
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b)
 

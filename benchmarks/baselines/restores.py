@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cropr_kernels.models.blocks import project_heads, proportional_attention
-from cropr_kernels.ops.reference import size_adjusted_scores
-from cropr_kernels.pruning.merging import Merge, checkerboard, log_sizes
+from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.pruning.merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
 ops = torch.ops.cropr
 TEMPERATURE = 0.05  # of the softmax that weighs several hosts by their cosine; chosen on seed 0
@@ -71,7 +71,8 @@ def run_trunk(
         weighed = sizes.gather(1, active) if merge is not None and departures else None
         rows, keys = run_block(block, ops.gather(x, active), weighed)
         before = after = put(x, active, rows)
-        scores, target = ops.scores(rows, query), None
+        own = scores = ops.scores(rows, query)
+        target = None
         if merge is None:
             kept_idx, idx = (active.gather(1, part) for part in ops.select(scores, count, prefix))
         else:
@@ -79,8 +80,9 @@ def run_trunk(
             priority = colours[len(departures) % 2].gather(1, active)
             split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
             safe, candidates = (active.gather(1, part) for part in split)
+            costs = torch.ones_like(sizes).scatter(1, active, pruning_costs(own, scores, COST_WEIGHT, prefix))
             after = before.clone()
-            kept_idx, idx, _ = ops.merge_(after, safe, candidates, sizes, parent, count, prefix)
+            kept_idx, idx, _ = ops.merge_(after, safe, candidates, sizes, parent, count, prefix, costs=costs)
             target = parent.gather(1, idx)
         keys = put(keys.new_zeros(batch, tokens, keys.shape[2]), active, keys)
         departures.append(Departure(idx, kept_idx, before, after, keys, target))

@@ -25,6 +25,7 @@ from benchmarks.utils.results import RESULTS, Results, environment, name_of
 from benchmarks.utils.timing import capture, clocked, cold_copies, quantile, replay
 from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
 from cropr_kernels.ops import reference
+from cropr_kernels.pruning.merging import COST_WEIGHT
 
 ops = torch.ops.cropr
 Calls = dict[str, Callable[[Tensor], Any]]
@@ -97,11 +98,12 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 
     sizes, parent = torch.ones(batch, n, device=device), torch.arange(n, device=device).repeat(batch, 1)
+    costs = torch.ones_like(sizes)
     safe = cropr.Merge().num_safe(n, keep, 1)
 
     def merging(y: Tensor) -> Tensor:
-        split = ops.add_select_(y, None, update, None, query, safe, 1, sizes, 2.0)
-        chosen, _, _ = ops.merge_(y, *split, sizes, parent, keep, 1)
+        split = ops.add_select_(y, None, update, None, query, safe, 1, sizes, 2.0, None, costs, COST_WEIGHT)
+        chosen, _, _ = ops.merge_(y, *split, sizes, parent, keep, 1, False, costs)
         sizes.fill_(1.0)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
 

@@ -22,7 +22,7 @@ TYPES = ["float32", "float64", "bfloat16", "float16"]
 WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of the Vision Transformers that have weights
 # Sides of the grid of patches: 197, 577 and 1025 tokens have keys in registers, 9217 do not.
 SIDES = [14, 24, 32, 96]
-_NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0}
+_NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
 # Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions; fusion.
 _MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),

@@ -9,7 +9,7 @@ from .validation import OPS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Sizes by their letters in the table, and what numbers are that no range bounds.
 SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "S": 4, "C": 5, "F": 7, "P": 8, "H": 3}
-NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "half": False, "offsets": False}
+NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.5, "half": False, "offsets": False}
 
 
 def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def merge(
     sizes: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, n, _ = x.shape
     safe_count, candidates = safe_idx.shape[1], candidate_idx.shape[1]
@@ -79,8 +80,10 @@ def merge(
     if num_prune == 0:
         return x, positions, positions[:, :0], sizes, positions
     best, nearest = _find_nearest(x, safe_idx, candidate_idx, num_prefix)
+    gain = -(1 - best).clamp_min(0)
+    gain = gain if costs is None else gain * costs.gather(1, candidate_idx)
     # Of equal candidates the higher position is pruned: the order is reversed, as the top keeps the lower.
-    chosen = _ascending(candidates - 1 - best.flip(1).topk(num_prune, dim=1).indices)
+    chosen = _ascending(candidates - 1 - gain.flip(1).topk(num_prune, dim=1).indices)
     pruned_idx = candidate_idx.gather(1, chosen)
     target = safe_idx.gather(1, nearest.gather(1, chosen))  # the position that each is merged into
     is_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)

@@ -139,6 +139,7 @@ def merge(
     sizes: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    costs: Tensor | None = None,
 ) -> Merged:
     """Prune the candidates most like a safe token, and merge each into it: a mean that sizes weight, of its norm.
 
@@ -146,19 +147,21 @@ def merge(
         kept[k] = mean[k] |x[k]| / |mean[k]|
 
     Rows that none is merged into do not change. The factor is 1 where |mean| is 0, or its square or the factor is not
-    finite. Similarity is the cosine of x; NaN is the lowest. Of equal safe tokens the lower position is the target,
-    of equal candidates the higher position is pruned. The first num_prefix are no targets.
+    finite. Similarity is the cosine of x; NaN is the lowest. Pruned are the candidates with the lowest
+    max(1 - similarity, 0) * cost. Of equal safe tokens the lower position is the target, of equal candidates the higher
+    position is pruned. The first num_prefix are no targets.
 
     Args:
         x: (B, N, D).
         safe_idx, candidate_idx: (B, S) and (B, C), ascending as from `select`, S + C = N.
         sizes: (B, N) float32, positive: how many tokens each token stands for.
         num_keep: in [S, S + C].
+        costs: (B, N) float32, positive: how much a token is worth; one if None.
 
     Returns:
         kept_sizes (B, K) is float32. Gradient for x, through means and norms; the choice has none.
     """
-    return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix))
+    return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix, costs))
 
 
 def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -236,16 +239,27 @@ def add_select_(
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
     priority: Tensor | None = None,
+    costs: Tensor | None = None,
+    cost_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`add_`, then `select` by the scores of the rows it wrote.
 
     With sizes (B, N) float32, by position in x, the scores are size-adjusted: scores + size_weight * their standard
     deviation over the patches * log(sizes). What stands for many tokens is then pruned later.
 
+    costs (B, N) float32, contiguous, receives at the position of every active patch what it costs `merge_` to prune it:
+
+        exp(cost_weight * (adjusted score - mean) / standard deviation)
+
+    Mean and deviation are those of the scores over the patches before sizes count. Where there is no deviation, or no
+    finite one, costs are one; no exponent is beyond 60.
+
     Returns:
         Positions in x kept (B, num_keep) and pruned (B, K - num_keep), ascending.
     """
-    return torch.ops.cropr.add_select_(x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
+    return torch.ops.cropr.add_select_(
+        x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority, costs, cost_weight
+    )
 
 
 def merge_(
@@ -257,6 +271,7 @@ def merge_(
     num_keep: int,
     num_prefix: int = 0,
     offsets: bool = False,
+    costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`merge` in place, in the kept rows of x. Rows in neither list, and pruned rows, do not change.
 
@@ -265,11 +280,12 @@ def merge_(
         sizes: (B, N) float32, contiguous; those of kept tokens change.
         parent: (B, N) int64, contiguous; receives for each pruned token the position it is merged into.
         offsets: pruned rows become their offset from the row they are merged into, for `add_hosts`.
+        costs: as in `merge`, by position in x.
 
     Returns:
         Positions kept and pruned, ascending, and the sizes (B, K) of the kept tokens.
     """
-    return torch.ops.cropr.merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets)
+    return torch.ops.cropr.merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets, costs)
 
 
 def host_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:

@@ -40,13 +40,33 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
 
 
+def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row, (B, 1); of equal values the latter is zero."""
+    distance = values - values[:, :1]
+    mean = distance.mean(1, keepdim=True)
+    return values[:, :1] + mean, (distance - mean).square().mean(1, keepdim=True).sqrt()
+
+
 def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
     """scores + size_weight * standard deviation * log(sizes), all (B, N); the deviation is that over the patches."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
-    spread = scores[:, num_prefix:].std(1, correction=0, keepdim=True)
+    _, spread = _mean_and_spread(scores[:, num_prefix:])
     spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))  # NaN or infinite scores have none
     return scores + size_weight * spread * sizes.log()
+
+
+def pruning_costs(scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0) -> Tensor:
+    """exp(cost_weight * (adjusted - mean) / standard deviation), all (B, N): what it costs to prune each token.
+
+    Mean and deviation are those of the scores over the patches; where there is no deviation, or no finite one, costs
+    are one. No exponent is beyond 60, so that costs are finite and positive.
+    """
+    if scores.shape[1] == num_prefix:
+        return torch.ones_like(adjusted)
+    mean, spread = _mean_and_spread(scores[:, num_prefix:])
+    costs = (cost_weight * ((adjusted - mean) / spread)).clamp(-60.0, 60.0).exp()
+    return torch.where((spread > 0) & spread.isfinite(), costs, torch.ones_like(costs))
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -82,12 +102,13 @@ def merge(
     sizes: Tensor,
     num_keep: int,
     num_prefix: int = 0,
+    costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k.
 
     kept[k] = mean[k] |x[k]| / |mean[k]|; the factor is 1 where |mean[k]| is 0 or infinite, or the factor not finite.
     """
-    kept_idx, pruned_idx, target = _choose_targets(x, safe_idx, candidate_idx, num_keep, num_prefix)
+    kept_idx, pruned_idx, target = _choose_targets(x, safe_idx, candidate_idx, num_keep, num_prefix, costs)
     rows, weight = x.to(accumulation_dtype(x.dtype)), sizes.detach().to(accumulation_dtype(x.dtype)).unsqueeze(-1)
     kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
     mass = rows * weight
@@ -117,15 +138,19 @@ def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _choose_targets(
-    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_keep: int, num_prefix: int
+    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_keep: int, num_prefix: int, costs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions kept and pruned, ascending, and the index in the former that each of the latter is merged into."""
     count = safe_idx.shape[1] + candidate_idx.shape[1] - num_keep
     if count == 0:
         return torch.cat([safe_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
     best, nearest = _find_nearest(features, safe_idx, candidate_idx, num_prefix)
-    order = best.flip(1).sort(dim=1, descending=True, stable=True).indices
-    order = candidate_idx.shape[1] - 1 - order  # the most similar first, of equals the higher position
+    cost = (1 - best).clamp_min(0)
+    if costs is not None:
+        cost = cost * costs.detach().gather(1, candidate_idx)
+    cost = torch.where(cost.isnan(), torch.full_like(cost, torch.inf), cost)
+    order = cost.flip(1).sort(dim=1, stable=True).indices
+    order = candidate_idx.shape[1] - 1 - order  # the lowest cost first, of equals the higher position
     chosen, others = order[:, :count].sort(1).values, order[:, count:]
     kept_idx = torch.cat([safe_idx, candidate_idx.gather(1, others)], 1).sort(1).values
     target = torch.searchsorted(kept_idx, safe_idx.gather(1, nearest.gather(1, chosen)))
@@ -239,12 +264,20 @@ def add_select_(
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
     priority: Tensor | None = None,
+    costs: Tensor | None = None,
+    cost_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """add_, then select by the size-adjusted scores of the rows it wrote; positions are those in x."""
     add_(x, idx, update, gamma)
-    values = scores(x if idx is None else gather(x, idx), query)
+    values = before = scores(x if idx is None else gather(x, idx), query)
     if sizes is not None:
         values = size_adjusted_scores(values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix)
+    if costs is not None:
+        own = pruning_costs(before, values, cost_weight, num_prefix)[:, num_prefix:]
+        if idx is None:
+            costs[:, num_prefix:] = own
+        else:
+            costs.scatter_(1, idx[:, num_prefix:], own)
     if priority is not None and idx is not None:
         priority = priority.gather(1, idx)
     kept, pruned = select(values, num_keep, num_prefix, priority)
@@ -260,12 +293,14 @@ def merge_(
     num_keep: int,
     num_prefix: int = 0,
     offsets: bool = False,
+    costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """merge of the rows at safe_idx and candidate_idx, written back to x, sizes and parent."""
     both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
     safe, candidates = torch.searchsorted(both, safe_idx), torch.searchsorted(both, candidate_idx)
+    costs = None if costs is None else costs.gather(1, both)
     kept, kept_at, pruned_at, kept_sizes, dest = merge(
-        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, num_prefix
+        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, num_prefix, costs
     )
     kept_idx, pruned_idx = both.gather(1, kept_at), both.gather(1, pruned_at)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)

@@ -189,7 +189,7 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
     across = torch.where(scaled, norm / mean_norm * (grad - unit * along), grad)
     own = torch.where(scaled & (norm > 0), target / torch.where(norm > 0, norm, 1.0) * along, 0.0)
     members = torch.ops.cropr.gather(across, dest) * share
-    return members.scatter_add(1, kept_idx.unsqueeze(-1).expand_as(own), own).to(x.dtype), *(None,) * 5
+    return members.scatter_add(1, kept_idx.unsqueeze(-1).expand_as(own), own).to(x.dtype), *(None,) * 6
 
 
 def _offsets_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -289,7 +289,8 @@ def _count_versions(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for i in written:
-            torch.autograd.graph.increment_version(args[i])
+            if i < len(args) and args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         return result
 
     return count

@@ -41,7 +41,9 @@ def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
 def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
     parsed = tuple(_parse_input(*fields) for fields in inputs)
-    return schema.partition("(")[0], _Op(names, parsed, ranges, tuple(re.findall(r"Tensor\? (\w+)", schema)))
+    return schema.partition("(")[0], _Op(
+        names, parsed, ranges, tuple(re.findall(r"Tensor(?:\(\w!\))?\? (\w+)", schema))
+    )
 
 
 OPS = dict(_parse(*row) for row in table)
@@ -63,7 +65,9 @@ def check(op: str, *args: Any) -> Dims:
 def _check_overlap(op: str, spec: "_Op", tensors: dict[str, Tensor | None]) -> None:
     """What changes in place shares memory with nothing else that the op reads or writes."""
     for changed in (input.name for input in spec.inputs if input.layout != _ANY):
-        own: Any = tensors[changed]
+        own = tensors[changed]
+        if own is None:
+            continue
         storage = own.untyped_storage()._cdata
         for name, other in tensors.items():
             if other is None or name == changed or other.untyped_storage()._cdata != storage:

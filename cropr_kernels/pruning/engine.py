@@ -19,7 +19,7 @@ from ..models.adapters import BlockParts
 from ..models.blocks import Rotary
 from .config import PruningConfig
 from .masks import Masks
-from .merging import log_sizes, resolve_parents
+from .merging import COST_WEIGHT, log_sizes, resolve_parents
 from .state import PruningState
 
 ops = torch.ops.cropr
@@ -121,6 +121,7 @@ class Pruned:
         self.by_host = config.llf is not None and config.llf.by_host
         if self.merge is not None:
             self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # by position
+            self.costs = torch.ones_like(self.sizes)
         if self.merge is not None or self.by_host:  # where each token went, or its host is
             self.parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
         self.log_sizes: Tensor | None = None  # (B, K), of the active tokens, for their attention
@@ -144,8 +145,11 @@ class Pruned:
             return kept_idx
         weight = self.merge.size_weight if before else 0.0  # at first every size is one
         safe = self.merge.num_safe(update.shape[1], num_keep, prefix)
-        split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, self.sizes, weight, priority)
-        kept_idx, _, kept_sizes = ops.merge_(x, *split, self.sizes, self.parent, num_keep, prefix, self.by_host)
+        parts = (self.sizes, weight, priority, self.costs, COST_WEIGHT)
+        split = ops.add_select_(x, idx, update, gamma, query, safe, prefix, *parts)
+        kept_idx, _, kept_sizes = ops.merge_(
+            x, *split, self.sizes, self.parent, num_keep, prefix, self.by_host, self.costs
+        )
         self.log_sizes = log_sizes(kept_sizes)
         return kept_idx
 

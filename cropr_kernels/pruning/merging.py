@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SIZE_EXPONENT = 0.9  # attention weighs a token by this power of its size; measured: docs/benchmarks.md
+COST_WEIGHT = 0.25  # candidates cost exp(COST_WEIGHT * standardised score); measured: docs/benchmarks.md
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Merge:
 
     Args:
         candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, those of one colour
-            first, and those of them are that are most like a token that is sure to be kept: what is redundant goes
-            before what is not. 1: no such choice.
+            first, and those of them are that are most like a token that is sure to be kept, the lower their scores the
+            sooner: what is redundant goes before what is not. 1: no such choice.
         size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
             others had better be kept.
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..models.blocks import rope_at
-from ..ops.reference import size_adjusted_scores
+from ..ops.reference import pruning_costs, size_adjusted_scores
 from .masks import Masks, make_masks
-from .merging import Merge, checkerboard, log_sizes
+from .merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
 
 class PruningOptions(NamedTuple):
@@ -215,14 +215,15 @@ class PruningState:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens kept, positions kept and pruned, and the row of the kept that each of the pruned went into."""
         prefix = self.num_prefix
-        scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
+        before = scores = torch.ops.cropr.scores(x, module.query()) if scores is None else scores
         if self.sizes is None:
             self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
         else:
             scores = size_adjusted_scores(scores, self.sizes, merge.size_weight, prefix)
         split = torch.ops.cropr.select(scores, merge.num_safe(x.shape[1], count, prefix), prefix, priority)
+        costs = pruning_costs(before, scores, COST_WEIGHT, prefix)
         x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(
-            x, *split, self.sizes, count, num_prefix=prefix
+            x, *split, self.sizes, count, num_prefix=prefix, costs=costs
         )
         self.rows = dest if self.rows is None else dest.gather(1, self.rows)
         return x, kept_idx, pruned_idx, dest.gather(1, pruned_idx)

@@ -12,6 +12,7 @@ import cropr_kernels as cropr
 from benchmarks.baselines.matching import ATM, CroprMerge, PiToMe, energy, unit_keys
 from benchmarks.baselines.network import Reduced
 from cropr_kernels.ops.reference import size_adjusted_scores
+from cropr_kernels.pruning.merging import COST_WEIGHT
 
 REMOVED = 6
 DIM = 8
@@ -145,13 +146,16 @@ def test_weights_and_norms_of_croprs_own_merge(norm, ward):
 
     def groups_of(b):
         sizes = context.sizes[b].tolist()
-        scores = size_adjusted_scores((x @ query.double()).float(), context.sizes, 2.0, 1)[b]
+        before = (x @ query.double()).float()
+        scores, patches = size_adjusted_scores(before, context.sizes, 2.0, 1)[b], before[b, 1:]
+        worth = (COST_WEIGHT * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
         order = sorted(range(1, TOKENS), key=lambda i: -scores[i].item())
         safe, may_go = order[: TOKENS - 1 - 9], order[TOKENS - 1 - 9 :]  # 1.5 * 6
 
         def gain(i, j):
             cosine = F.cosine_similarity(x[b, i], x[b, j], dim=0).item()
-            return -sizes[i] * sizes[j] / (sizes[i] + sizes[j]) * (1 - cosine) if ward else cosine
+            weight = sizes[i] * sizes[j] / (sizes[i] + sizes[j]) if ward else 1
+            return -weight * (1 - cosine) * worth[i]
 
         return slow_match(may_go, safe, gain, REMOVED)
 

@@ -99,6 +99,30 @@ def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
+def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, dtype):
+    skip_if_uninterpretable(backend, dtype)
+    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    costs = torch.randn(x.shape[:2], device=x.device).exp()
+    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
+    ones = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix, torch.ones_like(costs))
+    assert all(torch.equal(one, other) for one, other in zip(ones, plain))
+    assert torch.isin(safe_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
+    for b in range(x.shape[0]):
+        similarity = cosines(x[b : b + 1], safe_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        if not similarity.numel() or not pruned_idx.shape[1]:
+            continue
+        cost = (1 - similarity.max(1).values).clamp_min(0) * costs[b, candidate_idx[b]].double()
+        is_pruned = torch.isin(candidate_idx[b], pruned_idx[b])
+        targets = kept_idx[b, dest[b, pruned_idx[b]]]
+        chosen = cosines(x[b : b + 1], targets[None], pruned_idx[b : b + 1])[0].diagonal()
+        torch.testing.assert_close(chosen, similarity.max(1).values[is_pruned], rtol=0, atol=1e-5)
+        if not is_pruned.all():
+            assert cost[is_pruned].max() <= cost[~is_pruned].min() + 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MERGES)
 def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
@@ -194,6 +218,28 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     assert run() == (list(range(70, 80)), [2] * 10)
 
 
+def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
+    x = torch.eye(8, device=backend.device)[[0, 0, 0, 0, 1, 2, 3, 3, 4]][None]
+    safe_idx, candidate_idx = torch.arange(2, device=x.device)[None], torch.arange(2, 9, device=x.device)[None]
+    sizes, costs = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
+
+    def pruned(keep):
+        return backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, 0, costs)[2][0].tolist()
+
+    assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a safe token costs nothing
+    costs[0, 3] = 1e30
+    assert pruned(8) == [3] and pruned(7) == [2, 3]
+    costs[0, 5], costs[0, 7] = 0.5, 1e-30
+    assert pruned(6) == [2, 3, 7] and pruned(5) == [2, 3, 5, 7]
+    assert pruned(4) == [2, 3, 5, 7, 8]  # of equal costs the higher position
+    x[0, 7] = float("nan")
+    assert pruned(4) == [2, 3, 5, 6, 8] and pruned(3) == [2, 3, 4, 5, 6, 8]  # NaN goes last, whatever it costs
+    costs[0, 4] = float("inf")
+    assert pruned(3) == [2, 3, 5, 6, 7, 8]
+    costs[0, 4] = float("nan")  # positive costs are asked for: others only must not harm
+    assert pruned(3) == [2, 3, 5, 6, 7, 8] and pruned(2) == list(range(2, 9))
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -205,18 +251,20 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
 def test_long_lists_match_the_definition(kernels, shape, dtype):
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, kernels.device)
     x = x.sign()  # products, lengths and cosines are exact, and many are equal
-    kept, *lists = kernels.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
-    expected, *expected_lists = reference.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
-    assert all(torch.equal(got, wanted) for got, wanted in zip(lists, expected_lists, strict=True))
-    torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
+    for costs in (None, torch.rand(x.shape[:2], device=x.device) + 0.5):
+        kept, *lists = kernels.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
+        expected, *expected_lists = reference.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
+        assert all(torch.equal(got, wanted) for got, wanted in zip(lists, expected_lists, strict=True))
+        torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_every_layout_gives_the_same_bits(backend):
     x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
-    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, 1)
-    flipped = [part.t().contiguous().t() for part in (safe_idx, candidate_idx, sizes)]
+    costs = torch.rand(x.shape[:2], device=x.device) + 0.5
+    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, 1, costs)
+    *flipped, costs = [part.t().contiguous().t() for part in (safe_idx, candidate_idx, sizes, costs)]
     for name, odd in odd_layouts(x).items():
-        for got, expected in zip(backend.merge(odd, *flipped, keep, 1), plain):
+        for got, expected in zip(backend.merge(odd, *flipped, keep, 1, costs), plain):
             assert torch.equal(got, expected), name
 
 
@@ -226,15 +274,19 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     skip_if_uninterpretable(backend, dtype)
     batch, n, dim = shape[:3]
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
+    costs = torch.randn(batch, n, device=x.device).exp()
+    expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
+        x, safe_idx, candidate_idx, sizes, keep, prefix, costs
+    )
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
     buffer, buffer_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
-    buffer[:, at], buffer_sizes[:, at] = x, sizes
+    buffer_costs = torch.full_like(buffer_sizes, float("nan"))
+    buffer[:, at], buffer_sizes[:, at], buffer_costs[:, at] = x, sizes, costs
     own = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
     parent, before, sizes_before = own.clone(), buffer.clone(), buffer_sizes.clone()
     kept_idx, pruned_idx, got_sizes = backend.merge_(
-        buffer, at[safe_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix
+        buffer, at[safe_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_costs
     )
     assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
     assert torch.equal(got_sizes, expected_sizes)

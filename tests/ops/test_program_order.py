@@ -39,12 +39,15 @@ def add_select(backend):
 
 def add_select_by_size(backend):
     x, sizes = integers(2, 9, 512), integers(2, 9, low=1, high=5)
-    return x, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), 5, 1, sizes, 1.5)
+    costs = torch.zeros(2, 9)
+    parts = (5, 1, sizes, 1.5, None, costs, 0.5)
+    return x, costs, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), *parts)
 
 
 def merge(backend):
     safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
-    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, integers(2, 90, low=1), 75, 1)
+    parts = (integers(2, 90, low=1), 75, 1, integers(2, 90, low=1))
+    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, *parts)
 
 
 def merge_in_place(backend):

@@ -152,6 +152,65 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     assert (lowest + 1e-4 >= adjusted.masked_fill(is_kept, -float("inf")).amax(1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size_weight", [None, 0.0, 1.5])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize(
+    "shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 5), (0, 10, 16, 7), MANY]
+)
+def test_add_select_writes_what_patches_cost(backend, shape, prefix, size_weight, dtype):
+    x, idx, update, gamma, *_ = problem(shape, dtype, backend.device)
+    query = torch.randn(shape[2], device=backend.device)
+    count = update.shape[1]
+    costs = torch.full(x.shape[:2], 7.0, device=backend.device)
+    sizes = torch.randint(1, 9, x.shape[:2], device=backend.device).float()
+    parts = (None, 0.0) if size_weight is None else (sizes, size_weight)
+    keep = (count + prefix) // 2
+    plain, expected = backend.add_select_(x.clone(), idx, update, gamma, query, keep, prefix, *parts), costs.clone()
+    got = backend.add_select_(x, idx, update, gamma, query, keep, prefix, *parts, None, costs, 0.5)
+    assert all(torch.equal(one, other) for one, other in zip(got, plain))
+    at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
+    if prefix < count and len(x):
+        scores = backend.scores(reference.gather(x, at), query).double()
+        patches = scores[:, prefix:]
+        spread = patches.std(1, correction=0, keepdim=True)
+        if size_weight:
+            scores = scores + size_weight * spread * sizes.gather(1, at).double().log()
+        own = (0.5 * (scores[:, prefix:] - patches.mean(1, keepdim=True)) / spread).exp()
+        own = torch.where(spread > 0, own, torch.ones_like(own))
+        expected.scatter_(1, at[:, prefix:], own.float())
+    torch.testing.assert_close(costs, expected, rtol=2e-4, atol=1e-6)
+    again = torch.full_like(costs, 7.0)
+    reference.add_select_(
+        x, idx, torch.zeros_like(update), None, query, keep, prefix, *parts, None, again, 0.5
+    )  # fmt: skip
+    torch.testing.assert_close(costs, again, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [None, 3.0])
+def test_costs_are_one_without_a_spread_and_always_finite_and_positive(backend, sizes):
+    x = torch.full((4, 20, 8), 0.1, device=backend.device)
+    x[1, 7, 0] = float("nan")
+    x[2, 8, 0] = float("inf")
+    x[3] = torch.arange(20, device=backend.device)[:, None]
+    query, update = torch.ones(8, device=backend.device), torch.zeros_like(x)
+    parts = (None, 0.0) if sizes is None else (torch.full((4, 20), sizes, device=backend.device), 2.0)
+
+    def costs_of(weight, prefix=1):
+        costs = torch.full((4, 20), 7.0, device=backend.device)
+        backend.add_select_(x.clone(), None, update, None, query, prefix, prefix, *parts, None, costs, weight)
+        return costs
+
+    costs = costs_of(0.25)
+    assert (costs[:, 0] == 7).all() and (costs[:3, 1:] == 1).all()
+    assert costs[3, 1:].diff().min() > 0
+    for weight in (1e4, -1e4):
+        costs = costs_of(weight)[3, 1:]
+        assert costs.isfinite().all() and (costs > 0).all() and costs.log().abs().max() > 50
+    assert (costs_of(0.0)[:, 1:] == 1).all()
+    assert (costs_of(0.25, 20) == 7).all()  # nothing but prefix
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (0, 10, 16, 7), MANY])
 def test_add_select_looks_priority_up_by_position(backend, shape, dtype):

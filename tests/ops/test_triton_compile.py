@@ -105,7 +105,7 @@ def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens
     alone = orders("scores", {"x": call["x"], "query": call["query"]})["scores_kernel"]
     for n in (50, 1000, 1200):
         assert alone and orders("prune", legal_call("prune", dtype, N=n, D=width, M=1))["scores_kernel"] == alone
-        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None}
+        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None, "costs": None}
         assert orders("add_select_", call)["add_select_kernel"] == alone
 
 

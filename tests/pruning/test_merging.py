@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from cropr_kernels.models.blocks import (
     project_heads,
     proportional_attention,
 )
-from cropr_kernels.pruning.merging import resolve_parents
+from cropr_kernels.pruning.merging import COST_WEIGHT, resolve_parents
 
 WAYS = {
     "default": cropr.Merge(),
@@ -58,7 +59,8 @@ def slow_image(model, tokens, counts, how):
 def slow_merge(alive, features, query, keep, prefix, how, layer):
     """The first of a token's patches is where it is, on a grid of 8 x 8."""
     scores = [float(value @ query) for value, _, _ in alive]
-    spread = torch.tensor(scores[prefix:], dtype=torch.float64).std(correction=0).item()
+    patches = torch.tensor(scores[prefix:], dtype=torch.float64)
+    mean, spread = patches.mean().item(), patches.std(correction=0).item()
     weighed = [
         score + how.size_weight * spread * torch.tensor(size).log().item() for score, (_, size, _) in zip(scores, alive)
     ]
@@ -67,10 +69,11 @@ def slow_merge(alive, features, query, keep, prefix, how, layer):
     order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))  # least important first
     candidates = order[: len(alive) - how.num_safe(len(alive), keep, prefix)]
     safe = [i for i in range(prefix, len(alive)) if i not in candidates]
-    nearest = {}
+    nearest, cost = {}, {}
     for i in candidates:
         nearest[i] = max((F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in safe)
-    leaving = sorted(candidates, key=lambda i: -nearest[i][0])[: len(alive) - keep]
+        cost[i] = max(1 - nearest[i][0], 0) * math.exp(COST_WEIGHT * (weighed[i] - mean) / spread)
+    leaving = sorted(candidates, key=lambda i: cost[i])[: len(alive) - keep]
     merged = dict(enumerate(alive))
     for i in leaving:
         (value, size, patches), (taken, taken_size, taken_patches) = merged.pop(i), merged[nearest[i][1]]

@@ -27,21 +27,24 @@ _TOGETHER = tl.constexpr(4)  # pruned rows of a mean that are loaded at a time
 
 
 class Tokens(NamedTuple):
-    """Positions of the tokens that stay (B, S) and of those that may go (B, C), and the sizes of all (B, N)."""
+    """Positions of the tokens that stay (B, S) and of those that may go (B, C), the sizes of all (B, N), and what it
+    costs to prune them (B, N), if that is not one."""
 
     safe_idx: Any
     candidate_idx: Any
     sizes: Any
+    costs: Any
 
 
 class Scratch(NamedTuple):
-    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); the negative of the best
-    at all, and with which (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B, N + G + 1):
-    N become the slots of kept positions, the others count programs, of each group of candidates, then groups."""
+    """Each candidate's best similarity, and with which safe token, by tile of these (B, T, C); what it costs to prune
+    it, and which it is most like at all (B, C); which candidates are kept, then which are pruned (B, C); and zeros (B,
+    N + G + 1): N become the slots of kept positions, the others count programs, of each group of candidates, then
+    groups."""
 
     partial: Any
     partial_idx: Any
-    distance: Any
+    cost: Any
     nearest_idx: Any
     order: Any
     zeros: Any
@@ -159,15 +162,25 @@ def nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLO
 
 
 @triton.jit
+def load_costs(best, tokens, candidates, num_candidates, n):
+    """What it costs to prune candidates whose best similarity this is; NaN is the highest."""
+    cost = tl.maximum(1.0 - best, 0.0)
+    if tokens.costs is not None:
+        origin, exists = load_positions(tokens.candidate_idx, candidates, num_candidates, n)
+        cost *= tl.load(tokens.costs + origin, mask=exists, other=1.0).to(best.dtype)
+    return tl.where(cost == cost, cost, float("inf"))
+
+
+@triton.jit
 def choose_targets(
     tokens, scratch, plan, n, num_safe, num_candidates, num_prune,
     IN_PLACE: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Which candidates of one image are pruned, and into which tokens they are merged; lists ascend by position."""
-    # Kept are those most distant, of equals the lower position.
+    # Kept are those that cost most, of equals the lower position.
     num_stay = num_candidates - num_prune
-    order = Selection(scratch.distance, None, None, scratch.order, scratch.order + num_stay)
-    select_image(scratch.distance, order, 0, None, num_candidates, num_candidates, num_stay, 0, KEYS)
+    order = Selection(scratch.cost, None, None, scratch.order, scratch.order + num_stay)
+    select_image(scratch.cost, order, 0, None, num_candidates, num_candidates, num_stay, 0, KEYS)
     # A one at every position that is kept; the ones before it are its slot.
     BLOCK: tl.constexpr = BLOCKS.positions
     lanes = tl.arange(0, BLOCK)
@@ -233,11 +246,15 @@ def targets_kernel(
     b = (pid // (tiles * groups)).to(tl.int64)
     group = pid // tiles % groups
     tile = pid % tiles
-    tokens = Tokens(tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates, tokens.sizes + b * n)
+    costs = tokens.costs
+    if costs is not None:
+        costs += b * n
+    safe_idx, candidate_idx = tokens.safe_idx + b * num_safe, tokens.candidate_idx + b * num_candidates
+    tokens = Tokens(safe_idx, candidate_idx, tokens.sizes + b * n, costs)
     scratch = Scratch(
         scratch.partial + b * tiles * num_candidates,
         scratch.partial_idx + b * tiles * num_candidates,
-        scratch.distance + b * num_candidates,
+        scratch.cost + b * num_candidates,
         scratch.nearest_idx + b * num_candidates,
         scratch.order + b * num_candidates,
         scratch.zeros + b * (n + groups + 1),
@@ -252,7 +269,8 @@ def targets_kernel(
     counters = scratch.zeros + n
     if is_last(counters + group, tiles):
         best, nearest = nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS)
-        tl.store(scratch.distance + candidates, -best, mask=inside)
+        cost = load_costs(best, tokens, candidates, num_candidates, n)
+        tl.store(scratch.cost + candidates, cost, mask=inside)
         tl.store(scratch.nearest_idx + candidates, nearest, mask=inside)
         if is_last(counters + groups, groups):
             plan = plan_of(plan, b, n, num_safe + num_candidates - num_prune, num_prune)
@@ -360,26 +378,27 @@ def target_blocks(dtype: torch.dtype, num_candidates: int) -> tuple[TargetBlocks
     return TargetBlocks(*tile, _BLOCK), KeyBlocks(keys, num_candidates <= keys)
 
 
-def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, num_prefix, *, in_place, offsets=False):
+def _launch(x, safe_idx, candidate_idx, sizes, costs, dest, num_keep, num_prefix, *, in_place, offsets=False):
     (batch, n, dim), (num_safe, num_candidates) = x.shape, (safe_idx.shape[1], candidate_idx.shape[1])
     num_prune = num_safe + num_candidates - num_keep
     kept_idx, pruned_idx = (x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune))
     kept_sizes = sizes.new_empty((batch, num_keep))
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
+    costs = None if costs is None else costs.contiguous()
     safe_idx, candidate_idx, acc = safe_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(x.dtype)
     blocks, keys = target_blocks(x.dtype, num_candidates)
     tiles = max(triton.cdiv(num_safe - num_prefix, blocks.safe), 1)
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
-    partial, distance = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
-    partial_idx, nearest = (x.new_empty(part.shape, dtype=torch.int32) for part in (partial, distance))
+    partial, cost = (x.new_empty((batch, count, num_candidates), dtype=acc) for count in (tiles, 1))
+    partial_idx, nearest = (x.new_empty(part.shape, dtype=torch.int32) for part in (partial, cost))
     order = x.new_empty(candidate_idx.shape, dtype=torch.int64)
     zeros = x.new_zeros((batch, n + groups + 1), dtype=torch.int32)
-    scratch = Scratch(partial, partial_idx, distance, nearest, order, zeros)
+    scratch = Scratch(partial, partial_idx, cost, nearest, order, zeros)
     plan = Plan(kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest)
     launch(
         targets_kernel, batch * tiles * groups,
-        rows_of(x), Tokens(safe_idx, candidate_idx, sizes), scratch, plan,
+        rows_of(x), Tokens(safe_idx, candidate_idx, sizes, costs), scratch, plan,
         n, num_safe, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks, KEYS=keys,
         num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
@@ -394,19 +413,19 @@ def _launch(x, safe_idx, candidate_idx, sizes, dest, num_keep, num_prefix, *, in
     return out, kept_idx, pruned_idx, kept_sizes
 
 
-def merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix=0):
+def merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix=0, costs=None):
     """Launch cropr::merge. Positions must be a partition of [0, N): they are not checked on the device."""
-    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, num_prefix)
+    check("merge", x, safe_idx, candidate_idx, sizes, num_keep, num_prefix, costs)
     x = dense_rows(x)
     dest = x.new_empty(x.shape[:2], dtype=torch.int64)
-    parts = (sizes.contiguous(), dest, num_keep, num_prefix)
+    parts = (sizes.contiguous(), costs, dest, num_keep, num_prefix)
     return *_launch(x, safe_idx, candidate_idx, *parts, in_place=False), dest
 
 
-def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0, offsets=False):
+def merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0, offsets=False, costs=None):
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the device."""
-    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets)
-    parts = (sizes, parent, num_keep, num_prefix)
+    check("merge_", x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets, costs)
+    parts = (sizes, costs, parent, num_keep, num_prefix)
     parts = _launch(x, safe_idx, candidate_idx, *parts, in_place=True, offsets=offsets)
     _, kept_idx, pruned_idx, kept_sizes = parts
     return kept_idx, pruned_idx, kept_sizes

@@ -18,7 +18,7 @@ from .launching import launch
 from .scores import fold_query
 from .select import (
     Selection,
-    Sizes,
+    Weights,
     embedded_keys,
     is_last,
     launch_select,
@@ -120,7 +120,7 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
 
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
 def add_select_kernel(
-    x, idx_ptr, update, query_ptr, selection, sizes, n, count, num_keep, num_prefix,
+    x, idx_ptr, update, query_ptr, selection, weights, n, count, num_keep, num_prefix,
     BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program may select."""
@@ -139,7 +139,7 @@ def add_select_kernel(
     if selection.counters is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
         if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
             scores_ptr = selection.scores + b * count
-            weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
+            weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -181,9 +181,13 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps):
     return out
 
 
-def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None):
+def add_select_(
+    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, costs=None,
+    cost_weight=0.0,
+):  # fmt: skip
     """Launch cropr::add_select_; positions as in add_."""
-    check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority)
+    parts = (sizes, size_weight, priority, costs, cost_weight)
+    check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, *parts)
     (batch, n, dim), count = x.shape, update.shape[1]
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
     if not (batch and count and dim):
@@ -192,14 +196,15 @@ def add_select_(x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None
     scores = x.new_empty((batch, count), dtype=torch.float32)
     counters = None if keys is None else block_counters(x)
     selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
-    idx, sizes = _dense(idx), Sizes(_dense(sizes) if size_weight else None, float(size_weight))
+    sizes, idx = _dense(sizes) if size_weight else None, _dense(idx)
+    weights = Weights(sizes, float(size_weight), costs, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection, sizes,
-        n, count, num_keep, num_prefix, blocks, keys, **STREAM,
+        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection,
+        weights, n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
     if keys is None:
-        launch_select(selection, num_prefix, sizes=sizes, idx=idx, whole=n)
+        launch_select(selection, num_prefix, weights=weights, idx=idx, whole=n)
     return kept_idx, pruned_idx
 
 

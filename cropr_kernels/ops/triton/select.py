@@ -19,6 +19,7 @@ from .utils import dense_rows
 
 _MAX_BLOCK = 4096
 _MAX_EMBEDDED = 1024
+_MOST_EXPONENT = tl.constexpr(60.0)  # costs are finite and positive
 _COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
 _COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
@@ -34,11 +35,14 @@ class Selection(NamedTuple):
     pruned_idx: Any
 
 
-class Sizes(NamedTuple):
-    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score."""
+class Weights(NamedTuple):
+    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score; costs (B, N)
+    that come of the scores, where they are asked for, and how much these weigh there."""
 
-    ptr: Any
-    weight: Any
+    sizes: Any
+    size_weight: Any
+    costs: Any
+    cost_weight: Any
 
 
 class KeyBlocks(NamedTuple):
@@ -167,43 +171,57 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, whole, n, num_keep, num
 
 
 @triton.jit
-def adjust_scores_by_size(scores_ptr, sizes_ptr, weight, idx_ptr, count, num_prefix, BLOCK_N: tl.constexpr):
-    """scores += weight * their standard deviation over the patches * log(size), for one image, in place."""
+def weigh_scores(scores_ptr, weights, b, idx_ptr, whole, count, num_prefix, BLOCK_N: tl.constexpr):
+    """For image b, in place, scores += size_weight * their standard deviation over the patches * log(size), and costs
+    of patches = exp(cost_weight * (new score - mean) / standard deviation), one without a spread."""
     lanes = tl.arange(0, BLOCK_N)
     patches = tl.maximum(count - num_prefix, 1)
+    # Distances to a score, so that equal scores have no spread.
+    first = tl.load(scores_ptr + num_prefix, num_prefix < count, other=0.0, cache_modifier=".cg")
     sums = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
-        sums += tl.load(scores_ptr + offs, (offs >= num_prefix) & (offs < count), other=0.0, cache_modifier=".cg")
-    mean = tl.sum(sums, axis=0) / patches
+        inside = (offs >= num_prefix) & (offs < count)
+        distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - first
+        sums += tl.where(inside, distance, 0.0)
+    mean = first + tl.sum(sums, axis=0) / patches
     spread = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
         inside = (offs >= num_prefix) & (offs < count)
         distance = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg") - mean
         spread += tl.where(inside, distance * distance, 0.0)
-    scale = weight * tl.sqrt(tl.sum(spread, axis=0) / patches)
+    deviation = tl.sqrt(tl.sum(spread, axis=0) / patches)
+    scale = weights.size_weight * deviation
     scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
+    spreads = (deviation > 0.0) & (deviation < float("inf"))
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
         inside = offs < count
         position = offs.to(tl.int64)
         if idx_ptr is not None:
             position = tl.load(idx_ptr + offs, inside, other=0)
+        exists = inside & (position >= 0) & (position < whole)
         score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
-        tl.debug_barrier()  # where threads share an element, all have it before one stores it
-        score += scale * tl.log(tl.load(sizes_ptr + position, inside, other=1.0))
-        tl.store(scores_ptr + offs, score, inside)
+        if weights.sizes is not None:
+            tl.debug_barrier()  # where threads share an element, all have it before one stores it
+            score += scale * tl.log(tl.load(weights.sizes + b * whole + position, exists, other=1.0))
+            tl.store(scores_ptr + offs, score, inside)
+        if weights.costs is not None:
+            exponent = weights.cost_weight * ((score - mean) / deviation)
+            exponent = tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT)
+            cost = tl.exp(tl.where(spreads, exponent, 0.0))
+            tl.store(weights.costs + b * whole + position, cost, exists & (offs >= num_prefix))
     tl.debug_barrier()
 
 
 @triton.jit
-def weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
-    """select_image, of tokens that came from idx (B, n) if it is there, after their sizes, if these count."""
+def weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
+    """select_image, of tokens that came from idx (B, n) if it is there, after what weights do to the scores."""
     if idx_ptr is not None:
         idx_ptr += b * n
-    if sizes.ptr is not None:
-        adjust_scores_by_size(scores_ptr, sizes.ptr + b * whole, sizes.weight, idx_ptr, n, num_prefix, KEYS.tokens)
+    if (weights.sizes is not None) or (weights.costs is not None):
+        weigh_scores(scores_ptr, weights, b, idx_ptr, whole, n, num_prefix, KEYS.tokens)
     select_image(scores_ptr, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
 
 
@@ -218,10 +236,10 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit(do_not_specialize=["stride_sb", "whole", "n", "num_keep", "num_prefix"])
-def select_kernel(selection, stride_sb, sizes, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
+def select_kernel(selection, stride_sb, weights, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     scores_ptr = selection.scores + b * stride_sb
-    weigh_and_select(scores_ptr, sizes, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
+    weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
 
 
 def key_blocks(n: int) -> tuple[KeyBlocks, int]:
@@ -259,7 +277,7 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
 
 
 def launch_select(
-    selection: Selection, num_prefix: int, *, sizes: Sizes | None = None, idx: Tensor | None = None, whole: int = 0
+    selection: Selection, num_prefix: int, *, weights: Weights | None = None, idx: Tensor | None = None, whole: int = 0
 ) -> None:
     """Select by scores (B, N) of tokens that are all there are, or those at idx (B, N) of `whole` ones."""
     scores = selection.scores
@@ -267,6 +285,6 @@ def launch_select(
     blocks, num_warps = key_blocks(n)
     launch(
         select_kernel, batch,
-        selection, scores.stride(0), sizes or Sizes(None, 0.0), idx, whole or n, n, selection.kept_idx.shape[1],
-        num_prefix, blocks, num_warps=num_warps,
+        selection, scores.stride(0), weights or Weights(None, 0.0, None, 0.0), idx, whole or n, n,
+        selection.kept_idx.shape[1], num_prefix, blocks, num_warps=num_warps,
     )  # fmt: skip

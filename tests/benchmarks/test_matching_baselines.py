@@ -31,13 +31,13 @@ def cosines(keys):
     return lambda i, j: F.cosine_similarity(mean[i], mean[j], dim=0).item()
 
 
-def slow_merge(x, sizes, groups, norm=None):
+def slow_merge(x, sizes, groups, keep_norms=False):
     """The weighted mean of each group, the target first, and its size, in order of the first channel."""
     tokens, totals = [], []
     for group in groups:
         mean = sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group)
-        if norm is not None:
-            mean = mean / mean.norm() * max(x[i].norm() for i in (group[:1] if norm == "target" else group))
+        if keep_norms:
+            mean = mean / mean.norm() * x[group[0]].norm()
         tokens.append(mean)
         totals.append(sum(sizes[i] for i in group))
     return in_order(torch.stack(tokens), torch.stack(totals))
@@ -137,19 +137,24 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
     expect(reduction, x, context, groups_of, prefix)
 
 
+@pytest.mark.parametrize("left_out", [{}, {"keep_norms": False}, {"cost_weight": 0.0}, {"checkerboard": False}])
 @pytest.mark.parametrize("ward", [False, True])
-@pytest.mark.parametrize("norm", ["target", "longest", None])
-def test_weights_and_norms_of_croprs_own_merge(norm, ward):
+def test_parts_of_croprs_own_merge(left_out, ward):
     x, context = case(1, 0.5)
-    query, merge = torch.randn(DIM), cropr.Merge()
-    reduction = CroprMerge(query, merge, ward=ward, norm=norm)(x, context, TOKENS - REMOVED, 1)
+    query, merge, side = torch.randn(DIM), cropr.Merge(candidates=1.5), 5
+    reduction = CroprMerge(query, merge, 1, side, ward=ward, **left_out)(x, context, TOKENS - REMOVED, 1)
 
     def groups_of(b):
         sizes = context.sizes[b].tolist()
         before = (x @ query.double()).float()
         scores, patches = size_adjusted_scores(before, context.sizes, 2.0, 1)[b], before[b, 1:]
-        worth = (COST_WEIGHT * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
-        order = sorted(range(1, TOKENS), key=lambda i: -scores[i].item())
+        weight = left_out.get("cost_weight", COST_WEIGHT)
+        worth = (weight * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
+
+        def stays(i):  # the colour of the second merge
+            return "checkerboard" not in left_out and ((i - 1) // side + (i - 1) % side) % 2 == 0
+
+        order = sorted(range(1, TOKENS), key=lambda i: (not stays(i), -scores[i].item()))
         safe, may_go = order[: TOKENS - 1 - 9], order[TOKENS - 1 - 9 :]  # 1.5 * 6
 
         def gain(i, j):
@@ -159,16 +164,21 @@ def test_weights_and_norms_of_croprs_own_merge(norm, ward):
 
         return slow_match(may_go, safe, gain, REMOVED)
 
-    expect(reduction, x, context, groups_of, 1, norm=norm)
+    expect(reduction, x, context, groups_of, 1, keep_norms="keep_norms" not in left_out)
 
 
 def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():
     model = randomise(reference_vit()).eval()
     pruned = cropr.apply(randomise(reference_vit()), rate=9, merge=True).eval()
     model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
-    queries = iter([module.query() for module in pruned.cropr])
+    layers = enumerate([module.query() for module in pruned.cropr])
     counts, images = pruned.cropr.config.counts(65, 4, 1), torch.randn(2, 3, 64, 64)
-    network = Reduced(model, lambda dim, kept, patches: CroprMerge(next(queries), cropr.Merge()), counts)
+
+    def make(dim, kept, patches):
+        layer, query = next(layers)
+        return CroprMerge(query, cropr.Merge(), layer, 8)
+
+    network = Reduced(model, make, counts)
     with torch.no_grad():
         torch.testing.assert_close(network(images), pruned(images), rtol=1e-5, atol=1e-5)
 

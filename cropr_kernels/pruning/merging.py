@@ -19,6 +19,8 @@ COST_WEIGHT = 0.25  # candidates cost exp(COST_WEIGHT * standardised score); mea
 class Merge:
     """How pruned tokens are merged into kept ones: each into the one it is most like, by the cosine of the tokens.
 
+    The latter becomes their mean, weighted by sizes and scaled to the norm that it had.
+
     Args:
         candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, those of one colour
             first, and those of them are that are most like a token that is sure to be kept, the lower their scores the

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..reference import accumulation_dtype
 from ..validation import check
 from .launching import launch
-from .merge import load_positions, nearest_in_image, nearest_in_tile, target_blocks
+from .nearest import load_positions, nearest_in_image, nearest_in_tile, target_blocks
 from .select import is_last
 from .utils import STREAM, aligned_rows, dense_rows, row_blocks, rows_of
 

@@ -36,8 +36,10 @@ def pruned(kind="reference", **options):
 def test_plain_operators_choose_and_move_as_the_ops_do(shape):
     batch, n, dim, num_keep, prefix = shape
     x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
-    expected, got = reference.prune(x, query, num_keep, prefix), portable.prune(x, query, num_keep, prefix)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    for priority in (None, torch.randint(-1, 2, (batch, n)).to(torch.int8), torch.rand(batch, n) < 0.5):
+        expected = reference.prune(x, query, num_keep, prefix, priority)
+        got = portable.prune(x, query, num_keep, prefix, priority)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
     assert torch.equal(portable.restore(*got), x)
     flipped = [part.flip(1) for part in got]
     assert torch.equal(portable.restore(*flipped), x)

@@ -32,7 +32,8 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     if priority is not None:
         order = patches.topk(n - num_prefix, dim=1).indices
         rank = order.float().topk(n - num_prefix, dim=1, largest=False).indices  # of each token in that order
-        patches = priority[:, num_prefix:].float().sign() * n - rank
+        classes = priority[:, num_prefix:].float().sign()  # of the negative ones scores do not matter
+        patches = classes * n - torch.where(classes < 0, n + positions[:, : n - num_prefix], rank)
     kept = _ascending(patches.topk(count, dim=1).indices) + num_prefix
     # Where nobody asks for the pruned positions, this second sort is left out of the program.
     pruned = _ascending(patches.topk(n - num_prefix, dim=1).indices[:, count:]) + num_prefix

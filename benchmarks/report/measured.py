@@ -1,6 +1,7 @@
 """The sections and the picture of docs/benchmarks.md: prune, whole networks, merging, digits."""
 
 import statistics
+from collections import Counter
 
 from benchmarks.report.comparison import LABELS
 from benchmarks.report.render import Sections, grid, spread, where
@@ -93,10 +94,13 @@ def merging() -> str:
         return "Not measured yet."
     env, rows = found
     rows = [row for row in rows if row["method"].startswith("merge")]
-    data, rates = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "rate"))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shared = Counter((row["data"], row["rate"], row["seed"]) for row in rows)
+    rows = [row for row in rows if shared[row["data"], row["rate"], row["seed"]] == len(methods)]
+    data, rates, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "rate", "seed"))
     cells = [(name, rate) for name in data for rate in rates]
     body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in methods:
         line = [PARTS.get(method, method.removeprefix("merge, "))]
         for name, rate in cells:
             own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
@@ -104,7 +108,8 @@ def merging() -> str:
             line.append(f"{agreement:.1f} %, {divergence:.3f}")
         body.append(line)
     head = ["merging", *(f"{name}, R = {rate}" for name, rate in cells)]
-    return grid(head, body) + f"\n\nAgreement and KL with the unpruned model, mean of the same seeds. {where(env)}."
+    same = f"{env['photos']} photos of each of the seeds {', '.join(map(str, seeds))}"
+    return grid(head, body) + f"\n\nAgreement and KL with the unpruned model, {same}. {where(env)}."
 
 
 def calibration_target() -> str:

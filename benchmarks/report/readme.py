@@ -15,7 +15,7 @@ def pretrained() -> str:
     if found is None or timed is None:
         return "Not measured yet."
     env, rows = found
-    rows = [row for row in rows if "top-1" in row]  # of the data set whose classes the model knows
+    rows = [row for row in rows if "top-1" in row and row["method"] in METHODS]  # the data set whose classes it knows
     plain = statistics.mean(row["top-1 unpruned"] for row in rows)
     body = [["0", "unpruned", "100.0", f"{plain:.1f}", "1.00x"]]
     for rate in sorted({row["rate"] for row in rows}):

@@ -71,7 +71,8 @@ def _run(
     count = x.shape[1]
     pruned = None
     if counts[-1] < count:
-        pruned = Pruned(state.config, x, prefix, state.colours(x) if masks is None else (masks.priority,) * 2)
+        priorities = state.choose_priorities(x, None if masks is None else masks.priority)
+        pruned = Pruned(state.config, x, prefix, priorities)
     log_sizes = None if masks is None else masks.log_sizes(None)
     h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))
     for layer, parts in enumerate(blocks):

@@ -22,9 +22,9 @@ class Merge:
     The latter becomes their mean, weighted by sizes and scaled to the norm that it had.
 
     Args:
-        candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, those of one colour
-            first, and those of them are that are most like a token that is sure to be kept, the lower their scores the
-            sooner: what is redundant goes before what is not. 1: no such choice.
+        candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, those of one
+            colour first, and those of them are that are most like a token that is sure to be kept, the lower their
+            scores the sooner: what is redundant goes before what is not. 1: no such choice.
         size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
             others had better be kept.
 

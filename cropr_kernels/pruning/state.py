@@ -153,12 +153,19 @@ class PruningState:
             raise ValueError(f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} patches")
         return self.grid
 
-    def colours(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Priorities (B, N) of all tokens x (B, N, D) in every second module; none where tokens do not merge."""
+    def choose_priorities(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Priorities (B, N) of all tokens x (B, N, D) in every second module, None for none.
+
+        Where tokens merge those of a colour; but images that a mask says something about have those of it, `masked`.
+        """
         if self.config.merge is None:
-            return None, None
+            return masked, masked
         grid = self.grid or (1, self.num_tokens - self.num_prefix)
-        return checkerboard(x, grid if self.windows is None else (self.windows.size,) * 2, self.num_prefix)
+        colours = checkerboard(x, grid if self.windows is None else (self.windows.size,) * 2, self.num_prefix)
+        if masked is None:
+            return colours
+        told = masked.any(1, keepdim=True)
+        return torch.where(told, masked, colours[0]), torch.where(told, masked, colours[1])
 
     def _prune(self, layer: int, x: Tensor) -> Tensor:
         module, count, prefix = self.stack[layer], self.counts[layer], self.num_prefix
@@ -172,7 +179,7 @@ class PruningState:
             return x
         before = self.positions
         if before is None:
-            self.priorities = self.colours(x) if self.masks is None else (self.masks.priority,) * 2
+            self.priorities = self.choose_priorities(x, None if self.masks is None else self.masks.priority)
         priority = self.priorities[len(self.pruned_idx) % 2]
         if priority is not None and before is not None:
             priority = priority.gather(1, before)

@@ -103,9 +103,9 @@ def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, d
     skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     costs = torch.randn(x.shape[:2], device=x.device).exp()
-    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix)
+    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
     _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
-    ones = backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, prefix, torch.ones_like(costs))
+    ones = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(costs))
     assert all(torch.equal(one, other) for one, other in zip(ones, plain))
     assert torch.isin(safe_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
@@ -224,7 +224,7 @@ def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
     sizes, costs = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
 
     def pruned(keep):
-        return backend.merge(x, safe_idx, candidate_idx, sizes, keep, None, 0, costs)[2][0].tolist()
+        return backend.merge(x, safe_idx, candidate_idx, sizes, keep, 0, costs)[2][0].tolist()
 
     assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a safe token costs nothing
     costs[0, 3] = 1e30

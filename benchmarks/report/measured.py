@@ -83,7 +83,7 @@ def networks(name: str) -> str:
 
 PARTS = {
     "merge": "**as it is** (3 R candidates)",
-    "merge, none of these": "1.5 R candidates and none of the parts before Ward's loss",
+    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, whole sizes",
 }
 
 

@@ -94,7 +94,7 @@ def _named_parts(result: Any) -> dict[str, Any]:
 
 
 def _difference(name: str, got: Tensor, expected: Tensor, rounded: torch.dtype | None = None) -> str:
-    """The first element that is not as it should be, to the precision of its dtype and of what was `rounded` on the way."""
+    """The first element that is not as it should be, as precisely as its dtype and what it was `rounded` to allow."""
     got = got.cpu()
     if (got.dtype, got.shape) != (expected.dtype, expected.shape):
         return f"{name} is {got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"

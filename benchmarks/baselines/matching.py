@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.network import Context, Reducer, Reduction, take
-from cropr_kernels.ops.reference import size_adjusted_scores
-from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge
+from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge, checkerboard
 
 ops = torch.ops.cropr
 
@@ -113,7 +113,10 @@ class CroprMerge(Reducer):
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         raw, sizes = ops.scores(x, self.query), sizes_of(x, context)
         scores = size_adjusted_scores(raw, sizes, self.merge.size_weight, num_prefix)
-        priority = self.priority(x, context, num_prefix) if self.checkerboard else None
+        priority = None
+        if self.checkerboard:
+            priority = checkerboard(x, (self.side, self.side), num_prefix)[self.merges % 2]
+            priority = priority if context.positions is None else priority.gather(1, context.positions)
         num_safe = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
         safe, may_go = ops.select(scores, num_safe, num_prefix, priority)
         prefix, safe = safe[:, :num_prefix], safe[:, num_prefix:]
@@ -121,17 +124,9 @@ class CroprMerge(Reducer):
         loss = 1 - ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)
         if self.ward:
             loss = ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * loss
-        patches = raw[:, num_prefix:]
-        standardised = (scores - patches.mean(1, keepdim=True)) / patches.std(1, correction=0, keepdim=True)
-        loss = loss * (self.cost_weight * standardised.gather(1, may_go)).exp().unsqueeze(2)
+        loss = loss * pruning_costs(raw, scores, self.cost_weight, num_prefix).gather(1, may_go).unsqueeze(2)
         count = x.shape[1] - num_keep
         return merge_matched(x, context, prefix, may_go, safe, -loss, count, keep_norms=self.keep_norms)
-
-    def priority(self, x: Tensor, context: Context, num_prefix: int) -> Tensor:
-        """(B, N) int8: 1 for the colour that is safe before the other."""
-        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        cells = (positions if context.positions is None else context.positions) - num_prefix
-        return ((cells // self.side + cells % self.side + self.merges) % 2 == 1).to(torch.int8)
 
 
 def unit_keys(context: Context, num_prefix: int) -> Tensor:

@@ -142,6 +142,8 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
 def test_parts_of_croprs_own_merge(left_out, ward):
     x, context = case(1, 0.5)
     query, merge, side = torch.randn(DIM), cropr.Merge(candidates=1.5), 5
+    left = torch.stack([1 + torch.randperm(side**2)[: TOKENS - 1].sort().values for _ in x])  # of 25 patches
+    context = context._replace(positions=F.pad(left, (1, 0)))
     reduction = CroprMerge(query, merge, 1, side, ward=ward, **left_out)(x, context, TOKENS - REMOVED, 1)
 
     def groups_of(b):
@@ -152,7 +154,8 @@ def test_parts_of_croprs_own_merge(left_out, ward):
         worth = (weight * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
 
         def stays(i):  # the colour of the second merge
-            return "checkerboard" not in left_out and ((i - 1) // side + (i - 1) % side) % 2 == 0
+            row, column = divmod(int(context.positions[b, i]) - 1, side)
+            return "checkerboard" not in left_out and (row + column) % 2 == 0
 
         order = sorted(range(1, TOKENS), key=lambda i: (not stays(i), -scores[i].item()))
         safe, may_go = order[: TOKENS - 1 - 9], order[TOKENS - 1 - 9 :]  # 1.5 * 6

@@ -121,6 +121,7 @@ BASELINES = (
         lambda dim, kept, patches: RepresentationShift(),
         "pruning",
         "those to which the MLP adds most",
+        timed={"dec": None},
         trained=("dec",),
     ),
     Baseline(
@@ -128,6 +129,7 @@ BASELINES = (
         lambda dim, kept, patches: SAINT(),
         "pruning",
         "odd patches, and even ones that are like few odd ones",
+        timed={"dec": None},
         trained=("dec",),
     ),
     Baseline(
@@ -168,6 +170,7 @@ BASELINES = (
         lambda dim, kept, patches: PiToMe(),
         "merging",
         "those that are like many others merge in pairs",
+        timed={"dec": None},
         trained=("dec",),
     ),
     Baseline(
@@ -182,6 +185,7 @@ BASELINES = (
         lambda dim, kept, patches: ATM(),
         "merging",
         "the most similar, smaller ones first, merge in pairs; late in the network small ones into large ones",
+        timed={"dec": None},
         trained=("dec",),
     ),
     Baseline(
@@ -196,6 +200,7 @@ BASELINES = (
         lambda dim, kept, patches: ATC(),
         "merging",
         "means of agglomerative clusters",
+        timed={"dec": None},
         trained=("dec",),
     ),
     Baseline(

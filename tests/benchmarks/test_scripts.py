@@ -1,13 +1,16 @@
-"""The benchmarks as a tree: every script starts, imports go one way, files stay short; results survive a cut."""
+"""The benchmarks as a tree: every script starts, imports go one way, files stay short; what they store and time."""
 
 import ast
 import importlib
 import json
+import platform
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.utils import timing
 from benchmarks.utils.results import Results
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +92,17 @@ def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():
         assert baseline.trained_as is None or by_name[baseline.trained_as].trained
         assert {*baseline.timed, *baseline.trained} <= set(SCHEDULES[12])
         assert bool(baseline.keeps) != baseline.variant
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such settings")
+def test_what_is_timed_on_a_cpu_faults_no_page_twice():
+    resource = pytest.importorskip("resource")
+    x = torch.ones(1 << 24)  # 64 MiB, which glibc returns to the system by default
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    timing.timed({"add": lambda x: x + 1}, x, rounds=1)
+    before = faults()
+    timing.timed({"add": lambda x: x + 1}, x, rounds=4)
+    assert faults() - before < 6 * x.nbytes // 4096 / 4, "by default six times 16,384"

@@ -6,7 +6,7 @@ python -m benchmarks.report [--check]      --check: fail if a page is not what t
 import argparse
 import sys
 
-from benchmarks.report import comparison, measured, training
+from benchmarks.report import comparison, measured, schedules, training
 from benchmarks.report.pages import PAGES
 from benchmarks.report.render import render
 from cropr_kernels.utils.io import write_text
@@ -24,7 +24,7 @@ def main() -> None:
         elif fresh != text:
             sys.exit(f"{page.name} differs from the results: run python -m benchmarks.report")
     if not options.check:
-        for module in (measured, comparison, training):
+        for module in (measured, comparison, schedules, training):
             module.plot()
 
 

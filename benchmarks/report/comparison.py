@@ -196,15 +196,12 @@ def off_the_shelf() -> str:
     }
     head = ["R", "method", *(f"{name}, {what}" for name in data for what in columns[name]), "speed-up"]
     ours = [row for row in rows if row["method"] == "merge"]
-    seeds = {row["seed"] for row in ours}
     plain = statistics.mean(row["top-1 unpruned"] for row in ours if "top-1" in row)
     note = (
         f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; "
-        f"{len(seeds)} seeds, each with {env['photos']} photos to calibrate on and as many others to compare on; "
-        "mean, and range over seeds."
+        f"{len({row['seed'] for row in ours})} seeds, each with {env['photos']} photos to calibrate on and as many "
+        "others to compare on; mean, and range over seeds."
     )
-    before = [method for method in MAIN if any(row["method"] == method and row["seed"] not in seeds for row in rows)]
-    note += f" {', '.join(before)}: on three other seeds, of 400 photos." if before else ""
     timed = load("off_the_shelf_speed")
     if timed is not None:
         env_timed = timed[0]

@@ -1,9 +1,11 @@
-"""The section of docs/comparison.md about schedules: agreement and speed of every one that was planned."""
+"""The section and picture of docs/comparison.md about schedules: agreement and speed of every one that was planned."""
 
+import statistics
 from typing import Any
 
 from benchmarks.report.render import Sections, grid, spread, where
-from benchmarks.utils.results import hashable, load
+from benchmarks.utils.plots import pyplot
+from benchmarks.utils.results import DOCS, hashable, load
 
 PLAIN = "constant"  # what the others of a group are compared with,
 DROPPING = "dropping"  # by this method, where theirs does not have it
@@ -47,7 +49,7 @@ def tables() -> str:
         body = []
         for planned in plan[1]:
             own = measured.get(cell_of(planned, method))
-            if own is None:
+            if own is None or len(set(planned["keep"])) == 1:  # all are kept
                 continue
             group, schedule, *_ = cell_of(planned, method)
             plains = [measured.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)]
@@ -74,6 +76,38 @@ def tables() -> str:
     if timed is not None:
         note += f" Speed-up over the unpruned model on the engine: {where(timed[0])}."
     return "\n\n".join(parts) + f"\n\n{note} Latency of the plan: {where(plan[0])}."
+
+
+def plot() -> None:
+    """KL over that of the constant rate at the same FLOPs, mean of data and seeds, one panel a method."""
+    plan, found = load("schedules_plan"), load("schedules")
+    if plan is None or found is None:
+        return
+    plt = pyplot()
+    measured = by_cell(found[1])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, method in zip(axes, (DROPPING, "merging")):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        constant = {row["group"]: measured[cell_of(row, method)] for row in plan[1] if row["schedule"] == PLAIN}
+        for planned in plan[1]:
+            if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or len(set(planned["keep"])) == 1:
+                continue  # at FLOPs of its own, or nothing is pruned
+            own, plain = measured[cell_of(planned, method)], constant[planned["group"]]
+            ratio = statistics.mean(row["KL"] for row in own) / statistics.mean(row["KL"] for row in plain)
+            lines.setdefault(planned["schedule"], []).append((own[0]["FLOPs"], ratio))
+        for name, points in lines.items():
+            line = "" if name == "DiffRate" else "-"  # its counts are of different networks
+            axis.plot(*zip(*sorted(points)), marker="o", markersize=4, linestyle=line, label=name)
+        axis.axhline(1, color="0.4", linewidth=0.8, label=PLAIN)
+        axis.set_yscale("log")
+        axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+        axis.set_title(method, fontsize=10)
+        axis.set_xlabel("times fewer FLOPs")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL over that of the constant rate")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(DOCS / "schedules.png", dpi=130)
+    plt.close(figure)
 
 
 SECTIONS: Sections = {"schedules": tables}

@@ -210,7 +210,7 @@ def off_the_shelf() -> str:
 
 
 def plot_off_the_shelf() -> None:
-    """Agreement against measured speed-up, one panel a data set, one line a method over its rates."""
+    """Agreement against measured speed-up, one panel a data set, one line a method over its rates; dashed: drops."""
     found, speed = load("off_the_shelf"), speeds()
     if found is None or not speed:
         return
@@ -218,6 +218,13 @@ def plot_off_the_shelf() -> None:
     rows = found[1]
     data = list(dict.fromkeys(row["data"] for row in rows))
     figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
+    drops = [one.name for one in BASELINES if one.kind == "pruning" and one.name in PLOTTED]
+    merges = [name for name in PLOTTED if name not in (*drops, "calibrated", "merge")]
+    colours = [f"C{i}" for i in range(10) if i != 3]  # red is ours
+    styles: dict[str, dict[str, Any]] = {"calibrated": {"color": "C3", "linestyle": "--", "linewidth": 2.4}}
+    styles["merge"] = {"color": "C3", "linewidth": 2.4}
+    for names, line in ((drops, "--"), (merges, "-")):
+        styles |= {name: {"color": colour, "linestyle": line} for name, colour in zip(names, colours)}
     for axis, name in zip(axes[0], data):
         for method in PLOTTED:
             points = []
@@ -227,9 +234,9 @@ def plot_off_the_shelf() -> None:
                     points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
             if not points:  # not measured yet
                 continue
-            bold = {"linewidth": 2.4} if method == "merge" else {"linewidth": 1.2, "alpha": 0.8}
-            axis.plot(*zip(*points), marker="o", markersize=4, label=LABELS.get(method, method).strip("*"), **bold)
-        axis.set_title(name, fontsize=10)
+            label = LABELS.get(method, method).strip("*")
+            axis.plot(*zip(*points), marker="o", markersize=4, label=label, **styles[method])
+        axis.set_title(f"{name} (dashed: drops tokens)", fontsize=10)
         axis.set_xlabel("speed-up, measured")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("agreement with the unpruned model, %")
@@ -246,7 +253,7 @@ def plot_comparison() -> None:
     if found is None:
         return
     plt = pyplot()
-    env, tables = found
+    _, tables = found
     table = tables[max(key for key in tables if key[0] == ACCURACY_MODEL)]
     colours = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
     means = {
@@ -273,7 +280,7 @@ def plot_comparison() -> None:
     axis.grid(alpha=0.3)
     axis.margins(0.1, 0.08)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    axis.set_title(f"ViT-Ti/16, Tiny-ImageNet, {env['device']}; below 40 %: not shown", fontsize=9)
+    axis.set_title("ViT-Ti/16, Tiny-ImageNet; below 40 %: not shown", fontsize=9)
     label_points(axis, points)
     figure.savefig(DOCS / "comparison.png", dpi=130)
     plt.close(figure)

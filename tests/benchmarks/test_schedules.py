@@ -135,6 +135,9 @@ def test_a_plan_is_compared_timed_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "load", lambda name: (found[name]["environment"], found[name]["rows"]))
     text = page.tables()
     assert all(f"By {method}:" in text for method in ("dropping", "merging", schedules.RANKED))
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    page.plot()
+    assert (tmp_path / "schedules.png").stat().st_size > 1000
     monkeypatch.setattr(page, "load", lambda name: None)
     assert page.tables() == "Not measured yet."
 

@@ -164,6 +164,7 @@ def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
         assert torch.equal(cropr.set_progress(model, 1.0)(images), expected) and not torch.allclose(half, expected)
 
 
+@pytest.mark.filterwarnings("ignore:cropr.tune")  # of how fast this machine is
 def test_set_llf_needs_the_modules_it_uses():
     model = pruned()
     for llf in ("host", cropr.Fusion("left", 2), False, True):

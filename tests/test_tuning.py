@@ -107,12 +107,12 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("llf", [False, True, cropr.Fusion("host", 2)])
 def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     model = cropr.apply(reference_vit(depth=6), rate=0, llf=llf, num_outputs=0)
     tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(tuned.measured, rel=0.05)
-    assert set(tuned.keep) <= {65, 64, 48, 32, 16}
+    assert set(tuned.keep) <= {65, 64, 48, 32, 16} and len(tuned.keep) == model.cropr.num_used
     assert tuned.flop_ratio > 1.05 and tuned.spread == 0
     assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     in_time = cropr.tune(model, torch.zeros(2, 3, 64, 64), latency_ms=tuned.pruned_ms, rounds=1)

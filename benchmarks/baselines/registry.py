@@ -46,6 +46,7 @@ class Baseline:
     timed: dict[Schedule, Figures | None] = field(default_factory=dict)
     trained: tuple[Schedule, ...] = ()  # schedules it is trained at beside Cropr
     trained_as: str | None = None  # the baseline that is trained in its place
+    on_host: bool = False  # too slow to be timed on a GPU, at the batches that fill one
     variant: bool = False  # of the baseline before it: not plotted, and not listed by itself
 
 
@@ -202,6 +203,7 @@ BASELINES = (
         "means of agglomerative clusters",
         timed={"dec": None},
         trained=("dec",),
+        on_host=True,
     ),
     Baseline(
         "ATC, complete linkage",
@@ -257,6 +259,7 @@ BASELINES = (
     ),
 )
 SYSTEMS: dict[str, Make] = {baseline.name: baseline.make for baseline in BASELINES}
+ON_HOST = tuple(baseline.name for baseline in BASELINES if baseline.on_host)
 ONCE = tuple(baseline.name for baseline in BASELINES if baseline.kind == "once")
 _TRAINED = {baseline.trained_as for baseline in BASELINES}
 OFF_THE_SHELF = tuple(

@@ -11,7 +11,7 @@ import cropr_kernels as cropr
 from benchmarks.baselines.fusions import OTHER_FUSIONS, FusedSegmenter
 from benchmarks.baselines.modules import NonSalient, Published, PublishedMultiHead
 from benchmarks.baselines.network import Reduced
-from benchmarks.baselines.registry import ROWS, SCHEDULES, SYSTEMS, Schedule
+from benchmarks.baselines.registry import ON_HOST, ROWS, SCHEDULES, SYSTEMS, Schedule
 from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_modules
 from cropr_kernels.tasks import Segmenter
@@ -30,8 +30,8 @@ def systems(plain: Any) -> dict[str, Any]:
     models = {"unpruned": unpruned(plain), "plain": plain}
     prefix, depth = plain.num_prefix_tokens, len(plain.blocks)
     for system, schedule, _ in ROWS:
-        if system == "ATC" and next(plain.parameters()).is_cuda:
-            continue  # it clusters on the host, one image after the other: minutes a call at the batches of a GPU
+        if system in ON_HOST and next(plain.parameters()).is_cuda:
+            continue
         if system.startswith("Cropr"):
             model = deploy(scheduled(plain, schedule, merge=system == "Cropr, merging"), plain)
         elif system == "non-salient":

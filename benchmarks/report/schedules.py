@@ -18,6 +18,10 @@ def cell_of(row: Row, method: str | None = None) -> Cell:
     return row["group"], row["schedule"], hashable(row["keep"]), method or row["method"]
 
 
+def keeps_all(planned: Row) -> bool:
+    return len(set(planned["keep"])) == 1
+
+
 def by_cell(rows: list[Row]) -> dict[Cell, list[Row]]:
     found: dict[Cell, list[Row]] = {}
     for row in rows:
@@ -49,7 +53,7 @@ def tables() -> str:
         body = []
         for planned in plan[1]:
             own = measured.get(cell_of(planned, method))
-            if own is None or len(set(planned["keep"])) == 1:  # all are kept
+            if own is None or keeps_all(planned):
                 continue
             group, schedule, *_ = cell_of(planned, method)
             plains = [measured.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)]
@@ -90,8 +94,8 @@ def plot() -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         constant = {row["group"]: measured[cell_of(row, method)] for row in plan[1] if row["schedule"] == PLAIN}
         for planned in plan[1]:
-            if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or len(set(planned["keep"])) == 1:
-                continue  # at FLOPs of its own, or nothing is pruned
+            if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or keeps_all(planned):
+                continue  # tuned ones have FLOPs of their own
             own, plain = measured[cell_of(planned, method)], constant[planned["group"]]
             ratio = statistics.mean(row["KL"] for row in own) / statistics.mean(row["KL"] for row in plain)
             lines.setdefault(planned["schedule"], []).append((own[0]["FLOPs"], ratio))

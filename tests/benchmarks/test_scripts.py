@@ -95,7 +95,7 @@ def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such settings")
-def test_what_is_timed_on_a_cpu_faults_no_page_twice():
+def test_what_is_timed_on_a_cpu_keeps_its_memory():
     resource = pytest.importorskip("resource")
     x = torch.ones(1 << 24)  # 64 MiB, which glibc returns to the system by default
 
@@ -104,5 +104,5 @@ def test_what_is_timed_on_a_cpu_faults_no_page_twice():
 
     timing.timed({"add": lambda x: x + 1}, x, rounds=1)
     before = faults()
-    timing.timed({"add": lambda x: x + 1}, x, rounds=4)
-    assert faults() - before < 6 * x.nbytes // 4096 / 4, "by default six times 16,384"
+    timing.timed({"add": lambda x: x + 1}, x, rounds=38)  # a few may still find no room where others were
+    assert faults() - before < 40 * x.nbytes // 4096 / 4, "by default forty times 16,384"

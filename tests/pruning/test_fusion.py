@@ -164,15 +164,11 @@ def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
         assert torch.equal(cropr.set_progress(model, 1.0)(images), expected) and not torch.allclose(half, expected)
 
 
-@pytest.mark.filterwarnings("ignore:cropr.tune")  # of how fast this machine is
 def test_set_llf_needs_the_modules_it_uses():
     model = pruned()
     for llf in ("host", cropr.Fusion("left", 2), False, True):
         cropr.set_llf(model, llf)
-    tuned = cropr.tune(
-        cropr.set_llf(model, cropr.Fusion("host", 2)), torch.zeros(1, 3, 64, 64).double(), speedup=1.0, rounds=1
-    )
-    assert len(tuned.keep) == model.cropr.num_used == 3
+    assert cropr.set_llf(model, cropr.Fusion("host", 2)).cropr.num_used == 3
     narrow = pruned(llf=cropr.Fusion("host", 3))
     with pytest.raises(ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")):
         cropr.set_llf(narrow, True)

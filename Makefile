@@ -1,11 +1,16 @@
-# make demo   set everything up, prune a network, time, draw   make test    set everything up, run all tests
+# make demo     set everything up, prune a network, time, draw
+# make test     set everything up, run the tests: minutes; one file: make test ARGS=tests/test_schedule.py
+# make test-all the tests, asan, and what only a kernel author or a release needs
+# make asan     op tests on C++ kernels that report wrong memory accesses and undefined behaviour
+# make lint     formatters and type checks                     make bench    op throughput on this device
 # make install  set everything up and stop there
-# make bench  op throughput on this device                     make lint    formatters and type checks
-# make asan   op tests on C++ kernels that report wrong memory accesses and undefined behaviour
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that run the tests, a thread each: their threads would only wait for one another.
-WORKERS ?= 2
+# Processes that run the tests, a thread each: their threads would only wait for one another. None but one for a file.
+WORKERS ?= $(if $(findstring tests/,$(ARGS)),0,2)
+# Tests that ask for two threads on a busy machine take minutes if one spins while the other waits for a core.
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+PYTEST = $(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 TORCH := "torch>=2.10,<2.16"
 # Where PyTorch and torchvision come from; without CUDA: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -17,7 +22,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # What pip says is shown only where it fails.
 install = $(BIN)/python -m pip install $(1) > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
 
-.PHONY: install demo test asan bench lint clean
+.PHONY: install demo test test-all asan bench lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/demo.done
@@ -27,8 +32,12 @@ demo: $(VENV)/demo.done
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m kernels $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not slow" $(ARGS) || [ $$? = 5 ]  # 5: not one of these is for kernels
+
+test-all: test asan
+	$(PYTEST) -m slow $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(ARGS)
 
 # In one process and uncaptured: a report ends it. The package that is built here is not the one that is installed.
 asan: $(VENV)/test.done
@@ -37,7 +46,7 @@ asan: $(VENV)/test.done
 	CXX=$(CXX) CMAKE_BUILD_TYPE=RelWithDebInfo CXXFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
+		$(THREADS) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
 		--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" tests/ops $(ARGS)
 
 bench: $(VENV)/test.done

@@ -7,6 +7,7 @@ kernels interpreted on CPU tensors.
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,9 @@ from cropr_kernels.ops.registration import FILES  # importing the package regist
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
-    # No verdict depends on how busy the machine is; in CI the same cases run every time.
+    # No verdict depends on how busy the machine is, or on what is drawn first; in CI the same cases run every time.
     settings.register_profile(
-        "cropr",
-        deadline=None,
-        derandomize="CI" in os.environ,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+        "cropr", deadline=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck)
     )
     settings.load_profile("cropr")
 
@@ -128,9 +126,44 @@ def data() -> Path:
     return Path(folder)
 
 
+def each_choice(combinations: list[dict[str, Any]]) -> set[int]:
+    """Indices of few combinations in which every value of every parameter occurs (each-choice coverage)."""
+    parameters = [{(name, repr(value)) for name, value in values.items()} for values in combinations]
+    uses = Counter({value: 0 for values in parameters for value in values})
+    chosen: set[int] = set()
+
+    def gain(index: int) -> tuple[int, int]:
+        counts = [uses[value] for value in parameters[index]]
+        return counts.count(0), -sum(counts)
+
+    while not all(uses.values()):
+        best = max((index for index in range(len(parameters)) if index not in chosen), key=gain)
+        chosen.add(best)
+        uses.update(parameters[best])
+    return chosen
+
+
+def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
+    """Leave the full product of parameters to `make test-all`, where a test is marked `each_choice` or compiles or
+    interprets Triton kernels, whose code has no branch on a pair of parameters."""
+    groups: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        backend = parameters.get("backend", parameters.get("kernels"))
+        if backend in ("compiled", "triton") or item.get_closest_marker("each_choice"):
+            groups.setdefault((item.nodeid.partition("[")[0], str(backend)), []).append(item)
+    for group in groups.values():
+        chosen = each_choice([item.callspec.params for item in group if hasattr(item, "callspec")])
+        for index, item in enumerate(group):
+            if hasattr(item, "callspec") and index not in chosen:
+                item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k deselect
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")  # of several processes that share the tests
     items[:] = items[int(shard) :: int(shards)]
+    mark_other_combinations_slow(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -69,16 +69,21 @@ def test_plain_operators_find_and_add_hosts_as_the_ops_do(shape):
 
 
 CASES = [
-    ("reference", {}),
-    ("reference", {"llf": True}),
-    ("reference", {"llf": "host"}),
     ("reference", {"llf": "host", "merge": True}),
-    ("reference", {"merge": True}),
-    ("reference", {"merge": cropr.Merge(candidates=2.0)}),
     ("reference, registers", {"llf": True}),
-    ("timm ViT, no class token", {}),
     ("timm EVA-02", {"llf": "host"}),
-    ("timm EVA-02", {"merge": True}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("reference", {}),
+            ("reference", {"llf": True}),
+            ("reference", {"llf": "host"}),
+            ("reference", {"merge": True}),
+            ("reference", {"merge": cropr.Merge(candidates=2.0)}),
+            ("timm ViT, no class token", {}),
+            ("timm EVA-02", {"merge": True}),
+        ]
+    ),
 ]
 
 
@@ -115,7 +120,9 @@ def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
     assert (left == 4).sum() == 36 and (left[:36] == 4).all()
 
 
-@pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "torchvision"])
+@pytest.mark.parametrize(
+    "name", ["ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DINOv2 with registers", "torchvision"))]
+)
 def test_models_that_run_their_blocks_become_onnx_with_all_their_outputs(name, tmp_path):
     model = cropr.apply(randomise(HOSTS[name]()).eval(), rate=9, llf=True, num_outputs=0)
     done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True)

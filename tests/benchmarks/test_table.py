@@ -13,6 +13,7 @@ from benchmarks.models.systems import architectures, systems
 from benchmarks.models.timing import cell, check, measure
 
 
+@pytest.mark.slow
 def test_the_table_measures_every_system_on_one_set_of_weights():
     plain = randomise(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
     with torch.inference_mode():
@@ -32,6 +33,7 @@ def test_the_table_measures_every_system_on_one_set_of_weights():
     assert flops["simple"] == flops["several heads, folded"] < flops["several heads, as published"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [networks, table], ids=lambda script: script.__name__)
 def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--minutes", "-1", "--out", str(tmp_path / "out.json")])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import run_forked
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
@@ -137,7 +138,6 @@ cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_nothing(model, photos, tmp_path):
     arguments, _ = model
     for index in range(3):
@@ -146,8 +146,8 @@ def test_killed_at_any_moment_it_loses_nothing(model, photos, tmp_path):
     command = ["infer", *arguments, str(photos), "--unit", "2", "--batch", "2", "--out"]
     assert cli.main([*command, str(whole)]) == 0
     for parts in (2, 1):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(parts), *command, str(out)], cwd=ROOT)
-        assert done.returncode == -signal.SIGKILL and not (out / "_SUCCESS").exists()
+        ended = run_forked(KILLED, [str(parts), *command, str(out)], tmp_path / f"printed{parts}")
+        assert ended.returncode == -signal.SIGKILL and not (out / "_SUCCESS").exists()
     assert len(list(out.glob("part-*.parquet"))) == 1 and len(list(out.glob(".*.parquet"))) == 2
     assert cli.main([*command, str(out)]) == 0
     assert (out / "_SUCCESS").exists() and results(out) == results(whole)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.extras import require
 from helpers.models import reference_vit
 
 import cropr_kernels as cropr
@@ -12,7 +13,7 @@ from cropr_kernels.utils import viz
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+require("matplotlib")
 
 
 @pytest.fixture(scope="module")

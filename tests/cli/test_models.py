@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,48 +50,124 @@ SOURCES = {kind: lambda folder, make=make: [make(folder)] for kind, make in FOLD
 SOURCES |= {"saved by cropr.save": saved, "checkpoint of timm, --arch": checkpoint_of_timm}
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_every_command_takes(kind, run, tmp_path):
-    for library in ("PIL", "matplotlib", "tqdm"):
-        pytest.importorskip(library, reason=f"{library} is not installed")
-    tables = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
-    name, *how = SOURCES[kind](tmp_path)
-    classifies, rate = "features" not in kind and "tower" not in kind, "2" if how else "4"
-    queries, schedule = tmp_path / "queries.safetensors", tmp_path / "schedule.json"
-    assert "kept after each block" in run("info", name, *how, "--rate", rate)
-    calibrate = ["calibrate", name, PHOTOS, *how, "--rates", rate, "--least", "0", "--photos", "2", "--quiet"]
-    out = run(*calibrate, "--out", queries)
-    assert ("same class, %" if classifies else "cosine, %") in out and f"recommended: rate {rate}" in out
-    assert (out.splitlines()[2].split()[-1] == "-") != classifies
-    asked = ["--queries", queries, "--quiet"]  # they say the rate
-    out = run("map", name, PHOTOS / "coffee.jpg", *how, *asked, "--out", tmp_path / "maps")
-    assert re.search(r"\d+ of \d+ patches are kept", out) and "calibrated" not in out
-    assert (f"pruned as {queries} says: rate={rate}" in out) == ("saved" not in kind)
-    run("tune", name, *how, "--speedup", "1", "--rounds", "1", "--out", schedule, "--quiet")
+@dataclass(frozen=True)
+class Source:
+    """A model as commands take it, calibrated."""
+
+    kind: str
+    words: list[str]  # its name and options
+    queries: Path
+    rate: str
+    calibrated: str  # the output of `cropr calibrate`
+
+    @property
+    def classifies(self) -> bool:
+        return "features" not in self.kind and "tower" not in self.kind
+
+    @property
+    def pruned(self) -> list[str]:
+        """Arguments of a command that prunes: the queries give the rate."""
+        return [*self.words, "--queries", str(self.queries), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Each kind of model, written and calibrated once."""
+    calibrated = {}
+
+    def get(kind, run):
+        if kind not in calibrated:
+            folder = tmp_path_factory.mktemp("source")
+            words = [*map(str, SOURCES[kind](folder))]
+            queries, rate = folder / "queries.safetensors", "2" if len(words) > 1 else "4"
+            options = ["--rates", rate, "--least", "0", "--photos", "2", "--quiet", "--out", queries]
+            printed = run("calibrate", words[0], PHOTOS, *words[1:], *options)
+            calibrated[kind] = Source(kind, words, queries, rate, printed)
+        return calibrated[kind]
+
+    return get
+
+
+def check_info(source, run, folder):
+    assert "kept after each block" in run("info", *source.words, "--rate", source.rate)
+
+
+def check_calibrate(source, run, folder):
+    printed = source.calibrated
+    assert ("same class, %" if source.classifies else "cosine, %") in printed
+    assert f"recommended: rate {source.rate}" in printed
+    assert (printed.splitlines()[2].split()[-1] == "-") != source.classifies
+
+
+def check_map(source, run, folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    name, *options = source.pruned
+    printed = run("map", name, PHOTOS / "coffee.jpg", *options, "--out", folder)
+    assert re.search(r"\d+ of \d+ patches are kept", printed) and "calibrated" not in printed
+    assert (f"pruned as {source.queries} says: rate={source.rate}" in printed) == ("saved" not in source.kind)
+
+
+def check_tune(source, run, folder):
+    schedule = folder / "schedule.json"
+    run("tune", *source.words, "--speedup", "1", "--rounds", "1", "--out", schedule, "--quiet")
     assert json.loads(schedule.read_text())["keep"]
-    bench = ["bench", name, *how, "--rates", rate, "--batch", "1", "--rounds", "1", "--quiet"]
-    assert "FLOP ratio" in run(*bench, "--out", tmp_path / "bench")
-    export = ["export", name, *how, *asked, "--rounds", "1", "--images", PHOTOS]
-    out = run(*export, "--format", "torch", "--out", tmp_path / "files")
-    stem = Path(name).stem
-    assert (tmp_path / "files" / f"{stem}.pt2").is_file() and f"{stem}.pt2" in out
-    shutil.copytree(PHOTOS, tmp_path / "photos", ignore=shutil.ignore_patterns("*a*.jpg"))
-    for more in [[], ["--features"]]:
-        folder = tmp_path / f"results{len(more)}"
-        assert "3 photos, 0 of them unreadable" in run(
-            "infer", name, tmp_path / "photos", *how, *asked, "--out", folder, *more
-        )
-        rows = tables.dataset(folder, format="parquet").to_table().to_pylist()
-        assert len(rows) == 3 and ("classes" in rows[0]) == (classifies and not more)
-    if classifies:
-        pytest.importorskip("torchmetrics", reason="the train extra is not installed")
-        for index, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:5]):
-            folder = tmp_path / "labelled" / "val" / str(index)
-            folder.mkdir(parents=True)
-            shutil.copy(photo, folder)
-        evaluate = ["eval", name, *how, *asked, "--data", tmp_path / "labelled", "--pictures", "1"]
-        assert "top-1" in run(*evaluate, "--rates", "0", rate, "--out", tmp_path / "eval")
-        assert [row["images"] for row in json.loads((tmp_path / "eval" / "eval.json").read_text())] == [5, 5]
+
+
+def check_bench(source, run, folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    options = ["--rates", source.rate, "--batch", "1", "--rounds", "1", "--quiet", "--out", folder / "bench"]
+    assert "FLOP ratio" in run("bench", *source.words, *options)
+
+
+def check_export(source, run, folder):
+    options = ["--rounds", "1", "--images", PHOTOS, "--format", "torch", "--out", folder]
+    stem = Path(source.words[0]).stem
+    assert f"{stem}.pt2" in run("export", *source.pruned, *options)
+    assert (folder / f"{stem}.pt2").is_file()
+
+
+def check_infer(source, run, folder):
+    tables = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
+    photos, (name, *options) = folder / "photos", source.pruned
+    shutil.copytree(PHOTOS, photos, ignore=shutil.ignore_patterns("*a*.jpg"))
+    for more in ([], ["--features"]):
+        out = folder / f"results{len(more)}"
+        assert "3 photos, 0 of them unreadable" in run("infer", name, photos, *options, "--out", out, *more)
+        rows = tables.dataset(out, format="parquet").to_table().to_pylist()
+        assert len(rows) == 3 and ("classes" in rows[0]) == (source.classifies and not more)
+
+
+def check_eval(source, run, folder):
+    if not source.classifies:
+        pytest.skip("has no classes")
+    pytest.importorskip("torchmetrics", reason="the train extra is not installed")
+    for index, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:5]):
+        (folder / "val" / str(index)).mkdir(parents=True)
+        shutil.copy(photo, folder / "val" / str(index))
+    options = ["--data", folder, "--pictures", "1", "--rates", "0", source.rate, "--out", folder / "eval"]
+    assert "top-1" in run("eval", *source.pruned, *options)
+    assert [row["images"] for row in json.loads((folder / "eval" / "eval.json").read_text())] == [5, 5]
+
+
+COMMANDS = {
+    "info": check_info,
+    "calibrate": check_calibrate,
+    "map": check_map,
+    "tune": check_tune,
+    "bench": check_bench,
+    "export": check_export,
+    "infer": check_infer,
+    "eval": check_eval,
+}
+
+
+@pytest.mark.each_choice
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_every_kind_of_model(command, kind, sources, run, tmp_path):
+    for library in ("PIL", "tqdm"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    COMMANDS[command](sources(kind, run), run, tmp_path)
 
 
 def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):

@@ -1,7 +1,6 @@
 """Nothing computed is thrown away: commands check first, and stop in order. `cropr X --help` loads nothing."""
 
 import argparse
-import os
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import run_forked, running_in_session
 
 import cropr_kernels as cropr
 from cropr_command.__main__ import main
@@ -142,7 +142,6 @@ else:
 sys.exit(main(arguments))
 """
 STOPS = {
-    "while libraries are loaded": ("info", "torch.nn", 1, "nothing was written", 0),
     "info": ("info M", "cropr_kernels.cli.info:deployed_copy", 1, "nothing was written", 0),
     "calibrate": (WRITES["calibrate"], "cropr_kernels.calibration:importance", 3, "begins anew", 0),
     "calibrate, comparing": (WRITES["calibrate"], "cropr_kernels.calibration:outputs_of", 2, "begins anew", 1),
@@ -162,7 +161,6 @@ def left_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", STOPS)
 def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, inputs, tmp_path, tmp_path_factory):
     command, where, count, sentence, files = STOPS[case]
@@ -170,24 +168,22 @@ def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, 
     out, scratch = tmp_path / "out", tmp_path_factory.mktemp("t")
     out.mkdir()
     words = filled(command, inputs, out / "x") + (["--quiet"] if not command.startswith("info") else [])
-    done = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", STOPPED, str(int(number)), where, str(count), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
-    )
-    _, errors = done.communicate(timeout=300)
+    arguments = [str(int(number)), where, str(count), *words]
+    ended = run_forked(STOPPED, arguments, tmp_path / "printed", TMPDIR=str(scratch))
     name = "terminated" if number == signal.SIGTERM else "interrupted"
-    assert done.returncode == 128 + number, errors
-    assert errors.startswith(f"cropr {words[0]}: {name}; ") and sentence in errors and errors.count("\n") == 1, errors
+    assert ended.returncode == 128 + number, ended.stderr
+    assert re.fullmatch(rf"cropr {words[0]}: {name}; .*{re.escape(sentence)}.*\n", ended.stderr), ended.stderr
     left = [path for path in left_in(out) if Path(path).name != ".lock"]
     assert len(left) == files and not [path for path in left if Path(path).name.startswith(".")], left
     assert not left_in(scratch)
-    with pytest.raises(ProcessLookupError):  # and no process of its session
-        os.killpg(done.pid, 0)
+    assert not running_in_session(ended.pid)
+
+
+def test_a_command_stopped_while_libraries_are_loaded_says_one_sentence():
+    command = [sys.executable, "-c", STOPPED, str(int(signal.SIGINT)), "torch.nn", "1", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, start_new_session=True)
+    assert done.returncode == 128 + signal.SIGINT
+    assert re.fullmatch(r"cropr info: interrupted; .*nothing was written.*\n", done.stderr), done.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error(inputs, tmp_path):

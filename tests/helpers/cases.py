@@ -1,5 +1,6 @@
 """Inputs for all op tests: one table of shapes, and illegal calls of every op, made from csrc/library.h."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from cropr_kernels.ops.calls import DTYPES as DTYPES
 from cropr_kernels.ops.calls import SIZES, legal_call
 from cropr_kernels.ops.validation import OPS, Input
 
+# Those whose matrices Triton's interpreter multiplies: bfloat16 it takes for integers.
+MATRIX_DTYPES = [dtype for dtype in DTYPES if dtype != torch.bfloat16 or os.environ.get("TRITON_INTERPRET") != "1"]
 # (B, N, D, K, P)
 SHAPES = [
     (1, 1, 1, 1, 0),

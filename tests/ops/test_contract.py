@@ -144,14 +144,15 @@ def test_gradients_match_finite_differences():
 # torch.compile
 
 
-def test_compiles_whole_with_dynamic_shapes_and_without_recompiling():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_with_dynamic_shapes_and_without_recompiling(compiler):
     torch._dynamo.reset()
 
     def step(x, query, num_keep):
         kept, kept_idx, pruned, pruned_idx = ops.prune(x * 2, query, num_keep, 1)
         return ops.restore(kept + 1, kept_idx, pruned, pruned_idx)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compiler)
     query = torch.randn(16)
 
     def compare(batch, n, num_keep):

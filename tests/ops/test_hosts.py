@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import DTYPES, SHAPES, odd_layouts, same_bits, tokens
+from helpers.cases import MATRIX_DTYPES, SHAPES, odd_layouts, same_bits, tokens
 
 from cropr_kernels.ops import reference
 
@@ -31,15 +31,9 @@ def chains(batch, n, device, length=9):
     return parent.to(device)
 
 
-def skip_if_uninterpretable(backend, dtype):
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", CASES)
 def test_a_host_is_the_kept_token_most_alike(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
     offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
     assert offset.dtype == dtype and offset.shape == (*pruned_idx.shape, x.shape[2]) and offset.is_contiguous()
@@ -93,10 +87,9 @@ def test_every_layout_gives_the_same_bits(backend):
         assert torch.equal(backend.add_hosts(odd, flipped[2]), added), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", CASES)
 def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
     batch, n, dim = x.shape
     offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
@@ -112,7 +105,7 @@ def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype
     assert torch.equal(parent, hosts.scatter(1, at[pruned_idx], at[host_idx]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 33), (3, 70, 96), (1, 197, 192), (0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_adding_up_follows_every_parent(backend, shape, dtype):
     x = tokens(*shape, dtype, backend.device)
@@ -138,10 +131,9 @@ def test_nan_reaches_only_what_stands_on_it(backend):
     assert backend.add_hosts(x, parent).isnan().all(-1).tolist() == [[False, True, True, False, False, False]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_a_host_that_left_later_is_resolved_first(backend, dtype):
     """One token after the other: left + (host now - host then), departures from the last to the first."""
-    skip_if_uninterpretable(backend, dtype)
     batch, n, dim, prefix = 2, 40, 32, 1
     buffer = tokens(batch, n, dim, dtype, backend.device)
     parent = torch.arange(n, device=buffer.device).repeat(batch, 1)
@@ -166,9 +158,8 @@ def test_a_host_that_left_later_is_resolved_first(backend, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x = tokens(2, 90, 48, dtype, backend.device)
     safe_idx, candidate_idx = reference.select(torch.randn(2, 90, device=x.device), 40, 1)
     sizes = torch.randint(1, 6, (2, 90), device=x.device).float()

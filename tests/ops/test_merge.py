@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import DTYPES, odd_layouts, same_bits, tokens
+from helpers.cases import MATRIX_DTYPES, odd_layouts, same_bits, tokens
 
 from cropr_kernels.ops import reference
 
@@ -54,15 +54,9 @@ def cosines(features, safe_idx, candidate_idx):
     return reference.gather(unit, candidate_idx) @ reference.gather(unit, safe_idx).transpose(1, 2)
 
 
-def skip_if_uninterpretable(backend, dtype):
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
     assert kept.dtype == dtype and kept.is_contiguous() and kept_sizes.dtype == torch.float32
@@ -76,10 +70,9 @@ def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
     assert torch.equal(dest.gather(1, kept_idx), torch.arange(keep, device=x.device).expand_as(kept_idx))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
     target = kept_idx.gather(1, dest.gather(1, pruned_idx))
@@ -97,10 +90,9 @@ def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape
             assert best[is_pruned].min() + 1e-5 >= best[~is_pruned].max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     costs = torch.randn(x.shape[:2], device=x.device).exp()
     plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
@@ -121,20 +113,18 @@ def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, d
             assert cost[is_pruned].max() <= cost[~is_pruned].min() + 1e-4
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
     alone = kept_sizes == sizes.gather(1, kept_idx)
     assert same_bits(kept[alone], reference.gather(x, kept_idx)[alone])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("dim", [48, 1200])  # 1200 columns are more than a program takes at a time
 def test_norms_are_those_of_the_targets_and_all_tokens_are_counted(backend, dim, dtype):
-    skip_if_uninterpretable(backend, dtype)
     x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 40, dim, 20, 25, 1), dtype, backend.device)
     kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, 1)
     assert (kept_sizes > sizes.gather(1, kept_idx)).any()
@@ -268,10 +258,9 @@ def test_every_layout_gives_the_same_bits(backend):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
-    skip_if_uninterpretable(backend, dtype)
     batch, n, dim = shape[:3]
     x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     costs = torch.randn(batch, n, device=x.device).exp()

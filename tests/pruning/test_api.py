@@ -182,16 +182,15 @@ def test_pruning_saves_the_flops_it_promises():
     assert kept - 0.06 < flops[1] / flops[0] < kept + 0.03
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["reference", "reference, rotary", "timm ViT", "timm EVA-02"])
-def test_compiles_whole(kind, images):
+def test_compiles_whole(kind, compiler, images):
     torch._dynamo.reset()
     model = cropr.deploy(cropr.apply(MODELS[kind](), rate=8, llf=True))
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_exports(images):
     model = cropr.deploy(cropr.apply(reference_vit(rope=True), rate=8, llf=True))
     program = torch.export.export(model, (images,))

@@ -48,7 +48,6 @@ def work(model, images, answers):
         answers.put(outputs_of(model(images)).numpy())
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_spawned_process_gets_the_model(images):
     model = cropr.deploy(cropr.apply(randomise(timm_vit()).eval(), rate=8, merge=True))

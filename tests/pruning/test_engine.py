@@ -94,6 +94,7 @@ def test_one_selection_a_layer_and_no_row_moves():
     assert "prune" in called_ops(lambda: functional(images))
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("images", [1, 2, 9])
 @pytest.mark.parametrize("options", [{}, {"llf": "host"}, {"merge": True}])
 def test_a_batch_may_run_in_parts(options, images, monkeypatch):
@@ -230,8 +231,9 @@ def test_engine_counts_the_flops_of_the_functional_ops():
 # torch.compile
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["reference, rotary", "timm ViT", "timm EVA-02"])
+@pytest.mark.parametrize(
+    "kind", ["timm ViT", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("reference, rotary", "timm EVA-02"))]
+)
 def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
     torch._dynamo.reset()
     _, engine = both(kind, torch.float32, rate=8, llf=True)

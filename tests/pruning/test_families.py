@@ -173,13 +173,14 @@ def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, im
     assert not any(isinstance(module, WrappedBlock) for module in fast.modules())
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["ViT", "DINOv3", "torchvision"])
-def test_compiled_and_exported_they_give_the_same(model, images):
+@torch.no_grad()
+def test_compiled_and_exported_they_give_the_same(model, compiler, images):
     fast = cropr.deploy(cropr.apply(model, rate=8, llf=True))
     expected = run(fast, images)
     torch._dynamo.reset()
-    compiled = torch.compile(fast, fullgraph=True)
+    compiled = torch.compile(fast, fullgraph=True, backend=compiler)
     for _ in range(2):
         assert_equal(run(compiled, images), expected, rtol=1e-4, atol=1e-5)
     exported = torch.export.export(fast, (images,)).module()

@@ -364,13 +364,14 @@ def test_calibration_reads_the_model_unmerged():
 # Compilers
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", [True, False])
-def test_compiles_whole(engine):
+def test_compiles_whole(engine, compiler):
     torch._dynamo.reset()
     model = cropr.deploy(
         cropr.apply(randomise(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
     )
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from helpers.extras import require
 from helpers.models import reference_vit
 from helpers.tasks import BACKBONES, RECIPES
 
 import cropr_kernels as cropr
-
-pytest.importorskip("torchvision", reason="needs the train extra")
-
 from cropr_kernels.tasks import Detector
 from cropr_kernels.tasks.detection import patch_categories
+
+require("torchvision")
 
 
 def targets_of(*images, masks=False):

@@ -1,9 +1,10 @@
 """Each recipe, end to end."""
 
 import pytest
+from helpers.extras import require
 from helpers.tasks import RECIPES
 
-pytest.importorskip("torchvision", reason="needs the train extra")
+require("torchvision")
 
 REACHES = {"segmentation": ("mIoU", 60), "detection": ("AP box 50", 8)}
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.extras import require
 from helpers.models import randomise, reference_vit
 from helpers.tasks import BACKBONES, CLASSES, check_a_step_and_its_maps
 from torch import nn
 
 import cropr_kernels as cropr
-
-pytest.importorskip("torchvision", reason="needs the train extra")
-
 from cropr_kernels.tasks import Segmenter
 from cropr_kernels.tasks.segmentation import patch_labels, pixel_loss
+
+require("torchvision")
 
 
 def segmenter(name="reference", grid=(8, 8), rate=9, **options):

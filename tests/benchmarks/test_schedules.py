@@ -101,6 +101,7 @@ def test_accuracy_is_whole_with_all_tokens_and_estimated_down_to_one_patch():
     assert found[65] == 100 and all(0 <= value <= 100 for value in found.values())
 
 
+@pytest.mark.slow
 def test_a_plan_is_compared_timed_and_shown(tmp_path, monkeypatch):
     """From end to end on a small network, whose images are noise."""
     monkeypatch.setattr(schedules, "load_model", lambda folder: (small(), []))

@@ -20,17 +20,18 @@ TRAIN, VAL = 0, 1
 
 
 def load_model(folder: Path) -> tuple[Any, list[str]]:
-    """The pretrained model, and the classes of its head."""
-    model, about = load_weights(folder / WEIGHTS)
-    return model.eval(), about["classes"].split()
+    """Return the pretrained model, and the classes of its head."""
+    model, metadata = load_weights(folder / WEIGHTS)
+    return model.eval(), metadata["classes"].split()
 
 
 class Encoded:
-    """Encoded photos in one .npz file: those of a split that a seed draws."""
+    """Encoded photos of one .npz file: a sample of a split, drawn by a seed."""
 
     def __init__(self, path: Path, split: int, count: int, seed: int):
         archive = np.load(path)
-        self.bytes, self.offsets = archive["buf"], archive["offsets"]
+        self.bytes = archive["buf"]
+        self.offsets = archive["offsets"]
         self.chosen = np.random.default_rng(seed).permutation(np.flatnonzero(archive["split"] == split))[:count]
         self.names = [str(archive["classes"][archive["labels"][i]]).split()[0] for i in self.chosen]
         self.boxes = archive["boxes"][self.chosen] if "boxes" in archive else None
@@ -39,7 +40,7 @@ class Encoded:
         return len(self.chosen)
 
     def photo(self, index: int) -> Any:
-        """A Pillow image."""
+        """Decode a photo as a Pillow image."""
         from PIL import Image
 
         i = self.chosen[index]
@@ -61,8 +62,9 @@ class Photos(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Photos (count, 3, 224, 224), resized to 256, centre crop, mean = std = 0.5; and the name of each one's class."""
-    archive, photos = Encoded(path, split, count, seed), []
+    """Photos (count, 3, 224, 224), resized to 256, centre crop, mean = std = 0.5; and the names of their classes."""
+    archive = Encoded(path, split, count, seed)
+    photos = []
     for i in range(len(archive)):
         image = archive.photo(i)
         image = image.resize((256, 256), 3)  # bicubic
@@ -71,7 +73,7 @@ def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, 
 
 
 def patches_in(boxes: Tensor) -> Tensor:
-    """(B, 196) bool: which patches, at 224 px, have their centre in the box (B, 4) of a photo of 64 pixels."""
+    """Mask (B, 196) of the patches at 224 px whose centre lies in the box (B, 4) of a photo of 64 pixels."""
     centres = (torch.arange(14) * 16 + 8 + 16) / 4
     columns = (boxes[:, :1] <= centres) & (boxes[:, 2:3] >= centres)
     rows = (boxes[:, 1:2] <= centres) & (boxes[:, 3:] >= centres)

@@ -1,6 +1,6 @@
 """Train a small ViT with Cropr, and its unpruned twin, on the handwritten digits bundled with scikit-learn.
 
-The unpruned one stands for a pretrained network where no weights are at hand: the demo calibrates it and merges.
+Without pretrained weights the demo calibrates the unpruned one, and merges its tokens.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,14 @@ class Result:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, labels, test images, labels; images (B, 1, 16, 16) in [-1, 1], resized from 8 x 8."""
+    """Return training images and labels, test images and labels; images (B, 1, 16, 16) in [-1, 1], from 8 x 8."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    images, labels = interpolate(images, size=(16, 16), mode="bilinear"), torch.tensor(digits.target)
+    images = interpolate(images, size=(16, 16), mode="bilinear")
+    labels = torch.tensor(digits.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = order[:TEST], order[TEST:]
+    test = order[:TEST]
+    train = order[TEST:]
     return images[train], labels[train], images[test], labels[test]
 
 
@@ -59,9 +61,10 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
             model.train()
             for batch in torch.randperm(len(images))[: batches * BATCH].view(batches, BATCH):
                 output = model(images[batch])
-                loss = (
-                    cropr.loss(cross_entropy, *output, labels[batch]) if rate else cross_entropy(output, labels[batch])
-                )
+                if rate:
+                    loss = cropr.loss(cross_entropy, *output, labels[batch])
+                else:
+                    loss = cross_entropy(output, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -13,7 +13,10 @@ from torch.nn.functional import cross_entropy, interpolate
 import cropr_kernels as cropr
 from cropr_kernels.utils.progress import Progress
 
-EPOCHS, BATCH, RATE, TEST = 20, 64, 20, 360
+EPOCHS = 20
+BATCH = 64
+RATE = 20
+TEST = 360  # images
 MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
 
 

@@ -48,11 +48,10 @@ MAIN: dict[str, dict[str, Any]] = {
     "Cropr, random start": DEC,
     "Cropr, queries fixed": DEC | CALIBRATED | dict(fixed_queries=True),
 }
-TRAINED = {
-    f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name: SCHEDULED[schedule]
-    for baseline in BASELINES
-    for schedule in baseline.trained
-}
+TRAINED: dict[str, dict[str, Any]] = {}
+for baseline in BASELINES:
+    for schedule in baseline.trained:
+        TRAINED[f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name] = SCHEDULED[schedule]
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "baselines": {

@@ -11,6 +11,7 @@ FLOPs, unless their name says otherwise. An interrupted run resumes.
 import argparse
 import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def run_cell(config: Config, name: str, data: Data) -> dict[str, Any]:
     return row | {"GFLOPs": count_gflops(task, data.val[0][0][None]), "in box": share_in_box(task, data.val)}
 
 
+def cells_of(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Yield group, seed and method: all methods of a seed first, so that partial results are comparable."""
+    for group, seed in itertools.product(options.cells, options.seeds):
+        for name in CELLS[group]:
+            if not options.methods or name in options.methods:
+                yield group, seed, name
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -128,17 +137,9 @@ def main() -> None:
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
     env |= {name: getattr(options, name) for name in ("photos", "compare", "epochs", "batch", "lr")}
     results = Results(options.out, env, keys=("group", "seed", "method"))
-    cells = (  # all methods of a seed before the next seed: partial results are comparable
-        (group, seed, name)
-        for group, seed in itertools.product(options.cells, options.seeds)
-        for name in CELLS[group]
-        if name in (options.methods or [name])
-    )
-    for seed, seed_cells in itertools.groupby(results.remaining(cells), key=lambda cell: cell[1]):
-        encoded = [
-            Encoded(options.data / DATA["Tiny-ImageNet"], split, count, seed)
-            for split, count in ((TRAIN, options.photos), (VAL, options.compare))
-        ]
+    for seed, seed_cells in itertools.groupby(results.remaining(cells_of(options)), key=lambda cell: cell[1]):
+        path = options.data / DATA["Tiny-ImageNet"]
+        encoded = [Encoded(path, TRAIN, options.photos, seed), Encoded(path, VAL, options.compare, seed)]
         for group, _, name in seed_cells:
             config = recipe(options, seed, CELLS[group][name])
             transforms = classification_transforms(config)

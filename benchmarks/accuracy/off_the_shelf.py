@@ -100,7 +100,8 @@ def speed(options: argparse.Namespace, base: Any) -> None:
     """Time every method at every rate against the unpruned model on the engine, interleaved in shuffled order."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
-    models = {(rate, name): build(base, model, name, rate) for rate in options.rates for name in options.methods}
+    pairs = itertools.product(options.rates, options.methods)
+    models = {(rate, name): build(base, model, name, rate) for rate, name in pairs}
     models[0, "unpruned"] = unpruned(base)
     times = timed(models, torch.randn(options.batch, 3, 224, 224), options.rounds)
     unpruned_times = times[0, "unpruned"]

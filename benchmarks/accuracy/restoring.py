@@ -94,7 +94,8 @@ def read_seed(base: Any, options: argparse.Namespace, data: str, seed: int) -> P
 
 def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
     """Solve for the factors of SCALED."""
-    trunks, expected = [], []
+    trunks = []
+    expected = []
     for images in photos.fitted.split(BATCH):
         departures = restores.run_trunk(base, photos.queries, images, counts, merge)
         trunks.append(restores.entering(base, departures, 1))

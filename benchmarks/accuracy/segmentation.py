@@ -20,7 +20,8 @@ from cropr_kernels.train import Config
 
 LEARNED: dict[str, Any] = dict(rate=7, curriculum=0.5, calibrate=128)
 PRUNED = LEARNED | dict(fixed_queries=True)
-SIZE, SIDE = (240, 180), 160
+SIZE = (240, 180)  # of the photos
+SIDE = 160  # of the crops
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {},
     "LLF": PRUNED | dict(llf=True),

@@ -133,7 +133,8 @@ class FusedSegmenter(Segmenter):
         modules = require_pruned(backbone, "FusedSegmenter")
         if modules.config.llf:
             raise ValueError("FusedSegmenter: the backbone must be pruned with llf=False, got llf=True")
-        dim, num_heads = backbone.embed_dim, backbone.blocks[0].attn.num_heads
+        dim = backbone.embed_dim
+        num_heads = backbone.blocks[0].attn.num_heads
         self.fuse = None if fusion == "dtop" else Fusion(fusion, dim, num_heads, grid[0] * grid[1])
         if self.fuse is None:
             weight = next(backbone.parameters())

@@ -137,7 +137,8 @@ class Sinkhorn(Mixer):
 
     def __init__(self, dim: int, num_patches: int, *, rounds: int = 3, epsilon: float = 0.1):
         super().__init__()
-        self.rounds, self.epsilon = rounds, epsilon
+        self.rounds = rounds
+        self.epsilon = epsilon
         self.centres = nn.Parameter(F.normalize(torch.randn(num_patches, dim), dim=-1))
 
     def log_weights(self, patches: Tensor) -> Tensor:

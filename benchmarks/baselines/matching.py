@@ -30,7 +30,8 @@ class PiToMe(Reducer):
 
     def __init__(self, *, margin: float = 0.9, proportional: bool = True):
         super().__init__()
-        self.margin, self.proportional = margin, proportional
+        self.margin = margin
+        self.proportional = proportional
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         count = x.shape[1] - num_keep
@@ -111,9 +112,15 @@ class CroprMerge(Reducer):
         ward: bool = False,
     ):
         super().__init__()
-        self.query, self.merge, self.merges, self.side = query, merge, merges, side
-        self.checkerboard, self.cost_weight, self.keep_norms = checkerboard, cost_weight, keep_norms
-        self.size_exponent, self.ward = size_exponent, ward
+        self.query = query
+        self.merge = merge
+        self.merges = merges
+        self.side = side
+        self.checkerboard = checkerboard
+        self.cost_weight = cost_weight
+        self.keep_norms = keep_norms
+        self.size_exponent = size_exponent
+        self.ward = ward
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         raw = ops.scores(x, self.query)

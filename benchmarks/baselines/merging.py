@@ -46,7 +46,8 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
         Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and rows.
     """
     metric = F.normalize(metric, dim=-1)
-    even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
+    even_prefix = (num_prefix + 1) // 2
+    odd_prefix = num_prefix // 2
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     similarity[:, :even_prefix] = -torch.inf  # prefix tokens neither merge nor are merged into
     similarity[:, :, :odd_prefix] = -torch.inf
@@ -89,7 +90,8 @@ class DPCKNN(Reducer):
         self.score = None if dim is None else nn.Linear(dim, 1)
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+        prefix = x[:, :num_prefix]
+        patches = x[:, num_prefix:]
         batch, _, dim = patches.shape
         count = num_keep - num_prefix
         cluster = self.clusters(distances(patches) / dim**0.5, count)

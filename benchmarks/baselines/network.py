@@ -134,7 +134,9 @@ class Reduced(nn.Module):
         super().__init__()
         if not isinstance(backbone, ViT):
             raise TypeError(f"Reduced: the backbone must be the reference ViT, got {type(backbone).__name__}")
-        self.backbone, self.counts, self.llf = backbone, list(counts), llf
+        self.backbone = backbone
+        self.counts = list(counts)
+        self.llf = llf
         prefix = backbone.num_prefix_tokens
         counts_before = [prefix + backbone.grid**2, *counts]
         self.reducers = nn.ModuleDict()

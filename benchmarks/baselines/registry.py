@@ -3,6 +3,7 @@
 The table, the trainings, the off-the-shelf comparison and the pages need one entry here of a new baseline.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -282,11 +283,16 @@ CROPR_ROWS = (
     Row("Cropr", "const", (85.4, 1.43)),
     Row("Cropr", "const, LLF", (85.5, 1.35)),
 )
-_BASELINE_ROWS = tuple(
-    Row(baseline.name, schedule, figures) for baseline in BASELINES for schedule, figures in baseline.timed.items()
-)
-# By schedule, the baselines before Cropr.
-ROWS = tuple(row for schedule in get_args(Schedule) for row in _BASELINE_ROWS + CROPR_ROWS if row.schedule == schedule)
+
+
+def rows_of(schedule: Schedule) -> list[Row]:
+    """The baselines of a schedule, then Cropr."""
+    timed = [baseline for baseline in BASELINES if schedule in baseline.timed]
+    rows = [Row(baseline.name, schedule, baseline.timed[schedule]) for baseline in timed]
+    return rows + [row for row in CROPR_ROWS if row.schedule == schedule]
+
+
+ROWS = tuple(itertools.chain.from_iterable(map(rows_of, get_args(Schedule))))
 
 
 class Fusion(NamedTuple):

@@ -92,7 +92,8 @@ def run_trunk(
             target = parent.gather(1, idx)
         keys = with_rows(keys.new_zeros(batch, tokens, keys.shape[2]), active, keys)
         departures.append(Departure(idx, kept_idx, before, after, keys, target))
-        x, active = after, kept_idx
+        x = after
+        active = kept_idx
     return departures
 
 

@@ -171,7 +171,8 @@ class ATS(Reducer):
         if self.trim:
             longest = int(sizes.sum(1).max())
             order = sizes.sort(dim=1, descending=True, stable=True).indices[:, :longest]
-            idx, sizes = idx.gather(1, order), sizes.gather(1, order)
+            idx = idx.gather(1, order)
+            sizes = sizes.gather(1, order)
         return Reduction(gather_rows(x, idx), idx, sizes=sizes)
 
 

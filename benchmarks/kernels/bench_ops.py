@@ -3,6 +3,7 @@
 pytest benchmarks/kernels/bench_ops.py -o addopts= --benchmark-only --benchmark-json=ops.json
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from benchmarks.kernels.shapes import CPU_SHAPES, GPU_SHAPES, make_inputs, num_k
 from benchmarks.utils.timing import compiled
 from cropr_kernels.ops import reference
 
-CELLS = [("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)] + [
-    ("cuda", shape, dtype) for shape in GPU_SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)
+CELLS = [
+    *itertools.product(["cpu"], CPU_SHAPES, (torch.float32, torch.bfloat16)),
+    *itertools.product(["cuda"], GPU_SHAPES, (torch.float32, torch.bfloat16, torch.float16)),
 ]
 PRUNE = {
     "cropr::prune": cropr_prune,

@@ -4,6 +4,7 @@ python -m benchmarks.kernels.prune_cpu [--seconds 6] [--threads 1] [--compile] [
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -98,7 +99,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = Results(options.out, environment("cpu"))
-    cells = [Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
+    pairs = itertools.product((torch.float32, torch.bfloat16), CPU_SHAPES)
+    cells = [Cell(shape, dtype, options.compile) for dtype, shape in pairs]
     # Every pass runs every cell, so that a busy minute of the machine affects all of them.
     for cell in tqdm(cells * PASSES, desc="cpu ops", mininterval=1):
         cell.run(options.seconds / PASSES)

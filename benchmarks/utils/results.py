@@ -15,7 +15,8 @@ import torch
 from cropr_kernels.utils.io import write_text
 
 ROOT = Path(__file__).parents[2]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
 
 
 class Results:

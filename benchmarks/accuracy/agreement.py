@@ -9,9 +9,10 @@ from torch import Tensor
 import cropr_kernels as cropr
 from benchmarks.baselines.network import Reduced
 from benchmarks.models.deployment import pruned
+from cropr_kernels.models.vit import ViT
 
 
-def calibrated(base: Any, images: Tensor, rate: int = 8) -> Any:
+def calibrated(base: ViT, images: Tensor, rate: int = 8) -> Any:
     """Prune a copy of the base, with queries calibrated on these images."""
     return cropr.calibrate(pruned(base, rate=rate), images)
 

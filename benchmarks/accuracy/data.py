@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from cropr_kernels.models.factory import load_weights
+from cropr_kernels.models.vit import ViT
 
 DATA = {"Tiny-ImageNet": "tinyimagenet100_64.npz", "Imagenette": "imagenette_160.npz"}
 WEIGHTS = "vit_tiny_p16_224_tin200_fp16.safetensors"
 TRAIN, VAL = 0, 1
 
 
-def load_model(folder: Path) -> tuple[Any, list[str]]:
+def load_model(folder: Path) -> tuple[ViT, list[str]]:
     """Return the pretrained model, and the classes of its head."""
     model, metadata = load_weights(folder / WEIGHTS)
     return model.eval(), metadata["classes"].split()

@@ -26,6 +26,7 @@ from benchmarks.baselines.registry import OFF_THE_SHELF, SYSTEMS
 from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.utils.results import RESULTS, Results, environment
 from benchmarks.utils.timing import speed_up, timed
+from cropr_kernels.models.vit import ViT
 
 MERGES = {
     "merge": cropr.Merge(),
@@ -46,7 +47,7 @@ EXPERIMENTS: dict[str, tuple[cropr.Merge, dict[str, Any]]] = {
 METHODS = [*OFF_THE_SHELF, "calibrated", *MERGES, *EXPERIMENTS]
 
 
-def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Tensor]:
+def build(base: ViT, model: Any, name: str, rate: int) -> Callable[[Tensor], Tensor]:
     """Build a method at a rate; `model` holds the calibrated queries."""
     depth = len(base.blocks)
     tokens = base.num_prefix_tokens + base.grid**2
@@ -69,7 +70,7 @@ def build(base: Any, model: Any, name: str, rate: int) -> Callable[[Tensor], Ten
     return cropr.set_rate(deploy(model, base), rate)
 
 
-def compare(options: argparse.Namespace, base: Any, classes: list[str]) -> None:
+def compare(options: argparse.Namespace, base: ViT, classes: list[str]) -> None:
     """Compare every method at every rate with the unpruned model, on the photos of every seed."""
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
@@ -96,7 +97,7 @@ def compare(options: argparse.Namespace, base: Any, classes: list[str]) -> None:
             results.add(row)
 
 
-def speed(options: argparse.Namespace, base: Any) -> None:
+def speed(options: argparse.Namespace, base: ViT) -> None:
     """Time every method at every rate against the unpruned model on the engine, interleaved in shuffled order."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}

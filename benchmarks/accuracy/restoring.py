@@ -27,8 +27,9 @@ from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.baselines import restores
 from benchmarks.baselines.restores import Departure, Trunk
 from benchmarks.models.deployment import deploy, pruned, unpruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
+from cropr_kernels.models.vit import ViT
 
 MERGES = {"drop": None, "merge": cropr.Merge()}
 FITTED = 100  # photos for the least squares of SCALED
@@ -82,7 +83,7 @@ class Photos(NamedTuple):
     queries: list[Tensor]
 
 
-def read_seed(base: Any, options: argparse.Namespace, data: str, seed: int) -> Photos:
+def read_seed(base: ViT, options: argparse.Namespace, data: str, seed: int) -> Photos:
     path = options.data / DATA[data]
     prefix = base.num_prefix_tokens
     calibration, _ = read_photos(path, TRAIN, options.photos, seed)
@@ -92,7 +93,7 @@ def read_seed(base: Any, options: argparse.Namespace, data: str, seed: int) -> P
     return Photos(calibration[:FITTED], images, base.forward_head(tokens), tokens[:, prefix:], queries)
 
 
-def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
+def solve(base: ViT, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
     """Solve for the factors of SCALED."""
     trunks = []
     expected = []
@@ -106,7 +107,7 @@ def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | Non
     return restores.channel_factors(trunks, expected)
 
 
-def run_method(base: Any, departures: list[Departure], method: Method) -> tuple[Tensor, Tensor | None]:
+def run_method(base: ViT, departures: list[Departure], method: Method) -> tuple[Tensor, Tensor | None]:
     """Logits, and the patch tokens after the last norm; None if some are missing."""
     prefix = base.num_prefix_tokens
     if method.restore is None:
@@ -119,8 +120,8 @@ def run_method(base: Any, departures: list[Departure], method: Method) -> tuple[
 
 
 def measure(
-    base: Any, photos: Photos, rate: int, merge: cropr.Merge | None, methods: dict[str, Method]
-) -> Iterator[dict[str, Any]]:
+    base: ViT, photos: Photos, rate: int, merge: cropr.Merge | None, methods: dict[str, Method]
+) -> Iterator[Row]:
     """Yield a row for each method; the blocks before the fusion run once for all methods."""
     tokens = base.num_prefix_tokens + base.grid**2
     counts = cropr.Schedule(rate=rate).counts(tokens, len(base.blocks), base.num_prefix_tokens)
@@ -146,7 +147,7 @@ def measure(
         yield row | {"flop ratio": round(flop_ratio(counts, tokens, base.embed_dim, blocks), 3)}
 
 
-def speed(options: argparse.Namespace, base: Any) -> None:
+def speed(options: argparse.Namespace, base: ViT) -> None:
     """Time the package's fusions on the engine, interleaved, against no pruning and against tokens as pruned."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     models: dict[tuple[Any, ...], Any] = {(0, "", ""): unpruned(base)}

@@ -14,7 +14,7 @@ import argparse
 import bisect
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from benchmarks.baselines.network import Make, Reduced
 from benchmarks.baselines.registry import SYSTEMS
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.model import features
 from cropr_kernels.utils.flops import flop_counter
 
@@ -61,7 +62,7 @@ MEAN_MAP = "mean map of the other photos"
 Tokens = Callable[[Tensor], Tensor]  # images -> tokens of all positions
 
 
-def build(backbone: Any, name: str, rate: int, queries: list[Tensor] | None = None) -> Tokens:
+def build(backbone: ViT, name: str, rate: int, queries: list[Tensor] | None = None) -> Tokens:
     """Build a method at a rate: images to all tokens (B, P + patches, D) after the last norm."""
     if name in BASELINES:
         make, llf = BASELINES[name]
@@ -75,7 +76,7 @@ def build(backbone: Any, name: str, rate: int, queries: list[Tensor] | None = No
     return lambda images: features(model, images)[0]
 
 
-def calibrated(backbone: Any, images: Tensor) -> list[Tensor]:
+def calibrated(backbone: ViT, images: Tensor) -> list[Tensor]:
     """Calibrate a query for each block but the last; a model with Last Layer Fusion takes the first of them."""
     return [module.query() for module in cropr.calibrate(pruned(backbone, rate=1), images, batch_size=BATCH).cropr]
 
@@ -132,7 +133,7 @@ def read_photos(folder: Path, name: str, count: int, seed: int, side: int) -> tu
     """
     if name == "Imagenette":
         splits = [Encoded(folder / "imagenette_160.npz", split, count, seed) for split in (TRAIN, VAL)]
-        images = itertools.chain(*(map(split.photo, range(len(split))) for split in splits))
+        images: Iterable[Any] = itertools.chain(*(map(split.photo, range(len(split))) for split in splits))
     else:
         from PIL import Image
 

@@ -43,8 +43,9 @@ from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import SYSTEMS
 from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.models.timing import gflops
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
+from cropr_kernels.models.vit import ViT
 from cropr_kernels.tuning import filled
 
 RATES = (5, 11, 14)  # 1.2, 1.5 and 1.7 times fewer FLOPs
@@ -53,13 +54,12 @@ ONCE_AFTER = 4  # blocks, of twelve
 CHOSEN_ON = 0  # the seed of the photos on which POMT estimates accuracy
 MERGES = {"dropping": False, "merging": True}
 RANKED = "POMT's ranking"
-Row = dict[str, Any]
 
 
 class Network:
     """Dimensions of a model that schedules depend on."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: ViT):
         self.prefix = base.num_prefix_tokens
         self.dim = base.embed_dim
         self.tokens = self.prefix + base.grid**2
@@ -99,7 +99,7 @@ def fixed_schedules(network: Network) -> Iterator[Row]:
         yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.rising_total, keep)}
 
 
-def estimated_accuracy(base: Any, images: Tensor, step: int) -> dict[int, float]:
+def estimated_accuracy(base: ViT, images: Tensor, step: int) -> dict[int, float]:
     """Agreement in percent by the number n of random tokens that enter the first block."""
     expected = log_probabilities(base, images)
     network = Network(base)
@@ -121,7 +121,7 @@ def estimated_accuracy(base: Any, images: Tensor, step: int) -> dict[int, float]
     return accuracy
 
 
-def build(base: Any, model: Any, keep: Sequence[int], method: str) -> Any:
+def build(base: ViT, model: Any, keep: Sequence[int], method: str) -> Any:
     """Build a method with these counts; `model` holds the calibrated queries."""
     if method == RANKED:
         return Reduced(base, SYSTEMS["POMT"], keep).eval()
@@ -130,7 +130,7 @@ def build(base: Any, model: Any, keep: Sequence[int], method: str) -> Any:
     return deploy(network, base)
 
 
-def tuned_schedules(options: argparse.Namespace, base: Any, model: Any, images: Tensor) -> Iterator[Row]:
+def tuned_schedules(options: argparse.Namespace, base: ViT, model: Any, images: Tensor) -> Iterator[Row]:
     """Yield `cropr.tune`'s schedule for the speed of each constant rate."""
     network = Network(base)
     models = {f"R = {rate}": build(base, model, network.constant(rate), "dropping") for rate in RATES}
@@ -155,7 +155,7 @@ def pomt_schedules(seconds: dict[int, float], accuracy: dict[int, float], networ
     return [row, {"group": group, "schedule": "constant", "keep": constant, "batch": batch}]
 
 
-def choose_schedules(options: argparse.Namespace, base: Any) -> None:
+def choose_schedules(options: argparse.Namespace, base: ViT) -> None:
     """Write the plan: every schedule, with those that depend on latency for each batch size."""
     network = Network(base)
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
@@ -190,7 +190,7 @@ def planned_cells(path: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
     return cells
 
 
-def compare(options: argparse.Namespace, base: Any) -> None:
+def compare(options: argparse.Namespace, base: ViT) -> None:
     """Compare every schedule and method with the unpruned model, on the photos of every seed."""
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "group", "schedule", "keep", "method"))
@@ -214,7 +214,7 @@ def compare(options: argparse.Namespace, base: Any) -> None:
             results.add(row | {"agreement": round(percent_agreed, 2), "KL": round(divergence, 4)})
 
 
-def speed(options: argparse.Namespace, base: Any) -> None:
+def speed(options: argparse.Namespace, base: ViT) -> None:
     """Time every schedule and method against the unpruned model on the engine, interleaved in shuffled order."""
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     plan_cells = planned_cells(options.planned)

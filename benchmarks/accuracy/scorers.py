@@ -23,9 +23,10 @@ from benchmarks.baselines.modules import MODULES, replace_modules
 from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.selection import variance_scores
 from benchmarks.models.deployment import pruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from cropr_kernels.calibration import importance
 from cropr_kernels.models.blocks import project_heads
+from cropr_kernels.models.vit import ViT
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),
@@ -78,7 +79,7 @@ def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[di
     return [(scores[layer], torch.stack(attended[layer + 1 :]).mean(0)) for layer in range(len(scores))]
 
 
-def measure_scores(base: Any, model: Any, images: Tensor, inside: Tensor) -> list[dict[str, Any]]:
+def measure_scores(base: ViT, model: Any, images: Tensor, inside: Tensor) -> list[Row]:
     """Correlation and overlap by scorer and block; inside (B, patches): the patches in the object's box."""
     metrics: dict[tuple[str, int], list[Tensor]] = {}
     queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
@@ -94,7 +95,7 @@ def measure_scores(base: Any, model: Any, images: Tensor, inside: Tensor) -> lis
     return rows
 
 
-def measure_schedules(base: Any, model: Any, images: Tensor) -> list[dict[str, Any]]:
+def measure_schedules(base: ViT, model: Any, images: Tensor) -> list[Row]:
     """Agreement by schedule, and with other scorers at R = 14."""
     expected = log_probabilities(base, images)
     rows = []
@@ -111,7 +112,7 @@ def measure_schedules(base: Any, model: Any, images: Tensor) -> list[dict[str, A
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, base: ViT, seed: int) -> list[Row]:
     path = options.data / DATA["Tiny-ImageNet"]
     torch.manual_seed(seed)
     model = calibrated(base, read_photos(path, TRAIN, options.photos, seed)[0])

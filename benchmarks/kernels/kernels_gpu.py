@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cropr_kernels as cropr
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
-from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.results import RESULTS, Results, Row, environment, name_of
 from benchmarks.utils.timing import capture, clocked, cold_copies, quantile, replay
 from cropr_kernels.models.blocks import attention_by_bias, attention_by_dimension
 from cropr_kernels.ops import reference
@@ -32,13 +32,13 @@ Calls = dict[str, Callable[[Tensor], Any]]
 KEYS = ("kernel", "shape", "dtype", "L2")
 
 
-def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> dict[str, Any]:
+def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> Row:
     """Microseconds of one call of each function: medians with p10 and p90."""
     if inputs[0].is_cuda:
         times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
     else:
         times = clocked(calls, inputs, rounds)
-    row: dict[str, Any] = {}
+    row: Row = {}
     for name, values in times.items():
         row[f"{name}, us"] = round(quantile(values, 0.5), 3)
         row[f"{name}, us p10 p90"] = [round(quantile(values, q), 3) for q in (0.1, 0.9)]
@@ -56,7 +56,7 @@ def require(correct: bool, name: str) -> None:
         raise RuntimeError(f"{name}: wrong result, not timed")
 
 
-def selection(shape: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
+def selection(shape: tuple[int, int], device: str, rounds: int) -> Row:
     scores = torch.randn(shape, device=device)
     keep = num_keep(shape[1])
     idx = ops.select(scores, keep, 1)
@@ -94,7 +94,7 @@ def require_same_stream(x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], 
     return idx
 
 
-def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> dict[str, Any]:
+def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> Row:
     """Time the end of a block, with and without pruning, on the residual stream; restore and concatenation."""
     batch, n, dim = shape
     keep = num_keep(n)
@@ -133,7 +133,7 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
         "restore": lambda y: ops.restore(*split),
         "concatenation": lambda y: torch.cat([split[0], split[2]], 1),
     }
-    row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
+    row: Row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
     row |= timed(calls, copies(x, cold), rounds)
     row["marginal cost of pruning, us"] = round(row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3)
     merging_us = row["add_select_ + merge_ + gather_norm, us"] - row["fill of sizes, us"]
@@ -155,9 +155,7 @@ def require_same_merge(x: Tensor, query: Tensor, num_targets: int, keep: int) ->
     require(torch.allclose(merged[0].norm(dim=2), kept_norms, rtol=1e-4), "merge, norms")
 
 
-def sized_attention(
-    batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int
-) -> dict[str, Any]:
+def sized_attention(batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
     """Time proportional attention: log(size) as one more dimension, as a bias, as a score_mod of FlexAttention."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -178,14 +176,14 @@ def sized_attention(
         calls["flex"] = lambda t: flex(*t.unbind(0), score_mod=add_size)
     for name in set(calls) - {"plain"}:
         require((calls[name](qkv).double() - exact).abs().max().item() < 0.05, f"attention by {name}")
-    row = {"kernel": "sized attention", "shape": [batch, heads, n, width], "dtype": name_of(dtype)}
+    row: Row = {"kernel": "sized attention", "shape": [batch, heads, n, width], "dtype": name_of(dtype)}
     row |= timed(calls, [qkv] * 2, rounds)
     for name in set(calls) - {"plain"}:
         row[f"{name} / plain"] = round(row[f"{name}, us"] / row["plain, us"], 3)
     return row
 
 
-def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
     """Time the training aggregator, forward and backward, and measure the memory it saves for backward."""
     x = torch.randn(batch, n, dim, device=device).to(dtype)
     queries = torch.randn(m, dim, device=device).to(dtype).requires_grad_()
@@ -210,9 +208,11 @@ def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: 
     expected = torch_grad(x).float()
     require(((grad_queries - expected).norm() / expected.norm()).item() < 0.05, "attend")
     calls: Calls = {"attend": cropr_grad, "torch": torch_grad, "SDPA": with_backward(sdpa)}
-    row = {"kernel": "attend", "shape": [batch, m, n, dim], "dtype": name_of(dtype)} | timed(calls, [x] * 2, rounds)
-    row["torch / attend"] = round(row["torch, us"] / row["attend, us"], 3)
-    row["SDPA / attend"] = round(row["SDPA, us"] / row["attend, us"], 3)
+    row: Row = {"kernel": "attend", "shape": [batch, m, n, dim], "dtype": name_of(dtype)} | timed(
+        calls, [x] * 2, rounds
+    )
+    for name in ("torch", "SDPA"):
+        row[f"{name} / attend"] = round(row[f"{name}, us"] / row["attend, us"], 3)
     if x.is_cuda:
         for name, attend in (("attend", cropr_attend), ("torch", torch_attend)):
             allocated = torch.cuda.memory_allocated()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.baselines.prune import PRUNE, check
 from benchmarks.kernels.shapes import CPU_SHAPES, make_inputs, num_keep
-from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.results import RESULTS, Results, Row, environment, name_of
 from benchmarks.utils.timing import compiled, quantile
 
 TURN = 2e-3  # seconds
@@ -78,7 +78,7 @@ class Cell:
         back_to_back = self.timer.back_to_back
         first = self.timer.first
         median = {name: quantile(values, 0.5) for name, values in back_to_back.items()}
-        row: dict[str, Any] = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
+        row: Row = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
         row |= {"keep": self.keep, "turns": len(back_to_back["prune"])}
         row["prune / copy of x"] = median["prune"] / median["copy of x"]
         for name in back_to_back:

@@ -13,25 +13,24 @@ import argparse
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.baselines.prune import PRUNE, check, topk_and_index_select
 from benchmarks.kernels.shapes import GPU_SHAPES, make_inputs, num_keep
-from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.results import RESULTS, Results, Row, environment, name_of
 from benchmarks.utils.timing import capture, clocked, cold_copies, compiled, quantile, replay
 
 
 @torch.inference_mode()
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, cold: bool) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, cold: bool) -> Row:
     x, query = make_inputs(shape, dtype, device)
     keep = num_keep(shape[1])
     check(x, query, keep)
     inputs = cold_copies(x) if cold else [x] * 8
     functions = PRUNE | {"top-k + index_select": topk_and_index_select}
     functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
-    row: dict[str, Any] = {"shape": list(shape), "model": GPU_SHAPES.get(shape), "dtype": name_of(dtype), "keep": keep}
+    row: Row = {"shape": list(shape), "model": GPU_SHAPES.get(shape), "dtype": name_of(dtype), "keep": keep}
     row["L2"] = "cold" if cold else "hot"
     graphs = {}
     for name, function in functions.items() if x.is_cuda else ():

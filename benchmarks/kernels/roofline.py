@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
-from benchmarks.utils.results import DOCS, load
+from benchmarks.utils.results import DOCS, Row, load
 from cropr_kernels.utils.io import write_text
 
 PAGE = DOCS / "roofline.md"
@@ -65,12 +65,12 @@ class Work:
     measured: float | None = None  # us
 
 
-def result(name: str) -> list[dict[str, Any]]:
+def result(name: str) -> list[Row]:
     loaded = load(name)
     return [] if loaded is None else loaded[1]
 
 
-def find(rows: list[dict[str, Any]], key: str, **cell: Any) -> float | None:
+def find(rows: list[Row], key: str, **cell: Any) -> float | None:
     """Return the measured time of a cell; the cold one if there are two."""
     for row in rows:
         if key in row and row.get("L2", "cold") == "cold" and all(row.get(k) == v for k, v in cell.items()):
@@ -78,7 +78,7 @@ def find(rows: list[dict[str, Any]], key: str, **cell: Any) -> float | None:
     return None
 
 
-def stream_works(shape: tuple[int, int, int], ops: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> list[Work]:
+def stream_works(shape: tuple[int, int, int], ops: list[Row], kernels: list[Row]) -> list[Work]:
     """Prune, and the kernels of the residual stream, at one shape."""
     b, n, d = shape
     k = num_keep(n)

@@ -7,7 +7,7 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import PruningModule
-from cropr_kernels.models.vit import PRESETS
+from cropr_kernels.models.vit import PRESETS, ViT
 from cropr_kernels.pruning.api import deployed_copy
 
 
@@ -16,13 +16,13 @@ def image_size(name: str) -> int:
     return int(PRESETS[name].get("img_size", 224))
 
 
-def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
+def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> ViT:
     """Create the reference ViT of a preset with random weights, the same at every call."""
     torch.manual_seed(0)
     return cropr.create_vit(name, **changes).eval().requires_grad_(False).to(device, dtype)
 
 
-def deploy(model: Any, plain: Any, **options: Any) -> Any:
+def deploy(model: Any, plain: ViT, **options: Any) -> Any:
     """Deploy for inference, sharing the weights of `plain`: a second copy would be colder in the cache."""
     deployed = deployed_copy(model, **options)
     shared = dict(plain.named_parameters())
@@ -34,17 +34,17 @@ def deploy(model: Any, plain: Any, **options: Any) -> Any:
     return deployed
 
 
-def pruned(plain: Any, **options: Any) -> Any:
+def pruned(plain: ViT, **options: Any) -> Any:
     """Apply Cropr to a copy, without auxiliary heads by default."""
     return cropr.apply(copy.deepcopy(plain), **{"num_outputs": 0, **options})
 
 
-def unpruned(plain: Any) -> Any:
+def unpruned(plain: ViT) -> Any:
     """Deploy on the engine without pruning."""
     return deploy(pruned(plain, rate=0), plain)
 
 
-def with_modules(model: Any, plain: Any, make: type[PruningModule]) -> Any:
+def with_modules(model: Any, plain: ViT, make: type[PruningModule]) -> Any:
     """Deploy a pruned model on the functional ops, with make(module) in place of each Cropr module."""
     replaced = deploy(model, plain, engine=False)
     for layer, module in enumerate(model.cropr):

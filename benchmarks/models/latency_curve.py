@@ -16,7 +16,7 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.utils.plots import plot_latency_curve
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import graphed, quantile, seconds_of
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     print(out)
 
 
-def relative_to_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def relative_to_last(rows: list[Row]) -> list[Row]:
     """Divide the times by that of the longest sequence measured."""
     return [row | {"relative": round(row["relative"] / rows[-1]["relative"], 4)} for row in rows]
 

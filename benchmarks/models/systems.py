@@ -15,10 +15,11 @@ from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import ON_HOST, ROWS, SCHEDULES, SYSTEMS, Schedule
 from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_modules
+from cropr_kernels.models.vit import ViT
 from cropr_kernels.tasks import Segmenter
 
 
-def scheduled(plain: Any, schedule: Schedule, **options: Any) -> Any:
+def scheduled(plain: ViT, schedule: Schedule, **options: Any) -> Any:
     return pruned(plain, **SCHEDULES[len(plain.blocks)][schedule], llf="LLF" in schedule, **options)
 
 
@@ -26,7 +27,7 @@ def for_inference(models: dict[str, Any]) -> dict[str, Any]:
     return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
 
-def systems(plain: Any) -> dict[str, Any]:
+def systems(plain: ViT) -> dict[str, Any]:
     """Every row of the classification table by name, the unpruned network on the engine, and the plain one."""
     models = {"unpruned": unpruned(plain), "plain": plain}
     prefix = plain.num_prefix_tokens
@@ -46,7 +47,7 @@ def systems(plain: Any) -> dict[str, Any]:
     return for_inference(models)
 
 
-def architectures(plain: Any) -> dict[str, Any]:
+def architectures(plain: ViT) -> dict[str, Any]:
     """Scorers: the paper's, folded and as published; and one with heads and projections, folded and as published."""
     simple = scheduled(plain, "dec")
     width = plain.embed_dim

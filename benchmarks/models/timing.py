@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cropr_kernels as cropr
+from benchmarks.utils.results import Row
 from benchmarks.utils.timing import compiled, graphed, interleaved, quantile, seconds_of
 from cropr_kernels.utils.flops import flop_counter
 
@@ -72,10 +73,10 @@ def warm_up(model: Any, images: Tensor, mode: str) -> tuple[Method, dict[str, in
 
 
 @torch.inference_mode()
-def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> dict[str, Any]:
+def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> Row:
     """One row: speed-up of each method over "unpruned"; on a GPU also milliseconds, kernels and memory."""
     check(methods, images)
-    row: dict[str, Any] = {}
+    row: Row = {}
     ready: dict[str, Method] = {}
     for name, model in methods.items():
         try:
@@ -126,7 +127,7 @@ def peak_mib(model: Any, images: Tensor) -> float:
     return round(peak / 2**20, 1)
 
 
-def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: int) -> list[dict[str, Any]]:
+def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: int) -> list[Row]:
     """One row for each system: the figures of `measure`, GFLOPs and peak memory.
 
     Raises:
@@ -139,7 +140,7 @@ def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: i
     figures = measure(models, images, mode, rounds)
     rows = []
     for name, model in models.items():
-        row: dict[str, Any] = {"system": name, "GFLOPs": gflops(model, image), "peak MiB": peak_mib(model, images)}
+        row: Row = {"system": name, "GFLOPs": gflops(model, image), "peak MiB": peak_mib(model, images)}
         keys = {"speed-up": f"unpruned / {name}", "error": f"{name}: error"}
         keys |= {key: f"{name}, {key}" for key in ("ms", "images/s", "kernels")}
         rows.append(row | {key: figures[column] for key, column in keys.items() if column in figures})

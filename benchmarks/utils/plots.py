@@ -4,6 +4,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from benchmarks.utils.results import Row
+
 
 def pyplot() -> Any:
     import matplotlib
@@ -41,7 +43,7 @@ def label_points(axis: Any, points: list[tuple[float, float, str]]) -> None:
             raise RuntimeError(f"no room for the label {text!r}: draw a larger picture")
 
 
-def plot_latency_curve(path: Path, rows: list[dict[str, Any]], env: dict[str, Any]) -> None:
+def plot_latency_curve(path: Path, rows: list[Row], env: dict[str, Any]) -> None:
     """Plot rows with numbers of tokens and the time relative to the longest sequence."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")

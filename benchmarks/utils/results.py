@@ -17,6 +17,7 @@ from cropr_kernels.utils.io import write_text
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
+Row = dict[str, Any]  # column -> value
 
 
 class Results:
@@ -33,7 +34,7 @@ class Results:
         self.path = path
         self.environment = environment
         self.keys = tuple(keys)
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
+        self.rows: list[Row] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
 
     def remaining(self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")) -> Iterator[tuple[Any, ...]]:
         """Yield the cells without a row, until the minutes are over.
@@ -50,10 +51,10 @@ class Results:
                 return
             yield cell
 
-    def add(self, *rows: dict[str, Any]) -> None:
+    def add(self, *rows: Row) -> None:
         self.replace([*self.rows, *rows])
 
-    def replace(self, rows: list[dict[str, Any]]) -> None:
+    def replace(self, rows: list[Row]) -> None:
         """Replace all rows, and write the file."""
         self.rows = rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def load(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def load(name: str) -> tuple[dict[str, Any], list[Row]] | None:
     """Environment and rows of benchmarks/results/<name>.json; None if there is no such file."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Make a trained Vision Transformer faster without labels and training, and compare agreement and speed.
+"""Make a trained Vision Transformer faster without labels and training: agreement and speed.
 
 python -m examples.demo                   timm's ViT-Ti, from timm's cache or the internet; with neither a ViT of digits
 python -m examples.demo --weights FILE    a Vision Transformer of yours: .safetensors, or a state dict of PyTorch
@@ -119,7 +119,7 @@ def digits_subject() -> Subject:
 
 
 def measure_rates(subject: Subject, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
-    """Measure agreement, time and, with labels, accuracy at rate 0 and every rate of the subject."""
+    """Measure agreement, time and, with labels, accuracy at rate 0 and the subject's rates."""
     rates = [0, *subject.rates]
     images = subject.images.to(device)
     agreements = cropr.agreement(model, images, rates)

@@ -1,4 +1,4 @@
-"""Train a small ViT with Cropr, and its unpruned twin, on the handwritten digits bundled with scikit-learn.
+"""Train a small ViT with and without Cropr on the handwritten digits bundled with scikit-learn.
 
 Without pretrained weights the demo calibrates the unpruned one, and merges its tokens.
 """
@@ -28,7 +28,7 @@ class Result:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training images and labels, test images and labels; images (B, 1, 16, 16) in [-1, 1], from 8 x 8."""
+    """Return images (B, 1, 16, 16) in [-1, 1] and labels for training, then for testing."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     images = interpolate(images, size=(16, 16), mode="bilinear")
@@ -45,7 +45,7 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Result:
-    """Train one network; rate 0 is the unpruned twin. The rate rises over the first half of the epochs."""
+    """Train one network (rate 0: unpruned); the rate rises over the first half of the epochs."""
     torch.manual_seed(seed)
     images, labels, test_images, test_labels = load()
     model = cropr.create_vit("vit_tiny_patch16_224", **MODEL)

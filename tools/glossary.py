@@ -1,8 +1,9 @@
-"""Report identifiers that the project's vocabulary has replaced: `python tools/glossary.py FILE_OR_FOLDER ...`.
+"""Report identifiers that the glossary replaces: `python tools/glossary.py FILE_OR_FOLDER ...`.
 
-RENAMED words are reported wherever code uses them; VAGUE words only where code binds them, so that attributes and
-keyword arguments of other libraries pass. Whole identifiers count, in any case and without outer underscores: `on_host`
-is not `host`. Strings, comments and prose are not read; of Markdown only code is, and only for RENAMED words.
+RENAMED words are reported wherever code uses them; VAGUE words only where code binds them, so that
+attributes and keyword arguments of other libraries pass. Whole identifiers count, in any case and
+without outer underscores: `on_host` is not `host`. Strings, comments and prose are not read; of
+Markdown only code is, and only for RENAMED words.
 """
 
 import ast
@@ -57,7 +58,7 @@ def python_identifiers(text: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def identifiers(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield the same of any file; all that C++ uses counts as bound, and nothing of Markdown does."""
+    """Yield the same for any file; C++ names count as bound, names in Markdown do not."""
     text, markdown = path.read_text(encoding="utf-8"), path.suffix == ".md"
     if path.suffix == ".py":
         yield from python_identifiers(text)

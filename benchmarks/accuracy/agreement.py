@@ -22,7 +22,7 @@ def log_probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Tens
 
 
 def outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (B, classes), and the normed tokens (B, N, D) of all positions; None if some are dropped."""
+    """Log-probabilities (B, classes), and normed tokens (B, N, D), None if some are dropped."""
     logits: list[Tensor] = []
     full_tokens: list[Tensor | None] = []
     for batch in images.split(50):
@@ -41,7 +41,7 @@ def outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def relative_error(tokens: Tensor, expected: Tensor) -> float:
-    """Squared error of tokens (B, N, D), relative to the variance of the expected ones in each channel."""
+    """Squared error of tokens (B, N, D), relative to the variance of each channel."""
     spread = (expected - expected.mean((0, 1))).square().sum()
     return ((tokens - expected).square().sum() / spread).item()
 

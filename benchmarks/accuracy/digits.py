@@ -1,4 +1,4 @@
-"""Accuracy of Cropr against no pruning on the handwritten digits, several seeds, and a picture of what is pruned.
+"""Accuracy of Cropr against no pruning on handwritten digits, and a picture of pruned patches.
 
 python -m benchmarks.accuracy.digits [--seeds 3] [--out benchmarks/results/digits.json]
 """

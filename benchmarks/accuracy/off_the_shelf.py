@@ -2,9 +2,9 @@
 
 python -m benchmarks.accuracy.off_the_shelf --data FOLDER [--photos 400] [--seeds 5 6 7] [--rates 4 8 12 15] [--speed]
 
-FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as many for comparison
-from the validation split. --speed times every method instead (on an otherwise idle machine): see
-off_the_shelf_speed.json. An interrupted run resumes.
+FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as
+many for comparison from the validation split. --speed times every method instead (on an otherwise
+idle machine): see off_the_shelf_speed.json. An interrupted run resumes.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace, base: ViT, classes: list[str]) -> None:
 
 
 def speed(options: argparse.Namespace, base: ViT) -> None:
-    """Time every method at every rate against the unpruned model on the engine, interleaved in shuffled order."""
+    """Time every method at every rate, interleaved, against the unpruned model on the engine."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
     pairs = itertools.product(options.rates, options.methods)

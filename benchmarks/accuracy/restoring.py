@@ -2,11 +2,12 @@
 
 python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12 14 15 17] [--speed]
 
-FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as many for comparison
-from the validation split. Tokens are dropped or merged, by calibrated queries. Agreement, KL and features compare with
-the unpruned model; features: squared error of the patch tokens after the last norm, relative to their variance. An
-interrupted run resumes. --speed times the fusions of the package on its engine instead (on an otherwise idle machine):
-see restoring_speed.json.
+FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as
+many for comparison from the validation split. Tokens are dropped or merged, by calibrated queries.
+Agreement, KL and features compare with the unpruned model; features: squared error of the patch
+tokens after the last norm, relative to their variance. An interrupted run resumes. --speed times
+the fusions of the package on its engine instead (on an otherwise idle machine): see
+restoring_speed.json.
 """
 
 import argparse
@@ -67,7 +68,7 @@ FUSIONS = {  # of the package
 
 
 def flop_ratio(counts: Sequence[int], tokens: int, dim: int, blocks: int) -> float:
-    """FLOPs of the unpruned blocks over those with these counts, if the last `blocks` see all tokens."""
+    """Ratio of unpruned FLOPs to those of these counts, if the last `blocks` see all tokens."""
     depth = len(counts) + 1
     fused = [tokens, *counts][: depth - blocks] + [tokens] * blocks
     return block_flops([tokens] * depth, dim) / block_flops(fused, dim)
@@ -148,7 +149,7 @@ def measure(
 
 
 def speed(options: argparse.Namespace, base: ViT) -> None:
-    """Time the package's fusions on the engine, interleaved, against no pruning and against tokens as pruned."""
+    """Time the package's fusions on the engine, against no pruning and tokens as pruned."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     models: dict[tuple[Any, ...], Any] = {(0, "", ""): unpruned(base)}
     for rate, tokens, llf in itertools.product(options.rates, MERGES, FUSIONS):

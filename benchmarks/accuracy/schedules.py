@@ -1,13 +1,14 @@
-"""Schedules at equal FLOPs or equal speed, without labels and training: where in a network should tokens leave?
+"""Schedules at equal FLOPs or equal speed, without labels and training.
 
 python -m benchmarks.accuracy.schedules --data FOLDER --plan      first: chooses them, with latency measured here
 python -m benchmarks.accuracy.schedules --data FOLDER [--photos 400] [--seeds 5 6 7]
 python -m benchmarks.accuracy.schedules --data FOLDER --speed
 
-FOLDER as in data.py. --plan and --speed need an otherwise idle machine. The plan holds the counts of every schedule,
-so that agreement and speed are of the same schedules (schedules_plan.json, or --planned FILE); after a new plan both
-must run again. Each seed draws its photos: for calibration from the training split, and as many for comparison from
-the validation split. An interrupted run resumes.
+FOLDER as in data.py. --plan and --speed need an otherwise idle machine. The plan holds the counts
+of every schedule, so that agreement and speed are of the same schedules (schedules_plan.json, or
+--planned FILE); after a new plan both must run again. Each seed draws its photos: for calibration
+from the training split, and as many for comparison from the validation split. An interrupted run
+resumes.
 
 Groups and schedules:
   R = ...          at the FLOPs of a constant rate: constant, once (after block 4), tokens lost after block l as l^1.3,
@@ -16,13 +17,14 @@ Groups and schedules:
                    reduces between attention and MLP, in the last block too; Cropr after every block but the last
   POMT, batch ...  Pruning One More Token, and the constant rate at its FLOPs
 
-From POMT (arXiv 2407.05941) and its code: prune once, in the fourth of twelve blocks; measure the latency of the
-network at every number of tokens n, and its accuracy with all but n random tokens dropped before the first block; keep
-the n of the highest utility, with alpha = 1/2 (counts.py); rank tokens as in selection.py, which is a separate method
-here, besides Cropr's queries at the same counts. Our changes: accuracy is agreement with the unpruned network, on
-photos without labels, at every fourth n, interpolated linearly; latency is that of the engine, with tokens leaving
-after the first block, at the first module; with Cropr's queries tokens leave after the fourth block, not within it;
-and n tokens are kept, two fewer than in the authors' code.
+From POMT (arXiv 2407.05941) and its code: prune once, in the fourth of twelve blocks; measure the
+latency of the network at every number of tokens n, and its accuracy with all but n random tokens
+dropped before the first block; keep the n of the highest utility, with alpha = 1/2 (counts.py);
+rank tokens as in selection.py, which is a separate method here, besides Cropr's queries at the same
+counts. Our changes: accuracy is agreement with the unpruned network, on photos without labels, at
+every fourth n, interpolated linearly; latency is that of the engine, with tokens leaving after the
+first block, at the first module; with Cropr's queries tokens leave after the fourth block, not
+within it; and n tokens are kept, two fewer than in the authors' code.
 """
 
 import argparse
@@ -144,7 +146,7 @@ def tuned_schedules(options: argparse.Namespace, base: ViT, model: Any, images: 
 
 
 def pomt_schedules(seconds: dict[int, float], accuracy: dict[int, float], network: Network, batch: int) -> list[Row]:
-    """POMT's schedule by latency and accuracy at each number of tokens, and the constant rate at its FLOPs."""
+    """POMT's schedule by latency and accuracy, and the constant rate at its FLOPs."""
     kept = counting.one_more_token(seconds, accuracy)
     keep = network.reduce_once(kept)
     group = f"POMT, batch {batch}"
@@ -215,7 +217,7 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
 
 
 def speed(options: argparse.Namespace, base: ViT) -> None:
-    """Time every schedule and method against the unpruned model on the engine, interleaved in shuffled order."""
+    """Time every schedule and method, interleaved, against the unpruned model on the engine."""
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     plan_cells = planned_cells(options.planned)
     rows = []

@@ -1,11 +1,12 @@
-"""Quality of scores before any training: correlation with later attention, and overlap of kept tokens with objects.
+"""Quality of scores before training: correlation with later attention, overlap with objects.
 
 python -m benchmarks.accuracy.scorers --data FOLDER [--photos 300] [--seeds 2 3 4] [--out FILE]
 
-FOLDER as in data.py. The unpruned network runs on photos of Tiny-ImageNet outside the calibration set. For each block:
-the rank correlation of the scores of its patches with the attention they receive in later blocks, and the share of the
-better half that lies in the object's box. The last rows measure the agreement, before training, with Last Layer Fusion,
-with dropping at once, and with other scores in some or all blocks.
+FOLDER as in data.py. The unpruned network runs on photos of Tiny-ImageNet outside the calibration
+set. For each block: the rank correlation of the scores of its patches with the attention they
+receive in later blocks, and the share of the better half that lies in the object's box. The last
+rows measure the agreement, before training, with Last Layer Fusion, with dropping at once, and with
+other scores in some or all blocks.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """For each block but the last: every scorer's scores of its patches, and the attention they receive later."""
+    """For each block but the last: scores by scorer, and the attention patches receive later."""
     scores: list[dict[str, Tensor]] = []
     attended: list[Tensor] = []
     x, _ = base.embed(images)
@@ -80,7 +81,7 @@ def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[di
 
 
 def measure_scores(base: ViT, model: Any, images: Tensor, inside: Tensor) -> list[Row]:
-    """Correlation and overlap by scorer and block; inside (B, patches): the patches in the object's box."""
+    """Correlation and overlap by scorer and block; inside (B, patches) marks the object's box."""
     metrics: dict[tuple[str, int], list[Tensor]] = {}
     queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
     for batch, box in zip(images.split(50), inside.split(50)):

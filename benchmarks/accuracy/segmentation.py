@@ -2,10 +2,11 @@
 
 python -m benchmarks.accuracy.segmentation --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods ...] [--out FILE]
 
-FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of data.py. Photos are resized to 240 x 180,
-and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after each block, from half of the
-epochs on, by calibrated, fixed queries, unless their name says otherwise. A fast last block has the learning rate of
-the new parameters, the decoders. An interrupted run resumes.
+FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of data.py. Photos are resized to
+240 x 180, and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after
+each block, from half of the epochs on, by calibrated, fixed queries, unless their name says
+otherwise. A fast last block has the learning rate of the new parameters, the decoders. An
+interrupted run resumes.
 """
 
 import tempfile

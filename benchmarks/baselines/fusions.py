@@ -1,4 +1,4 @@
-"""Ways to a full map without Last Layer Fusion, for segmentation: the paper's alternatives to it."""
+"""Ways to a full map for segmentation: the paper's alternatives to Last Layer Fusion."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dt
 
 
 class PrunedTokens(NamedTuple):
-    """Tokens (B, R, D) as they were when pruned, their positions, and the positions of the kept tokens."""
+    """Tokens (B, R, D) as they were when pruned, their positions, and those of the kept tokens."""
 
     tokens: Tensor
     idx: Tensor
@@ -34,7 +34,8 @@ def collect_pruned(state: PruningState) -> PrunedTokens | None:
 
 
 class Confident(Scorer):
-    """DToP's pruning: each token is classified by itself, and the most confident keep their prediction and leave.
+    """DToP's pruning: classify each token by itself, and prune those with the most confident
+    result.
 
     Source: Tang et al. 2023, with the counts of a schedule in place of a threshold.
     """
@@ -52,7 +53,7 @@ class Confident(Scorer):
         raise TypeError("Confident: its scores are no product with a query; neither the engine nor merging can take it")
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, classes), prefix included, and scores (B, N): lower for more confident tokens."""
+        """Logits (B, N, classes), with prefix, and scores (B, N), low for confident tokens."""
         logits = self.classify(x)
         return logits, -logits.detach().float().softmax(-1).amax(-1)
 
@@ -90,8 +91,9 @@ class CrossAttention(nn.Module):
 class Fusion(nn.Module):
     """Kept and pruned tokens to features of all patches.
 
-    concat: pruned tokens return to their positions as they were. mhsa_concat: one more block follows. cross_attn:
-    learned queries attend to the kept tokens. cross_attn_concat: they attend to all tokens.
+    concat: pruned tokens return to their positions as they were. mhsa_concat: one more block
+    follows. cross_attn: learned queries attend to the kept tokens. cross_attn_concat: they attend
+    to all tokens.
     """
 
     def __init__(self, fusion: str, dim: int, num_heads: int, patches: int):
@@ -109,7 +111,7 @@ class Fusion(nn.Module):
 
 
 def restore_rows(x: Tensor, pruned: PrunedTokens, rows: Tensor) -> Tensor:
-    """Put rows of the kept tokens (B, K, C) and of the pruned tokens (B, R, C) in order of position."""
+    """Put rows of kept (B, K, C) and pruned tokens (B, R, C) in order of position."""
     return torch.ops.cropr.restore(x, pruned.kept_idx, rows, pruned.idx)
 
 
@@ -117,7 +119,8 @@ class FusedSegmenter(Segmenter):
     """`Segmenter` with another way to the full map.
 
     Args:
-        backbone: pruned by `apply` with llf=False, num_queries = patches and num_outputs = num_classes.
+        backbone: pruned by `apply` with llf=False, num_queries = patches and num_outputs =
+            num_classes.
         num_classes, grid, ignore_index: as in `Segmenter`.
         fusion: one of OTHER_FUSIONS; dtop replaces the Cropr modules.
 
@@ -169,7 +172,7 @@ class FusedSegmenter(Segmenter):
 
 
 def predictions_of_patches(state: PruningState) -> list[Tensor]:
-    """Spread DToP's predictions of active tokens to (B, patches, classes): NaN for tokens pruned before."""
+    """Spread DToP's predictions to (B, patches, classes), with NaN for tokens pruned before."""
     if not state.aux:
         return []
     pruned_after = dict(state.pruned_idx)

@@ -28,22 +28,22 @@ class Distilled(Reducer):
 
     @abstractmethod
     def token_loss(self, features: Features, expected: Tensor, num_prefix: int) -> Tensor:
-        """Loss between the tokens of the reduced network and those (B, N0, D) of the unpruned one."""
+        """Loss of the tokens against those (B, N0, D) of the unpruned network."""
 
 
 class DynamicViT(Distilled):
-    """A predictor chooses the kept tokens: half of its features are the token's, half the mean of all active ones.
+    """Keep tokens by a predictor that sees the token and the mean of all active ones.
 
-    In training a Gumbel softmax samples, and attention masks pruned tokens, so that gradient reaches the predictor;
-    at inference the most probable tokens stay. Loss: squared distance of the kept share from its target, weight 2.
-    Source: Rao et al. 2021, section 3.
+    In training a Gumbel softmax samples, and attention masks pruned tokens, so that gradient
+    reaches the predictor; at inference the most probable tokens stay. Loss: squared distance of the
+    kept share from its target, weight 2. Source: Rao et al. 2021, section 3.
     """
 
     distillation = Distillation(logits=0.5, tokens=0.5)
     ratio_weight = 2.0
 
     def __init__(self, dim: int, num_patches: int, all_patches: int, *, stages: int = 1):
-        """Keep num_patches of all_patches; the loss of the ratio is divided by the number of stages."""
+        """Keep num_patches of all_patches; the ratio loss is divided by the number of stages."""
         super().__init__()
         self.ratio = num_patches / all_patches
         self.stages = stages
@@ -99,8 +99,8 @@ class Mixer(Reducer):
 class SiT(Mixer, Distilled):
     """Token slimming: a small MLP of each input token gives its logit for each output token.
 
-    Distilled from the unpruned network: a reverse module rebuilds its tokens from the last ones of the slim network.
-    Source: Zong et al. 2022 (Self-slimmed ViT), sections 3.2 and 3.3.
+    Distilled from the unpruned network: a reverse module rebuilds its tokens from the last ones of
+    the slim network. Source: Zong et al. 2022 (Self-slimmed ViT), sections 3.2 and 3.3.
     """
 
     distillation = Distillation(logits=2.0, tokens=2.0)
@@ -131,8 +131,8 @@ class SiT(Mixer, Distilled):
 class Sinkhorn(Mixer):
     """Optimal transport carries tokens to learned centres of unit norm, where they are summed.
 
-    Log-space Sinkhorn rounds on the cosine similarity over epsilon: every centre receives the same mass, and every
-    token gives the same. Source: Haurum et al. 2022.
+    Log-space Sinkhorn rounds on the cosine similarity over epsilon: every centre receives the same
+    mass, and every token gives the same. Source: Haurum et al. 2022.
     """
 
     def __init__(self, dim: int, num_patches: int, *, rounds: int = 3, epsilon: float = 0.1):

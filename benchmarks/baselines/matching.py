@@ -1,4 +1,4 @@
-"""Pairwise merging with more criteria than ToMe: PiToMe, ATM, and Cropr's merge with parts of it replaced."""
+"""Pairwise merging with more criteria than ToMe: PiToMe, ATM, and variants of Cropr's merge."""
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,14 @@ ops = torch.ops.cropr
 class PiToMe(Reducer):
     """Tokens similar to many others merge; tokens similar to few are protected.
 
-    A token's energy is the mean of ELU(cosine - margin) over all patches, itself included, with the cosine of the keys.
-    By energy, descending, even ranks merge into the odd ranks they are most similar to: in the first half of the blocks
-    the most similar of all patches, later all of the 2 R patches with the highest energy. Source: Tran et al. 2024
-    (arXiv 2405.16148) and its code.
+    A token's energy is the mean of ELU(cosine - margin) over all patches, itself included, with the
+    cosine of the keys. By energy, descending, even ranks merge into the odd ranks they are most
+    similar to: in the first half of the blocks the most similar of all patches, later all of the 2
+    R patches with the highest energy. Source: Tran et al. 2024 (arXiv 2405.16148) and its code.
 
     Args:
-        margin: of the first block; it falls linearly to 0. 0.9 for ViTs trained as by Steiner et al. 2021 (AugReg),
-            0.75 for others.
+        margin: of the first block; it falls linearly to 0. 0.9 for ViTs trained as by Steiner et
+            al. 2021 (AugReg), 0.75 for others.
         proportional: log(size) on the attention logits.
     """
 
@@ -45,16 +45,19 @@ class PiToMe(Reducer):
 
 
 class ATM(Reducer):
-    """Merge the pairs with the least loss n m / (n + m) (1 - cosine of the keys), n and m their sizes (Ward's loss).
+    """Merge the pairs with the least Ward loss n m / (n + m) (1 - cosine of the keys), n, m their
+    sizes.
 
-    In the first half of the blocks even patches merge into odd ones, as in ToMe; later the smaller half of the patches
-    into the larger half. Source: Lee and Choi 2025 (arXiv 2505.15160); no code is published. From the paper: sizes
-    weigh in the choice of pairs, above all late in the network. Our choices, which may differ from the authors': the
-    weight is Ward's, in all blocks; the halves change in the middle of the network, and the smaller one merges into
-    the larger; the schedule sets the number of merges, where the paper merges all pairs above a threshold of the layer.
+    In the first half of the blocks even patches merge into odd ones, as in ToMe; later the smaller
+    half of the patches into the larger half. Source: Lee and Choi 2025 (arXiv 2505.15160); no code
+    is published. From the paper: sizes weigh in the choice of pairs, above all late in the network.
+    Our choices, which may differ from the authors': the weight is Ward's, in all blocks; the halves
+    change in the middle of the network, and the smaller one merges into the larger; the schedule
+    sets the number of merges, where the paper merges all pairs above a threshold of the layer.
 
     Args:
-        distinctive: False: even and odd in all blocks, so that Ward's weight is the only difference from ToMe.
+        distinctive: False: even and odd in all blocks, so that Ward's weight is the only difference
+            from ToMe.
     """
 
     needs = frozenset({"keys"})
@@ -92,7 +95,8 @@ class CroprMerge(Reducer):
         merges: number of merges before.
         side: patches on a side of the image.
         checkerboard: patches of one colour become targets first.
-        cost_weight: low scores merge first among the candidates too; 0: those most similar to a target do.
+        cost_weight: low scores merge first among the candidates too; 0: those most similar to a
+            target do.
         keep_norms: a merged token keeps the norm of its target; False: the norm of the mean.
         size_exponent: attention weighs tokens by this power of their sizes.
         ward: pairs are chosen by Ward's loss, as in `ATM`, in place of the cosine of the tokens.
@@ -171,7 +175,7 @@ def ward(sizes: Tensor, other_sizes: Tensor) -> Tensor:
 
 
 def after_prefix(patches: Tensor, num_prefix: int) -> Tensor:
-    """Positions of the prefix tokens and of patches (B, K), which count from the end of the prefix: (B, P + K)."""
+    """Positions (B, P + K) of the prefix and of patches (B, K) that count from its end."""
     prefix = torch.arange(num_prefix, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([prefix, patches + num_prefix], 1)
 
@@ -187,7 +191,7 @@ def merge_matched(
     *,
     keep_norms: bool = False,
 ) -> Reduction:
-    """Merge the `count` tokens of source_idx (B, A) most similar to one of target_idx (B, C) into that one.
+    """Merge `count` tokens of source_idx (B, A) into the most similar ones of target_idx (B, C).
 
     Order of the result: bystanders, sources that stay, targets.
 
@@ -232,7 +236,7 @@ def absorb(
 
 
 def rows_of(kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
-    """For each of N tokens the index in `kept` (B, K) of the token that holds it, as in `absorb`: (B, N)."""
+    """Index in `kept` (B, K) of the token that holds each of N tokens, as in `absorb`: (B, N)."""
     rows = torch.empty_like(torch.cat([kept, moved], 1))
     rows.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
     return rows.scatter_(1, moved, target)

@@ -16,7 +16,9 @@ ops = torch.ops.cropr
 
 
 class ToMe(Reducer):
-    """Token Merging (Bolya et al. 2023): between attention and MLP the most similar even and odd tokens merge in pairs.
+    """Merge the most similar even and odd tokens in pairs, between attention and MLP.
+
+    Source: Bolya et al. 2023 (Token Merging).
 
     Args:
         proportional: log(size) on the attention logits, ToMe's default without training.
@@ -40,10 +42,11 @@ class ToMe(Reducer):
 
 
 def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
-    """Merge `count` even tokens of x (B, N, D) into their most similar odd ones: one bipartite matching.
+    """Merge `count` even tokens of x (B, N, D) into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and rows.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and
+        rows.
     """
     metric = F.normalize(metric, dim=-1)
     even_prefix = (num_prefix + 1) // 2
@@ -74,11 +77,12 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
 
 
 class DPCKNN(Reducer):
-    """Merge clusters around density peaks (dense tokens far from denser ones) into their weighted means.
+    """Merge clusters around density peaks, dense tokens far from denser ones, into means.
 
-    log density = -mean squared distance to the nearest neighbours, distances over sqrt(D); delta = distance to the
-    nearest denser token, to the farthest for the densest; centres have the highest density x delta. Sources: Du et al.
-    2016 for the clustering, Zeng et al. 2022 (TCFormer) for the merging.
+    log density = -mean squared distance to the nearest neighbours, distances over sqrt(D); delta =
+    distance to the nearest denser token, to the farthest for the densest; centres have the highest
+    density x delta. Sources: Du et al. 2016 for the clustering, Zeng et al. 2022 (TCFormer) for the
+    merging.
 
     Args:
         dim: D, for weights exp(score) with a learned score of each token; None: equal weights.
@@ -116,9 +120,10 @@ class DPCKNN(Reducer):
 
 
 class ATC(Reducer):
-    """Merge agglomerative clusters of the keys into their means: the closest two, by 1 - cosine, until num_keep remain.
+    """Merge agglomerative clusters of the keys into means: the closest two, until num_keep remain.
 
-    SciPy clusters on the CPU, one image after the other. Source: Haurum et al. 2024 (arXiv 2409.11923).
+    SciPy clusters on the CPU, one image after the other. Source: Haurum et al. 2024 (arXiv
+    2409.11923).
 
     Args:
         linkage: distance of two clusters: the mean, largest or smallest distance of their members.
@@ -142,9 +147,11 @@ class ATC(Reducer):
         return absorb(x, context, after_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
 
     def clusters(self, pairwise: np.ndarray, points: int, merges: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cluster points with distances (pairs,): the first member of each cluster, the other members, their clusters.
+        """Cluster points with distances (pairs,): first members, other members, clusters of the
+        others.
 
-        The tree is cut after a number of merges: a threshold would leave fewer clusters if distances are equal.
+        The tree is cut after a number of merges: a threshold would leave fewer clusters if
+        distances are equal.
         """
         hierarchy = need("scipy.cluster.hierarchy", "demo", "ATC")
         tree = hierarchy.linkage(pairwise, self.linkage)[:merges, :2].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Modules that replace the Cropr modules of a pruned model, with other criteria for the kept tokens."""
+"""Modules with other criteria in place of the Cropr modules of a pruned model."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ ops = torch.ops.cropr
 
 
 class PruningModule(cropr.Scorer):
-    """Holds the query of the Cropr module that it replaces; subclasses may look at the block before it."""
+    """Holds the query of the Cropr module it replaces; subclasses may use the block before."""
 
     folded: Tensor
 
@@ -51,7 +51,7 @@ class Variance(PruningModule):
 
 
 class AttentionTopK(PruningModule):
-    """Keep the tokens the class token attends to most in the block before: its softmax, mean over heads."""
+    """Keep the tokens the class token attends to most in the block before, mean over heads."""
 
     def __init__(self, module: Any, block: Any):
         super().__init__(module, block)
@@ -90,7 +90,7 @@ class FreeSlice(PruningModule):
 
 
 class PublishedMultiHead(PruningModule):
-    """Multi-head scorer with projections, as published: all tokens are projected to keys, queries are not folded."""
+    """Multi-head scorer as published: all tokens are projected to keys, queries are not folded."""
 
     def __init__(self, module: MultiHeadCropr, block: Any = None):
         super().__init__(module)

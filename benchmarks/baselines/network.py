@@ -1,7 +1,7 @@
-"""The reference ViT with any token reduction in it: one interface, so that all run on the same network.
+"""The reference ViT with any token reduction in it, behind one interface.
 
-A `Reducer` declares where in a block it acts and what it needs besides the tokens. A reducer that needs the attention
-probabilities makes the block compute them; the blocks of all others keep SDPA.
+A `Reducer` declares where in a block it acts and what it needs besides the tokens. A reducer that
+needs the attention probabilities makes the block compute them; the blocks of all others keep SDPA.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ _PADDING_SIZE = 1e-30  # replaces a size of 0, so that its logarithm is finite; 
 
 
 class Context(NamedTuple):
-    """Inputs of a reducer besides the tokens (B, N, D); None for those it does not declare in `needs`."""
+    """Inputs of a reducer besides the tokens (B, N, D); None if it does not declare them."""
 
     attention: Tensor | None = None  # (B, H, N, N), after the softmax
     class_row: Tensor | None = None  # (B, H, N), its first row
@@ -69,7 +69,7 @@ class Features(NamedTuple):
     rows: Sequence[Callable[[], Tensor] | None] = ()  # of every reduction
 
     def full(self) -> Tensor | None:
-        """Copy each token to all positions merged into it, (B, N0, D); None if tokens are dropped."""
+        """Copy tokens to all positions merged into them: (B, N0, D), None if some are dropped."""
         row_idx: Tensor | None = None
         for rows in self.rows:
             if rows is None:
@@ -79,16 +79,17 @@ class Features(NamedTuple):
 
 
 class Reducer(nn.Module, ABC):
-    """Reduces tokens x (B, N, D) to num_keep; the first num_prefix stay as they are, and stay first."""
+    """Reduces tokens x (B, N, D) to num_keep; the first num_prefix stay unchanged and first."""
 
     needs: ClassVar[frozenset[Requirement]] = frozenset()
-    # after the block, between its attention and MLP, or before the attention, which then has fewer queries
+    # after the block, between its attention and MLP, or before the attention, which then has fewer
+    # queries
     insertion_point: ClassVar[Literal["block", "attention", "queries"]] = "block"
     proportional = True  # later attention weighs tokens by their sizes
     size_exponent = 1.0  # to this power
 
     def prepare(self, patches: Tensor) -> Tensor:
-        """Derive "patches" from the input (B, N0 - P, pixels): once, by the first reducer for all layers."""
+        """Derive "patches" from the input (B, N0 - P, pixels), once for all layers."""
         return patches
 
     @abstractmethod
@@ -127,7 +128,8 @@ class Reduced(nn.Module):
 
     Raises:
         TypeError: the backbone is not the reference ViT.
-        ValueError: the reducer needs a class token and the model has none, or it cannot do Last Layer Fusion.
+        ValueError: the reducer needs a class token and the model has none, or it cannot do Last
+            Layer Fusion.
     """
 
     def __init__(self, backbone: Any, make: Make, counts: Sequence[int], *, llf: bool = False):
@@ -199,7 +201,10 @@ class Reduced(nn.Module):
 
 
 def positions_at(positions: Tensor | None, idx: Tensor | None) -> Any:
-    """Positions in the image of the rows at idx (B, K); positions None: rows are positions; idx None: all rows stay."""
+    """Image positions of the rows at idx (B, K).
+
+    Positions None: rows are positions. idx None: all rows stay.
+    """
     if positions is None or idx is None:
         return idx if positions is None else positions
     return positions.gather(1, idx)
@@ -265,14 +270,15 @@ def run_block(
 
 
 def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
-    """Rows of x (B, N, C) at idx (B, K), which may repeat: the gradient of `cropr::gather` is for distinct rows."""
+    """Rows of x (B, N, C) at idx (B, K); idx may repeat, unlike for `cropr::gather`'s gradient."""
     return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[2])) if x.requires_grad else ops.gather(x, idx)
 
 
 def attention_of(q: Tensor, k: Tensor, context: Context) -> Tensor:
     """Attention probabilities (B, H, queries, N), float32, which SDPA does not return.
 
-    Masked tokens attend to themselves and to active ones; no other token attends to them (DynamicViT, section 3.2).
+    Masked tokens attend to themselves and to active ones; no other token attends to them
+    (DynamicViT, section 3.2).
     """
     logits = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).float()
     if context.log_sizes is not None:

@@ -1,4 +1,4 @@
-"""Baselines of `cropr::prune`: the same split by sequences of PyTorch ops, and a check of its result."""
+"""Baselines of `cropr::prune`: the split by sequences of PyTorch ops, and a check of results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def cropr_prune(x: Tensor, query: Tensor, keep: int) -> Split:
 
 
 def published(x: Tensor, query: Tensor, keep: int) -> Split:
-    """The published sequence: logits of every query, their sum, a full sort, every token gathered in that order."""
+    """The published sequence: logits of every query, their sum, a full sort, a gather of all."""
     scores = (query @ x.transpose(1, 2)).sum(1)
     scores[:, :PREFIX] = float("inf")
     order = scores.argsort(dim=1, descending=True)
@@ -37,7 +37,7 @@ def sort_and_index_select(x: Tensor, query: Tensor, keep: int) -> Split:
 
 
 def topk_and_index_select(x: Tensor, query: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Kept tokens only: top-k instead of a sort, and no pruned tokens (Last Layer Fusion would lack them)."""
+    """Kept tokens only: top-k instead of a sort, without the tokens for Last Layer Fusion."""
     batch, n, dim = x.shape
     scores = x @ query.sum(0)
     scores[:, :PREFIX] = float("inf")

@@ -1,6 +1,7 @@
 """Every baseline by name: its factory, the benchmarks that run it, and its published figures.
 
-The table, the trainings, the off-the-shelf comparison and the pages need one entry here of a new baseline.
+The table, the trainings, the off-the-shelf comparison and the pages need one entry here of a new
+baseline.
 """
 
 import itertools
@@ -39,8 +40,8 @@ class Baseline:
 
     name: str
     make: Make
-    # "pruning" and "merging" need no training; "learned" has its own parameters; "once" reduces at a single block,
-    # mostly with its own parameters
+    # "pruning" and "merging" need no training; "learned" has its own parameters; "once" reduces at
+    # a single block, mostly with its own parameters
     category: Literal["pruning", "merging", "learned", "once"]
     keeps: str  # description of the kept tokens, for the page
     timed: dict[Schedule, Figures | None] = field(default_factory=dict)  # schedules to time, with published figures

@@ -1,10 +1,11 @@
 """Ways to restore pruned tokens before the last blocks, for networks that were not trained for it.
 
-The blocks before the fusion run once for all of them: `run_trunk` records the departures of tokens, from which each
-restore computes all tokens.
+The blocks before the fusion run once for all of them: `run_trunk` records the departures of tokens,
+from which each restore computes all tokens.
 
-B images; N tokens, the first P = num_prefix never pruned; D channels. R tokens are pruned after a block, K kept.
-Buffers (B, N, D) hold a row for each position; the row of a pruned token is as it was when pruned.
+B images; N tokens, the first P = num_prefix never pruned; D channels. R tokens are pruned after a
+block, K kept. Buffers (B, N, D) hold a row for each position; the row of a pruned token is as it
+was when pruned.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Departure(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """Input of the fusion: all tokens (B, N, D), the pruned ones as they were, and the departures in order."""
+    """Input of the fusion: all tokens (B, N, D), and the departures in order."""
 
     x: Tensor
     departures: list[Departure]
@@ -47,7 +48,7 @@ def with_rows(x: Tensor, idx: Tensor, rows: Tensor) -> Tensor:
 
 
 def run_block(block: Any, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run a block of the reference ViT on x (B, K, D): its output, and its keys (B, K, C), mean over heads."""
+    """Run a block of the reference ViT on x (B, K, D); also return its keys (B, K, C)."""
     q, k, v = project_heads(block.attn, block.norm1(x))
     heads = proportional_attention(q, k, v, None if sizes is None else log_sizes(sizes))
     x = x + block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2)))
@@ -57,9 +58,10 @@ def run_block(block: Any, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
 def run_trunk(
     model: Any, queries: Sequence[Tensor], images: Tensor, counts: Sequence[int], merge: Merge | None = None
 ) -> list[Departure]:
-    """Run all blocks but the last of the reference ViT, without rotary positions: keep counts[l] tokens after block l.
+    """Run all blocks but the last of the reference ViT, keeping counts[l] tokens after block l.
 
-    Tokens are pruned as by `cropr.apply(model, keep=counts, merge=merge)` with queries (D,) of the modules.
+    Tokens are pruned as by `cropr.apply(model, keep=counts, merge=merge)` with queries (D,) of the
+    modules.
     """
     x, _ = model.embed(images)
     batch, tokens = x.shape[:2]
@@ -98,7 +100,7 @@ def run_trunk(
 
 
 def entering(model: Any, departures: list[Departure], blocks: int) -> Trunk:
-    """Return the input of the last `blocks` blocks: tokens pruned right before them would return at once, so they stay.
+    """Return the input of the last `blocks` blocks; tokens pruned right before them stay.
 
     With blocks = 0 the last block runs on the kept tokens, and its output is restored.
     """
@@ -158,10 +160,10 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def parents(departure: Departure, num_prefix: int, count: int = 1, *, keys: bool = False) -> tuple[Tensor, Tensor]:
-    """Positions (B, R, count) of the kept patches most similar to each pruned token, and their weights, which sum to 1.
+    """Positions (B, R, count) of the kept patches most similar to each pruned token, and weights.
 
-    Similarity is the cosine of the tokens when pruned, or of their keys; weights are its softmax over TEMPERATURE. If
-    tokens merged, the merge target comes first, unless keys decide.
+    Similarity is the cosine of the tokens when pruned, or of their keys; weights are its softmax
+    over TEMPERATURE. If tokens merged, the merge target comes first, unless keys decide.
     """
     patches = departure.kept_idx[:, num_prefix:].contiguous()
     features = departure.keys if keys else departure.before
@@ -185,7 +187,7 @@ def parent_copied(trunk: Trunk) -> Tensor:
 
 
 def parent_changed(trunk: Trunk, count: int = 1, *, keys: bool = False) -> Tensor:
-    """Every pruned token plus the change of its parent since then, or the weighted change of several parents.
+    """Every pruned token plus the change of its parent since then, or a weighted one of several.
 
     Last departure first, so that a parent that was itself pruned later is already restored.
     """
@@ -215,10 +217,10 @@ def channel_factors(trunks: Sequence[Trunk], unpruned: Sequence[Tensor]) -> Tens
 
 
 def parent_rechosen(trunk: Trunk, first: int = 0) -> Tensor:
-    """`parent_changed` with parents chosen anew at each departure from `first` on, for all tokens pruned by then.
+    """`parent_changed` with parents chosen anew at each departure from `first` on.
 
-    The parent is the kept patch with the highest cosine to the token restored so far; for tokens that merge at this
-    departure it is the merge target.
+    The parent is the kept patch with the highest cosine to the token restored so far; for tokens
+    that merge at this departure it is the merge target.
     """
     departures = trunk.departures
     prefix = trunk.num_prefix

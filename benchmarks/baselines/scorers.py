@@ -24,7 +24,7 @@ class NonSalientCropr(Cropr):
 
 
 class SamplingCropr(Cropr):
-    """Sample the kept tokens in training, without replacement, in proportion to the softmax of their logits.
+    """Sample the kept tokens in training, without replacement, by the softmax of their logits.
 
     A token's logit is its mean over the queries. In eval the highest scores are kept.
     """
@@ -49,7 +49,7 @@ class OpenAggregator(Aggregator):
 
 
 class OpenCropr(Cropr):
-    """Cropr without stop-gradient: the auxiliary loss reaches the backbone. It always has an auxiliary head."""
+    """Cropr without stop-gradient, so that the auxiliary loss reaches the backbone."""
 
     def __init__(self, dim: int, num_outputs: int, num_queries: int = 1, mlp_ratio: float = 4.0):
         super().__init__(dim, num_outputs, num_queries, mlp_ratio)
@@ -69,13 +69,13 @@ class MultiHead(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=False)  # a bias would raise all scores alike
 
     def forward(self, x: Tensor, queries: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, M, D) from x (B, N, D) and queries (M, D); bias (B, 1, 1, N) is added to the logits."""
+        """Attend from queries (M, D) to x (B, N, D), with bias (B, 1, 1, N) on the logits."""
         projections = (self.q_proj(queries).expand(x.shape[0], -1, -1), self.k_proj(x), self.v_proj(x))
         q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in projections)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
     def fold(self, queries: Tensor) -> Tensor:
-        """Fold queries into one (D,), float32, whose product with a token sums its logits over queries and heads."""
+        """Fold queries into one (D,), float32, for the sum of logits over queries and heads."""
         with torch.autocast(queries.device.type, enabled=False):  # selection is decided in float32
             return (self.q_proj(queries).sum(0) @ self.k_proj.weight).detach().float()
 
@@ -93,10 +93,12 @@ class MultiHeadAggregator(Aggregator):
 
 
 class MultiHeadCropr(Cropr):
-    """Cropr with heads and projections. Its queries are learned: `cropr.calibrate` does not know projections.
+    """Cropr with heads and projections; queries are learned, as `cropr.calibrate` has no
+    projections.
 
     Raises:
-        ValueError: num_heads does not divide dim, or there is no output from which the projections could learn.
+        ValueError: num_heads does not divide dim, or there is no output from which the projections
+            could learn.
     """
 
     aggregator: MultiHeadAggregator
@@ -114,7 +116,8 @@ class MultiHeadCropr(Cropr):
         return self.aggregator.attention.fold(self.queries)
 
 
-# By the name of the method, the factory of each layer's module: (width of the tokens, number of classes) -> module.
+# By the name of the method, the factory of each layer's module: (width of the tokens, number of
+# classes) -> module.
 SCORERS: dict[str, Callable[[int, int], Cropr]] = {
     "non-salient": NonSalientCropr,
     "no MLP": partial(Cropr, mlp_ratio=0.0),

@@ -1,5 +1,6 @@
-"""Selection of the kept tokens: random, variance, attention top-k, representation shift, SAINT, EViT, POMT, ATS,
-k-medoids."""
+"""Selection of the kept tokens: random, variance, attention top-k, representation shift, SAINT,
+EViT, POMT, ATS, k-medoids.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class FeatureVariance(Selector):
 
 
 class PixelVariance(Selector):
-    """Keep the tokens whose patch of the image has the highest variance: decided by the image alone."""
+    """Keep the tokens whose patch of the image has the highest variance of pixels."""
 
     needs = frozenset({"patches"})
 
@@ -48,7 +49,7 @@ class PixelVariance(Selector):
 
 
 class AttentionTopK(Selector):
-    """Keep the tokens the class token attends to most in this block: its row of the softmax, mean over heads."""
+    """Keep the tokens the class token attends to most in this block, by the mean over heads."""
 
     needs = frozenset({"class row"})
 
@@ -57,7 +58,10 @@ class AttentionTopK(Selector):
 
 
 class RepresentationShift(Selector):
-    """Keep the tokens the MLP changes most, by the norm of its update. Source: Choi et al. 2025 (arXiv 2508.00367)."""
+    """Keep the tokens the MLP changes most, by the norm of its update.
+
+    Source: Choi et al. 2025 (arXiv 2508.00367).
+    """
 
     needs = frozenset({"update"})
 
@@ -66,13 +70,14 @@ class RepresentationShift(Selector):
 
 
 class SAINT(Selector):
-    """Prune, between attention and MLP, even patches similar to many odd ones: redundant before unimportant.
+    """Prune, between attention and MLP, even patches similar to many odd ones.
 
-    The redundancy of a patch is the number of odd patches with a similarity of at least the threshold, times exp(10
-    (their mean similarity - threshold)); if there is none, its mean similarity to all odd ones. Similarity is the
-    cosine of the keys. The most redundant go. The schedule sets their number, which the authors vary by image. Tokens
-    stay in order of position; the authors put the odd ones after the others. Source: Jeddi et al. 2025
-    (arXiv 2503.11549) and its code.
+    The redundancy of a patch is the number of odd patches with a similarity of at least the
+    threshold, times exp(10 (their mean similarity - threshold)); if there is none, its mean
+    similarity to all odd ones. Similarity is the cosine of the keys. The most redundant go. The
+    schedule sets their number, which the authors vary by image. Tokens stay in order of position;
+    the authors put the odd ones after the others. Source: Jeddi et al. 2025 (arXiv 2503.11549) and
+    its code.
     """
 
     needs = frozenset({"keys"})
@@ -102,7 +107,7 @@ class SAINT(Selector):
 
 
 class EViT(Reducer):
-    """Attention top-k between attention and MLP, plus one token: the attention-weighted sum of the pruned ones.
+    """Attention top-k between attention and MLP, plus the attention-weighted sum of the pruned.
 
     The sum is one of the num_keep. Source: Liang et al. 2022, equation 3.
     """
@@ -118,14 +123,15 @@ class EViT(Reducer):
 
 
 class POMT(Reducer):
-    """Keep tokens with large values that patches attend to, plus one token: the mean of the pruned ones.
+    """Keep tokens with large values that patches attend to, plus the mean of the pruned ones.
 
-    The mean is one of the num_keep. A patch's score is the sum of two terms: the attention it receives from all
-    patches, each the maximum over heads, relative to the patch that receives most; and a softmax over all tokens of
-    the sum over channels of the values, each the maximum over heads. Differences from the authors: tokens stay in
-    order of position, not of score; the most attention is that of the image, not of the batch, so that an image's
-    result does not depend on its batch. Source: Eliopoulos et al. 2025 (arXiv 2407.05941, Pruning One More Token) and
-    its code, which prunes once, in the fourth block.
+    The mean is one of the num_keep. A patch's score is the sum of two terms: the attention it
+    receives from all patches, each the maximum over heads, relative to the patch that receives
+    most; and a softmax over all tokens of the sum over channels of the values, each the maximum
+    over heads. Differences from the authors: tokens stay in order of position, not of score; the
+    most attention is that of the image, not of the batch, so that an image's result does not depend
+    on its batch. Source: Eliopoulos et al. 2025 (arXiv 2407.05941, Pruning One More Token) and its
+    code, which prunes once, in the fourth block.
     """
 
     needs = frozenset({"attention", "values"})
@@ -141,19 +147,20 @@ class POMT(Reducer):
 
 
 class ATS(Reducer):
-    """Adaptive token sampling: num_keep evenly spaced points of the cumulated significance choose the kept tokens.
+    """Adaptive token sampling: keep tokens at evenly spaced points of the cumulated significance.
 
-    Significance is the class token's attention times the norm of the value, normalized for each head and summed over
-    heads. A token may be chosen more than once, and stays once: images keep different numbers, at most num_keep. The
-    rest of the list is padding, of size 0. The choice comes before the attention, so only chosen tokens are its
-    queries. Source: Fayyaz et al. 2022, section 3.
+    Significance is the class token's attention times the norm of the value, normalized for each
+    head and summed over heads. A token may be chosen more than once, and stays once: images keep
+    different numbers, at most num_keep. The rest of the list is padding, of size 0. The choice
+    comes before the attention, so only chosen tokens are its queries. Source: Fayyaz et al. 2022,
+    section 3.
     """
 
     needs = frozenset({"class row", "values"})
     insertion_point = "queries"
 
     def __init__(self, *, trim: bool = False):
-        """Args: trim: cut the padding to the longest list of the batch, at the price of a synchronization."""
+        """With `trim` cut the padding to the longest list, at the price of a synchronization."""
         super().__init__()
         self.trim = trim
 
@@ -183,11 +190,11 @@ def distances(x: Tensor) -> Tensor:
 
 
 class KMedoids(Reducer):
-    """Keep the medoids of clusters: rounds of k-medoids, weighted by the attention each token receives.
+    """Keep the medoids of clusters, weighted by the attention each token receives.
 
-    The first medoids are the tokens that receive most. In each round every token joins the nearest medoid, and the
-    member of each cluster with the least weighted distance to the others becomes its medoid. Source: Marin et al. 2021
-    (Token Pooling).
+    The first medoids are the tokens that receive most. In each round every token joins the nearest
+    medoid, and the member of each cluster with the least weighted distance to the others becomes
+    its medoid. Source: Marin et al. 2021 (Token Pooling).
     """
 
     needs = frozenset({"attention"})
@@ -204,7 +211,7 @@ class KMedoids(Reducer):
         return Reduction(ops.gather(x, idx), idx)
 
     def medoids(self, pairwise: Tensor, weight: Tensor, count: int) -> Tensor:
-        """Positions (B, count), unordered, of points with distances (B, N, N) and weights (B, N)."""
+        """Positions (B, count), unordered, from distances (B, N, N) and weights (B, N)."""
         batch, points = weight.shape
         medoids = weight.topk(count, dim=1).indices
         cluster_idx = torch.arange(count, device=pairwise.device).expand(batch, -1)

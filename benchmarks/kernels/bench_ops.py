@@ -1,4 +1,4 @@
-"""Throughput of every op by pytest-benchmark, on CPU and CUDA; each case checks its result before it is timed.
+"""Throughput of every op by pytest-benchmark, on CPU and CUDA; results are checked first.
 
 pytest benchmarks/kernels/bench_ops.py -o addopts= --benchmark-only --benchmark-json=ops.json
 """

@@ -1,12 +1,13 @@
-"""All kernels but prune on a CUDA GPU: selection, the engine's stream, merging, attention. A file after every cell.
+"""Speed of selection, the engine's stream, merging and attention on a CUDA GPU.
 
 python -m benchmarks.kernels.kernels_gpu [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
 
 An interrupted run resumes with the same --out.
 
-Interleaved replays of CUDA graphs, medians, as in prune_gpu; cold inputs are copies that exceed the L2 together. The
-marginal cost of pruning is add_select_ and gather_norm together, less the add_norm_ of a block without pruning.
-With --device cpu the same calls are checked and timed by the clock, to test this script.
+Interleaved replays of CUDA graphs, medians, as in prune_gpu; cold inputs are copies that exceed the
+L2 together. The marginal cost of pruning is add_select_ and gather_norm together, less the
+add_norm_ of a block without pruning. With --device cpu the same calls are checked and timed by the
+clock, to test this script.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def selection(shape: tuple[int, int], device: str, rounds: int) -> Row:
 
 
 def require_same_stream(x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], query: Tensor, keep: int) -> Tensor:
-    """Check add_select_, gather_norm and restore against their definitions; return the kept positions.
+    """Check add_select_, gather_norm and restore by their definitions; return the kept positions.
 
     Args:
         norm: weight and bias of the LayerNorm.
@@ -95,7 +96,7 @@ def require_same_stream(x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], 
 
 
 def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> Row:
-    """Time the end of a block, with and without pruning, on the residual stream; restore and concatenation."""
+    """Time the end of a block with and without pruning, restore, and concatenation."""
     batch, n, dim = shape
     keep = num_keep(n)
     x = torch.randn(shape, device=device).to(dtype)
@@ -156,7 +157,7 @@ def require_same_merge(x: Tensor, query: Tensor, num_targets: int, keep: int) ->
 
 
 def sized_attention(batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
-    """Time proportional attention: log(size) as one more dimension, as a bias, as a score_mod of FlexAttention."""
+    """Time proportional attention: log(size) as a dimension, a bias, or FlexAttention's score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
     qkv = torch.randn(3, batch, heads, n, width, device=device).to(dtype)
@@ -184,7 +185,7 @@ def sized_attention(batch: int, heads: int, n: int, width: int, dtype: torch.dty
 
 
 def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
-    """Time the training aggregator, forward and backward, and measure the memory it saves for backward."""
+    """Time the training aggregator, forward and backward, and measure its memory for backward."""
     x = torch.randn(batch, n, dim, device=device).to(dtype)
     queries = torch.randn(m, dim, device=device).to(dtype).requires_grad_()
     grad = torch.randn(batch, m, dim, device=device).to(dtype)

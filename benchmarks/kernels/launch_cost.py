@@ -1,10 +1,10 @@
-"""CPU time to launch an op of the engine, as a multiple of PyTorch's layer_norm; the driver is a mock.
+"""CPU time to launch an op of the engine, relative to PyTorch's layer_norm; the driver is a mock.
 
 python -m benchmarks.kernels.launch_cost [--out benchmarks/results/launch_cost.json]
 
-A row is an op: through Triton's front end, and from recorded launches (column "plan"). Tensors are one image of ViT-S,
-on the CPU; kernels are compiled and launched, none runs, and the time of the driver is not included. The fastest round
-counts.
+A row is an op: through Triton's front end, and from recorded launches (column "plan"). Tensors are
+one image of ViT-S, on the CPU; kernels are compiled and launched, none runs, and the time of the
+driver is not included. The fastest round counts.
 """
 
 import argparse

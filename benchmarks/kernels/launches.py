@@ -1,4 +1,4 @@
-"""Launches of Triton kernels, recorded instead of run, and compiled as a launch would compile them. Needs no GPU."""
+"""Launches of Triton kernels, recorded instead of run, and compiled; needs no GPU."""
 
 import importlib
 import itertools
@@ -23,7 +23,8 @@ WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of Vision Transf
 # Sides of the grid of patches: 197, 577 and 1025 tokens have keys in registers, 9217 do not.
 SIDES = [14, 24, 32, 96]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
-# Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions; fusion.
+# Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions;
+# fusion.
 _MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({"init_values": 1e-5}, {"merge": True, "llf": "host"}),
@@ -79,7 +80,7 @@ class _Launching(TorchDispatchMode):
 
 
 def launches(dtype: str, widths: list[int] = WIDTHS, sides: list[int] = SIDES) -> list[Launch]:
-    """Launches of models of these widths and grids on the engine, and of the ops that only training and users call."""
+    """Record the launches of models on the engine, and of the ops that only users call."""
     with recording() as recorded:
         for width, side in itertools.product(widths, sides):
             _run_engine(getattr(torch, dtype), width, side)
@@ -107,7 +108,10 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
 
 
 def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str, Any]]:
-    """Yield calls of an op on tensors without data: with and without optional tensors, with one query and with 64."""
+    """Yield calls of an op on tensors without data.
+
+    With and without optional tensors, with one query and with 64.
+    """
     spec = OPS[op]
     for queries in (1, 64):
         sizes = {
@@ -133,7 +137,7 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
 
 
 class Compiler:
-    """The part of a driver that compilation needs. Kernels are cached by device: here, by architecture."""
+    """The part of a driver that compilation needs. Kernels are cached by architecture."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -149,7 +153,7 @@ class Compiler:
 
 
 def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
-    """Compile every specialization among the launches once, as a launch on that architecture would."""
+    """Compile every specialization among the launches once, for an architecture."""
     active = driver._active
     driver._active = Compiler(architecture)
     try:

@@ -32,7 +32,7 @@ def cuda_tool(name: str) -> Path:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers and stack of a thread, and shared memory of a block in bytes, as reported by the assembler."""
+    """Registers and stack of a thread, shared memory of a block, as reported by the assembler."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -42,7 +42,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def blocks_a_processor(compiled: Any, usage: dict[str, int]) -> int:
-    """Number of programs that a streaming multiprocessor holds, by registers, threads and shared memory."""
+    """Programs that fit a streaming multiprocessor, by registers, threads and shared memory."""
     architecture = compiled.metadata.target.arch
     threads = 32 * compiled.metadata.num_warps
     registers = -(-usage["REG"] // 8) * 8 * threads
@@ -70,7 +70,7 @@ def problems(launch: Launch, compiled: Any) -> list[str]:
 
 
 def _counter_problems(ptx: str) -> list[str]:
-    """A counter of finished programs must publish the stores of all threads before any thread continues."""
+    """A counter of finished programs must publish all stores before any thread continues."""
     events = re.findall(r"\b(bar\.sync|atom\.[\w.:]+|red\.[\w.:]+|(?:ld|st)\.global[\w.:]*|cp\.async\.c[\w.]+)", ptx)
     messages = []
     for i, event in enumerate(events):
@@ -85,8 +85,8 @@ def _counter_problems(ptx: str) -> list[str]:
 def _in_place_problems(launch: Launch, compiled: Any) -> list[str]:
     """Memory that changes in place must be loaded once, before any thread stores it.
 
-    If a tile has fewer elements than the program has threads, several warps hold each element: one may load it late,
-    after another has stored it.
+    If a tile has fewer elements than the program has threads, several warps hold each element: one
+    may load it late, after another has stored it.
     """
     code = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.M))
@@ -111,7 +111,10 @@ def _in_place_problems(launch: Launch, compiled: Any) -> list[str]:
 
 
 def _accesses(launch: Launch, code: str) -> Iterator[tuple[str, Any, str]]:
-    """Yield loads, stores and barriers in order: (kind, memory, pointer type); views of one tensor share its memory."""
+    """Yield loads, stores and barriers in order: (kind, memory, pointer type).
+
+    Views of one tensor share its memory.
+    """
     header = code[code.index("tt.func public") :].split("\n", 1)[0]
     tensors = [leaf for leaf in tree_leaves(launch.args) if isinstance(leaf, torch.Tensor)]
     memory = {
@@ -129,7 +132,11 @@ def _accesses(launch: Launch, code: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def _one_thread_each(type: str, layouts: dict[str, str]) -> bool:
-    """True if no two threads hold one element of a tensor of pointers: `tensor<8x256x!tt.ptr<bf16>, #blocked>`."""
+    """True if each element of a tensor of pointers belongs to one thread.
+
+    Args:
+        type: as in TTGIR, `tensor<8x256x!tt.ptr<bf16>, #blocked>`.
+    """
     tensor = re.fullmatch(r"tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>", type)
     parts = dict(re.findall(r"(\w+) = \[([\d, ]+)\]", layouts[tensor[2]])) if tensor else {}
     if not parts.keys() >= {"sizePerThread", "threadsPerWarp", "warpsPerCTA"}:

@@ -1,7 +1,7 @@
 """A CUDA driver that runs nothing: kernels are compiled and launched as on a GPU, on CPU tensors.
 
-Everything but the driver is real: Triton's front end, compiler and launcher, and the recorded launches of
-csrc/launch.cpp. A hook receives each launch.
+Everything but the driver is real: Triton's front end, compiler and launcher, and the recorded
+launches of csrc/launch.cpp. A hook receives each launch.
 """
 
 import ctypes
@@ -89,7 +89,7 @@ class _Driver(Compiler, CudaDriver):
 
 
 class MockCuda:
-    """Launches that the driver received while `recording`; `ops` are the CUDA kernels, for CPU tensors."""
+    """Records launches in `recording`; `ops` are the CUDA kernels for CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):
         self.ops = torch.ops.cropr_mock
@@ -131,7 +131,7 @@ def _parameter_sizes(function: int) -> list[int]:
 
 @contextmanager
 def mock_cuda(folder: Path, architecture: int = 90) -> Iterator[MockCuda]:
-    """Run CUDA kernels on CPU tensors; `folder` holds the driver. Impossible if a real driver is loaded."""
+    """Run CUDA kernels on CPU tensors; `folder` holds the driver."""
     library = build(folder)
     triton.knobs.nvidia.libcuda_path = str(folder)
     active = triton.runtime.driver._active

@@ -26,8 +26,9 @@ PASSES = 6
 class InterleavedTimer:
     """Times functions in turns, in an order that changes every round.
 
-    A turn lasts at least TURN. Its first call finds the caches as the other functions left them (`first`); the others
-    follow back to back (`back_to_back` holds their mean). Times are in seconds.
+    A turn lasts at least TURN. Its first call finds the caches as the other functions left them
+    (`first`); the others follow back to back (`back_to_back` holds their mean). Times are in
+    seconds.
     """
 
     def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:

@@ -1,12 +1,13 @@
-"""Prune on a CUDA GPU against its baselines: replayed graphs, cold and hot L2, medians; a file after every cell.
+"""Prune on a CUDA GPU against its baselines: medians of replayed graphs, with cold and hot L2.
 
 python -m benchmarks.kernels.prune_gpu [--minutes 9] [--out benchmarks/results/gpu_ops.json] [--device cpu]
 
 A run that is out of minutes, or interrupted, resumes with the same --out.
 
-Cold: every replay works on another copy of x, and the copies together are several times the L2. Hot: always the same.
-Bytes counted: x read once for the scores and once for the copy, every row written once, plus indices and scores.
-With --device cpu one small shape is checked and timed by the clock, to test this script.
+Cold: every replay works on another copy of x, and the copies together are several times the L2.
+Hot: always the same. Bytes counted: x read once for the scores and once for the copy, every row
+written once, plus indices and scores. With --device cpu one small shape is checked and timed by the
+clock, to test this script.
 """
 
 import argparse

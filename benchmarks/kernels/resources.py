@@ -1,5 +1,5 @@
-"""Registers, shared memory, stack, blocks per processor and lint of every Triton kernel that models of known widths
-launch. Compiled ahead of time: needs no GPU.
+"""Registers, shared memory, stack, blocks per processor and lint of every Triton kernel that models
+of known widths launch. Compiled ahead of time: needs no GPU.
 
 python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
 """

@@ -1,9 +1,9 @@
-"""Roofline of every kernel: lower bounds of its time on a GPU, and measured times. Writes docs/roofline.md.
+"""Roofline of every kernel: lower bounds and measured times on a GPU. Writes docs/roofline.md.
 
 python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200 (HBM3e; bfloat16, dense)
 
-A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from benchmarks/results/; missing
-ones are marked.
+A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from
+benchmarks/results/; missing ones are marked.
 """
 
 import argparse
@@ -114,7 +114,8 @@ def works() -> list[Work]:
         x = 2.0 * b * n * d
         out = 2.0 * b * m * d
         measured = find(kernels, "attend, us", kernel="attend", shape=[b, m, n, d])
-        # forward 2 products, backward 3 for the queries and the two that recompute the logits and slopes
+        # forward 2 products, backward 3 for the queries and the two that recompute the logits and
+        # slopes
         flops = 10.0 * b * m * n * d
         entries.append(Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, flops, measured))
     return entries

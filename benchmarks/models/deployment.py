@@ -1,4 +1,4 @@
-"""Networks with one set of weights: created, pruned, deployed, with other modules in place of Cropr's."""
+"""Networks with one set of weights: created, pruned, deployed, or with other modules."""
 
 import copy
 from typing import Any
@@ -23,7 +23,7 @@ def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> ViT:
 
 
 def deploy(model: Any, plain: ViT, **options: Any) -> Any:
-    """Deploy for inference, sharing the weights of `plain`: a second copy would be colder in the cache."""
+    """Deploy with the weights of `plain` shared: a second copy would be colder in the cache."""
     deployed = deployed_copy(model, **options)
     shared = dict(plain.named_parameters())
     for name, module in deployed.named_modules():
@@ -45,7 +45,7 @@ def unpruned(plain: ViT) -> Any:
 
 
 def with_modules(model: Any, plain: ViT, make: type[PruningModule]) -> Any:
-    """Deploy a pruned model on the functional ops, with make(module) in place of each Cropr module."""
+    """Deploy a model on the functional ops, with make(module) in place of each Cropr module."""
     replaced = deploy(model, plain, engine=False)
     for layer, module in enumerate(model.cropr):
         replaced.cropr[layer] = make(module)

@@ -1,4 +1,4 @@
-"""Images per second of whole networks on photos, unpruned and with Cropr, on the device at hand; random weights.
+"""Images per second of networks on photos, unpruned and with Cropr; random weights.
 
 python -m benchmarks.models.end_to_end [--models vit_small_patch16_224 ...] [--repeats 9]
 """
@@ -38,7 +38,7 @@ class Row:
 
 
 def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
-    """Return the model itself, and deployed copies with Cropr, without and with Last Layer Fusion."""
+    """Return the model, and deployed copies with Cropr, without and with Last Layer Fusion."""
     models = {"no pruning": model}
     for name, llf in ((f"Cropr, R = {rate}", False), (f"Cropr, R = {rate}, LLF", True)):
         cropr.apply(model, rate=rate, llf=llf)
@@ -56,7 +56,8 @@ def gflops(model: nn.Module, image: Tensor) -> float:
 def pruning_share(model: nn.Module, images: Tensor) -> float:
     """Share of the forward's time spent in cropr ops, by the profiler.
 
-    Measured on the functional ops: ops of the engine include work of an unpruned block, which cannot be separated.
+    Measured on the functional ops: ops of the engine include work of an unpruned block, which
+    cannot be separated.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
     model = cropr.deploy(model, engine=False)

@@ -3,8 +3,8 @@
 python -m benchmarks.models.latency_curve [--model vit_large_patch16_224] [--batch 64] [--dtype bfloat16] [--step 1]
                                           [--out FILE]
 
-Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the plot, which needs
-matplotlib). On a GPU an interrupted run resumes.
+Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the
+plot, which needs matplotlib). On a GPU an interrupted run resumes.
 """
 
 import argparse

@@ -3,9 +3,10 @@
 python -m benchmarks.models.networks [--models vit_large_patch16_224 ...] [--batches 1 8 64 256]
     [--modes eager graph compiled] [--minutes 9] [--out FILE]
 
-Methods: the unpruned model on the same engine, the engine, the functional ops, merging, ToMe, the published sequence,
-random pruning, a free slice (drops tokens at no cost: the upper bound), the plain model, and timm's if timm has it. A
-run that is out of minutes, or interrupted, resumes. Weights are random; every cell is checked first.
+Methods: the unpruned model on the same engine, the engine, the functional ops, merging, ToMe, the
+published sequence, random pruning, a free slice (drops tokens at no cost: the upper bound), the
+plain model, and timm's if timm has it. A run that is out of minutes, or interrupted, resumes.
+Weights are random; every cell is checked first.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Minutes from a clone to the first table: the agreement of a pruned model of yours with the unpruned one.
+"""Minutes from a clone to the first table: the agreement of a pruned model of yours.
 
 python -m benchmarks.models.newcomer REPOSITORY WEIGHTS PHOTOS [--out benchmarks/results/newcomer.json]
 
-Runs the three commands of a newcomer in an empty folder: git clone, make install, cropr calibrate. REPOSITORY is an
-address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a folder. One row per PyTorch: with
-CUDA, or without by TORCH_INDEX or a constraint of pip.
+Runs the three commands of a newcomer in an empty folder: git clone, make install, cropr calibrate.
+REPOSITORY is an address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a
+folder. One row per PyTorch: with CUDA, or without by TORCH_INDEX or a constraint of pip.
 """
 
 import argparse

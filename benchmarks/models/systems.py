@@ -28,7 +28,7 @@ def for_inference(models: dict[str, Any]) -> dict[str, Any]:
 
 
 def systems(plain: ViT) -> dict[str, Any]:
-    """Every row of the classification table by name, the unpruned network on the engine, and the plain one."""
+    """Every row of the classification table by name, the unpruned network, and the plain one."""
     models = {"unpruned": unpruned(plain), "plain": plain}
     prefix = plain.num_prefix_tokens
     depth = len(plain.blocks)
@@ -48,7 +48,7 @@ def systems(plain: ViT) -> dict[str, Any]:
 
 
 def architectures(plain: ViT) -> dict[str, Any]:
-    """Scorers: the paper's, folded and as published; and one with heads and projections, folded and as published."""
+    """The paper's scorer and one with heads and projections, each folded and as published."""
     simple = scheduled(plain, "dec")
     width = plain.embed_dim
     num_heads = plain.config.num_heads
@@ -77,7 +77,7 @@ class PatchLogits(torch.nn.Module):
 
 
 def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Segmenters of 150 classes by fusion. About six sevenths of the patches are pruned, as in the paper."""
+    """Segmenters of 150 classes by fusion; 6/7 of the patches are pruned, as in the paper."""
     grid = size // 16
     plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
     rate = round(grid**2 * 0.86 / (len(plain.blocks) - 1) / 4) * 4
@@ -121,7 +121,7 @@ class WithPrecision(torch.nn.Module):
 
 
 def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
-    """Unpruned, pruned and merged by ToMe, each in every precision; "unpruned" alone is in float32."""
+    """Unpruned, Cropr and ToMe in every precision; "unpruned" alone is in float32."""
     plain = create(name, device, torch.float32, img_size=size)
     prefix = plain.num_prefix_tokens
     tokens = plain.grid**2 + prefix

@@ -3,9 +3,9 @@
 python -m benchmarks.models.table [classification fusions architecture precision] [--models vit_tiny_patch16_224 ...]
                                   [--batches 8] [--dtype float32] [--rounds 15] [--minutes 9] [--out FILE]
 
-Within a cell all systems run on the same network with the same weights, interleaved. Those with the same schedule keep
-the same number of tokens after each block. Weights are random: the report adds accuracy from benchmarks.accuracy. A
-run that is out of minutes, or interrupted, resumes.
+Within a cell all systems run on the same network with the same weights, interleaved. Those with the
+same schedule keep the same number of tokens after each block. Weights are random: the report adds
+accuracy from benchmarks.accuracy. A run that is out of minutes, or interrupted, resumes.
 """
 
 import argparse

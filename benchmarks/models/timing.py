@@ -59,7 +59,7 @@ def launches(method: Method, images: Tensor) -> int:
 
 
 def warm_up(model: Any, images: Tensor, mode: str) -> tuple[Method, dict[str, int]]:
-    """Run a model once in a mode; return it with its peak memory on a GPU, and its number of kernels if eager."""
+    """Run a model once in a mode; return it with its peak memory and number of kernels on a GPU."""
     method = in_mode(model, mode)
     if not images.is_cuda:
         method(images)
@@ -74,7 +74,7 @@ def warm_up(model: Any, images: Tensor, mode: str) -> tuple[Method, dict[str, in
 
 @torch.inference_mode()
 def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> Row:
-    """One row: speed-up of each method over "unpruned"; on a GPU also milliseconds, kernels and memory."""
+    """Speed-up of each method over "unpruned"; on a GPU also milliseconds, kernels and memory."""
     check(methods, images)
     row: Row = {}
     ready: dict[str, Method] = {}
@@ -131,7 +131,8 @@ def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: i
     """One row for each system: the figures of `measure`, GFLOPs and peak memory.
 
     Raises:
-        RuntimeError: an output is not finite, or the engine does not compute what the plain network computes.
+        RuntimeError: an output is not finite, or the engine does not compute what the plain network
+            computes.
     """
     images = image.repeat(batch, *[1] * (image.ndim - 1))
     for name, model in models.items():

@@ -1,9 +1,9 @@
-"""A training step with Cropr against one without, and the cost of the auxiliary path. A file after every cell.
+"""A training step with Cropr against one without, and the cost of the auxiliary path.
 
 python -m benchmarks.models.training_step [--models vit_large_patch16_224 ...] [--batch 128] [--out FILE]
 
-Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and backward, under bfloat16
-autocast, without the optimizer. An interrupted run resumes.
+Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and
+backward, under bfloat16 autocast, without the optimizer. An interrupted run resumes.
 """
 
 import argparse

@@ -17,7 +17,7 @@ def pyplot() -> Any:
 
 
 def label_points(axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Label points (x, y, text) without covering points or other labels; the axis must have its final limits."""
+    """Label points (x, y, text) without overlaps; the axis must have its final limits."""
     figure = axis.figure
     figure.draw_without_rendering()
     occupied = [axis.transData.transform((x, y)) for x, y, _ in points]

@@ -21,13 +21,13 @@ Row = dict[str, Any]  # column -> value
 
 
 class Results:
-    """Rows of one JSON file, which is rewritten after every change, so that an interrupted run loses nothing.
+    """Rows of one JSON file, rewritten after every change: an interrupted run loses nothing.
 
     Args:
         path: the file.
         environment: hardware and versions with which the rows are measured.
-        keys: the columns that identify a cell. With keys the rows of an existing file stay, and a run resumes; without
-            keys it starts afresh.
+        keys: the columns that identify a cell. With keys the rows of an existing file stay, and a
+            run resumes; without keys it starts afresh.
     """
 
     def __init__(self, path: Path, environment: dict[str, Any], keys: Sequence[str] = ()):
@@ -39,7 +39,8 @@ class Results:
     def remaining(self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")) -> Iterator[tuple[Any, ...]]:
         """Yield the cells without a row, until the minutes are over.
 
-        A cell is a value for each key, and more may follow. A row without the column of a key has the value None.
+        A cell is a value for each key, and more may follow. A row without the column of a key has
+        the value None.
         """
         measured = {tuple(hashable(row.get(key)) for key in self.keys) for row in self.rows}
         deadline = time.monotonic() + 60 * minutes

@@ -26,8 +26,9 @@ def quantile(values: list[float], q: float) -> float:
 def keep_memory() -> None:
     """Make glibc keep freed memory; a no-op with other C libraries.
 
-    By default glibc returns large blocks to the system or not, depending on earlier calls, and returned blocks fault in
-    again page by page: one and the same unpruned ViT-Ti took 147 or 165 ms in one process.
+    By default glibc returns large blocks to the system or not, depending on earlier calls, and
+    returned blocks fault in again page by page: one and the same unpruned ViT-Ti took 147 or 165 ms
+    in one process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -48,7 +49,7 @@ def interleaved(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key,
 
 
 def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> float:
-    """Mean time of back-to-back calls: by events on a GPU, including gaps between eager launches."""
+    """Mean time of back-to-back calls; on a GPU by events, with gaps between eager launches."""
     if not x.is_cuda:
         keep_memory()
         start = time.perf_counter()
@@ -132,7 +133,7 @@ def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25
 
 
 def clocked(functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of one call by the clock, on each input in turn, to test a script without a GPU."""
+    """Microseconds of one call by the clock, to test a script without a GPU."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

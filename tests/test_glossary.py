@@ -57,9 +57,15 @@ def test_the_report_says_what_to_use(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.py", "y = sort(x, kind=1) + x.whole + plan(how)\non_host = in_place = parent_offsets = url.hostname\n"),
+        (
+            "a.py",
+            "y = sort(x, kind=1) + x.whole + plan(how)\non_host = in_place = parent_offsets = url.hostname\nones = 1\n",
+        ),
         ("a.py", "layout = {'host': 'own'}  # the host, found\n"),
-        ("a.cpp", "enum class Kind { kNumber } kind;\nstream << std::left << options.host << row->own;\n"),
+        (
+            "a.cpp",
+            "enum class Kind { kNumber } kind;\nfill(costs, 0);\nstream << std::left << options.host << row->own;\n",
+        ),
         ("a.md", "A host is found; `--plan FILE` and `kind` say how.\n"),
         ("a.json", "host_idx"),
     ],

@@ -43,6 +43,10 @@ CPP_TEXT = re.compile(r'(//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*")', re.DOTALL)
 MARKDOWN_CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 
 
+def by_word(table: dict[str, str]) -> dict[str, str]:
+    return {word: use for use, words in table.items() for word in words.split()}
+
+
 def python_identifiers(text: str) -> Iterator[tuple[int, str, bool]]:
     """Yield the line and the name of every identifier, and whether it is bound there."""
     for node in ast.walk(ast.parse(text)):
@@ -59,7 +63,8 @@ def python_identifiers(text: str) -> Iterator[tuple[int, str, bool]]:
 
 def identifiers(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Yield the same for any file; C++ names count as bound, names in Markdown do not."""
-    text, markdown = path.read_text(encoding="utf-8"), path.suffix == ".md"
+    text = path.read_text(encoding="utf-8")
+    markdown = path.suffix == ".md"
     if path.suffix == ".py":
         yield from python_identifiers(text)
         return
@@ -73,9 +78,8 @@ def identifiers(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 def problems(path: Path) -> list[str]:
     """Return a line for each word that is replaced: where it is, and what to use."""
-    renamed, vague = (
-        {word: use for use, words in table.items() for word in words.split()} for table in (RENAMED, VAGUE)
-    )
+    renamed = by_word(RENAMED)
+    vague = by_word(VAGUE)
     lines = []
     for line, name, bound in sorted(set(identifiers(path))):
         word = name.strip("_").lower()

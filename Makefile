@@ -53,7 +53,7 @@ bench: $(VENV)/test.done
 	$(BIN)/python -m benchmarks.kernels.prune_cpu $(ARGS)
 
 lint: $(VENV)/dev.done
-	$(BIN)/pre-commit run --all-files
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
 
 $(VENV)/torch.done:
 	@echo "Installing PyTorch into $(VENV): minutes, and 6.5 GB of disk with CUDA (2.5 GB without: TORCH_INDEX, see README)"

@@ -1,1 +1,1 @@
-"""Examples, and what the benchmarks share with them. Run from the root: `python -m examples.demo`."""
+"""Examples; the benchmarks use them too. Run from the root: `python -m examples.demo`."""

@@ -1,4 +1,4 @@
-"""A trained Vision Transformer made faster without labels and without training: what that costs, what it buys.
+"""Make a trained Vision Transformer faster without labels and training: agreement and speed.
 
 python -m examples.demo                   timm's ViT-Ti, from timm's cache or the internet; with neither a ViT of digits
 python -m examples.demo --weights FILE    a Vision Transformer of yours: .safetensors, or a state dict of PyTorch
@@ -7,7 +7,7 @@ python -m examples.demo --weights FILE    a Vision Transformer of yours: .safete
 import argparse
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -24,40 +24,41 @@ from examples import digits
 
 WEIGHTS = ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
 PHOTOS = Path(__file__).parent / "photos"
-TO_FIT, CROPS = ("coffee", "flower", "rocket"), 128  # the photos to calibrate on; the others are compared and shown
-ABOUT = """Takes a minute or two on two cores, and 1 MB of disk for pictures.
+CALIBRATION_PHOTOS = ("coffee", "flower", "rocket")  # the other photos are for comparison and pictures
+CROPS = 128
+INTRODUCTION = """Takes a minute or two on two cores, and 1 MB of disk for pictures.
 Pruning is lossy: tokens are merged, and some answers change. Agreement is how often the class stays the same."""
-WITHOUT = """No pretrained weights: none in timm's cache, and no internet to download them from (23 MB). Name a file of
-yours with make demo ARGS="--weights FILE", or run this once with internet. Until then: a ViT trained on digits."""
+NO_WEIGHTS = """No pretrained weights: none in timm's cache, and no internet to download them from (23 MB). Name your
+file with make demo ARGS="--weights FILE", or run this once with internet. Until then: a ViT trained on digits."""
 
 
 class Subject(NamedTuple):
-    """A trained model, and images for it."""
+    """A trained model and its images."""
 
-    about: str
+    description: str
     model: nn.Module
-    to_fit: Tensor  # as the model takes them, to calibrate on
-    images: Tensor  # others, to compare on
-    labels: Tensor | None  # of those
-    pictures: Tensor  # (B, C, H, W) in [0, 1], of what is compared, to look at
-    inputs: Tensor  # the same, as the model takes them
-    rates: tuple[int, ...]  # the middle one is shown
-    batch: int  # images at a time where time is measured
+    calibration: Tensor  # inputs of the model for calibration
+    images: Tensor  # other inputs, for comparison
+    labels: Tensor | None  # of `images`
+    pictures: Tensor  # (B, C, H, W) in [0, 1], to draw
+    inputs: Tensor  # the pictures as inputs of the model
+    rates: tuple[int, ...]  # pictures are drawn at the middle one
+    batch: int  # batch size of the timing
 
 
 def find_weights() -> str | None:
-    """Timm's weights, from its cache or the internet."""
+    """Find timm's weights in its cache or on the internet; None without both."""
     cached = try_to_load_from_cache(*WEIGHTS)
     if isinstance(cached, str):
         return cached
-    try:  # without internet hf_hub_download tries for half a minute
+    try:  # hf_hub_download would retry for half a minute without internet
         urllib.request.urlopen(hf_hub_url(*WEIGHTS), timeout=5).close()
     except OSError:
         return None
     return hf_hub_download(*WEIGHTS)
 
 
-def of_photos(weights: str) -> Subject:
+def pretrained_subject(weights: str) -> Subject:
     model, metadata = load_weights(weights)
     pixels = pixels_of(model, metadata["name"])
     height, width = pixels.img_size
@@ -66,66 +67,106 @@ def of_photos(weights: str) -> Subject:
 
     def crops(paths: list[Path]) -> Tensor:
         """Random crops of photos, every other one flipped."""
-        photos, made = [larger.load(path) for path in paths], []
+        photos = [larger.load(path) for path in paths]
+        batch = []
         for i in range(CROPS):
             top, left = (int(torch.randint(side // 3 + 1, (), generator=generator)) for side in (height, width))
             crop = photos[i % len(photos)][:, top : top + height, left : left + width]
-            made.append(crop.flip(2) if i // len(photos) % 2 else crop)
-        return pixels.normalise(torch.stack(made))
+            batch.append(crop.flip(2) if i // len(photos) % 2 else crop)
+        return pixels.normalise(torch.stack(batch))
 
     paths = sorted(PHOTOS.glob("*.jpg"))
-    to_fit, others = ([path for path in paths if (path.stem in TO_FIT) is fits] for fits in (True, False))
-    pictures = torch.stack([pixels.load(path) for path in others])
-    about = (
+    calibration = [path for path in paths if path.stem in CALIBRATION_PHOTOS]
+    comparison = [path for path in paths if path.stem not in CALIBRATION_PHOTOS]
+    pictures = torch.stack([pixels.load(path) for path in comparison])
+    description = (
         f"{metadata['name']}, {weights},\n"
-        f"calibrated on {CROPS} crops of {len(to_fit)} photos, compared on {CROPS} crops of {len(others)} others"
+        f"calibrated on {CROPS} crops of {len(calibration)} photos, "
+        f"compared on {CROPS} crops of {len(comparison)} others"
     )
-    inputs = pixels.normalise(pictures)
-    return Subject(about, model, crops(to_fit), crops(others), None, pictures, inputs, rates=(4, 8, 12), batch=16)
+    return Subject(
+        description,
+        model,
+        calibration=crops(calibration),
+        images=crops(comparison),
+        labels=None,
+        pictures=pictures,
+        inputs=pixels.normalise(pictures),
+        rates=(4, 8, 12),
+        batch=16,
+    )
 
 
-def of_digits() -> Subject:
+def digits_subject() -> Subject:
     model = digits.train(seed=0, rate=0, epochs=digits.EPOCHS).model
-    to_fit, _, images, labels = digits.load()
-    about = (
+    train_images, _, images, labels = digits.load()
+    description = (
         f"a ViT of {digits.MODEL['depth']} blocks and 64 patches, trained on handwritten digits,\n"
         f"calibrated on 256 of them, compared on {len(images)} others"
     )
-    shown = images[:8]
+    inputs = images[:8]
     return Subject(
-        about, model, to_fit[:256], images, labels, (shown + 1) / 2, shown, rates=(8, 12, 16), batch=len(images)
+        description,
+        model,
+        calibration=train_images[:256],
+        images=images,
+        labels=labels,
+        pictures=(inputs + 1) / 2,
+        inputs=inputs,
+        rates=(8, 12, 16),
+        batch=len(images),
     )
 
 
-def show(subject: Subject, out: Path, device: torch.device) -> None:
-    """Calibrate, compare and time the model, in one table, and draw what is merged."""
-    rates, shown = [0, *subject.rates], subject.rates[1]
-    model, images = subject.model.to(device), subject.images.to(device)
-    cropr.calibrate(cropr.apply(model, rate=shown, merge=True), subject.to_fit)
-    agreed = cropr.agreement(model, images, rates)
-    timed = measure(model, images[: subject.batch], rates, graphs=False, rounds=None, show=True)  # checks what it times
+def measure_rates(subject: Subject, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
+    """Measure agreement, time and, with labels, accuracy at rate 0 and the subject's rates."""
+    rates = [0, *subject.rates]
+    images = subject.images.to(device)
+    agreements = cropr.agreement(model, images, rates)
+    timings = measure(model, images[: subject.batch], rates, graphs=False, rounds=None, show=True)  # checks outputs too
     fast = cropr.deploy(model)
-    cells = []
-    for one, times in zip(agreed, timed):
-        row = [f"{one.rate}" if one.rate else "unpruned", f"{100 * one.agreement:.1f}"]
+    rows = []
+    for result, times in zip(agreements, timings):
+        row = {"rate": result.rate, "agreement": 100 * result.agreement} | times
         if subject.labels is not None:
-            row.append(f"{digits.accuracy(cropr.set_rate(fast, one.rate), images, subject.labels.to(device)):.1f}")
-        row += [f"{times['images_per_second']:.1f}", f"{times['speedup']:.2f}x", f"{times['flop_ratio']:.2f}x"]
-        cells.append([*row, f"{times['spread']:.0%}"])
+            row["accuracy"] = digits.accuracy(cropr.set_rate(fast, result.rate), images, subject.labels.to(device))
+        rows.append(row)
+    return rows
+
+
+def print_table(subject: Subject, rows: list[dict[str, Any]], device: torch.device) -> None:
     accuracy = ["accuracy, %"] if subject.labels is not None else []
     head = ["merged per block", "agreement, %", *accuracy, "images/s", "speed-up", "FLOP ratio", "spread"]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"\n{subject.about}; batch {subject.batch}, float32, {where}:")
-    print(table(head, cells, left=1))
-    if any(above_flops(times["speedup"], times["flop_ratio"]) for times in timed):
+    lines = []
+    for row in rows:
+        cells = [f"{row['rate']}" if row["rate"] else "unpruned", f"{row['agreement']:.1f}"]
+        if "accuracy" in row:
+            cells.append(f"{row['accuracy']:.1f}")
+        cells += [f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x", f"{row['flop_ratio']:.2f}x"]
+        lines.append([*cells, f"{row['spread']:.0%}"])
+    hardware = f"CPU, {torch.get_num_threads()} thread(s)"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    print(f"\n{subject.description}; batch {subject.batch}, float32, {hardware}:")
+    print(table(head, lines, left=1))
+    if any(above_flops(row["speedup"], row["flop_ratio"]) for row in rows):
         print(f"Some are {ABOVE_FLOPS}.")
-    cropr.set_rate(fast, shown)
+
+
+def show(subject: Subject, out: Path, device: torch.device) -> None:
+    """Calibrate, compare and time the model, print one table, and draw merged patches."""
+    rate = subject.rates[1]
+    model = subject.model.to(device)
+    cropr.calibrate(cropr.apply(model, rate=rate, merge=True), subject.calibration)
+    print_table(subject, measure_rates(subject, model, device), device)
+    fast = cropr.set_rate(cropr.deploy(model), rate)
     inputs = subject.inputs.to(device)
-    pruned, merged = out / "pruned.png", out / "merged.png"
+    pruned = out / "pruned.png"
+    merged = out / "merged.png"
     depth = len(fast.cropr.spec.blocks)
     save_pruning_maps(pruned, subject.pictures, cropr.pruning_map(fast, inputs), depth=depth)
     save_merge_maps(merged, subject.pictures, cropr.merge_map(fast, inputs))
-    print(f"At {shown}, after which block each patch is merged: {pruned}; which are one token in the end: {merged}")
+    print(f"At {rate}, after which block each patch is merged: {pruned}; which are one token in the end: {merged}")
 
 
 def main() -> None:
@@ -136,12 +177,12 @@ def main() -> None:
     if options.weights is not None and not Path(options.weights).is_file():
         parser.error(f"--weights: no file at {options.weights}")
     options.out.mkdir(parents=True, exist_ok=True)
-    print(ABOUT)
+    print(INTRODUCTION)
     weights = options.weights or find_weights()
     if weights is None:
-        print(WITHOUT)
+        print(NO_WEIGHTS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    show(of_digits() if weights is None else of_photos(weights), options.out, device)
+    show(digits_subject() if weights is None else pretrained_subject(weights), options.out, device)
     print("So few images tell little. On a folder of yours: cropr calibrate MODEL FOLDER")
 
 

@@ -1,6 +1,6 @@
-"""Train a small ViT with Cropr, and its unpruned twin, on the handwritten digits bundled with scikit-learn.
+"""Train a small ViT with and without Cropr on the handwritten digits bundled with scikit-learn.
 
-The unpruned one stands for a pretrained network where no weights are at hand: the demo calibrates it and merges.
+Without pretrained weights the demo calibrates the unpruned one, and merges its tokens.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from torch.nn.functional import cross_entropy, interpolate
 import cropr_kernels as cropr
 from cropr_kernels.utils.progress import Progress
 
-EPOCHS, BATCH, RATE, TEST = 20, 64, 20, 360
+EPOCHS = 20
+BATCH = 64
+RATE = 20
+TEST = 360  # images
 MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
 
 
@@ -25,12 +28,14 @@ class Result:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, labels, test images, labels; images (B, 1, 16, 16) in [-1, 1], resized from 8 x 8."""
+    """Return images (B, 1, 16, 16) in [-1, 1] and labels for training, then for testing."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    images, labels = interpolate(images, size=(16, 16), mode="bilinear"), torch.tensor(digits.target)
+    images = interpolate(images, size=(16, 16), mode="bilinear")
+    labels = torch.tensor(digits.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = order[:TEST], order[TEST:]
+    test = order[:TEST]
+    train = order[TEST:]
     return images[train], labels[train], images[test], labels[test]
 
 
@@ -40,7 +45,7 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Result:
-    """Train one network; rate 0 is the unpruned twin. The rate rises over the first half of the epochs."""
+    """Train one network (rate 0: unpruned); the rate rises over the first half of the epochs."""
     torch.manual_seed(seed)
     images, labels, test_images, test_labels = load()
     model = cropr.create_vit("vit_tiny_patch16_224", **MODEL)
@@ -59,9 +64,10 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
             model.train()
             for batch in torch.randperm(len(images))[: batches * BATCH].view(batches, BATCH):
                 output = model(images[batch])
-                loss = (
-                    cropr.loss(cross_entropy, *output, labels[batch]) if rate else cross_entropy(output, labels[batch])
-                )
+                if rate:
+                    loss = cropr.loss(cross_entropy, *output, labels[batch])
+                else:
+                    loss = cross_entropy(output, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

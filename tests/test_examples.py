@@ -80,9 +80,9 @@ def test_the_demo_measures_a_weight_file_on_photos_it_was_not_calibrated_on(exam
     assert "No pretrained weights" not in text and "accuracy, %" not in text
     assert [row[0] for row in rows] == ["unpruned", "4", "8", "12"] and rows[0][1] == "100.0"
     assert (tmp_path / "pruned.png").stat().st_size > 10_000 and (tmp_path / "merged.png").stat().st_size > 10_000
-    subject = demo.of_photos(str(tmp_path / "weights.pth"))
-    assert subject.to_fit.shape == subject.images.shape == (4, 3, 224, 224) and len(subject.pictures) == 4
-    assert {path.stem for path in demo.PHOTOS.glob("*.jpg")} > set(demo.TO_FIT)
+    subject = demo.pretrained_subject(str(tmp_path / "weights.pth"))
+    assert subject.calibration.shape == subject.images.shape == (4, 3, 224, 224) and len(subject.pictures) == 4
+    assert {path.stem for path in demo.PHOTOS.glob("*.jpg")} > set(demo.CALIBRATION_PHOTOS)
 
 
 def test_the_demo_finds_weights_in_timms_cache_and_does_without_internet(examples, tmp_path, monkeypatch):

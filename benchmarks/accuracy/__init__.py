@@ -1,1 +1,1 @@
-"""What pruning costs: agreement with the unpruned network, and accuracy after training."""
+"""Accuracy under pruning: agreement with the unpruned network, and task accuracy after training."""

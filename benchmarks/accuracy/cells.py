@@ -1,6 +1,7 @@
-"""What the classification benchmark trains: options of `cropr train` by group and method.
+"""Cells of the classification benchmark: options of `cropr train` by group and method.
 
-A method whose name `registry.SYSTEMS`, `modules.MODULES` or `scorers.SCORERS` has is trained with what stands there.
+A method named in `registry.SYSTEMS`, `modules.MODULES` or `scorers.SCORERS` is trained with that
+entry.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from benchmarks.baselines.registry import BASELINES, SCHEDULES
 
 
 def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -> list[int]:
-    """Counts that fall by (how many blocks lie behind)^power, at the FLOPs of R = 14: over 1, most leave late."""
+    """Counts that fall by (blocks before)^power, at the FLOPs of R = 14."""
 
     def flops(counts: list[int]) -> int:
         return sum(count * (6 * width + count) for count in [total, *counts])
@@ -19,13 +20,15 @@ def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -
         return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
 
     goal = flops(cropr.Schedule(rate=14).counts(total, modules + 1))
-    return min((counts_of(scale / 4) for scale in range(4 * total)), key=lambda counts: abs(flops(counts) - goal))
+    candidates = (counts_of(scale / 4) for scale in range(4 * total))
+    return min(candidates, key=lambda counts: abs(flops(counts) - goal))
 
 
-# 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; with the last block whole.
+# 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; LLF: all tokens in
+# the last block.
 SCHEDULED = {name: options | {"llf": "LLF" in name} for name, options in SCHEDULES[12].items()}
 DEC, DEC_LLF, CONST, CONST_LLF = (SCHEDULED[name] for name in ("dec", "dec, LLF", "const", "const, LLF"))
-# The same for other factors. With four blocks whole, dropping once ends at 2.
+# The same for other factors. With all tokens in four blocks, dropping once reaches at most 2.
 FACTORS: dict[str, list[dict[str, Any]]] = {
     "1.5x": [dict(rate=11), dict(rate=14, llf=True), dict(const=(4, 103)), dict(const=(4, 88), llf=True)],
     "2x": [dict(ratio=0.863), dict(ratio=0.826, llf=True), dict(const=(4, 51)), dict(const=(4, 27), llf=True)],
@@ -47,11 +50,10 @@ MAIN: dict[str, dict[str, Any]] = {
     "Cropr, random start": DEC,
     "Cropr, queries fixed": DEC | CALIBRATED | dict(fixed_queries=True),
 }
-TRAINED = {
-    f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name: SCHEDULED[schedule]
-    for baseline in BASELINES
-    for schedule in baseline.trained
-}
+TRAINED: dict[str, dict[str, Any]] = {}
+for baseline in BASELINES:
+    for schedule in baseline.trained:
+        TRAINED[f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name] = SCHEDULED[schedule]
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "baselines": {

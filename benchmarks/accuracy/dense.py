@@ -1,4 +1,4 @@
-"""What the dense benches share: the recipe's defaults, and a sweep over methods that can be cut off."""
+"""Common parts of the dense benchmarks: defaults of the recipe, and a resumable sweep."""
 
 import argparse
 import itertools
@@ -37,8 +37,8 @@ def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) 
     return parser
 
 
-def shared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Options that every run has."""
+def shared_options(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Options of every run."""
     return {
         "weights": str(options.data / WEIGHTS),
         "mean": (0.5,) * 3,
@@ -56,49 +56,57 @@ def shared(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def build_task(config: Config, name: str, num_classes: int) -> Any:
-    """The network of a method, in place of the one that the configuration describes."""
+    """Build the network of a method, based on the one that the configuration describes."""
     torch.manual_seed(config.seed)  # for random tokens
     task = build.task(config, num_classes)
-    kind = name.removeprefix("LLF, ")
-    if kind in FUSED:
+    method = name.removeprefix("LLF, ")
+    if method in FUSED:
         return FusedSegmenter(
-            task.backbone, num_classes, grid=task.grid, fusion=FUSED[kind], ignore_index=config.ignore_index
+            task.backbone, num_classes, grid=task.grid, fusion=FUSED[method], ignore_index=config.ignore_index
         )
-    if kind in MODULES:
-        replace_modules(task.backbone, MODULES[kind])
+    if method in MODULES:
+        replace_modules(task.backbone, MODULES[method])
     return task
 
 
 @torch.no_grad()
 def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[str, dict[int, float]]:
-    """How far what the first whole block reads, its normed tokens, is from that of the same network unpruned.
+    """Relative error of the normed tokens in the first full block, against no pruning.
 
-    Squared error over the variance of the latter, by how many blocks a patch went through before it was pruned; those
-    never pruned stand at the depth of the network. Nothing where there is no fusion.
+    Squared error over the variance of the unpruned tokens, by the number of blocks before a patch
+    was pruned; patches that were never pruned have the depth of the network. Empty if there is no
+    fusion.
     """
     backbone = task.eval().backbone
     if not is_pruned(backbone) or backbone.cropr.config.llf is None:
         return {}
     images = torch.stack([data.val[i][0][:, :side, :side] for i in range(photos)])
-    fused, seen = backbone.blocks[-backbone.cropr.config.whole_blocks], list[Tensor]()
-    handle = fused.register_forward_pre_hook(lambda block, args: seen.append(args[0][:, backbone.num_prefix_tokens :]))
-    after, config = cropr.pruning_map(backbone, images).flatten(1), backbone.cropr.config
+    config = backbone.cropr.config
+    fused = backbone.blocks[-config.whole_blocks]
+    block_inputs: list[Tensor] = []
+
+    def keep_patches(block: Any, args: tuple[Tensor, ...]) -> None:
+        block_inputs.append(args[0][:, backbone.num_prefix_tokens :])
+
+    handle = fused.register_forward_pre_hook(keep_patches)
+    pruned_after = cropr.pruning_map(backbone, images).flatten(1)
     cropr.set_rate(backbone, 0).forward_features(images)
     handle.remove()
     backbone.cropr.config = config
-    restored, whole = map(fused.norm1, seen)
-    variance = (whole - whole.mean((0, 1))).square().sum(2).mean()
-    error = (restored - whole).square().sum(2) / variance
-    return {"restored": {int(blocks): round(error[after == blocks].mean().item(), 4) for blocks in after.unique()}}
+    restored, unpruned = map(fused.norm1, block_inputs)
+    variance = (unpruned - unpruned.mean((0, 1))).square().sum(2).mean()
+    error = (restored - unpruned).square().sum(2) / variance
+    depths = pruned_after.unique()
+    return {"restored": {int(depth): round(error[pruned_after == depth].mean().item(), 4) for depth in depths}}
 
 
 def sweep(
     options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
 ) -> None:
-    """Train every method with every seed, and save after each; flops_of(task) runs what is counted."""
+    """Train every method with every seed, save each; flops_of(task) runs a forward to count."""
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
-    named = ("epochs", "lr", "batch", "photos", "one_category")
-    env |= {name: value for name, value in vars(options).items() if name in named}
+    recorded = ("epochs", "lr", "batch", "photos", "one_category")
+    env |= {name: value for name, value in vars(options).items() if name in recorded}
     results = Results(out, env, keys=("seed", "method"))
     cells = list(results.remaining(itertools.product(options.seeds, options.methods)))
     for seed, name in tqdm(cells, desc="methods"):
@@ -106,10 +114,10 @@ def sweep(
         data = load_data(config)
         task = build_task(config, name, len(data.classes))
         with tempfile.TemporaryDirectory() as folder:
-            reached = train(config, folder, data=data, task=task)
+            metrics = train(config, folder, data=data, task=task)
         with torch.no_grad(), flop_counter() as counter:
             flops_of(task.to("cpu").eval().requires_grad_(False))
-        figures = {key: value for key, value in reached.items() if key not in ("skipped", "images", "seconds", "aux")}
+        figures = {key: value for key, value in metrics.items() if key not in ("skipped", "images", "seconds", "aux")}
         figures |= {"GFLOPs": round(counter.get_total_flops() / 2e9, 3)}
         if config.task == "segmentation":
             figures |= restored_errors(task, data, config.img_size[0])

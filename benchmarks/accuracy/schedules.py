@@ -1,28 +1,30 @@
-"""Where in a network tokens should leave it: schedules at equal FLOPs or equal speed, without labels and training.
+"""Schedules at equal FLOPs or equal speed, without labels and training.
 
 python -m benchmarks.accuracy.schedules --data FOLDER --plan      first: chooses them, with latency measured here
 python -m benchmarks.accuracy.schedules --data FOLDER [--photos 400] [--seeds 5 6 7]
 python -m benchmarks.accuracy.schedules --data FOLDER --speed
 
-FOLDER as in data.py. For --plan and --speed nothing else should run. The plan holds the counts of every schedule, so
-that agreement and speed are of the same ones (schedules_plan.json, or --planned FILE); another plan asks for another
-run of both. Each seed draws its own photos: as many to calibrate on, from the training split, as to compare on, from
-the validation split. A run that is cut off goes on where it stopped.
+FOLDER as in data.py. --plan and --speed need an otherwise idle machine. The plan holds the counts
+of every schedule, so that agreement and speed are of the same schedules (schedules_plan.json, or
+--planned FILE); after a new plan both must run again. Each seed draws its photos: for calibration
+from the training split, and as many for comparison from the validation split. An interrupted run
+resumes.
 
 Groups and schedules:
-  R = ...          at the FLOPs of a constant rate: constant, once (after block 4), what is lost by block l as l^1.3,
-                   R_l as l^1.3; and tuned: `cropr.tune` for the speed that the constant rate has in the plan's run
-  DiffRate, ...    the counts that it publishes, see counts.py, and the constant rate and l^1.3 at their FLOPs.
-                   Theirs acts between attention and MLP and also in the last block, ours behind each but the last
+  R = ...          at the FLOPs of a constant rate: constant, once (after block 4), tokens lost after block l as l^1.3,
+                   R_l as l^1.3; and tuned: `cropr.tune` for the speed of the constant rate in the plan's run
+  DiffRate, ...    its published counts, see counts.py, and the constant rate and l^1.3 at their FLOPs. DiffRate
+                   reduces between attention and MLP, in the last block too; Cropr after every block but the last
   POMT, batch ...  Pruning One More Token, and the constant rate at its FLOPs
 
-Of POMT (arXiv 2407.05941) this is theirs, by its code: to prune once, in the fourth of twelve blocks; to measure the
-latency of the network at every number of tokens n, and its accuracy with all but n tokens dropped at random before the
-first block; to keep the n of the highest utility, with alpha = 1/2 (counts.py); and its ranking of tokens
-(selection.py), which is a method of its own here, beside Cropr's queries at the same counts. This is ours: accuracy is
-agreement with the unpruned network, on photos without labels, at every fourth n and straight in between; latency is
-that of the engine, with tokens leaving after the first block, where the first module is; by Cropr's queries tokens
-leave behind the fourth block, not within; and n tokens are kept, where its code keeps two more than it chose.
+From POMT (arXiv 2407.05941) and its code: prune once, in the fourth of twelve blocks; measure the
+latency of the network at every number of tokens n, and its accuracy with all but n random tokens
+dropped before the first block; keep the n of the highest utility, with alpha = 1/2 (counts.py);
+rank tokens as in selection.py, which is a separate method here, besides Cropr's queries at the same
+counts. Our changes: accuracy is agreement with the unpruned network, on photos without labels, at
+every fourth n, interpolated linearly; latency is that of the engine, with tokens leaving after the
+first block, at the first module; with Cropr's queries tokens leave after the fourth block, not
+within it; and n tokens are kept, two fewer than in the authors' code.
 """
 
 import argparse
@@ -43,8 +45,9 @@ from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import SYSTEMS
 from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.models.timing import gflops
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
+from cropr_kernels.models.vit import ViT
 from cropr_kernels.tuning import filled
 
 RATES = (5, 11, 14)  # 1.2, 1.5 and 1.7 times fewer FLOPs
@@ -53,54 +56,58 @@ ONCE_AFTER = 4  # blocks, of twelve
 CHOSEN_ON = 0  # the seed of the photos on which POMT estimates accuracy
 MERGES = {"dropping": False, "merging": True}
 RANKED = "POMT's ranking"
-Row = dict[str, Any]
 
 
 class Network:
-    """What schedules must know of a model."""
+    """Dimensions of a model that schedules depend on."""
 
-    def __init__(self, base: Any):
-        self.prefix, self.dim = base.num_prefix_tokens, base.embed_dim
-        self.tokens, self.depth = self.prefix + base.grid**2, len(base.blocks)
+    def __init__(self, base: ViT):
+        self.prefix = base.num_prefix_tokens
+        self.dim = base.embed_dim
+        self.tokens = self.prefix + base.grid**2
+        self.depth = len(base.blocks)
         self.modules = self.depth - 1
 
     def flops(self, keep: Sequence[int]) -> int:
         return counting.block_flops([self.tokens, *keep], self.dim)
 
-    def fitted(self, lost: counting.Lost, keep: Sequence[int]) -> list[int]:
-        """Counts at the FLOPs of others."""
-        return counting.fitted(lost, self.flops(keep), self.tokens, self.dim, self.modules, self.prefix)
+    def fitted(self, profile: counting.Profile, keep: Sequence[int]) -> list[int]:
+        """Counts with a loss profile, at the FLOPs of `keep`."""
+        return counting.fitted(profile, self.flops(keep), self.tokens, self.dim, self.modules, self.prefix)
 
     def constant(self, rate: int) -> list[int]:
         return cropr.Schedule(rate=rate).counts(self.tokens, self.depth, self.prefix)
 
-    def once(self, kept: int) -> list[int]:
-        return counting.once(ONCE_AFTER, kept, self.tokens, self.modules)
+    def reduce_once(self, kept: int) -> list[int]:
+        return counting.reduce_once(ONCE_AFTER, kept, self.tokens, self.modules)
 
 
-def unmeasured(network: Network) -> Iterator[Row]:
-    """The schedules that no latency decides."""
+def fixed_schedules(network: Network) -> Iterator[Row]:
+    """Yield the schedules that depend on no latency."""
     for rate in RATES:
-        group, keep = f"R = {rate}", network.constant(rate)
+        group = f"R = {rate}"
+        keep = network.constant(rate)
         goal = network.flops(keep)
         yield {"group": group, "schedule": "constant", "keep": keep}
-        once = counting.fitted_once(ONCE_AFTER, goal, network.tokens, network.dim, network.modules, network.prefix)
-        yield {"group": group, "schedule": "once", "keep": once}
-        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.late, keep)}
-        yield {"group": group, "schedule": "R_l as l^1.3", "keep": network.fitted(counting.later, keep)}
-    for (name, published), left in counting.DIFFRATE.items():
-        group, keep = f"DiffRate, {name}, {published} GFLOPs", counting.diffrate(left)
+        counts = counting.fitted_once(ONCE_AFTER, goal, network.tokens, network.dim, network.modules, network.prefix)
+        yield {"group": group, "schedule": "once", "keep": counts}
+        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.rising_total, keep)}
+        yield {"group": group, "schedule": "R_l as l^1.3", "keep": network.fitted(counting.rising_rate, keep)}
+    for (name, published), published_counts in counting.DIFFRATE.items():
+        group = f"DiffRate, {name}, {published} GFLOPs"
+        keep = counting.diffrate(published_counts)
         yield {"group": group, "schedule": "DiffRate", "keep": keep}
-        yield {"group": group, "schedule": "constant", "keep": network.fitted(counting.even, keep)}
-        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.late, keep)}
+        yield {"group": group, "schedule": "constant", "keep": network.fitted(counting.constant_rate, keep)}
+        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.rising_total, keep)}
 
 
-def estimated_accuracy(base: Any, images: Tensor, step: int) -> dict[int, float]:
-    """Agreement, in percent, with so many random tokens left before the first block, by their number."""
-    expected, network = log_probabilities(base, images), Network(base)
+def estimated_accuracy(base: ViT, images: Tensor, step: int) -> dict[int, float]:
+    """Agreement in percent by the number n of random tokens that enter the first block."""
+    expected = log_probabilities(base, images)
+    network = Network(base)
     generator = torch.Generator().manual_seed(CHOSEN_ON)
 
-    def run(batch: Tensor, n: int) -> Tensor:
+    def logits_at(batch: Tensor, n: int) -> Tensor:
         x, _ = base.embed(batch)
         patches = torch.randperm(network.tokens - network.prefix, generator=generator)[: n - network.prefix]
         x = x[:, torch.cat([torch.arange(network.prefix), patches + network.prefix])]
@@ -108,56 +115,70 @@ def estimated_accuracy(base: Any, images: Tensor, step: int) -> dict[int, float]
             x = block(x)
         return base.forward_head(base.norm(x))
 
-    found, least = {}, network.prefix + 1
+    accuracy = {}
+    least = network.prefix + 1
     for n in tqdm([*range(network.tokens, least, -step), least], desc="accuracy", mininterval=5):
-        answers = torch.cat([run(batch, n) for batch in images.split(50)]).log_softmax(1)
-        found[n] = agreement(answers, expected)[0]
-    return found
+        log_probs = torch.cat([logits_at(batch, n) for batch in images.split(50)]).log_softmax(1)
+        accuracy[n] = agreement(log_probs, expected)[0]
+    return accuracy
 
 
-def build(base: Any, model: Any, keep: Sequence[int], method: str) -> Any:
-    """A method with these counts; `model` holds the calibrated queries."""
+def build(base: ViT, model: Any, keep: Sequence[int], method: str) -> Any:
+    """Build a method with these counts; `model` holds the calibrated queries."""
     if method == RANKED:
         return Reduced(base, SYSTEMS["POMT"], keep).eval()
-    own = pruned(base, keep=list(keep), merge=MERGES[method])
-    own.cropr.load_state_dict(model.cropr.state_dict())
-    return deploy(own, base)
+    network = pruned(base, keep=list(keep), merge=MERGES[method])
+    network.cropr.load_state_dict(model.cropr.state_dict())
+    return deploy(network, base)
 
 
-def plan(options: argparse.Namespace, base: Any) -> None:
-    """Every schedule, those that a latency decides for each batch size."""
-    network, model = Network(base), calibrated(base, torch.randn(8, 3, SIZE, SIZE))
-    rows = [row | {"batch": None} for row in unmeasured(network)]
+def tuned_schedules(options: argparse.Namespace, base: ViT, model: Any, images: Tensor) -> Iterator[Row]:
+    """Yield `cropr.tune`'s schedule for the speed of each constant rate."""
+    network = Network(base)
+    models = {f"R = {rate}": build(base, model, network.constant(rate), "dropping") for rate in RATES}
+    times = timed(models | {"unpruned": unpruned(base)}, images, options.rounds)
+    batch = len(images)
+    for group in models:
+        goal = speed_up(times["unpruned"], times[group])["speed-up"]
+        tuned = cropr.tune(model, images, speedup=max(goal, 1.0), rounds=options.tune_rounds)
+        row = {"group": group, "schedule": f"tuned, batch {batch}", "keep": tuned.keep, "batch": batch}
+        yield row | {"goal": goal, "measured": round(tuned.measured, 3)}
+
+
+def pomt_schedules(seconds: dict[int, float], accuracy: dict[int, float], network: Network, batch: int) -> list[Row]:
+    """POMT's schedule by latency and accuracy, and the constant rate at its FLOPs."""
+    kept = counting.one_more_token(seconds, accuracy)
+    keep = network.reduce_once(kept)
+    group = f"POMT, batch {batch}"
+    row = {"group": group, "schedule": "POMT", "keep": keep, "batch": batch, "kept": kept}
+    row["latency"] = {n: round(seconds[n] / seconds[network.tokens], 4) for n in seconds}
+    row["accuracy"] = {n: round(accuracy[n], 2) for n in seconds}
+    constant = network.fitted(counting.constant_rate, keep)
+    return [row, {"group": group, "schedule": "constant", "keep": constant, "batch": batch}]
+
+
+def choose_schedules(options: argparse.Namespace, base: ViT) -> None:
+    """Write the plan: every schedule, with those that depend on latency for each batch size."""
+    network = Network(base)
+    model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
+    rows = [row | {"batch": None} for row in fixed_schedules(network)]
     photos, _ = read_photos(options.data / DATA["Tiny-ImageNet"], TRAIN, options.estimate, CHOSEN_ON)
     accuracy = filled(estimated_accuracy(base, photos, 4), 1)
-    numbers = range(network.tokens, network.prefix, -options.step)
-    stacks = {n: build(base, model, [n] * network.modules, "dropping") for n in numbers}
+    token_counts = range(network.tokens, network.prefix, -options.step)
+    models_by_count = {n: build(base, model, [n] * network.modules, "dropping") for n in token_counts}
     for batch in options.batches:
         images = torch.randn(batch, 3, SIZE, SIZE)
-        models = {f"R = {rate}": build(base, model, network.constant(rate), "dropping") for rate in RATES}
-        times = timed(models | {"unpruned": unpruned(base)}, images, options.rounds)
-        for group in models:
-            goal = speed_up(times["unpruned"], times[group])["speed-up"]
-            tuned = cropr.tune(model, images, speedup=max(goal, 1.0), rounds=options.tune_rounds)
-            row = {"group": group, "schedule": f"tuned, batch {batch}", "keep": tuned.keep, "batch": batch}
-            rows.append(row | {"goal": goal, "measured": round(tuned.measured, 3)})
-        seconds = {n: quantile(own, 0.5) for n, own in timed(stacks, images, options.curve_rounds).items()}
-        kept = counting.one_more_token(seconds, accuracy)
-        group, keep = f"POMT, batch {batch}", network.once(kept)
-        row = {"group": group, "schedule": "POMT", "keep": keep, "batch": batch, "kept": kept}
-        row["latency"] = {n: round(own / seconds[network.tokens], 4) for n, own in seconds.items()}
-        rows.append(row | {"accuracy": {n: round(accuracy[n], 2) for n in numbers}})
-        rows.append(
-            {"group": group, "schedule": "constant", "keep": network.fitted(counting.even, keep), "batch": batch}
-        )
+        rows += tuned_schedules(options, base, model, images)
+        times = timed(models_by_count, images, options.curve_rounds)
+        rows += pomt_schedules({n: quantile(times[n], 0.5) for n in times}, accuracy, network, batch)
     env = environment("cpu") | {"model": "vit_tiny_patch16_224", "rounds": options.rounds, "photos": options.estimate}
     groups = list(dict.fromkeys(row["group"] for row in rows))
     rows.sort(key=lambda row: groups.index(row["group"]))
     Results(options.planned, env).replace(rows)
 
 
-def planned(path: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """Group, schedule, counts and method of everything to measure.
+def planned_cells(path: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
+    """Group, schedule, counts and method of each network of the plan.
 
     Raises:
         FileNotFoundError: there is no plan yet.
@@ -166,42 +187,47 @@ def planned(path: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
         raise FileNotFoundError(f"schedules: there is no plan at {path}: run it with --plan first")
     cells = []
     for row in Results(path, {}, keys=("group", "schedule")).rows:
-        own = (RANKED,) if row["schedule"] == "POMT" else ()
-        cells += [(row["group"], row["schedule"], tuple(row["keep"]), method) for method in (*MERGES, *own)]
+        rankings = (RANKED,) if row["schedule"] == "POMT" else ()
+        cells += [(row["group"], row["schedule"], tuple(row["keep"]), method) for method in (*MERGES, *rankings)]
     return cells
 
 
-def compare(options: argparse.Namespace, base: Any) -> None:
-    """Every schedule and method against the unpruned model, on the photos of every seed."""
+def compare(options: argparse.Namespace, base: ViT) -> None:
+    """Compare every schedule and method with the unpruned model, on the photos of every seed."""
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "group", "schedule", "keep", "method"))
-    image, every = torch.randn(1, 3, SIZE, SIZE), planned(options.planned)
-    whole, flops = gflops(unpruned(base), image), {}
-    cells = ((data, seed, *cell) for data, seed, cell in itertools.product(DATA, options.seeds, every))
-    for (data, seed), of_seed in itertools.groupby(results.remaining(cells), key=lambda cell: cell[:2]):
+    image = torch.randn(1, 3, SIZE, SIZE)
+    plan_cells = planned_cells(options.planned)
+    unpruned_gflops = gflops(unpruned(base), image)
+    flop_ratios: dict[Any, float] = {}
+    cells = ((data, seed, *cell) for data, seed, cell in itertools.product(DATA, options.seeds, plan_cells))
+    for (data, seed), seed_cells in itertools.groupby(results.remaining(cells), key=lambda cell: cell[:2]):
         calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
         images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
-        expected, model = log_probabilities(base, images), calibrated(base, calibration)
-        for cell in tqdm(of_seed, desc=f"{data}, seed {seed}", mininterval=5):
+        expected = log_probabilities(base, images)
+        model = calibrated(base, calibration)
+        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
             keep, method = cell[4:]
             network = build(base, model, keep, method)
-            if (keep, method) not in flops:
-                flops[keep, method] = whole / gflops(network, image)
-            same, divergence = agreement(log_probabilities(network, images), expected)
-            row = dict(zip(results.keys, cell)) | {"FLOPs": round(flops[keep, method], 3)}
-            results.add(row | {"agreement": round(same, 2), "KL": round(divergence, 4)})
+            if (keep, method) not in flop_ratios:
+                flop_ratios[keep, method] = unpruned_gflops / gflops(network, image)
+            percent_agreed, divergence = agreement(log_probabilities(network, images), expected)
+            row = dict(zip(results.keys, cell)) | {"FLOPs": round(flop_ratios[keep, method], 3)}
+            results.add(row | {"agreement": round(percent_agreed, 2), "KL": round(divergence, 4)})
 
 
-def speed(options: argparse.Namespace, base: Any) -> None:
-    """Every schedule and method against the unpruned model on the engine, in turns of one call in shuffled order."""
-    model, rows, every = calibrated(base, torch.randn(8, 3, SIZE, SIZE)), [], planned(options.planned)
-    models: dict[Any, Any] = {cell: build(base, model, *cell[2:]) for cell in every} | {"unpruned": unpruned(base)}
+def speed(options: argparse.Namespace, base: ViT) -> None:
+    """Time every schedule and method, interleaved, against the unpruned model on the engine."""
+    model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
+    plan_cells = planned_cells(options.planned)
+    rows = []
+    models: dict[Any, Any] = {cell: build(base, model, *cell[2:]) for cell in plan_cells} | {"unpruned": unpruned(base)}
     for batch in options.batches:
         times = timed(models, torch.randn(batch, 3, SIZE, SIZE), options.rounds)
         plain = times.pop("unpruned")
-        for cell, own in times.items():
+        for cell, seconds in times.items():
             row = dict(zip(("group", "schedule", "keep", "method"), cell))
-            rows.append(row | {"batch": batch, **speed_up(plain, own)})
+            rows.append(row | {"batch": batch, **speed_up(plain, seconds)})
     env = environment("cpu") | {"model": "vit_tiny_patch16_224", "rounds": options.rounds}
     Results(options.out, env).replace(rows)
 
@@ -225,7 +251,12 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out or RESULTS / f"schedules{'_speed' if options.speed else ''}.json"
     base, _ = load_model(options.data)
-    (plan if options.plan else speed if options.speed else compare)(options, base)
+    if options.plan:
+        choose_schedules(options, base)
+    elif options.speed:
+        speed(options, base)
+    else:
+        compare(options, base)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What scores know before any training: how well they foretell attention, and whether what they keep is the object.
+"""Quality of scores before training: correlation with later attention, overlap with objects.
 
 python -m benchmarks.accuracy.scorers --data FOLDER [--photos 300] [--seeds 2 3 4] [--out FILE]
 
-FOLDER as in data.py. The unpruned network runs on photos of Tiny-ImageNet that no query was calibrated on. For
-each block: the rank correlation of the scores of its patches with how much the later blocks attend to
-them, and the share of the better half that lies in the object's box. The last rows say what Last Layer Fusion, dropping
-at once, and other scores in some blocks or in all, take from the network's answers before it is trained.
+FOLDER as in data.py. The unpruned network runs on photos of Tiny-ImageNet outside the calibration
+set. For each block: the rank correlation of the scores of its patches with the attention they
+receive in later blocks, and the share of the better half that lies in the object's box. The last
+rows measure the agreement, before training, with Last Layer Fusion, with dropping at once, and with
+other scores in some or all blocks.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from benchmarks.baselines.modules import MODULES, replace_modules
 from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.selection import variance_scores
 from benchmarks.models.deployment import pruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from cropr_kernels.calibration import importance
 from cropr_kernels.models.blocks import project_heads
+from cropr_kernels.models.vit import ViT
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "dec, R = 14": dict(rate=14),
@@ -39,8 +41,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "const": dict(const=(4, 79)),
     "const, LLF": dict(const=(4, 60), llf=True),
 }
-# Who scores in the place of the query behind which of the 11 blocks, at R = 14.
-OTHERS: dict[str, tuple[str, list[int]]] = {
+# The scorer that replaces the query, and the blocks (of 11) after which it does, at R = 14.
+REPLACED: dict[str, tuple[str, list[int]]] = {
     "dec, R = 14, attention top-k": ("attention top-k", [*range(11)]),
     "dec, R = 14, attention top-k but for blocks 1 and 8": ("attention top-k", [1, 2, 3, 4, 5, 6, 8, 9, 10]),
     "dec, R = 14, variance": ("variance", [*range(11)]),
@@ -56,56 +58,69 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's, of each row of (B, N)."""
+    """Spearman's rank correlation of each row of (B, N)."""
     return torch.nn.functional.cosine_similarity(ranks(a), ranks(b), dim=1)
 
 
 def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """For each block but the last: what each scorer gives its patches, and how much later blocks attend to them."""
+    """For each block but the last: scores by scorer, and the attention patches receive later."""
     scores: list[dict[str, Tensor]] = []
     attended: list[Tensor] = []
     x, _ = base.embed(images)
     for layer, block in enumerate(base.blocks):
         q, k, _ = project_heads(block.attn, block.norm1(x))
         attended.append(importance(q, k, 1, class_token=True))
-        row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
+        class_row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
         x = block(x)
         if layer < len(queries):
-            named = {"Cropr, calibrated": x @ queries[layer], "attention top-k": row, "variance": variance_scores(x)}
-            scores.append({name: values[:, 1:] for name, values in named.items()} | {"random": torch.rand(len(x), 196)})
-    return [(named, torch.stack(attended[layer + 1 :]).mean(0)) for layer, named in enumerate(scores)]
+            by_scorer = {"Cropr, calibrated": x @ queries[layer], "attention top-k": class_row}
+            by_scorer |= {"variance": variance_scores(x)}
+            patch_scores = {name: values[:, 1:] for name, values in by_scorer.items()}
+            scores.append(patch_scores | {"random": torch.rand(len(x), 196)})
+    return [(scores[layer], torch.stack(attended[layer + 1 :]).mean(0)) for layer in range(len(scores))]
+
+
+def measure_scores(base: ViT, model: Any, images: Tensor, inside: Tensor) -> list[Row]:
+    """Correlation and overlap by scorer and block; inside (B, patches) marks the object's box."""
+    metrics: dict[tuple[str, int], list[Tensor]] = {}
+    queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
+    for batch, box in zip(images.split(50), inside.split(50)):
+        for layer, (by_scorer, target) in enumerate(scores_of(base, queries, batch)):
+            for name, scores in by_scorer.items():
+                share = box.gather(1, scores.topk(98, 1).indices).double().mean(1)
+                metrics.setdefault((name, layer), []).append(torch.stack([correlation(scores, target), share], 1))
+    rows = []
+    for (name, layer), batches in metrics.items():
+        rank, share = torch.cat(batches).mean(0).tolist()
+        rows.append({"scorer": name, "block": layer, "correlation": rank, "in box": 100 * share})
+    return rows
+
+
+def measure_schedules(base: ViT, model: Any, images: Tensor) -> list[Row]:
+    """Agreement by schedule, and with other scorers at R = 14."""
+    expected = log_probabilities(base, images)
+    rows = []
+    for name, schedule in (SCHEDULES | dict.fromkeys(REPLACED, SCHEDULES["dec, R = 14"])).items():
+        scheduled = pruned(base, **schedule)
+        for module, calibrated_module in zip(scheduled.cropr, model.cropr):
+            module.load_state_dict(calibrated_module.state_dict())
+        if name in REPLACED:
+            scorer, layers = REPLACED[name]
+            replace_modules(scheduled, MODULES[scorer], layers)
+        percent_agreed, divergence = agreement(log_probabilities(scheduled, images), expected)
+        rows.append({"schedule": name, "agreement": percent_agreed, "KL": divergence})
+    return rows
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace, base: Any, seed: int) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, base: ViT, seed: int) -> list[Row]:
     path = options.data / DATA["Tiny-ImageNet"]
     torch.manual_seed(seed)
     model = calibrated(base, read_photos(path, TRAIN, options.photos, seed)[0])
     images, _ = read_photos(path, VAL, options.photos, seed)
     inside = patches_in(torch.as_tensor(Encoded(path, VAL, options.photos, seed).boxes).float())
-    found: dict[tuple[str, int], list[Tensor]] = {}
-    queries = [module.query() for module in model.cropr][: len(base.blocks) - 1]
-    for part, box in zip(images.split(50), inside.split(50)):
-        for layer, (named, target) in enumerate(scores_of(base, queries, part)):
-            for name, scores in named.items():
-                kept = scores.topk(98, 1).indices
-                both = torch.stack([correlation(scores, target), box.gather(1, kept).double().mean(1)], 1)
-                found.setdefault((name, layer), []).append(both)
-    rows: list[dict[str, Any]] = []
-    for (name, layer), parts in found.items():
-        rank, share = torch.cat(parts).mean(0).tolist()
-        rows.append({"seed": seed, "scorer": name, "block": layer, "correlation": rank, "in box": 100 * share})
-    expected = log_probabilities(base, images)
-    for name, schedule in (SCHEDULES | dict.fromkeys(OTHERS, SCHEDULES["dec, R = 14"])).items():
-        other = pruned(base, **schedule)
-        for module, one in zip(other.cropr, model.cropr):
-            module.load_state_dict(one.state_dict())
-        if name in OTHERS:
-            kind, layers = OTHERS[name]
-            replace_modules(other, MODULES[kind], layers)
-        same, divergence = agreement(log_probabilities(other, images), expected)
-        rows.append({"seed": seed, "schedule": name, "agreement": same, "KL": divergence})
-    return rows
+    rows = measure_scores(base, model, images, inside) + measure_schedules(base, model, images)
+    return [{"seed": seed} | row for row in rows]
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""The ways back to a whole map, by the same recipe: a pretrained ViT-Ti on street scenes (CamVid), mIoU.
+"""Ways back to a full map, by the same recipe: a pretrained ViT-Ti on street scenes (CamVid), mIoU.
 
 python -m benchmarks.accuracy.segmentation --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods ...] [--out FILE]
 
-FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of data.py. Photos are resized to 240 x 180,
-and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after each block, from half of the
-epochs on, by queries that are calibrated and stay so, unless their name says otherwise. A last block that is fast
-learns at the rate of what is new, the decoders. A run that is cut off goes on where it stopped.
+FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of data.py. Photos are resized to
+240 x 180, and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after
+each block, from half of the epochs on, by calibrated, fixed queries, unless their name says
+otherwise. A fast last block has the learning rate of the new parameters, the decoders. An
+interrupted run resumes.
 """
 
 import tempfile
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.dense import arguments, shared, sweep
+from benchmarks.accuracy.dense import arguments, shared_options, sweep
 from benchmarks.utils.results import RESULTS
 from cropr_kernels.train import Config
 
 LEARNED: dict[str, Any] = dict(rate=7, curriculum=0.5, calibrate=128)
 PRUNED = LEARNED | dict(fixed_queries=True)
-SIZE, SIDE = (240, 180), 160
+SIZE = (240, 180)  # of the photos
+SIDE = 160  # of the crops
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {},
     "LLF": PRUNED | dict(llf=True),
@@ -41,15 +43,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def shrink(source: Path, target: Path) -> None:
-    """Photos and label maps at SIZE."""
+    """Write photos and label maps at SIZE."""
     from PIL import Image
 
     for part in ("train", "trainannot", "val", "valannot"):
         (target / part).mkdir(parents=True)
-        how = Image.Resampling.NEAREST if part.endswith("annot") else Image.Resampling.BICUBIC
+        resampling = Image.Resampling.NEAREST if part.endswith("annot") else Image.Resampling.BICUBIC
         for path in sorted((source / part).iterdir()):
             with Image.open(path) as image:
-                image.resize(SIZE, how).save(target / part / f"{path.stem}.png")
+                image.resize(SIZE, resampling).save(target / part / f"{path.stem}.png")
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
                 head_lr_scale=10.0,
                 scale=(0.75, 1.25),
                 color_jitter=0.2,
-                **shared(options, seed),
+                **shared_options(options, seed),
                 **METHODS[name],
             )
 

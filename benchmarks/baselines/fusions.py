@@ -1,4 +1,4 @@
-"""Ways to a whole map without Last Layer Fusion, for segmentation: what the paper compares it with."""
+"""Ways to a full map for segmentation: the paper's alternatives to Last Layer Fusion."""
 
 from typing import Any, NamedTuple
 
@@ -17,24 +17,25 @@ OTHER_FUSIONS = ("concat", "cross_attn", "cross_attn_concat", "mhsa_concat", "dt
 
 
 class PrunedTokens(NamedTuple):
-    """Tokens (B, R, D) as they were when pruned, their positions, and those of the tokens that were kept."""
+    """Tokens (B, R, D) as they were when pruned, their positions, and those of the kept tokens."""
 
     tokens: Tensor
     idx: Tensor
     kept_idx: Tensor
 
 
-def collected(state: PruningState) -> PrunedTokens | None:
-    """The pruned tokens, if there are any."""
+def collect_pruned(state: PruningState) -> PrunedTokens | None:
+    """Collect the pruned tokens; None if no token was pruned."""
     if state.positions is None:
         return None
-    return PrunedTokens(
-        torch.cat(state.pruned_tokens, 1), torch.cat([idx for _, idx in state.pruned_idx], 1), state.positions
-    )
+    tokens = torch.cat(state.pruned_tokens, 1)
+    idx = torch.cat([idx for _, idx in state.pruned_idx], 1)
+    return PrunedTokens(tokens, idx, state.positions)
 
 
 class Confident(Scorer):
-    """DToP's pruning: each token is classified by itself, and the surest are pruned with the prediction they have.
+    """DToP's pruning: classify each token by itself, and prune those with the most confident
+    result.
 
     Source: Tang et al. 2023, with the counts of a schedule in place of a threshold.
     """
@@ -52,7 +53,7 @@ class Confident(Scorer):
         raise TypeError("Confident: its scores are no product with a query; neither the engine nor merging can take it")
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, classes), prefix included, and scores (B, N): the surer, the lower."""
+        """Logits (B, N, classes), with prefix, and scores (B, N), low for confident tokens."""
         logits = self.classify(x)
         return logits, -logits.detach().float().softmax(-1).amax(-1)
 
@@ -69,7 +70,7 @@ class Confident(Scorer):
 
 
 class CrossAttention(nn.Module):
-    """Learned queries, one per patch, read the tokens that are there, and an MLP follows."""
+    """Learned queries, one per patch, attend to the active tokens; an MLP follows."""
 
     def __init__(self, dim: int, num_heads: int, patches: int):
         super().__init__()
@@ -81,43 +82,45 @@ class CrossAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, patches, D) from x (B, K, D), normalised."""
+        """(B, patches, D) from normed x (B, K, D)."""
         queries = self.queries.expand(len(x), -1, -1)
         out = queries + self.attention(self.norm(queries), x, x, need_weights=False)[0]
         return out + self.mlp(self.norm2(out))
 
 
 class Fusion(nn.Module):
-    """From the tokens that were kept and those that were pruned to all patches.
+    """Kept and pruned tokens to features of all patches.
 
-    concat: the pruned ones, as they were, take their places again. mhsa_concat: a further block follows. cross_attn:
-    learned queries read the kept ones. cross_attn_concat: they read all.
+    concat: pruned tokens return to their positions as they were. mhsa_concat: one more block
+    follows. cross_attn: learned queries attend to the kept tokens. cross_attn_concat: they attend
+    to all tokens.
     """
 
-    def __init__(self, how: str, dim: int, num_heads: int, patches: int):
+    def __init__(self, fusion: str, dim: int, num_heads: int, patches: int):
         super().__init__()
-        self.how = how
-        self.reader = CrossAttention(dim, num_heads, patches) if how.startswith("cross_attn") else None
-        self.block = Block(ViTConfig(embed_dim=dim, num_heads=num_heads), 0.0) if how == "mhsa_concat" else None
+        self.fusion = fusion
+        self.reader = CrossAttention(dim, num_heads, patches) if fusion.startswith("cross_attn") else None
+        self.block = Block(ViTConfig(embed_dim=dim, num_heads=num_heads), 0.0) if fusion == "mhsa_concat" else None
 
     def forward(self, x: Tensor, pruned: PrunedTokens | None, norm: nn.Module, num_prefix: int) -> Tensor:
-        """Normalised features (B, patches, D) from x (B, K, D) after the last block."""
-        if pruned is not None and self.how != "cross_attn":
-            x = put_back(x, pruned, pruned.tokens)
+        """Normed features (B, patches, D) from x (B, K, D) after the last block."""
+        if pruned is not None and self.fusion != "cross_attn":
+            x = restore_rows(x, pruned, pruned.tokens)
         x = norm(x if self.block is None else self.block(x))
         return x[:, num_prefix:] if self.reader is None else self.reader(x)
 
 
-def put_back(x: Tensor, pruned: PrunedTokens, rows: Tensor) -> Tensor:
-    """Rows of the kept tokens (B, K, C) and of the pruned ones (B, R, C), in order of position."""
+def restore_rows(x: Tensor, pruned: PrunedTokens, rows: Tensor) -> Tensor:
+    """Put rows of kept (B, K, C) and pruned tokens (B, R, C) in order of position."""
     return torch.ops.cropr.restore(x, pruned.kept_idx, rows, pruned.idx)
 
 
 class FusedSegmenter(Segmenter):
-    """`Segmenter` with another way to the whole map.
+    """`Segmenter` with another way to the full map.
 
     Args:
-        backbone: pruned by `apply` with llf=False, num_queries = patches and num_outputs = num_classes.
+        backbone: pruned by `apply` with llf=False, num_queries = patches and num_outputs =
+            num_classes.
         num_classes, grid, ignore_index: as in `Segmenter`.
         fusion: one of OTHER_FUSIONS; dtop replaces the Cropr modules.
 
@@ -130,15 +133,16 @@ class FusedSegmenter(Segmenter):
         super().__init__(backbone, num_classes, grid=grid, ignore_index=ignore_index)
         if fusion not in OTHER_FUSIONS:
             raise ValueError(f"FusedSegmenter: fusion must be one of {', '.join(OTHER_FUSIONS)}, got {fusion!r}")
-        stack = require_pruned(backbone, "FusedSegmenter")
-        if stack.config.llf:
+        modules = require_pruned(backbone, "FusedSegmenter")
+        if modules.config.llf:
             raise ValueError("FusedSegmenter: the backbone must be pruned with llf=False, got llf=True")
-        dim, num_heads = backbone.embed_dim, backbone.blocks[0].attn.num_heads
+        dim = backbone.embed_dim
+        num_heads = backbone.blocks[0].attn.num_heads
         self.fuse = None if fusion == "dtop" else Fusion(fusion, dim, num_heads, grid[0] * grid[1])
         if self.fuse is None:
             weight = next(backbone.parameters())
-            for layer in range(len(stack)):
-                stack[layer] = Confident(dim, num_classes).to(weight.device, weight.dtype)
+            for layer in range(len(modules)):
+                modules[layer] = Confident(dim, num_classes).to(weight.device, weight.dtype)
 
     def logits(self, images: Tensor, *, predict: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Logits of all patches (B, patches, classes), and with `predict` those of every module."""
@@ -146,18 +150,20 @@ class FusedSegmenter(Segmenter):
         options = PruningOptions(predict=predict, collect=True)
         _, state = run(backbone, lambda: backbone.forward_features(images), options)
         x: Any = state.tokens
-        pruned, prefix, norm = collected(state), state.num_prefix, token_norm(backbone)
+        pruned = collect_pruned(state)
+        prefix = state.num_prefix
+        norm = token_norm(backbone)
         if self.fuse is not None:
             return self.head(self.fuse(x, pruned, norm, prefix)), state.aux
         logits = self.head(norm(x))
         if pruned is not None:
-            parts = zip(state.pruned_idx, state.pruned_tokens)
-            decided = torch.cat([backbone.cropr[layer].classify(tokens) for (layer, _), tokens in parts], 1)
-            logits = put_back(logits, pruned, decided.type_as(logits))
+            pruned_by_layer = zip(state.pruned_idx, state.pruned_tokens)
+            early = torch.cat([backbone.cropr[layer].classify(tokens) for (layer, _), tokens in pruned_by_layer], 1)
+            logits = restore_rows(logits, pruned, early.type_as(logits))
         return logits[:, prefix:], predictions_of_patches(state)
 
     def aux_loss(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        """DToP's is that of the tokens active at that layer."""
+        """Segmentation loss of a prediction; for DToP of the tokens active at that layer."""
         if self.fuse is None:
             active = ~prediction[..., 0].isnan()
             labels = labels.where(active, self.ignore_index)
@@ -166,15 +172,16 @@ class FusedSegmenter(Segmenter):
 
 
 def predictions_of_patches(state: PruningState) -> list[Tensor]:
-    """DToP's predictions of the active tokens as (B, patches, classes), NaN where a token was pruned before."""
+    """Spread DToP's predictions to (B, patches, classes), with NaN for tokens pruned before."""
     if not state.aux:
         return []
-    pruned_after, found = dict(state.pruned_idx), []
+    pruned_after = dict(state.pruned_idx)
+    predictions = []
     active = state.aux[0].new_ones(state.aux[0].shape[:2], dtype=torch.bool)
     for layer, prediction in enumerate(state.aux):
-        whole = prediction.new_full((*active.shape, prediction.shape[2]), float("nan"))
-        whole[active] = prediction.flatten(0, 1)
-        found.append(whole[:, state.num_prefix :])
+        full = prediction.new_full((*active.shape, prediction.shape[2]), float("nan"))
+        full[active] = prediction.flatten(0, 1)
+        predictions.append(full[:, state.num_prefix :])
         if layer in pruned_after:
             active = active.scatter(1, pruned_after[layer], False)
-    return found
+    return predictions

@@ -1,4 +1,4 @@
-"""Reductions that are learned: DynamicViT, SiT, Sinkhorn, PatchMerger; and what they are trained with."""
+"""Learned reductions: DynamicViT, SiT, Sinkhorn, PatchMerger; and their losses."""
 
 import itertools
 from abc import abstractmethod
@@ -15,51 +15,52 @@ ops = torch.ops.cropr
 
 
 class Distillation(NamedTuple):
-    """Weights of what a network that is not pruned, and not trained, teaches."""
+    """Weights of the losses against the frozen, unpruned network."""
 
     logits: float  # of the Kullback-Leibler divergence of the logits
     tokens: float  # of the mean squared error of the tokens after the last norm
 
 
 class Distilled(Reducer):
-    """A reducer whose network learns from one that is not pruned."""
+    """A reducer whose network is distilled from an unpruned one."""
 
     distillation: ClassVar[Distillation]
 
     @abstractmethod
     def token_loss(self, features: Features, expected: Tensor, num_prefix: int) -> Tensor:
-        """Between the tokens of the reduced network and those (B, N0, D) of the whole one."""
+        """Loss of the tokens against those (B, N0, D) of the unpruned network."""
 
 
 class DynamicViT(Distilled):
-    """A predictor says which tokens are kept: half of it looks at the token, half at the mean of all active ones.
+    """Keep tokens by a predictor that sees the token and the mean of all active ones.
 
-    In training a Gumbel softmax draws, and attention masks those pruned, so that gradient reaches the predictor;
-    at inference the most probable stay. Loss: squared distance of the share that stays from its target, weight 2.
-    Source: Rao et al. 2021, section 3.
+    In training a Gumbel softmax samples, and attention masks pruned tokens, so that gradient
+    reaches the predictor; at inference the most probable tokens stay. Loss: squared distance of the
+    kept share from its target, weight 2. Source: Rao et al. 2021, section 3.
     """
 
     distillation = Distillation(logits=0.5, tokens=0.5)
     ratio_weight = 2.0
 
     def __init__(self, dim: int, num_patches: int, all_patches: int, *, stages: int = 1):
-        """num_patches of all_patches stay; the ratio's loss is shared by so many stages."""
+        """Keep num_patches of all_patches; the ratio loss is divided by the number of stages."""
         super().__init__()
-        self.ratio, self.stages = num_patches / all_patches, stages
+        self.ratio = num_patches / all_patches
+        self.stages = stages
         self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.GELU())
         widths = [dim, dim // 2, dim // 4]
-        layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.GELU())]
-        self.decide = nn.Sequential(*layers, nn.Linear(widths[-1], 2))
+        hidden = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(widths)]
+        self.decide = nn.Sequential(*itertools.chain(*hidden), nn.Linear(widths[-1], 2))
 
     def log_probabilities(self, patches: Tensor, active: Tensor | None) -> Tensor:
-        """(B, N, 2): log-probability to stay, and to leave."""
-        local, whole = self.local(patches).chunk(2, dim=-1)
+        """Log-probabilities (B, N, 2) of keeping and of pruning each token."""
+        local, shared = self.local(patches).chunk(2, dim=-1)
         if active is None:
-            mean = whole.mean(1, keepdim=True)
+            mean = shared.mean(1, keepdim=True)
         else:
-            share = active.unsqueeze(-1).type_as(whole)
-            mean = (whole * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp_min(1)
-        return self.decide(torch.cat([local, mean.expand_as(whole)], -1)).float().log_softmax(-1)
+            weight = active.unsqueeze(-1).type_as(shared)  # 0 for masked tokens
+            mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+        return self.decide(torch.cat([local, mean.expand_as(shared)], -1)).float().log_softmax(-1)
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         patches = x[:, num_prefix:]
@@ -68,8 +69,8 @@ class DynamicViT(Distilled):
         if not self.training:
             kept_idx, _ = ops.select(F.pad(decision[..., 0], (num_prefix, 0)), num_keep, num_prefix)
             return Reduction(ops.gather(x, kept_idx), kept_idx)
-        drawn = F.gumbel_softmax(decision, hard=True)[..., 0]
-        active = drawn if active is None else drawn * active
+        sampled = F.gumbel_softmax(decision, hard=True)[..., 0]
+        active = sampled if active is None else sampled * active
         loss = (active.mean(1) - self.ratio).square().mean()
         active = F.pad(active, (num_prefix, 0), value=1.0)
         return Reduction(x, active=active, loss=self.ratio_weight / self.stages * loss)
@@ -77,17 +78,17 @@ class DynamicViT(Distilled):
     def token_loss(self, features: Features, expected: Tensor, num_prefix: int) -> Tensor:
         if features.active is None:
             raise ValueError("DynamicViT: nothing was masked; its token loss is for training")
-        share = features.active[:, num_prefix:].detach()
+        weight = features.active[:, num_prefix:].detach()
         error = (features.tokens - expected)[:, num_prefix:].square().mean(-1)
-        return (error * share).sum() / share.sum().clamp_min(1)
+        return (error * weight).sum() / weight.sum().clamp_min(1)
 
 
 class Mixer(Reducer):
-    """The patch tokens that come out are means of those that go in, with learned weights."""
+    """Output patch tokens are means of the input patch tokens with learned weights."""
 
     @abstractmethod
     def log_weights(self, patches: Tensor) -> Tensor:
-        """(B, K, N), before the softmax over N."""
+        """Logits (B, K, N) of the weights, softmaxed over N."""
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         patches = x[:, num_prefix:]
@@ -96,10 +97,10 @@ class Mixer(Reducer):
 
 
 class SiT(Mixer, Distilled):
-    """Token slimming: a small MLP of each token says what it gives to each token that comes out.
+    """Token slimming: a small MLP of each input token gives its logit for each output token.
 
-    Distilled from the whole network: a reverse module rebuilds all its tokens from the last ones of the slim network.
-    Source: Zong et al. 2022 (Self-slimmed ViT), sections 3.2 and 3.3.
+    Distilled from the unpruned network: a reverse module rebuilds its tokens from the last ones of
+    the slim network. Source: Zong et al. 2022 (Self-slimmed ViT), sections 3.2 and 3.3.
     """
 
     distillation = Distillation(logits=2.0, tokens=2.0)
@@ -112,8 +113,10 @@ class SiT(Mixer, Distilled):
                 nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, outputs)
             )
 
-        self.mlp, self.scale = mlp(num_patches), nn.Parameter(torch.ones(()))
-        self.reverse, self.refine = mlp(all_patches), mlp(dim)
+        self.mlp = mlp(num_patches)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.reverse = mlp(all_patches)
+        self.refine = mlp(dim)
 
     def log_weights(self, patches: Tensor) -> Tensor:
         return (self.mlp(patches) * self.scale).transpose(1, 2).float()
@@ -126,24 +129,25 @@ class SiT(Mixer, Distilled):
 
 
 class Sinkhorn(Mixer):
-    """Tokens are carried to learned centres of unit norm by optimal transport, and summed there.
+    """Optimal transport carries tokens to learned centres of unit norm, where they are summed.
 
-    Log-space Sinkhorn rounds on the cosine similarity over epsilon make every centre receive as much, and every token
-    give as much. Source: Haurum et al. 2022.
+    Log-space Sinkhorn rounds on the cosine similarity over epsilon: every centre receives the same
+    mass, and every token gives the same. Source: Haurum et al. 2022.
     """
 
     def __init__(self, dim: int, num_patches: int, *, rounds: int = 3, epsilon: float = 0.1):
         super().__init__()
-        self.rounds, self.epsilon = rounds, epsilon
+        self.rounds = rounds
+        self.epsilon = epsilon
         self.centres = nn.Parameter(F.normalize(torch.randn(num_patches, dim), dim=-1))
 
     def log_weights(self, patches: Tensor) -> Tensor:
         centres = F.normalize(self.centres.float(), dim=-1)
-        plan = centres @ F.normalize(patches.float(), dim=-1).transpose(1, 2) / self.epsilon
+        log_plan = centres @ F.normalize(patches.float(), dim=-1).transpose(1, 2) / self.epsilon
         for _ in range(self.rounds):
-            plan = plan.log_softmax(2)  # what a centre receives
-            plan = plan.log_softmax(1)  # what a token gives
-        return plan
+            log_plan = log_plan.log_softmax(2)  # mass that a centre receives
+            log_plan = log_plan.log_softmax(1)  # mass that a token gives
+        return log_plan
 
 
 class PatchMerger(Mixer):
@@ -160,11 +164,11 @@ class PatchMerger(Mixer):
 
 
 class ReducedClassifier(Classifier):
-    """A reduced network with the losses that its method is trained with, as a task of `cropr_kernels.train`.
+    """A reduced network with the training losses of its method, as a task of `cropr_kernels.train`.
 
     Args:
-        network: its backbone becomes this task's, and its reducers new parts beside it.
-        teacher: the network before training, for methods that are distilled. It is never trained.
+        network: its backbone and its reducers become modules of the task.
+        teacher: the network before training, for distilled methods; never trained.
 
     Raises:
         ValueError: the method is distilled, and there is no teacher.
@@ -185,21 +189,24 @@ class ReducedClassifier(Classifier):
         network, teacher = self.networks
         if not self.training or target is None:
             return network(images)
-        features, backbone = network.run(images), network.backbone
+        features = network.run(images)
+        backbone = network.backbone
         logits = backbone.forward_head(features.tokens)
         main = self.criterion(logits, target)
         aux = sum(features.losses, main.new_zeros(()))
         if self.distilled:
-            whole: Any = teacher.to(images.device)  # type: ignore[union-attr]
+            frozen: Any = teacher.to(images.device)  # type: ignore[union-attr]
             with torch.no_grad():
-                expected = whole.forward_features(images)
-                answers = whole.forward_head(expected).float().log_softmax(-1)
+                expected = frozen.forward_features(images)
+                teacher_log_probs = frozen.forward_head(expected).float().log_softmax(-1)
             last: Any = self.reducers[self.distilled[-1]]
-            divergence = F.kl_div(logits.float().log_softmax(-1), answers, reduction="batchmean", log_target=True)
+            divergence = F.kl_div(
+                logits.float().log_softmax(-1), teacher_log_probs, reduction="batchmean", log_target=True
+            )
             aux = aux + last.distillation.logits * divergence
             aux = aux + last.distillation.tokens * last.token_loss(features, expected, backbone.num_prefix_tokens)
         return {"main": main, "aux": aux}
 
     def predictions(self, images: Tensor) -> list[Tensor]:
-        """Logits (B, classes) of the output."""
+        """Return the logits (B, classes) of the output."""
         return [self.networks[0](images)]

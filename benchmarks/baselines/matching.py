@@ -1,10 +1,10 @@
-"""Ways to merge tokens in pairs that weigh more than ToMe does: PiToMe, ATM, and Cropr's own with other weights."""
+"""Pairwise merging with more criteria than ToMe: PiToMe, ATM, and variants of Cropr's merge."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines.network import Context, Reducer, Reduction, take
+from benchmarks.baselines.network import Context, Reducer, Reduction, gather_rows
 from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge, checkerboard
 
@@ -12,82 +12,92 @@ ops = torch.ops.cropr
 
 
 class PiToMe(Reducer):
-    """Tokens that are like many others merge, those that are like few are protected.
+    """Tokens similar to many others merge; tokens similar to few are protected.
 
-    A token's energy is the mean of ELU(cosine - margin) over all patches, itself included; cosines are those of the
-    keys. By energy, descending, even ranks merge into the odd ranks they are most like: in the first half of the blocks
-    those of all patches that are most like one, later all of the 2 R patches with the highest energy. Source: Tran et
-    al. 2024 (arXiv 2405.16148) and its code.
+    A token's energy is the mean of ELU(cosine - margin) over all patches, itself included, with the
+    cosine of the keys. By energy, descending, even ranks merge into the odd ranks they are most
+    similar to: in the first half of the blocks the most similar of all patches, later all of the 2
+    R patches with the highest energy. Source: Tran et al. 2024 (arXiv 2405.16148) and its code.
 
     Args:
-        margin: that of the first block; it falls linearly to 0. 0.9 is that of ViTs trained as by Steiner et al. 2021
-            (AugReg), 0.75 that of others.
+        margin: of the first block; it falls linearly to 0. 0.9 for ViTs trained as by Steiner et
+            al. 2021 (AugReg), 0.75 for others.
         proportional: log(size) on the attention logits.
     """
 
     needs = frozenset({"keys"})
-    place = "attention"
+    insertion_point = "attention"
 
     def __init__(self, *, margin: float = 0.9, proportional: bool = True):
         super().__init__()
-        self.margin, self.proportional = margin, proportional
+        self.margin = margin
+        self.proportional = proportional
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        count, keys = x.shape[1] - num_keep, unit_keys(context, num_prefix)
+        count = x.shape[1] - num_keep
+        keys = unit_keys(context, num_prefix)
         order = energy(keys, self.margin * (1 - context.depth)).argsort(dim=1, descending=True, stable=True)
         may_merge = order.shape[1] if context.depth < 0.5 else 2 * count
         even, odd = order[:, :may_merge:2], order[:, 1:may_merge:2]
         similarity = ops.gather(keys, even) @ ops.gather(keys, odd).transpose(1, 2)
-        protected = behind_prefix(order[:, may_merge:], num_prefix)
+        protected = after_prefix(order[:, may_merge:], num_prefix)
         return merge_matched(x, context, protected, even + num_prefix, odd + num_prefix, similarity, count)
 
 
 class ATM(Reducer):
-    """Pairs merge that lose least by it: n m / (n + m) (1 - cosine of the keys), n and m their sizes, as Ward has it.
+    """Merge the pairs with the least Ward loss n m / (n + m) (1 - cosine of the keys), n, m their
+    sizes.
 
-    In the first half of the blocks even patches merge into odd ones, as in ToMe; later the smaller half of the patches
-    into the larger half. Source: Lee and Choi 2025 (arXiv 2505.15160), without code of theirs. Theirs is that the
-    choice of pairs weighs sizes too, late in the network above all. Ours, which theirs may have otherwise: the weight
-    is Ward's, and counts in all blocks; the halves change in the middle of the network, and the smaller one goes; and
-    as many tokens merge as the schedule says, where theirs are all that are above a threshold of the layer.
+    In the first half of the blocks even patches merge into odd ones, as in ToMe; later the smaller
+    half of the patches into the larger half. Source: Lee and Choi 2025 (arXiv 2505.15160); no code
+    is published. From the paper: sizes weigh in the choice of pairs, above all late in the network.
+    Our choices, which may differ from the authors': the weight is Ward's, in all blocks; the halves
+    change in the middle of the network, and the smaller one merges into the larger; the schedule
+    sets the number of merges, where the paper merges all pairs above a threshold of the layer.
 
     Args:
-        distinctive: False: even and odd in all blocks, so that Ward's weight is all that ToMe has not.
+        distinctive: False: even and odd in all blocks, so that Ward's weight is the only difference
+            from ToMe.
     """
 
     needs = frozenset({"keys"})
-    place = "attention"
+    insertion_point = "attention"
 
     def __init__(self, *, distinctive: bool = True):
         super().__init__()
         self.distinctive = distinctive
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        keys, sizes = unit_keys(context, num_prefix), sizes_of(x, context)[:, num_prefix:]
+        keys = unit_keys(context, num_prefix)
+        sizes = sizes_of(x, context)[:, num_prefix:]
         batch, patches = sizes.shape
         if self.distinctive and context.depth >= 0.5:
             order = sizes.argsort(dim=1, descending=True, stable=True)
-            goes, takes = order[:, patches // 2 :], order[:, : patches // 2]
+            source_idx = order[:, patches // 2 :]
+            target_idx = order[:, : patches // 2]
         else:
             order = torch.arange(patches, device=x.device).expand(batch, -1)
-            goes, takes = order[:, ::2], order[:, 1::2]
-        cosine = ops.gather(keys, goes) @ ops.gather(keys, takes).transpose(1, 2)
-        gain = -ward(sizes.gather(1, goes), sizes.gather(1, takes)) * (1 - cosine)
-        prefix = behind_prefix(order[:, :0], num_prefix)
-        return merge_matched(x, context, prefix, goes + num_prefix, takes + num_prefix, gain, x.shape[1] - num_keep)
+            source_idx = order[:, ::2]
+            target_idx = order[:, 1::2]
+        cosine = ops.gather(keys, source_idx) @ ops.gather(keys, target_idx).transpose(1, 2)
+        gain = -ward(sizes.gather(1, source_idx), sizes.gather(1, target_idx)) * (1 - cosine)
+        prefix_idx = after_prefix(order[:, :0], num_prefix)
+        count = x.shape[1] - num_keep
+        return merge_matched(x, context, prefix_idx, source_idx + num_prefix, target_idx + num_prefix, gain, count)
 
 
 class CroprMerge(Reducer):
-    """Cropr's own merge, step by step, with parts of it left out or replaced: an experiment.
+    """Cropr's merge, step by step, for experiments that leave parts of it out or replace them.
 
     Args:
-        query: (D,), that of Cropr's module.
-        merge: its options.
-        merges: how many there were before.
+        query: (D,), of the Cropr module.
+        merge: options of the merge.
+        merges: number of merges before.
         side: patches on a side of the image.
-        checkerboard: patches of one colour are safe before others.
-        cost_weight: among candidates too low scores go first; 0: those most like a safe token do.
-        keep_norms: a merged token has the norm of the one that it is merged into; or that of the mean.
+        checkerboard: patches of one colour become targets first.
+        cost_weight: low scores merge first among the candidates too; 0: those most similar to a
+            target do.
+        keep_norms: a merged token keeps the norm of its target; False: the norm of the mean.
         size_exponent: attention weighs tokens by this power of their sizes.
         ward: pairs are chosen by Ward's loss, as in `ATM`, in place of the cosine of the tokens.
     """
@@ -106,40 +116,50 @@ class CroprMerge(Reducer):
         ward: bool = False,
     ):
         super().__init__()
-        self.query, self.merge, self.merges, self.side = query, merge, merges, side
-        self.checkerboard, self.cost_weight, self.keep_norms = checkerboard, cost_weight, keep_norms
-        self.size_exponent, self.ward = size_exponent, ward
+        self.query = query
+        self.merge = merge
+        self.merges = merges
+        self.side = side
+        self.checkerboard = checkerboard
+        self.cost_weight = cost_weight
+        self.keep_norms = keep_norms
+        self.size_exponent = size_exponent
+        self.ward = ward
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        raw, sizes = ops.scores(x, self.query), sizes_of(x, context)
+        raw = ops.scores(x, self.query)
+        sizes = sizes_of(x, context)
         scores = size_adjusted_scores(raw, sizes, self.merge.size_weight, num_prefix)
         priority = None
         if self.checkerboard:
             priority = checkerboard(x, (self.side, self.side), num_prefix)[self.merges % 2]
             priority = priority if context.positions is None else priority.gather(1, context.positions)
-        num_safe = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
-        safe, may_go = ops.select(scores, num_safe, num_prefix, priority)
-        prefix, safe = safe[:, :num_prefix], safe[:, num_prefix:]
+        num_targets = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
+        target_idx, candidate_idx = ops.select(scores, num_targets, num_prefix, priority)
+        prefix_idx = target_idx[:, :num_prefix]
+        target_idx = target_idx[:, num_prefix:]
         unit = F.normalize(x.detach(), dim=-1)
-        loss = 1 - ops.gather(unit, may_go) @ ops.gather(unit, safe).transpose(1, 2)
+        loss = 1 - ops.gather(unit, candidate_idx) @ ops.gather(unit, target_idx).transpose(1, 2)
         if self.ward:
-            loss = ward(sizes.gather(1, may_go), sizes.gather(1, safe)) * loss
-        loss = loss * pruning_costs(raw, scores, self.cost_weight, num_prefix).gather(1, may_go).unsqueeze(2)
+            loss = ward(sizes.gather(1, candidate_idx), sizes.gather(1, target_idx)) * loss
+        loss = loss * pruning_costs(raw, scores, self.cost_weight, num_prefix).gather(1, candidate_idx).unsqueeze(2)
         count = x.shape[1] - num_keep
-        return merge_matched(x, context, prefix, may_go, safe, -loss, count, keep_norms=self.keep_norms)
+        return merge_matched(
+            x, context, prefix_idx, candidate_idx, target_idx, -loss, count, keep_norms=self.keep_norms
+        )
 
 
 def unit_keys(context: Context, num_prefix: int) -> Tensor:
-    """The keys of the patches, mean over heads, of length one: (B, N - P, C), at least float32."""
-    keys = context.need("keys").detach()[:, :, num_prefix:]
+    """Keys of the patches, mean over heads, of unit norm: (B, N - P, C), at least float32."""
+    keys = context.require("keys").detach()[:, :, num_prefix:]
     return F.normalize(keys.mean(1, dtype=torch.promote_types(keys.dtype, torch.float32)), dim=-1)
 
 
 def energy(keys: Tensor, margin: float) -> Tensor:
-    """(B, N), of keys of length one: the mean over all N of ELU(cosine - margin)."""
-    above = (keys @ keys.transpose(1, 2)).sub_(margin)
+    """Mean over all N of ELU(cosine - margin), of keys of unit norm: (B, N)."""
+    excess = (keys @ keys.transpose(1, 2)).sub_(margin)
     # ELU(y) = max(y, 0) + exp(min(y, 0)) - 1; on a CPU F.elu takes four times as long
-    return above.clamp_min(0).add_(above.clamp_max_(0).exp_()).mean(2) - 1
+    return excess.clamp_min(0).add_(excess.clamp_max_(0).exp_()).mean(2) - 1
 
 
 def sizes_of(x: Tensor, context: Context) -> Tensor:
@@ -147,14 +167,15 @@ def sizes_of(x: Tensor, context: Context) -> Tensor:
     return x.new_ones(x.shape[:2], dtype=torch.float32) if context.sizes is None else context.sizes
 
 
-def ward(sizes: Tensor, others: Tensor) -> Tensor:
+def ward(sizes: Tensor, other_sizes: Tensor) -> Tensor:
     """n m / (n + m) of sizes (B, A) and (B, C): (B, A, C)."""
-    n, m = sizes.unsqueeze(2), others.unsqueeze(1)
+    n = sizes.unsqueeze(2)
+    m = other_sizes.unsqueeze(1)
     return n * m / (n + m)
 
 
-def behind_prefix(patches: Tensor, num_prefix: int) -> Tensor:
-    """Positions of the prefix tokens, and of patches (B, K) that count from behind it: (B, P + K)."""
+def after_prefix(patches: Tensor, num_prefix: int) -> Tensor:
+    """Positions (B, P + K) of the prefix and of patches (B, K) that count from its end."""
     prefix = torch.arange(num_prefix, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([prefix, patches + num_prefix], 1)
 
@@ -162,58 +183,60 @@ def behind_prefix(patches: Tensor, num_prefix: int) -> Tensor:
 def merge_matched(
     x: Tensor,
     context: Context,
-    others: Tensor,
-    goes: Tensor,
-    takes: Tensor,
+    bystanders: Tensor,
+    source_idx: Tensor,
+    target_idx: Tensor,
     similarity: Tensor,
     count: int,
     *,
     keep_norms: bool = False,
 ) -> Reduction:
-    """Of the tokens at `goes` (B, A), the `count` that are most like one at `takes` (B, C) merge into that one.
+    """Merge `count` tokens of source_idx (B, A) into the most similar ones of target_idx (B, C).
 
-    Tokens stay in the order: others, those that might have gone, those that take.
+    Order of the result: bystanders, sources that stay, targets.
 
     Args:
-        others: (B, O), what has no part in it; O + A + C = N.
+        bystanders: (B, O), positions that take no part; O + A + C = N.
         similarity: (B, A, C).
 
     Raises:
-        ValueError: more have to go than there are at `goes`.
+        ValueError: count exceeds A.
     """
-    if count > goes.shape[1]:
-        raise ValueError(f"of {x.shape[1]} tokens at most {goes.shape[1]} can merge into others, not {count}")
+    if count > source_idx.shape[1]:
+        raise ValueError(f"of {x.shape[1]} tokens at most {source_idx.shape[1]} can merge into others, not {count}")
     best, partner = similarity.max(2)
-    stays, chosen = ops.select(-best.float(), goes.shape[1] - count, 0)
-    kept = torch.cat([others, goes.gather(1, stays), takes], 1)
-    target = partner.gather(1, chosen) + (kept.shape[1] - takes.shape[1])
-    return absorb(x, context, kept, goes.gather(1, chosen), target, keep_norms=keep_norms)
+    staying, leaving = ops.select(-best.float(), source_idx.shape[1] - count, 0)
+    kept = torch.cat([bystanders, source_idx.gather(1, staying), target_idx], 1)
+    target = partner.gather(1, leaving) + (kept.shape[1] - target_idx.shape[1])
+    return absorb(x, context, kept, source_idx.gather(1, leaving), target, keep_norms=keep_norms)
 
 
 def absorb(
     x: Tensor, context: Context, kept: Tensor, moved: Tensor, target: Tensor, *, keep_norms: bool = False
 ) -> Reduction:
-    """Tokens at `moved` (B, R) go into those at `kept` (B, K), by means that sizes weight.
+    """Merge tokens at `moved` (B, R) into those at `kept` (B, K), by means weighted with the sizes.
 
-    Only what changes is computed: mean = kept + sum of (moved - kept) * (size of moved / size of all).
+    Only changes are computed: mean = kept + sum of (moved - kept) * (size of moved / size of all).
 
     Args:
-        target: (B, R), the index in `kept` of the one that each goes into.
-        keep_norms: the mean then gets the norm of the token that others go into.
+        target: (B, R), the index in `kept` into which each merges.
+        keep_norms: scale the mean to the norm of the token at `kept`.
     """
-    sizes, tokens = sizes_of(x, context), take(x, kept)
-    own, coming = sizes.gather(1, moved), take(x, moved)
-    total = sizes.gather(1, kept).scatter_add(1, target, own)
-    share = (own.double() / total.gather(1, target)).unsqueeze(2).type_as(x)
-    change, rows = (coming - take(tokens, target)) * share, target.unsqueeze(2).expand_as(coming)
-    means = tokens.scatter_add(1, rows, change)
+    sizes = sizes_of(x, context)
+    tokens = gather_rows(x, kept)
+    moved_sizes = sizes.gather(1, moved)
+    moved_tokens = gather_rows(x, moved)
+    total = sizes.gather(1, kept).scatter_add(1, target, moved_sizes)
+    share = (moved_sizes.double() / total.gather(1, target)).unsqueeze(2).type_as(x)
+    change = (moved_tokens - gather_rows(tokens, target)) * share
+    means = tokens.scatter_add(1, target.unsqueeze(2).expand_as(moved_tokens), change)
     if keep_norms:
         means = means * (tokens.norm(dim=2) / means.norm(dim=2)).unsqueeze(2)
-    return Reduction(means, places=kept, sizes=total, rows=lambda: rows_of(kept, moved, target))
+    return Reduction(means, position_idx=kept, sizes=total, rows=lambda: rows_of(kept, moved, target))
 
 
 def rows_of(kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
-    """For each of N tokens the index in `kept` (B, K) of the one it is in, as in `absorb`: (B, N)."""
+    """Index in `kept` (B, K) of the token that holds each of N tokens, as in `absorb`: (B, N)."""
     rows = torch.empty_like(torch.cat([kept, moved], 1))
     rows.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
     return rows.scatter_(1, moved, target)

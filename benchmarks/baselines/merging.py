@@ -1,4 +1,4 @@
-"""Ways to merge tokens by likeness: ToMe, and into clusters DPC-KNN and ATC."""
+"""Merging by similarity: in pairs by ToMe, into clusters by DPC-KNN and ATC."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.matching import absorb, behind_prefix, rows_of, unit_keys
+from benchmarks.baselines.matching import absorb, after_prefix, rows_of, unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction
 from benchmarks.baselines.selection import distances
 from cropr_kernels.utils.optional import need
@@ -16,14 +16,16 @@ ops = torch.ops.cropr
 
 
 class ToMe(Reducer):
-    """Token Merging (Bolya et al. 2023): between attention and MLP the most similar even and odd tokens merge in pairs.
+    """Merge the most similar even and odd tokens in pairs, between attention and MLP.
+
+    Source: Bolya et al. 2023 (Token Merging).
 
     Args:
-        proportional: log(size) on the attention logits, as ToMe has it off the shelf.
+        proportional: log(size) on the attention logits, ToMe's default without training.
     """
 
     needs = frozenset({"keys"})
-    place = "attention"
+    insertion_point = "attention"
 
     def __init__(self, *, proportional: bool = True):
         super().__init__()
@@ -31,64 +33,69 @@ class ToMe(Reducer):
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         tokens = x.shape[1]
-        most = (tokens + 1) // 2 - (num_prefix + 1) // 2  # the even ones that are no prefix
-        if tokens - num_keep > most:
+        limit = (tokens + 1) // 2 - (num_prefix + 1) // 2  # even patches
+        if tokens - num_keep > limit:
             raise ValueError(
-                f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {most} at most, not {tokens - num_keep}"
+                f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {limit} at most, not {tokens - num_keep}"
             )
-        return merge_pairs(x, context.need("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
+        return merge_pairs(x, context.require("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
 
 
 def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
-    """One bipartite merge of x (B, N, D): `count` even tokens go into their most similar odd ones.
+    """Merge `count` even tokens of x (B, N, D) into their most similar odd ones.
 
     Returns:
-        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and rows.
+        Tokens (B, N - count, D): prefix, unmerged even ones, odd ones; their sizes, float32, and
+        rows.
     """
     metric = F.normalize(metric, dim=-1)
-    even_prefix, odd_prefix = (num_prefix + 1) // 2, num_prefix // 2
+    even_prefix = (num_prefix + 1) // 2
+    odd_prefix = num_prefix // 2
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    similarity[:, :even_prefix] = -torch.inf  # prefix tokens neither move nor take others in
+    similarity[:, :even_prefix] = -torch.inf  # prefix tokens neither merge nor are merged into
     similarity[:, :, :odd_prefix] = -torch.inf
     best, partner = similarity.max(-1)
-    stays, goes = ops.select(-best.float(), best.shape[1] - count, even_prefix)
-    stays = stays[:, even_prefix:]
+    staying, leaving = ops.select(-best.float(), best.shape[1] - count, even_prefix)
+    staying = staying[:, even_prefix:]
     if sizes is None:
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
     mass = x * sizes.unsqueeze(-1).to(x.dtype)
     even, odd = mass[:, ::2], mass[:, 1::2]
-    target = partner.gather(1, goes)
-    odd = odd.scatter_add(1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), ops.gather(even, goes))
-    odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, goes))
-    merged = torch.cat([mass[:, :num_prefix], ops.gather(even, stays), odd[:, odd_prefix:]], 1)
-    sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, stays), odd_sizes[:, odd_prefix:]], 1)
+    target = partner.gather(1, leaving)
+    odd = odd.scatter_add(1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), ops.gather(even, leaving))
+    odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, leaving))
+    merged = torch.cat([mass[:, :num_prefix], ops.gather(even, staying), odd[:, odd_prefix:]], 1)
+    sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, staying), odd_sizes[:, odd_prefix:]], 1)
     num_odd = odd.shape[1]
 
-    def rows() -> Tensor:  # keeps no tokens alive
-        all_odd = torch.arange(odd_prefix, num_odd, device=stays.device).expand(len(stays), -1)
-        kept = torch.cat([behind_prefix(2 * stays - num_prefix, num_prefix), 2 * all_odd + 1], 1)
-        return rows_of(kept, 2 * goes, target + kept.shape[1] - num_odd)
+    def rows() -> Tensor:  # refers to indices only, so that no tokens stay in memory
+        all_odd = torch.arange(odd_prefix, num_odd, device=staying.device).expand(len(staying), -1)
+        kept = torch.cat([after_prefix(2 * staying - num_prefix, num_prefix), 2 * all_odd + 1], 1)
+        return rows_of(kept, 2 * leaving, target + kept.shape[1] - num_odd)
 
     return Reduction(merged / sizes.unsqueeze(-1).to(x.dtype), sizes=sizes, rows=rows)
 
 
 class DPCKNN(Reducer):
-    """Clusters around tokens that are dense and far from denser ones (density peaks) become their weighted means.
+    """Merge clusters around density peaks, dense tokens far from denser ones, into means.
 
-    log density = -mean squared distance to the nearest neighbours, distances over sqrt(D); delta = distance to the
-    nearest denser token, to the farthest for the densest; centres have the highest density x delta. Sources: Du et al.
-    2016 for the clustering, Zeng et al. 2022 (TCFormer) for the merging.
+    log density = -mean squared distance to the nearest neighbours, distances over sqrt(D); delta =
+    distance to the nearest denser token, to the farthest for the densest; centres have the highest
+    density x delta. Sources: Du et al. 2016 for the clustering, Zeng et al. 2022 (TCFormer) for the
+    merging.
 
     Args:
-        dim: D, for weights exp(score) with a learned score of each token; without it all weigh the same.
+        dim: D, for weights exp(score) with a learned score of each token; None: equal weights.
     """
 
     def __init__(self, dim: int | None = None, *, neighbours: int = 5):
         super().__init__()
-        self.neighbours, self.score = neighbours, None if dim is None else nn.Linear(dim, 1)
+        self.neighbours = neighbours
+        self.score = None if dim is None else nn.Linear(dim, 1)
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+        prefix = x[:, :num_prefix]
+        patches = x[:, num_prefix:]
         batch, _, dim = patches.shape
         count = num_keep - num_prefix
         cluster = self.clusters(distances(patches) / dim**0.5, count)
@@ -97,13 +104,13 @@ class DPCKNN(Reducer):
         mass = x.new_zeros(batch * count, dim).index_add(0, rows, (patches * weight).flatten(0, 1).type_as(x))
         total = x.new_zeros(batch * count, 1).index_add(0, rows, weight.flatten(0, 1).type_as(x))
         means = torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1)
-        return Reduction(means, rows=lambda: behind_prefix(cluster, num_prefix))
+        return Reduction(means, rows=lambda: after_prefix(cluster, num_prefix))
 
     def clusters(self, pairwise: Tensor, count: int) -> Tensor:
-        """Of points with distances (B, N, N): the cluster of each, (B, N) from 0 to count - 1."""
+        """Cluster of each point, (B, N) in [0, count), from distances (B, N, N)."""
         batch, points, _ = pairwise.shape
         near = pairwise.topk(min(self.neighbours + 1, points), dim=2, largest=False).values[:, :, 1:]  # 0: the point
-        density = -near.square().mean(2)  # its logarithm: for tokens far apart exp would be 0
+        density = -near.square().mean(2)  # logarithm: exp would be 0 for tokens far apart
         denser = density.unsqueeze(1) > density.unsqueeze(2)
         delta = pairwise.masked_fill(~denser, torch.inf).amin(2)
         delta = delta.where(delta.isfinite(), pairwise.amax(2))
@@ -113,16 +120,17 @@ class DPCKNN(Reducer):
 
 
 class ATC(Reducer):
-    """Agglomerative clusters of the keys, by 1 - cosine, become their means: the closest two until num_keep are left.
+    """Merge agglomerative clusters of the keys into means: the closest two, until num_keep remain.
 
-    SciPy clusters on the host, one image after the other. Source: Haurum et al. 2024 (arXiv 2409.11923).
+    SciPy clusters on the CPU, one image after the other. Source: Haurum et al. 2024 (arXiv
+    2409.11923).
 
     Args:
-        linkage: how far clusters are from one another: the mean, largest or smallest distance of their members.
+        linkage: distance of two clusters: the mean, largest or smallest distance of their members.
     """
 
     needs = frozenset({"keys"})
-    place = "attention"
+    insertion_point = "attention"
 
     def __init__(self, linkage: Literal["average", "complete", "single"] = "average"):
         super().__init__()
@@ -134,14 +142,16 @@ class ATC(Reducer):
         row, column = torch.triu_indices(patches, patches, 1, device=x.device)
         cosine = (keys @ keys.transpose(1, 2)).flatten(1).index_select(1, row * patches + column)
         pairwise = (1 - cosine).double().cpu().numpy()
-        parts = zip(*(self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise))
-        kept, moved, target = (torch.from_numpy(np.stack(part)).to(x.device) for part in parts)
-        return absorb(x, context, behind_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
+        clusters = [self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise]
+        kept, moved, target = (torch.from_numpy(np.stack(idx)).to(x.device) for idx in zip(*clusters))
+        return absorb(x, context, after_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
 
     def clusters(self, pairwise: np.ndarray, points: int, merges: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of points with distances (pairs,): the first of each cluster, all others, and the cluster of each of these.
+        """Cluster points with distances (pairs,): first members, other members, clusters of the
+        others.
 
-        The tree is cut after so many merges: a threshold would leave fewer clusters where distances are equal.
+        The tree is cut after a number of merges: a threshold would leave fewer clusters if
+        distances are equal.
         """
         hierarchy = need("scipy.cluster.hierarchy", "demo", "ATC")
         tree = hierarchy.linkage(pairwise, self.linkage)[:merges, :2].astype(np.int64)
@@ -149,5 +159,5 @@ class ATC(Reducer):
         for node in reversed(range(merges)):
             root[tree[node]] = root[points + node]
         _, first, cluster = np.unique(root[:points], return_index=True, return_inverse=True)
-        others = np.delete(np.arange(points), first)
-        return first, others, cluster[others]
+        members = np.delete(np.arange(points), first)
+        return first, members, cluster[members]

@@ -1,4 +1,4 @@
-"""Modules that replace the Cropr modules of a pruned model, and choose the tokens that are kept in another way."""
+"""Modules with other criteria in place of the Cropr modules of a pruned model."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ ops = torch.ops.cropr
 
 
 class PruningModule(cropr.Scorer):
-    """Holds the query of the Cropr module that it replaces, and may look at the block before it."""
+    """Holds the query of the Cropr module it replaces; subclasses may use the block before."""
 
     folded: Tensor
 
@@ -31,27 +31,27 @@ class PruningModule(cropr.Scorer):
 
 
 def replace_modules(model: Any, make: Callable[[Any, Any], nn.Module], layers: Sequence[int] | None = None) -> None:
-    """Replace the Cropr modules of these layers, of all by default, by make(module, the block before it)."""
+    """Replace the Cropr modules of `layers` (default: all) by make(module, the block before it)."""
     for layer in range(len(model.cropr)) if layers is None else layers:
         model.cropr[layer] = make(model.cropr[layer], model.blocks[layer])
 
 
 class Random(PruningModule):
-    """Uniformly random tokens are kept."""
+    """Keep uniformly random tokens."""
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*ops.split(x, random_scores(x), num_keep, num_prefix))
 
 
 class Variance(PruningModule):
-    """Tokens with the highest variance over their channels are kept."""
+    """Keep the tokens with the highest variance over their channels."""
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*ops.split(x, variance_scores(x), num_keep, num_prefix))
 
 
 class AttentionTopK(PruningModule):
-    """Those are kept that the class token attends to most in the block before: its softmax, mean over heads."""
+    """Keep the tokens the class token attends to most in the block before, mean over heads."""
 
     def __init__(self, module: Any, block: Any):
         super().__init__(module, block)
@@ -68,21 +68,21 @@ class AttentionTopK(PruningModule):
 
 
 class NonSalient(PruningModule):
-    """Cropr reversed: the lowest scores are kept."""
+    """Keep the tokens with the lowest scores of Cropr."""
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*ops.prune(x, -self.folded, num_keep, num_prefix))
 
 
 class Published(PruningModule):
-    """Cropr's tokens by the published sequence of ops."""
+    """Keep Cropr's tokens, by the published sequence of ops."""
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         return cropr.Split(*published(x, self.folded.to(x.dtype).unsqueeze(0), num_keep))
 
 
 class FreeSlice(PruningModule):
-    """The first tokens are kept, at no cost: the most that pruning could buy."""
+    """Keep the first tokens, at no cost: the upper bound of what pruning gains."""
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
         idx = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
@@ -90,12 +90,13 @@ class FreeSlice(PruningModule):
 
 
 class PublishedMultiHead(PruningModule):
-    """The multi-head scorer with projections as published: all tokens are projected to keys, queries are not folded."""
+    """Multi-head scorer as published: all tokens are projected to keys, queries are not folded."""
 
     def __init__(self, module: MultiHeadCropr, block: Any = None):
         super().__init__(module)
         attention = module.aggregator.attention
-        self.num_heads, self.k_proj = attention.num_heads, copy.deepcopy(attention.k_proj)
+        self.num_heads = attention.num_heads
+        self.k_proj = copy.deepcopy(attention.k_proj)
         self.register_buffer("q", attention.q_proj(module.queries.detach()).detach())
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:

@@ -1,7 +1,7 @@
-"""The reference ViT with any way of reducing tokens in it: one interface, so that all run on the same network.
+"""The reference ViT with any token reduction in it, behind one interface.
 
-A `Reducer` says where in a block it acts and what it needs beside the tokens. One that needs the probabilities of the
-attention makes the block compute them; blocks of all others keep SDPA.
+A `Reducer` declares where in a block it acts and what it needs besides the tokens. A reducer that
+needs the attention probabilities makes the block compute them; the blocks of all others keep SDPA.
 """
 
 from abc import ABC, abstractmethod
@@ -15,30 +15,30 @@ from cropr_kernels.models.blocks import project_heads, proportional_attention, r
 from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
-Need = Literal["attention", "class row", "keys", "values", "patches", "update"]
-_PADDING = 1e-30  # what a size of 0 is taken for, so that its logarithm is finite; the weight is 0 all the same
+Requirement = Literal["attention", "class row", "keys", "values", "patches", "update"]
+_PADDING_SIZE = 1e-30  # replaces a size of 0, so that its logarithm is finite; the attention weight is 0 all the same
 
 
 class Context(NamedTuple):
-    """What a reducer sees of a block beside its tokens (B, N, D): what it asked for, else None."""
+    """Inputs of a reducer besides the tokens (B, N, D); None if it does not declare them."""
 
     attention: Tensor | None = None  # (B, H, N, N), after the softmax
     class_row: Tensor | None = None  # (B, H, N), its first row
     keys: Tensor | None = None  # (B, H, N, C)
     values: Tensor | None = None  # (B, H, N, C)
-    patches: Tensor | None = None  # what `Reducer.prepare` made of the input
-    positions: Tensor | None = None  # (B, N): where in the image tokens are; None: where they are in the list
-    sizes: Tensor | None = None  # (B, N) float32: how many tokens each stands for, 0 for padding; None: one
-    log_sizes: Tensor | None = None  # (B, N) float32, where attention weighs tokens by their sizes
-    active: Tensor | None = None  # (B, N) of 0 and 1, with gradient, where training masks tokens and drops none
-    update: Tensor | None = None  # (B, N, D): what the MLP adds to the tokens
-    depth: float = 0.0  # of all blocks, the share that comes before this one
+    patches: Tensor | None = None  # the result of `Reducer.prepare`
+    positions: Tensor | None = None  # (B, N), in the image; None: as in the sequence
+    sizes: Tensor | None = None  # (B, N) float32: number of tokens merged into each, 0 for padding; None: one each
+    log_sizes: Tensor | None = None  # (B, N) float32, if attention weighs tokens by their sizes
+    active: Tensor | None = None  # (B, N) of 0 and 1, with gradient, if training masks tokens and drops none
+    update: Tensor | None = None  # (B, N, D), added to the tokens by the MLP
+    depth: float = 0.0  # share of all blocks that comes before this one
 
-    def need(self, name: str) -> Tensor:
-        """What a reducer asked for.
+    def require(self, name: str) -> Tensor:
+        """Return a field of the context.
 
         Raises:
-            ValueError: it did not say in `needs` that it needs it.
+            ValueError: the reducer does not declare it in `needs`.
         """
         value = getattr(self, name)
         if value is None:
@@ -47,48 +47,49 @@ class Context(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What is left of the tokens."""
+    """Tokens after a reduction."""
 
     tokens: Tensor  # (B, K, D)
-    idx: Tensor | None = None  # (B, K): the rows they were, where they are not mixed
-    pruned: tuple[Tensor, Tensor] | None = None  # pruned tokens (B, N - K, D) and their rows, where asked for
-    weights: Tensor | None = None  # (B, K - P, N - P): what patch tokens were mixed by, where that is at hand
+    idx: Tensor | None = None  # (B, K): their input rows, if tokens are not mixed
+    pruned: tuple[Tensor, Tensor] | None = None  # pruned tokens (B, N - K, D) and their rows, if requested
+    weights: Tensor | None = None  # (B, K - P, N - P) that mixed the patch tokens, if known
     sizes: Tensor | None = None  # (B, K), as in Context
     active: Tensor | None = None  # (B, N), as in Context
-    loss: Tensor | None = None  # to be added to that of the network
-    rows: Callable[[], Tensor] | None = None  # for who asks: (B, N), the row in which each token is; None: not all are
-    places: Tensor | None = None  # (B, K): the rows whose places they take, where they are mixed and that is known
+    loss: Tensor | None = None  # added to the loss of the network
+    rows: Callable[[], Tensor] | None = None  # lazy (B, N): the output row of each token; None: some have none
+    position_idx: Tensor | None = None  # (B, K): the input rows whose positions mixed tokens take, if known
 
 
 class Features(NamedTuple):
-    """What leaves the last block, normalised, and what training needs of the way there."""
+    """Normed tokens after the last block, and the losses and masks that training needs."""
 
     tokens: Tensor
     losses: list[Tensor]
     active: Tensor | None
     rows: Sequence[Callable[[], Tensor] | None] = ()  # of every reduction
 
-    def whole(self) -> Tensor | None:
-        """A copy of each token at all positions that it stands for, (B, N0, D); None where tokens are dropped."""
-        at: Tensor | None = None
+    def full(self) -> Tensor | None:
+        """Copy tokens to all positions merged into them: (B, N0, D), None if some are dropped."""
+        row_idx: Tensor | None = None
         for rows in self.rows:
             if rows is None:
                 return None
-            at = rows() if at is None else rows().gather(1, at)
-        return self.tokens if at is None else take(self.tokens, at)
+            row_idx = rows() if row_idx is None else rows().gather(1, row_idx)
+        return self.tokens if row_idx is None else gather_rows(self.tokens, row_idx)
 
 
 class Reducer(nn.Module, ABC):
-    """Reduces tokens x (B, N, D) to num_keep; the first num_prefix stay as they are, and stay first."""
+    """Reduces tokens x (B, N, D) to num_keep; the first num_prefix stay unchanged and first."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    # behind the block, between its attention and MLP, or before the attention, which then has fewer queries
-    place: ClassVar[Literal["block", "attention", "queries"]] = "block"
-    proportional = True  # whether later attention weighs tokens by their sizes, to the power of
-    size_exponent = 1.0
+    needs: ClassVar[frozenset[Requirement]] = frozenset()
+    # after the block, between its attention and MLP, or before the attention, which then has fewer
+    # queries
+    insertion_point: ClassVar[Literal["block", "attention", "queries"]] = "block"
+    proportional = True  # later attention weighs tokens by their sizes
+    size_exponent = 1.0  # to this power
 
     def prepare(self, patches: Tensor) -> Tensor:
-        """What "patches" shall be, made of the input (B, N0 - P, pixels) once, by the first reducer for all layers."""
+        """Derive "patches" from the input (B, N0 - P, pixels), once for all layers."""
         return patches
 
     @abstractmethod
@@ -113,33 +114,36 @@ class Selector(Reducer):
         return Reduction(ops.gather(x, kept_idx), kept_idx)
 
 
-Make = Callable[[int, int, int], Reducer]  # width D, patches kept, and all there were -> one layer's reducer
+Make = Callable[[int, int, int], Reducer]  # width D, patches kept, all patches -> the reducer of one layer
 
 
 class Reduced(nn.Module):
-    """A plain ViT that loses tokens: counts[l] are kept after block l.
+    """A plain ViT whose tokens are reduced to counts[l] after block l.
 
     Args:
-        backbone: the reference ViT; it is not copied.
-        make: makes the reducer of a layer. Layers that prune nothing have none.
-        counts: as from `cropr.Schedule`.
+        backbone: the reference ViT; not copied.
+        make: factory of the reducer of a layer. Layers that prune nothing have no reducer.
+        counts: kept tokens after each block, as from `cropr.Schedule`.
         llf: Last Layer Fusion: pruned tokens are restored before the last block, as they were.
 
     Raises:
-        TypeError: another backbone.
-        ValueError: the way of reducing needs a class token and there is none, or cannot do LLF.
+        TypeError: the backbone is not the reference ViT.
+        ValueError: the reducer needs a class token and the model has none, or it cannot do Last
+            Layer Fusion.
     """
 
     def __init__(self, backbone: Any, make: Make, counts: Sequence[int], *, llf: bool = False):
         super().__init__()
         if not isinstance(backbone, ViT):
             raise TypeError(f"Reduced: the backbone must be the reference ViT, got {type(backbone).__name__}")
-        self.backbone, self.counts, self.llf = backbone, list(counts), llf
+        self.backbone = backbone
+        self.counts = list(counts)
+        self.llf = llf
         prefix = backbone.num_prefix_tokens
-        before = [prefix + backbone.grid**2, *counts]
+        counts_before = [prefix + backbone.grid**2, *counts]
         self.reducers = nn.ModuleDict()
         for layer, count in enumerate(counts):
-            if count == before[layer]:
+            if count == counts_before[layer]:
                 continue
             reducer = make(backbone.embed_dim, count - prefix, backbone.grid**2)
             name = type(reducer).__name__
@@ -156,20 +160,24 @@ class Reduced(nn.Module):
         return self.backbone.forward_head(self.run(images).tokens)
 
     def run(self, images: Tensor) -> Features:
-        """All tokens kept after the last block."""
+        """Run the blocks, and return the tokens kept after the last one."""
         backbone: Any = self.backbone
         x, table = backbone.embed(images)
-        rope, prefix, losses = table, backbone.num_prefix_tokens, []
+        rope = table
+        prefix = backbone.num_prefix_tokens
+        losses: list[Tensor] = []
         pruned: list[tuple[Tensor, Tensor]] = []
         rows: list[Callable[[], Tensor] | None] = []
         reducers: Any = dict(self.reducers.items())
-        users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
+        patch_users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
         side = backbone.config.patch_size
-        context = Context(patches=users[0].prepare(patches_of(images, side)) if users else None)
+        context = Context(patches=patch_users[0].prepare(patches_of(images, side)) if patch_users else None)
         for layer, block in enumerate(backbone.blocks):
             if pruned and layer == len(backbone.blocks) - 1:
                 x = ops.restore(x, context.positions, *(torch.cat(parts, 1) for parts in zip(*pruned)))
-                rope, context, rows = table, Context(), []
+                rope = table
+                context = Context()
+                rows = []
             reducer = reducers.get(str(layer))
             if reducer is None and context.log_sizes is None and context.active is None:
                 x = block(x, rope=rope)
@@ -179,23 +187,37 @@ class Reduced(nn.Module):
             if reduction is None:
                 continue
             rows.append(reduction.rows)
-            losses += [] if reduction.loss is None else [reduction.loss]
+            if reduction.loss is not None:
+                losses.append(reduction.loss)
             if reduction.idx is None and table is not None:
                 raise ValueError(f"{type(reducer).__name__} mixes tokens: they have no rotary positions")
-            before, positions = context.positions, reduction.places if reduction.idx is None else reduction.idx
-            if before is not None:
-                positions = before if positions is None else before.gather(1, positions)
             if reduction.pruned is not None:
                 tokens, idx = reduction.pruned
-                pruned.append((tokens, idx if before is None else before.gather(1, idx)))
+                pruned.append((tokens, positions_at(context.positions, idx)))
+            context = advance(context, reducer, reduction)
             if table is not None:
-                rope = rope_at(table, positions, prefix)
-            sizes = reduction.sizes
-            logarithms = None
-            if sizes is not None and reducer.proportional:
-                logarithms = sizes.clamp_min(_PADDING).log() * reducer.size_exponent
-            context = context._replace(positions=positions, sizes=sizes, log_sizes=logarithms, active=reduction.active)
+                rope = rope_at(table, context.positions, prefix)
         return Features(backbone.norm(x), losses, context.active, rows)
+
+
+def positions_at(positions: Tensor | None, idx: Tensor | None) -> Any:
+    """Image positions of the rows at idx (B, K).
+
+    Positions None: rows are positions. idx None: all rows stay.
+    """
+    if positions is None or idx is None:
+        return idx if positions is None else positions
+    return positions.gather(1, idx)
+
+
+def advance(context: Context, reducer: Reducer, reduction: Reduction) -> Context:
+    """Return the context of the next block."""
+    sizes = reduction.sizes
+    log_sizes = None
+    if sizes is not None and reducer.proportional:
+        log_sizes = sizes.clamp_min(_PADDING_SIZE).log() * reducer.size_exponent
+    positions = positions_at(context.positions, reduction.position_idx if reduction.idx is None else reduction.idx)
+    return context._replace(positions=positions, sizes=sizes, log_sizes=log_sizes, active=reduction.active)
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:
@@ -212,7 +234,7 @@ def run_block(
     reducer: Reducer | None,
     num_keep: int,
 ) -> tuple[Tensor, Reduction | None]:
-    """One block, its attention decomposed, with a reducer at its place in it."""
+    """Run one block, its attention decomposed, with a reducer at its insertion point."""
     q, k, v = project_heads(block.attn, block.norm1(x))
     if rope is not None:
         q, k = rotate(q, rope, num_prefix), rotate(k, rope, num_prefix)
@@ -227,43 +249,43 @@ def run_block(
             keys=k if "keys" in needs else None,
             values=v if "values" in needs else None,
         )
-        if reducer.place == "queries":
+        if reducer.insertion_point == "queries":
             reduction = reducer(x, context, num_keep, num_prefix)
             x = reduction.tokens
             if reduction.idx is None:
                 raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
-            q = take(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+            q = gather_rows(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
     x = x + block.drop_path1(block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2))))
-    if reducer is not None and reducer.place == "attention":
+    if reducer is not None and reducer.insertion_point == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
     update = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     x = x + update
-    if reducer is not None and reducer.place == "block":
+    if reducer is not None and reducer.insertion_point == "block":
         context = context._replace(update=update if "update" in needs else None)
         reduction = reducer(x, context, num_keep, num_prefix)
         x = reduction.tokens
     return x, reduction
 
 
-def take(x: Tensor, idx: Tensor) -> Tensor:
-    """Rows of x (B, N, C) at idx (B, K), which may repeat: `cropr::gather`'s gradient is for rows that do not."""
+def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
+    """Rows of x (B, N, C) at idx (B, K); idx may repeat, unlike for `cropr::gather`'s gradient."""
     return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[2])) if x.requires_grad else ops.gather(x, idx)
 
 
 def attention_of(q: Tensor, k: Tensor, context: Context) -> Tensor:
-    """Probabilities (B, H, queries, N), float32: what SDPA hands to nobody.
+    """Attention probabilities (B, H, queries, N), float32, which SDPA does not return.
 
-    Masked tokens attend to themselves and to active ones, and nobody attends to them (DynamicViT, section 3.2).
+    Masked tokens attend to themselves and to active ones; no other token attends to them
+    (DynamicViT, section 3.2).
     """
     logits = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).float()
     if context.log_sizes is not None:
         logits = logits + context.log_sizes[:, None, None]
     if context.active is None:
         return logits.softmax(-1)
-    seen = context.active[:, None, None] + (1 - context.active[:, None, :, None]) * torch.eye(
-        k.shape[2], device=k.device
-    )
-    mass = (logits - logits.amax(-1, keepdim=True)).exp() * seen.clamp_max(1)
+    itself = torch.eye(k.shape[2], device=k.device)
+    mask = context.active[:, None, None] + (1 - context.active[:, None, :, None]) * itself
+    mass = (logits - logits.amax(-1, keepdim=True)).exp() * mask.clamp_max(1)
     return mass / mass.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What `cropr::prune` is compared with: the same split by sequences of PyTorch ops, and a check of its result."""
+"""Baselines of `cropr::prune`: the split by sequences of PyTorch ops, and a check of results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ PREFIX = 1
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def ours(x: Tensor, query: Tensor, keep: int) -> Split:
+def cropr_prune(x: Tensor, query: Tensor, keep: int) -> Split:
     return torch.ops.cropr.prune(x, query, keep, PREFIX)
 
 
 def published(x: Tensor, query: Tensor, keep: int) -> Split:
-    """The published sequence: logits of every query, their sum, a full sort, every token gathered in that order."""
+    """The published sequence: logits of every query, their sum, a full sort, a gather of all."""
     scores = (query @ x.transpose(1, 2)).sum(1)
     scores[:, :PREFIX] = float("inf")
     order = scores.argsort(dim=1, descending=True)
@@ -26,7 +26,7 @@ def published(x: Tensor, query: Tensor, keep: int) -> Split:
 
 
 def sort_and_index_select(x: Tensor, query: Tensor, keep: int) -> Split:
-    """The same with the fastest gather PyTorch has: rows of the flattened batch."""
+    """The same with PyTorch's fastest gather: rows of the flattened batch."""
     batch, n, dim = x.shape
     scores = x @ query.sum(0)
     scores[:, :PREFIX] = float("inf")
@@ -37,7 +37,7 @@ def sort_and_index_select(x: Tensor, query: Tensor, keep: int) -> Split:
 
 
 def topk_and_index_select(x: Tensor, query: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Only what stays: top-k instead of a sort, and no pruned tokens (they would be lost to Last Layer Fusion)."""
+    """Kept tokens only: top-k instead of a sort, without the tokens for Last Layer Fusion."""
     batch, n, dim = x.shape
     scores = x @ query.sum(0)
     scores[:, :PREFIX] = float("inf")
@@ -47,12 +47,12 @@ def topk_and_index_select(x: Tensor, query: Tensor, keep: int) -> tuple[Tensor, 
 
 
 def copy(x: Tensor, query: Tensor, keep: int) -> Tensor:
-    """The floor: read x once, write it once."""
+    """Lower bound of the time: read x once, write it once."""
     return x.clone()
 
 
 PRUNE: dict[str, Callable[..., Any]] = {
-    "prune": ours,
+    "prune": cropr_prune,
     "copy of x": copy,
     "published": published,
     "sort + index_select": sort_and_index_select,
@@ -65,7 +65,7 @@ def check(x: Tensor, query: Tensor, keep: int) -> None:
     Raises:
         RuntimeError: the result is wrong.
     """
-    kept, kept_idx, pruned, pruned_idx = ours(x, query, keep)
+    kept, kept_idx, pruned, pruned_idx = cropr_prune(x, query, keep)
     if not torch.equal(torch.ops.cropr.restore(kept, kept_idx, pruned, pruned_idx), x):
         raise RuntimeError("prune then restore does not give x back")
     scores = x.double() @ query.double().sum(0)

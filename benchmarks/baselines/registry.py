@@ -1,8 +1,10 @@
-"""Every baseline by name: what makes it, where the benchmarks run it, and what is published of it.
+"""Every baseline by name: its factory, the benchmarks that run it, and its published figures.
 
-A line here is all that the table, the trainings, the off-the-shelf comparison and the pages need of a new baseline.
+The table, the trainings, the off-the-shelf comparison and the pages need one entry here of a new
+baseline.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,20 +36,19 @@ Figures = tuple[float, float]  # published: accuracy, thousands of images a seco
 
 @dataclass(frozen=True)
 class Baseline:
-    """A line of the registry."""
+    """An entry of the registry."""
 
     name: str
     make: Make
-    # "pruning" and "merging" need no training; "learned" has parameters of its own; "once" reduces only once, most of
-    # them with such parameters
-    kind: Literal["pruning", "merging", "learned", "once"]
-    keeps: str  # what is kept, for the page
-    # schedules it is timed at, with what is published of it
-    timed: dict[Schedule, Figures | None] = field(default_factory=dict)
-    trained: tuple[Schedule, ...] = ()  # schedules it is trained at beside Cropr
-    trained_as: str | None = None  # the baseline that is trained in its place
-    on_host: bool = False  # too slow to be timed on a GPU, at the batches that fill one
-    variant: bool = False  # of the baseline before it: not plotted, and not listed by itself
+    # "pruning" and "merging" need no training; "learned" has its own parameters; "once" reduces at
+    # a single block, mostly with its own parameters
+    category: Literal["pruning", "merging", "learned", "once"]
+    keeps: str  # description of the kept tokens, for the page
+    timed: dict[Schedule, Figures | None] = field(default_factory=dict)  # schedules to time, with published figures
+    trained: tuple[Schedule, ...] = ()  # schedules to train besides Cropr
+    trained_as: str | None = None  # the baseline trained instead
+    on_host: bool = False  # clusters on the CPU: too slow to time on a GPU at the batches that fill one
+    variant: bool = False  # of the baseline before it: neither plotted nor listed by itself
 
 
 BASELINES = (
@@ -260,11 +261,10 @@ BASELINES = (
 )
 SYSTEMS: dict[str, Make] = {baseline.name: baseline.make for baseline in BASELINES}
 ON_HOST = tuple(baseline.name for baseline in BASELINES if baseline.on_host)
-ONCE = tuple(baseline.name for baseline in BASELINES if baseline.kind == "once")
+REDUCE_ONCE = tuple(baseline.name for baseline in BASELINES if baseline.category == "once")
 _TRAINED = {baseline.trained_as for baseline in BASELINES}
-OFF_THE_SHELF = tuple(
-    baseline.name for baseline in BASELINES if baseline.kind in ("pruning", "merging") and baseline.name not in _TRAINED
-)
+_UNTRAINED = [baseline for baseline in BASELINES if baseline.category in ("pruning", "merging")]
+OFF_THE_SHELF = tuple(baseline.name for baseline in _UNTRAINED if baseline.name not in _TRAINED)
 
 
 class Row(NamedTuple):
@@ -276,7 +276,7 @@ class Row(NamedTuple):
 
 
 UNPRUNED: Figures = (85.8, 0.86)
-OURS = (
+CROPR_ROWS = (
     Row("non-salient", "dec, LLF", (76.4, 1.48)),
     Row("Cropr", "dec, LLF", (85.3, 1.48)),
     Row("Cropr, merging", "dec"),
@@ -284,19 +284,20 @@ OURS = (
     Row("Cropr", "const", (85.4, 1.43)),
     Row("Cropr", "const, LLF", (85.5, 1.35)),
 )
-# By schedule, the baselines before Cropr.
-ROWS = tuple(
-    row
-    for schedule in get_args(Schedule)
-    for row in (
-        *(Row(one.name, schedule, one.timed[schedule]) for one in BASELINES if schedule in one.timed),
-        *(row for row in OURS if row.schedule == schedule),
-    )
-)
+
+
+def rows_of(schedule: Schedule) -> list[Row]:
+    """The baselines of a schedule, then Cropr."""
+    timed = [baseline for baseline in BASELINES if schedule in baseline.timed]
+    rows = [Row(baseline.name, schedule, baseline.timed[schedule]) for baseline in timed]
+    return rows + [row for row in CROPR_ROWS if row.schedule == schedule]
+
+
+ROWS = tuple(itertools.chain.from_iterable(map(rows_of, get_args(Schedule))))
 
 
 class Fusion(NamedTuple):
-    """A way to a whole map: its name, and the mIoU and GFLOPs published (ADE20k, EVA-02-L)."""
+    """A way to a full map: its name, and the published mIoU and GFLOPs (ADE20k, EVA-02-L)."""
 
     name: str
     miou: float

@@ -1,4 +1,4 @@
-"""Cropr's module with one thing changed, trained like it: the paper's ablations of the scorer."""
+"""The paper's ablations of the scorer: Cropr's module with one change each, trained like it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ ops = torch.ops.cropr
 
 
 class NonSalientCropr(Cropr):
-    """Keeps what Cropr would prune."""
+    """Keep the tokens that Cropr would prune."""
 
     def query(self) -> Tensor:
         return -super().query()
@@ -24,14 +24,14 @@ class NonSalientCropr(Cropr):
 
 
 class SamplingCropr(Cropr):
-    """In training draws the tokens that are kept, without replacement, in proportion to the softmax of their logits.
+    """Sample the kept tokens in training, without replacement, by the softmax of their logits.
 
-    A token's logit is its mean over the queries. In eval the best are kept.
+    A token's logit is its mean over the queries. In eval the highest scores are kept.
     """
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         prediction, scores = super().predict(x, log_sizes)
-        if self.training:  # Gumbel noise makes the top K a draw without replacement
+        if self.training:  # Gumbel noise makes the top K a sample without replacement
             scores = ops.scores(x.detach(), self.query()) if scores is None else scores
             noise = -torch.empty_like(scores).exponential_().log()
             scores = scores / (self.queries.shape[0] * x.shape[-1] ** 0.5) + noise
@@ -39,16 +39,17 @@ class SamplingCropr(Cropr):
 
 
 class OpenAggregator(Aggregator):
-    """Without stop-gradient: the auxiliary loss reaches the tokens."""
+    """Aggregator without stop-gradient: the auxiliary loss reaches the tokens."""
 
     def attend(self, x: Tensor, queries: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        one_head, asked = x.unsqueeze(1), queries.to(x.dtype).expand(len(x), 1, -1, -1)
-        out = F.scaled_dot_product_attention(asked, one_head, one_head, attn_mask=bias)
+        one_head = x.unsqueeze(1)
+        batch_queries = queries.to(x.dtype).expand(len(x), 1, -1, -1)
+        out = F.scaled_dot_product_attention(batch_queries, one_head, one_head, attn_mask=bias)
         return out.squeeze(1), ops.scores(x.detach(), queries.detach())
 
 
 class OpenCropr(Cropr):
-    """Cropr without stop-gradient: the auxiliary loss reaches the backbone. It has an auxiliary head in any case."""
+    """Cropr without stop-gradient, so that the auxiliary loss reaches the backbone."""
 
     def __init__(self, dim: int, num_outputs: int, num_queries: int = 1, mlp_ratio: float = 4.0):
         super().__init__(dim, num_outputs, num_queries, mlp_ratio)
@@ -68,15 +69,13 @@ class MultiHead(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=False)  # a bias would raise all scores alike
 
     def forward(self, x: Tensor, queries: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, M, D) from x (B, N, D) and queries (M, D); bias (B, 1, 1, N) is added to the logits."""
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for part in (self.q_proj(queries).expand(x.shape[0], -1, -1), self.k_proj(x), self.v_proj(x))
-        )
+        """Attend from queries (M, D) to x (B, N, D), with bias (B, 1, 1, N) on the logits."""
+        projections = (self.q_proj(queries).expand(x.shape[0], -1, -1), self.k_proj(x), self.v_proj(x))
+        q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in projections)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
     def fold(self, queries: Tensor) -> Tensor:
-        """The vector (D,), float32, whose product with a token sums its logits over queries and heads."""
+        """Fold queries into one (D,), float32, for the sum of logits over queries and heads."""
         with torch.autocast(queries.device.type, enabled=False):  # selection is decided in float32
             return (self.q_proj(queries).sum(0) @ self.k_proj.weight).detach().float()
 
@@ -94,10 +93,12 @@ class MultiHeadAggregator(Aggregator):
 
 
 class MultiHeadCropr(Cropr):
-    """Cropr with heads and projections. Its queries are learned: `cropr.calibrate` knows of no projections.
+    """Cropr with heads and projections; queries are learned, as `cropr.calibrate` has no
+    projections.
 
     Raises:
-        ValueError: num_heads does not divide dim, or there is no output from which the projections could learn.
+        ValueError: num_heads does not divide dim, or there is no output from which the projections
+            could learn.
     """
 
     aggregator: MultiHeadAggregator
@@ -115,7 +116,8 @@ class MultiHeadCropr(Cropr):
         return self.aggregator.attention.fold(self.queries)
 
 
-# By the name of the method, what makes the module of each layer from the width of the tokens and the number of classes.
+# By the name of the method, the factory of each layer's module: (width of the tokens, number of
+# classes) -> module.
 SCORERS: dict[str, Callable[[int, int], Cropr]] = {
     "non-salient": NonSalientCropr,
     "no MLP": partial(Cropr, mlp_ratio=0.0),

@@ -1,8 +1,9 @@
-"""pytest-benchmark throughput of every op, CPU and CUDA; each case checks its result before it is timed.
+"""Throughput of every op by pytest-benchmark, on CPU and CUDA; results are checked first.
 
 pytest benchmarks/kernels/bench_ops.py -o addopts= --benchmark-only --benchmark-json=ops.json
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.baselines.prune import (
     PREFIX,
     check,
     copy,
-    ours,
+    cropr_prune,
     published,
     sort_and_index_select,
     topk_and_index_select,
@@ -22,11 +23,12 @@ from benchmarks.kernels.shapes import CPU_SHAPES, GPU_SHAPES, make_inputs, num_k
 from benchmarks.utils.timing import compiled
 from cropr_kernels.ops import reference
 
-CELLS = [("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)] + [
-    ("cuda", shape, dtype) for shape in GPU_SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)
+CELLS = [
+    *itertools.product(["cpu"], CPU_SHAPES, (torch.float32, torch.bfloat16)),
+    *itertools.product(["cuda"], GPU_SHAPES, (torch.float32, torch.bfloat16, torch.float16)),
 ]
 PRUNE = {
-    "cropr::prune": ours,
+    "cropr::prune": cropr_prune,
     "copy of x": copy,
     "published": published,
     "sort + index_select": sort_and_index_select,
@@ -47,8 +49,8 @@ def cell(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, in
     return x, query, num_keep(shape[1])
 
 
-def run(benchmark: Any, x: torch.Tensor, function: Callable[..., Any], *args: Any) -> None:
-    """Time one call, the GPU's work included, with x's bytes in the record."""
+def time_call(benchmark: Any, x: torch.Tensor, function: Callable[..., Any], *args: Any) -> None:
+    """Time one call, with the GPU's work, and record the bytes of x."""
 
     def call() -> Any:
         result = function(*args)
@@ -65,7 +67,7 @@ def run(benchmark: Any, x: torch.Tensor, function: Callable[..., Any], *args: An
 def test_prune(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     function = compiled(PRUNE[name]) if name.startswith("compiled") else PRUNE[name]
     benchmark.group = f"prune {tuple(cell[0].shape)} {cell[0].dtype} {cell[0].device.type}"
-    run(benchmark, cell[0], function, *cell)
+    time_call(benchmark, cell[0], function, *cell)
 
 
 @pytest.mark.parametrize("name", ["scores", "select", "split", "gather", "restore"])
@@ -83,7 +85,7 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
         "restore": (kept, kept_idx, pruned, pruned_idx),
     }[name]
     benchmark.group = f"{name} {tuple(x.shape)} {x.dtype} {x.device.type}"
-    run(benchmark, x, getattr(ops, name), *args)
+    time_call(benchmark, x, getattr(ops, name), *args)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,17 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
 )
 def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     x, query, keep = cell
-    (batch, n, _), ops = x.shape, torch.ops.cropr
+    batch, n, _ = x.shape
+    ops = torch.ops.cropr
     with torch.inference_mode():
         idx = ops.prune(x, query, keep, PREFIX)[1]
-        update, weight, bias = torch.zeros_like(x[:, :keep]), torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+        update = torch.zeros_like(x[:, :keep])
+        weight = torch.ones_like(x[0, 0])
+        bias = torch.zeros_like(x[0, 0])
         table = torch.zeros(n, 128, device=x.device)
-        table[:, 64:] = 1.0  # a rotation by nothing, as the update adds nothing: the values stay what they are
-        sizes, parent = torch.ones(batch, n, device=x.device), torch.arange(n, device=x.device).repeat(batch, 1)
+        table[:, 64:] = 1.0  # rotation by zero and update of zero: repeated calls do not change the values
+        sizes = torch.ones(batch, n, device=x.device)
+        parent = torch.arange(n, device=x.device).repeat(batch, 1)
         args: dict[str, tuple[Any, ...]] = {
             "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
             "host_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
@@ -107,18 +113,21 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
             "add_select_": (x, idx, update, None, query, keep - 8, PREFIX),
             "rotate_": (x[:, :keep].unflatten(2, (-1, 64)), table, idx, PREFIX),
         }
-        mine, theirs = ([arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]] for _ in range(2))
-        got, expected = getattr(ops, name)(*mine), getattr(reference, name)(*theirs)
+        op_args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]]
+        reference_args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]]
+        result = getattr(ops, name)(*op_args)
+        expected = getattr(reference, name)(*reference_args)
         if name == "host_offsets_":
-            assert (mine[3] == theirs[3]).double().mean() > 0.99  # hosts of near-ties may differ
+            assert (op_args[3] == reference_args[3]).double().mean() > 0.99  # parents of near-ties may differ
         elif name == "merge_":
-            assert (got[0] == expected[0]).double().mean() > 0.9 and torch.equal(got[2].sum(1), expected[2].sum(1))
+            assert (result[0] == expected[0]).double().mean() > 0.9
+            assert torch.equal(result[2].sum(1), expected[2].sum(1))
         else:
-            assert torch.equal(mine[0], args[name][0])
+            assert torch.equal(op_args[0], args[name][0])
         if name.endswith("norm") or name.endswith("norm_"):
-            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
     benchmark.group = f"{name} {tuple(x.shape)} {x.dtype} {x.device.type}"
-    run(benchmark, x, getattr(ops, name), *args[name])
+    time_call(benchmark, x, getattr(ops, name), *args[name])
 
 
 @pytest.mark.parametrize("name", ["cropr::attend_scores", "PyTorch"])

@@ -1,4 +1,4 @@
-"""The launches of Triton kernels, recorded in place of running, and compiled as launches would be. Needs no GPU."""
+"""Launches of Triton kernels, recorded instead of run, and compiled; needs no GPU."""
 
 import importlib
 import itertools
@@ -19,11 +19,12 @@ from cropr_kernels.pruning.api import deployed_copy
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 TYPES = ["float32", "float64", "bfloat16", "float16"]
-WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of the Vision Transformers that have weights
+WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of Vision Transformers with published weights
 # Sides of the grid of patches: 197, 577 and 1025 tokens have keys in registers, 9217 do not.
 SIDES = [14, 24, 32, 96]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
-# Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions; fusion.
+# Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions;
+# fusion.
 _MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({"init_values": 1e-5}, {"merge": True, "llf": "host"}),
@@ -32,7 +33,7 @@ _MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: its arguments, and its options."""
+    """One launch of a kernel, with its arguments and options."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constants of the kernel, by name."""
+        """Constants of the kernel by name."""
         values = dict(zip(self.kernel.arg_names, self.args)) | self.options
         return {parameter.name: values[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr}
 
@@ -50,26 +51,27 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect what is launched; no kernel runs."""
-    found: list[Launch] = []
+    """Record launches instead of running kernels."""
+    recorded: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append(Launch(kernel, args, options))
+        recorded.append(Launch(kernel, args, options))
 
-    run, JITFunction.run = JITFunction.run, record
+    original_run = JITFunction.run
+    JITFunction.run = record
     try:
-        yield found
+        yield recorded
     finally:
-        JITFunction.run = run
+        JITFunction.run = original_run
 
 
 def launcher(op: str) -> Any:
-    """What the dispatcher calls for tensors on CUDA."""
+    """Return the function that the dispatcher calls for tensors on CUDA."""
     return getattr(importlib.import_module(f"cropr_kernels.ops.triton.{FILES[op]}"), op)
 
 
 class _Launching(TorchDispatchMode):
-    """Ops of this package are launched as well, on whatever device their tensors are."""
+    """Launch the CUDA kernels of this package's ops too, on any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "cropr":
@@ -78,35 +80,38 @@ class _Launching(TorchDispatchMode):
 
 
 def launches(dtype: str, widths: list[int] = WIDTHS, sides: list[int] = SIDES) -> list[Launch]:
-    """Those of models of these widths and grids on the engine, and of the ops that it leaves to training and users."""
-    with recording() as found:
+    """Record the launches of models on the engine, and of the ops that only users call."""
+    with recording() as recorded:
         for width, side in itertools.product(widths, sides):
             _run_engine(getattr(torch, dtype), width, side)
             for op in OPS:
                 if not op.endswith(("_", "norm")):
                     for args in _calls(op, getattr(torch, dtype), width, side * side + 1):
                         launcher(op)(**args)
-    return found
+    return recorded
 
 
 def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
-    """Forward passes of pruned models whose tensors have no data."""
+    """Run pruned models on the engine with tensors without data."""
     with torch.device("meta"), torch.no_grad():
         images = torch.empty(2, 3, 16 * side, 16 * side, dtype=dtype)
         protect, padding = (torch.empty(2, side, side, dtype=torch.bool) for _ in range(2))
-        for parts, how in _MODELS:
+        for architecture, pruning in _MODELS:
             sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 3}
-            model = ViT(ViTConfig(num_classes=10, **sizes, **parts)).to(dtype)
-            model = deployed_copy(cropr.apply(model, ratio=0.2, **how))
+            model = ViT(ViTConfig(num_classes=10, **sizes, **architecture)).to(dtype)
+            model = deployed_copy(cropr.apply(model, ratio=0.2, **pruning))
             with _Launching():
                 model(images)
                 model(images, protect=protect)
-                if "merge" not in how:
+                if "merge" not in pruning:
                     model(images, padding=padding)
 
 
 def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str, Any]]:
-    """Calls of an op on tensors without data, with and without its optional tensors, with one and with many queries."""
+    """Yield calls of an op on tensors without data.
+
+    With and without optional tensors, with one query and with 64.
+    """
     spec = OPS[op]
     for queries in (1, 64):
         sizes = {
@@ -132,7 +137,7 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
 
 
 class Compiler:
-    """The driver of one device, as far as compilation asks. Kernels are kept by device: here, by architecture."""
+    """The part of a driver that compilation needs. Kernels are cached by architecture."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -148,14 +153,15 @@ class Compiler:
 
 
 def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
-    """Every specialisation among the launches, bound and compiled as a launch on that architecture would, each once."""
-    active, driver._active = driver._active, Compiler(architecture)
+    """Compile every specialization among the launches once, for an architecture."""
+    active = driver._active
+    driver._active = Compiler(architecture)
     try:
-        seen = set()
+        hashes = set()
         for launch in launches:
             compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
-            if compiled.hash not in seen:
-                seen.add(compiled.hash)
+            if compiled.hash not in hashes:
+                hashes.add(compiled.hash)
                 yield launch, compiled
     finally:
         driver._active = active

@@ -1,7 +1,7 @@
-"""A CUDA driver that launches nothing: kernels are compiled and launched as on a GPU, on tensors of the CPU.
+"""A CUDA driver that runs nothing: kernels are compiled and launched as on a GPU, on CPU tensors.
 
-Everything is real but the driver: Triton's front end, compiler and launcher, and the plans of csrc/launch.cpp. What
-would run on a GPU goes to a hook.
+Everything but the driver is real: Triton's front end, compiler and launcher, and the recorded
+launches of csrc/launch.cpp. A hook receives each launch.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ int cuDeviceGetAttribute(int* value, int, int) { *value = 232448; return 0; }
 int cuFuncGetAttribute(int* value, int, void*) { *value = 1024; return 0; }
 int cuGetErrorString(int, const char** text) { *text = "an error of the mock driver"; return 0; }
 """
-# What Triton's launcher is linked with, and never needs here.
+# Symbols that Triton's launcher links against and never calls here.
 _UNUSED = """
     cuInit cuDeviceGet cuDeviceGetCount cuDriverGetVersion cuCtxGetCurrent cuCtxSetCurrent cuCtxGetDevice cuCtxGetLimit
     cuCtxSetLimit cuDevicePrimaryCtxRetain cuModuleLoadData cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig
@@ -57,8 +57,8 @@ _UNUSED = """
 """
 
 
-class Launched(NamedTuple):
-    """What a driver was asked to run; parameters as bytes."""
+class MockLaunch(NamedTuple):
+    """A launch that the driver received; parameters as bytes."""
 
     function: int
     grid: int
@@ -68,8 +68,9 @@ class Launched(NamedTuple):
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The driver, compiled and loaded as libcuda.so.1."""
-    source, library = folder / "mock.cpp", folder / "libcuda.so.1"
+    """Compile the driver, and load it as libcuda.so.1."""
+    source = folder / "mock.cpp"
+    library = folder / "libcuda.so.1"
     source.write_text(_SOURCE + "".join(f"int {name}(...) {{ return 0; }}\n" for name in _UNUSED.split()) + "}\n")
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
@@ -79,28 +80,30 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class _Driver(Compiler, CudaDriver):
-    """Triton's own, of one device with one stream."""
+    """Triton's driver with one device and one stream."""
 
     def __init__(self, architecture: int) -> None:
         Compiler.__init__(self, architecture)
-        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+        self.utils = CudaUtils()
+        self.launcher_cls = CudaLauncher
 
 
 class MockCuda:
-    """What a driver was asked to launch, while `recording`; `ops` are the CUDA kernels, for tensors of the CPU."""
+    """Records launches in `recording`; `ops` are the CUDA kernels for CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):
         self.ops = torch.ops.cropr_mock
-        self.launched: list[Launched] = []
+        self.launched: list[MockLaunch] = []
         self.library = library
-        self._hook = ctypes.CFUNCTYPE(
+        hook_type = ctypes.CFUNCTYPE(
             None, ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
-        )(self._note)
+        )
+        self._hook = hook_type(self._record)
         self._sizes: dict[int, list[int]] = {}
 
     @contextmanager
-    def recording(self) -> Iterator[list[Launched]]:
-        """The launches made within, in a list that fills."""
+    def recording(self) -> Iterator[list[MockLaunch]]:
+        """Collect launches in the list returned."""
         self.launched = []
         self.library.mock_set_hook(self._hook)
         try:
@@ -108,14 +111,14 @@ class MockCuda:
         finally:
             self.library.mock_set_hook(None)
 
-    def _note(self, function: int, grid: int, threads: int, shared: int, parameters: Any) -> None:
+    def _record(self, function: int, grid: int, threads: int, shared: int, parameters: Any) -> None:
         sizes = self._sizes.get(function) or self._sizes.setdefault(function, _parameter_sizes(function))
         values = tuple(ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes))
-        self.launched.append(Launched(function, grid, threads, shared, values))
+        self.launched.append(MockLaunch(function, grid, threads, shared, values))
 
 
 def _parameter_sizes(function: int) -> list[int]:
-    """Bytes of each parameter of a kernel, as its PTX declares them."""
+    """Bytes of each parameter of a kernel, as declared in its PTX."""
     for module in {FILES[name] for name in NAMES}:
         for kernel in vars(__import__(f"cropr_kernels.ops.triton.{module}", fromlist=[module])).values():
             for cache, *_ in kernel.device_caches.values() if isinstance(kernel, JITFunction) else ():
@@ -128,10 +131,11 @@ def _parameter_sizes(function: int) -> list[int]:
 
 @contextmanager
 def mock_cuda(folder: Path, architecture: int = 90) -> Iterator[MockCuda]:
-    """CUDA kernels on tensors of the CPU; `folder` holds the driver. Not where a real driver is loaded."""
+    """Run CUDA kernels on CPU tensors; `folder` holds the driver."""
     library = build(folder)
     triton.knobs.nvidia.libcuda_path = str(folder)
-    active, triton.runtime.driver._active = triton.runtime.driver._active, _Driver(architecture)
+    active = triton.runtime.driver._active
+    triton.runtime.driver._active = _Driver(architecture)
     kernels = torch.library.Library("cropr_mock", "DEF")
     for name, (schema, *_) in zip(NAMES, table):
         kernels.define(schema)

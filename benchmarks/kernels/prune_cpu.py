@@ -1,9 +1,10 @@
-"""Prune on the CPU against its baselines, one thread, taking turns: ratios within one run.
+"""Prune on the CPU against its baselines, one thread, interleaved: ratios within one run.
 
 python -m benchmarks.kernels.prune_cpu [--seconds 6] [--threads 1] [--compile] [--out benchmarks/results/cpu_ops.json]
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -15,32 +16,35 @@ from tqdm import tqdm
 
 from benchmarks.baselines.prune import PRUNE, check
 from benchmarks.kernels.shapes import CPU_SHAPES, make_inputs, num_keep
-from benchmarks.utils.results import RESULTS, Results, environment, name_of
+from benchmarks.utils.results import RESULTS, Results, Row, environment, name_of
 from benchmarks.utils.timing import compiled, quantile
 
 TURN = 2e-3  # seconds
 PASSES = 6
 
 
-class Turns:
-    """Calls of functions that take turns, in an order that changes every round.
+class InterleavedTimer:
+    """Times functions in turns, in an order that changes every round.
 
-    A turn lasts at least TURN. Its first call finds the caches as the others left them (`first`); the rest run back to
-    back (`steady` holds their mean). Times in seconds.
+    A turn lasts at least TURN. Its first call finds the caches as the other functions left them
+    (`first`); the others follow back to back (`back_to_back` holds their mean). Times are in
+    seconds.
     """
 
     def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
         self.functions = functions
-        self.steady: dict[str, list[float]] = {name: [] for name in functions}
+        self.back_to_back: dict[str, list[float]] = {name: [] for name in functions}
         self.first: dict[str, list[float]] = {name: [] for name in functions}
         self.shuffler = random.Random(0)
 
     def run(self, args: tuple[Any, ...], seconds: float) -> None:
-        """Add turns for about so long; the first two rounds only warm up."""
-        turns, deadline, rounds = list(self.functions), time.perf_counter() + seconds, 0
+        """Add turns for about this many seconds; the first two rounds only warm up."""
+        order = list(self.functions)
+        deadline = time.perf_counter() + seconds
+        rounds = 0
         while rounds < 4 or time.perf_counter() < deadline:
-            self.shuffler.shuffle(turns)
-            for name in turns:
+            self.shuffler.shuffle(order)
+            for name in order:
                 calls: list[float] = []
                 while len(calls) < 2 or sum(calls) < TURN:
                     start = time.perf_counter()
@@ -49,37 +53,40 @@ class Turns:
                     del result
                 if rounds > 1:
                     self.first[name].append(calls[0])
-                    self.steady[name].append(sum(calls[1:]) / len(calls[1:]))
+                    self.back_to_back[name].append(sum(calls[1:]) / len(calls[1:]))
             rounds += 1
 
 
 class Cell:
-    """One shape and dtype and the times so far. Its tensors live only while it runs."""
+    """One shape and dtype, with its times so far. Its tensors live only while it runs."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, with_compile: bool) -> None:
-        self.shape, self.dtype, self.keep = shape, dtype, num_keep(shape[1])
+        self.shape = shape
+        self.dtype = dtype
+        self.keep = num_keep(shape[1])
         functions = dict(PRUNE)
         if with_compile:
             functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
-        self.turns = Turns(functions)
+        self.timer = InterleavedTimer(functions)
 
     def run(self, seconds: float) -> None:
-        """Check the result, then take turns for so long."""
+        """Check the result, then time it for this many seconds."""
         args = (*make_inputs(self.shape, self.dtype, "cpu"), self.keep)
         check(*args)
-        self.turns.run(args, seconds)
+        self.timer.run(args, seconds)
 
     def row(self) -> dict[str, Any]:
-        steady, first = self.turns.steady, self.turns.first
-        median = {name: quantile(values, 0.5) for name, values in steady.items()}
-        row: dict[str, Any] = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
-        row |= {"keep": self.keep, "turns": len(steady["prune"])}
+        back_to_back = self.timer.back_to_back
+        first = self.timer.first
+        median = {name: quantile(values, 0.5) for name, values in back_to_back.items()}
+        row: Row = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
+        row |= {"keep": self.keep, "turns": len(back_to_back["prune"])}
         row["prune / copy of x"] = median["prune"] / median["copy of x"]
-        for name in steady:
+        for name in back_to_back:
             if name not in ("prune", "copy of x"):
                 row[f"{name} / prune"] = median[name] / median["prune"]
         row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(first["copy of x"], 0.5)
-        row["spread of prune (p90 / p10)"] = quantile(steady["prune"], 0.9) / quantile(steady["prune"], 0.1)
+        row["spread of prune (p90 / p10)"] = quantile(back_to_back["prune"], 0.9) / quantile(back_to_back["prune"], 0.1)
         return row
 
 
@@ -93,11 +100,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = Results(options.out, environment("cpu"))
-    cells = [Cell(shape, dtype, options.compile) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
-    # Every cell comes up in every pass: a busy minute of the machine then falls on all of them, not on one.
+    pairs = itertools.product((torch.float32, torch.bfloat16), CPU_SHAPES)
+    cells = [Cell(shape, dtype, options.compile) for dtype, shape in pairs]
+    # Every pass runs every cell, so that a busy minute of the machine affects all of them.
     for cell in tqdm(cells * PASSES, desc="cpu ops", mininterval=1):
         cell.run(options.seconds / PASSES)
-        results.replace([done.row() for done in cells if done.turns.steady["prune"]])
+        results.replace([cell.row() for cell in cells if cell.timer.back_to_back["prune"]])
     for row in results.rows:
         ratios = "  ".join(
             f"{name} {value:.2f}" for name, value in row.items() if " / " in name and "spread" not in name

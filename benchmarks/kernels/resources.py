@@ -1,5 +1,5 @@
-"""Registers, shared memory, stack and blocks a processor of every Triton kernel that models of known widths launch, and
-what the lint says of them. Compiled ahead of time: needs no GPU.
+"""Registers, shared memory, stack, blocks per processor and lint of every Triton kernel that models
+of known widths launch. Compiled ahead of time: needs no GPU.
 
 python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
 """
@@ -20,13 +20,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help=f"all widths and grids, not {SHORT} only: most of an hour")
     options = parser.parse_args()
     chosen = {"widths": WIDTHS, "sides": SIDES} if options.all else SHORT
-    wrong = []
+    failures = []
     columns = ("dtype", "sm", "warps", "registers", "shared", "stack", "blocks")
     print("".join(f"{column:>10}" for column in columns), " kernel and constants")
     for dtype in [options.dtype] if options.dtype else TYPES:
-        found = launches(dtype, **chosen)
+        recorded = launches(dtype, **chosen)
         for architecture in [options.arch] if options.arch else ARCHITECTURES:
-            for launch, compiled in compile_launches(found, architecture):
+            for launch, compiled in compile_launches(recorded, architecture):
                 usage = resources(compiled)
                 numbers = (
                     launch.options["num_warps"],
@@ -36,9 +36,9 @@ def main() -> None:
                     blocks_a_processor(compiled, usage),
                 )
                 print("".join(f"{value:>10}" for value in (dtype, architecture, *numbers)), f" {launch}", flush=True)
-                found_here = problems(launch, compiled) + narrow_rows(launch, compiled)
-                wrong += [f"{launch} {dtype} sm_{architecture}: {problem}" for problem in found_here]
-    sys.exit("\n".join(wrong) or 0)
+                messages = problems(launch, compiled) + narrow_rows(launch, compiled)
+                failures += [f"{launch} {dtype} sm_{architecture}: {problem}" for problem in messages]
+    sys.exit("\n".join(failures) or 0)
 
 
 if __name__ == "__main__":

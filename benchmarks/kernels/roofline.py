@@ -1,9 +1,9 @@
-"""What each kernel must do, the floor that sets on a GPU, and what was measured: writes docs/roofline.md.
+"""Roofline of every kernel: lower bounds and measured times on a GPU. Writes docs/roofline.md.
 
 python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200 (HBM3e; bfloat16, dense)
 
-A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from benchmarks/results/; where
-there is none the page says so.
+A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from
+benchmarks/results/; missing ones are marked.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
-from benchmarks.utils.results import DOCS, load
+from benchmarks.utils.results import DOCS, Row, load
 from cropr_kernels.utils.io import write_text
 
 PAGE = DOCS / "roofline.md"
@@ -33,7 +33,7 @@ OUTRO = """
   reason, and one selection. The rows themselves stay where they are. Once x is larger than the L2 cache that read alone
   is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: to get below it, the programs of an image
   would have to hold their rows on chip until its selection is known (a thread block cluster, or a wait between
-  programs), which nobody can test without a GPU. Where x fits the cache it is not a read from memory: with
+  programs), which needs a GPU to test. Where x fits the cache it is not a read from memory: with
   `CACHE_BYTES` in pruning/engine.py at half of the L2 cache, that many images run through all blocks at a time, the
   read stays on chip, and pruning adds {cached:+.2f} of a copy, since fewer rows are written. It is off until a GPU says
   that the smaller matrix products cost less than that saves. Cheaper, and as untried: with `RECENT_FIRST` in
@@ -41,10 +41,10 @@ OUTRO = """
 - **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
   and add_select_ it is the last program of an image that selects, so it needs no launch of its own, up to 1,024 tokens:
   the keys of more would take registers from the programs that stream rows.
-- **merging over pruning** is two more launches: one compares candidates with safe tokens, which reads every active row
-  once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that take
-  others in. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would read a
-  sixteenth of that; it agrees less with the unpruned model (benchmarks.md).
+- **merging over pruning** is two more launches: one compares candidates with targets, which reads every active row
+  once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that other
+  tokens merge into. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would
+  read a sixteenth of that; it agrees less with the unpruned model (benchmarks.md).
 - **proportional attention** with one more dimension pads q, k and v by 8 columns before FlashAttention. Where one plain
   matrix projects them it is padded instead, at every call, as it is smaller than they are: an eighth more operations
   at 64 channels a head, in place of {copies:.0f} us of copies at 256x197x1024. Elsewhere (qk-norm, rotary positions,
@@ -65,57 +65,73 @@ class Work:
     measured: float | None = None  # us
 
 
-def result(name: str) -> list[dict[str, Any]]:
-    found = load(name)
-    return [] if found is None else found[1]
+def result(name: str) -> list[Row]:
+    loaded = load(name)
+    return [] if loaded is None else loaded[1]
 
 
-def find(rows: list[dict[str, Any]], key: str, **wanted: Any) -> float | None:
-    """A measured time, cold where there are both."""
+def find(rows: list[Row], key: str, **cell: Any) -> float | None:
+    """Return the measured time of a cell; the cold one if there are two."""
     for row in rows:
-        if key in row and row.get("L2", "cold") == "cold" and all(row.get(k) == v for k, v in wanted.items()):
+        if key in row and row.get("L2", "cold") == "cold" and all(row.get(k) == v for k, v in cell.items()):
             return float(row[key])
     return None
 
 
+def stream_works(shape: tuple[int, int, int], ops: list[Row], kernels: list[Row]) -> list[Work]:
+    """Prune, and the kernels of the residual stream, at one shape."""
+    b, n, d = shape
+    k = num_keep(n)
+    x = 2.0 * b * n * d
+    kept = 2.0 * b * k * d
+    text = "x".join(map(str, shape))
+
+    def stream(kernel: str, moved: float, flops: float) -> Work:
+        cell = {"kernel": "stream", "shape": list(shape), "dtype": "bfloat16"}
+        return Work(kernel, text, moved, flops, find(kernels, f"{kernel}, us", **cell))
+
+    measured = find(ops, "prune, us", shape=list(shape), dtype="bfloat16")
+    return [
+        Work("prune", text, 3 * x + b * n * 8, 2.0 * b * n * d, measured),
+        stream("restore", 2 * x + b * n * 8, 0),
+        stream("add_norm_", 4 * x, 8.0 * b * n * d),
+        stream("add_select_ + gather_norm", 3 * x + 2 * kept + b * (8 * n + 16 * k), 10.0 * b * n * d),
+        stream("merging over pruning", x + 3 * (x - kept) + b * n * 28, 3.0 * b * k * (n - k) * d),
+    ]
+
+
 def works() -> list[Work]:
-    """All kernels at the shapes the GPU suite measures."""
-    ops, kernels = result("gpu_ops"), result("gpu_kernels")
-    found: list[Work] = []
+    """List all kernels at the shapes of the GPU suite."""
+    ops = result("gpu_ops")
+    kernels = result("gpu_kernels")
+    entries: list[Work] = []
     for shape in GPU_SHAPES:
-        b, n, d = shape
-        k, text, x = num_keep(n), "x".join(map(str, shape)), 2.0 * b * n * d
-        kept = 2.0 * b * k * d
-        wanted = {"shape": list(shape), "dtype": "bfloat16"}
-        found += [
-            Work("prune", text, 3 * x + b * n * 8, 2.0 * b * n * d, find(ops, "prune, us", **wanted)),
-            Work("restore", text, 2 * x + b * n * 8, 0, find(kernels, "restore, us", kernel="stream", **wanted)),
-            Work("add_norm_", text, 4 * x, 8.0 * b * n * d, find(kernels, "add_norm_, us", kernel="stream", **wanted)),
-            Work(
-                "add_select_ + gather_norm",
-                text,
-                3 * x + 2 * kept + b * (8 * n + 16 * k),
-                10.0 * b * n * d,
-                find(kernels, "add_select_ + gather_norm, us", kernel="stream", **wanted),
-            ),
-            Work(
-                "merging over pruning",
-                text,
-                x + 3 * (x - kept) + b * n * 28,
-                3.0 * b * k * (n - k) * d,
-                find(kernels, "merging over pruning, us", kernel="stream", **wanted),
-            ),
-        ]
+        entries += stream_works(shape, ops, kernels)
     for b, n in ((256, 197), (64, 1025), (8, 9216), (1, 197)):
         measured = find(kernels, "select, us", kernel="select", shape=[b, n])
-        found.append(Work("select", f"{b}x{n}", b * n * 12, 0, measured))
+        entries.append(Work("select", f"{b}x{n}", b * n * 12, 0, measured))
     for b, m, n, d in ((256, 1, 197, 1024), (64, 1, 577, 1024), (16, 1024, 1024, 1024)):
-        x, out = 2.0 * b * n * d, 2.0 * b * m * d
+        x = 2.0 * b * n * d
+        out = 2.0 * b * m * d
         measured = find(kernels, "attend, us", kernel="attend", shape=[b, m, n, d])
-        # forward 2 products, backward 3 for the queries and the two that recompute the logits and slopes
-        work = Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, 10.0 * b * m * n * d, measured)
-        found.append(work)
-    return found
+        # forward 2 products, backward 3 for the queries and the two that recompute the logits and
+        # slopes
+        flops = 10.0 * b * m * n * d
+        entries.append(Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, flops, measured))
+    return entries
+
+
+def table_row(work: Work, bandwidth: float, flops: float) -> str:
+    """A line of the table: the floor of a kernel, its bound, and its measured time."""
+    memory_us = work.bytes / bandwidth * 1e6
+    arithmetic_us = work.flops / flops * 1e6
+    floor = max(memory_us, arithmetic_us)
+    bound = "memory" if memory_us >= arithmetic_us else "arithmetic"
+    measured = ("not yet measured", "-")
+    if work.measured is not None:
+        measured = (f"{work.measured}", f"{floor / work.measured:.2f}")
+    cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
+    return "| " + " | ".join((*cells, *measured)) + " |"
 
 
 def main() -> None:
@@ -127,25 +143,16 @@ def main() -> None:
         "| kernel | shape | MB | GFLOP | floor, us | bound by | measured, us | floor / measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for work in works():
-        by_bytes, by_flops = work.bytes / options.bandwidth * 1e6, work.flops / options.flops * 1e6
-        floor = max(by_bytes, by_flops)
-        bound = "memory" if by_bytes >= by_flops else "arithmetic"
-        measured = (
-            ("not yet measured", "-") if work.measured is None else (f"{work.measured}", f"{floor / work.measured:.2f}")
-        )
-        cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
-        lines.append("| " + " | ".join((*cells, *measured)) + " |")
+    lines += [table_row(work, options.bandwidth, options.flops) for work in works()]
     intro = INTRO.format(bandwidth=options.bandwidth / 1e12, flops=options.flops / 1e12)
-    plain, pruning, merging = (
-        next(work.bytes for work in works() if work.kernel == kernel and work.shape == "256x197x1024")
-        for kernel in ("add_norm_", "add_select_ + gather_norm", "merging over pruning")
-    )
-    copy, kept = 4.0 * 256 * 197 * 1024, 2.0 * 256 * num_keep(197) * 1024
+    moved = {work.kernel: work.bytes for work in works() if work.shape == "256x197x1024"}
+    marginal = moved["add_select_ + gather_norm"] - moved["add_norm_"]
+    copy = 4.0 * 256 * 197 * 1024
+    kept = 2.0 * 256 * num_keep(197) * 1024
     outro = OUTRO.format(
-        marginal=(pruning - plain) / copy,
-        cached=(pruning - plain - kept) / copy,
-        again=merging / options.bandwidth * 1e6,
+        marginal=marginal / copy,
+        cached=(marginal - kept) / copy,
+        again=moved["merging over pruning"] / options.bandwidth * 1e6,
         copies=3 * (1 + 72 / 64) * copy / 2 / options.bandwidth * 1e6,
     )
     write_text(PAGE, intro + "\n".join(lines) + "\n" + outro)

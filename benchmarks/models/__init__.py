@@ -1,1 +1,1 @@
-"""Whole networks: speed and memory."""
+"""Full networks: speed and memory."""

@@ -1,4 +1,4 @@
-"""Networks of one set of weights: created, deployed, with other modules in place of Cropr's."""
+"""Networks with one set of weights: created, pruned, deployed, or with other modules."""
 
 import copy
 from typing import Any
@@ -7,46 +7,46 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import PruningModule
-from cropr_kernels.models.vit import PRESETS
+from cropr_kernels.models.vit import PRESETS, ViT
 from cropr_kernels.pruning.api import deployed_copy
 
 
 def image_size(name: str) -> int:
-    """Pixels a side, of a preset."""
+    """Side of a preset's images in pixels."""
     return int(PRESETS[name].get("img_size", 224))
 
 
-def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
-    """The reference ViT of a preset with random weights, the same at every call."""
+def create(name: str, device: str, dtype: torch.dtype, **changes: Any) -> ViT:
+    """Create the reference ViT of a preset with random weights, the same at every call."""
     torch.manual_seed(0)
     return cropr.create_vit(name, **changes).eval().requires_grad_(False).to(device, dtype)
 
 
-def deploy(model: Any, plain: Any, **options: Any) -> Any:
-    """For inference, with the weights of `plain` where they are: whoever has its own finds them colder in the cache."""
+def deploy(model: Any, plain: ViT, **options: Any) -> Any:
+    """Deploy with the weights of `plain` shared: a second copy would be colder in the cache."""
     deployed = deployed_copy(model, **options)
     shared = dict(plain.named_parameters())
     for name, module in deployed.named_modules():
         for key in list(module._parameters):
-            own = shared.get(f"{name}.{key}" if name else key)
-            if own is not None:
-                module._parameters[key] = own
+            shared_parameter = shared.get(f"{name}.{key}" if name else key)
+            if shared_parameter is not None:
+                module._parameters[key] = shared_parameter
     return deployed
 
 
-def pruned(plain: Any, **options: Any) -> Any:
-    """`cropr.apply` to a copy, without auxiliary heads unless the options say otherwise."""
+def pruned(plain: ViT, **options: Any) -> Any:
+    """Apply Cropr to a copy, without auxiliary heads by default."""
     return cropr.apply(copy.deepcopy(plain), **{"num_outputs": 0, **options})
 
 
-def unpruned(plain: Any) -> Any:
-    """On the engine."""
+def unpruned(plain: ViT) -> Any:
+    """Deploy on the engine without pruning."""
     return deploy(pruned(plain, rate=0), plain)
 
 
-def with_modules(model: Any, plain: Any, kind: type[PruningModule]) -> Any:
-    """A pruned model on the functional ops, with others in place of its Cropr modules."""
-    other = deploy(model, plain, engine=False)
+def with_modules(model: Any, plain: ViT, make: type[PruningModule]) -> Any:
+    """Deploy a model on the functional ops, with make(module) in place of each Cropr module."""
+    replaced = deploy(model, plain, engine=False)
     for layer, module in enumerate(model.cropr):
-        other.cropr[layer] = kind(module)
-    return other
+        replaced.cropr[layer] = make(module)
+    return replaced

@@ -1,4 +1,4 @@
-"""Images per second of whole networks on photos, unpruned and with Cropr, on the device at hand; random weights.
+"""Images per second of networks on photos, unpruned and with Cropr; random weights.
 
 python -m benchmarks.models.end_to_end [--models vit_small_patch16_224 ...] [--repeats 9]
 """
@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,13 +38,13 @@ class Row:
 
 
 def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
-    """The model as it is, and deployed with Cropr, without and with Last Layer Fusion."""
-    made = {"no pruning": model}
+    """Return the model, and deployed copies with Cropr, without and with Last Layer Fusion."""
+    models = {"no pruning": model}
     for name, llf in ((f"Cropr, R = {rate}", False), (f"Cropr, R = {rate}, LLF", True)):
         cropr.apply(model, rate=rate, llf=llf)
-        made[name] = deployed_copy(model)
+        models[name] = deployed_copy(model)
         cropr.remove(model)
-    return made
+    return models
 
 
 def gflops(model: nn.Module, image: Tensor) -> float:
@@ -53,11 +54,12 @@ def gflops(model: nn.Module, image: Tensor) -> float:
 
 
 def pruning_share(model: nn.Module, images: Tensor) -> float:
-    """Time inside cropr ops over the time of the whole forward, by the profiler.
+    """Share of the forward's time spent in cropr ops, by the profiler.
 
-    Of the functional ops: those of the engine also do what a block without pruning does, and cannot be told apart.
+    Measured on the functional ops: ops of the engine include work of an unpruned block, which
+    cannot be separated.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says that it started and stopped
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
     model = cropr.deploy(model, engine=False)
     on_gpu = images.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -65,35 +67,38 @@ def pruning_share(model: nn.Module, images: Tensor) -> float:
         model(images)
         if on_gpu:
             torch.cuda.synchronize()
-    total = ours = 0.0
+    total = in_cropr = 0.0
     for event in profiler.key_averages():
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        total += own
+        self_time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        total += self_time
         if event.key.startswith("cropr::"):
-            ours += event.device_time_total if on_gpu else event.cpu_time_total
-    return ours / total
+            in_cropr += event.device_time_total if on_gpu else event.cpu_time_total
+    return in_cropr / total
 
 
 @torch.inference_mode()
 def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
-    """Time every variant of every model, in turns, and return one row each; the median is used."""
-    rows, device = [], images.device
+    """Time every variant of every model, interleaved, and return one row each, by the median."""
+    rows = []
+    device = images.device
     pixels = (images - 0.5) / 0.5
     for name in names:
         torch.manual_seed(0)
         base = cropr.create_vit(name).eval().to(device)
-        made = variants(base)
+        methods = variants(base)
         expected = base(pixels[:1])
         cropr.apply(base, rate=0)
         if not torch.equal(base(pixels[:1]), expected):
             raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
         cropr.remove(base)
-        calls = {method: lambda model=model: model(pixels) for method, model in made.items()}
-        times = {method: one.seconds for method, one in in_turns(calls, device, repeats, show=True).items()}
+        calls = {method: partial(model, pixels) for method, model in methods.items()}
+        timings = in_turns(calls, device, repeats, show=True)
+        times = {method: timings[method].seconds for method in methods}
         first_time = times["no pruning"]
         first_flops = gflops(base, pixels[:1])
-        for method, model in made.items():
-            seconds, flops = times[method], gflops(model, pixels[:1])
+        for method, model in methods.items():
+            seconds = times[method]
+            flops = gflops(model, pixels[:1])
             rows.append(
                 Row(
                     model=name,
@@ -109,7 +114,7 @@ def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, one line each."""
+    """Format the rows as text, one line each."""
     lines = [
         (
             row.model,

@@ -1,10 +1,10 @@
-"""The latency curve: time of a stack of blocks against the number of tokens. A file after every count.
+"""Latency curve: time of a stack of blocks against the number of tokens. A file after every count.
 
 python -m benchmarks.models.latency_curve [--model vit_large_patch16_224] [--batch 64] [--dtype bfloat16] [--step 1]
                                           [--out FILE]
 
-Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the plot, which needs
-matplotlib). On a GPU a run that is cut off goes on where it stopped when started again.
+Matrix kernels work in tiles, so time falls in steps: a schedule should land just below one (see the
+plot, which needs matplotlib). On a GPU an interrupted run resumes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.utils.plots import plot_latency_curve
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import graphed, quantile, seconds_of
 
 
@@ -38,16 +38,15 @@ def main() -> None:
     env: dict[str, Any] = environment(options.device)
     env |= {"model": options.model, "blocks": 4, "batch": options.batch, "dtype": options.dtype}
     results = Results(out, env, ("tokens",) if options.device == "cuda" else ())
-    rows = [row | {"relative": 1e-3 * row["ms"]} for row in results.rows]  # of a run that was cut off
+    rows = [row | {"relative": 1e-3 * row["ms"]} for row in results.rows]  # of an interrupted run
     width = blocks[0].norm1.weight.shape[0]
-    for (tokens,) in results.remaining(
-        (tokens,) for tokens in range(options.tokens[0], options.tokens[1] + 1, options.step)
-    ):
+    first, last = options.tokens
+    for (tokens,) in results.remaining((tokens,) for tokens in range(first, last + 1, options.step)):
         x = torch.randn(options.batch, tokens, width, device=options.device, dtype=getattr(torch, options.dtype))
-        run = graphed(stack) if x.is_cuda else stack
-        run(x)
-        calls = max(1, min(20, int(0.01 / seconds_of(run, x))))
-        median = quantile([seconds_of(run, x, calls) for _ in range(options.rounds)], 0.5)
+        forward = graphed(stack) if x.is_cuda else stack
+        forward(x)
+        calls = max(1, min(20, int(0.01 / seconds_of(forward, x))))
+        median = quantile([seconds_of(forward, x, calls) for _ in range(options.rounds)], 0.5)
         rows.append({"tokens": tokens, "relative": median} | ({"ms": 1e3 * median} if x.is_cuda else {}))
         results.replace(relative_to_last(rows))
     if importlib.util.find_spec("matplotlib"):
@@ -57,8 +56,8 @@ def main() -> None:
     print(out)
 
 
-def relative_to_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Times over that of the longest sequence measured."""
+def relative_to_last(rows: list[Row]) -> list[Row]:
+    """Divide the times by that of the longest sequence measured."""
     return [row | {"relative": round(row["relative"] / rows[-1]["relative"], 4)} for row in rows]
 
 

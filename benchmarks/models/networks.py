@@ -1,12 +1,12 @@
-"""Whole networks: the engine against everything it should beat, in one run. A file after every cell.
+"""Full networks: the engine against the alternatives, in one run. A file after every cell.
 
 python -m benchmarks.models.networks [--models vit_large_patch16_224 ...] [--batches 1 8 64 256]
     [--modes eager graph compiled] [--minutes 9] [--out FILE]
 
-Methods: the unpruned model on the same engine, the engine, the functional ops, merging, ToMe, the published sequence,
-random pruning, a free slice (drops tokens at no cost: the oracle), the plain model, and timm's where timm has it.
-A run that stops at its minutes goes on where it stopped when started again. Weights are random; every cell is checked
-first.
+Methods: the unpruned model on the same engine, the engine, the functional ops, merging, ToMe, the
+published sequence, random pruning, a free slice (drops tokens at no cost: the upper bound), the
+plain model, and timm's if timm has it. A run that is out of minutes, or interrupted, resumes.
+Weights are random; every cell is checked first.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_
 from benchmarks.models.timing import measure
 from benchmarks.utils.results import RESULTS, Results, environment
 
-# preset, what differs from it, rate, Last Layer Fusion; ViT-L and EVA-02-L at 512 px as in the paper
+# preset, changes to it, rate, Last Layer Fusion; ViT-L and EVA-02-L at 512 px as in the paper
 MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
     "vit_small_patch16_224": ("vit_small_patch16_224", {}, 8, False),
     "vit_base_patch16_224": ("vit_base_patch16_224", {}, 8, False),
@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
-    """Every method of one network, and one image."""
+    """Build every method of one network, and one image."""
     preset, changes, rate, llf = MODELS[name]
     plain = create(preset, device, dtype, **changes)
     model = pruned(plain, rate=rate, llf=llf)
@@ -50,8 +50,9 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
         tokens = plain.num_prefix_tokens + plain.grid**2
         counts = cropr.Schedule(rate=rate).counts(tokens, len(plain.blocks), plain.num_prefix_tokens)
         methods["ToMe"] = Reduced(plain, SYSTEMS["ToMe"], counts)
-    kinds = {"published": Published, "random": Random, "free slice": FreeSlice}
-    methods |= {name: with_modules(model, plain, kind) for name, kind in kinds.items()} | {"plain": plain}
+    module_types = {"published": Published, "random": Random, "free slice": FreeSlice}
+    methods |= {name: with_modules(model, plain, module_types[name]) for name in module_types}
+    methods["plain"] = plain
     size = plain.config.img_size
     try:
         import timm
@@ -70,9 +71,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--modes", nargs="+", choices=["eager", "graph", "compiled"], default=["eager", "graph"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
-    parser.add_argument("--methods", nargs="+", help="only these, beside unpruned (default: all there are)")
+    parser.add_argument("--methods", nargs="+", help="only these, besides unpruned (default: all)")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after so long")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after this time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     out = options.out or RESULTS / f"{options.device}_networks.json"
@@ -81,11 +82,11 @@ def main() -> None:
     modes = [mode for mode in options.modes if mode != "graph" or options.device != "cpu"]
     cells = itertools.product(options.models, options.dtypes, options.batches, modes)
     remaining = results.remaining(cells, options.minutes)
-    for (name, dtype), of_network in itertools.groupby(remaining, key=lambda cell: cell[:2]):
+    for (name, dtype), network_cells in itertools.groupby(remaining, key=lambda cell: cell[:2]):
         methods, image = build(name, options.device, getattr(torch, dtype))
         if options.methods:
             methods = {key: model for key, model in methods.items() if key in ("unpruned", *options.methods)}
-        for cell in of_network:
+        for cell in network_cells:
             _, _, batch, mode = cell
             row = dict(zip(keys, cell)) | {"rate": MODELS[name][2], "llf": MODELS[name][3]}
             try:
@@ -93,8 +94,8 @@ def main() -> None:
             except torch.OutOfMemoryError as error:
                 row["error"] = str(error).splitlines()[0]
             results.add(row)
-            shown = {key: value for key, value in row.items() if " / " in key or "error" in key}
-            print(name, dtype, batch, mode, shown, flush=True)
+            ratios = {key: value for key, value in row.items() if " / " in key or "error" in key}
+            print(name, dtype, batch, mode, ratios, flush=True)
 
 
 if __name__ == "__main__":

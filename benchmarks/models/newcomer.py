@@ -1,10 +1,10 @@
-"""Minutes from a clone to the first table: how often a pruned model of yours says what the unpruned one says.
+"""Minutes from a clone to the first table: the agreement of a pruned model of yours.
 
 python -m benchmarks.models.newcomer REPOSITORY WEIGHTS PHOTOS [--out benchmarks/results/newcomer.json]
 
-Runs the three commands a newcomer types, in an empty folder: git clone, make install, cropr calibrate. REPOSITORY is an
-address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a folder. One row per PyTorch: with
-CUDA, and without, where TORCH_INDEX or a constraint of pip says so.
+Runs the three commands of a newcomer in an empty folder: git clone, make install, cropr calibrate.
+REPOSITORY is an address or a local clone, WEIGHTS a weight file of a Vision Transformer, PHOTOS a
+folder. One row per PyTorch: with CUDA, or without by TORCH_INDEX or a constraint of pip.
 """
 
 import argparse
@@ -14,6 +14,11 @@ import time
 from pathlib import Path
 
 from benchmarks.utils.results import RESULTS, Results, environment
+
+
+def first_word(command: list[str]) -> str:
+    """Return the first word that a command prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
 
 
 def main() -> None:
@@ -35,14 +40,12 @@ def main() -> None:
             start = time.perf_counter()
             subprocess.run(command, cwd=folder, check=True)
             seconds[name] = round(time.perf_counter() - start, 1)
-        said = [f"{folder}/cropr/.venv/bin/python", "-c", "import torch; print(torch.__version__)"]
-        version, megabytes = (
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-            for command in (said, ["du", "-s", "--block-size=MB", folder])
-        )
+        print_version = [f"{folder}/cropr/.venv/bin/python", "-c", "import torch; print(torch.__version__)"]
+        version = first_word(print_version)
+        megabytes = first_word(["du", "-s", "--block-size=MB", folder])
     row = {"installed": version, "seconds": seconds, "disk": megabytes}
     results = Results(options.out, environment("cpu"), keys=("installed",))
-    results.replace([*(old for old in results.rows if old["installed"] != version), row])
+    results.replace([*(row for row in results.rows if row["installed"] != version), row])
     print(f"{sum(seconds.values()):.0f} s in all ({seconds}), {megabytes} of disk, torch {version}: {options.out}")
 
 

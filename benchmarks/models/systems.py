@@ -1,5 +1,6 @@
-"""The networks of the paper's tables by name, each table's on one set of weights."""
+"""Networks of the paper's tables by name; those of one table share one set of weights."""
 
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +15,11 @@ from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import ON_HOST, ROWS, SCHEDULES, SYSTEMS, Schedule
 from benchmarks.baselines.scorers import MultiHeadCropr
 from benchmarks.models.deployment import create, deploy, pruned, unpruned, with_modules
+from cropr_kernels.models.vit import ViT
 from cropr_kernels.tasks import Segmenter
 
 
-def scheduled(plain: Any, schedule: Schedule, **options: Any) -> Any:
+def scheduled(plain: ViT, schedule: Schedule, **options: Any) -> Any:
     return pruned(plain, **SCHEDULES[len(plain.blocks)][schedule], llf="LLF" in schedule, **options)
 
 
@@ -25,10 +27,11 @@ def for_inference(models: dict[str, Any]) -> dict[str, Any]:
     return {name: model.eval().requires_grad_(False) for name, model in models.items()}
 
 
-def systems(plain: Any) -> dict[str, Any]:
-    """Every row of the classification table by its name, the unpruned network on the engine, and the plain one."""
+def systems(plain: ViT) -> dict[str, Any]:
+    """Every row of the classification table by name, the unpruned network, and the plain one."""
     models = {"unpruned": unpruned(plain), "plain": plain}
-    prefix, depth = plain.num_prefix_tokens, len(plain.blocks)
+    prefix = plain.num_prefix_tokens
+    depth = len(plain.blocks)
     for system, schedule, _ in ROWS:
         if system in ON_HOST and next(plain.parameters()).is_cuda:
             continue
@@ -37,17 +40,18 @@ def systems(plain: Any) -> dict[str, Any]:
         elif system == "non-salient":
             model = with_modules(scheduled(plain, schedule), plain, NonSalient)
         else:
-            one = cropr.Schedule(**SCHEDULES[depth][schedule])
-            counts = one.counts(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
+            token_schedule = cropr.Schedule(**SCHEDULES[depth][schedule])
+            counts = token_schedule.counts(prefix + plain.grid**2, depth, prefix, "LLF" in schedule)
             model = Reduced(plain, SYSTEMS[system], counts, llf="LLF" in schedule)
         models[f"{system} | {schedule}"] = model
     return for_inference(models)
 
 
-def architectures(plain: Any) -> dict[str, Any]:
-    """Scorers: the paper's, the same as published, and one with heads and projections, folded and as published."""
+def architectures(plain: ViT) -> dict[str, Any]:
+    """The paper's scorer and one with heads and projections, each folded and as published."""
     simple = scheduled(plain, "dec")
-    width, num_heads = plain.embed_dim, plain.config.num_heads
+    width = plain.embed_dim
+    num_heads = plain.config.num_heads
     heads = scheduled(plain, "dec", make_module=lambda layer, block: MultiHeadCropr(width, 1, num_heads=num_heads))
     return for_inference(
         {
@@ -62,7 +66,7 @@ def architectures(plain: Any) -> dict[str, Any]:
 
 
 class PatchLogits(torch.nn.Module):
-    """A segmenter up to the logits of its patches: what follows is the same for all."""
+    """A segmenter up to the logits of its patches: the rest is the same for all fusions."""
 
     def __init__(self, segmenter: Segmenter):
         super().__init__()
@@ -73,7 +77,7 @@ class PatchLogits(torch.nn.Module):
 
 
 def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A segmenter of 150 classes by each fusion. About six sevenths of the patches are pruned, as in the paper."""
+    """Segmenters of 150 classes by fusion; 6/7 of the patches are pruned, as in the paper."""
     grid = size // 16
     plain = create(name, device, dtype, patch_size=16, img_size=size, num_classes=0)
     rate = round(grid**2 * 0.86 / (len(plain.blocks) - 1) / 4) * 4
@@ -88,7 +92,7 @@ def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, 
 
 
 def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list[SDPBackend]]]:
-    """The paper's ablation of throughput: what computes, and which attention."""
+    """Precisions and attention kernels of the paper's ablation of throughput."""
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device, dtype=torch.bfloat16)
@@ -101,12 +105,14 @@ def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list
     }
 
 
-class Within(torch.nn.Module):
-    """A model that runs in a precision and with an attention of its own."""
+class WithPrecision(torch.nn.Module):
+    """A model that runs in one of `precisions`."""
 
     def __init__(self, model: Any, precision: str, device: str):
         super().__init__()
-        self.model, self.precision, self.device = model, precision, device
+        self.model = model
+        self.precision = precision
+        self.device = device
 
     def forward(self, images: Tensor) -> Tensor:
         context, attention = precisions(self.device)[self.precision]
@@ -115,9 +121,11 @@ class Within(torch.nn.Module):
 
 
 def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
-    """Unpruned, pruned and merged by ToMe, each in every precision; "unpruned" is that in float32."""
+    """Unpruned, Cropr and ToMe in every precision; "unpruned" alone is in float32."""
     plain = create(name, device, torch.float32, img_size=size)
-    tokens, depth, prefix = plain.grid**2 + plain.num_prefix_tokens, len(plain.blocks), plain.num_prefix_tokens
+    prefix = plain.num_prefix_tokens
+    tokens = plain.grid**2 + prefix
+    depth = len(plain.blocks)
     rate = round(tokens * 14 / 197 / 4 * 12 / depth) * 4
     models = {
         "unpruned": unpruned(plain),
@@ -125,8 +133,7 @@ def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
         "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.Schedule(rate=rate).counts(tokens, depth, prefix)).eval(),
     }
     cells = {
-        f"{key} | {precision}": Within(model, precision, device)
-        for precision in precisions(device)
-        for key, model in models.items()
+        f"{key} | {precision}": WithPrecision(models[key], precision, device)
+        for precision, key in itertools.product(precisions(device), models)
     }
     return {"unpruned": cells["unpruned | float32"], **cells}

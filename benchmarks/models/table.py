@@ -1,11 +1,11 @@
-"""Every system of the paper's tables, side by side: speed, GFLOPs, peak memory, and the published figures beside them.
+"""Every system of the paper's tables: speed, GFLOPs and peak memory, beside the published figures.
 
 python -m benchmarks.models.table [classification fusions architecture precision] [--models vit_tiny_patch16_224 ...]
                                   [--batches 8] [--dtype float32] [--rounds 15] [--minutes 9] [--out FILE]
 
-Within a cell all systems run on the same network with the same weights, and take turns. They keep the same number of
-tokens after each block, as far as their schedule has the same name. Weights are random: accuracy is that of
-benchmarks.accuracy, which the report puts beside it. A run that stops at its minutes goes on where it stopped.
+Within a cell all systems run on the same network with the same weights, interleaved. Those with the
+same schedule keep the same number of tokens after each block. Weights are random: the report adds
+accuracy from benchmarks.accuracy. A run that is out of minutes, or interrupted, resumes.
 """
 
 import argparse
@@ -30,15 +30,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", help="by default ViT-Ti and ViT-S on a CPU, ViT-L on a GPU")
+    parser.add_argument("--models", nargs="+", help="default: ViT-Ti and ViT-S on a CPU, ViT-L on a GPU")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 384, 512], help="of precision")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after so long")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after this time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     gpu = options.device == "cuda"
+    batches = options.batches or ([1, 256] if gpu else [1, 8])
+    measure_cells(options, builds_of(options, gpu), batches, ("eager", "graph") if gpu else ("eager",))
+
+
+def builds_of(options: argparse.Namespace, gpu: bool) -> dict[tuple[str, str, int], Build]:
+    """Factories of the systems by group, network and image size."""
     names = options.models or (["vit_large_patch16_224"] if gpu else ["vit_tiny_patch16_224", "vit_small_patch16_224"])
     dense = "eva02_large_patch14_448" if gpu else "eva02_small_patch14_224"
     dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
@@ -50,14 +56,14 @@ def main() -> None:
     for size in options.sizes:
         builds["precision", names[-1], size] = partial(by_precision, names[-1], size, options.device)
     builds["fusions", dense, 512] = partial(fusions, dense, 512, options.device, dtype)
-    run(options, builds, options.batches or ([1, 256] if gpu else [1, 8]), ("eager", "graph") if gpu else ("eager",))
+    return builds
 
 
 def built_on(make: Callable[[Any], dict[str, Any]], name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     return make(create(name, device, dtype))
 
 
-def run(
+def measure_cells(
     options: argparse.Namespace, builds: dict[tuple[str, str, int], Build], batches: list[int], modes: tuple[str, ...]
 ) -> None:
     keys = ("group", "model", "size", "batch", "mode")
@@ -67,19 +73,19 @@ def run(
     def cells() -> Iterator[tuple[Any, ...]]:
         for group in options.groups or GROUPS:
             for network in (network for network in builds if network[0] == group):
-                yield from ((*network, *rest) for rest in itertools.product(batches, modes))
+                yield from ((*network, *point) for point in itertools.product(batches, modes))
 
     remaining = results.remaining(cells(), options.minutes)
-    for network, of_network in itertools.groupby(remaining, key=lambda cell: cell[:3]):
+    for network, network_cells in itertools.groupby(remaining, key=lambda cell: cell[:3]):
         with torch.inference_mode():
             models = builds[network]()
             weight = next(models["unpruned"].parameters())
             image = torch.randn(1, 3, network[2], network[2], device=weight.device, dtype=weight.dtype)
-            for where in of_network:
-                rows = cell(models, image, *where[3:], options.rounds)
-                about = dict(zip(keys, where)) | {"dtype": name_of(image.dtype)}
-                results.add(*(about | row for row in rows))
-                print(*where, flush=True)
+            for cell_key in network_cells:
+                rows = cell(models, image, *cell_key[3:], options.rounds)
+                columns = dict(zip(keys, cell_key)) | {"dtype": name_of(image.dtype)}
+                results.add(*(columns | row for row in rows))
+                print(*cell_key, flush=True)
                 for row in rows:
                     print("  ", row, flush=True)
 

@@ -1,17 +1,24 @@
-"""Networks side by side: checked, then timed in turns; their FLOPs and peak memory."""
+"""Timing of several networks: checked first, then interleaved; their FLOPs and peak memory."""
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import cropr_kernels as cropr
-from benchmarks.utils.timing import compiled, graphed, in_turns, quantile, seconds_of
+from benchmarks.utils.results import Row
+from benchmarks.utils.timing import compiled, graphed, interleaved, quantile, seconds_of
 from cropr_kernels.utils.flops import flop_counter
 
 Method = Callable[[Tensor], Tensor]
+
+
+def relative_difference(output: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, relative to that of the expected output."""
+    return ((output.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def check(methods: dict[str, Any], images: Tensor) -> None:
@@ -21,29 +28,28 @@ def check(methods: dict[str, Any], images: Tensor) -> None:
         RuntimeError: the engine does not compute what the functional ops compute.
     """
     tolerance = 1e-3 if images.dtype == torch.float32 else 0.1
-    for one, other in (("unpruned", "plain"), ("engine", "functional")):
-        if not {one, other} <= set(methods):
+    for name, expected_name in (("unpruned", "plain"), ("engine", "functional")):
+        if not {name, expected_name} <= set(methods):
             continue
-        got, expected = methods[one](images).float(), methods[other](images).float()
-        error = ((got - expected).norm() / expected.norm()).item()
+        error = relative_difference(methods[name](images), methods[expected_name](images))
         if not error < tolerance:
-            raise RuntimeError(f"{one} differs from {other} by {error:.1e} of its norm")
-    if "merge" in methods and images.dtype == torch.float32:  # in 16 bits a near-tie may send the two apart
-        got, expected = methods["merge"](images), cropr.deploy(methods["merge"], engine=False)(images)
-        error = ((got - expected).norm() / expected.norm()).item()
+            raise RuntimeError(f"{name} differs from {expected_name} by {error:.1e} of its norm")
+    if "merge" in methods and images.dtype == torch.float32:  # in 16 bits near-ties may select other tokens
+        functional = cropr.deploy(methods["merge"], engine=False)
+        error = relative_difference(methods["merge"](images), functional(images))
         if not error < tolerance:
             raise RuntimeError(f"merge differs from its functional form by {error:.1e} of its norm")
 
 
 def in_mode(model: Any, mode: str) -> Method:
-    """The model as it is ("eager"), compiled, or as a CUDA graph."""
+    """Return the model itself ("eager"), compiled, or as a CUDA graph."""
     if mode == "compiled":
         return compiled(model)
     return graphed(model) if mode == "graph" else model
 
 
 def launches(method: Method, images: Tensor) -> int:
-    """CUDA kernels of one call, by the profiler."""
+    """Number of CUDA kernels of one call, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -52,29 +58,35 @@ def launches(method: Method, images: Tensor) -> int:
     return sum(event.count for event in profiler.key_averages() if event.self_device_time_total > 0)
 
 
+def warm_up(model: Any, images: Tensor, mode: str) -> tuple[Method, dict[str, int]]:
+    """Run a model once in a mode; return it with its peak memory and number of kernels on a GPU."""
+    method = in_mode(model, mode)
+    if not images.is_cuda:
+        method(images)
+        return method, {}
+    torch.cuda.reset_peak_memory_stats()
+    method(images)
+    figures = {"peak MiB": torch.cuda.max_memory_allocated() >> 20}
+    if mode == "eager":
+        figures["kernels"] = launches(method, images)
+    return method, figures
+
+
 @torch.inference_mode()
-def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> dict[str, Any]:
-    """One row: how many times faster than "unpruned" each method is, on a GPU also milliseconds, kernels and memory."""
+def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> Row:
+    """Speed-up of each method over "unpruned"; on a GPU also milliseconds, kernels and memory."""
     check(methods, images)
-    row: dict[str, Any] = {}
+    row: Row = {}
     ready: dict[str, Method] = {}
     for name, model in methods.items():
         try:
-            ready[name] = in_mode(model, mode)
-            if images.is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            ready[name](images)
-            if images.is_cuda:
-                row[f"{name}, peak MiB"] = torch.cuda.max_memory_allocated() >> 20
-                if mode == "eager":
-                    row[f"{name}, kernels"] = launches(ready[name], images)
+            ready[name], figures = warm_up(model, images, mode)
+            row |= {f"{name}, {key}": value for key, value in figures.items()}
         except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:  # recorded, not hidden
-            ready.pop(name, None)
             row[f"{name}: error"] = str(error).splitlines()[0][:200]
-    once = max(seconds_of(method, images) for method in ready.values())
-    calls = max(1, min(20, int(0.02 / once)))
-    turns = {name: lambda method=method: seconds_of(method, images, calls) for name, method in ready.items()}
-    times = in_turns(turns, rounds)
+    slowest = max(seconds_of(method, images) for method in ready.values())
+    calls = max(1, min(20, int(0.02 / slowest)))
+    times = interleaved({name: partial(seconds_of, ready[name], images, calls) for name in ready}, rounds)
     median = {name: quantile(values, 0.5) for name, values in times.items()}
     if images.is_cuda:  # absolute times from a GPU only
         for name, values in times.items():
@@ -89,37 +101,38 @@ def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> 
 
 
 def gflops(model: Any, image: Tensor) -> float:
-    """Multiply-adds of one image, as the paper counts."""
+    """GFLOPs of one image, counted as multiply-adds, as in the paper."""
     with flop_counter() as counter:
         model(image)
     return round(counter.get_total_flops() / 2e9, 3)
 
 
 def peak_mib(model: Any, images: Tensor) -> float:
-    """The most memory that one forward holds beside weights and images, in MiB: what the profiler saw allocated."""
+    """Peak memory of one forward in MiB, without weights and images; on a CPU by the profiler."""
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        baseline = torch.cuda.memory_allocated()
         model(images)
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it says that it started and stopped
+        return round((torch.cuda.max_memory_allocated() - baseline) / 2**20, 1)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         model(images)
-    held = peak = 0
+    allocated = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return round(peak / 2**20, 1)
 
 
-def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: int) -> list[dict[str, Any]]:
-    """One row a system: what `measure` finds, GFLOPs and peak memory.
+def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: int) -> list[Row]:
+    """One row for each system: the figures of `measure`, GFLOPs and peak memory.
 
     Raises:
-        RuntimeError: an output is not finite, or the engine does not compute what the plain network computes.
+        RuntimeError: an output is not finite, or the engine does not compute what the plain network
+            computes.
     """
     images = image.repeat(batch, *[1] * (image.ndim - 1))
     for name, model in models.items():
@@ -128,8 +141,8 @@ def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: i
     figures = measure(models, images, mode, rounds)
     rows = []
     for name, model in models.items():
-        row: dict[str, Any] = {"system": name, "GFLOPs": gflops(model, image), "peak MiB": peak_mib(model, images)}
+        row: Row = {"system": name, "GFLOPs": gflops(model, image), "peak MiB": peak_mib(model, images)}
         keys = {"speed-up": f"unpruned / {name}", "error": f"{name}: error"}
         keys |= {key: f"{name}, {key}" for key in ("ms", "images/s", "kernels")}
-        rows.append(row | {key: figures[found] for key, found in keys.items() if found in figures})
+        rows.append(row | {key: figures[column] for key, column in keys.items() if column in figures})
     return rows

@@ -1,9 +1,9 @@
-"""A training step with Cropr against one without, and what the auxiliary path adds. A file after every cell.
+"""A training step with Cropr against one without, and the cost of the auxiliary path.
 
 python -m benchmarks.models.training_step [--models vit_large_patch16_224 ...] [--batch 128] [--out FILE]
 
-Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and backward, under bfloat16
-autocast, without the optimizer. A run that is cut off goes on where it stopped when started again.
+Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and
+backward, under bfloat16 autocast, without the optimizer. An interrupted run resumes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, seconds_of
 
 
@@ -35,7 +35,7 @@ def step_of(model: Any, target: Tensor) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def measure(name: str, batch: int, rate: int, device: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, rate: int, device: str, rounds: int) -> Row:
     def fresh() -> Any:
         torch.manual_seed(0)
         return cropr.create_vit(name).to(device).train()
@@ -49,7 +49,7 @@ def measure(name: str, batch: int, rate: int, device: str, rounds: int) -> dict[
     images = torch.randn(batch, 3, size, size, device=device)
     target = torch.randint(0, 1000, (batch,), device=device)
     steps = {key: step_of(model, target) for key, model in models.items()}
-    row: dict[str, Any] = {"model": name, "batch": batch, "rate": rate}
+    row: Row = {"model": name, "batch": batch, "rate": rate}
     for key, step in steps.items():
         if images.is_cuda:
             torch.cuda.reset_peak_memory_stats()

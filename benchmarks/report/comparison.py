@@ -29,7 +29,7 @@ def systems() -> str:
         if baseline.variant:
             continue
         reducer = baseline.make(8, 2, 4)
-        place = PLACES[reducer.place] + (", once" if baseline.kind == "once" else "")
+        place = PLACES[reducer.insertion_point] + (", once" if baseline.category == "once" else "")
         body.append([baseline.name, baseline.keeps, place, ", ".join(NEEDS[need] for need in sorted(reducer.needs))])
     body.append(["Cropr", "the highest product with one learned query", PLACES["block"], ""])
     return grid(["system", "what is kept", "acts", "needs"], body)
@@ -218,7 +218,7 @@ def plot_off_the_shelf() -> None:
     rows = found[1]
     data = list(dict.fromkeys(row["data"] for row in rows))
     figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
-    drops = [one.name for one in BASELINES if one.kind == "pruning" and one.name in PLOTTED]
+    drops = [one.name for one in BASELINES if one.category == "pruning" and one.name in PLOTTED]
     merges = [name for name in PLOTTED if name not in (*drops, "calibrated", "merge")]
     colours = [f"C{i}" for i in range(10) if i != 3]  # red is ours
     styles: dict[str, dict[str, Any]] = {"calibrated": {"color": "C3", "linestyle": "--", "linewidth": 2.4}}

@@ -1,1 +1,1 @@
-"""What every benchmark shares: where figures go, how time is taken, how curves are drawn."""
+"""Common parts of the benchmarks: result files, timing, plots."""

@@ -15,55 +15,60 @@ import torch
 from cropr_kernels.utils.io import write_text
 
 ROOT = Path(__file__).parents[2]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+Row = dict[str, Any]  # column -> value
 
 
 class Results:
-    """Rows of one JSON file, written whole after every change: a run that is cut off loses nothing.
+    """Rows of one JSON file, rewritten after every change: an interrupted run loses nothing.
 
     Args:
         path: the file.
-        environment: where and with what the rows are measured.
-        keys: the columns that tell cells apart. With them rows that the file already has stay, and a run goes on
-            where the last one stopped; without them it starts afresh.
+        environment: hardware and versions with which the rows are measured.
+        keys: the columns that identify a cell. With keys the rows of an existing file stay, and a
+            run resumes; without keys it starts afresh.
     """
 
     def __init__(self, path: Path, environment: dict[str, Any], keys: Sequence[str] = ()):
-        self.path, self.environment, self.keys = path, environment, tuple(keys)
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
+        self.path = path
+        self.environment = environment
+        self.keys = tuple(keys)
+        self.rows: list[Row] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
 
     def remaining(self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")) -> Iterator[tuple[Any, ...]]:
-        """Those of the cells (a value for each key, more may follow) that have no row; after the minutes no more.
+        """Yield the cells without a row, until the minutes are over.
 
-        None is the value of a column that a row does not have.
+        A cell is a value for each key, and more may follow. A row without the column of a key has
+        the value None.
         """
-        done = {tuple(hashable(row.get(key)) for key in self.keys) for row in self.rows}
+        measured = {tuple(hashable(row.get(key)) for key in self.keys) for row in self.rows}
         deadline = time.monotonic() + 60 * minutes
         for cell in cells:
-            if cell[: len(self.keys)] in done:
+            if cell[: len(self.keys)] in measured:
                 continue
             if time.monotonic() > deadline:
                 print("out of minutes: start again to go on")
                 return
             yield cell
 
-    def add(self, *rows: dict[str, Any]) -> None:
+    def add(self, *rows: Row) -> None:
         self.replace([*self.rows, *rows])
 
-    def replace(self, rows: list[dict[str, Any]]) -> None:
-        """Write these rows in place of those before."""
+    def replace(self, rows: list[Row]) -> None:
+        """Replace all rows, and write the file."""
         self.rows = rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, json.dumps({"environment": self.environment, "rows": rows}, indent=1) + "\n")
 
 
 def hashable(value: Any) -> Any:
-    """JSON has no tuples."""
+    """Turn a list back into a tuple, which JSON does not have."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def load(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Environment and rows of benchmarks/results/<name>.json, None where there is no such file."""
+def load(name: str) -> tuple[dict[str, Any], list[Row]] | None:
+    """Environment and rows of benchmarks/results/<name>.json; None if there is no such file."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return None
@@ -72,7 +77,7 @@ def load(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with what a figure was measured."""
+    """Hardware, versions, commit and date of a measurement."""
     try:
         import triton
 

@@ -1,4 +1,4 @@
-"""How time is taken: by the clock or by CUDA events, in turns, and in CUDA graphs."""
+"""Timing: by the clock or by CUDA events, interleaved, and in CUDA graphs."""
 
 import ctypes
 import random
@@ -24,10 +24,11 @@ def quantile(values: list[float], q: float) -> float:
 
 @cache
 def keep_memory() -> None:
-    """Let the C library keep the memory that is freed, where it is glibc.
+    """Make glibc keep freed memory; a no-op with other C libraries.
 
-    By default it returns large blocks to the system, or does not, as earlier calls have left its heap. What is returned
-    is faulted in again, page by page: one and the same unpruned ViT-Ti took 147 or 165 ms in one process.
+    By default glibc returns large blocks to the system or not, depending on earlier calls, and
+    returned blocks fault in again page by page: one and the same unpruned ViT-Ti took 147 or 165 ms
+    in one process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -35,19 +36,20 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
-def in_turns(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """What each call returns in every round; they take turns, in an order that changes from round to round."""
-    found: dict[Key, list[float]] = {key: [] for key in calls}
-    order, shuffler = list(calls), random.Random(0)
+def interleaved(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """Run the calls in turns, in an order that changes every round, and collect their results."""
+    results: dict[Key, list[float]] = {key: [] for key in calls}
+    order = list(calls)
+    shuffler = random.Random(0)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for key in order:
-            found[key].append(calls[key]())
-    return found
+            results[key].append(calls[key]())
+    return results
 
 
 def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> float:
-    """Mean of so many calls back to back: by events on a GPU, where eager launches count as they come."""
+    """Mean time of back-to-back calls; on a GPU by events, with gaps between eager launches."""
     if not x.is_cuda:
         keep_memory()
         start = time.perf_counter()
@@ -65,7 +67,7 @@ def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> 
 
 
 def timed(methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int) -> dict[Key, list[float]]:
-    """Seconds that each method takes for x, in turns of one call, after two rounds that warm up."""
+    """Seconds of each method on x, interleaved call by call, after two rounds of warm-up."""
     with tqdm(total=(rounds + 2) * len(methods), mininterval=5) as bar:
 
         def turn(method: Callable[[Tensor], Any]) -> float:
@@ -73,15 +75,15 @@ def timed(methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int) -
             return seconds_of(method, x)
 
         turns = {key: partial(turn, method) for key, method in methods.items()}
-        in_turns(turns, 2)
-        return in_turns(turns, rounds)
+        interleaved(turns, 2)
+        return interleaved(turns, rounds)
 
 
-def speed_up(plain: list[float], own: list[float]) -> dict[str, Any]:
-    """How many times faster than `plain`, by medians, with the spread of the times."""
+def speed_up(plain: list[float], times: list[float]) -> dict[str, Any]:
+    """Speed-up over `plain` by medians, with the spread of the times."""
     base = quantile(plain, 0.5)
-    spread = [round(base / quantile(own, q), 3) for q in (0.9, 0.1)]
-    return {"speed-up": round(base / quantile(own, 0.5), 3), "p10 p90": spread}
+    spread = [round(base / quantile(times, q), 3) for q in (0.9, 0.1)]
+    return {"speed-up": round(base / quantile(times, 0.5), 3), "p10 p90": spread}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +92,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def graphed(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The model replayed as a CUDA graph, captured at its first call."""
+    """Replay the model as a CUDA graph, captured at its first call."""
     graphs = Graphs(1)
     return lambda x: graphs(model, (x,), x.shape)
 
@@ -116,7 +118,7 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], *args: Any) -> t
 
 
 def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25) -> dict[str, list[float]]:
-    """Microseconds of one call, the graphs taking turns."""
+    """Microseconds of one call, with the graphs interleaved."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for round_ in range(rounds):
         for name, graph in graphs.items():
@@ -131,7 +133,7 @@ def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25
 
 
 def clocked(functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of one call by the clock, on each input in turn: what tests a script without a GPU."""
+    """Microseconds of one call by the clock, to test a script without a GPU."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

@@ -3,8 +3,8 @@
 //   classify MODEL.pt2 PHOTO.ppm [SIDE]
 //
 // PHOTO.ppm is a binary PPM (P6), which Pillow, ImageMagick, ffmpeg and GIMP write; SIDE is that of the model's images,
-// in pixels (default 224). The photo is prepared as cropr and timm do it, pixels a level or two apart; the constants are those of `photos: ...`, the
-// first line of `cropr calibrate MODEL PHOTOS`.
+// in pixels (default 224). Preprocessing is that of cropr and timm, up to a level or two of a pixel; its constants are
+// in `photos: ...`, the first line of `cropr calibrate MODEL PHOTOS`.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
@@ -20,8 +20,8 @@
 
 namespace {
 
-constexpr double kCropPct = 0.875;                // share of the resized photo's side that is looked at
-const float kMean[3] = {0.5F, 0.5F, 0.5F};        // of red, green and blue in [0, 1]
+constexpr double kCropPct = 0.875;          // share of the resized photo's side that is kept
+const float kMean[3] = {0.5F, 0.5F, 0.5F};  // of red, green and blue in [0, 1]
 const float kDeviation[3] = {0.5F, 0.5F, 0.5F};
 
 int64_t read_number(std::istream& file) {
@@ -31,15 +31,15 @@ int64_t read_number(std::istream& file) {
   return number;
 }
 
-// (1, 3, height, width) uint8.
+// Read a photo: (1, 3, height, width) uint8.
 at::Tensor read_photo(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("no photo at " + path);
-  std::string kind(2, ' ');
-  file.read(kind.data(), 2);
+  std::string magic(2, ' ');
+  file.read(magic.data(), 2);
   const int64_t width = read_number(file), height = read_number(file), highest = read_number(file);
-  constexpr int64_t most = 1 << 15;
-  if (!file || kind != "P6" || highest != 255 || std::min(width, height) < 1 || std::max(width, height) > most)
+  constexpr int64_t max_side = 1 << 15;
+  if (!file || magic != "P6" || highest != 255 || std::min(width, height) < 1 || std::max(width, height) > max_side)
     throw std::runtime_error(path + " must be a binary PPM (P6) of 8 bits and at most 32768 pixels a side");
   file.get();
   const at::Tensor pixels = torch::empty({1, height, width, 3}, torch::kUInt8);
@@ -51,7 +51,7 @@ at::Tensor read_photo(const std::string& path) {
   return pixels.permute({0, 3, 1, 2});
 }
 
-// The photo as the model takes it, (1, 3, side, side).
+// Resize, crop and normalize a photo: (1, 3, side, side).
 at::Tensor prepare(const at::Tensor& photo, int64_t side) {
   const double shorter = static_cast<double>(std::min(photo.size(2), photo.size(3)));
   const double scale = std::floor(static_cast<double>(side) / kCropPct) / shorter;

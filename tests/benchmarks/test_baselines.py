@@ -41,7 +41,7 @@ def test_they_keep_as_many_tokens_as_the_schedule_says(name):
     assert seen == [65, *counts_for(name)]
 
 
-@pytest.mark.parametrize("name", [baseline.name for baseline in BASELINES if baseline.kind == "merging"])
+@pytest.mark.parametrize("name", [baseline.name for baseline in BASELINES if baseline.category == "merging"])
 @pytest.mark.parametrize("prefix", [1, 2, 3])
 @pytest.mark.parametrize("depth", [0.0, 0.75])
 def test_tokens_that_merge_are_the_means_of_those_whose_row_they_are(depth, prefix, name):
@@ -60,7 +60,7 @@ def test_a_network_whose_tokens_merge_covers_all_positions():
     for name, covers in [("ToMe", True), ("PiToMe", True), ("ATC", True), ("SAINT", False)]:
         with torch.no_grad():
             features = make(name).run(images)
-        whole = features.whole()
+        whole = features.full()
         assert (whole is not None) == covers
         if whole is not None:
             assert whole.shape[1] == 65 and torch.equal(whole[:, 0], features.tokens[:, 0])

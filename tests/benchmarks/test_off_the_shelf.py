@@ -5,11 +5,11 @@ import torch
 from helpers.models import randomise, reference_vit
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import answers, calibrated, relative_error
+from benchmarks.accuracy.agreement import calibrated, outputs, relative_error
 from benchmarks.accuracy.off_the_shelf import EXPERIMENTS, MERGES, METHODS, build
 from benchmarks.baselines.registry import BASELINES
 
-MERGING = {one.name for one in BASELINES if one.kind == "merging"} | {*MERGES, *EXPERIMENTS}
+MERGING = {one.name for one in BASELINES if one.category == "merging"} | {*MERGES, *EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -20,7 +20,7 @@ def test_answers_are_those_of_the_forward_and_whole_where_tokens_merge(name):
         torch.manual_seed(0)
         expected = method(images).log_softmax(1)
         torch.manual_seed(0)
-        got, tokens = answers(method, images)
+        got, tokens = outputs(method, images)
     torch.testing.assert_close(got, expected)
     assert (tokens is not None) == (name in MERGING)
     if tokens is not None:

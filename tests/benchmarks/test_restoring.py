@@ -12,14 +12,14 @@ from benchmarks.baselines.restores import (
     TEMPERATURE,
     Departure,
     Trunk,
+    as_pruned,
     change_scaled,
     channel_factors,
     entering,
-    host_changed,
-    host_copied,
-    host_rechosen,
-    hosts,
-    left,
+    parent_changed,
+    parent_copied,
+    parent_rechosen,
+    parents,
     roots,
     run_fusion,
     run_trunk,
@@ -67,10 +67,10 @@ def test_at_rate_0_every_way_is_the_unpruned_model(merge):
 def test_the_trunk_prunes_as_the_package_does(merge):
     model, twin, images, departures = made(9, merge)
     for llf, restore in (
-        ("left", left),
-        ("host", host_changed),
-        (cropr.Fusion("host", 2), host_changed),
-        (cropr.Fusion(blocks=0), host_changed),
+        ("left", as_pruned),
+        ("host", parent_changed),
+        (cropr.Fusion("host", 2), parent_changed),
+        (cropr.Fusion(blocks=0), parent_changed),
     ):
         fused = cropr.apply(copy.deepcopy(model), rate=9, merge=merge or False, llf=llf, num_outputs=0)
         for own, other in zip(fused.cropr, twin.cropr):
@@ -111,41 +111,41 @@ def restored(x, **rows):
 def test_a_host_that_left_later_hands_on_what_its_own_host_lived_through():
     trunk = by_hand()
     # 3: (5, 4) + (6, 2.5) - (4, 2); 4: (2, 2.2) + that - (3, 3)
-    torch.testing.assert_close(host_changed(trunk), restored(trunk.x, n3=[7, 4.5], n4=[6, 3.7]))
-    torch.testing.assert_close(host_copied(trunk), restored(trunk.x, n3=[6, 2.5], n4=[6, 2.5]))
-    assert left(trunk) is trunk.x
+    torch.testing.assert_close(parent_changed(trunk), restored(trunk.x, n3=[7, 4.5], n4=[6, 3.7]))
+    torch.testing.assert_close(parent_copied(trunk), restored(trunk.x, n3=[6, 2.5], n4=[6, 2.5]))
+    assert as_pruned(trunk) is trunk.x
     # by keys 4 is most like 2: (2, 2.2) + (1, 9) - (0, 1); 3 is most like 1 as before
-    torch.testing.assert_close(host_changed(trunk, keys=True), restored(trunk.x, n3=[7, 4.5], n4=[3, 10.2]))
+    torch.testing.assert_close(parent_changed(trunk, keys=True), restored(trunk.x, n3=[7, 4.5], n4=[3, 10.2]))
 
 
 def test_where_tokens_merge_the_host_is_what_took_them_in_right_afterwards():
     trunk = by_hand(target=True)
     # 3: (5, 4) + (6, 2.5) - (4.5, 3); 4: (2, 2.2) + that - (2.5, 2.6)
-    torch.testing.assert_close(host_changed(trunk), restored(trunk.x, n3=[6.5, 3.5], n4=[6, 3.1]))
+    torch.testing.assert_close(parent_changed(trunk), restored(trunk.x, n3=[6.5, 3.5], n4=[6, 3.1]))
 
 
 def test_several_hosts_are_weighed_by_their_cosine():
     trunk = by_hand()
-    host, weights = hosts(trunk.departures[0], 1, 2)
+    host, weights = parents(trunk.departures[0], 1, 2)
     assert host.tolist() == [[[3, 2]]]
     own = torch.tensor([2, 2.2])
     cosine = [torch.cosine_similarity(own, trunk.departures[0].before[0, n], dim=0) for n in (3, 2)]
     torch.testing.assert_close(weights[0, 0], (torch.stack(cosine) / TEMPERATURE).softmax(0))
-    host, weights = hosts(trunk.departures[1], 1, 4)
+    host, weights = parents(trunk.departures[1], 1, 4)
     assert sorted(host[0, 0].tolist()) == [1, 2] and weights.sum().item() == pytest.approx(1), "no more than there are"
     into = trunk.departures[0]._replace(target=torch.tensor([[1]]))
-    assert hosts(into, 1, 2)[0].tolist() == [[[1, 3]]], "the one merged into comes first"
+    assert parents(into, 1, 2)[0].tolist() == [[[1, 3]]], "the one merged into comes first"
 
 
 def test_hosts_are_chosen_anew_among_those_still_active():
     trunk = by_hand()
     # 4 follows 3 to (2, 2.2) + (5, 4) - (3, 3) = (4, 3.2), then is most like 1: + (6, 2.5) - (4, 2). 3 as before.
-    torch.testing.assert_close(host_rechosen(trunk), restored(trunk.x, n3=[7, 4.5], n4=[6, 3.7]))
+    torch.testing.assert_close(parent_rechosen(trunk), restored(trunk.x, n3=[7, 4.5], n4=[6, 3.7]))
     trunk.departures[1].before[0, 3] = torch.tensor([2.5, 6])  # 3 turns to the side of 2, and 4 with it: (1.5, 5.2)
     x = put_left(trunk, [2.5, 6])
     expected = restored(x, n3=[3.5, 10], n4=[2.5, 9.2])
-    torch.testing.assert_close(host_rechosen(trunk._replace(x=x)), expected)
-    torch.testing.assert_close(host_rechosen(trunk._replace(x=x), 1), expected)
+    torch.testing.assert_close(parent_rechosen(trunk._replace(x=x)), expected)
+    torch.testing.assert_close(parent_rechosen(trunk._replace(x=x), 1), expected)
 
 
 def put_left(trunk, row):

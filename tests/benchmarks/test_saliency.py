@@ -116,8 +116,8 @@ def test_every_method_gives_a_whole_map_and_loses_what_the_flops_say(small, name
 @torch.no_grad()
 def test_metrics_are_those_of_equal_and_of_opposite_maps():
     maps = torch.rand(3, 8, 8)
-    assert saliency.compared(maps, maps) == {"MAE": 0.0, "correlation": 1.0, "IoU": 1.0}
-    other = saliency.compared(1 - maps, maps)
+    assert saliency.compare_maps(maps, maps) == {"MAE": 0.0, "correlation": 1.0, "IoU": 1.0}
+    other = saliency.compare_maps(1 - maps, maps)
     assert other["correlation"] == -1.0 and other["IoU"] == 0.0
     assert other["MAE"] == pytest.approx((1 - 2 * maps).abs().mean().item(), abs=1e-5)
 

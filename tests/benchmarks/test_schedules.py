@@ -23,7 +23,7 @@ def flops(keep):
 
 
 @pytest.mark.parametrize("rate", schedules.RATES)
-@pytest.mark.parametrize("lost", [counting.even, counting.late, counting.later])
+@pytest.mark.parametrize("lost", [counting.constant_rate, counting.rising_total, counting.rising_rate])
 def test_fitted_schedules_take_the_flops_of_the_constant_rate(lost, rate):
     goal = flops(cropr.Schedule(rate=rate).counts(TOKENS, DEPTH))
     keep = counting.fitted(lost, goal, **SHAPE)
@@ -31,7 +31,7 @@ def test_fitted_schedules_take_the_flops_of_the_constant_rate(lost, rate):
     assert flops(keep) == pytest.approx(goal, rel=0.005)
     steps = [before - after for before, after in zip([TOKENS, *keep], keep)]
     rises = steps[-3:] > steps[:3] or keep[-1] == 2
-    assert rises or lost is counting.even
+    assert rises or lost is counting.constant_rate
     once = counting.fitted_once(4, goal, **SHAPE)
     assert cropr.Schedule(const=(4, once[-1])).counts(TOKENS, DEPTH) == once
     assert flops(once) == pytest.approx(goal, rel=0.005)
@@ -41,15 +41,15 @@ def test_what_is_lost_has_the_shape_that_was_asked_for():
     goal, blocks = 0.8 * flops([TOKENS] * (DEPTH - 1)), range(1, DEPTH)
     sums = [sum(block**1.3 for block in range(1, last + 1)) for last in blocks]
     for lost, shape in [
-        (counting.even, list(blocks)),
-        (counting.late, [block**1.3 for block in blocks]),
-        (counting.later, sums),
+        (counting.constant_rate, list(blocks)),
+        (counting.rising_total, [block**1.3 for block in blocks]),
+        (counting.rising_rate, sums),
     ]:
         keep = counting.fitted(lost, goal, **SHAPE)
         gone = TOKENS - keep[-1]
         assert [TOKENS - count for count in keep] == pytest.approx([gone * s / shape[-1] for s in shape], abs=1)
     with pytest.raises(ValueError, match="fitted: 11 modules cannot lower 197 tokens"):
-        counting.fitted(counting.even, 1.0, **SHAPE)
+        counting.fitted(counting.constant_rate, 1.0, **SHAPE)
 
 
 @pytest.mark.parametrize("published", counting.DIFFRATE.values(), ids=map(", ".join, counting.DIFFRATE))

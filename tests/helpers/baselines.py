@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.baselines.network import Context, Reduced
-from benchmarks.baselines.registry import ONCE, SYSTEMS
+from benchmarks.baselines.registry import REDUCE_ONCE, SYSTEMS
 from helpers.models import randomise, reference_vit
 
 COUNTS = [50, 40, 31]
@@ -11,7 +11,7 @@ DIM, TOKENS, HEADS, KEEP = 8, 22, 2, 14
 
 
 def counts_for(name):
-    return [65, 31, 31] if name in ONCE else COUNTS
+    return [65, 31, 31] if name in REDUCE_ONCE else COUNTS
 
 
 def make(name, **options):

@@ -1,28 +1,37 @@
-"""The section of docs/dense-features.md: how far the features of all patches are from the unpruned ones."""
+"""The section of docs/dense-features.md: error of the features of all patches."""
 
-from benchmarks.report.render import Sections, grid, spread, where
-from benchmarks.utils.results import load
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Sections,
+    Table,
+    load,
+    measured_on,
+    spread,
+    unique,
+    where,
+)
 
 
 def dense_features() -> str:
     """The error of every method, a column a rate."""
-    found = load("dense_features")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    rates, body = list(dict.fromkeys(row["rate"] for row in rows)), []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [[row for row in rows if (row["rate"], row["method"]) == (rate, method)] for rate in rates]
-        body.append([method, *(f"{spread([row['error'] for row in own], 2)}, {own[0]['FLOPs']:.2f}x" for own in cells)])
-    photos = len({row["photo"] for row in rows})
+    measured = load("dense_features")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    rates = unique(rows, "rate")
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        cells = [where(rows, rate=rate, method=method) for rate in rates]
+        body.append([method, *(f"{spread(cell, 'error', 2)}, {cell[0]['FLOPs']:.2f}x" for cell in cells)])
     note = (
         f"{env['network']} at {env['size']} px, {env['patches']} patches; {env['photos']} photos to calibrate on. "
-        "Error: the norm of the difference over that of the unpruned features, after the last norm, mean and range "
-        f"over {photos} photos; and how many times fewer FLOPs. Copies: merging without fusion, each token as the one "
-        "that it merged into."
+        "Error: norm of the difference from the unpruned features over the norm of these, after the last norm, mean "
+        f"and range over {len(unique(rows, 'photo'))} photos; then how many times fewer FLOPs. Copies: merging without "
+        "fusion, each token as the one it merged into."
     )
     head = ["error, FLOPs fewer", *(f"R = {rate}" for rate in rates)]
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+    return f"{Table(head, body).markdown()}\n\n{note} {measured_on(env)}."
 
 
 SECTIONS: Sections = {"dense_features": dense_features}

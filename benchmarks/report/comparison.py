@@ -15,7 +15,7 @@ from benchmarks.report.render import (
     Table,
     link,
     load,
-    measured_on,
+    source,
     where,
 )
 from benchmarks.utils.plots import label_points, plot_latency_curve, pyplot
@@ -149,8 +149,8 @@ def classification_section() -> str:
     return (
         f"All figures: {link('classification', classification())}. Speed-up over no pruning on the engine, medians of "
         "calls that take turns in shuffled order; MiB: the most that one forward of the larger batch holds beside "
-        f"weights and images; published: ViT-L, ImageNet-1k, by the paper. Speeds here and in the next three sections: "
-        f"{measured_on(found[0])}."
+        f"weights and images; published: ViT-L, ImageNet-1k, by the paper. "
+        f"{source('cpu_table' if found[0]['threads'] else 'cuda_table', found[0])}, also of the next three sections."
     )
 
 
@@ -181,33 +181,34 @@ def fusions() -> Table | None:
 
 
 def fusions_section() -> str:
-    found, table = timed("fusions"), fusions()
-    if found is None or table is None:
-        return NOT_MEASURED
-    model, size, batch = list(found[1])[-1]
-    shown = table.select(["fusion", f"speed-up, batch {batch}", "FLOPs fewer", "CamVid mIoU, %", "published mIoU, %"])
-    note = (
-        f"{model} at {size} px, patches of 16, up to the logits of the patches. mIoU: the ViT-Ti of "
-        f"[training-results.md](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k. Batch 1, "
-        f"GFLOPs, memory: {link('fusions', table)}."
-    )
-    return f"{shown.markdown()}\n\n{note}"
-
-
-def scorer() -> str:
-    found = timed("architecture")
+    found = timed("fusions")
     if found is None:
         return NOT_MEASURED
-    tables = found[1]
-    body: list[list[Cell]] = []
-    for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
-        rows = [table[name] for table in tables.values()]
-        body.append([name, *(f"{row['GFLOPs']:.2f}, {ratio(row)}" for row in rows)])
-    head = ["scorer", *(f"{model.split('_patch')[0]}, batch {batch}" for model, _, batch in tables)]
-    note = (
-        "GFLOPs, and speed-up over no pruning. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476."
+    model, size, _ = next(iter(found[1]))
+    return (
+        f"{link('fusions', fusions())}: {model} at {size} px, patches of 16, up to the logits of the patches. mIoU: "
+        "the ViT-Ti of [training results](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
     )
-    return f"{Table(head, body).markdown()}\n\n{note}"
+
+
+def scorer() -> Table | None:
+    """GFLOPs and speed-up of each scorer."""
+    found = timed("architecture")
+    if found is None:
+        return None
+    body: list[list[Cell]] = []
+    for (model, _, batch), table in found[1].items():
+        for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
+            body.append([model, str(batch), name, f"{table[name]['GFLOPs']:.2f}", ratio(table[name])])
+    return Table(["model", "batch", "scorer", "GFLOPs", "speed-up"], body)
+
+
+def scorer_section() -> str:
+    if timed("architecture") is None:
+        return NOT_MEASURED
+    return (
+        f"{link('scorer', scorer())}. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476 images/s."
+    )
 
 
 def precision() -> Table | None:
@@ -290,7 +291,13 @@ SECTIONS: Sections = {
     "summary": summary,
     "classification": classification_section,
     "fusions": fusions_section,
-    "scorer": scorer,
+    "scorer": scorer_section,
     "precision": precision_section,
 }
-FILES: Files = {"systems": systems, "classification": classification, "fusions": fusions, "precision": precision}
+FILES: Files = {
+    "systems": systems,
+    "classification": classification,
+    "fusions": fusions,
+    "scorer": scorer,
+    "precision": precision,
+}

@@ -1,10 +1,12 @@
-"""The section of docs/dense-features.md: error of the features of all patches."""
+"""The section and CSV file of docs/dense-features.md: error of the features of all patches."""
 
 from benchmarks.report.render import (
     NOT_MEASURED,
     Cell,
+    Files,
     Sections,
     Table,
+    link,
     load,
     measured_on,
     spread,
@@ -13,25 +15,37 @@ from benchmarks.report.render import (
 )
 
 
-def dense_features() -> str:
-    """The error of every method, a column a rate."""
+def table() -> Table | None:
+    """Error and FLOPs of every method at every rate."""
     measured = load("dense_features")
     if measured is None:
+        return None
+    rows = measured[1]
+    body: list[list[Cell]] = []
+    for rate in unique(rows, "rate"):
+        for method in unique(rows, "method"):
+            cell = where(rows, rate=rate, method=method)
+            body.append([f"R = {rate}", method, spread(cell, "error", 2), f"{cell[0]['FLOPs']:.2f}x"])
+    return Table(["R", "method", "error", "FLOPs fewer"], body)
+
+
+def dense_features() -> str:
+    """The middle rate, and a link to all."""
+    measured, full = load("dense_features"), table()
+    if measured is None or full is None:
         return NOT_MEASURED
     env, rows = measured
     rates = unique(rows, "rate")
-    body: list[list[Cell]] = []
-    for method in unique(rows, "method"):
-        cells = [where(rows, rate=rate, method=method) for rate in rates]
-        body.append([method, *(f"{spread(cell, 'error', 2)}, {cell[0]['FLOPs']:.2f}x" for cell in cells)])
+    rate = f"R = {rates[len(rates) // 2]}"
+    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(["method", "error", "FLOPs fewer"])
     note = (
-        f"{env['network']} at {env['size']} px, {env['patches']} patches; {env['photos']} photos to calibrate on. "
-        "Error: norm of the difference from the unpruned features over the norm of these, after the last norm, mean "
-        f"and range over {len(unique(rows, 'photo'))} photos; then how many times fewer FLOPs. Copies: merging without "
-        "fusion, each token as the one it merged into."
+        f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, {env['patches']} "
+        f"patches; {env['photos']} photos to calibrate on. Error: norm of the difference from the unpruned features "
+        "over the norm of these, after the last norm, mean and range over "
+        f"{len(unique(rows, 'photo'))} photos. Copies: merging without fusion. {measured_on(env)}."
     )
-    head = ["error, FLOPs fewer", *(f"R = {rate}" for rate in rates)]
-    return f"{Table(head, body).markdown()}\n\n{note} {measured_on(env)}."
+    return f"{shown.markdown()}\n\n{note}"
 
 
 SECTIONS: Sections = {"dense_features": dense_features}
+FILES: Files = {"dense_features": table}

@@ -13,6 +13,7 @@ from benchmarks.report.render import (
     load,
     mean,
     measured_on,
+    source,
     spread,
     unique,
     where,
@@ -64,6 +65,7 @@ def end_to_end(device: str) -> str:
             f"{100 * row['pruning_share']:.1f} %" if row["pruning_share"] else "-",
         ]
         for row in rows
+        if row["method"] != "no pruning"
     ]
     table = Table(["model", "method", "speed-up", "FLOPs fewer", "time in pruning"], body)
     note = f"Batch {env['batch']}, {env['dtype']}, random weights. {measured_on(env)}."
@@ -71,17 +73,16 @@ def end_to_end(device: str) -> str:
 
 
 def digits() -> str:
+    """Accuracy of both methods, in a sentence."""
     measured = load("digits")
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    body: list[list[Cell]] = []
-    for method in ("no pruning", "Cropr"):
-        trainings = where(rows, method=method)
-        share = f"{100 * trainings[0]['token share']:.0f} %"
-        body.append([method, share, spread(trainings, "accuracy", 1), str(len(trainings))])
-    table = Table(["method", "tokens per block", "accuracy, %", "seeds"], body)
-    return f"{table.markdown()}\n\n{measured_on(env)}."
+    unpruned, pruned = where(rows, method="no pruning"), where(rows, method="Cropr")
+    return (
+        f"No pruning {spread(unpruned, 'accuracy', 1)} %, Cropr {spread(pruned, 'accuracy', 1)} % with "
+        f"{100 * pruned[0]['token share']:.0f} % of the tokens per block; {len(pruned)} seeds. {measured_on(env)}."
+    )
 
 
 def networks(name: str) -> Table | None:
@@ -147,11 +148,9 @@ def merging() -> str:
     measured, table = load("off_the_shelf"), merging_cells()
     if measured is None or table is None:
         return NOT_MEASURED
-    shown = table.select([name for name in table.head if "R = 8" not in name])
-    return (
-        f"{shown.markdown()}\n\nMean of three seeds, {measured[0]['photos']} photos each. {measured_on(measured[0])}. "
-        f"With R = 8: {link('merging_parts', table)}."
-    )
+    shown = table.select([name for name in table.head if "R = 8" not in name and "agreement" not in name])
+    note = f"Mean of three seeds, {measured[0]['photos']} photos each. {source('off_the_shelf', measured[0])}."
+    return f"{shown.markdown()}\n\n{note} With R = 8 and agreement: {link('merging_parts', table)}."
 
 
 def calibration_target() -> Table | None:
@@ -209,18 +208,31 @@ def gpu_ops() -> str:
     return f"{Table(['model', 'x', 'dtype', 'L2', 'prune, us', *columns], body).markdown()}\n\n{measured_on(env)}."
 
 
-def launch_cost() -> str:
+def launch_cost() -> Table | None:
+    measured = load("launch_cost")
+    if measured is None:
+        return None
+    body: list[list[Cell]] = [[row["op"], f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in measured[1]]
+    return Table(["op", "through Triton", "recorded"], body)
+
+
+def launch_cost_section() -> str:
+    """The range over all ops."""
     measured = load("launch_cost")
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    body: list[list[Cell]] = [[f"`{row['op']}`", f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in rows]
-    table = Table(["op", "through Triton", "recorded"], body)
-    return f"{table.markdown()}\n\n{measured_on(env)}; the least of 50 rounds."
+    ranges = [
+        f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f}" for key in ("triton", "plan")
+    ]
+    return (
+        f"Through Triton {ranges[0]}, recorded {ranges[1]} times as long: {link('launch_cost', launch_cost())}. "
+        f"{measured_on(env)}; the least of 50 rounds."
+    )
 
 
 SECTIONS: Sections = {
-    "launch_cost": launch_cost,
+    "launch_cost": launch_cost_section,
     "cpu_ops": cpu_ops_section,
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
@@ -232,6 +244,7 @@ SECTIONS: Sections = {
     "gpu_ops": gpu_ops,
 }
 FILES: Files = {
+    "launch_cost": launch_cost,
     "cpu_ops": cpu_ops,
     "cpu_networks": lambda: networks("cpu_networks"),
     "cpu_merging": lambda: networks("cpu_merging"),

@@ -14,6 +14,7 @@ from benchmarks.report.render import (
     load,
     mean,
     measured_on,
+    source,
     spread,
     unique,
     where,
@@ -72,7 +73,7 @@ def off_the_shelf() -> str:
     note = (
         f"All figures: {link('off_the_shelf', table())}. ViT-Ti/16 at 224 px, unpruned top-1 {unpruned:.1f} %; "
         f"{len(unique(merging, 'seed'))} seeds, each with {env['photos']} photos to calibrate on and as many others; "
-        f"mean, and range over seeds. {measured_on(env)}."
+        f"mean, and range over seeds. {source('off_the_shelf', env)}."
     )
     if timed is not None:
         note += f" Speed-up over no pruning on the engine: batch {timed[0]['batch']}, float32, {measured_on(timed[0])}."

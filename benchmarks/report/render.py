@@ -134,6 +134,13 @@ def measured_on(env: dict[str, Any]) -> str:
     return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit']}, {env['date']}"
 
 
+def source(name: str, env: dict[str, Any]) -> str:
+    """`measured_on`, or a link to the results if they are of several devices or commits."""
+    if any("(" in str(env[key]) for key in ("device", "torch", "commit")):
+        return f"Devices, versions, commits: [{name}.json](../benchmarks/results/{name}.json)"
+    return measured_on(env)
+
+
 def link(name: str, table: Table | None) -> str:
     """A link from a page of docs/ to a CSV file, with its size."""
     rows = 0 if table is None else len(table.rows)

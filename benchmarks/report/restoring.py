@@ -13,6 +13,7 @@ from benchmarks.report.render import (
     link,
     load,
     measured_on,
+    source,
     spread,
     unique,
     where,
@@ -97,20 +98,22 @@ def section() -> str:
     if measured is None or table is None:
         return NOT_MEASURED
     env, rows = measured
+    shown = table.means().select([name for name in table.head if "Imagenette" not in name])
     note = (
         f"Against *{PLAIN}* at the same rate: points of agreement, KL and features as multiples; mean over R = "
-        f"{', '.join(map(str, sorted(unique(rows, 'rate'))))} and {len(unique(rows, 'seed'))} seeds, each with "
-        f"{env['photos']} photos to calibrate on and as many others. ViT-Ti/16 at 224 px. {measured_on(env)}. "
-        f"With ranges: {link('restoring_differences', differences())}; every cell: {link('restoring', cells())}"
+        f"{', '.join(map(str, sorted(unique(rows, 'rate'))))} and {len(unique(rows, 'seed'))} seeds, "
+        f"{env['photos']} photos each. ViT-Ti/16 at 224 px. {source('restoring', env)}. "
+        f"Imagenette, ranges, other ways: {link('restoring_differences', differences())}; "
+        f"every cell: {link('restoring', cells())}"
     )
     if timed is None:
-        return f"{table.means().markdown()}\n\n{note}."
+        return f"{shown.markdown()}\n\n{note}."
     over = [row["times left"] for row in timed[1] if row["method"] == PLAIN]
     note += (
         f"; speed: {link('restoring_speed', speed())}, batch {timed[0]['batch']}, {measured_on(timed[0])}: tracking "
         f"parents takes {min(over):.3f} to {max(over):.3f} times as long as as_pruned."
     )
-    return f"{table.means().markdown()}\n\n{note}"
+    return f"{shown.markdown()}\n\n{note}"
 
 
 SECTIONS: Sections = {"restoring": section}

@@ -10,7 +10,7 @@ from benchmarks.report.render import (
     link,
     load,
     mean,
-    measured_on,
+    source,
     unique,
     where,
 )
@@ -62,16 +62,17 @@ def saliency() -> str:
     if full is None:
         return NOT_MEASURED
     shown = Table(full.head, [row for row in full.rows if row[1] in SHOWN])
+    shown = shown.select([name for name in full.head if "correlation" not in name])
     scale = ", ".join(
         f"{100 * mean(where(unpruned, data=name), 'MAE'):.1f} % ({name})" for name in unique(rows, "data")
     )
     note = (
         f"The network of {env['network']} at 224 px, {env['patches']} patches. FLOPs are those of the backbone; the "
         f"head has {env['head']:.2f} times those of the unpruned one, and stays. Against the unpruned maps: mean "
-        "absolute error (0 to 100 %), Pearson's correlation, IoU of what is above one half. The mean map of other "
+        "absolute error (0 to 100 %), IoU of what is above one half. The mean map of other "
         f"photos in place of every map has an error of {scale}. {len(unique(rows, 'seed'))} seeds, each with "
-        f"{env['photos']} photos to calibrate on and as many others; mean, and range over seeds. {measured_on(env)}. "
-        f"All rates: {link('saliency', table())}."
+        f"{env['photos']} photos to calibrate on and as many others; mean, and range over seeds. "
+        f"{source('saliency', env)}. All methods and rates: {link('saliency', table())}."
     )
     return f"{shown.markdown()}\n\n{note}"
 

@@ -7,7 +7,6 @@ from benchmarks.report.render import (
     NOT_MEASURED,
     Cell,
     Files,
-    Result,
     Sections,
     Spread,
     Table,
@@ -15,6 +14,7 @@ from benchmarks.report.render import (
     load,
     mean,
     measured_on,
+    source,
     spread,
     unique,
     where,
@@ -77,9 +77,10 @@ def accuracy() -> str:
         f"Tiny-ImageNet, ViT-Ti/16 at 224 px; one epoch over {env['photos']} photos, AdamW, learning rate "
         f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range over seeds, "
         "which draw their own photos. In the box: of the patches kept to the end, the share in the object's box. With "
-        f"400 steps and variants: {link('trainings', trainings_table())}. {measured_on(env)}."
+        f"400 steps, variants, GFLOPs, seeds: {link('trainings', trainings_table())}. {source('accuracy', env)}."
     )
-    return f"{Table(HEAD, grouped(*TRAININGS['50 steps'])).markdown()}\n\n{note}"
+    table = Table(HEAD, grouped(*TRAININGS["50 steps"])).select(["method", "top-1, %", "in the box, %"])
+    return f"{table.markdown()}\n\n{note}"
 
 
 def later() -> str:
@@ -88,7 +89,7 @@ def later() -> str:
     for name in ("accuracy_long", "accuracy_variants"):
         measured = load(name)
         if measured is not None:
-            notes.append(f"{measured[0]['photos']} photos: {measured_on(measured[0])}.")
+            notes.append(f"{measured[0]['photos']} photos: {source(name, measured[0])}.")
     return " ".join(notes) or NOT_MEASURED
 
 
@@ -132,7 +133,7 @@ def ablations() -> str:
         trainings = where(rows, group=group, method=method)
         body.append([label, spread(trainings, "top-1", 1), in_box(trainings)])
     table = Table(["Cropr", "top-1, %", "in the box, %"], body)
-    return f"{table.markdown()}\n\n3 times fewer FLOPs, 3 seeds. {measured_on(env)}."
+    return f"{table.means().markdown()}\n\n3 times fewer FLOPs, mean of 3 seeds. {measured_on(env)}."
 
 
 def scorers() -> str:
@@ -141,7 +142,7 @@ def scorers() -> str:
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    blocks = [0, 2, 4, 6, 8, 10]
+    blocks = [0, 2, 6, 10]
     body: list[list[Cell]] = []
     for scorer in unique([row for row in rows if "scorer" in row], "scorer"):
         of_scorer = where(rows, scorer=scorer)
@@ -201,9 +202,8 @@ def detection_table() -> Table | None:
     return stacked(DETECTION, "data", DETECTION_COLUMNS)
 
 
-def recipe(measured: Result) -> str:
-    env = measured[0]
-    return f"{env['epochs']} epochs, learning rate {env['lr']}, bfloat16. {measured_on(env)}."
+def recipe(name: str, env: dict[str, Any]) -> str:
+    return f"{env['epochs']} epochs, learning rate {env['lr']}, bfloat16. {source(name, env)}."
 
 
 def segmentation() -> str:
@@ -215,7 +215,8 @@ def segmentation() -> str:
     for method in unique(measured[1], "method"):
         cells = [where(rows, method=method) for rows in by_name.values()]
         body.append([method, *(spread(cell, "mIoU", 1) if cell else "-" for cell in cells)])
-    notes = f"CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160. {recipe(measured)} {recipe(longer)}"
+    notes = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160. "
+    notes += f"{recipe('segmentation', measured[0])} {recipe('segmentation_long', longer[0])}"
     all_figures = f"Ranges, pixels, GFLOPs, a lower learning rate: {link('segmentation', segmentation_table())}."
     return f"{Table(['method', *by_name], body).means().markdown()}\n\n{notes} {all_figures}"
 
@@ -237,7 +238,8 @@ def restored() -> str:
         f"network without pruning. 8 epochs, seed {seeds}."
     )
     head = ["pruned after block", *map(str, counts[:-1]), "never"]
-    return f"{Table(head, body).markdown()}\n\n{note}"
+    shown = Table(head, body).select([head[0], *head[1:-1:3], head[-1]])
+    return f"{shown.markdown()}\n\n{note}"
 
 
 def detection() -> str:
@@ -245,28 +247,29 @@ def detection() -> str:
     if measured is None:
         return NOT_MEASURED
     body = by_method(measured[1], {"AP box": 1, "AP box 50": 1})
-    note = f"BCCD, ViT-Ti/16 at 256 px; {recipe(measured)}"
+    note = f"BCCD, ViT-Ti/16 at 256 px; {recipe('detection_bccd', measured[0])}"
     if other is not None:
         env = other[0]
         note += (
             f" With COCO128 ({env['photos']} of its photos, drawn by the seed, all objects of one category; "
-            f"{recipe(other)[:-1]}): {link('detection', detection_table())}."
+            f"{recipe('detection_coco128', env)[:-1]}): {link('detection', detection_table())}."
         )
-    return f"{Table(['method', 'AP box', 'AP box 50', 'seeds'], body).markdown()}\n\n{note}"
+    table = Table(["method", "AP box", "AP box 50", "seeds"], body).select(["method", "AP box"])
+    return f"{table.markdown()}\n\n{note}"
 
 
 def training_step() -> str:
-    """What a training step costs with Cropr."""
+    """Speed of a training step with Cropr, in a sentence a row."""
     measured = load("cpu_training")
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    body: list[list[Cell]] = []
-    for row in rows:
-        figures = [f"{row['unpruned / Cropr']:.2f}x", f"{100 * row['auxiliary path adds']:.0f} %"]
-        body.append([row["model"], str(row["batch"]), str(row["rate"]), *figures])
-    table = Table(["model", "batch", "R", "training with Cropr, speed-up", "auxiliary path adds"], body)
-    return f"{table.markdown()}\n\nForward, loss and backward, bfloat16 autocast; medians. {measured_on(env)}."
+    sentences = [
+        f"{row['model']}, batch {row['batch']}, R = {row['rate']}: {row['unpruned / Cropr']:.2f}x the speed of a step "
+        f"without pruning; the auxiliary path adds {100 * row['auxiliary path adds']:.0f} %."
+        for row in rows
+    ]
+    return f"{' '.join(sentences)} Forward, loss and backward, bfloat16 autocast; medians. {measured_on(env)}."
 
 
 SECTIONS: Sections = {

@@ -17,8 +17,8 @@ HEAD = """# API reference
 
 Written by `python docs/make_api.py` from the docstrings, without the errors they list (`help(cropr.apply)` shows them).
 `import cropr_kernels as cropr` imports the first section. Each function of `cropr.ops` calls the op of its name,
-`torch.ops.cropr.*`; names that end in an underscore work in place, on the engine's residual buffer. Unless said otherwise
-`model` is pruned by `apply`, `images` are (B, C, H, W), and `kwargs` are passed to the model.
+`torch.ops.cropr.*`; names that end in an underscore work in place, on the engine's residual buffer. Unless said
+otherwise `model` is pruned by `apply`, `images` are (B, C, H, W), and `kwargs` are passed to the model.
 """
 COMMON = (  # lines that the head says once
     "    model: pruned by `apply`.",

@@ -50,26 +50,34 @@ def cpu_ops_section() -> str:
     )
 
 
-def end_to_end(device: str) -> str:
+def end_to_end(device: str) -> Table | None:
     """Speed-up over the plain model, and the share of time that pruning takes."""
     measured = load(f"{device}_end_to_end")
     if measured is None:
-        return NOT_MEASURED if device == "cpu" else "GPU: not measured yet."
-    env, rows = measured
+        return None
     body: list[list[Cell]] = [
         [
             row["model"],
             row["method"],
             f"{row['speed_up']:.2f}x",
+            f"{row['gflops']:.1f}",
             f"{row['flop_ratio']:.2f}x",
             f"{100 * row['pruning_share']:.1f} %" if row["pruning_share"] else "-",
         ]
-        for row in rows
-        if row["method"] != "no pruning"
+        for row in measured[1]
     ]
-    table = Table(["model", "method", "speed-up", "FLOPs fewer", "time in pruning"], body)
+    return Table(["model", "method", "speed-up", "GFLOPs", "FLOPs fewer", "time in pruning"], body)
+
+
+def end_to_end_section(device: str) -> str:
+    measured, table = load(f"{device}_end_to_end"), end_to_end(device)
+    if measured is None or table is None:
+        return NOT_MEASURED if device == "cpu" else "GPU: not measured yet."
+    env = measured[0]
+    pruned = Table(table.head, [row for row in table.rows if row[1] != "no pruning"])
+    shown = pruned.select([name for name in table.head if name != "GFLOPs"])
     note = f"Batch {env['batch']}, {env['dtype']}, random weights. {measured_on(env)}."
-    return f"{table.markdown()}\n\n{note}"
+    return f"{shown.markdown()}\n\n{note} GFLOPs: {link(f'{device}_end_to_end', table)}."
 
 
 def digits() -> str:
@@ -234,8 +242,8 @@ def launch_cost_section() -> str:
 SECTIONS: Sections = {
     "launch_cost": launch_cost_section,
     "cpu_ops": cpu_ops_section,
-    "cpu_end_to_end": lambda: end_to_end("cpu"),
-    "cuda_end_to_end": lambda: end_to_end("cuda"),
+    "cpu_end_to_end": lambda: end_to_end_section("cpu"),
+    "cuda_end_to_end": lambda: end_to_end_section("cuda"),
     "digits": digits,
     "merging": merging,
     "finetune": finetune,
@@ -246,6 +254,8 @@ SECTIONS: Sections = {
 FILES: Files = {
     "launch_cost": launch_cost,
     "cpu_ops": cpu_ops,
+    "cpu_end_to_end": lambda: end_to_end("cpu"),
+    "cuda_end_to_end": lambda: end_to_end("cuda"),
     "cpu_networks": lambda: networks("cpu_networks"),
     "cpu_merging": lambda: networks("cpu_merging"),
     "merging_parts": merging_cells,

@@ -137,7 +137,7 @@ def measured_on(env: dict[str, Any]) -> str:
 def source(name: str, env: dict[str, Any]) -> str:
     """`measured_on`, or a link to the results if they are of several devices or commits."""
     if any("(" in str(env[key]) for key in ("device", "torch", "commit")):
-        return f"Devices, versions, commits: [{name}.json](../benchmarks/results/{name}.json)"
+        return f"Environment in [{name}.json](../benchmarks/results/{name}.json)"
     return measured_on(env)
 
 

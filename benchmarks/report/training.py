@@ -89,7 +89,7 @@ def later() -> str:
     for name in ("accuracy_long", "accuracy_variants"):
         measured = load(name)
         if measured is not None:
-            notes.append(f"{measured[0]['photos']} photos: {source(name, measured[0])}.")
+            notes.append(f"{source(name, measured[0])}, {measured[0]['photos']} photos.")
     return " ".join(notes) or NOT_MEASURED
 
 
@@ -120,43 +120,58 @@ def factors_section() -> str:
     return f"{table.means().markdown()}\n\n{note}"
 
 
-def ablations() -> str:
+def ablations() -> Table | None:
     """Top-1 without each part of Cropr."""
     measured = load("accuracy_factors")
     if measured is None or not where(measured[1], group="ablations"):
-        return NOT_MEASURED
-    env, rows = measured
+        return None
+    rows = measured[1]
     labels = {("3x", "Cropr"): "**all parts**, from calibrated queries"}
     labels |= {("ablations", method): method for method in unique(where(rows, group="ablations"), "method")}
     body: list[list[Cell]] = []
     for (group, method), label in labels.items():
         trainings = where(rows, group=group, method=method)
         body.append([label, spread(trainings, "top-1", 1), in_box(trainings)])
-    table = Table(["Cropr", "top-1, %", "in the box, %"], body)
-    return f"{table.means().markdown()}\n\n3 times fewer FLOPs, mean of 3 seeds. {measured_on(env)}."
+    return Table(["Cropr", "top-1, %", "in the box, %"], body)
 
 
-def scorers() -> str:
+def ablations_section() -> str:
+    measured, table = load("accuracy_factors"), ablations()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    note = f"3 times fewer FLOPs, mean of 3 seeds; ranges: {link('ablations', table)}. {measured_on(measured[0])}."
+    return f"{table.means().markdown()}\n\n{note}"
+
+
+def scorers() -> Table | None:
     """Rank correlation of scores with the attention of later blocks, before any training."""
     measured = load("scorers")
     if measured is None:
-        return NOT_MEASURED
-    env, rows = measured
-    blocks = [0, 2, 6, 10]
+        return None
+    rows = [row for row in measured[1] if "scorer" in row]
+    blocks = sorted(unique(rows, "block"))
     body: list[list[Cell]] = []
-    for scorer in unique([row for row in rows if "scorer" in row], "scorer"):
+    for scorer in unique(rows, "scorer"):
         of_scorer = where(rows, scorer=scorer)
-        correlations = [f"{mean(where(of_scorer, block=block), 'correlation'):.2f}" for block in blocks]
+        correlations = [spread(where(of_scorer, block=block), "correlation", 2) for block in blocks]
         shares = [mean(where(of_scorer, seed=seed), "in box") for seed in unique(of_scorer, "seed")]
         body.append([scorer, *correlations, Spread(shares, 0)])
-    head = ["scores", *(f"block {block + 1}" for block in blocks), "in the box, %"]
+    return Table(["scores", *(f"block {block + 1}" for block in blocks), "in the box, %"], body)
+
+
+def scorers_section() -> str:
+    measured, table = load("scorers"), scorers()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    env, rows = measured
+    shown = table.means().select(["scores", "block 1", "block 3", "block 7", "block 11", "in the box, %"])
     note = (
         "Rank correlation, after a block, with how much the later blocks attend to a patch; in the box: of the better "
         f"half, all blocks. {env['photos']} photos that no query was calibrated on, {len(unique(rows, 'seed'))} seeds. "
-        f"{measured_on(env)}. What schedules and scores take from an untrained network: "
-        f"{link('untrained', untrained())}."
+        f"{measured_on(env)}. All blocks: {link('scorers', table)}; an untrained network under these scores and other "
+        f"schedules: {link('untrained', untrained())}."
     )
-    return f"{Table(head, body).markdown()}\n\n{note}"
+    return f"{shown.markdown()}\n\n{note}"
 
 
 def untrained() -> Table | None:
@@ -221,24 +236,29 @@ def segmentation() -> str:
     return f"{Table(['method', *by_name], body).means().markdown()}\n\n{notes} {all_figures}"
 
 
-def restored() -> str:
+def restored() -> Table | None:
     """Error of restored tokens against those of the same trained network without pruning."""
     measured = load("segmentation")
     rows = [] if measured is None else [row for row in measured[1] if "restored" in row]
     if not rows:
-        return NOT_MEASURED
+        return None
     counts = sorted({int(count) for row in rows for count in row["restored"]})
     body: list[list[Cell]] = []
     for method in unique(rows, "method"):
         errors = [row["restored"] for row in where(rows, method=method)]
         body.append([method, *(Spread([error[str(count)] for error in errors], 2) for count in counts)])
-    seeds = ", ".join(map(str, sorted(unique(rows, "seed"))))
+    return Table(["pruned after block", *map(str, counts[:-1]), "never"], body)
+
+
+def restored_section() -> str:
+    table = restored()
+    if table is None:
+        return NOT_MEASURED
+    shown = table.means().select([table.head[0], *table.head[1:-1:3], table.head[-1]])
     note = (
-        "Squared error of what the last block reads, the normed tokens, over the variance of those of the same trained "
-        f"network without pruning. 8 epochs, seed {seeds}."
+        "Squared error of the normed tokens over the variance of those of the same trained network without pruning; "
+        f"8 epochs, one seed. All blocks: {link('restored', table)}."
     )
-    head = ["pruned after block", *map(str, counts[:-1]), "never"]
-    shown = Table(head, body).select([head[0], *head[1:-1:3], head[-1]])
     return f"{shown.markdown()}\n\n{note}"
 
 
@@ -277,16 +297,19 @@ SECTIONS: Sections = {
     "accuracy": accuracy,
     "accuracy_later": later,
     "accuracy_factors": factors_section,
-    "ablations": ablations,
-    "scorers": scorers,
+    "ablations": ablations_section,
+    "scorers": scorers_section,
     "segmentation": segmentation,
-    "restored": restored,
+    "restored": restored_section,
     "detection": detection,
 }
 FILES: Files = {
     "trainings": trainings_table,
     "trainings_factors": factors,
+    "ablations": ablations,
+    "scorers": scorers,
     "untrained": untrained,
+    "restored": restored,
     "segmentation": segmentation_table,
     "detection": detection_table,
 }

@@ -83,8 +83,11 @@ def page() -> str:
         "cropr.ops": ("cropr.ops.", public(functional)),
     }
     text = HEAD
+    described: set[int] = set()
     for title, (prefix, members) in sections.items():
-        text += f"\n## {title}\n\n" + "\n".join(entry(f"{prefix}{name}", member) for name, member in members)
+        entries = [entry(f"{prefix}{name}", member) for name, member in members if id(member) not in described]
+        described |= {id(member) for _, member in members}
+        text += f"\n## {title}\n\n" + "\n".join(entries)
     return text
 
 

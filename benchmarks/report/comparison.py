@@ -25,7 +25,7 @@ ACCURACY_MODEL = "vit_tiny_patch16_224"  # the one that is trained
 TRAINED_AS = {baseline.name: baseline.trained_as for baseline in BASELINES if baseline.trained_as}
 STAGES = {"block": "after the block", "attention": "before the MLP", "queries": "before the attention"}
 NEEDS = {
-    "attention": "the whole attention",
+    "attention": "all of the attention",
     "class row": "one row of the attention",
     "keys": "keys",
     "values": "values",

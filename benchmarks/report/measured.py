@@ -125,7 +125,7 @@ def networks_section() -> str:
 
 PARTS = {
     "merge": "**all parts** (3 R candidates)",
-    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, whole sizes",
+    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, full sizes",
 }
 
 

@@ -21,6 +21,8 @@ RENAMED = (
     (r"\bhost(?=s?\b)", "parent"),
     (r"\bbehind\b", "after"),
     (r"\bchosen anew\b", "updated"),
+    (r"\bwhole\b", "full"),
+    (r"\bchoice of the redundant\b", "choice by redundancy"),
 )
 
 
@@ -52,8 +54,9 @@ class Table:
     rows: list[list[Cell]]
 
     def markdown(self) -> str:
-        lines: list[list[Cell]] = [[*self.head], ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+        lines: list[list[Cell]] = [[*self.head], *self.rows]
+        text = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+        return "\n".join([text[0], "|" + "---|" * len(self.head), *text[1:]])
 
     def means(self) -> "Table":
         """The table without ranges."""

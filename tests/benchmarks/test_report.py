@@ -30,3 +30,4 @@ def test_results_of_before_a_renaming_are_shown_with_todays_names():
     assert rename("Cropr, merging, LLF, host") == "Cropr, merging, LLF, track_parent"
     assert rename("4 hosts' change, behind the last block") == "4 parents' change, after the last block"
     assert rename("as_pruned") == "as_pruned" and rename("one last block") == "one last block"
+    assert rename("merge, no choice of the redundant") == "merge, no choice by redundancy"

@@ -155,6 +155,15 @@ def test_the_documentation_is_read_in_an_afternoon_and_its_index_names_every_pag
     assert [page.name for page in pages if f"({page.name})" not in index and page.name != "README.md"] == []
 
 
+def test_messages_that_troubleshooting_quotes_are_those_of_the_source():
+    quoted = re.findall(
+        r"^\| `([^`]+?)(?: \.\.\.)?` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE
+    )
+    files = [ROOT / "setup.py", *(ROOT / "cropr_kernels").rglob("*.py")]
+    source = "".join(path.read_text() for path in files)
+    assert len(quoted) > 5 and [message for message in quoted if message not in source] == []
+
+
 def test_the_disk_that_is_named_was_measured():
     _, rows = load("newcomer")
     measured = {"+cpu" in row["installed"]: int(row["disk"].removesuffix("MB")) / 1000 for row in rows}

@@ -18,7 +18,8 @@ from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils import viz
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")
+PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -131,18 +132,36 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
 
 def test_pages_say_what_the_results_say():
     from benchmarks.report.pages import PAGES as REPORTED
+    from benchmarks.report.pages import csv_files, stored_csv_files
     from benchmarks.report.render import render
 
     for page in PAGES:
         text, sections = page.read_text(), REPORTED.get(page, {})
         assert set(re.findall(r"<!-- (?!end )(\w+) -->", text)) == set(sections), page.name
         assert render(text, sections) == text, "run python -m benchmarks.report"
+    assert csv_files() == stored_csv_files(), "run python -m benchmarks.report"
 
 
 def test_the_readme_is_read_in_minutes():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1100
+
+
+def test_the_documentation_is_read_in_an_afternoon_and_its_index_names_every_page():
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    assert sum(len(page.read_text().split()) for page in pages) <= 20_000
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in pages if f"({page.name})" not in index and page.name != "README.md"] == []
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_source():
+    quoted = re.findall(
+        r"^\| `([^`]+?)(?: \.\.\.)?` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE
+    )
+    files = [ROOT / "setup.py", *(ROOT / "cropr_kernels").rglob("*.py")]
+    source = "".join(path.read_text() for path in files)
+    assert len(quoted) > 5 and [message for message in quoted if message not in source] == []
 
 
 def test_the_disk_that_is_named_was_measured():

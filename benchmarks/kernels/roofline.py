@@ -1,4 +1,4 @@
-"""Roofline of every kernel: lower bounds and measured times on a GPU. Writes docs/roofline.md.
+"""Work of each kernel, the floor that it sets on a GPU, and measured times: writes docs/roofline.md and its CSV file.
 
 python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200 (HBM3e; bfloat16, dense)
 
@@ -7,53 +7,49 @@ benchmarks/results/; missing ones are marked.
 """
 
 import argparse
+import csv
+import io
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.kernels.shapes import GPU_SHAPES, num_keep
-from benchmarks.utils.results import DOCS, Row, load
+from benchmarks.utils.results import DOCS, RESULTS, Row, load
 from cropr_kernels.utils.io import write_text
 
 PAGE = DOCS / "roofline.md"
 INTRO = """# Roofline
 
 For each kernel: the bytes it must move (every input read once, every output written once, bfloat16 tokens, int64
-positions, float32 scores), the operations it must do, and the floor that sets on an H200 ({bandwidth:.1f} TB/s,
-{flops:.0f} bfloat16 TFLOP/s). B images, N tokens, K kept of them, D channels, M queries. Times are in microseconds.
-Written by `python -m benchmarks.kernels.roofline` from `benchmarks/results/`; measured with cold caches.
+positions, float32 scores), the operations it must do, and the floor that these set on an H200 ({bandwidth:.1f} TB/s,
+{flops:.0f} bfloat16 TFLOP/s). Times in microseconds, with cold caches; -: not measured. Written by
+`python -m benchmarks.kernels.roofline`. Some shapes; all: [roofline.csv](../benchmarks/results/roofline.csv).
 
 """
 OUTRO = """
-## What each kernel does beyond its floor, and why
+## Costs beyond the floors
 
-- **prune** reads x twice: once for the scores, once for the copy, because no row can move before the last score of
-  its image is known. Where x fits the L2 cache the second read is not from memory. Two launches, three above 1,024
-  tokens.
-- **add_select_ + gather_norm** against **add_norm_**: pruning costs one more read of the kept rows, for the same
-  reason, and one selection. The rows themselves stay where they are. Once x is larger than the L2 cache that read alone
-  is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: to get below it, the programs of an image
-  would have to hold their rows on chip until its selection is known (a thread block cluster, or a wait between
-  programs), which needs a GPU to test. Where x fits the cache it is not a read from memory: with
-  `CACHE_BYTES` in pruning/engine.py at half of the L2 cache, that many images run through all blocks at a time, the
-  read stays on chip, and pruning adds {cached:+.2f} of a copy, since fewer rows are written. It is off until a GPU says
-  that the smaller matrix products cost less than that saves. Cheaper, and as untried: with `RECENT_FIRST` in
-  ops/triton/utils.py the second read begins with the last image, so that as much as fits the cache is still there.
-- **select** is bound by latency, not by bytes: one program an image, 16 rounds of counting, two prefix sums. In prune
-  and add_select_ it is the last program of an image that selects, so it needs no launch of its own, up to 1,024 tokens:
-  the keys of more would take registers from the programs that stream rows.
-- **merging over pruning** is two more launches: one compares candidates with targets, which reads every active row
-  once more ({again:.0f} us at 256x197x1024, where x is larger than the L2 cache), one writes the few rows that other
-  tokens merge into. The goal of 2 us over pruning can hold only where x is in the cache. Comparing attention keys would
-  read a sixteenth of that; it agrees less with the unpruned model (benchmarks.md).
-- **proportional attention** with one more dimension pads q, k and v by 8 columns before FlashAttention. Where one plain
-  matrix projects them it is padded instead, at every call, as it is smaller than they are: an eighth more operations
-  at 64 channels a head, in place of {copies:.0f} us of copies at 256x197x1024. Elsewhere (qk-norm, rotary positions,
-  small batches) they are copied.
-- **attend, M = 1** reads x once in each direction. Fewer than 256 images are split into parts of at least 64 tokens:
-  one image of 577 tokens keeps 10 programs busy.
+- **prune** reads x twice, for the scores and for the copy, as no row can move before the last score of its image is
+  known; in the L2 cache the second read is not from memory. Two launches, three above 1,024 tokens.
+- **add_select_ + gather_norm** against **add_norm_**: one more read of the kept rows, and one selection; rows stay in
+  place. Beyond the L2 cache that read is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: below
+  it rows would stay on chip until the selection is known (a thread block cluster), which needs a GPU to test. Off until
+  a GPU measures them: `CACHE_BYTES` in pruning/engine.py runs as many images at a time as fit, so that pruning adds
+  {cached:+.2f} of a copy; `RECENT_FIRST` in ops/triton/utils.py begins the second read with the last image.
+- **select** is bound by latency: one program an image, 16 rounds of counting, two prefix sums. In prune and add_select_
+  the last program of an image selects, without a launch, up to 1,024 tokens: more keys would take registers.
+- **merging over pruning** is two more launches: one compares candidates with targets and reads every active row again
+  ({again:.0f} us at 256x197x1024 from memory), one writes the rows that others merge into. The goal of 2 us over
+  pruning holds only in the cache. Attention keys would read a sixteenth; they agree less with the unpruned model.
+- **proportional attention** with one more dimension pads q, k and v by 8 columns before FlashAttention. If one plain
+  matrix projects them it is padded instead: an eighth more operations at 64 channels a head, in place of
+  {copies:.0f} us of copies at 256x197x1024. Else (qk-norm, rotary positions, small batches) they are copied.
+- **attend, M = 1** reads x once in each direction; fewer than 256 images are split into parts of at least 64 tokens.
 - **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them back: three passes over
-  (M, N) that a kernel keeping D = 1024 wide rows on chip would not need. Nothing of that shape is kept for backward.
+  (M, N), of which nothing is kept for backward.
 """
+HEAD = ("kernel", "shape", "MB", "GFLOP", "floor, us", "bound by", "measured, us", "floor / measured")
+COLUMNS = (0, 1, 2, 4, 6)  # on the page; the CSV file holds all
+SHOWN = ("256x197x1024", "256x197", "256x1x197x1024", "16x1024x1024x1024")
 
 
 @dataclass
@@ -121,17 +117,17 @@ def works() -> list[Work]:
     return entries
 
 
-def table_row(work: Work, bandwidth: float, flops: float) -> str:
-    """A line of the table: the floor of a kernel, its bound, and its measured time."""
+def table_row(work: Work, bandwidth: float, flops: float) -> tuple[str, ...]:
+    """Cells of the table: the floor of a kernel, its bound, and its measured time."""
     memory_us = work.bytes / bandwidth * 1e6
     arithmetic_us = work.flops / flops * 1e6
     floor = max(memory_us, arithmetic_us)
     bound = "memory" if memory_us >= arithmetic_us else "arithmetic"
-    measured = ("not yet measured", "-")
+    measured = ("", "")
     if work.measured is not None:
         measured = (f"{work.measured}", f"{floor / work.measured:.2f}")
     cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
-    return "| " + " | ".join((*cells, *measured)) + " |"
+    return (*cells, *measured)
 
 
 def main() -> None:
@@ -139,11 +135,13 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s")
     parser.add_argument("--flops", type=float, default=989e12, help="operations/s")
     options = parser.parse_args()
-    lines = [
-        "| kernel | shape | MB | GFLOP | floor, us | bound by | measured, us | floor / measured |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [table_row(work, options.bandwidth, options.flops) for work in works()]
+    rows = [table_row(work, options.bandwidth, options.flops) for work in works()]
+    shown = [HEAD, *(row for row in rows if row[1] in SHOWN)]
+    lines = ["| " + " | ".join(row[column] or "-" for column in COLUMNS) + " |" for row in shown]
+    lines.insert(1, "|" + "---|" * len(COLUMNS))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows((HEAD, *rows))
+    write_text(RESULTS / "roofline.csv", text.getvalue())
     intro = INTRO.format(bandwidth=options.bandwidth / 1e12, flops=options.flops / 1e12)
     moved = {work.kernel: work.bytes for work in works() if work.shape == "256x197x1024"}
     marginal = moved["add_select_ + gather_norm"] - moved["add_norm_"]

@@ -1,1 +1,1 @@
-"""The tables and plots of the README and of docs/, from the JSON under benchmarks/results/."""
+"""Tables and plots of the README and docs/, and CSV files, from the JSON under benchmarks/results/."""

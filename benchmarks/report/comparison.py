@@ -1,64 +1,89 @@
-"""The sections and pictures of docs/comparison.md: every system of the paper's tables beside Cropr."""
+"""The sections, pictures and CSV files of docs/comparison.md: every system of the paper's tables beside Cropr."""
 
 import json
 import statistics
 from typing import Any
 
-from benchmarks.baselines.registry import BASELINES, FUSIONS, OFF_THE_SHELF, ROWS, UNPRUNED
-from benchmarks.report.render import Sections, grid, spread, where
+from benchmarks.baselines.registry import BASELINES, FUSIONS, ROWS, UNPRUNED
+from benchmarks.report import off_the_shelf
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Spread,
+    Table,
+    link,
+    load,
+    source,
+    where,
+)
 from benchmarks.utils.plots import label_points, plot_latency_curve, pyplot
-from benchmarks.utils.results import DOCS, RESULTS, load
+from benchmarks.utils.results import DOCS, RESULTS
 
-ACCURACY_MODEL = "vit_tiny_patch16_224"  # what is trained
+ACCURACY_MODEL = "vit_tiny_patch16_224"  # the one that is trained
 TRAINED_AS = {baseline.name: baseline.trained_as for baseline in BASELINES if baseline.trained_as}
-PLACES = {"block": "after the block", "attention": "before the MLP", "queries": "before the attention"}
+STAGES = {"block": "after the block", "attention": "before the MLP", "queries": "before the attention"}
 NEEDS = {
-    "attention": "the whole attention",
+    "attention": "all of the attention",
     "class row": "one row of the attention",
     "keys": "keys",
     "values": "values",
     "patches": "the input",
     "update": "what the MLP adds",
 }
+# The table that opens the page: as named off the shelf, and as in the table of systems.
+SUMMARY = {
+    "no pruning": ("", "unpruned"),
+    "random": ("random", "random"),
+    "EViT": ("EViT", "EViT"),
+    "SAINT": ("SAINT", "SAINT"),
+    "ToMe": ("ToMe", "ToMe"),
+    "ATM": ("ATM", "ATM"),
+    "**Cropr, dropping**": ("calibrated", "Cropr"),
+    "**Cropr, merging**": ("merge", "Cropr, merging"),
+}
+SUMMARY_RATE = 8
+Timed = dict[str, dict[str, Any]]  # by system, a row of the table
 
 
-def systems() -> str:
+def systems() -> Table:
     """What each system keeps, where in a block it acts and what it needs there."""
-    body = []
+    body: list[list[Cell]] = []
     for baseline in BASELINES:
         if baseline.variant:
             continue
         reducer = baseline.make(8, 2, 4)
-        place = PLACES[reducer.insertion_point] + (", once" if baseline.category == "once" else "")
-        body.append([baseline.name, baseline.keeps, place, ", ".join(NEEDS[need] for need in sorted(reducer.needs))])
-    body.append(["Cropr", "the highest product with one learned query", PLACES["block"], ""])
-    return grid(["system", "what is kept", "acts", "needs"], body)
+        stage = STAGES[reducer.insertion_point] + (", once" if baseline.category == "once" else "")
+        needs = ", ".join(NEEDS[need] for need in sorted(reducer.needs))
+        body.append([baseline.name, baseline.keeps, stage, needs])
+    body.append(["Cropr", "the highest product with one learned query", STAGES["block"], ""])
+    return Table(["system", "kept", "acts", "needs"], body)
 
 
 def trained(system: str, schedule: str) -> list[float]:
     """Top-1 of all seeds, of the systems trained for 1.7 times fewer FLOPs."""
-    found = load("accuracy")
+    measured = load("accuracy")
     name = TRAINED_AS.get(system, system)
     if system == "Cropr":
         name = f"Cropr, {schedule}".replace(", dec", "")
     elif "LLF" in schedule:
         name = f"{system}, LLF"
-    rows = [] if found is None else found[1]
-    return [row["top-1"] for row in rows if row["group"] in ("main", "baselines") and row["method"] == name]
+    rows = [] if measured is None else where(measured[1], method=name)
+    return [row["top-1"] for row in rows if row["group"] in ("main", "baselines")]
 
 
-def cells(group: str) -> tuple[dict[str, Any], dict[tuple[str, int, int], dict[str, Any]]] | None:
-    """Environment; by model, size and batch the rows of a group by system. A GPU's, where there are any."""
+def timed(group: str) -> tuple[dict[str, Any], dict[tuple[str, int, int], Timed]] | None:
+    """Environment; by model, size and batch the rows of a group by system. A GPU's if there are any."""
     for device in ("cuda", "cpu"):
-        found = load(f"{device}_table")
-        if found is None:
+        measured = load(f"{device}_table")
+        if measured is None:
             continue
-        tables: dict[tuple[str, int, int], dict[str, Any]] = {}
-        for row in found[1]:
-            if row["group"] == group and row["mode"] == "eager":
-                tables.setdefault((row["model"], row["size"], row["batch"]), {})[row["system"]] = row
+        tables: dict[tuple[str, int, int], Timed] = {}
+        for row in where(measured[1], group=group, mode="eager"):
+            tables.setdefault((row["model"], row["size"], row["batch"]), {})[row["system"]] = row
         if tables:
-            return found[0], tables
+            return measured[0], tables
     return None
 
 
@@ -66,197 +91,161 @@ def ratio(row: dict[str, Any] | None) -> str:
     return f"{row['speed-up']:.2f}x" if row is not None and "speed-up" in row else "-"
 
 
-def classification() -> str:
-    found = cells("classification")
+def summary() -> str:
+    """One line a method: without training at one rate, and after a short training."""
+    found = timed("classification")
+    if found is None or load("off_the_shelf") is None:
+        return NOT_MEASURED
+    tables = found[1]
+    batches = {batch: table for (model, _, batch), table in tables.items() if model == ACCURACY_MODEL}
+    body: list[list[Cell]] = []
+    for label, (untrained, system) in SUMMARY.items():
+        agreement, speed = off_the_shelf.means(untrained, SUMMARY_RATE) if untrained else ([100.0, 100.0], 1.0)
+        accuracies = trained(label if system == "unpruned" else system, "dec")
+        rows = [table.get(system if system == "unpruned" else f"{system} | dec") for table in batches.values()]
+        line: list[Cell] = [label, *(f"{value:.1f}" for value in agreement), f"{speed:.2f}x" if speed else "-"]
+        body.append([*line, Spread(accuracies, 1) if accuracies else "-", *map(ratio, rows)])
+    head = ["method", "agreement, %", "Imagenette, %", "speed", "top-1 trained, %"]
+    head += [f"speed, batch {batch}" for batch in batches]
+    note = (
+        f"*ViT-Ti/16 at 224 px. Columns 2 to 4: no training, R = {SUMMARY_RATE}, agreement on Tiny-ImageNet and on "
+        "Imagenette, speed at batch 8. Columns 5 to 7: 50 steps of training on Tiny-ImageNet at R = 14, 1.7 times "
+        f"fewer FLOPs, mean and range of three seeds. Speed: over no pruning on the engine.*"
+    )
+    return f"{Table(head, body).markdown()}\n\n{note}"
+
+
+def classification() -> Table | None:
+    """Every system at every schedule of both models."""
+    found = timed("classification")
     if found is None:
-        return "Not measured yet."
-    env, tables = found
-    parts = []
-    for model in dict.fromkeys(key[0] for key in tables):
-        batches = {batch: table for (name, _, batch), table in tables.items() if name == model}
-        last = batches[max(batches)]
-        known = model == ACCURACY_MODEL
-        body = []
+        return None
+    tables = found[1]
+    batches = sorted({batch for _, _, batch in tables})
+    body: list[list[Cell]] = []
+    for model in dict.fromkeys(model for model, _, _ in tables):
+        by_batch = {batch: table for (name, _, batch), table in tables.items() if name == model}
+        largest = by_batch[max(by_batch)]
         for system, schedule, published in (("unpruned", "", UNPRUNED), *ROWS):
-            row = last.get(f"{system} | {schedule}" if schedule else system)
+            row = largest.get(f"{system} | {schedule}" if schedule else system)
             if row is None:
                 continue
-            accuracies = trained("no pruning" if system == "unpruned" else system, schedule) if known else []
-            line = [system if system != "unpruned" else "no pruning", schedule or "-"]
-            line += [ratio(table.get(row["system"])) for table in batches.values()]
+            name = "no pruning" if system == "unpruned" else system
+            accuracies = trained(name, schedule) if model == ACCURACY_MODEL else []
+            line: list[Cell] = [model, name, schedule or "-"]
+            line += [ratio(by_batch.get(batch, {}).get(row["system"])) for batch in batches]
             line += [f"{row['GFLOPs']:.2f}", f"{row['peak MiB']:.0f}"]
-            line += ([spread(accuracies, 1) if accuracies else "-"]) if known else []
+            line.append(Spread(accuracies, 1) if accuracies else "-")
             line += [f"{published[1] / UNPRUNED[1]:.1f}x", f"{published[0]:.1f}"] if published else ["-", "-"]
-            if system.startswith("Cropr"):
-                line[0] = f"**{system}**"
             body.append(line)
-        head = ["system", "schedule", *(f"speed-up, batch {batch}" for batch in batches), "GFLOPs", "MiB"]
-        head += [*(["top-1, %"] if known else []), "published speed-up", "published top-1, %"]
-        parts.append(f"{model}:\n\n{grid(head, body)}")
-    note = (
-        "Speed-up over the unpruned network on the engine, medians of calls that take turns in shuffled order; MiB: "
-        "the most that one forward of the larger batch holds beside weights and images; published: ViT-L, "
-        "ImageNet-1k, by the paper."
-    )
-    return "\n\n".join(parts) + f"\n\n{note} {where(env)}."
+    head = ["model", "system", "schedule", *(f"speed-up, batch {batch}" for batch in batches), "GFLOPs", "MiB"]
+    return Table([*head, "top-1, %", "published speed-up", "published top-1, %"], body)
 
 
-def fusions() -> str:
-    found, accuracy = cells("fusions"), load("segmentation")
+def classification_section() -> str:
+    found = timed("classification")
     if found is None:
-        return "Not measured yet."
-    env, tables = found
-    (model, size, _), first = next(iter(tables.items()))
-    body = []
+        return NOT_MEASURED
+    return (
+        f"All figures: {link('classification', classification())}. Speed-up over no pruning on the engine, medians of "
+        "calls that take turns in shuffled order; MiB: the most that one forward of the larger batch holds beside "
+        f"weights and images; published: ViT-L, ImageNet-1k, by the paper. "
+        f"{source('cpu_table' if found[0]['threads'] else 'cuda_table', found[0])}, also of the next three sections."
+    )
+
+
+def fusions() -> Table | None:
+    found, accuracy = timed("fusions"), load("segmentation")
+    if found is None:
+        return None
+    tables = found[1]
+    unpruned = next(iter(tables.values()))["unpruned"]
+    body: list[list[Cell]] = []
     for name, fusion in FUSIONS.items():
         rows = [table[name] for table in tables.values()]
-        own = [] if accuracy is None else [row["mIoU"] for row in accuracy[1] if row["method"] == fusion.name]
-        line = [fusion.name, *(ratio(row) for row in rows), f"{rows[-1]['GFLOPs']:.1f}"]
-        line += [f"{first['unpruned']['GFLOPs'] / rows[0]['GFLOPs']:.2f}x", f"{rows[-1]['peak MiB']:.0f}"]
-        line += [
-            spread(own, 1) if own else "-",
-            f"{FUSIONS['unpruned'].gflops / fusion.gflops:.2f}x",
-            f"{fusion.miou:.1f}",
-        ]
-        body.append(line)
-    batches = [batch for _, _, batch in tables]
-    head = ["fusion", *(f"speed-up, batch {batch}" for batch in batches), "GFLOPs", "FLOP ratio", "MiB"]
-    head += ["CamVid mIoU, %", "published FLOP ratio", "published mIoU, %"]
-    note = (
-        f"{model} at {size} px, patches of 16, up to the logits of the patches. mIoU: the ViT-Ti of "
-        "[training-results.md](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
-    )
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+        trainings = [] if accuracy is None else [row["mIoU"] for row in where(accuracy[1], method=fusion.name)]
+        body.append(
+            [
+                fusion.name,
+                *map(ratio, rows),
+                f"{rows[-1]['GFLOPs']:.1f}",
+                f"{unpruned['GFLOPs'] / rows[0]['GFLOPs']:.2f}x",
+                f"{rows[-1]['peak MiB']:.0f}",
+                Spread(trainings, 1) if trainings else "-",
+                f"{FUSIONS['unpruned'].gflops / fusion.gflops:.2f}x",
+                f"{fusion.miou:.1f}",
+            ]
+        )
+    head = ["fusion", *(f"speed-up, batch {batch}" for _, _, batch in tables), "GFLOPs", "FLOPs fewer", "MiB"]
+    return Table([*head, "CamVid mIoU, %", "published FLOPs fewer", "published mIoU, %"], body)
 
 
-def architecture() -> str:
-    found = cells("architecture")
+def fusions_section() -> str:
+    found = timed("fusions")
     if found is None:
-        return "Not measured yet."
-    env, tables = found
-    body = []
-    for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
-        rows = [table[name] for table in tables.values()]
-        body.append([name, *(f"{row['GFLOPs']:.2f}, {ratio(row)}" for row in rows)])
-    head = ["scorer", *(f"{model}, batch {batch}" for model, _, batch in tables)]
-    note = (
-        "GFLOPs, and speed-up over no pruning. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476."
+        return NOT_MEASURED
+    model, size, _ = next(iter(found[1]))
+    return (
+        f"{link('fusions', fusions())}: {model} at {size} px, patches of 16, up to the logits of the patches. mIoU: "
+        "the ViT-Ti of [training results](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
     )
-    return grid(head, body) + f"\n\n{note} {where(env)}."
 
 
-def precision() -> str:
-    found = cells("precision")
+def scorer() -> Table | None:
+    """GFLOPs and speed-up of each scorer."""
+    found = timed("architecture")
     if found is None:
-        return "Not measured yet."
-    env, tables = found
-    body = []
+        return None
+    body: list[list[Cell]] = []
+    for (model, _, batch), table in found[1].items():
+        for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
+            body.append([model, str(batch), name, f"{table[name]['GFLOPs']:.2f}", ratio(table[name])])
+    return Table(["model", "batch", "scorer", "GFLOPs", "speed-up"], body)
+
+
+def scorer_section() -> str:
+    if timed("architecture") is None:
+        return NOT_MEASURED
+    return (
+        f"{link('scorer', scorer())}. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476 images/s."
+    )
+
+
+def precision() -> Table | None:
+    """Speed-up of each precision and kind of attention."""
+    found = timed("precision")
+    if found is None:
+        return None
+    tables = found[1]
+    body: list[list[Cell]] = []
     for key in next(iter(tables.values())):
         if " | " in key:
             system, mode = key.split(" | ")
-            system = "no pruning" if system == "unpruned" else system
-            body.append([mode, system, *(ratio(table.get(key)) for table in tables.values())])
-    model = next(iter(tables))[0]
-    head = ["precision", "system", *(f"{size} px, batch {batch}" for _, size, batch in tables)]
-    note = f"{model}; over no pruning in float32 with the attention's probabilities written out, at that size."
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+            name = "no pruning" if system == "unpruned" else system
+            body.append([mode, name, *(ratio(table.get(key)) for table in tables.values())])
+    return Table(["precision", "system", *(f"{size} px, batch {batch}" for _, size, batch in tables)], body)
 
 
-MAIN = (*OFF_THE_SHELF, "calibrated", "merge")
-FAR_BELOW = ("ATS", "pixel variance")  # the others
-PLOTTED = [name for name in MAIN if name not in (*(one.name for one in BASELINES if one.variant), *FAR_BELOW)]
-LABELS = {"calibrated": "calibrated, dropping", "merge": "**calibrated, merging**"}
-
-
-def speeds() -> dict[tuple[int, str], float]:
-    found = load("off_the_shelf_speed")
-    return {} if found is None else {(row["rate"], row["method"]): row["speed-up"] for row in found[1]}
-
-
-def off_the_shelf() -> str:
-    """Agreement and KL by data set, with the speed measured apart."""
-    found = load("off_the_shelf")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    data, speed = list(dict.fromkeys(row["data"] for row in rows)), speeds()
-    body = []
-    for rate in sorted({row["rate"] for row in rows}):
-        for method in [name for name in MAIN if any(row["method"] == name for row in rows)]:
-            line = [str(rate), LABELS.get(method, method)]
-            for name in data:
-                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-                line += [spread([row["agreement"] for row in own], 1), spread([row["KL"] for row in own], 3)]
-                if all("top-1" in row for row in own):
-                    line.append(f"{statistics.mean(row['top-1'] for row in own):.1f}")
-            body.append([*line, f"{speed[rate, method]:.2f}x" if (rate, method) in speed else "-"])
-    labelled = {row["data"] for row in rows if "top-1" in row}
-    columns = {
-        name: ("agreement, %", "KL", "top-1, %") if name in labelled else ("agreement, %", "KL") for name in data
-    }
-    head = ["R", "method", *(f"{name}, {what}" for name in data for what in columns[name]), "speed-up"]
-    ours = [row for row in rows if row["method"] == "merge"]
-    plain = statistics.mean(row["top-1 unpruned"] for row in ours if "top-1" in row)
-    note = (
-        f"ViT-Ti/16 at 224 px, unpruned top-1 {plain:.1f} %. Agreement and KL are with the unpruned model; "
-        f"{len({row['seed'] for row in ours})} seeds, each with {env['photos']} photos to calibrate on and as many "
-        "others to compare on; mean, and range over seeds."
+def precision_section() -> str:
+    found, table = timed("precision"), precision()
+    if found is None or table is None:
+        return NOT_MEASURED
+    return (
+        f"{link('precision', table)}: speed-up of {next(iter(found[1]))[0]} over no pruning in float32 with the "
+        "attention's probabilities written out, at that size."
     )
-    timed = load("off_the_shelf_speed")
-    if timed is not None:
-        env_timed = timed[0]
-        note += f" Speed-up over the unpruned model on the engine: batch {env_timed['batch']}, {where(env_timed)}."
-    return grid(head, body) + f"\n\n{note} {where(env)}."
-
-
-def plot_off_the_shelf() -> None:
-    """Agreement against measured speed-up, one panel a data set, one line a method over its rates; dashed: drops."""
-    found, speed = load("off_the_shelf"), speeds()
-    if found is None or not speed:
-        return
-    plt = pyplot()
-    rows = found[1]
-    data = list(dict.fromkeys(row["data"] for row in rows))
-    figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
-    drops = [one.name for one in BASELINES if one.category == "pruning" and one.name in PLOTTED]
-    merges = [name for name in PLOTTED if name not in (*drops, "calibrated", "merge")]
-    colours = [f"C{i}" for i in range(10) if i != 3]  # red is ours
-    styles: dict[str, dict[str, Any]] = {"calibrated": {"color": "C3", "linestyle": "--", "linewidth": 2.4}}
-    styles["merge"] = {"color": "C3", "linewidth": 2.4}
-    for names, line in ((drops, "--"), (merges, "-")):
-        styles |= {name: {"color": colour, "linestyle": line} for name, colour in zip(names, colours)}
-    for axis, name in zip(axes[0], data):
-        for method in PLOTTED:
-            points = []
-            for rate in sorted({row["rate"] for row in rows}):
-                own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-                if own and (rate, method) in speed:
-                    points.append((speed[rate, method], statistics.mean(row["agreement"] for row in own)))
-            if not points:  # not measured yet
-                continue
-            label = LABELS.get(method, method).strip("*")
-            axis.plot(*zip(*points), marker="o", markersize=4, label=label, **styles[method])
-        axis.set_title(f"{name} (dashed: drops tokens)", fontsize=10)
-        axis.set_xlabel("speed-up, measured")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("agreement with the unpruned model, %")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    timed: Any = load("off_the_shelf_speed")
-    figure.suptitle(f"ViT-Ti/16, no training; speed: {where(timed[0])}", fontsize=9)
-    figure.savefig(DOCS / "off_the_shelf.png", dpi=130)
-    plt.close(figure)
 
 
 def plot_comparison() -> None:
     """Top-1 after a short training against measured speed-up, one point a row of the table."""
-    found = cells("classification")
+    found = timed("classification")
     if found is None:
         return
     plt = pyplot()
-    _, tables = found
+    tables = found[1]
     table = tables[max(key for key in tables if key[0] == ACCURACY_MODEL)]
-    colours = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
-    means = {
+    colors = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
+    meanings = {
         "dec": "tokens are pruned after each block",
         "dec, LLF": "the same, all restored before the last block (LLF)",
         "const": "tokens are pruned once",
@@ -268,12 +257,12 @@ def plot_comparison() -> None:
         row, accuracies = table.get(f"{system} | {schedule}"), trained(system, schedule)
         if row is None or not accuracies or statistics.mean(accuracies) < 40:
             continue
-        at = row["speed-up"], statistics.mean(accuracies)
-        ours = system.startswith("Cropr")
-        axis.scatter(*at, color=colours[schedule], marker="*" if ours else "o", s=120 if ours else 30)
-        points.append((*at, system))
-    for schedule, colour in colours.items():
-        axis.scatter([], [], color=colour, label=f"{schedule}: {means[schedule]}")
+        x, y = row["speed-up"], statistics.mean(accuracies)
+        is_cropr = system.startswith("Cropr")
+        axis.scatter(x, y, color=colors[schedule], marker="*" if is_cropr else "o", s=120 if is_cropr else 30)
+        points.append((x, y, system))
+    for label, color in colors.items():
+        axis.scatter([], [], color=color, label=f"{label}: {meanings[label]}")
     axis.axhline(statistics.mean(trained("no pruning", "")), color="0.4", linewidth=0.8, label="no pruning")
     axis.set_xlabel("speed-up, measured")
     axis.set_ylabel("top-1 after a short training, %")
@@ -287,23 +276,28 @@ def plot_comparison() -> None:
 
 
 def plot_curve() -> None:
-    for path in sorted(RESULTS.glob("*_latency_curve*.json"))[-1:]:  # cuda sorts behind cpu
+    for path in sorted(RESULTS.glob("*_latency_curve*.json"))[-1:]:  # cuda sorts after cpu
         data = json.loads(path.read_text())
         plot_latency_curve(DOCS / "latency_curve.png", data["rows"], data["environment"])
 
 
 def plot() -> None:
-    """All pictures of the page."""
-    plot_off_the_shelf()
+    """The pictures of the page that are of no other section."""
     plot_comparison()
     plot_curve()
 
 
 SECTIONS: Sections = {
+    "summary": summary,
+    "classification": classification_section,
+    "fusions": fusions_section,
+    "scorer": scorer_section,
+    "precision": precision_section,
+}
+FILES: Files = {
     "systems": systems,
     "classification": classification,
     "fusions": fusions,
-    "architecture": architecture,
+    "scorer": scorer,
     "precision": precision,
-    "off_the_shelf": off_the_shelf,
 }

@@ -1,28 +1,51 @@
-"""The section of docs/dense-features.md: how far the features of all patches are from the unpruned ones."""
+"""The section and CSV file of docs/dense-features.md: error of the features of all patches."""
 
-from benchmarks.report.render import Sections, grid, spread, where
-from benchmarks.utils.results import load
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Table,
+    link,
+    load,
+    measured_on,
+    spread,
+    unique,
+    where,
+)
+
+
+def table() -> Table | None:
+    """Error and FLOPs of every method at every rate."""
+    measured = load("dense_features")
+    if measured is None:
+        return None
+    rows = measured[1]
+    body: list[list[Cell]] = []
+    for rate in unique(rows, "rate"):
+        for method in unique(rows, "method"):
+            cell = where(rows, rate=rate, method=method)
+            body.append([f"R = {rate}", method, spread(cell, "error", 2), f"{cell[0]['FLOPs']:.2f}x"])
+    return Table(["R", "method", "error", "FLOPs fewer"], body)
 
 
 def dense_features() -> str:
-    """The error of every method, a column a rate."""
-    found = load("dense_features")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    rates, body = list(dict.fromkeys(row["rate"] for row in rows)), []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [[row for row in rows if (row["rate"], row["method"]) == (rate, method)] for rate in rates]
-        body.append([method, *(f"{spread([row['error'] for row in own], 2)}, {own[0]['FLOPs']:.2f}x" for own in cells)])
-    photos = len({row["photo"] for row in rows})
+    """The middle rate, and a link to all."""
+    measured, full = load("dense_features"), table()
+    if measured is None or full is None:
+        return NOT_MEASURED
+    env, rows = measured
+    rates = unique(rows, "rate")
+    rate = f"R = {rates[len(rates) // 2]}"
+    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(["method", "error", "FLOPs fewer"])
     note = (
-        f"{env['network']} at {env['size']} px, {env['patches']} patches; {env['photos']} photos to calibrate on. "
-        "Error: the norm of the difference over that of the unpruned features, after the last norm, mean and range "
-        f"over {photos} photos; and how many times fewer FLOPs. Copies: merging without fusion, each token as the one "
-        "that it merged into."
+        f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, {env['patches']} "
+        f"patches; {env['photos']} photos to calibrate on. Error: norm of the difference from the unpruned features "
+        "over the norm of these, after the last norm, mean and range over "
+        f"{len(unique(rows, 'photo'))} photos. Copies: merging without fusion. {measured_on(env)}."
     )
-    head = ["error, FLOPs fewer", *(f"R = {rate}" for rate in rates)]
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+    return f"{shown.markdown()}\n\n{note}"
 
 
 SECTIONS: Sections = {"dense_features": dense_features}
+FILES: Files = {"dense_features": table}

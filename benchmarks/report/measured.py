@@ -1,36 +1,61 @@
-"""The sections and the picture of docs/benchmarks.md: prune, whole networks, merging, digits."""
+"""The sections, picture and CSV files of docs/benchmarks.md: prune, whole networks, merging, digits."""
 
-import statistics
 from collections import Counter
 
-from benchmarks.report.comparison import LABELS
-from benchmarks.report.render import Sections, grid, spread, where
+from benchmarks.report.off_the_shelf import LABELS
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Table,
+    link,
+    load,
+    mean,
+    measured_on,
+    source,
+    spread,
+    unique,
+    where,
+)
 from benchmarks.utils.plots import pyplot
-from benchmarks.utils.results import DOCS, load
+from benchmarks.utils.results import DOCS
+
+NETWORKS = ("cpu_networks", "cpu_merging")
 
 
-def cpu_ops() -> str:
-    found = load("cpu_ops")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
+def cpu_ops() -> Table | None:
+    """Ratios of every shape and dtype."""
+    measured = load("cpu_ops")
+    if measured is None:
+        return None
+    rows = measured[1]
     columns = [name for name in rows[0] if " / " in name and "spread" not in name]
-    body = [
+    body: list[list[Cell]] = [
         [row["model"], "x".join(map(str, row["shape"])), row["dtype"], *(f"{row[name]:.2f}" for name in columns)]
         for row in rows
     ]
+    return Table(["model", "x", "dtype", *columns], body)
+
+
+def cpu_ops_section() -> str:
+    measured, table = load("cpu_ops"), cpu_ops()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    shown = Table(table.head, [row for row in table.rows if "float32" in row])
+    shown = shown.select([name for name in table.head if name not in ("model", "dtype")])
     return (
-        grid(["", "x", "dtype", *columns], body)
-        + f"\n\n{where(env)}; medians; the baselines take turns of 2 ms in shuffled order."
+        f"{shown.markdown()}\n\nfloat32, medians; the baselines take turns of 2 ms in shuffled order. "
+        f"{measured_on(measured[0])}. With bfloat16: {link('cpu_ops', table)}."
     )
 
 
-def end_to_end(device: str) -> str:
-    found = load(f"{device}_end_to_end")
-    if found is None:
-        return "Not measured yet." if device == "cpu" else "GPU: not measured yet."
-    env, rows = found
-    body = [
+def end_to_end(device: str) -> Table | None:
+    """Speed-up over the plain model, and the share of time that pruning takes."""
+    measured = load(f"{device}_end_to_end")
+    if measured is None:
+        return None
+    body: list[list[Cell]] = [
         [
             row["model"],
             row["method"],
@@ -39,170 +64,220 @@ def end_to_end(device: str) -> str:
             f"{row['flop_ratio']:.2f}x",
             f"{100 * row['pruning_share']:.1f} %" if row["pruning_share"] else "-",
         ]
-        for row in rows
+        for row in measured[1]
     ]
-    head = ["model", "method", "speed-up", "GFLOPs", "FLOP ratio", "time in pruning"]
-    return grid(head, body) + f"\n\n{where(env)}; batch {env['batch']}, {env['dtype']}, random weights."
+    return Table(["model", "method", "speed-up", "GFLOPs", "FLOPs fewer", "time in pruning"], body)
+
+
+def end_to_end_section(device: str) -> str:
+    measured, table = load(f"{device}_end_to_end"), end_to_end(device)
+    if measured is None or table is None:
+        return NOT_MEASURED if device == "cpu" else "GPU: not measured yet."
+    env = measured[0]
+    pruned = Table(table.head, [row for row in table.rows if row[1] != "no pruning"])
+    shown = pruned.select([name for name in table.head if name != "GFLOPs"])
+    note = f"Batch {env['batch']}, {env['dtype']}, random weights. {measured_on(env)}."
+    return f"{shown.markdown()}\n\n{note} GFLOPs: {link(f'{device}_end_to_end', table)}."
 
 
 def digits() -> str:
-    found = load("digits")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    body = []
-    for method in ("no pruning", "Cropr"):
-        own = [row for row in rows if row["method"] == method]
-        values = [row["accuracy"] for row in own]
-        body.append(
-            [
-                method,
-                f"{100 * own[0]['token share']:.0f} %",
-                f"{statistics.mean(values):.1f} %",
-                ", ".join(f"{value:.1f}" for value in values),
-            ]
-        )
-    return grid(["method", "tokens per block", "accuracy", "seeds"], body) + f"\n\n{where(env)}."
+    """Accuracy of both methods, in a sentence."""
+    measured = load("digits")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    unpruned, pruned = where(rows, method="no pruning"), where(rows, method="Cropr")
+    return (
+        f"No pruning {spread(unpruned, 'accuracy', 1)} %, Cropr {spread(pruned, 'accuracy', 1)} % with "
+        f"{100 * pruned[0]['token share']:.0f} % of the tokens per block; {len(pruned)} seeds. {measured_on(env)}."
+    )
 
 
-def networks(name: str) -> str:
-    found = load(name)
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    methods = [key.removeprefix("unpruned / ") for key in rows[0] if key.startswith("unpruned / ")]
-    methods = [name for name in methods if name != "unpruned"]
-    body = [
-        [row["model"], str(row["batch"]), row["dtype"], row["mode"]]
-        + [f"{row[key]:.2f}" if (key := f"unpruned / {name}") in row else "-" for name in methods]
+def networks(name: str) -> Table | None:
+    """Times the speed of the unpruned network on the engine."""
+    measured = load(name)
+    if measured is None:
+        return None
+    rows = measured[1]
+    prefix = "unpruned / "
+    methods = [key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix) and key != f"{prefix}unpruned"]
+    body: list[list[Cell]] = [
+        [
+            *(str(row[key]) for key in ("model", "batch", "dtype", "mode")),
+            *(f"{row[prefix + method]:.2f}" if prefix + method in row else "-" for method in methods),
+        ]
         for row in rows
     ]
-    note = "medians; the methods take turns in shuffled order; random weights"
-    return grid(["model", "batch", "dtype", "mode", *methods], body) + f"\n\n{where(env)}; {note}."
+    return Table(["model", "batch", "dtype", "mode", *methods], body)
+
+
+def networks_section() -> str:
+    """Links to both files."""
+    notes = []
+    for name in NETWORKS:
+        measured = load(name)
+        if measured is not None:
+            notes.append(f"{link(name, networks(name))}: {measured_on(measured[0])}.")
+    if not notes:
+        return NOT_MEASURED
+    return f"{' '.join(notes)} Medians; the methods take turns in shuffled order; random weights."
 
 
 PARTS = {
-    "merge": "**as it is** (3 R candidates)",
-    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, whole sizes",
+    "merge": "**all parts** (3 R candidates)",
+    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, full sizes",
 }
 
 
-def merging() -> str:
-    """What each part of merging is good for."""
-    found = load("off_the_shelf")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    rows = [row for row in rows if row["method"].startswith("merge")]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+def merging_cells() -> Table | None:
+    """Agreement and KL with one part of merging at a time left out or replaced, on the seeds that all parts share."""
+    measured = load("off_the_shelf")
+    if measured is None:
+        return None
+    rows = [row for row in measured[1] if row["method"].startswith("merge")]
+    methods = unique(rows, "method")
     shared = Counter((row["data"], row["rate"], row["seed"]) for row in rows)
     rows = [row for row in rows if shared[row["data"], row["rate"], row["seed"]] == len(methods)]
-    data, rates, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("data", "rate", "seed"))
-    cells = [(name, rate) for name in data for rate in rates]
-    body = []
+    cells = [(data, rate) for data in unique(rows, "data") for rate in unique(rows, "rate")]
+    body: list[list[Cell]] = []
     for method in methods:
-        line = [PARTS.get(method, method.removeprefix("merge, "))]
-        for name, rate in cells:
-            own = [row for row in rows if (row["data"], row["rate"], row["method"]) == (name, rate, method)]
-            agreement, divergence = (statistics.mean(row[key] for row in own) for key in ("agreement", "KL"))
-            line.append(f"{agreement:.1f} %, {divergence:.3f}")
+        line: list[Cell] = [PARTS.get(method, method.removeprefix("merge, "))]
+        for data, rate in cells:
+            cell = where(rows, data=data, rate=rate, method=method)
+            line += [f"{mean(cell, 'agreement'):.1f}", f"{mean(cell, 'KL'):.3f}"]
         body.append(line)
-    head = ["merging", *(f"{name}, R = {rate}" for name, rate in cells)]
-    same = f"{env['photos']} photos of each of the seeds {', '.join(map(str, seeds))}"
-    return grid(head, body) + f"\n\nAgreement and KL with the unpruned model, {same}. {where(env)}."
+    head = ["merging"]
+    for data, rate in cells:
+        head += [f"{data}, R = {rate}, agreement, %", f"{data}, R = {rate}, KL"]
+    return Table(head, body)
 
 
-def calibration_target() -> str:
-    """KL with the largest later attention as the target of calibration, against that with its mean."""
-    found = load("calibration_target")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    body = []
-    for method, data in dict.fromkeys((row["method"], row["data"]) for row in rows):
-        line = [LABELS[method].strip("*"), data]
-        for rate in sorted({row["rate"] for row in rows}):
-            own = [row for row in rows if (row["method"], row["data"], row["rate"]) == (method, data, rate)]
-            values = [
-                statistics.mean(row["KL"] for row in own if row["target"] == target) for target in ("mean", "largest")
-            ]
-            line.append(f"{values[0]:.3f}, {values[1]:.3f}")
-        body.append(line)
-    head = ["", "", *(f"R = {rate}" for rate in sorted({row["rate"] for row in rows}))]
-    return grid(head, body) + f"\n\nKL with the mean, with the largest; mean of the same seeds. {where(env)}."
+def merging() -> str:
+    measured, table = load("off_the_shelf"), merging_cells()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    shown = table.select([name for name in table.head if "R = 8" not in name and "agreement" not in name])
+    note = f"Mean of three seeds, {measured[0]['photos']} photos each. {source('off_the_shelf', measured[0])}."
+    return f"{shown.markdown()}\n\n{note} With R = 8 and agreement: {link('merging_parts', table)}."
+
+
+def calibration_target() -> Table | None:
+    """KL with the largest later attention as the target of calibration, beside that with its mean."""
+    measured = load("calibration_target")
+    if measured is None:
+        return None
+    rows = measured[1]
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        for data in unique(where(rows, method=method), "data"):
+            for rate in sorted(unique(rows, "rate")):
+                cell = where(rows, method=method, data=data, rate=rate)
+                figures = [f"{mean(where(cell, target=target), 'KL'):.3f}" for target in ("mean", "largest")]
+                body.append([LABELS[method].strip("*"), data, str(rate), *figures])
+    return Table(["method", "data", "R", "KL, mean", "KL, largest"], body)
+
+
+def calibration_target_section() -> str:
+    measured = load("calibration_target")
+    if measured is None:
+        return NOT_MEASURED
+    return f"{link('calibration_target', calibration_target())}: {measured_on(measured[0])}."
 
 
 def finetune() -> str:
-    found = load("finetune")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        line = [method, str(own[0]["rate"])]
-        body.append([*line, *(spread([row[key] for row in own], 1) for key in ("top-1 before", "top-1 after"))])
-    seeds = len({row["seed"] for row in rows})
+    measured = load("finetune")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        trainings = where(rows, method=method)
+        figures = [spread(trainings, key, 1) for key in ("top-1 before", "top-1 after")]
+        body.append([method, str(trainings[0]["rate"]), *figures])
     note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px, {seeds} seeds; one epoch over {env['photos']} photos, AdamW, "
-        f"learning rate {env['learning_rate']}, batch {env['batch']}, calibrated queries fixed; top-1 in % on "
-        f"{env['compare']} others; mean, and range over seeds."
+        f"Top-1 in % on {env['compare']} photos of Tiny-ImageNet, ViT-Ti/16 at 224 px, mean and range over "
+        f"{len(unique(rows, 'seed'))} seeds; one epoch over {env['photos']} others, AdamW, learning rate "
+        f"{env['learning_rate']}, batch {env['batch']}, calibrated queries fixed. {measured_on(env)}."
     )
-    return grid(["pruned by", "R", "before", "after"], body) + f"\n\n{note} {where(env)}."
+    return f"{Table(['pruned by', 'R', 'before', 'after'], body).markdown()}\n\n{note}"
 
 
 def gpu_ops() -> str:
-    found = load("gpu_ops")
-    if found is None:
+    measured = load("gpu_ops")
+    if measured is None:
         return "GPU: not measured yet. `bash benchmarks/run_gpu.sh` runs the tests and measures."
-    env, rows = found
+    env, rows = measured
     columns = [name for name in rows[0] if " / " in name]
-    body = [
-        [row["model"], "x".join(map(str, row["shape"])), row["dtype"], row["L2"], f"{row['prune, us']}"]
-        + [f"{row[name]:.2f}" if name in row else "-" for name in columns]
-        for row in rows
+    body: list[list[Cell]] = []
+    for row in rows:
+        ratios = [f"{row[name]:.2f}" if name in row else "-" for name in columns]
+        shape = "x".join(map(str, row["shape"]))
+        body.append([row["model"], shape, row["dtype"], row["L2"], f"{row['prune, us']}", *ratios])
+    return f"{Table(['model', 'x', 'dtype', 'L2', 'prune, us', *columns], body).markdown()}\n\n{measured_on(env)}."
+
+
+def launch_cost() -> Table | None:
+    measured = load("launch_cost")
+    if measured is None:
+        return None
+    body: list[list[Cell]] = [[row["op"], f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in measured[1]]
+    return Table(["op", "through Triton", "recorded"], body)
+
+
+def launch_cost_section() -> str:
+    """The range over all ops."""
+    measured = load("launch_cost")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    ranges = [
+        f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f}" for key in ("triton", "plan")
     ]
-    return grid(["", "x", "dtype", "L2", "prune, us", *columns], body) + f"\n\n{where(env)}."
-
-
-def launch_cost() -> str:
-    found = load("launch_cost")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    body = [[f"`{row['op']}`", f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in rows]
-    return grid(["op", "through Triton", "from its plan"], body) + f"\n\n{where(env)}; the least of 50 rounds."
+    return (
+        f"Through Triton {ranges[0]}, recorded {ranges[1]} times as long: {link('launch_cost', launch_cost())}. "
+        f"{measured_on(env)}; the least of 50 rounds."
+    )
 
 
 SECTIONS: Sections = {
+    "launch_cost": launch_cost_section,
+    "cpu_ops": cpu_ops_section,
+    "cpu_end_to_end": lambda: end_to_end_section("cpu"),
+    "cuda_end_to_end": lambda: end_to_end_section("cuda"),
+    "digits": digits,
+    "merging": merging,
+    "finetune": finetune,
+    "calibration_target": calibration_target_section,
+    "networks": networks_section,
+    "gpu_ops": gpu_ops,
+}
+FILES: Files = {
     "launch_cost": launch_cost,
     "cpu_ops": cpu_ops,
     "cpu_end_to_end": lambda: end_to_end("cpu"),
     "cuda_end_to_end": lambda: end_to_end("cuda"),
-    "digits": digits,
-    "merging": merging,
-    "finetune": finetune,
-    "calibration_target": calibration_target,
     "cpu_networks": lambda: networks("cpu_networks"),
     "cpu_merging": lambda: networks("cpu_merging"),
-    "gpu_ops": gpu_ops,
+    "merging_parts": merging_cells,
+    "calibration_target": calibration_target,
 }
 
 
 def plot() -> None:
-    """How much faster than each baseline, per shape."""
-    found = load("cpu_ops")
-    if found is None:
+    """Time of each baseline over that of prune, per shape."""
+    measured = load("cpu_ops")
+    if measured is None:
         return
     plt = pyplot()
-    env, rows = found
+    env, rows = measured
     names = [name for name in rows[0] if name.endswith(" / prune")]
     labels = ["x".join(map(str, row["shape"])) + "\n" + row["dtype"] for row in rows]
     figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(rows))]
-        axis.bar(places, [row[name] for row in rows], width, label=name.removesuffix(" / prune"))
+        offset = (i - (len(names) - 1) / 2) * width
+        positions = [position + offset for position in range(len(rows))]
+        axis.bar(positions, [row[name] for row in rows], width, label=name.removesuffix(" / prune"))
     axis.axhline(1.0, color="0.3", linewidth=0.8)
     axis.set_xticks(range(len(rows)), labels, fontsize=7)
     axis.set_ylabel("time over that of cropr::prune")

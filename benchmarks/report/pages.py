@@ -1,12 +1,36 @@
-"""Which page holds which sections."""
+"""Sections of the pages and CSV files: which module of the report writes which."""
 
-from benchmarks.report import comparison, features, measured, readme, restoring, saliency, schedules, training
-from benchmarks.utils.results import DOCS, ROOT
+from benchmarks.report import (
+    comparison,
+    features,
+    measured,
+    off_the_shelf,
+    readme,
+    restoring,
+    saliency,
+    schedules,
+    training,
+)
+from benchmarks.report.render import Files
+from benchmarks.utils.results import DOCS, RESULTS, ROOT
 
 PAGES = {
     ROOT / "README.md": readme.SECTIONS,
     DOCS / "benchmarks.md": measured.SECTIONS | restoring.SECTIONS,
     DOCS / "training-results.md": training.SECTIONS,
-    DOCS / "comparison.md": comparison.SECTIONS | saliency.SECTIONS | schedules.SECTIONS,
+    DOCS / "comparison.md": comparison.SECTIONS | off_the_shelf.SECTIONS | saliency.SECTIONS | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
 }
+MODULES = (comparison, off_the_shelf, saliency, schedules, measured, restoring, training, features)
+FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
+
+
+def csv_files() -> dict[str, str]:
+    """Text of every CSV file of benchmarks/results, by name."""
+    tables = {name: table() for name, table in FILES.items()}
+    return {f"{name}.csv": table.csv() for name, table in tables.items() if table is not None}
+
+
+def stored_csv_files() -> dict[str, str]:
+    """The CSV files as they are, but for that of benchmarks/kernels/roofline.py."""
+    return {path.name: path.read_text() for path in RESULTS.glob("*.csv") if path.stem != "roofline"}

@@ -1,36 +1,33 @@
-"""The section of README.md: what pruning leaves of one pretrained model's answers, and how fast it is."""
+"""The section of README.md: agreement, accuracy and speed of one pretrained model."""
 
-import statistics
+from benchmarks.report.off_the_shelf import speeds
+from benchmarks.report.render import NOT_MEASURED, Cell, Sections, Table, load, mean, measured_on, unique, where
 
-from benchmarks.report.comparison import speeds
-from benchmarks.report.render import Sections, grid, where
-from benchmarks.utils.results import load
-
-METHODS = {"calibrated": "dropping", "merge": "**merging**", "ToMe": "ToMe"}
+METHODS = {"merge": "**Cropr, merging**", "calibrated": "Cropr, dropping", "ToMe": "ToMe"}
 
 
 def pretrained() -> str:
-    """Agreement, top-1 and speed of three methods at every rate; a row whose speed was not measured is left out."""
-    found, timed, speed = load("off_the_shelf"), load("off_the_shelf_speed"), speeds()
-    if found is None or timed is None:
-        return "Not measured yet."
-    env, rows = found
+    """Agreement, top-1 and speed of three methods at every rate."""
+    measured, timed, speed = load("off_the_shelf"), load("off_the_shelf_speed"), speeds()
+    if measured is None or timed is None:
+        return NOT_MEASURED
+    env, rows = measured
     rows = [row for row in rows if "top-1" in row and row["method"] in METHODS]  # the data set whose classes it knows
-    plain = statistics.mean(row["top-1 unpruned"] for row in rows)
-    body = [["0", "unpruned", "100.0", f"{plain:.1f}", "1.00x"]]
-    for rate in sorted({row["rate"] for row in rows}):
-        for method, label in METHODS.items():
-            own = [row for row in rows if (row["rate"], row["method"]) == (rate, method)]
-            if own and (rate, method) in speed:
-                agreement, top = (statistics.mean(row[key] for row in own) for key in ("agreement", "top-1"))
-                body.append([str(rate), label, f"{agreement:.1f}", f"{top:.1f}", f"{speed[rate, method]:.2f}x"])
-    seeds = len({row["seed"] for row in rows})
+    body: list[list[Cell]] = []
+    for rate in sorted(unique(rows, "rate")):
+        line: list[Cell] = [str(rate)]
+        for method in METHODS:
+            cell = where(rows, rate=rate, method=method)
+            faster = f"{speed[rate, method]:.2f}x" if (rate, method) in speed else "-"
+            line.append(f"{mean(cell, 'agreement'):.1f}, {mean(cell, 'top-1'):.1f}, {faster}")
+        body.append(line)
     note = (
-        f"`{env['model']}` at 224 px, {rows[0]['data']}, {seeds} seeds: {env['photos']} photos to calibrate on and "
-        f"as many others to compare on. Speed: batch {timed[0]['batch']}, float32, over unpruned on the same engine, "
-        f"{where(timed[0])}."
+        f"*Agreement in %, top-1 in % (no pruning: {mean(rows, 'top-1 unpruned'):.1f}) and speed over no pruning of "
+        f"`{env['model']}` on {rows[0]['data']}, mean of {len(unique(rows, 'seed'))} seeds: {env['photos']} photos to "
+        f"calibrate on, as many others to measure on; speed at batch {timed[0]['batch']}, float32, on one engine, "
+        f"{measured_on(timed[0])}. Ranges and thirteen more methods: [comparison](docs/comparison.md).*"
     )
-    return grid(["R", "", "agreement, %", "top-1, %", "speed"], body) + f"\n\n{note}"
+    return f"{Table(['R', *METHODS.values()], body).markdown()}\n\n{note}"
 
 
 SECTIONS: Sections = {"pretrained": pretrained}

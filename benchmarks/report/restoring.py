@@ -1,19 +1,28 @@
-"""The section of docs/benchmarks.md about the ways to restore pruned tokens."""
+"""The section of docs/benchmarks.md about restoring pruned tokens, and its CSV files."""
 
 import statistics
 from typing import Any
 
-from benchmarks.report.render import Sections, grid, spread, where
-from benchmarks.utils.results import load
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Spread,
+    Table,
+    link,
+    load,
+    measured_on,
+    source,
+    spread,
+    unique,
+    where,
+)
 
-PLAIN = "host's change"  # what the others are compared with
+PLAIN = "parent's change"  # what the others are compared with
 DIGITS = {"agreement": 1, "KL": 3, "features": 3}
-FLOPS = {"no block": "no LLF", "one last block": PLAIN, "two last blocks": f"{PLAIN}, two last blocks"}
+SHOWN = ("no LLF", "as_pruned", "copy of the parent", "4 parents' change", f"{PLAIN}, after the last block")
 Row = dict[str, Any]
-
-
-def values_of(rows: list[Row], column: str) -> list[Any]:
-    return sorted({row[column] for row in rows})
 
 
 def ways(rows: list[Row]) -> list[tuple[str, str]]:
@@ -21,78 +30,91 @@ def ways(rows: list[Row]) -> list[tuple[str, str]]:
     return sorted(dict.fromkeys((row["tokens"], row["method"]) for row in rows), key=lambda way: way[0])
 
 
-def means(rows: list[Row]) -> str:
-    """Agreement, KL, and features where there are any: means over seeds."""
-    present = {name: digits for name, digits in DIGITS.items() if all(name in row for row in rows)}
-    return ", ".join(f"{statistics.mean(row[name] for row in rows):.{digits}f}" for name, digits in present.items())
-
-
-def tables() -> str:
-    """Every way at every rate, by data set; and what they take in FLOPs."""
-    found = load("restoring")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    rates, parts = values_of(rows, "rate"), []
-    columns = [f"R = {rate}" for rate in rates]
-    for data in dict.fromkeys(row["data"] for row in rows):
-        body = []
+def cells() -> Table | None:
+    """Every way at every rate, by data set."""
+    measured = load("restoring")
+    if measured is None:
+        return None
+    rows = measured[1]
+    body: list[list[Cell]] = []
+    for data in unique(rows, "data"):
         for tokens, method in ways(rows):
-            own = [row for row in rows if (row["data"], row["tokens"], row["method"]) == (data, tokens, method)]
-            line = [tokens, f"**{method}**" if method == PLAIN else method]
-            body.append([*line, *(means([row for row in own if row["rate"] == rate]) for rate in rates)])
-        parts.append(f"{data}:\n\n{grid(['', 'restored', *columns], body)}")
-    ratio = {(row["method"], row["rate"]): row["flop ratio"] for row in rows}
-    body = [[name, *(f"{ratio[method, rate]:.2f}x" for rate in rates)] for name, method in FLOPS.items()]
-    parts.append(f"FLOPs of the unpruned blocks over those of the pruned:\n\n{grid(['all tokens in', *columns], body)}")
-    fast = load("restoring_speed")
-    if fast is not None:
-        timed = {(row["tokens"], row["method"], row["rate"]): row for row in fast[1]}
-        body = [
-            [tokens, method, *(f"{timed[tokens, method, rate]['speed-up']:.2f}x" for rate in rates)]
-            for tokens, method in dict.fromkeys((row["tokens"], row["method"]) for row in fast[1])
-        ]
-        over = [row["times left"] for row in fast[1] if row["method"] == PLAIN]
-        parts.append(
-            f"Images a second over those of the unpruned network, on the engine; by hosts takes {min(over):.3f} to "
-            f"{max(over):.3f} times as long as tokens as they left:\n\n{grid(['', 'restored', *columns], body)}\n\n"
-            f"Batch {fast[0]['batch']}, {where(fast[0])}."
-        )
-    note = (
-        "Agreement in %, KL, features. ViT-Ti/16 at 224 px, calibrated queries, no training; mean of "
-        f"{len(values_of(rows, 'seed'))} seeds, each with {env['photos']} photos to calibrate on and as many others to "
-        "compare on."
-    )
-    return "\n\n".join(parts) + f"\n\n{note} {where(env)}."
+            for rate in sorted(unique(rows, "rate")):
+                cell = where(rows, data=data, tokens=tokens, method=method, rate=rate)
+                figures = [spread(cell, name, DIGITS[name]) if name in cell[0] else "-" for name in DIGITS]
+                body.append([data, tokens, method, str(rate), *figures, f"{cell[0]['flop ratio']:.2f}x"])
+    return Table(["data", "tokens", "restored", "R", "agreement, %", "KL", "features", "FLOPs fewer"], body)
 
 
-def differences() -> str:
-    """Every way against the change of one host on the same photos."""
-    found = load("restoring")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    cells = {tuple(row[key] for key in ("data", "tokens", "method", "seed", "rate")): row for row in rows}
-    data, rates, body = list(dict.fromkeys(row["data"] for row in rows)), values_of(rows, "rate"), []
-    for tokens, method in [way for way in ways(rows) if way[1] != PLAIN]:
-        line = [tokens, method]
+def speed() -> Table | None:
+    """Speed of every way at every rate, over that of the unpruned network."""
+    timed = load("restoring_speed")
+    if timed is None:
+        return None
+    body: list[list[Cell]] = [
+        [row["tokens"], row["method"], str(row["rate"]), f"{row['speed-up']:.2f}x", f"{row['times left']:.3f}"]
+        for row in timed[1]
+    ]
+    return Table(["tokens", "restored", "R", "speed-up", "time over that of as_pruned"], body)
+
+
+def differences(shown: tuple[str, ...] | None = None) -> Table | None:
+    """Every way, or those of `shown`, against the change of one parent on the same photos."""
+    measured = load("restoring")
+    if measured is None:
+        return None
+    rows = measured[1]
+    lookup = {tuple(row[key] for key in ("data", "tokens", "method", "seed", "rate")): row for row in rows}
+    data, rates, seeds = unique(rows, "data"), sorted(unique(rows, "rate")), sorted(unique(rows, "seed"))
+    body: list[list[Cell]] = []
+    for tokens, method in ways(rows):
+        if method == PLAIN or (shown is not None and method not in shown):
+            continue
+        line: list[Cell] = [tokens, method]
         for name in data:
-            points, ratios = [], {"KL": [], "features": []}
-            for seed in values_of(rows, "seed"):
-                pairs = [[cells[name, tokens, one, seed, rate] for one in (method, PLAIN)] for rate in rates]
-                points.append(statistics.mean(own["agreement"] - plain["agreement"] for own, plain in pairs))
-                for key in [key for key in ratios if key in pairs[0][0]]:
-                    ratios[key].append(statistics.geometric_mean(own[key] / plain[key] for own, plain in pairs))
-            line += [
-                spread(points, 1).replace("-0.0", "0.0"),
-                *(spread(values, 2, "x") if values else "-" for values in ratios.values()),
-            ]
+            points: list[float] = []
+            ratios: dict[str, list[float]] = {"KL": [], "features": []}
+            for seed in seeds:
+                pairs = [
+                    (lookup[name, tokens, method, seed, rate], lookup[name, tokens, PLAIN, seed, rate])
+                    for rate in rates
+                ]
+                points.append(statistics.mean(row["agreement"] - base["agreement"] for row, base in pairs))
+                for key, values in ratios.items():
+                    if key in pairs[0][0]:
+                        values.append(statistics.geometric_mean(row[key] / base[key] for row, base in pairs))
+            line += [Spread(points, 1), *(Spread(values, 2) if values else "-" for values in ratios.values())]
         body.append(line)
-    head = ["", "restored", *(f"{name}, {what}" for name in data for what in ("agreement", "KL", "features"))]
+    head = ["tokens", "restored"]
+    for name in data:
+        head += [f"{name}, agreement", f"{name}, KL ratio", f"{name}, features ratio"]
+    return Table(head, body)
+
+
+def section() -> str:
+    """The ways that a reader chooses from, and links to all."""
+    measured, timed = load("restoring"), load("restoring_speed")
+    table = differences(SHOWN)
+    if measured is None or table is None:
+        return NOT_MEASURED
+    env, rows = measured
+    shown = table.means().select([name for name in table.head if "Imagenette" not in name])
     note = (
-        "Points of agreement more, KL and features as multiples: mean over the rates below; mean, and range over seeds."
+        f"Against *{PLAIN}* at the same rate: points of agreement, KL and features as multiples; mean over R = "
+        f"{', '.join(map(str, sorted(unique(rows, 'rate'))))} and {len(unique(rows, 'seed'))} seeds, "
+        f"{env['photos']} photos each. ViT-Ti/16 at 224 px. {source('restoring', env)}. "
+        f"Imagenette, ranges, other ways: {link('restoring_differences', differences())}; "
+        f"every cell: {link('restoring', cells())}"
     )
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+    if timed is None:
+        return f"{shown.markdown()}\n\n{note}."
+    over = [row["times left"] for row in timed[1] if row["method"] == PLAIN]
+    note += (
+        f"; speed: {link('restoring_speed', speed())}, batch {timed[0]['batch']}, {measured_on(timed[0])}: tracking "
+        f"parents takes {min(over):.3f} to {max(over):.3f} times as long as as_pruned."
+    )
+    return f"{shown.markdown()}\n\n{note}"
 
 
-SECTIONS: Sections = {"restoring_differences": differences, "restoring": tables}
+SECTIONS: Sections = {"restoring": section}
+FILES: Files = {"restoring": cells, "restoring_differences": differences, "restoring_speed": speed}

@@ -1,20 +1,33 @@
-"""The section and picture of docs/comparison.md about schedules: agreement and speed of every one that was planned."""
+"""The section, picture and CSV files of docs/comparison.md about schedules: agreement and speed of each."""
 
 import statistics
 from typing import Any
 
-from benchmarks.report.render import Sections, grid, spread, where
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Spread,
+    Table,
+    link,
+    load,
+    measured_on,
+    spread,
+    unique,
+    where,
+)
 from benchmarks.utils.plots import pyplot
-from benchmarks.utils.results import DOCS, hashable, load
+from benchmarks.utils.results import DOCS, hashable
 
-PLAIN = "constant"  # what the others of a group are compared with,
-DROPPING = "dropping"  # by this method, where theirs does not have it
+PLAIN = "constant"  # the schedule that the others of a group are compared with
+DROPPING = "dropping"  # the method of that schedule if it was not measured by theirs
 Row = dict[str, Any]
-Cell = tuple[str, str, tuple[int, ...], str]
+Key = tuple[str, str, tuple[int, ...], str]
 
 
-def cell_of(row: Row, method: str | None = None) -> Cell:
-    """Group, schedule, counts and method: what was measured with other counts is another cell."""
+def key_of(row: Row, method: str | None = None) -> Key:
+    """Group, schedule, counts and method: other counts are another cell."""
     return row["group"], row["schedule"], hashable(row["keep"]), method or row["method"]
 
 
@@ -22,83 +35,99 @@ def keeps_all(planned: Row) -> bool:
     return len(set(planned["keep"])) == 1
 
 
-def by_cell(rows: list[Row]) -> dict[Cell, list[Row]]:
-    found: dict[Cell, list[Row]] = {}
+def by_key(rows: list[Row]) -> dict[Key, list[Row]]:
+    cells: dict[Key, list[Row]] = {}
     for row in rows:
-        found.setdefault(cell_of(row), []).append(row)
-    return found
+        cells.setdefault(key_of(row), []).append(row)
+    return cells
 
 
-def gain(own: list[Row], plain: list[Row], data: str) -> str:
+def gain(rows: list[Row], constant: list[Row], data: str) -> Cell:
     """Points of agreement more than the constant rate of the group, on the same photos."""
-    agreed = [{row["seed"]: row["agreement"] for row in rows if row["data"] == data} for rows in (own, plain)]
-    shared = agreed[0].keys() & agreed[1].keys()
-    return spread([agreed[0][seed] - agreed[1][seed] for seed in sorted(shared)], 1) if shared else "-"
+    agreement = {row["seed"]: row["agreement"] for row in where(rows, data=data)}
+    base = {row["seed"]: row["agreement"] for row in where(constant, data=data)}
+    shared = sorted(agreement.keys() & base.keys())
+    return Spread([agreement[seed] - base[seed] for seed in shared], 1) if shared else "-"
 
 
-def tables() -> str:
-    """One table a method, a line a schedule."""
-    plan, found, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
-    if plan is None or found is None:
-        return "Not measured yet."
-    env, rows = found
-    measured, speeds = by_cell(rows), by_cell([] if timed is None else timed[1])
-    constant = {row["group"]: hashable(row["keep"]) for row in plan[1] if row["schedule"] == PLAIN}
-    data = list(dict.fromkeys(row["data"] for row in rows))
-    batches = sorted({row["batch"] for row in ([] if timed is None else timed[1])})
-    columns = [f"{name}, {what}" for name in data for what in ("agreement, %", "more than constant", "KL")]
-    head = ["group", "schedule", "FLOPs fewer", *columns, *(f"speed-up, batch {batch}" for batch in batches)]
-    parts = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        body = []
+def table() -> Table | None:
+    """A row a schedule and method."""
+    plan, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    if plan is None or measured is None:
+        return None
+    rows = measured[1]
+    speed_rows = [] if timed is None else timed[1]
+    cells = by_key(rows)
+    speeds = by_key(speed_rows)
+    constant = {row["group"]: hashable(row["keep"]) for row in where(plan[1], schedule=PLAIN)}
+    data, batches = unique(rows, "data"), sorted(unique(speed_rows, "batch"))
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
         for planned in plan[1]:
-            own = measured.get(cell_of(planned, method))
-            if own is None or keeps_all(planned):
+            cell = cells.get(key_of(planned, method))
+            if cell is None or keeps_all(planned):
                 continue
-            group, schedule, *_ = cell_of(planned, method)
-            plains = [measured.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)]
-            plain = plains[0] or plains[1] or []
-            line = [group, schedule, f"{own[0]['FLOPs']:.2f}x"]
+            group, schedule, *_ = key_of(planned, method)
+            bases = [cells.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)]
+            base = bases[0] or bases[1] or []
+            line: list[Cell] = [method, group, schedule, f"{cell[0]['FLOPs']:.2f}x"]
             for name in data:
-                of_data = [row for row in own if row["data"] == name]
-                values = [[row[key] for row in of_data] for key in ("agreement", "KL")]
-                more = "" if schedule == PLAIN else gain(own, plain, name)
-                line += [spread(values[0], 1), more, spread(values[1], 3)] if of_data else ["-"] * 3
-            fast = {row["batch"]: row["speed-up"] for row in speeds.get(cell_of(planned, method), [])}
+                of_data = where(cell, data=name)
+                more = "-" if schedule == PLAIN else gain(cell, base, name)
+                figures = [spread(of_data, "agreement", 1), more, spread(of_data, "KL", 3)] if of_data else ["-"] * 3
+                line += figures
+            fast = {row["batch"]: row["speed-up"] for row in speeds.get(key_of(planned, method), [])}
             body.append([*line, *(f"{fast[batch]:.2f}x" if batch in fast else "-" for batch in batches)])
-        if body:
-            parts.append(f"By {method}:\n\n{grid(head, body)}")
-    kept = [[row["group"], row["schedule"], ", ".join(map(str, row["keep"]))] for row in plan[1]]
-    parts.append(f"Tokens kept:\n\n{grid(['group', 'schedule', 'after block 1, 2, ...'], kept)}")
-    seeds = sorted({row["seed"] for row in rows})
+    head = ["method", "group", "schedule", "FLOPs fewer"]
+    for name in data:
+        head += [f"{name}, agreement, %", f"{name}, more than constant", f"{name}, KL"]
+    return Table([*head, *(f"speed-up, batch {batch}" for batch in batches)], body)
+
+
+def counts() -> Table | None:
+    """Tokens kept by every schedule."""
+    plan = load("schedules_plan")
+    if plan is None:
+        return None
+    body: list[list[Cell]] = [[row["group"], row["schedule"], " ".join(map(str, row["keep"]))] for row in plan[1]]
+    return Table(["group", "schedule", "tokens kept after block 1, 2, ..."], body)
+
+
+def section() -> str:
+    """Links to the figures, and how they were measured."""
+    plan, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    if plan is None or measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    seeds = len(unique(rows, "seed"))
     note = (
-        "ViT-Ti/16 at 224 px, calibrated queries, no training. Agreement and KL are with the unpruned model; "
-        f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}, each with {env['photos']} photos to calibrate on and as "
-        "many others to compare on; mean, and range over seeds. More than constant: points of agreement more than the "
-        f"constant rate of the group, by the same method or by dropping. {where(env)}."
+        f"All figures: {link('schedules', table())}; tokens kept: {link('schedules_counts', counts())}. ViT-Ti/16 at "
+        f"224 px, calibrated queries, no training; {seeds} seed{'s' if seeds != 1 else ''}, each with {env['photos']} "
+        "photos to calibrate on and as many others. More than constant: points of agreement more than the constant "
+        f"rate of the group, by the same method or by dropping. {measured_on(env)}."
     )
     if timed is not None:
-        note += f" Speed-up over the unpruned model on the engine: {where(timed[0])}."
-    return "\n\n".join(parts) + f"\n\n{note} Latency of the plan: {where(plan[0])}."
+        note += f" Speed-up over no pruning on the engine: {measured_on(timed[0])}."
+    return f"{note} Latency curve of POMT: {measured_on(plan[0])}."
 
 
 def plot() -> None:
     """KL over that of the constant rate at the same FLOPs, mean of data and seeds, one panel a method."""
-    plan, found = load("schedules_plan"), load("schedules")
-    if plan is None or found is None:
+    plan, stored = load("schedules_plan"), load("schedules")
+    if plan is None or stored is None:
         return
     plt = pyplot()
-    measured = by_cell(found[1])
+    cells = by_key(stored[1])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, method in zip(axes, (DROPPING, "merging")):
         lines: dict[str, list[tuple[float, float]]] = {}
-        constant = {row["group"]: measured[cell_of(row, method)] for row in plan[1] if row["schedule"] == PLAIN}
+        constant = {row["group"]: cells[key_of(row, method)] for row in where(plan[1], schedule=PLAIN)}
         for planned in plan[1]:
             if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or keeps_all(planned):
                 continue  # tuned ones have FLOPs of their own
-            own, plain = measured[cell_of(planned, method)], constant[planned["group"]]
-            ratio = statistics.mean(row["KL"] for row in own) / statistics.mean(row["KL"] for row in plain)
-            lines.setdefault(planned["schedule"], []).append((own[0]["FLOPs"], ratio))
+            cell, base = cells[key_of(planned, method)], constant[planned["group"]]
+            ratio = statistics.mean(row["KL"] for row in cell) / statistics.mean(row["KL"] for row in base)
+            lines.setdefault(planned["schedule"], []).append((cell[0]["FLOPs"], ratio))
         for name, points in lines.items():
             line = "" if name == "DiffRate" else "-"  # its counts are of different networks
             axis.plot(*zip(*sorted(points)), marker="o", markersize=4, linestyle=line, label=name)
@@ -114,4 +143,5 @@ def plot() -> None:
     plt.close(figure)
 
 
-SECTIONS: Sections = {"schedules": tables}
+SECTIONS: Sections = {"schedules": section}
+FILES: Files = {"schedules": table, "schedules_counts": counts}

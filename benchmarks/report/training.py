@@ -1,197 +1,317 @@
-"""Tables and the plot of docs/training-results.md: what was trained, and what it says."""
+"""The sections, plot and CSV files of docs/training-results.md: short trainings."""
 
 import statistics
 from typing import Any
 
-from benchmarks.report.render import Sections, grid, spread, where
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Spread,
+    Table,
+    link,
+    load,
+    mean,
+    measured_on,
+    source,
+    spread,
+    unique,
+    where,
+)
 from benchmarks.utils.plots import pyplot
-from benchmarks.utils.results import DOCS, load
+from benchmarks.utils.results import DOCS
 
-LINES = ["Cropr, merging", "Cropr", "Cropr, LLF", "ToMe", "attention top-k", "variance", "random"]
-
-
-def accuracy(name: str, groups: tuple[str, ...]) -> str:
-    """Top-1 after a short training, by method."""
-    found = load(name)
-    if found is None:
-        return "Classification: not measured yet."
-    env, rows = found
-    body = []
-    rows = [row for row in rows if row["group"] in groups]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        line = [method, f"{own[0]['GFLOPs']:.2f}", spread([row["top-1"] for row in own], 1)]
-        body.append([*line, in_box(own), str(len(own))])
-    note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; epochs: {env['epochs']}, over {env['photos']} photos, AdamW, "
-        f"learning rate {env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range "
-        "over seeds, which draw their own photos. In the box: of the patches kept to the end, the share in the "
-        "object's box."
-    )
-    head = ["method", "GFLOPs", "top-1, %", "in the box, %", "seeds"]
-    return grid(head, body) + f"\n\n{note} {where(env)}."
+PLOTTED = ["Cropr, merging", "Cropr", "Cropr, LLF", "ToMe", "attention top-k", "variance", "random"]
+# Results, their groups of methods, and what they are called in the CSV file.
+TRAININGS = {
+    "50 steps": ("accuracy", ("main",)),  # the baselines are in comparison.md
+    "400 steps": ("accuracy_long", ("main", "baselines")),
+    "50 steps, variants": ("accuracy_variants", ("schedules", "last block")),
+}
+SEGMENTATION = {
+    "8 epochs": "segmentation",
+    "60 epochs": "segmentation_long",
+    "8 epochs, lower learning rate": "segmentation_low_rate",
+}
+SEGMENTATION_COLUMNS = {"mIoU": 1, "pixels": 1, "GFLOPs": 2}
+DETECTION = {"BCCD": "detection_bccd", "COCO128": "detection_coco128"}
+DETECTION_COLUMNS = {"AP box": 1, "AP box 50": 1, "AP mask": 1, "AP mask 50": 1, "GFLOPs": 2}
+Row = dict[str, Any]
 
 
-def factors() -> str:
-    """The same at other FLOPs: a line a method, a column a factor."""
-    found = load("accuracy_factors")
-    if found is None:
-        return "At other FLOPs: not measured yet."
-    env, rows = found
-    groups = sorted({row["group"] for row in rows if row["group"].endswith("x")}, key=lambda name: float(name[:-1]))
-    body, counts = [], set()
-    for method in dict.fromkeys(row["method"] for row in rows if row["group"] in groups):
-        line = [method]
-        for group in groups:
-            own = [row["top-1"] for row in rows if (row["group"], row["method"]) == (group, method)]
-            line.append(spread(own, 1) if own else "-")
-            counts.add(len(own))
-        body.append(line)
-    plain = [row["top-1"] for row in rows if row["method"] == "no pruning"]
-    seeds = len({row["seed"] for row in rows})
-    note = f"Top-1 in %; columns: times fewer FLOPs; no pruning {spread(plain, 1)}; {seeds} seeds, as above"
-    note += "; one seed where there is no range." if 1 in counts else "."
-    return grid(["method", *groups], body) + f"\n\n{note} {where(env)}."
-
-
-def ablations() -> str:
-    """What each part of Cropr is good for."""
-    found = load("accuracy_factors")
-    if found is None or not any(row["group"] == "ablations" for row in found[1]):
-        return "Its parts: not measured yet."
-    env, rows = found
-    shown = {("3x", "Cropr"): "**as it is**, from calibrated queries"}
-    shown |= {("ablations", row["method"]): row["method"] for row in rows if row["group"] == "ablations"}
-    body = []
-    for (group, method), label in shown.items():
-        own = [row for row in rows if (row["group"], row["method"]) == (group, method)]
-        body.append([label, spread([row["top-1"] for row in own], 1), in_box(own), str(len(own))])
-    return (
-        grid(["Cropr", "top-1, %", "in the box, %", "seeds"], body)
-        + f"\n\n3 times fewer FLOPs, as above. {where(env)}."
-    )
-
-
-def in_box(rows: list[dict[str, Any]]) -> str:
+def in_box(rows: list[Row]) -> Cell:
     shares = [row["in box"] for row in rows if row["in box"] is not None]
-    return spread(shares, 0) if shares else "-"
+    return Spread(shares, 0) if shares else "-"
 
 
-def scorers() -> str:
-    """What scores know before any training."""
-    found = load("scorers")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    blocks = [0, 2, 4, 6, 8, 10]
-    body = []
-    for scorer in dict.fromkeys(row["scorer"] for row in rows if "scorer" in row):
-        own = [row for row in rows if row.get("scorer") == scorer]
-        line = [statistics.mean(row["correlation"] for row in own if row["block"] == block) for block in blocks]
-        shares = [
-            statistics.mean(row["in box"] for row in own if row["seed"] == seed)
-            for seed in {row["seed"] for row in own}
+def grouped(name: str, groups: tuple[str, ...]) -> list[list[Cell]]:
+    """A row a method."""
+    measured = load(name)
+    rows = [] if measured is None else [row for row in measured[1] if row["group"] in groups]
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        trainings = where(rows, method=method)
+        figures: list[Cell] = [f"{trainings[0]['GFLOPs']:.2f}", spread(trainings, "top-1", 1), in_box(trainings)]
+        body.append([method, *figures, str(len(trainings))])
+    return body
+
+
+HEAD = ["method", "GFLOPs", "top-1, %", "in the box, %", "seeds"]
+
+
+def trainings_table() -> Table | None:
+    """Top-1 after every training."""
+    body: list[list[Cell]] = []
+    for training, (name, groups) in TRAININGS.items():
+        body += [[training, *line] for line in grouped(name, groups)]
+    return Table(["training", *HEAD], body) if body else None
+
+
+def accuracy() -> str:
+    measured = load("accuracy")
+    if measured is None:
+        return NOT_MEASURED
+    env = measured[0]
+    note = (
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; one epoch over {env['photos']} photos, AdamW, learning rate "
+        f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range over seeds, "
+        "which draw their own photos. In the box: of the patches kept to the end, the share in the object's box. With "
+        f"400 steps, variants, GFLOPs, seeds: {link('trainings', trainings_table())}. {source('accuracy', env)}."
+    )
+    table = Table(HEAD, grouped(*TRAININGS["50 steps"])).select(["method", "top-1, %", "in the box, %"])
+    return f"{table.markdown()}\n\n{note}"
+
+
+def later() -> str:
+    """How the other trainings of the file were made."""
+    notes = []
+    for name in ("accuracy_long", "accuracy_variants"):
+        measured = load(name)
+        if measured is not None:
+            notes.append(f"{source(name, measured[0])}, {measured[0]['photos']} photos.")
+    return " ".join(notes) or NOT_MEASURED
+
+
+def factors() -> Table | None:
+    """Top-1 at other FLOPs: a row a method, a column a factor."""
+    measured = load("accuracy_factors")
+    if measured is None:
+        return None
+    rows = measured[1]
+    groups = sorted({row["group"] for row in rows if row["group"].endswith("x")}, key=lambda name: float(name[:-1]))
+    body: list[list[Cell]] = []
+    for method in unique([row for row in rows if row["group"] in groups], "method"):
+        cells = [where(rows, group=group, method=method) for group in groups]
+        body.append([method, *(spread(cell, "top-1", 1) if cell else "-" for cell in cells)])
+    return Table(["method", *groups], body)
+
+
+def factors_section() -> str:
+    measured, table = load("accuracy_factors"), factors()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    env, rows = measured
+    note = (
+        f"Top-1 in %; columns: times fewer FLOPs; no pruning {spread(where(rows, method='no pruning'), 'top-1', 1)}; "
+        f"mean of {len(unique(rows, 'seed'))} seeds. With ranges: {link('trainings_factors', table)}. "
+        f"{measured_on(env)}."
+    )
+    return f"{table.means().markdown()}\n\n{note}"
+
+
+def ablations() -> Table | None:
+    """Top-1 without each part of Cropr."""
+    measured = load("accuracy_factors")
+    if measured is None or not where(measured[1], group="ablations"):
+        return None
+    rows = measured[1]
+    labels = {("3x", "Cropr"): "**all parts**, from calibrated queries"}
+    labels |= {("ablations", method): method for method in unique(where(rows, group="ablations"), "method")}
+    body: list[list[Cell]] = []
+    for (group, method), label in labels.items():
+        trainings = where(rows, group=group, method=method)
+        body.append([label, spread(trainings, "top-1", 1), in_box(trainings)])
+    return Table(["Cropr", "top-1, %", "in the box, %"], body)
+
+
+def ablations_section() -> str:
+    measured, table = load("accuracy_factors"), ablations()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    note = f"3 times fewer FLOPs, mean of 3 seeds; ranges: {link('ablations', table)}. {measured_on(measured[0])}."
+    return f"{table.means().markdown()}\n\n{note}"
+
+
+def scorers() -> Table | None:
+    """Rank correlation of scores with the attention of later blocks, before any training."""
+    measured = load("scorers")
+    if measured is None:
+        return None
+    rows = [row for row in measured[1] if "scorer" in row]
+    blocks = sorted(unique(rows, "block"))
+    body: list[list[Cell]] = []
+    for scorer in unique(rows, "scorer"):
+        of_scorer = where(rows, scorer=scorer)
+        correlations = [spread(where(of_scorer, block=block), "correlation", 2) for block in blocks]
+        shares = [mean(where(of_scorer, seed=seed), "in box") for seed in unique(of_scorer, "seed")]
+        body.append([scorer, *correlations, Spread(shares, 0)])
+    return Table(["scores", *(f"block {block + 1}" for block in blocks), "in the box, %"], body)
+
+
+def scorers_section() -> str:
+    measured, table = load("scorers"), scorers()
+    if measured is None or table is None:
+        return NOT_MEASURED
+    env, rows = measured
+    shown = table.means().select(["scores", "block 1", "block 3", "block 7", "block 11", "in the box, %"])
+    note = (
+        "Rank correlation, after a block, with how much the later blocks attend to a patch; in the box: of the better "
+        f"half, all blocks. {env['photos']} photos that no query was calibrated on, {len(unique(rows, 'seed'))} seeds. "
+        f"{measured_on(env)}. All blocks: {link('scorers', table)}; an untrained network under these scores and other "
+        f"schedules: {link('untrained', untrained())}."
+    )
+    return f"{shown.markdown()}\n\n{note}"
+
+
+def untrained() -> Table | None:
+    """Agreement and KL of a network that was never trained with the schedules."""
+    measured = load("scorers")
+    if measured is None:
+        return None
+    rows = [row for row in measured[1] if "schedule" in row]
+    body: list[list[Cell]] = []
+    for schedule in unique(rows, "schedule"):
+        cell = where(rows, schedule=schedule)
+        body.append([schedule, spread(cell, "agreement", 1), spread(cell, "KL", 2)])
+    return Table(["schedule", "agreement, %", "KL"], body)
+
+
+def by_method(rows: list[Row], columns: dict[str, int]) -> list[list[Cell]]:
+    """Mean and range over seeds of some columns, a row a method."""
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        trainings = where(rows, method=method)
+        cells: list[Cell] = [
+            spread(trainings, column, digits) if column in trainings[0] else "-" for column, digits in columns.items()
         ]
-        body.append([scorer, *(f"{value:.2f}" for value in line), spread(shares, 0)])
-    seeds = len({row["seed"] for row in rows})
-    head = ["scores", *(f"block {block + 1}" for block in blocks), "in the box, %"]
-    note = (
-        "Rank correlation, behind a block, with how much the later blocks attend to a patch; in the box: of the better "
-        f"half, all blocks. {env['photos']} photos that no query was calibrated on, {seeds} seeds. {where(env)}."
-    )
-    return grid(head, body) + f"\n\n{note}"
+        body.append([method, *cells, str(len(trainings))])
+    return body
 
 
-def untrained() -> str:
-    """What the schedules take from a network that was never trained with them."""
-    found = load("scorers")
-    if found is None:
-        return "Not measured yet."
-    env, rows = found
-    body = []
-    for schedule in dict.fromkeys(row["schedule"] for row in rows if "schedule" in row):
-        own = [row for row in rows if row.get("schedule") == schedule]
-        body.append([schedule, spread([row["agreement"] for row in own], 1), spread([row["KL"] for row in own], 2)])
-    note = f"Calibrated queries, no training; agreement and KL with the unpruned network. {where(env)}."
-    return grid(["schedule", "agreement, %", "KL"], body) + f"\n\n{note}"
+def stacked(names: dict[str, str], title: str, columns: dict[str, int]) -> Table | None:
+    """Several results in one table, told apart by the first column."""
+    body: list[list[Cell]] = []
+    for label, name in names.items():
+        measured = load(name)
+        if measured is not None:
+            body += [[label, *line] for line in by_method(measured[1], columns)]
+    return Table([title, "method", *columns, "seeds"], body) if body else None
 
 
-def by_method(name: str, title: str, columns: dict[str, int]) -> str:
-    """Mean and range over seeds of some columns, a line a method."""
-    found = load(name)
-    if found is None:
-        return f"{title}: not measured yet."
-    env, rows = found
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        cells = [spread([row[column] for row in own], digits) for column, digits in columns.items()]
-        body.append([method, *cells, str(len(own))])
-    title += f", {env['photos']} of its photos, drawn by the seed" if env.get("photos") else ""
-    title += ", all objects of one category" if env.get("one_category") else ""
-    note = f"{title}; {env['epochs']} epochs, learning rate {env['lr']}, bfloat16; mean and range over seeds."
-    return grid(["method", *columns, "seeds"], body) + f"\n\n{note} {where(env)}."
+def segmentation_table() -> Table | None:
+    return stacked(SEGMENTATION, "training", SEGMENTATION_COLUMNS)
 
 
-def restored() -> str:
-    """How far restored tokens are from those of the same network unpruned, after training."""
-    found = load("segmentation")
-    rows = [row for row in found[1] if "restored" in row] if found is not None else []
+def detection_table() -> Table | None:
+    return stacked(DETECTION, "data", DETECTION_COLUMNS)
+
+
+def recipe(name: str, env: dict[str, Any]) -> str:
+    return f"{env['epochs']} epochs, learning rate {env['lr']}, bfloat16. {source(name, env)}."
+
+
+def segmentation() -> str:
+    measured, longer = load("segmentation"), load("segmentation_long")
+    if measured is None or longer is None:
+        return NOT_MEASURED
+    by_name = {"8 epochs, mIoU": measured[1], "60 epochs, mIoU": longer[1]}
+    body: list[list[Cell]] = []
+    for method in unique(measured[1], "method"):
+        cells = [where(rows, method=method) for rows in by_name.values()]
+        body.append([method, *(spread(cell, "mIoU", 1) if cell else "-" for cell in cells)])
+    notes = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160. "
+    notes += f"{recipe('segmentation', measured[0])} {recipe('segmentation_long', longer[0])}"
+    all_figures = f"Ranges, pixels, GFLOPs, a lower learning rate: {link('segmentation', segmentation_table())}."
+    return f"{Table(['method', *by_name], body).means().markdown()}\n\n{notes} {all_figures}"
+
+
+def restored() -> Table | None:
+    """Error of restored tokens against those of the same trained network without pruning."""
+    measured = load("segmentation")
+    rows = [] if measured is None else [row for row in measured[1] if "restored" in row]
     if not rows:
-        return "Not measured yet."
-    blocks = sorted({int(count) for row in rows for count in row["restored"]})
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row["restored"] for row in rows if row["method"] == method]
-        body.append([method, *(spread([one[str(count)] for one in own], 2) for count in blocks)])
-    head = ["pruned after block", *(str(count) for count in blocks[:-1]), "never"]
+        return None
+    counts = sorted({int(count) for row in rows for count in row["restored"]})
+    body: list[list[Cell]] = []
+    for method in unique(rows, "method"):
+        errors = [row["restored"] for row in where(rows, method=method)]
+        body.append([method, *(Spread([error[str(count)] for error in errors], 2) for count in counts)])
+    return Table(["pruned after block", *map(str, counts[:-1]), "never"], body)
+
+
+def restored_section() -> str:
+    table = restored()
+    if table is None:
+        return NOT_MEASURED
+    shown = table.means().select([table.head[0], *table.head[1:-1:3], table.head[-1]])
     note = (
-        "Squared error of what the last block reads, the normed tokens, over the variance of those of the same trained "
-        f"network without pruning. 8 epochs, seed {', '.join(str(seed) for seed in sorted({r['seed'] for r in rows}))}."
+        "Squared error of the normed tokens over the variance of those of the same trained network without pruning; "
+        f"8 epochs, one seed. All blocks: {link('restored', table)}."
     )
-    return grid(head, body) + f"\n\n{note}"
+    return f"{shown.markdown()}\n\n{note}"
+
+
+def detection() -> str:
+    measured, other = load("detection_bccd"), load("detection_coco128")
+    if measured is None:
+        return NOT_MEASURED
+    body = by_method(measured[1], {"AP box": 1, "AP box 50": 1})
+    note = f"BCCD, ViT-Ti/16 at 256 px; {recipe('detection_bccd', measured[0])}"
+    if other is not None:
+        env = other[0]
+        note += (
+            f" With COCO128 ({env['photos']} of its photos, drawn by the seed, all objects of one category; "
+            f"{recipe('detection_coco128', env)[:-1]}): {link('detection', detection_table())}."
+        )
+    table = Table(["method", "AP box", "AP box 50", "seeds"], body).select(["method", "AP box"])
+    return f"{table.markdown()}\n\n{note}"
 
 
 def training_step() -> str:
-    """What a training step costs with Cropr."""
-    found = load("cpu_training")
-    if found is None:
-        return "A training step: not measured yet."
-    env, rows = found
-    body = [
-        [
-            row["model"],
-            str(row["batch"]),
-            str(row["rate"]),
-            f"{row['unpruned / Cropr']:.2f}x",
-            f"{100 * row['auxiliary path adds']:.0f} %",
-        ]
+    """Speed of a training step with Cropr, in a sentence a row."""
+    measured = load("cpu_training")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    sentences = [
+        f"{row['model']}, batch {row['batch']}, R = {row['rate']}: {row['unpruned / Cropr']:.2f}x the speed of a step "
+        f"without pruning; the auxiliary path adds {100 * row['auxiliary path adds']:.0f} %."
         for row in rows
     ]
-    head = ["model", "batch", "R", "training with Cropr, speed-up", "auxiliary path adds"]
-    return grid(head, body) + f"\n\nForward, loss and backward, bfloat16 autocast; medians. {where(env)}."
+    return f"{' '.join(sentences)} Forward, loss and backward, bfloat16 autocast; medians. {measured_on(env)}."
 
 
-CAMVID = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160"
-DETECTION_COLUMNS = {"AP box": 1, "AP box 50": 1, "GFLOPs": 2}
-CAMVID_COLUMNS = {"mIoU": 1, "pixels": 1, "GFLOPs": 2}
 SECTIONS: Sections = {
     "training_step": training_step,
-    "accuracy": lambda: accuracy("accuracy", ("main",)),  # the baselines are in comparison.md
-    "accuracy_long": lambda: accuracy("accuracy_long", ("main", "baselines")),
-    "accuracy_variants": lambda: accuracy("accuracy_variants", ("schedules", "last block")),
-    "accuracy_factors": factors,
+    "accuracy": accuracy,
+    "accuracy_later": later,
+    "accuracy_factors": factors_section,
+    "ablations": ablations_section,
+    "scorers": scorers_section,
+    "segmentation": segmentation,
+    "restored": restored_section,
+    "detection": detection,
+}
+FILES: Files = {
+    "trainings": trainings_table,
+    "trainings_factors": factors,
     "ablations": ablations,
     "scorers": scorers,
     "untrained": untrained,
-    "segmentation": lambda: by_method("segmentation", CAMVID, CAMVID_COLUMNS),
     "restored": restored,
-    "segmentation_long": lambda: by_method("segmentation_long", CAMVID, CAMVID_COLUMNS),
-    "segmentation_low_rate": lambda: by_method("segmentation_low_rate", CAMVID, CAMVID_COLUMNS),
-    "detection_bccd": lambda: by_method("detection_bccd", "BCCD, ViT-Ti/16 at 256 px", DETECTION_COLUMNS),
-    "detection_coco128": lambda: by_method(
-        "detection_coco128", "COCO128, ViT-Ti/16 at 256 px", DETECTION_COLUMNS | {"AP mask": 1, "AP mask 50": 1}
-    ),
+    "segmentation": segmentation_table,
+    "detection": detection_table,
 }
 
 
@@ -204,21 +324,18 @@ def plot() -> None:
     rows = [row for row in main[1] if row["group"] in ("main", "baselines")]
     rows += [row for row in others[1] if row["group"] != "ablations" and row["method"] != "no pruning"]
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for method in LINES:
+    for method in PLOTTED:
         points: dict[float, list[float]] = {}
-        for row in rows:
-            if row["method"] == method:
-                points.setdefault(round(row["GFLOPs"], 2), []).append(row["top-1"])
-        at = sorted(points)
-        means = [statistics.mean(points[flops]) for flops in at]
-        beyond = [
-            [mean - min(points[x]) for x, mean in zip(at, means)],
-            [max(points[x]) - mean for x, mean in zip(at, means)],
-        ]
+        for row in where(rows, method=method):
+            points.setdefault(round(row["GFLOPs"], 2), []).append(row["top-1"])
+        flops = sorted(points)
+        means = [statistics.mean(points[x]) for x in flops]
+        below = [center - min(points[x]) for x, center in zip(flops, means)]
+        above = [max(points[x]) - center for x, center in zip(flops, means)]
         bold = {"linewidth": 2.4} if method.startswith("Cropr") else {"linewidth": 1.2, "alpha": 0.8}
-        axis.errorbar(at, means, beyond, marker="o", markersize=4, capsize=2, label=method, **bold)
-    plain = [row["top-1"] for row in rows if row["method"] == "no pruning"]
-    axis.axhline(statistics.mean(plain), color="0.4", linewidth=0.8, label="no pruning")
+        axis.errorbar(flops, means, [below, above], marker="o", markersize=4, capsize=2, label=method, **bold)
+    unpruned = mean(where(rows, method="no pruning"), "top-1")
+    axis.axhline(unpruned, color="0.4", linewidth=0.8, label="no pruning")
     axis.set_xlabel("GFLOPs")
     axis.set_ylabel("top-1 after 50 steps, %")
     axis.grid(alpha=0.3)

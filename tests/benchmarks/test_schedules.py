@@ -134,14 +134,15 @@ def test_a_plan_is_compared_timed_and_shown(tmp_path, monkeypatch):
     assert all(row["FLOPs"] >= 1 for row in agreed if row["method"] == "dropping")
     found = {file.stem: json.loads(file.read_text()) for file in files}
     monkeypatch.setattr(page, "load", lambda name: (found[name]["environment"], found[name]["rows"]))
-    text = page.tables()
-    assert "By dropping:" in text and "By merging:" in text
-    assert (f"By {schedules.RANKED}:" in text) == (pomt["kept"] < 65), "what keeps all is not shown"
+    methods = {row[0] for row in page.table().rows}
+    assert {"dropping", "merging"} <= methods
+    assert (schedules.RANKED in methods) == (pomt["kept"] < 65), "what keeps all is not shown"
+    assert len(page.counts().rows) == len(plan) and "schedules.csv" in page.section()
     monkeypatch.setattr(page, "DOCS", tmp_path)
     page.plot()
     assert (tmp_path / "schedules.png").stat().st_size > 1000
     monkeypatch.setattr(page, "load", lambda name: None)
-    assert page.tables() == "Not measured yet."
+    assert page.table() is page.counts() is None and page.section() == "Not measured yet."
 
 
 class Tuned:

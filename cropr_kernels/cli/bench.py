@@ -16,7 +16,7 @@ from ..pruning.api import deployed_copy, hold_graphs, set_rate
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text
 from ..utils.progress import each
-from ..utils.timing import ABOVE_FLOPS, above_flops, in_turns
+from ..utils.timing import ABOVE_FLOPS, above_flops, time_interleaved
 from ..utils.viz import save_speed_curves
 from .common import load_model, place_of
 from .outputs import check_file, checked_rates
@@ -64,7 +64,7 @@ def measure(
         gflops[rate] = counter.get_total_flops() / 2e9 / len(images)
         calls[rate] = lambda rate=rate: set_rate(fast, rate)(images)  # type: ignore[misc]
     rows = []
-    for rate, timing in in_turns(calls, images.device, rounds, show=show, what=what).items():
+    for rate, timing in time_interleaved(calls, images.device, rounds, show=show, what=what).items():
         row = {"rate": rate, **timing._asdict(), "images_per_second": len(images) / timing.seconds}
         rows.append(row | {"spread": timing.spread, "gflops": gflops[rate], "flop_ratio": gflops[0] / gflops[rate]})
     return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]

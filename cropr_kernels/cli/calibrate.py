@@ -16,7 +16,7 @@ from ..models.adapters import find_spec
 from ..models.pixels import Pixels
 from ..utils.images import find_photos, readable, told
 from ..utils.io import table
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import each
 from .common import load_model
 from .outputs import check_file, checked_rates
@@ -33,7 +33,7 @@ def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadabl
 def run(options: argparse.Namespace) -> None:
     check_file(options.out, ".safetensors")
     for library in ("safetensors.torch", "PIL.Image"):
-        need(library, "demo", "cropr calibrate")
+        import_optional(library, "demo", "cropr calibrate")
     skipped: Counter[str] = Counter()
     paths = find_photos(options.folder, skipped)
     if len(paths) < 2:

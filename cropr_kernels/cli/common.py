@@ -18,7 +18,7 @@ from ..pruning.model import is_pruned
 from ..pruning.saving import load, was_saved
 from ..schedule import SCHEDULES
 from ..train.loop import rebuild
-from ..utils.optional import need
+from ..utils.optional import import_optional
 
 
 def place_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     if not 0 < pixels.crop_pct <= 1:
         raise ValueError(f"--crop-pct must be in (0, 1], got {pixels.crop_pct}")
     if given.get("max_pixels"):  # Pillow warns from this number on, and refuses from twice as many
-        need("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = given["max_pixels"] // 2
+        import_optional("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = given["max_pixels"] // 2
     return Loaded(model, pixels, trained)
 
 

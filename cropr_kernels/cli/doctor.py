@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.vit import create_vit
 from ..ops import NAMES, build_info, reference
-from ..ops.calls import DTYPES, bare_call, legal_call
+from ..ops.sample_inputs import DTYPES, bare_call, legal_call
 from ..ops.validation import OPS
 from ..pruning.api import apply, deployed_copy
 from ..utils.progress import Progress
@@ -21,7 +21,7 @@ from .common import place_of
 from .info import versions
 
 # As of a small network: several programs an image, rows of several blocks.
-SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "S": 110, "C": 87, "F": 64, "P": 196, "H": 3}
+SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "T": 110, "C": 87, "F": 64, "P": 196, "H": 3}
 NETWORKS: dict[str, dict[str, Any]] = {
     "network": {"rate": 8},
     "network with Last Layer Fusion": {"rate": 8, "llf": "host"},
@@ -77,7 +77,7 @@ def _op(check: Check, device: torch.device, sizes: dict[str, int]) -> str:
     for call, ours in enumerate(calls):
         got = _named_parts(getattr(torch.ops.cropr, check.what)(*ours.values())) | ours  # what must not change, too
         for name, part in got.items():
-            rounded = check.dtype if name == "costs" else None  # they follow from rows that were rounded to it
+            rounded = check.dtype if name == "cost_scale" else None  # they follow from rows that were rounded to it
             wrong = _difference(name, part, expected[name], rounded) if isinstance(part, Tensor) else ""
             if wrong:
                 return f"{'the second call: ' if call else ''}{wrong}"

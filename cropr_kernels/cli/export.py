@@ -15,7 +15,7 @@ from ..pruning.api import deploy, set_rate
 from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress
-from ..utils.timing import in_turns
+from ..utils.timing import time_interleaved
 from .common import load_with_queries, place_of
 from .outputs import check_folder
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
             rows.append([str(done.path), done.ops, f"{done.path.stat().st_size / 1e6:.1f}", f"{done.difference:.1e}"])
         with torch.inference_mode():
             ready = {name: partial(call, images) for name, call in calls.items()}
-            times = in_turns(ready, images.device, options.rounds, show=not options.quiet)
+            times = time_interleaved(ready, images.device, options.rounds, show=not options.quiet)
     for row in rows:
         before, after = times[row[0], False], times[row[0], True]
         spread = max(before.spread, after.spread)

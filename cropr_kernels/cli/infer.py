@@ -27,7 +27,7 @@ from ..models.pixels import Pixels
 from ..pruning.api import deploy
 from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
 from ..utils.io import atomic_write, require_launcher, write_text
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import Progress
 from .common import load_with_queries, place_of
 from .outputs import check_folder
@@ -136,7 +136,9 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
 
 
 def run(options: argparse.Namespace) -> None:
-    pyarrow, parquet, _ = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image"))
+    pyarrow, parquet, _ = (
+        import_optional(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image")
+    )
     check_folder(options.out)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = place_of(options)

@@ -10,7 +10,7 @@ from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import merge_map, pruning_map
 from ..utils.images import find_named_photos, readable, shown, told
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import each
 from ..utils.viz import save_merge_maps, save_pruning_frames, save_pruning_maps
 from .common import load_model
@@ -20,7 +20,7 @@ from .outputs import check_folder
 def run(options: argparse.Namespace) -> None:
     check_folder(options.out)
     for library in ("PIL.Image", "matplotlib.figure"):
-        need(library, "viz", "cropr map")
+        import_optional(library, "viz", "cropr map")
     show, skipped = not options.quiet, Counter[str]()
     named = find_named_photos(options.images, skipped)
     unreadable: list[str] = []

@@ -20,7 +20,7 @@ from ..train.evaluate import MAIN, evaluate
 from ..train.folder import read_log, require_same
 from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.viz import save_curves, save_pruning_maps
 from .common import is_run_folder, load_with_queries
 from .outputs import check_file, check_folder, checked_rates
@@ -48,7 +48,7 @@ def configure(options: argparse.Namespace) -> Config:
 def need_libraries(config: Config) -> None:
     """Raise ImportError where a library is missing that a run would miss only once it is under way."""
     for library in ("timm", "torchvision", "torchmetrics", *["faster_coco_eval"] * (config.task == "detection")):
-        need(library, "train", "cropr train")
+        import_optional(library, "train", "cropr train")
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def _of_model(options: argparse.Namespace) -> tuple[Any, Config, Data]:
         raise FileNotFoundError(
             f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no {folder}"
         )
-    make = need("torchvision.datasets", "train", "cropr eval").ImageFolder
+    make = import_optional("torchvision.datasets", "train", "cropr eval").ImageFolder
     val = make(folder, transform=pixels.normalise, loader=pixels.load)
     if len(val.classes) != find_spec(model).num_classes:
         wanted = f"{find_spec(model).num_classes} folders, one for each class of the model and in their order"

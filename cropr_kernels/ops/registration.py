@@ -1,7 +1,8 @@
 """The ops of namespace ``cropr``: their definition, fake kernels, gradients and FLOP formulas.
 
-The only file that registers anything in Python. Schemas are those of csrc/library.h; CPU kernels register when ``_C``
-is imported; CUDA kernels are plans (csrc/launch.cpp) of what the Triton launchers of ``ops/triton/`` did at first.
+The only file that registers anything in Python. Schemas are those of csrc/library.h; CPU kernels
+register when ``_C`` is imported; CUDA kernels are plans (csrc/launch.cpp) of what the Triton
+launchers of ``ops/triton/`` did at first.
 """
 
 import importlib
@@ -25,7 +26,7 @@ FAMILIES = {
     "prune": ("prune", "split", "gather", "restore"),
     "attend": ("attend", "attend_scores", "attend_backward"),
     "merge": ("merge", "merge_"),
-    "hosts": ("host_offsets", "host_offsets_", "add_hosts"),
+    "parent_offsets": ("parent_offsets", "parent_offsets_", "add_parents"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
 }
 FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
@@ -55,10 +56,10 @@ for _name, _row in zip(NAMES, table):
     _library.impl(_name, cuda_kernel(_name, FILES[_name]), "CUDA")
 
 
-# Fake kernels: the refusals of the real ones, and dtype and sizes of each result. Dtypes are their own or that of an
-# argument, sizes are letters of the table in csrc/library.h and arguments.
+# Fake kernels: the refusals of the real ones, and dtype and sizes of each result. Dtypes are their
+# own or that of an argument, sizes are letters of the table in csrc/library.h and arguments.
 _SPLIT = "x B,num_keep,D; int64 B,num_keep; x B,N-num_keep,D; int64 B,N-num_keep"
-_CHOICE = "int64 B,num_keep; int64 B,S+C-num_keep; float32 B,num_keep"
+_CHOICE = "int64 B,num_keep; int64 B,T+C-num_keep; float32 B,num_keep"
 _RESULTS = {
     "scores": "float32 B,N",
     "select": "int64 B,num_keep; int64 B,N-num_keep",
@@ -70,14 +71,14 @@ _RESULTS = {
     "attend_scores": "x B,M,D; float32 B,N",
     "attend_backward": "queries M,D",
     "merge": f"x B,num_keep,D; {_CHOICE}; int64 B,N",
-    "host_offsets": "x B,R,D; int64 B,R",
-    "add_hosts": "x B,N,D",
+    "parent_offsets": "x B,R,D; int64 B,R",
+    "add_parents": "x B,N,D",
     "gather_norm": "x B,K,D",
     "add_": "",
     "add_norm_": "x B,K,D",
     "add_select_": "int64 B,num_keep; int64 B,K-num_keep",
     "merge_": _CHOICE,
-    "host_offsets_": "",
+    "parent_offsets_": "",
     "rotate_": "",
 }
 
@@ -105,7 +106,8 @@ for _name in NAMES:
     torch.library.register_fake(f"cropr::{_name}", _fake(_name), lib=_library)
 
 
-# Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the ops' own.
+# Gradients. Selection passes none, queries of scores and prune receive none: stop-gradient is the
+# ops' own.
 
 
 def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -194,28 +196,28 @@ def _merge_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
 
 def _offsets_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, pruned_idx, _ = inputs
-    offset, host_idx = output
+    offset, parent_idx = output
     if ctx.needs_input_grad[0]:
         ctx.num_tokens = x.shape[1]
-        ctx.save_for_backward(pruned_idx, host_idx)
-        ctx.mark_non_differentiable(host_idx)
+        ctx.save_for_backward(pruned_idx, parent_idx)
+        ctx.mark_non_differentiable(parent_idx)
     else:
-        ctx.mark_non_differentiable(offset, host_idx)
+        ctx.mark_non_differentiable(offset, parent_idx)
 
 
 def _offsets_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0]:
         return (None,) * 4
-    pruned_idx, host_idx = (idx.unsqueeze(-1).expand_as(grad) for idx in ctx.saved_tensors)
+    pruned_idx, parent_idx = (idx.unsqueeze(-1).expand_as(grad) for idx in ctx.saved_tensors)
     zeros = grad.new_zeros((grad.shape[0], ctx.num_tokens, grad.shape[2]))
-    return zeros.scatter(1, pruned_idx, grad).scatter_add(1, host_idx, -grad), None, None, None
+    return zeros.scatter(1, pruned_idx, grad).scatter_add(1, parent_idx, -grad), None, None, None
 
 
-def _hosts_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _parents_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _hosts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _parents_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (parent,) = ctx.saved_tensors
     total = grad.to(reference.accumulation_dtype(grad.dtype))
     for hop in reference.hops(parent):  # to each token go the gradients of all that it was added to
@@ -249,8 +251,8 @@ for _name, _backward, _setup in (
     ("gather", _gather_backward, _gather_setup),
     ("restore", _restore_backward, _restore_setup),
     ("merge", _merge_backward, _merge_setup),
-    ("host_offsets", _offsets_backward, _offsets_setup),
-    ("add_hosts", _hosts_backward, _hosts_setup),
+    ("parent_offsets", _offsets_backward, _offsets_setup),
+    ("add_parents", _parents_backward, _parents_setup),
     ("attend", _attend_backward, _attend_setup),
     ("attend_scores", _attend_backward, _attend_setup),
     ("attend_backward", _nothing, _no_gradient),
@@ -258,8 +260,9 @@ for _name, _backward, _setup in (
     torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
 
 
-# The engine's ops have no gradient, and refuse tensors that require one where gradients are recorded. What they write
-# is a newer version of the tensor, so that a backward that saved the old one says so.
+# The engine's ops have no gradient, and refuse tensors that require one where gradients are
+# recorded. What they write is a newer version of the tensor, so that a backward that saved the old
+# one says so.
 
 
 def _refuse_gradient(name: str) -> Callable[..., Any]:
@@ -296,19 +299,21 @@ def _count_versions(name: str) -> Callable[..., Any]:
     return count
 
 
-for _name in (*FAMILIES["residual"], "merge_", "host_offsets_"):
+for _name in (*FAMILIES["residual"], "merge_", "parent_offsets_"):
     _library.impl(_name, _refuse_gradient(_name), "Autograd", with_keyset=True)
     if _name.endswith("_"):
         _library.impl(_name, _count_versions(_name), "ADInplaceOrView", with_keyset=True)
 
 
-# torch.func differentiates and vectorises operators that it knows: under its transforms an op is its definition.
+# torch.func differentiates and vectorises operators that it knows: under its transforms an op is
+# its definition.
 for _name in NAMES:
     if not _name.endswith(("_", "norm", "backward")):
         _library.impl(_name, getattr(reference, _name), "FuncTorchDynamicLayerFrontMode")
 
 
-# FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter. Formulas take shapes.
+# FLOPs, a multiplication and an addition counted as two, for torch.utils.flop_counter. Formulas
+# take shapes.
 
 
 def _no_flops(*_: Any, **__: Any) -> int:
@@ -331,7 +336,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "scores": _score_flops,
     "prune": _score_flops,
     "add_select_": lambda x, idx, update, *_, **__: _score_flops(update),
-    **dict.fromkeys(("merge", "merge_", "host_offsets", "host_offsets_"), _similarity_flops),
+    **dict.fromkeys(("merge", "merge_", "parent_offsets", "parent_offsets_"), _similarity_flops),
     "attend": _attend_flops,
     "attend_scores": _attend_flops,
     "attend_backward": lambda grad, x, queries, *_, **__: 6 * math.prod(x) * queries[0],  # and gradients of both

@@ -52,8 +52,8 @@ OPS = dict(_parse(*row) for row in table)
 def check(op: str, *args: Any) -> Dims:
     """Refuse what the op does not accept, in one sentence, and return the sizes by their letters.
 
-    args are all those of the schema, in its order. RuntimeError names the op, the argument, what was allowed and what
-    came.
+    args are all those of the schema, in its order. RuntimeError names the op, the argument, what
+    was allowed and what came.
     """
     dims, spec = check_shapes(op, *args), OPS[op]
     if any(input.layout != _ANY for input in spec.inputs):
@@ -165,25 +165,28 @@ def _fail(op: str, message: str) -> NoReturn:
 # What a table of shapes cannot say.
 
 
-def _some_token(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_token(op: str, dims: Dims, values: dict[str, Any]) -> None:
     if dims["N"] == 0:
         _fail(op, f"x must have at least one token, got shape {tuple(values['x'].shape)}")
 
 
-def _targets(op: str, dims: Dims, values: dict[str, Any]) -> None:
-    n, safe, candidates, prefix = dims["N"], dims["S"], dims["C"], values["num_prefix"]
-    if op == "merge" and safe + candidates != n:
-        _fail(op, f"safe_idx and candidate_idx must together hold N = {n} positions, got {safe} + {candidates}")
-    if values["num_keep"] < safe + candidates and safe == prefix:
-        _fail(op, f"safe_idx must hold a token behind the prefix, got S = num_prefix = {prefix}")
+def _require_target(op: str, dims: Dims, values: dict[str, Any]) -> None:
+    n = dims["N"]
+    num_targets = dims["T"]
+    num_candidates = dims["C"]
+    if op == "merge" and num_targets + num_candidates != n:
+        got = f"{num_targets} + {num_candidates}"
+        _fail(op, f"target_idx and candidate_idx must together hold N = {n} positions, got {got}")
+    if values["num_keep"] < num_targets + num_candidates and num_targets == values["num_prefix"]:
+        _fail(op, f"target_idx must hold a token after the prefix, got T = num_prefix = {num_targets}")
 
 
-def _hosts(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_parent(op: str, dims: Dims, values: dict[str, Any]) -> None:
     if dims["R"] > 0 and dims["K"] == values["num_prefix"]:
-        _fail(op, f"kept_idx must hold a token behind the prefix, got K = num_prefix = {dims['K']}")
+        _fail(op, f"kept_idx must hold a token after the prefix, got K = num_prefix = {dims['K']}")
 
 
-def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
     patches = dims["K"] - values["num_prefix"]
     if dims["C"] % 2:
         _fail(op, f"x must have an even number of channels, got {dims['C']}")
@@ -192,8 +195,8 @@ def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
 
 
 _RULES: dict[str, Callable[[str, Dims, dict[str, Any]], None]] = {
-    **dict.fromkeys(("attend", "attend_scores", "attend_backward"), _some_token),
-    **dict.fromkeys(("merge", "merge_"), _targets),
-    **dict.fromkeys(("host_offsets", "host_offsets_"), _hosts),
-    "rotate_": _rotary_rows,
+    **dict.fromkeys(("attend", "attend_scores", "attend_backward"), _require_token),
+    **dict.fromkeys(("merge", "merge_"), _require_target),
+    **dict.fromkeys(("parent_offsets", "parent_offsets_"), _require_parent),
+    "rotate_": _require_rotary_rows,
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..pruning.masks import boxes_on_grid
 from ..pruning.model import is_pruned
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .features import patch_features
 
 
@@ -125,7 +125,7 @@ class Detector(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        detection = need("torchvision.models.detection", "train", "Detector")
+        detection = import_optional("torchvision.models.detection", "train", "Detector")
         if img_size[0] != img_size[1]:
             raise ValueError(f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}")
         if is_pruned(backbone) and not backbone.cropr.config.llf:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..utils.images import find_photos, open_photo, told
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .config import Config
 
 TRIES = 16  # neighbours tried in place of a sample that cannot be read
@@ -156,7 +156,7 @@ def load_data(config: Config) -> Data:
     """The dataset that a configuration names; ValueError where it does not hold what its task needs."""
     parts = [_parts(config, option) for option in ("train_split", "val_split")]
     if config.task == "classification":
-        folder = need("torchvision.datasets", "train", "cropr train").ImageFolder
+        folder = import_optional("torchvision.datasets", "train", "cropr train").ImageFolder
         for [path] in parts:
             skipped: Counter[str] = Counter()
             find_photos(path, skipped)
@@ -187,7 +187,7 @@ def _parts(config: Config, option: str) -> list[Path]:
 
 def classification_transforms(config: Config) -> tuple[Any, Any]:
     """timm's transforms for training and evaluation."""
-    size, create = (3, *config.img_size), need("timm.data", "train", "cropr train").create_transform
+    size, create = (3, *config.img_size), import_optional("timm.data", "train", "cropr train").create_transform
     create = partial(create, size, mean=config.mean, std=config.std, interpolation="bicubic")
     training = create(
         is_training=True,
@@ -202,10 +202,10 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
 
 def _read(path: Path, *, photo: bool) -> Tensor:
     """A photo (3, H, W), or a label map as it is (channels, H, W); annotations are those of the pixels as stored."""
-    to_tensor = need("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
+    to_tensor = import_optional("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
     if photo:
         return to_tensor(open_photo(path, upright=False))
-    with need("PIL.Image", "train", "cropr train").open(path) as image:
+    with import_optional("PIL.Image", "train", "cropr train").open(path) as image:
         return to_tensor(image)
 
 
@@ -242,8 +242,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path} has label {int(highest)}; labels must be below num_classes={config.num_classes} or "
                 f"ignore_index={config.ignore_index}"
             )
-        v2 = need("torchvision.transforms.v2", "train", "cropr train")
-        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
+        v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
+        tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
@@ -267,7 +267,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        coco = need("faster_coco_eval", "train", "cropr train").COCO
+        coco = import_optional("faster_coco_eval", "train", "cropr train").COCO
         self.root, self.config, self.train = images, config, train
         self.coco = coco(str(annotations), print_function=lambda *_: None)
         self.ids = sorted(self.coco.getImgIds())
@@ -281,8 +281,8 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        v2 = need("torchvision.transforms.v2", "train", "cropr train")
-        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
+        v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
+        tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         about = self.coco.loadImgs([self.ids[index]])[0]
         pixels = tv_tensors.Image(_read(self.root / about["file_name"], photo=True))
         size = tuple(pixels.shape[1:])
@@ -315,5 +315,5 @@ def mixing(config: Config, classes: int) -> Any:
     """timm's mixup and cutmix, or None. Labels are smoothed by the loss, whether they were mixed or not."""
     if not config.mixup and not config.cutmix:
         return None
-    mixup = need("timm.data", "train", "cropr train").Mixup
+    mixup = import_optional("timm.data", "train", "cropr train").Mixup
     return mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import each
 from .config import Config
 from .precision import autocast
@@ -55,7 +55,7 @@ class Top:
     """Top-1 and top-5 of the output, top-1 of every auxiliary head."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        accuracy = need("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
+        accuracy = import_optional("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
         metric = partial(accuracy, num_classes, average="micro")
         self.device, self.top = device, {f"top-{k}": metric(top_k=k).to(device) for k in (1, 5) if k <= num_classes}
         self.aux: dict[int, Any] = defaultdict(lambda: metric().to(device))
@@ -77,7 +77,7 @@ class Overlap:
     """Mean intersection over union of the classes that occur, and the share of right pixels."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        metrics = need("torchmetrics.classification", "train", "cropr train")
+        metrics = import_optional("torchmetrics.classification", "train", "cropr train")
         pixels = metrics.MulticlassAccuracy(num_classes, average="micro", ignore_index=config.ignore_index)
         overlap = metrics.MulticlassJaccardIndex(num_classes, ignore_index=config.ignore_index)
         self.config, self.device = config, device
@@ -100,7 +100,7 @@ class Precision:
         kinds = ("bbox", "segm") if config.masks else ("bbox",)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.metric = need("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
+            self.metric = import_optional("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
                 iou_type=kinds, backend="faster_coco_eval"
             )
         self.device, self.masks = device, config.masks

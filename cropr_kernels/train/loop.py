@@ -23,7 +23,7 @@ from ..calibration import calibrate
 from ..pruning.api import set_progress
 from ..pruning.model import is_pruned
 from ..utils.io import require_launcher, write_text
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import Progress, each
 from . import build, checkpoint, folder
 from .config import Config
@@ -137,7 +137,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "float16")
         self.ema: Any = None
         if config.ema:
-            average = need("timm.utils", "train", "cropr train").ModelEmaV3
+            average = import_optional("timm.utils", "train", "cropr train").ModelEmaV3
             self.ema = average(self.task, decay=config.ema, use_warmup=True)
         if resumed is not None:
             self._restore(resumed)

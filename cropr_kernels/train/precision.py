@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..utils.timing import in_turns
+from ..utils.timing import time_interleaved
 from .config import Config
 
 
@@ -30,6 +30,6 @@ def measured_amp(device: torch.device) -> tuple[str, str]:
             torch.autograd.grad(F.linear(x, weight).sum(), weight)
 
     calls = {"bfloat16": lambda: layer(torch.bfloat16), "float32": lambda: layer(None)}
-    times = in_turns(calls, device, rounds=5)
+    times = time_interleaved(calls, device, rounds=5)
     gain = times["float32"].seconds / times["bfloat16"].seconds
     return ("bfloat16" if gain > 1.2 else "none"), f"bfloat16 is {gain:.2g} times as fast as float32 here"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optional import need
+from .optional import import_optional
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _LONGEST = 8  # sides of a photo: of a longer one the middle is looked at
@@ -68,7 +68,7 @@ def open_photo(file: Any, *, upright: bool = True) -> Any:
     is damaged, or has more pixels than Pillow allows (2 * PIL.Image.MAX_IMAGE_PIXELS, about 179 million). Raises
     ImportError where Pillow is not installed.
     """
-    Image, ImageOps = (need(f"PIL.{name}", "viz", "reading photos") for name in ("Image", "ImageOps"))
+    Image, ImageOps = (import_optional(f"PIL.{name}", "viz", "reading photos") for name in ("Image", "ImageOps"))
     if isinstance(file, str | os.PathLike) and Path(file).exists() and not Path(file).is_file():
         raise OSError(f"{shown(Path(file))} is no file")
     try:
@@ -121,7 +121,7 @@ def load_photo(
     if not squash:
         scale = max(height / image.height, width / image.width)
         height, width = max(height, int(image.height * scale)), max(width, int(image.width * scale))
-    resampling = getattr(need("PIL.Image", "viz", "reading photos").Resampling, interpolation.upper())
+    resampling = getattr(import_optional("PIL.Image", "viz", "reading photos").Resampling, interpolation.upper())
     if image.size != (width, height):
         image = image.resize((width, height), resampling)
     image = _centre(image, *sides)

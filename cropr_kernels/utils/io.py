@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optional import need
+from .optional import import_optional
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -108,7 +108,7 @@ def _unreadable(path: Path, error: str) -> str:
 
 def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, of those with `part` in their names, and metadata; FileNotFoundError, or ValueError if unreadable."""
-    safetensors = need("safetensors", "demo", f"file {path}")
+    safetensors = import_optional("safetensors", "demo", f"file {path}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

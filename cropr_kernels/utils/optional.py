@@ -12,7 +12,7 @@ def distribution(module: str) -> str:
     return _DISTRIBUTIONS.get(library, library)
 
 
-def is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Whether a library is installed."""
     try:
         return importlib.util.find_spec(module) is not None
@@ -20,7 +20,7 @@ def is_there(module: str) -> bool:
         return False
 
 
-def need(module: str, extra: str, what: str) -> Any:
+def import_optional(module: str, extra: str, what: str) -> Any:
     """Import a module, such as "PIL.Image", of a library that only `what` needs.
 
     Raises ImportError where that library, or one that it needs itself, is not installed: it names the library, and the

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
-from .optional import need
+from .optional import import_optional
 
 _DELAY, _EVERY = 2.0, 30.0  # seconds until a bar is shown, and between two lines
 Item = TypeVar("Item")
@@ -33,7 +33,7 @@ class Progress:
         self.started = self.line_at = time.monotonic()
         if show and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             options: dict[str, Any] = {"bar_format": "{desc}: {elapsed}"} if beat else {}
-            tqdm = need("tqdm", "demo", "a progress bar").tqdm
+            tqdm = import_optional("tqdm", "demo", "a progress bar").tqdm
             options |= {"desc": what, "total": total, "initial": done, "delay": _DELAY, "leave": False}
             self.bar = tqdm(mininterval=1, **options)
 

@@ -45,7 +45,7 @@ def fitting(seconds: float, budget: float = SECONDS) -> int:
     return max(LEAST_ROUNDS, min(ROUNDS, int(budget / max(seconds, 1e-9))))
 
 
-def in_turns(
+def time_interleaved(
     calls: Mapping[Any, Callable[[], Any]],
     device: torch.device,
     rounds: int | None = None,

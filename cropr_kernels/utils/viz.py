@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .io import atomic_write
-from .optional import need
+from .optional import import_optional
 
 CAPTION = 16  # pixels above a frame
 
 
 def _figure(width: float, height: float) -> Any:
-    return need("matplotlib.figure", "viz", "a picture").Figure(figsize=(width, height), layout="constrained")
+    return import_optional("matplotlib.figure", "viz", "a picture").Figure(
+        figsize=(width, height), layout="constrained"
+    )
 
 
 def _save(figure: Any, path: str | Path) -> None:
@@ -91,7 +93,10 @@ def save_pruning_frames(
     Above each frame stand its block and how many patches it sees. The photo is (C, H, W), C = 1 or 3, in [0, 1];
     pruned_after (grid height, grid width) is its `pruning_map`.
     """
-    Image, ImageDraw = need("PIL.Image", "viz", "a picture"), need("PIL.ImageDraw", "viz", "a picture")
+    Image, ImageDraw = (
+        import_optional("PIL.Image", "viz", "a picture"),
+        import_optional("PIL.ImageDraw", "viz", "a picture"),
+    )
     height, width = image.shape[1:]
     pixels = _pixels(image)
     grey = 0.15 * pixels.mean(2, keepdim=True) + 0.85

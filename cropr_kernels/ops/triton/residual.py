@@ -1,9 +1,13 @@
-"""The residual buffer of the engine on CUDA: rows are read and written where they are, in one pass each.
+"""The residual buffer of the engine on CUDA: rows are read and written where they are, in one pass
+each.
 
-A program holds a tile of whole rows in registers: it adds the update, stores the row, and takes the LayerNorm or the
-score from what it just stored. The last program of an image to finish selects the tokens that are kept.
+A program holds a tile of full rows in registers: it adds the update, stores the row, and takes the
+    LayerNorm or the
+score from what it just stored. The last program of an image to finish selects the tokens that are
+kept.
 
-A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
+A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths
+Transformers have.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +33,8 @@ from .utils import RECENT_FIRST, STREAM, Rows, aligned_rows, block_counters, ima
 
 
 class Update(NamedTuple):
-    """What is added to the rows, if anything is: (B, K, D), and a factor (D,) on it, if there is one."""
+    """What is added to the rows, if anything is: (B, K, D), and a factor (D,) on it, if there is
+    one."""
 
     ptr: Any
     gamma: Any
@@ -45,7 +50,8 @@ class Norm(NamedTuple):
 
 @triton.jit
 def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
-    """This program's image, the active tokens it holds, which of them exist, and their rows of x and which are there.
+    """This program's image, the active tokens it holds, which of them exist, and their rows of x
+    and which are there.
 
     Returns b, index in (B * K), mask of the index, position in x, mask of the position.
     """
@@ -63,7 +69,8 @@ def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
 
 @triton.jit
 def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
-    """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
+    """These columns of the rows, after the update if there is one, as they now stand in memory;
+    zero outside."""
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
     if update.ptr is not None:
@@ -93,7 +100,8 @@ def squares(value, mean, cols, dim):
 
 @triton.jit(do_not_specialize=["n", "count"])
 def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr):
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked
+    for: LayerNorm."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, update.ptr is None)
@@ -123,7 +131,8 @@ def add_select_kernel(
     x, idx_ptr, update, query_ptr, selection, weights, n, count, num_keep, num_prefix,
     BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program may select."""
+    """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program
+    may select."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, False)
@@ -159,7 +168,8 @@ def _launch_add_norm(x, idx, update, norm, out):
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
+    """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read
+    nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
     _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
@@ -167,7 +177,8 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
-    """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
+    """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write
+    nothing."""
     check("add_", x, idx, update, gamma)
     _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
 
@@ -182,11 +193,11 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps):
 
 
 def add_select_(
-    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, costs=None,
+    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, cost_scale=None,
     cost_weight=0.0,
 ):  # fmt: skip
     """Launch cropr::add_select_; positions as in add_."""
-    parts = (sizes, size_weight, priority, costs, cost_weight)
+    parts = (sizes, size_weight, priority, cost_scale, cost_weight)
     check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, *parts)
     (batch, n, dim), count = x.shape, update.shape[1]
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
@@ -197,14 +208,14 @@ def add_select_(
     counters = None if keys is None else block_counters(x)
     selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
     sizes, idx = _dense(sizes) if size_weight else None, _dense(idx)
-    weights = Weights(sizes, float(size_weight), costs, float(cost_weight))
+    weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
         rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection,
         weights, n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
     if keys is None:
-        launch_select(selection, num_prefix, weights=weights, idx=idx, whole=n)
+        launch_select(selection, num_prefix, weights=weights, idx=idx, num_tokens=n)
     return kept_idx, pruned_idx
 
 
@@ -253,7 +264,8 @@ def rotate_kernel(
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the device."""
+    """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the
+    device."""
     check("rotate_", x, table, idx, num_prefix, half)
     batch, count, heads, width = x.shape
     if not x.numel() or count == num_prefix:

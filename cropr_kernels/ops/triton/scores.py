@@ -1,5 +1,5 @@
-"""cropr::scores on CUDA: one dot product per token, accumulated in float32; and the scores of prune, whose last
-program of an image selects.
+"""cropr::scores on CUDA: one dot product per token, accumulated in float32; and the scores of
+prune, whose last program of an image selects.
 """
 
 import torch
@@ -44,8 +44,9 @@ def fold_query(query: Tensor) -> Tensor:
 
 
 def _launch(x: Tensor, query: Tensor, selection: Selection, num_prefix: int, keys: KeyBlocks | None) -> None:
-    # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
-    # tuner, and the same with selection as without, or prune would disagree with scores.
+    # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie
+    # would flip with the tuner, and the same with selection as without, or prune would disagree
+    # with scores.
     blocks = row_blocks(x.shape[2], x.dtype)
     num_keep = 0 if selection.kept_idx is None else selection.kept_idx.shape[1]
     launch(

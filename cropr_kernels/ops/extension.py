@@ -20,6 +20,6 @@ NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema, *_ in table)
 
 
 def cpp_library() -> Path | None:
-    """The shared library with which a C++ program has the ops and their CPU kernels; None if it was
-    not built."""
+    """Path of the library with the ops and CPU kernels for C++ programs; None if it was not
+    built."""
     return next(Path(__file__).parents[1].glob("libcropr_ops.*"), None)

@@ -155,11 +155,11 @@ def merge(
         mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r])
         kept[k] = mean[k] |x[k]| / |mean[k]|
 
-    Sums are over all r merged into k; other rows do not change. The factor of a mean is 1 if |mean| is 0, or its square
-    or the factor is not finite. Similarity is the cosine of x; NaN is the lowest. The candidates
-    with the lowest max(1 - similarity, 0) * cost_scale are pruned. Of equal targets the lower
-    position is chosen, of equal candidates the higher position is pruned. Tokens are not merged
-    into the first num_prefix.
+    Sums are over all r merged into k; other rows do not change. The factor of a mean is 1 if |mean|
+    is 0, or its square or the factor is not finite. Similarity is the cosine of x; NaN is the
+    lowest. The candidates with the lowest max(1 - similarity, 0) * cost_scale are pruned. Of equal
+    targets the lower position is chosen, of equal candidates the higher position is pruned. Tokens
+    are not merged into the first num_prefix.
 
     Args:
         x: (B, N, D).

@@ -20,17 +20,17 @@ from .scores import scores
 from .select import is_last
 from .utils import aligned_rows, block_counters, rows_of
 
-_REGISTERS = 224  # a thread may have: left alone, ptxas spills to fit more programs on a processor
-_PROGRAMS = 256  # that keep a GPU busy; fixed, as the order of sums follows from it
+_REGISTERS = 224  # per thread; without a limit ptxas spills to fit more programs on a processor
+_PROGRAMS = 256  # enough to fill a GPU; fixed, as the order of sums depends on it
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
 
-# One query: everything of a row fits a program.
+# One query: a program holds full rows.
 
 
 class Parts(NamedTuple):
-    """What programs that share images have of their sums over tokens, (B, S, 2, D) and (B, S, 3),
-    and counters (B,)."""
+    """Partial sums of programs that share an image, (B, parts, 2, D) and (B, parts, 3), and
+    counters (B,)."""
 
     rows: Any
     scalars: Any
@@ -50,8 +50,8 @@ def attend_one_kernel(
     x, query_ptr, grad_ptr, out_ptr, raw_ptr, parts, n, part,
     SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = softmax(scale q.x) x, or with grad this image's share of the gradient of q. raw, if
-    given: q.x.
+    """out[b] = softmax(scale q.x) x, or with grad the gradient of q of this image. raw, if given:
+    q.x.
 
     With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three
     sums in one pass over a part of the tokens. The last program of an image adds up those of all
@@ -110,7 +110,7 @@ def attend_one_kernel(
 
 @triton.jit
 def add_parts(parts, out_ptr, b, count, cols, dim, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """The online softmax once more: what was a token is a part."""
+    """Combine the sums of all parts of an image, by another online softmax."""
     acc_type: tl.constexpr = parts.rows.dtype.element_ty
     top = tl.full([], float("-inf"), acc_type)
     total = tl.zeros([], acc_type)
@@ -174,12 +174,12 @@ def softmax_kernel(logits_ptr, slope_ptr, stride, n, BLOCK_N: tl.constexpr):
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         top = tl.maximum(top, tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")))
-    highest = tl.max(top, axis=0)
+    maximum = tl.max(top, axis=0)
     total = tl.zeros([BLOCK_N], acc_type)
     mean = tl.zeros([BLOCK_N], acc_type)
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest)
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum)
         total += p
         if slope_ptr is not None:
             mean += p * tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
@@ -187,7 +187,7 @@ def softmax_kernel(logits_ptr, slope_ptr, stride, n, BLOCK_N: tl.constexpr):
     average = tl.sum(mean, axis=0) * norm
     for start in range(0, stride, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest) * norm
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum) * norm
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
             p = p * (slope - average)
@@ -202,8 +202,7 @@ def weighted_rows_kernel(
     """out[b, i] = sum_j weight[b, i, j] x[b, j]; with SUM_BATCH out[i] += the sum of that over all
     images.
 
-    Weights of tokens past n are zero: what masks them is a multiple of 16, so they are loaded 16
-        bytes at a time.
+    Weights past n are zero: they are masked by a multiple of 16, and so loaded 16 bytes at a time.
     """
     dim = x.dim
     tiles_m, tiles_d = tl.cdiv(m, BLOCK_M), tl.cdiv(dim, BLOCK_D)
@@ -214,12 +213,12 @@ def weighted_rows_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], weight_ptr.dtype.element_ty)
     images = batch if SUM_BATCH else 1
     for image in range(images):
-        at = b + image
+        image_idx = b + image
         for start in range(0, n, BLOCK_K):
             tokens = start + tl.arange(0, BLOCK_K)
-            w_ptr = weight_ptr + (at * m + rows[:, None]) * stride_wm + tokens[None, :]
+            w_ptr = weight_ptr + (image_idx * m + rows[:, None]) * stride_wm + tokens[None, :]
             w = tl.load(w_ptr, mask=(rows[:, None] < m) & (tokens[None, :] < stride_wm), other=0.0)
-            tile_ptr = x.ptr + at * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
+            tile_ptr = x.ptr + image_idx * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
             tile = tl.load(tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
             acc = tl.dot(w.to(tile.dtype), tile, acc, input_precision="ieee", out_dtype=acc.dtype)
     out_ptr += (rows[:, None] if SUM_BATCH else b * m + rows[:, None]) * dim + cols[None, :]
@@ -249,14 +248,12 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
 
 
 def one_query_rows(dtype: torch.dtype) -> int:
-    """Tokens that a program of attend_one_kernel holds at a time: what registers hold without
-    spilling."""
+    """Tokens that a program of attend_one_kernel holds at a time without spilling."""
     return 4 if dtype == torch.float64 else 8
 
 
 def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Edge and inner length of the product tiles, and warps, that no architecture from sm_80 on
-    spills with."""
+    """Edge and inner length of the product tiles, and warps: none spills from sm_80 on."""
     if dtype.itemsize == 2:
         return {"edge": 64, "inner": 64, "num_warps": 4}
     return {"edge": 64, "inner": 16, "num_warps": 8}
@@ -296,12 +293,12 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
 
 
 def _chunk(x: Tensor, m: int) -> int:
-    """How many images' logits fit the scratch buffer, at least one."""
+    """Number of images whose logits fit the scratch buffer, at least one."""
     return max(1, _SCRATCH_BYTES // (m * x.shape[1] * accumulation_dtype(x.dtype).itemsize))
 
 
 def _scratch(x: Tensor, m: int) -> Tensor:
-    """Logits (B, M, N) to be, whose rows begin at multiples of 16 elements."""
+    """Allocate logits (B, M, N) whose rows begin at multiples of 16 elements."""
     batch, n, _ = x.shape
     return x.new_empty((batch, m, triton.cdiv(n, 16) * 16), dtype=accumulation_dtype(x.dtype))[:, :, :n]
 
@@ -318,7 +315,7 @@ def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
 
 
 def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Launch cropr::attend_scores: one query has the scores at hand, many are folded into one more
+    """Launch cropr::attend_scores: with one query scores are its logits, else they take another
     pass."""
     check("attend_scores", x, queries, scale)
     if queries.shape[0] != 1:

@@ -1,4 +1,5 @@
-"""Launching kernels: first through Triton, then from recorded launches without Python (csrc/launch.cpp).
+"""Launching kernels: first through Triton, then from recorded launches without Python
+(csrc/launch.cpp).
 
 Triton's front end takes longer to launch a kernel than a small kernel runs. The launches of an op
 follow from the dtypes, sizes, strides and alignments of its arguments, so they are recorded once,

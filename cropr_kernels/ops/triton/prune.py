@@ -1,8 +1,7 @@
 """cropr::prune, gather and restore on CUDA: rows move once, bit for bit.
 
-A program moves a tile of rows that all belong to one side, kept or pruned, so the choice of
-pointers is uniform. Positions are checked against the buffer: a wrong index moves nothing rather
-than writing elsewhere.
+A program moves a tile of rows of one part, kept or pruned, so its pointers are uniform. Positions
+are checked against the buffer: an index out of range moves nothing.
 """
 
 import triton
@@ -20,13 +19,13 @@ _NUM_WARPS = 4
 
 
 @triton.jit
-def move_tile(source, from_rows, target, to_rows, b, valid, BLOCK_D: tl.constexpr):
-    from_ptr = source.ptr + b * source.stride_b + from_rows[:, None] * source.stride_n
-    to_ptr = target.ptr + b * target.stride_b + to_rows[:, None] * target.stride_n
+def move_tile(source, source_rows, target, target_rows, b, valid, BLOCK_D: tl.constexpr):
+    source_ptr = source.ptr + b * source.stride_b + source_rows[:, None] * source.stride_n
+    target_ptr = target.ptr + b * target.stride_b + target_rows[:, None] * target.stride_n
     for start in range(0, source.dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)[None, :]
         mask = valid[:, None] & (cols < source.dim)
-        tl.store(to_ptr + cols, tl.load(from_ptr + cols, mask=mask), mask=mask)
+        tl.store(target_ptr + cols, tl.load(source_ptr + cols, mask=mask), mask=mask)
 
 
 @triton.jit

@@ -188,7 +188,7 @@ def tune(
     hold_graphs(fast, len(counts) + 2 + 2 * _TRIALS)
     gentle = [tokens - module - 1 for module in range(modules)] if tokens > modules + prefix else [tokens] * modules
     calls = {count: run([count] * modules) for count in [*counts, tokens]} | {"gentle": run(gentle)}
-    timings = time_interleaved(calls, device, rounds, show=show, what="latency curve")
+    timings = time_interleaved(calls, device, rounds, show=show, label="latency curve")
     times = {count: timing.seconds for count, timing in timings.items()}
     whole = times[tokens]
     overhead = max((times["gentle"] - whole) / modules, 0.0)  # of pruning, a module; one is in every count's time
@@ -202,7 +202,7 @@ def tune(
         if keep is None:
             break
         ends = {"unpruned": run(unpruned), "pruned": run(keep)}
-        both = time_interleaved(ends, device, checks, show=show, what="chosen schedule")
+        both = time_interleaved(ends, device, checks, show=show, label="chosen schedule")
         again = {name: timing.seconds for name, timing in both.items()}
         spread = max(timing.spread for timing in both.values())
         tried.append((again["unpruned"] / again["pruned"], keep, again, spread))

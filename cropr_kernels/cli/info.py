@@ -1,4 +1,4 @@
-"""`cropr info`: what is installed and what it runs on, or how a model would be pruned."""
+"""`cropr info`: versions, build and device, or the pruning of a model."""
 
 import argparse
 import importlib.metadata
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that matter, and the device that commands choose."""
-    device = f"cpu, {torch.get_num_threads()} threads, no GPU in reach"
+    """Versions of the main libraries, and the default device of commands."""
+    device = f"cpu, {torch.get_num_threads()} threads, no GPU found"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = f"{properties.name}, sm_{properties.major}{properties.minor}"
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def build_facts() -> dict[str, Any]:
-    """What is installed and what it runs on."""
+    """Versions, build facts, and the kernels of every op."""
     facts = {
         **versions(),
         "python": platform.python_version(),
@@ -57,7 +57,7 @@ def build_facts() -> dict[str, Any]:
 
 @torch.inference_mode()
 def model_facts(options: argparse.Namespace) -> dict[str, Any]:
-    """How a model would be pruned and what would run it."""
+    """Schedule, FLOPs and engine of a model under these options."""
     model, pixels, _ = load_model(options, pretrained=False)
     known, image = find_spec(model), torch.zeros(1, 3, *pixels.img_size)
     deployed = deployed_copy(model)

@@ -41,7 +41,7 @@ def read_weights(path: str | Path) -> tuple[State, dict[str, str]]:
     if path.suffix == ".safetensors":
         state, metadata = load_safetensors(path)
     else:
-        state, metadata = _unwrap(load_tensors(path, safe=[argparse.Namespace, pathlib.PosixPath]), path), {}
+        state, metadata = _unwrap(load_tensors(path, classes=[argparse.Namespace, pathlib.PosixPath]), path), {}
     return {_plain(name): value for name, value in state.items()}, metadata
 
 

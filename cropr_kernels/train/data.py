@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..utils.images import find_photos, open_photo, told
+from ..utils.images import describe_skipped, find_photos, open_photo
 from ..utils.optional import import_optional
 from .config import Config
 
@@ -161,7 +161,7 @@ def load_data(config: Config) -> Data:
             skipped: Counter[str] = Counter()
             find_photos(path, skipped)
             if skipped:
-                warnings.warn(f"{path}:{told(skipped)}", stacklevel=2)
+                warnings.warn(f"{path}:{describe_skipped(skipped)}", stacklevel=2)
         pairs = zip(parts, classification_transforms(config))
         train, val = (folder(*own, transform, loader=open_photo) for own, transform in pairs)
     else:

@@ -7,7 +7,7 @@
 
 namespace cropr {
 
-// An argument of a kernel: a number, or an address in an argument of the op or in what the op allocates.
+// An argument of a kernel: a number, or an address in an argument or an allocation of the op.
 struct Parameter {
   enum Kind { kNumber, kArgument, kAllocation } kind;
   int64_t index;  // of the argument or the allocation

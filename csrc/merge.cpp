@@ -150,7 +150,7 @@ void combine(
   });
 }
 
-// Each pruned row of x (B, N, D) becomes what it was less the row it is merged into.
+// Subtracts from each pruned row of x (B, N, D) the row it is merged into.
 template <typename T>
 void subtract_merged(T* x, int64_t dim, const Partition& partition, const Assignment& assignment) {
   parallel_for(0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {

@@ -25,9 +25,9 @@ struct Threshold {
   int64_t ties;  // number of kept keys that equal it, lowest positions first
 };
 
-// The count-th largest of n keys, 0 < count <= n, one bit after the other from the top: each pass counts what a
-// larger threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each
-// comparison wrong half of the time. A threshold that keeps exactly count keys needs no further bits.
+// The count-th largest of n keys, 0 < count <= n, bit by bit from the top: each pass counts the keys that a larger
+// threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each comparison
+// wrong half of the time. A threshold that keeps exactly count keys needs no further bits.
 template <typename U>
 CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t count) {
   U threshold = 0;

@@ -25,7 +25,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def differing(expected: Tensor, actual: Tensor) -> tuple[Tensor, float]:
-    """Return a mask of images that differ, (B,), and the largest difference over the largest output.
+    """Return a mask of images that differ, (B,), and the largest difference over the largest
+    output.
 
     In 16 bits no image counts as different: near-ties are frequent.
     """

@@ -1,4 +1,5 @@
-"""`cropr calibrate`: queries for a pretrained model from a folder of photos, and the cost of each rate."""
+"""`cropr calibrate`: queries for a pretrained model from a folder of photos, and the cost of each
+rate."""
 
 import argparse
 import random

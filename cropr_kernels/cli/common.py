@@ -53,8 +53,8 @@ def is_run_folder(name: str | Path) -> bool:
 def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
     """Load the model that the arguments name, and prune it as they say; a run as it was trained.
 
-    Commands without a rate prune at rate 0. Raises the errors of `create_model`, `rebuild` and `apply`,
-    and ValueError if the arguments do not fit the model.
+    Commands without a rate prune at rate 0. Raises the errors of `create_model`, `rebuild` and
+    `apply`, and ValueError if the arguments do not fit the model.
     """
     name = options.model
     values = {key: value for key, value in vars(options).items() if value is not None}

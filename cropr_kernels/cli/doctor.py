@@ -27,8 +27,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "network with Last Layer Fusion": {"rate": 8, "llf": "host"},
     "network that merges": {"rate": 8, "merge": True, "llf": "host"},
 }
-# Tolerances of results, relative and absolute; and of a network's logits, over their norm: in 16 bits
-# rounding may change which token is pruned.
+# Tolerances of results, relative and absolute; and of a network's logits, over their norm: in 16
+# bits rounding may change which token is pruned.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 SECONDS = 60.0  # limit of one check, with the compilation of its kernels and the start of CUDA
@@ -97,7 +97,8 @@ def _named_parts(result: object) -> dict[str, Any]:
 
 
 def _difference(name: str, actual: Tensor, expected: Tensor, rounded: torch.dtype | None = None) -> str:
-    """Describe the first wrong element, at the tolerance of its dtype and of the dtype it was `rounded` to."""
+    """Describe the first wrong element, at the tolerance of its dtype and of the dtype it was
+    `rounded` to."""
     actual = actual.cpu()
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"

@@ -74,10 +74,11 @@ def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> lis
 
 
 def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
-    """Yield name and content of each photo of a unit: a path, a file, or None for a sample without photo.
+    """Yield name and content of each photo of a unit: a path, a file, or None for a sample without
+    photo.
 
-    Names in a shard are those of its members without suffix, unchecked as paths. Raises ValueError if a
-    shard does not end like a tar file: photos after the damage would be lost.
+    Names in a shard are those of its members without suffix, unchecked as paths. Raises ValueError
+    if a shard does not end like a tar file: photos after the damage would be lost.
     """
     if unit.photos:
         yield from ((printable(path.relative_to(unit.root)), path) for path in unit.photos)
@@ -127,7 +128,8 @@ def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor)
 def results(
     model: nn.Module, pixels: Pixels, reads: list[Read], top: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Return a row per photo: name, error, and top classes with probabilities, or features for top 0."""
+    """Return a row per photo: name, error, and top classes with probabilities, or features for top
+    0."""
     rows = [row for row, _ in reads]
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:

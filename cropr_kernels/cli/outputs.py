@@ -24,7 +24,7 @@ def check_folder(path: Path, option: str = "--out") -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(
-            f"{option} {path} cannot be written: no file can be created in {existing} ({reason}); choose another path"
+            f"{option} {path} cannot be written: no file can be created in {existing} ({reason}): choose another path"
         ) from error
 
 

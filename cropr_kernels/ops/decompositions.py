@@ -16,8 +16,7 @@ from .reference import accumulation_dtype, fold_queries, hops, norms
 
 
 def _ascending(positions: Tensor) -> Tensor:
-    """Positions in order; as float32, exact below 2^24, as not every runtime has a top-k of
-    integers."""
+    """Sort positions as float32, exact below 2^24: not every runtime has a top-k of integers."""
     count = positions.shape[1]
     return positions if count <= 1 else positions.float().topk(count, dim=1, largest=False).values.long()
 
@@ -113,8 +112,7 @@ def merge(
 def _find_nearest(
     features: Tensor, target_idx: Tensor, candidate_idx: Tensor, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Highest cosine of each candidate with a target after the prefix, and the index of that target
-    in target_idx."""
+    """Highest cosine of each candidate with a target, and that target's index in target_idx."""
     wide = features.float()
     targets = gather(wide, target_idx[:, num_prefix:])
     candidates = gather(wide, candidate_idx)

@@ -16,8 +16,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fold_queries(queries: Tensor) -> Tensor:
-    """The one vector (D,) that gives the scores of M queries (M, D): sum_m (q_m . x) = (sum_m q_m)
-    . x."""
+    """Sum queries (M, D) to one vector (D,): sum_m (q_m . x) = (sum_m q_m) . x."""
     wide = queries.to(accumulation_dtype(queries.dtype))
     return wide.sum(0) if wide.ndim == 2 else wide
 
@@ -29,8 +28,7 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The first num_prefix positions, then positive priorities, then the highest scores, then the
-    lower positions."""
+    """The prefix, then positive priorities, then the highest scores, then lower positions."""
     ranked = scores.clone()
     ranked[:, :num_prefix] = float("nan")  # sorts above everything; stable, so the prefix comes first
     if priority is not None:
@@ -51,8 +49,7 @@ def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
-    """scores + size_weight * standard deviation * log(sizes), all (B, N); the deviation is that
-    over the patches."""
+    """scores + size_weight * standard deviation over the patches * log(sizes), all (B, N)."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
     _, spread = _mean_and_spread(scores[:, num_prefix:])
@@ -134,10 +131,9 @@ def merge(
 
 
 def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|target| and |mean| of rows (B, K, D), and whether the one over the other is the factor of a
-    merge: (B, K, 1).
+    """|target| and |mean| of rows (B, K, D), and a mask of valid merge factors |target| / |mean|: (B, K, 1).
 
-    Where it is not, active are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
+    Elsewhere both norms are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
     """
     square, mean_square = (rows.square().sum(-1, keepdim=True) for rows in (targets, means))
     fits = (mean_square > 0) & (mean_square < torch.inf) & (square.sqrt() / mean_square.sqrt() < torch.inf)
@@ -155,8 +151,7 @@ def _choose_targets(
     num_prefix: int,
     cost_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions kept and pruned, ascending, and the index in the former that each of the latter is
-    merged into."""
+    """Positions kept and pruned, ascending, and the kept row each pruned token is merged into."""
     count = target_idx.shape[1] + candidate_idx.shape[1] - num_keep
     if count == 0:
         return torch.cat([target_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
@@ -176,8 +171,7 @@ def _choose_targets(
 def _find_nearest(
     features: Tensor, target_idx: Tensor, candidate_idx: Tensor, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Highest cosine of each candidate with a target after the prefix, and the index of that target
-    in target_idx."""
+    """Highest cosine of each candidate with a target, and that target's index in target_idx."""
     wide = features.detach().to(accumulation_dtype(features.dtype))
     targets = gather(wide, target_idx[:, num_prefix:])
     candidates = gather(wide, candidate_idx)
@@ -188,8 +182,7 @@ def _find_nearest(
 
 
 def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """x[pruned] - x[parent], and the position of the parent: the kept token most similar to the
-    pruned one."""
+    """x[pruned] - x[parent], and the position of the parent, the most similar kept token."""
     if pruned_idx.shape[1] == 0:
         return gather(x, pruned_idx), pruned_idx.clone()
     parent_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
@@ -206,8 +199,7 @@ def add_parents(x: Tensor, parent: Tensor) -> Tensor:
 
 
 def hops(parent: Tensor) -> Iterator[Tensor]:
-    """Yield the ancestors 1, 2, 4, ... steps away, (B, N), and N past the last one: pointer
-    doubling."""
+    """Yield ancestors 1, 2, 4, ... steps away, (B, N), or N past the last: pointer doubling."""
     count = parent.shape[1]
     ends = parent == torch.arange(count, device=parent.device)
     hop = torch.where(ends, torch.full_like(parent, count), parent)
@@ -290,8 +282,7 @@ def add_select_(
     cost_scale: Tensor | None = None,
     cost_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """add_, then select by the size-adjusted scores of the rows it wrote; positions are those in
-    x."""
+    """add_, then select by the size-adjusted scores of the new rows; positions in x."""
     add_(x, idx, update, gamma)
     values = unadjusted = scores(x if idx is None else gather(x, idx), query)
     if sizes is not None:
@@ -349,8 +340,7 @@ def _subtract_parents(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for each pair of channels, by the row of the table
-    at its position."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) per pair of channels, by its row of the table."""
     patches = x[:, num_prefix:].to(accumulation_dtype(x.dtype))
     angles = table[: patches.shape[1]] if idx is None else table[idx[:, num_prefix:] - num_prefix]
     sin, cos = angles.to(patches.dtype).unsqueeze(-2).chunk(2, dim=-1)

@@ -184,8 +184,8 @@ def _require_target(op: str, dims: Dims, values: Arguments) -> None:
     num_targets = dims["T"]
     num_candidates = dims["C"]
     if op == "merge" and num_targets + num_candidates != n:
-        got = f"{num_targets} + {num_candidates}"
-        _fail(op, f"target_idx and candidate_idx must together hold N = {n} positions, got {got}")
+        counts = f"{num_targets} + {num_candidates}"
+        _fail(op, f"target_idx and candidate_idx must together hold N = {n} positions, got {counts}")
     if values["num_keep"] < num_targets + num_candidates and num_targets == values["num_prefix"]:
         _fail(op, f"target_idx must hold a token after the prefix, got T = num_prefix = {num_targets}")
 

@@ -42,8 +42,8 @@ def find_photos(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
 def find_named_photos(paths: Sequence[Path], skipped: Counter[str] | None = None) -> list[Path]:
     """Find the photos among these paths and in the folders among them.
 
-    `skipped` counts the other files in the folders. Raises FileNotFoundError for a missing path, and
-    ValueError if there is no photo at all.
+    `skipped` counts the other files in the folders. Raises FileNotFoundError for a missing path,
+    and ValueError if there is no photo at all.
     """
     for path in paths:
         if not path.exists():
@@ -70,9 +70,9 @@ def describe_skipped(skipped: Counter[str]) -> str:
 def open_photo(file: PhotoFile, *, upright: bool = True) -> Any:
     """Open a photo as an RGB image of Pillow, rotated by its EXIF data, pixels scaled to 8 bits.
 
-    Raises OSError for every problem of the file: it does not exist, is not an image, is damaged, or has
-    more pixels than Pillow allows (2 * PIL.Image.MAX_IMAGE_PIXELS, about 179 million). Raises ImportError
-    if Pillow is not installed.
+    Raises OSError for every problem of the file: it does not exist, is not an image, is damaged, or
+    has more pixels than Pillow allows (2 * PIL.Image.MAX_IMAGE_PIXELS, about 179 million). Raises
+    ImportError if Pillow is not installed.
     """
     Image = import_optional("PIL.Image", "viz", "reading photos")
     ImageOps = import_optional("PIL.ImageOps", "viz", "reading photos")
@@ -110,8 +110,9 @@ def load_photo(
 ) -> Tensor:
     """Read a photo for evaluation: (3, height, width) float32 in [0, 1].
 
-    Resizes it so that its shorter side is size / crop_pct, and crops the center, bit for bit as timm does;
-    photos more than 8 times as long as wide are cropped first. Raises the errors of `open_photo`.
+    Resizes it so that its shorter side is size / crop_pct, and crops the center, bit for bit as
+    timm does; photos more than 8 times as long as wide are cropped first. Raises the errors of
+    `open_photo`.
 
     Args:
         file: a path, or a binary file object.

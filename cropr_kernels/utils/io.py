@@ -17,7 +17,8 @@ from .optional import import_optional
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file on its file system, durably: sync its data, rename, sync the folder."""
+    """Rename a finished file on its file system, durably: sync its data, rename, sync the
+    folder."""
     with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -31,7 +32,8 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file with the same suffix that becomes `path` if the block ends without an error.
+    """Yield a temporary file with the same suffix that becomes `path` if the block ends without an
+    error.
 
     Creates the folder. Until then, and after an error, the previous file stays.
     """
@@ -48,7 +50,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise one OSError if a path cannot be written: libraries report a full disk as `unexpected pos`."""
+    """Raise one OSError if a path cannot be written: libraries report a full disk as `unexpected
+    pos`."""
     try:
         yield
     except Exception as error:
@@ -121,7 +124,8 @@ def load_safetensors(path: str | Path, substring: str = "") -> tuple[dict[str, T
 
 
 def require_launcher(parent: int, command: str) -> None:
-    """Raise RuntimeError if torchrun started this process from `parent` and is gone: others may end too."""
+    """Raise RuntimeError if torchrun started this process from `parent` and is gone: others may end
+    too."""
     if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
         raise RuntimeError(
             f"{command}: torchrun, which started this process, is gone; the same command resumes the run"
@@ -129,7 +133,8 @@ def require_launcher(parent: int, command: str) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format cells as aligned text: the first `left` columns to the left, all others to the right."""
+    """Format cells as aligned text: the first `left` columns to the left, all others to the
+    right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     sides = ["<"] * left + [">"] * (len(head) - left)
     lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in (head, *rows)]

@@ -23,8 +23,8 @@ def is_installed(module: str) -> bool:
 def import_optional(module: str, extra: str, feature: str) -> Any:
     """Import a module, such as "PIL.Image", of a library that only `feature` needs.
 
-    Raises ImportError if the library, or one that it needs, is not installed; the error names it, and the
-    extra of this package that includes it.
+    Raises ImportError if the library, or one that it needs, is not installed; the error names it,
+    and the extra of this package that includes it.
     """
     try:
         return importlib.import_module(module)
@@ -33,8 +33,8 @@ def import_optional(module: str, extra: str, feature: str) -> Any:
             raise
         library = distribution(module)
         missing = distribution(error.name)
-        through = "" if missing == library else f"{library}, which needs "
+        via = "" if missing == library else f"{library}, which needs "
         raise ImportError(
-            f"{feature} needs {through}{missing}: pip install {missing} (or the extra [{extra}] of cropr_kernels)",
+            f"{feature} needs {via}{missing}: pip install {missing} (or the extra [{extra}] of cropr_kernels)",
             name=error.name,
         ) from error

@@ -4,20 +4,29 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 from .optional import import_optional
 
 _DELAY = 2.0  # seconds until a bar is shown
 _INTERVAL = 30.0  # seconds between two lines
-Item = TypeVar("Item")
+Item = TypeVar("Item", covariant=True)
+
+
+class SizedIterable(Protocol[Item]):
+    """Items of a known number, such as a list or a DataLoader."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
 
 
 class Progress:
-    """Progress of long work: a bar on a terminal if tqdm is installed, else a line every 30 seconds.
+    """Progress of long work: a bar on a terminal if tqdm is installed, else a line every 30
+    seconds.
 
-    Work of less than two seconds shows no bar, of less than 30 no line.
+    Work of less than two seconds shows no bar, of less than 30 seconds no line.
 
     Args:
         label: the work, such as "calibrating".
@@ -91,7 +100,7 @@ def announce(label: str, amount: str, seconds: float) -> None:
         print(f"{label}: {amount}, about {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def each(items: Collection[Item], label: str, *, show: bool = True) -> Iterator[Item]:
+def each(items: SizedIterable[Item], label: str, *, show: bool = True) -> Iterator[Item]:
     """Yield the items, with progress."""
     with Progress(label, len(items), show=show) as progress:
         for item in items:

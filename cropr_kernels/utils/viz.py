@@ -52,9 +52,9 @@ def save_pruning_maps(
 ) -> None:
     """Write one PNG: each image with its title, and below it with its pruning map.
 
-    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from `pruning_map`:
-    the number of blocks each patch passed, `depth` if it was never pruned. Raises ValueError if the batch
-    sizes differ.
+    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from
+    `pruning_map`: the number of blocks each patch passed, `depth` if it was never pruned. Raises
+    ValueError if the batch sizes differ.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.9)
     extent = (-0.5, images.shape[3] - 0.5, images.shape[2] - 0.5, -0.5)
@@ -91,8 +91,8 @@ def save_pruning_frames(
 ) -> None:
     """Write an animation (GIF) and a strip (PNG) of the patches that each block sees.
 
-    Captions name the block and its number of patches. The image is (C, H, W), C = 1 or 3, in [0, 1];
-    pruned_after (grid height, grid width) is its `pruning_map`.
+    Captions name the block and its number of patches. The image is (C, H, W), C = 1 or 3, in [0,
+    1]; pruned_after (grid height, grid width) is its `pruning_map`.
     """
     Image = import_optional("PIL.Image", "viz", "a picture")
     ImageDraw = import_optional("PIL.ImageDraw", "viz", "a picture")
@@ -120,10 +120,11 @@ def save_pruning_frames(
 
 
 def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> None:
-    """Write one PNG of a training run: losses, the metric, and its last value for every auxiliary head.
+    """Write one PNG of a training run: losses, the metric, and its last value for every auxiliary
+    head.
 
-    `lines` are those of metrics.jsonl (`cropr_kernels.train`), `metric` a name in its evaluations, such as
-    "top-1".
+    `lines` are those of metrics.jsonl (`cropr_kernels.train`), `metric` a name in its evaluations,
+    such as "top-1".
     """
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "val" in line]
@@ -145,7 +146,7 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
     _save(figure, path)
 
 
-def save_speed_curves(path: str | Path, rows: list[dict[str, Any]], title: str) -> None:
+def save_speed_curves(path: str | Path, rows: list[dict[str, float]], title: str) -> None:
     """Write one PNG: the speed-up at every rate, a line per batch size, and the ratio of FLOPs.
 
     `rows` are those of `cropr bench`: batch, rate, speedup, flop_ratio.

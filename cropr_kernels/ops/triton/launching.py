@@ -47,7 +47,7 @@ class _TensorReference(NamedTuple):
     tensor: Tensor
 
 
-def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: int, *args: object, **options: object) -> None:
     """Launch kernel[(grid,)](*args, **options) on the current device, and tell the recorder."""
     compiled = kernel[(grid,)](*args, **options, **_PINNED)
     recorder = getattr(_state, "recorder", None)
@@ -83,10 +83,12 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.args = args
         self.allocated: list[tuple[Tensor, bool]] = []
-        self.launches: list[tuple[Any, int, dict[str, Any]]] = []
+        self.launches: list[tuple[Any, int, dict[str, object]]] = []
         self.computes = False
 
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> Any:
         result = func(*args, **kwargs or {})
         if func in _EMPTY or func in _ZEROS:
             self.allocated.append((result, func in _ZEROS))
@@ -134,7 +136,9 @@ def _find(tensor: Tensor, references: list[_TensorReference]) -> _TensorReferenc
     return bases[0] if len(bases) == 1 else None
 
 
-def _parameters(compiled: Any, values: dict[str, Any], references: list[_TensorReference]) -> list[_Parameter] | None:
+def _parameters(
+    compiled: Any, values: dict[str, object], references: list[_TensorReference]
+) -> list[_Parameter] | None:
     """The parameters of a launch in the kernel's order, or None if they cannot be replayed."""
     if compiled is None or compiled.metadata.num_ctas > 1:  # the interpreter; clusters
         return None

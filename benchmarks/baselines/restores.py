@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cropr_kernels.models.blocks import project_heads, proportional_attention
-from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.ops.reference import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
 ops = torch.ops.cropr
@@ -80,9 +80,9 @@ def run_trunk(
             priority = colours[len(departures) % 2].gather(1, active)
             split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
             safe, candidates = (active.gather(1, part) for part in split)
-            costs = torch.ones_like(sizes).scatter(1, active, pruning_costs(own, scores, COST_WEIGHT, prefix))
+            costs = torch.ones_like(sizes).scatter(1, active, cost_scales(own, scores, COST_WEIGHT, prefix))
             after = before.clone()
-            kept_idx, idx, _ = ops.merge_(after, safe, candidates, sizes, parent, count, prefix, costs=costs)
+            kept_idx, idx, _ = ops.merge_(after, safe, candidates, sizes, parent, count, prefix, cost_scale=costs)
             target = parent.gather(1, idx)
         keys = put(keys.new_zeros(batch, tokens, keys.shape[2]), active, keys)
         departures.append(Departure(idx, kept_idx, before, after, keys, target))

@@ -87,7 +87,7 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
 
 
 @pytest.mark.parametrize(
-    "name", ["merge_", "host_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"]
+    "name", ["merge_", "parent_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"]
 )
 def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     x, query, keep = cell
@@ -100,7 +100,7 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         sizes, parent = torch.ones(batch, n, device=x.device), torch.arange(n, device=x.device).repeat(batch, 1)
         args: dict[str, tuple[Any, ...]] = {
             "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
-            "host_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
+            "parent_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
             "gather_norm": (x, idx, weight, bias, 1e-6),
             "add_": (x, idx, update, None),
             "add_norm_": (x, idx, update, None, weight, bias, 1e-6),
@@ -109,7 +109,7 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         }
         mine, theirs = ([arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]] for _ in range(2))
         got, expected = getattr(ops, name)(*mine), getattr(reference, name)(*theirs)
-        if name == "host_offsets_":
+        if name == "parent_offsets_":
             assert (mine[3] == theirs[3]).double().mean() > 0.99  # hosts of near-ties may differ
         elif name == "merge_":
             assert (got[0] == expected[0]).double().mean() > 0.9 and torch.equal(got[2].sum(1), expected[2].sum(1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cropr_kernels as cropr
-from benchmarks.utils.timing import compiled, graphed, in_turns, quantile, seconds_of
+from benchmarks.utils.timing import compiled, graphed, quantile, seconds_of, time_interleaved
 from cropr_kernels.utils.flops import flop_counter
 
 Method = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> 
     once = max(seconds_of(method, images) for method in ready.values())
     calls = max(1, min(20, int(0.02 / once)))
     turns = {name: lambda method=method: seconds_of(method, images, calls) for name, method in ready.items()}
-    times = in_turns(turns, rounds)
+    times = time_interleaved(turns, rounds)
     median = {name: quantile(values, 0.5) for name, values in times.items()}
     if images.is_cuda:  # absolute times from a GPU only
         for name, values in times.items():

@@ -35,7 +35,7 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
-def in_turns(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+def time_interleaved(calls: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """What each call returns in every round; they take turns, in an order that changes from round to round."""
     found: dict[Key, list[float]] = {key: [] for key in calls}
     order, shuffler = list(calls), random.Random(0)
@@ -73,8 +73,8 @@ def timed(methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int) -
             return seconds_of(method, x)
 
         turns = {key: partial(turn, method) for key, method in methods.items()}
-        in_turns(turns, 2)
-        return in_turns(turns, rounds)
+        time_interleaved(turns, 2)
+        return time_interleaved(turns, rounds)
 
 
 def speed_up(plain: list[float], own: list[float]) -> dict[str, Any]:

@@ -1,1 +1,2 @@
-"""The `cropr` command, up to the moment when its work begins: arguments are read without loading torch."""
+"""The `cropr` command, up to the moment when its work begins: arguments are read without loading
+torch."""

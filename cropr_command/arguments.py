@@ -1,18 +1,19 @@
-"""The commands and their arguments. What a command does is in cropr_kernels.cli, which is loaded to run it."""
+"""The commands and their arguments; cropr_kernels.cli, loaded on demand, runs them."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .parsing import Parser
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("torch", "aoti", "onnx")
 _PRESETS = Path(__file__).parents[1] / "cropr_kernels" / "train" / "presets"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def count(text: str) -> int:
-    """A number of things, as `type` of an argument."""
+    """Parse a positive integer, as `type` of an argument."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
     return int(text)
@@ -20,26 +21,23 @@ def count(text: str) -> int:
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": dict(
-        help="a preset of cropr_kernels, a model of timm or torchvision, a weight file, or a folder of transformers, "
+        help="a preset of cropr_kernels, a timm or torchvision model, a weight file, or a folder of Hugging Face, "
         "cropr.save or cropr train"
     ),
-    "--arch": dict(help="of a weight file: a preset, or a model of timm or torchvision (default: by its tensors)"),
+    "--arch": dict(help="of a weight file: a preset, or a timm or torchvision model (default: by its tensors)"),
     "--img-size": dict(type=count, help="side of the images in pixels (default: the model's)"),
     "--num-classes": dict(type=int, help="0: features in place of classes (default: the model's)"),
-    "--queries": dict(
-        type=Path, help="what cropr calibrate wrote; it also says rate, merge and llf where no option does"
-    ),
+    "--queries": dict(type=Path, help="file of cropr calibrate; it also sets rate, merge and llf, unless options do"),
     "--rate": dict(type=int, help="tokens pruned after each block (default: that of the queries or the model, or 8)"),
-    "--keep": dict(type=Path, help="a schedule that cropr tune wrote"),
+    "--keep": dict(type=Path, help="schedule of cropr tune"),
     "--rates": dict(type=int, nargs="+", help="tokens pruned after each block (default: four rates)"),
     "--llf": dict(
         action=argparse.BooleanOptionalAction,
-        help="Last Layer Fusion: all tokens in the last block, pruned ones with the change of their host",
+        help="Last Layer Fusion: all tokens in the last block, pruned ones with the change of their parent",
     ),
     "--merge": dict(
         action=argparse.BooleanOptionalAction,
-        help="merge the pruned tokens into those that are kept, or drop them (default: as the queries or the model "
-        "say, or merge)",
+        help="merge pruned tokens into kept ones, or drop them (default: that of the queries or the model, or merge)",
     ),
     "--mean": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
     "--std": dict(type=float, nargs=3, help="of the pixels (default: the model's, or 0.5)"),
@@ -47,32 +45,32 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--interpolation": dict(choices=("bicubic", "bilinear", "lanczos"), help="default: the model's"),
     "--max-pixels": dict(type=count, help="of a photo; larger ones are not read (default: 178956970)"),
     "--batch": dict(type=count, default=1, help="images at a time (default: %(default)s)"),
-    "--rounds": dict(type=count, help="timings of each, the median is used (default: 3 to 9, as many as take 45 s)"),
-    "--device": dict(help="default: cuda where there is a GPU, else cpu"),
+    "--rounds": dict(type=count, help="timings of each, for the median (default: 3 to 9, as many as take 45 s)"),
+    "--device": dict(help="default: cuda if there is a GPU, else cpu"),
     "--dtype": dict(choices=DTYPES, help="default: bfloat16 on cuda, else float32"),
     "--quiet": dict(action="store_true", help="no progress"),
 }
 
 
-def add_arguments(parser: Any, *names: str) -> None:
-    """Arguments that several commands have."""
+def add_arguments(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add arguments that several commands share."""
     for name in names:
         parser.add_argument(name, **_ARGUMENTS[name])
 
 
-def add_model(parser: Any, **how: Any) -> None:
-    """The arguments that name a model."""
-    parser.add_argument("model", **_ARGUMENTS["model"] | how)
+def add_model(parser: Parser, **options: object) -> None:
+    """Add the arguments that name a model."""
+    parser.add_argument("model", **_ARGUMENTS["model"] | options)
     add_arguments(parser, "--arch", "--img-size", "--num-classes")
 
 
-def add_pixels(parser: Any) -> None:
-    """The arguments that say how photos are read."""
+def add_pixels(parser: Parser) -> None:
+    """Add the arguments of reading photos."""
     add_arguments(parser, "--mean", "--std", "--crop-pct", "--interpolation", "--max-pixels")
 
 
-def add_pruning(parser: Any) -> None:
-    """The arguments of `load_with_queries`."""
+def add_pruning(parser: Parser) -> None:
+    """Add the arguments of `load_with_queries`."""
     add_model(parser)
     add_arguments(parser, "--queries", "--llf", "--merge")
     add_pixels(parser)
@@ -80,27 +78,27 @@ def add_pruning(parser: Any) -> None:
     add_arguments(schedule, "--rate", "--keep")
 
 
-def _add_info(commands: Any) -> None:
-    parser = commands.add_parser("info", help="versions, build facts and kernels; or how a model would be pruned")
+def _add_info(commands: Commands) -> None:
+    parser = commands.add_parser("info", help="versions, build facts and kernels; or the pruning of a model")
     add_arguments(parser, "--rate", "--llf", "--merge")
-    add_model(parser, nargs="?", help="as of the other commands; a name has random weights")
+    add_model(parser, nargs="?", help="as for the other commands; a name has random weights")
     parser.set_defaults(run="info.run", after_stop="nothing was written")
 
 
-def _add_doctor(commands: Any) -> None:
+def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check every op, and small networks, on each device of this machine",
         description="Compare every op, in each dtype, with its definition, and small pruned networks with the "
-        "functional ops, on the CPU and on each GPU; the first run compiles its kernels. Names what is wrong, and then "
-        "ends with the exit code 1.",
+        "functional ops, on the CPU and on each GPU; the first run compiles its kernels. Failures are printed, and the "
+        "exit code is then 1.",
     )
-    parser.add_argument("--device", help="only this one (default: the CPU and every GPU)")
+    parser.add_argument("--device", help="check only this device (default: the CPU and every GPU)")
     add_arguments(parser, "--quiet")
-    parser.set_defaults(run="doctor.run", dtype=None, after_stop="what was wrong so far is said above")
+    parser.set_defaults(run="doctor.run", dtype=None, after_stop="failures so far are printed above")
 
 
-def _add_calibrate(commands: Any) -> None:
+def _add_calibrate(commands: Commands) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="prune a pretrained model without labels and without training",
@@ -113,21 +111,23 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("folder", type=Path, help="photos, searched in all folders below; a few hundred are enough")
     parser.add_argument("--out", type=Path, default=Path("queries.safetensors"), help="file (default: %(default)s)")
     parser.add_argument("--photos", type=count, default=400, help="photos to calibrate on, at most (default: 400)")
-    parser.add_argument("--held-out", type=count, default=200, help="others to compare on, at most (default: 200)")
-    parser.add_argument("--least", type=float, default=95.0, help="agreement to recommend a rate, %% (default: 95)")
-    parser.add_argument("--seed", type=int, default=0, help="which photos are drawn (default: 0)")
+    parser.add_argument("--held-out", type=count, default=200, help="photos to compare on, at most (default: 200)")
+    parser.add_argument(
+        "--least", type=float, default=95.0, help="lowest agreement of a recommended rate, %% (default: 95)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice of photos (default: 0)")
     parser.set_defaults(
         run="calibrate.run",
-        after_stop="{out} is written as soon as the queries are known; the same command begins anew",
+        after_stop="{out} is written once the queries are known; the same command starts over",
     )
 
 
-def _add_map(commands: Any) -> None:
+def _add_map(commands: Commands) -> None:
     parser = commands.add_parser(
         "map",
-        help="pictures of what a model prunes from photos, block by block",
-        description="Write maps.png (photos, and over each the block after which each patch is pruned), merged.png "
-        "(the tokens they end in, where they merge), and for each photo NAME.gif, an animation, and NAME_blocks.png, "
+        help="draw the patches that a model prunes from photos, block by block",
+        description="Write maps.png (photos, each with the block after which each patch is pruned), merged.png "
+        "(the merged tokens, if merging), and for each photo NAME.gif, an animation, and NAME_blocks.png, "
         "its frames side by side. Without --queries the model is calibrated on these photos.",
     )
     add_model(parser)
@@ -135,10 +135,10 @@ def _add_map(commands: Any) -> None:
     add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
-    parser.set_defaults(run="map.run", after_stop="the pictures named above are whole; the same command begins anew")
+    parser.set_defaults(run="map.run", after_stop="the pictures named above are complete; the same command starts over")
 
 
-def _add_tune(commands: Any) -> None:
+def _add_tune(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the schedule that reaches a speed on this device",
@@ -152,10 +152,10 @@ def _add_tune(commands: Any) -> None:
     add_model(parser)
     add_arguments(parser, "--batch", "--llf", "--merge", "--device", "--dtype", "--rounds", "--quiet")
     parser.add_argument("--out", type=Path, default=Path("schedule.json"), help="file (default: %(default)s)")
-    parser.set_defaults(run="tune.run", after_stop="nothing was written; the same command begins anew")
+    parser.set_defaults(run="tune.run", after_stop="nothing was written; the same command starts over")
 
 
-def _add_bench(commands: Any) -> None:
+def _add_bench(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure a model on this device, unpruned and at several rates",
@@ -169,10 +169,10 @@ def _add_bench(commands: Any) -> None:
         "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay CUDA graphs (default: of small batches)"
     )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="file without suffix (default: bench)")
-    parser.set_defaults(run="bench.run", after_stop="what the tables above say is in {out}.json")
+    parser.set_defaults(run="bench.run", after_stop="the tables above are in {out}.json")
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Commands) -> None:
     parser = commands.add_parser(
         "export",
         help="write a pruned model as ONNX, a torch.export program or an AOTInductor package",
@@ -185,12 +185,12 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--ops", choices=["cropr", "aten"], help="aten: the file needs no cropr ops (default: as fits)")
     parser.add_argument("--images", type=Path, nargs="+", help="photos to compare on (default: random numbers)")
     parser.add_argument("--dynamic-batch", action="store_true", help="the file takes batches of any size")
-    parser.add_argument("--map", action="store_true", help="also give the block after which each patch is pruned")
+    parser.add_argument("--map", action="store_true", help="also output the block after which each patch is pruned")
     parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: exported)")
-    parser.set_defaults(run="export.run", after_stop="the files named above are whole")
+    parser.set_defaults(run="export.run", after_stop="the files named above are complete")
 
 
-def _add_infer(commands: Any) -> None:
+def _add_infer(commands: Commands) -> None:
     parser = commands.add_parser(
         "infer",
         help="classify or embed a folder of photos or WebDataset shards, into Parquet",
@@ -206,10 +206,10 @@ def _add_infer(commands: Any) -> None:
     parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
     parser.add_argument("--unit", type=count, default=2048, help="photos of a folder in one file (default: 2048)")
     parser.add_argument("--workers", type=count, default=4, help="threads that read photos (default: 4)")
-    parser.set_defaults(run="infer.run", after_stop="the same command resumes with the files that are not there yet")
+    parser.set_defaults(run="infer.run", after_stop="the same command resumes with the missing files")
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Commands) -> None:
     training = commands.add_parser(
         "train",
         help="train a pruned Vision Transformer",
@@ -227,7 +227,7 @@ def _add_train(commands: Any) -> None:
     training.add_argument("--out", type=Path, required=True, help="folder of the run")
     add_arguments(training, "--quiet")
     training.add_argument("options", nargs="*", metavar="name=value", help="any option of the configuration")
-    training.hint = "options of the configuration are given as name=value"
+    training.hint = "options of the configuration must be name=value"
     training.set_defaults(
         run="train.run_train", after_stop="the same command resumes from the last checkpoint in {out}"
     )
@@ -242,14 +242,14 @@ def _add_train(commands: Any) -> None:
     add_pixels(measuring)
     measuring.add_argument("--data", help="root folder of the dataset (default: that of the run)")
     measuring.add_argument("--out", type=Path, help="folder to write to (default: that of the run, or eval)")
-    measuring.add_argument("--rates", type=int, nargs="+", help="measure at these rates instead of its own schedule")
+    measuring.add_argument("--rates", type=int, nargs="+", help="rates to measure (default: the model's schedule)")
     measuring.add_argument("--pictures", type=int, default=6, help="photos in maps.png; 0 for none (default: 6)")
     add_arguments(measuring, "--quiet")
-    measuring.set_defaults(run="train.run_eval", after_stop="nothing was written; the same command begins anew")
+    measuring.set_defaults(run="train.run_eval", after_stop="nothing was written; the same command starts over")
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser: Any, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from cropr_kernels.cli.info import versions
 
         print(", ".join(f"{name} {value}" for name, value in versions().items()))
@@ -257,7 +257,10 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands: `run` names a function in cropr_kernels.cli, `after_stop` says what a stop leaves."""
+    """Create the parser of all commands.
+
+    `run` names a function in cropr_kernels.cli; `after_stop` describes the state after an
+    interruption."""
     parser = argparse.ArgumentParser(prog="cropr", description="Token Cropr for PyTorch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and device, and exit")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)

@@ -1,19 +1,22 @@
-"""How the commands read their arguments."""
+"""The argument parser of the commands."""
 
 import argparse
 import difflib
-from typing import Any
+from collections.abc import Sequence
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes arguments in any order, and says which option an unknown one may be meant for."""
+    """A parser that takes arguments in any order, and suggests an option for an unknown one."""
 
-    hint = ""  # what an unknown argument may be about
+    hint = ""  # shown for unknown arguments
     _nested = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """All arguments of the command: what is left over is an error here, where its options are known."""
-        if self._nested:  # parse_known_intermixed_args calls this method, for options and for the others
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse all arguments of the command; unknown ones are an error here, where its options are
+        known."""
+        if self._nested:  # called by parse_known_intermixed_args, for options and for positionals
             return super().parse_known_args(args, namespace)
         self._nested = True
         try:
@@ -21,9 +24,10 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._nested = False
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
-            hint = f"is {near[0]} meant?" if near else self.hint
+            names: list[str] = []
+            for action in self._actions:
+                names += action.option_strings
+            matches = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, cutoff=0.75)
+            hint = f"is {matches[0]} meant?" if matches else self.hint
             self.error(f"unknown argument {unknown[0]!r}{hint and '; '}{hint}")
         return options, []

@@ -8,14 +8,16 @@ from types import FrameType
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM raise KeyboardInterrupt, so that temporary files and processes go.
+    """Context in which SIGINT and SIGTERM raise KeyboardInterrupt, so that temporary files and
+    processes are removed.
 
-    A second one kills. Under torchrun, which passes on the terminal's SIGINT, that second one is ignored, and SIGTERM,
-    by which it ends processes that may wait for others for ever, kills at once.
+    A second signal kills. Under torchrun, which forwards the terminal's SIGINT, the second one is
+    ignored, and SIGTERM, sent to processes that may wait for others forever, kills at once.
     """
 
     def __init__(self) -> None:
-        self.caught, self.process = 0, os.getpid()
+        self.caught = 0
+        self.process = os.getpid()
         self.launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     @property
@@ -23,22 +25,22 @@ class Signals:
         return "terminated" if self.caught == signal.SIGTERM else "interrupted"
 
     def __enter__(self) -> "Signals":
-        wanted = [signal.SIGINT] if self.launched else [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT] if self.launched else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is not threading.main_thread():
-            wanted = []
-        self.before = {one: signal.signal(one, self._stop) for one in wanted}
+            numbers = []
+        self.handlers = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.caught:  # this process ends; another signal must not interrupt that
+        if self.caught:  # the process is ending; no signal may interrupt it
             return
-        for one, handler in self.before.items():
-            signal.signal(one, handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # one that reads data, forked with this handler, ends in silence
+    def _stop(self, caught: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked data worker ends silently
             sys.exit(0)
-        self.caught = number
-        for one in self.before:
-            signal.signal(one, signal.SIG_IGN if self.launched else signal.SIG_DFL)
+        self.caught = caught
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_IGN if self.launched else signal.SIG_DFL)
         raise KeyboardInterrupt

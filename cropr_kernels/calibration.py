@@ -28,7 +28,7 @@ from .pruning.state import PruningOptions
 from .schedule import SCHEDULES
 from .utils.flops import flop_counter
 from .utils.io import atomic_write, load_safetensors
-from .utils.optional import need
+from .utils.optional import import_optional
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -209,7 +209,7 @@ def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = No
         ImportError: safetensors is not installed.
     """
     stack: Any = require_pruned(model, "cropr.save_queries")
-    write = need("safetensors.torch", "demo", "cropr.save_queries").save_file
+    write = import_optional("safetensors.torch", "demo", "cropr.save_queries").save_file
     how = {name: own for name, own in (options_of(stack) or {}).items() if name in (*SCHEDULES, "llf", "merge")}
     queries, text = (
         torch.stack([module.query().cpu() for module in stack]),

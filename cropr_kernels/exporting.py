@@ -15,7 +15,7 @@ from .pruning.api import deploy
 from .pruning.model import require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
 from .utils.io import disk_errors, publish
-from .utils.optional import need
+from .utils.optional import import_optional
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest output; float64 scores are float32
@@ -122,7 +122,7 @@ def export(
 def need_libraries(format: str) -> None:
     """Raise ImportError where a library that a format needs is not installed."""
     for library in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-        need(library, "export", "cropr.export to ONNX")
+        import_optional(library, "export", "cropr.export to ONNX")
 
 
 def _write(program: Any, file: Path, format: str) -> None:
@@ -151,7 +151,7 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
         importlib.import_module("torch._inductor.codecache")  # torch 2.10 forgets to
         loaded = torch._inductor.aoti_load_package(str(path))
         return lambda images: _tensors(loaded(images))
-    onnxruntime = need("onnxruntime", "export", "an ONNX file")
+    onnxruntime = import_optional("onnxruntime", "export", "an ONNX file")
     options = onnxruntime.SessionOptions()
     # Its threads would go on spinning after a call, and slow down whatever the process does next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -27,7 +27,7 @@ from .schedule import Schedule
 from .utils.flops import flop_counter
 from .utils.io import write_text
 from .utils.progress import announce
-from .utils.timing import LEAST_ROUNDS, ROUNDS, SECONDS, fitting, in_turns, seconds_of
+from .utils.timing import LEAST_ROUNDS, ROUNDS, SECONDS, fitting, seconds_of, time_interleaved
 
 _TRIALS = 4  # schedules that are tried
 _AVERAGE = 0.6  # time of a forward at an average token count, over that at all tokens
@@ -188,7 +188,7 @@ def tune(
     hold_graphs(fast, len(counts) + 2 + 2 * _TRIALS)
     gentle = [tokens - module - 1 for module in range(modules)] if tokens > modules + prefix else [tokens] * modules
     calls = {count: run([count] * modules) for count in [*counts, tokens]} | {"gentle": run(gentle)}
-    timings = in_turns(calls, device, rounds, show=show, what="latency curve")
+    timings = time_interleaved(calls, device, rounds, show=show, label="latency curve")
     times = {count: timing.seconds for count, timing in timings.items()}
     whole = times[tokens]
     overhead = max((times["gentle"] - whole) / modules, 0.0)  # of pruning, a module; one is in every count's time
@@ -202,7 +202,7 @@ def tune(
         if keep is None:
             break
         ends = {"unpruned": run(unpruned), "pruned": run(keep)}
-        both = in_turns(ends, device, checks, show=show, what="chosen schedule")
+        both = time_interleaved(ends, device, checks, show=show, label="chosen schedule")
         again = {name: timing.seconds for name, timing in both.items()}
         spread = max(timing.spread for timing in both.values())
         tried.append((again["unpruned"] / again["pruned"], keep, again, spread))

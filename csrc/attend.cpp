@@ -1,7 +1,7 @@
 // CPU kernels of cropr::attend and its gradient for the queries.
 //
-// One query reads the tokens once. Many queries are matrix products: those run in the BLAS behind
-// aten::mm, one image at a time, so that nothing larger than (M, N) ever exists.
+// One query reads the tokens once. Many queries are matrix products by aten::mm, one image at a time, so that nothing
+// larger than (M, N) is allocated.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -25,7 +25,7 @@ void check_attend(const Op& op, const Tensor& x, std::initializer_list<const Ten
 template <typename A>
 constexpr ScalarType acc_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-// Contiguous copy in the accumulation type; no copy where the tensor already is that.
+// Converts to a contiguous tensor of the accumulation type, without a copy if it already is one.
 template <typename A>
 Tensor as_acc(const Tensor& t) {
   const Tensor cast = t.scalar_type() == acc_dtype<A> ? t : torch::stable::to(t, acc_dtype<A>);
@@ -42,20 +42,20 @@ void softmax_rows(A* logits, int64_t rows, int64_t n) {
   parallel_for(0, rows, std::max<int64_t>(1, 4096 / n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       A* row = logits + i * n;
-      const A top = *std::max_element(row, row + n);
+      const A highest = *std::max_element(row, row + n);
       A sum = 0;
-      for (int64_t j = 0; j < n; ++j) sum += row[j] = std::exp(row[j] - top);
+      for (int64_t j = 0; j < n; ++j) sum += row[j] = std::exp(row[j] - highest);
       for (int64_t j = 0; j < n; ++j) row[j] /= sum;
     }
   });
 }
 
 template <typename A>
-void scaled(const A* from, A factor, int64_t count, A* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+void scale_by(const A* values, A factor, int64_t count, A* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = values[i] * factor;
 }
 
-// weight (N,) = softmax(scale * query . x), for one image and one query; the products alone go to raw, if not null.
+// weight (N,) = softmax(scale * query . x), for one image and one query; raw, if not null, receives the products.
 template <typename T>
 void attention_row(
     const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T> scale, acc_t<T>* weight,
@@ -63,9 +63,9 @@ void attention_row(
   dot_rows<T>(x, stride, n, dim, query, weight);
   if (raw != nullptr) std::copy_n(weight, n, raw);
   const auto [low, high] = std::minmax_element(weight, weight + n);
-  const acc_t<T> top = scale * (scale < 0 ? *low : *high);
+  const acc_t<T> highest = scale * (scale < 0 ? *low : *high);
   acc_t<T> sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += weight[i] = std::exp(scale * weight[i] - top);
+  for (int64_t i = 0; i < n; ++i) sum += weight[i] = std::exp(scale * weight[i] - highest);
   for (int64_t i = 0; i < n; ++i) weight[i] /= sum;
 }
 
@@ -90,7 +90,7 @@ Tensor transposed(const Tensor& t) {
   return torch::stable::transpose(t, 0, 1);
 }
 
-// a b, in their own type. Written to a tensor that is there, because autocast would answer aten::mm in another type.
+// a b, in the dtype of both. Written to an allocated tensor, as autocast would change the dtype of aten::mm.
 template <typename A>
 Tensor product(const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
@@ -112,11 +112,11 @@ template <typename A>
 Tensor scaled_queries(const Tensor& queries, double scale) {
   const Tensor wide = as_acc<A>(queries);
   Tensor out = empty({queries.size(0), queries.size(1)}, acc_dtype<A>);
-  scaled<A>(data<A>(wide), static_cast<A>(scale), queries.numel(), mutable_data<A>(out));
+  scale_by<A>(data<A>(wide), static_cast<A>(scale), queries.numel(), mutable_data<A>(out));
   return out;
 }
 
-// Writes the scores (B, N) of cropr::scores too, if asked for: one query has them at hand.
+// Also writes the scores (B, N) of cropr::scores unless null: with one query they are the logits.
 Tensor attend_all(const Tensor& x, const Tensor& queries, double scale, float* scores) {
   const int64_t batch = x.size(0), count = queries.size(0), dim = x.size(2);
   const Tensor dense = with_dense_rows(x);
@@ -177,7 +177,7 @@ void attend_one_backward(
   });
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t d = 0; d < dim; ++d) grad_query[d] += per_image[b * dim + d];
-  scaled<A>(grad_query, static_cast<A>(scale), dim, grad_query);
+  scale_by<A>(grad_query, static_cast<A>(scale), dim, grad_query);
 }
 
 Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& queries, double scale) {

@@ -21,7 +21,7 @@ bool allows(Types types, ScalarType type, ScalarType first) {
   }
 }
 
-// Calls body(factor, letter, index) for each dimension of one alternative; gives how many there are.
+// Calls body(factor, letter, index) for each dimension of one alternative; returns their number.
 template <typename Body>
 int64_t for_each_dim(const char* shape, const Body& body) {
   int64_t count = 0;
@@ -38,21 +38,21 @@ const char* next_alternative(const char* shape) {
   return *shape == '|' ? shape + 1 : nullptr;
 }
 
-// Whether sizes have this shape; if so, their letters are in dims from then on.
+// Matches sizes to a shape; if they fit, dims receives the sizes of its letters.
 bool fits(const char* shape, const int64_t* sizes, int64_t rank, Dims& dims) {
   if (for_each_dim(shape, [](int64_t, char, int64_t) {}) != rank) return false;
-  Dims found = dims;
-  bool same = true;
+  Dims extended = dims;
+  bool matches = true;
   for_each_dim(shape, [&](int64_t factor, char letter, int64_t i) {
-    int64_t& size = found[letter];
+    int64_t& size = extended[letter];
     if (size < 0) size = sizes[i];
-    same = same && sizes[i] == factor * size;
+    matches = matches && sizes[i] == factor * size;
   });
-  if (same) dims = found;
-  return same;
+  if (matches) dims = extended;
+  return matches;
 }
 
-// As in "(B = 2, K) or (M, 2 C = 8)": with the sizes that are known.
+// A shape as text, with the sizes that are known: "(B = 2, K) or (M, 2 C = 8)".
 std::string expected(const char* shape, const Dims& dims) {
   std::ostringstream text;
   for (const char* sep = ""; shape != nullptr; shape = next_alternative(shape), sep = " or ") {
@@ -77,19 +77,19 @@ std::string strides_of(const Tensor& t) {
 }
 
 void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarType first, Dims& dims) {
-  if (!tensor.is_cpu()) fail(name_of(op), ": ", input.name, " must be on the same device as the other tensors, cpu");
+  if (!tensor.is_cpu()) fail(name_of(op), ": ", input.name, " must be on the matches device as the other tensors, cpu");
   const ScalarType type = tensor.scalar_type();
   if (!allows(input.types, type, first))
     fail(
         name_of(op), ": ", input.name, " must be ", kTypeNames[static_cast<int>(input.types)],
         input.types == Types::kOfFirst ? std::string(", ") + dtype_name(first) : "", ", got ", dtype_name(type));
   int64_t* sizes;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));  // all of them in one call
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));  // one call into libtorch for all
   const int64_t rank = tensor.dim();
-  bool fine = false;
-  for (const char* shape = input.shape; shape != nullptr && !fine; shape = next_alternative(shape))
-    fine = fits(shape, sizes, rank, dims);
-  if (!fine)
+  bool fits_shape = false;
+  for (const char* shape = input.shape; shape != nullptr && !fits_shape; shape = next_alternative(shape))
+    fits_shape = fits(shape, sizes, rank, dims);
+  if (!fits_shape)
     fail(name_of(op), ": ", input.name, " must have shape ", expected(input.shape, dims), ", got ", shape_of(tensor));
   if (input.layout == Layout::kContiguous && !tensor.is_contiguous())
     fail(
@@ -106,7 +106,7 @@ void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarT
             strides_of(tensor));
 }
 
-// The memory of a tensor, from its first to past its last byte.
+// The memory range of a tensor, in bytes.
 struct Extent {
   const char *begin = nullptr, *end = nullptr;
 
@@ -124,8 +124,8 @@ struct Extent {
   }
 };
 
-int64_t bound(const char* sum, const Dims& dims, int64_t before) {
-  if (*sum >= 'a' && *sum <= 'z') return before;
+int64_t bound(const char* sum, const Dims& dims, int64_t previous) {
+  if (*sum >= 'a' && *sum <= 'z') return previous;
   int64_t value = 0;
   for (; *sum != '\0'; ++sum)
     if (*sum >= 'A' && *sum <= 'Z') value += dims[*sum];
@@ -138,17 +138,17 @@ void check_overlap(const Op& op, std::span<const Tensor* const> tensors) {
   const Input* input = op.inputs;
   for (const Tensor* changed : tensors) {
     if (changed != nullptr && input->layout != Layout::kAny) {
-      const Extent own(*changed);
-      const Input* other = op.inputs;
+      const Extent written(*changed);
+      const Input* tensor_input = op.inputs;
       for (const Tensor* tensor : tensors) {
         if (tensor != nullptr && tensor != changed) {
-          const Extent its(*tensor);
-          if (its.begin < own.end && own.begin < its.end)
+          const Extent extent(*tensor);
+          if (extent.begin < written.end && written.begin < extent.end)
             fail(
-                name_of(op), ": ", other->name, " must not share memory with ", input->name,
+                name_of(op), ": ", tensor_input->name, " must not share memory with ", input->name,
                 ", which changes in place");
         }
-        ++other;
+        ++tensor_input;
       }
     }
     ++input;
@@ -168,15 +168,15 @@ Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::init
       });
     ++input;
   }
-  int64_t before = 0;
+  int64_t previous = 0;
   const Range* range = op.ranges;
   for (const int64_t value : numbers) {
-    const int64_t low = bound(range->low, dims, before), high = bound(range->high, dims, before);
+    const int64_t low = bound(range->low, dims, previous), high = bound(range->high, dims, previous);
     if (value < low || value > high)
       fail(
           name_of(op), ": ", range->name, " must be in [", range->low, ", ", range->high, "] = [", low, ", ", high,
           "], got ", value);
-    before = value;
+    previous = value;
     ++range;
   }
   check_overlap(op, {tensors.begin(), tensors.size()});
@@ -189,17 +189,17 @@ void check_positions(const Op& op, const char* name, const int64_t* idx, int64_t
 }
 
 void check_positions_once(
-    const Op& op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
+    const Op& op, const char* names, const int64_t* first, int64_t num_first, const int64_t* second, int64_t num_second,
     int64_t batch, int64_t n) {
-  std::vector<int64_t> owner(n, -1);
+  std::vector<int64_t> last_image(n, -1);
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < num_one + num_other; ++i) {
-      const int64_t position = i < num_one ? one[b * num_one + i] : other[b * num_other + i - num_one];
-      if (position < 0 || position >= n || owner[position] == b)
+    for (int64_t i = 0; i < num_first + num_second; ++i) {
+      const int64_t position = i < num_first ? first[b * num_first + i] : second[b * num_second + i - num_first];
+      if (position < 0 || position >= n || last_image[position] == b)
         fail(
             name_of(op), ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
             position < 0 || position >= n ? "" : " twice", " in image ", b);
-      owner[position] = b;
+      last_image[position] = b;
     }
   }
 }

@@ -1,4 +1,4 @@
-// Whether the arguments of a call are what library.h says; cropr_kernels/ops/validation.py says the same of others.
+// Checks the arguments of a call against library.h, as cropr_kernels/ops/validation.py does for other devices.
 #pragma once
 
 #include <array>
@@ -13,15 +13,15 @@ namespace cropr {
 
 using OptionalTensor = std::optional<Tensor>;
 
-inline const Tensor* given(const OptionalTensor& tensor) {
+inline const Tensor* ptr_or_null(const OptionalTensor& tensor) {
   return tensor ? &*tensor : nullptr;
 }
 
-// Sizes by their letters.
+// Sizes by the letters of the table.
 class Dims {
  public:
   Dims() {
-    sizes_.fill(-1);  // not known
+    sizes_.fill(-1);  // unknown
   }
   int64_t& operator[](char letter) {
     return sizes_[letter - 'B'];
@@ -31,22 +31,22 @@ class Dims {
   }
 
  private:
-  std::array<int64_t, 'S' - 'B' + 1> sizes_;
+  std::array<int64_t, 'T' - 'B' + 1> sizes_;
 };
 
-// Tensors in the order of op.inputs, null where one is left out, and numbers in the order of op.ranges. The first
-// argument that is not what it must be is refused in one sentence.
+// Takes tensors in the order of op.inputs, null for an absent one, and numbers in the order of op.ranges. Raises an
+// error of one sentence for the first invalid argument.
 Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> numbers = {});
 
-// What changes in place shares memory with nothing else that the op reads or writes; tensors as for check.
+// Raises an error if a tensor that changes in place shares memory with another argument; tensors as for check.
 void check_overlap(const Op& op, std::span<const Tensor* const> tensors);
 
-// Every index in [0, n), so that no kernel leaves its buffers.
+// Raises an error unless every index is in [0, n): kernels do not check bounds.
 void check_positions(const Op& op, const char* name, const int64_t* idx, int64_t count, int64_t n);
 
-// The two lists together hold each position of an image at most once; where they hold n, that is exactly once.
+// Raises an error if the two lists of an image hold a position twice; if they hold n, each is then held exactly once.
 void check_positions_once(
-    const Op& op, const char* names, const int64_t* one, int64_t num_one, const int64_t* other, int64_t num_other,
+    const Op& op, const char* names, const int64_t* first, int64_t num_first, const int64_t* second, int64_t num_second,
     int64_t batch, int64_t n);
 
 }  // namespace cropr

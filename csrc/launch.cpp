@@ -1,5 +1,5 @@
-// cropr_replay::OP does what op OP did on CUDA for arguments of the same dtypes, sizes, strides and alignments, where
-// Python has left a plan of it; `replayed` says whether there was one.
+// cropr_replay::OP repeats what op OP did on CUDA for arguments of the same dtypes, sizes, strides and alignments, if
+// Python has recorded it; `replayed` tells whether it had.
 #include "launch.h"
 
 #include <dlfcn.h>
@@ -20,9 +20,9 @@
 namespace cropr {
 namespace {
 
-constexpr size_t kMaxArguments = 12, kMaxParameters = 48, kMaxPlans = 4096;
+constexpr size_t kMaxArguments = 12, kMaxParameters = 48, kMaxRecordings = 4096;
 
-// Of the CUDA driver and of libtorch_cuda: looked up when a GPU is there.
+// Functions of the CUDA driver and of libtorch_cuda, looked up by load_driver.
 struct Driver {
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
   int (*fill)(void*, unsigned char, size_t, void*);
@@ -30,22 +30,22 @@ struct Driver {
   AOTITorchError (*stream)(int32_t, void**);
 } driver;
 
-std::shared_mutex mutex;  // of plans
-std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
+std::shared_mutex mutex;  // guards recordings
+std::unordered_map<std::string, std::shared_ptr<const RecordedLaunches>> recordings;
 thread_local bool has_replayed = false;  // the last call of this thread
-thread_local std::string missed;         // its key, if it was not replayed
+thread_local std::string missed;         // the key of that call, if it was not replayed
 
 template <typename F>
 void look_up(F& function, void* library, const char* name) {
   function = reinterpret_cast<F>(dlsym(library, name));
-  if (function == nullptr) fail("cropr: ", name, " is not there: ", dlerror());
+  if (function == nullptr) fail("cropr: ", name, " is missing: ", dlerror());
 }
 
-void succeed(int error, const char* what) {
+void succeed(int error, const char* action) {
   if (error == 0) return;
   const char* text = "unknown error";
   driver.describe(error, &text);
-  fail("cropr: ", what, " failed: ", text);
+  fail("cropr: ", action, " failed: ", text);
 }
 
 template <typename T>
@@ -53,8 +53,10 @@ void append(std::string& key, const T* values, size_t count) {
   key.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-// Everything of a tensor that decides which kernels run and how: not where it lies, but which argument lies there too.
-void append_tensor(std::string& key, AtenTensorHandle tensor, std::array<void*, kMaxArguments>& addresses, size_t at) {
+// Appends every property of a tensor that decides which kernels run and how: not its address, but the first argument
+// that has the same one.
+void append_tensor(
+    std::string& key, AtenTensorHandle tensor, std::array<void*, kMaxArguments>& addresses, size_t index) {
   int32_t dtype, device;
   int64_t rank, *sizes, *strides;
   void* address;
@@ -64,11 +66,11 @@ void append_tensor(std::string& key, AtenTensorHandle tensor, std::array<void*, 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
-  addresses[at] = address;
-  const auto same = std::find(addresses.begin(), addresses.end(), address) - addresses.begin();
+  addresses[index] = address;
+  const auto first_same = std::find(addresses.begin(), addresses.end(), address) - addresses.begin();
   const auto alignment = static_cast<int32_t>(std::bit_cast<uintptr_t>(address) % 16);
-  const int32_t facts[] = {dtype, device, static_cast<int32_t>(rank), alignment, static_cast<int32_t>(same)};
-  append(key, facts, std::size(facts));
+  const int32_t properties[] = {dtype, device, static_cast<int32_t>(rank), alignment, static_cast<int32_t>(first_same)};
+  append(key, properties, std::size(properties));
   append(key, sizes, rank);
   append(key, strides, rank);
 }
@@ -97,7 +99,7 @@ struct Arguments {
   }
 };
 
-// Takes the tensor out of its slot.
+// The tensor that an entry of the stack holds; the stack no longer owns it.
 OptionalTensor take(Kind kind, StableIValue value) {
   if (kind == Kind::kNumber) return std::nullopt;
   if (kind == Kind::kOptionalTensor) return torch::stable::detail::to<OptionalTensor>(value);
@@ -121,12 +123,14 @@ class DeviceGuard {
 
 using Tensors = std::array<OptionalTensor, kMaxArguments>;
 
-// A plan's allocations and launches for these arguments; results go to the stack.
-void replay(const Plan& plan, const Op& op, const Arguments& arguments, const Tensors& tensors, StableIValue* stack) {
+// Repeats the recorded allocations and launches for these arguments; results go to the stack.
+void replay(
+    const RecordedLaunches& recorded, const Op& op, const Arguments& arguments, const Tensors& tensors,
+    StableIValue* stack) {
   std::array<const Tensor*, std::size(Op{}.inputs)> inputs{};
   for (size_t i = 0; i < inputs.size() && op.inputs[i].name != nullptr; ++i)
-    for (size_t at = 0; at < arguments.count; ++at)
-      if (arguments.names[at] == op.inputs[i].name) inputs[i] = given(tensors[at]);
+    for (size_t j = 0; j < arguments.count; ++j)
+      if (arguments.names[j] == op.inputs[i].name) inputs[i] = ptr_or_null(tensors[j]);
   check_overlap(op, inputs);
 
   int32_t type, device;
@@ -139,12 +143,12 @@ void replay(const Plan& plan, const Op& op, const Arguments& arguments, const Te
     STABLE_TORCH_ERROR_CODE_CHECK(driver.stream(device, &stream));
   }
   std::vector<Output> allocated;
-  allocated.reserve(plan.allocations.size());
-  for (const Allocation& one : plan.allocations) {
-    const Output& made = allocated.emplace_back(one.sizes, one.dtype, type, device);
-    if (one.zero_bytes) succeed(driver.fill(made.data<char>(), 0, one.zero_bytes, stream), "a memset");
+  allocated.reserve(recorded.allocations.size());
+  for (const Allocation& allocation : recorded.allocations) {
+    const Output& output = allocated.emplace_back(allocation.sizes, allocation.dtype, type, device);
+    if (allocation.zero_bytes) succeed(driver.fill(output.data<char>(), 0, allocation.zero_bytes, stream), "a memset");
   }
-  for (const Launch& launch : plan.launches) {
+  for (const Launch& launch : recorded.launches) {
     std::array<uint64_t, kMaxParameters> values;
     std::array<void*, kMaxParameters> pointers;
     for (size_t i = 0; i < launch.parameters.size(); ++i) {
@@ -161,7 +165,7 @@ void replay(const Plan& plan, const Op& op, const Arguments& arguments, const Te
             pointers.data(), nullptr),
         "a launch");
   }
-  for (size_t i = 0; i < plan.outputs.size(); ++i) stack[i] = allocated[plan.outputs[i]].release();
+  for (size_t i = 0; i < recorded.outputs.size(); ++i) stack[i] = allocated[recorded.outputs[i]].release();
 }
 
 template <size_t kOp>
@@ -178,18 +182,18 @@ void run(StableIValue* stack, uint64_t, uint64_t num_outputs) {
     else
       append(key, &stack[i], 1);
   }
-  std::shared_ptr<const Plan> plan;
+  std::shared_ptr<const RecordedLaunches> recorded;
   {
     const std::shared_lock lock(mutex);
-    const auto found = plans.find(key);
-    if (found != plans.end()) plan = found->second;
+    const auto entry = recordings.find(key);
+    if (entry != recordings.end()) recorded = entry->second;
   }
-  has_replayed = plan != nullptr;
-  if (plan != nullptr)
-    replay(*plan, kOps[kOp], arguments, tensors, stack);
+  has_replayed = recorded != nullptr;
+  if (recorded != nullptr)
+    replay(*recorded, kOps[kOp], arguments, tensors, stack);
   else
     for (size_t i = 0; i < num_outputs; ++i) stack[i] = Output({0}, ScalarType::Float).release();
-  missed = plan != nullptr ? std::string() : std::move(key);
+  missed = recorded != nullptr ? std::string() : std::move(key);
 }
 
 template <size_t... kOp>
@@ -206,22 +210,22 @@ int32_t dtype_named(const std::string& name) {
   if (name == "float16") return aoti_torch_dtype_float16();
   if (name == "int64") return aoti_torch_dtype_int64();
   if (name == "int32") return aoti_torch_dtype_int32();
-  fail("cropr: no plan allocates ", name);
+  fail("cropr: recorded launches cannot allocate ", name);
 }
 
-void keep_plan(Plan plan) {
-  for (const Launch& launch : plan.launches)
+void keep_launches(RecordedLaunches recorded) {
+  for (const Launch& launch : recorded.launches)
     if (launch.parameters.size() > kMaxParameters)
       fail("cropr: a kernel takes more than ", kMaxParameters, " arguments");
   if (missed.empty()) return;
   const std::unique_lock lock(mutex);
-  if (plans.size() >= kMaxPlans) plans.clear();
-  plans[std::exchange(missed, {})] = std::make_shared<const Plan>(std::move(plan));
+  if (recordings.size() >= kMaxRecordings) recordings.clear();
+  recordings[std::exchange(missed, {})] = std::make_shared<const RecordedLaunches>(std::move(recorded));
 }
 
-void forget_plans() {
+void forget_launches() {
   const std::unique_lock lock(mutex);
-  plans.clear();
+  recordings.clear();
 }
 
 bool replayed() {

@@ -1,4 +1,4 @@
-// CUDA: what an op launched for arguments like these, it launches again without Python.
+// CUDA: repeats without Python what an op launched before for similar arguments.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace cropr {
 
-// An argument of a kernel: a number, or an address in an argument of the op or in what the op allocates.
+// An argument of a kernel: a number, or an address in an argument or an allocation of the op.
 struct Parameter {
   enum Kind { kNumber, kArgument, kAllocation } kind;
   int64_t index;  // of the argument or the allocation
@@ -17,7 +17,7 @@ struct Parameter {
 struct Allocation {
   int32_t dtype;  // as libtorch numbers them
   std::vector<int64_t> sizes;
-  size_t zero_bytes;  // that a memset writes before the launches
+  size_t zero_bytes;  // set to zero before the launches
 };
 
 struct Launch {
@@ -26,20 +26,21 @@ struct Launch {
   std::vector<Parameter> parameters;
 };
 
-struct Plan {
+// What an op allocated, launched and returned, for arguments of the same dtypes, sizes, strides and alignments.
+struct RecordedLaunches {
   std::vector<Allocation> allocations;
   std::vector<Launch> launches;
-  std::vector<int64_t> outputs;  // which allocations the op returns
+  std::vector<int64_t> outputs;  // indices of the allocations that the op returns
 };
 
 int32_t dtype_named(const std::string& name);
 
-// Whether the last call of this thread was answered by a plan.
+// True if the last call of this thread was answered by recorded launches.
 bool replayed();
 
-// Keeps a plan for the arguments of the last call of this thread, which was not.
-void keep_plan(Plan plan);
-void forget_plans();
+// Keeps launches for the arguments of the last call of this thread, if it was not replayed.
+void keep_launches(RecordedLaunches recorded);
+void forget_launches();
 
 // The driver that launches: libcuda.so.1.
 void load_driver(const std::string& path);

@@ -1,5 +1,6 @@
-// The ops, once: what they are called with and what they accept. Python defines and checks them from this table
-// (`_C.ops`), a C++ program has them by loading libcropr_ops, the CPU kernels check by it (checks.h).
+// The table of ops: schemas, and the dtypes, shapes and ranges of their arguments. Python defines the ops and checks
+// their arguments from this table (`_C.ops`), C++ programs define them by loading libcropr_ops, and the CPU kernels
+// check their arguments against it (checks.h).
 #pragma once
 
 #include <stdexcept>
@@ -9,14 +10,14 @@ namespace cropr {
 
 enum class Types { kFloat, kFloat32, kInt64, kPriority, kOfFirst };
 
-// What errors say of them; Python reads from this which dtypes there are.
+// Text of Types in error messages; Python parses the dtypes from it.
 constexpr const char* kTypeNames[] = {
     "float32, float64, bfloat16 or float16", "float32", "int64", "int8 or bool", "the dtype of the first tensor"};
 
 enum class Layout { kAny, kContiguous, kDenseRows };
 
-// A tensor. A letter of its shape, B to S, is a size: where it stands again it is the same again; 2C is twice C. '|'
-// parts alternatives. Where an optional tensor is left out, letters that only it has are N.
+// A tensor. Each letter of its shape, B to T, is one size throughout an op; 2C is twice C, and '|' separates
+// alternatives. If an optional tensor is absent, letters that only it has equal N.
 struct Input {
   const char* name = nullptr;
   Types types = Types::kFloat;
@@ -24,7 +25,7 @@ struct Input {
   Layout layout = Layout::kAny;
 };
 
-// A number in [low, high]: sums of letters, 0, or the name of the range before.
+// A number in [low, high]; a bound is a sum of letters, 0, or the name of the previous range.
 struct Range {
   const char *name = nullptr, *low = nullptr, *high = nullptr;
 };
@@ -43,9 +44,9 @@ constexpr Input kIdx{"idx", Types::kInt64, "BK"};
 constexpr Input kUpdate{"update", Types::kFloat, "BKD"};
 constexpr Input kGamma{"gamma", Types::kFloat, "D"}, kWeight{"weight", Types::kFloat, "D"};
 constexpr Input kBias{"bias", Types::kFloat, "D"};
-constexpr Input kSafe{"safe_idx", Types::kInt64, "BS"}, kCandidates{"candidate_idx", Types::kInt64, "BC"};
+constexpr Input kTargets{"target_idx", Types::kInt64, "BT"}, kCandidates{"candidate_idx", Types::kInt64, "BC"};
 constexpr Input kSizes{"sizes", Types::kFloat32, "BN"}, kPriorities{"priority", Types::kPriority, "BN"};
-constexpr Input kCosts{"costs", Types::kFloat32, "BN"};
+constexpr Input kCostScale{"cost_scale", Types::kFloat32, "BN"};
 constexpr Input kKept{"kept_idx", Types::kInt64, "BK"}, kPruned{"pruned_idx", Types::kInt64, "BR"};
 constexpr Input kParent{"parent", Types::kInt64, "BN", Layout::kContiguous};
 
@@ -70,17 +71,17 @@ constexpr Op kOps[] = {
     {"attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", {kX, kQueries}},
     {"attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
      {kX, kQueries, {"grad_out", Types::kFloat, "BMD"}}},
-    {"merge(Tensor x, Tensor safe_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep,"
-     " SymInt num_prefix=0, Tensor? costs=None)"
+    {"merge(Tensor x, Tensor target_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep,"
+     " SymInt num_prefix=0, Tensor? cost_scale=None)"
      " -> (Tensor kept, Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes, Tensor dest)",
-     {kX, kSafe, kCandidates, kSizes, kCosts},
-     {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
-    {"host_offsets(Tensor x, Tensor kept_idx, Tensor pruned_idx, SymInt num_prefix=0)"
-     " -> (Tensor offset, Tensor host_idx)",
+     {kX, kTargets, kCandidates, kSizes, kCostScale},
+     {{"num_prefix", "0", "T"}, {"num_keep", "T", "T + C"}}},
+    {"parent_offsets(Tensor x, Tensor kept_idx, Tensor pruned_idx, SymInt num_prefix=0)"
+     " -> (Tensor offset, Tensor parent_idx)",
      {kX, kKept, kPruned},
      {{"num_prefix", "0", "K"}}},
-    {"add_hosts(Tensor x, Tensor parent) -> Tensor", {kX, {"parent", Types::kInt64, "BN"}}},
-    // The engine's: x is the residual buffer and changes in place, idx names the active tokens (None: all).
+    {"add_parents(Tensor x, Tensor parent) -> Tensor", {kX, {"parent", Types::kInt64, "BN"}}},
+    // Ops of the engine: x is the residual buffer and changes in place, idx holds the active positions (None: all).
     {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor",
      {kX, kIdx, kWeight, kBias}},
     {"add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", {kInPlace, kIdx, kUpdate, kGamma}},
@@ -88,7 +89,8 @@ constexpr Op kOps[] = {
      " float eps) -> Tensor",
      {kInPlace, kIdx, kUpdate, kGamma, kWeight, kBias}},
     {"add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, SymInt num_keep,"
-     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, Tensor(b!)? costs=None,"
+     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, Tensor(b!)? "
+     "cost_scale=None,"
      " float cost_weight=0.0)"
      " -> (Tensor kept_idx, Tensor pruned_idx)",
      {kInPlace,
@@ -98,14 +100,14 @@ constexpr Op kOps[] = {
       kQuery,
       kSizes,
       kPriorities,
-      {"costs", Types::kFloat32, "BN", Layout::kContiguous}},
+      {"cost_scale", Types::kFloat32, "BN", Layout::kContiguous}},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
-    {"merge_(Tensor(a!) x, Tensor safe_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
-     " SymInt num_keep, SymInt num_prefix=0, bool offsets=False, Tensor? costs=None)"
+    {"merge_(Tensor(a!) x, Tensor target_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
+     " SymInt num_keep, SymInt num_prefix=0, bool offsets=False, Tensor? cost_scale=None)"
      " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-     {kInPlace, kSafe, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent, kCosts},
-     {{"num_prefix", "0", "S"}, {"num_keep", "S", "S + C"}}},
-    {"host_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt num_prefix=0) -> ()",
+     {kInPlace, kTargets, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent, kCostScale},
+     {{"num_prefix", "0", "T"}, {"num_keep", "T", "T + C"}}},
+    {"parent_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt num_prefix=0) -> ()",
      {kInPlace, kKept, kPruned, kParent},
      {{"num_prefix", "0", "K"}}},
     {"rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
@@ -118,11 +120,11 @@ constexpr std::string_view name_of(const Op& op) {
   return schema.substr(0, schema.find('('));
 }
 
-// Looked up while compiling: a name that is none does not compile.
+// Evaluated at compile time, so that an unknown name does not compile.
 consteval const Op& op_named(std::string_view name) {
   for (const Op& op : kOps)
     if (name_of(op) == name) return op;
-  throw std::invalid_argument("no such op");
+  throw std::invalid_argument("unknown op");
 }
 
 }  // namespace cropr

@@ -1,4 +1,4 @@
-// The Python module `cropr_kernels._C`: importing it registers the CPU kernels; it reports how it was built.
+// The Python module `cropr_kernels._C`: importing it registers the CPU kernels; and holds facts of the build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
@@ -64,25 +64,25 @@ PYBIND11_MODULE(_C, m) {
       "Facts of this build as a dict: compiler, torch_headers, torch_abi, cpu_instruction_set.");
 
   // allocations (dtype, sizes, bytes to zero); launches (function, grid, threads, shared memory, parameters (kind,
-  // index, value)); which allocations are returned.
+  // index, value)); indices of the returned allocations.
   using Parameters = std::vector<std::tuple<int, int64_t, int64_t>>;
   m.def(
-      "keep_plan",
+      "keep_launches",
       [](const std::vector<std::tuple<std::string, std::vector<int64_t>, size_t>>& allocations,
          const std::vector<std::tuple<uint64_t, unsigned, unsigned, unsigned, Parameters>>& launches,
          const std::vector<int64_t>& outputs) {
-        cropr::Plan plan{{}, {}, outputs};
+        cropr::RecordedLaunches recorded{{}, {}, outputs};
         for (const auto& [dtype, sizes, zero_bytes] : allocations)
-          plan.allocations.push_back({cropr::dtype_named(dtype), sizes, zero_bytes});
+          recorded.allocations.push_back({cropr::dtype_named(dtype), sizes, zero_bytes});
         for (const auto& [function, grid, threads, shared, parameters] : launches) {
-          cropr::Launch& launch = plan.launches.emplace_back(cropr::Launch{function, grid, threads, shared, {}});
+          cropr::Launch& launch = recorded.launches.emplace_back(cropr::Launch{function, grid, threads, shared, {}});
           for (const auto& [kind, index, value] : parameters)
             launch.parameters.push_back({static_cast<cropr::Parameter::Kind>(kind), index, value});
         }
-        cropr::keep_plan(std::move(plan));
+        cropr::keep_launches(std::move(recorded));
       },
-      "Keep what the last op that this thread could not replay launches for arguments like these.");
-  m.def("forget_plans", &cropr::forget_plans, "Forget all plans.");
-  m.def("replayed", &cropr::replayed, "Whether the last op of cropr_replay in this thread had a plan.");
-  m.def("load_driver", &cropr::load_driver, "Load the CUDA driver that launches plans.");
+      "Keep the launches of the last op that this thread could not replay, for similar arguments.");
+  m.def("forget_launches", &cropr::forget_launches, "Forget all recorded launches.");
+  m.def("replayed", &cropr::replayed, "Tell if the last op of cropr_replay in this thread had recorded launches.");
+  m.def("load_driver", &cropr::load_driver, "Load the CUDA driver that repeats recorded launches.");
 }

@@ -25,7 +25,7 @@ void scatter_rows(
   copy.finish();
 }
 
-// Rows [first, last) of the N that the two index lists hold together: kept first, then pruned.
+// Splits rows [first, last) of the concatenated lists, kept then pruned, into a range of each.
 template <typename Body>
 void split_range(int64_t first, int64_t last, int64_t num_keep, const Body& body) {
   if (first < num_keep) body(true, first, std::min(last, num_keep));
@@ -47,7 +47,7 @@ Returned scores(const Tensor& x, const Tensor& query) {
 
 std::tuple<Returned, Returned> select(
     const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("select"), {&scores, given(priority)}, {num_prefix, num_keep});
+  const Dims dims = check(op_named("select"), {&scores, ptr_or_null(priority)}, {num_prefix, num_keep});
   const int64_t batch = dims['B'], n = dims['N'];
   const Priority ranks(priority, n);
   const Tensor dense = with_dense_rows(scores);
@@ -72,10 +72,10 @@ std::tuple<Returned, Returned> select(
 
 using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
 
-// Kept and pruned rows with their positions, by the scores of the query or, if that is null, by given ones (B, N).
+// Kept and pruned rows with their positions, by the scores of the query or, if it is null, by known scores (B, N).
 SplitOutputs split_rows(
-    const Dims& dims, const Tensor& x, const Tensor* query, const float* given, int64_t num_keep, int64_t num_prefix,
-    const OptionalTensor& priorities) {
+    const Dims& dims, const Tensor& x, const Tensor* query, const float* known_scores, int64_t num_keep,
+    int64_t num_prefix, const OptionalTensor& priorities) {
   const int64_t batch = dims['B'], n = dims['N'], dim = dims['D'], num_prune = n - num_keep;
   const Priority priority(priorities, n);
   const Tensor dense = with_dense_rows(x);
@@ -93,13 +93,13 @@ SplitOutputs split_rows(
     int64_t* kept_pos = kept_idx.data<int64_t>();
     int64_t* pruned_pos = pruned_idx.data<int64_t>();
 
-    const RowCopy how(batch * n * dim * sizeof(T));
+    const RowCopy copy_row(batch * n * dim * sizeof(T));
     const auto copy = [&](int64_t b, int64_t first, int64_t last) {
-      split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+      split_range(first, last, num_keep, [&](bool kept_side, int64_t begin, int64_t end) {
         const int64_t count = kept_side ? num_keep : num_prune;
         gather_rows(
-            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count, from, to,
-            (kept_side ? kept_out : pruned_out) + b * count * dim, how);
+            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count, begin, end,
+            (kept_side ? kept_out : pruned_out) + b * count * dim, copy_row);
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
@@ -115,7 +115,7 @@ SplitOutputs split_rows(
         Scratch<select_key_t<float>> keys(n);
         for (int64_t b = begin; b < end; ++b) {
           if (query != nullptr) score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
-          select_from(b, query != nullptr ? values.data() : given + b * n, keys.data());
+          select_from(b, query != nullptr ? values.data() : known_scores + b * n, keys.data());
           copy(b, 0, n);
         }
       });
@@ -123,7 +123,7 @@ SplitOutputs split_rows(
       Scratch<float> values(query != nullptr ? batch * n : 0);
       Scratch<select_key_t<float>> keys(n);
       if (query != nullptr) score_batch(rows, folded.data(), values.data());
-      const float* scores = query != nullptr ? values.data() : given;
+      const float* scores = query != nullptr ? values.data() : known_scores;
       for (int64_t b = 0; b < batch; ++b) select_from(b, scores + b * n, keys.data());
       parallel_for(
           0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
@@ -134,13 +134,13 @@ SplitOutputs split_rows(
 
 SplitOutputs prune(
     const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("prune"), {&x, &query, given(priority)}, {num_prefix, num_keep});
+  const Dims dims = check(op_named("prune"), {&x, &query, ptr_or_null(priority)}, {num_prefix, num_keep});
   return split_rows(dims, x, &query, nullptr, num_keep, num_prefix, priority);
 }
 
 SplitOutputs split(
     const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("split"), {&x, &scores, given(priority)}, {num_prefix, num_keep});
+  const Dims dims = check(op_named("split"), {&x, &scores, ptr_or_null(priority)}, {num_prefix, num_keep});
   const Tensor dense = torch::stable::contiguous(scores);
   return split_rows(dims, x, nullptr, data<float>(dense), num_keep, num_prefix, priority);
 }
@@ -155,13 +155,13 @@ Returned gather(const Tensor& x, const Tensor& idx) {
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> rows(dense);
-    T* written = out.data<T>();
-    const RowCopy how(batch * count * dim * sizeof(T));
+    T* out_rows = out.data<T>();
+    const RowCopy copy_row(batch * count * dim * sizeof(T));
     parallel_for(0, batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
             rows.image(b), rows.stride_n, dim, data<int64_t>(positions) + b * count, first, last,
-            written + b * count * dim, how);
+            out_rows + b * count * dim, copy_row);
       });
     });
   });
@@ -181,14 +181,14 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> kept_in(kept_rows), pruned_in(pruned_rows);
-    T* written = out.data<T>();
-    const RowCopy how(batch * n * dim * sizeof(T));
+    T* out_rows = out.data<T>();
+    const RowCopy copy_row(batch * n * dim * sizeof(T));
     parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, n, [&](int64_t b, int64_t first, int64_t last) {
-        split_range(first, last, num_keep, [&](bool kept_side, int64_t from, int64_t to) {
+        split_range(first, last, num_keep, [&](bool kept_side, int64_t begin, int64_t end) {
           const Rows<T>& rows = kept_side ? kept_in : pruned_in;
           const int64_t* idx = data<int64_t>(kept_side ? kept_pos : pruned_pos) + b * rows.count;
-          scatter_rows(rows.image(b), rows.stride_n, dim, idx, from, to, written + b * n * dim, how);
+          scatter_rows(rows.image(b), rows.stride_n, dim, idx, begin, end, out_rows + b * n * dim, copy_row);
         });
       });
     });

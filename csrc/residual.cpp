@@ -16,7 +16,7 @@ using torch::stable::parallel_for;
 struct Residual {
   Tensor x;
   OptionalTensor idx;                  // contiguous
-  const int64_t* positions = nullptr;  // of idx: asking a tensor for it is a call into libtorch
+  const int64_t* positions = nullptr;  // data of idx: asking the tensor for it is a call into libtorch
   int64_t batch, n, count, dim;
 
   Residual(const Op& op, const Dims& dims, const Tensor& tensor, const OptionalTensor& active)
@@ -33,24 +33,24 @@ struct Residual {
   }
 };
 
-// An optional vector over the channels, in the accumulation type; null where there is none.
+// An optional vector over the channels, in the accumulation type; null if absent.
 template <typename A>
 class Channels {
  public:
-  explicit Channels(const OptionalTensor& vector) : values_(vector ? vector->size(0) : 0), given_(vector.has_value()) {
-    if (given_) fold_query(*vector, values_.data());
+  explicit Channels(const OptionalTensor& vector) : values_(vector ? vector->size(0) : 0), exists_(vector.has_value()) {
+    if (exists_) fold_query(*vector, values_.data());
   }
   const A* data() {
-    return given_ ? values_.data() : nullptr;
+    return exists_ ? values_.data() : nullptr;
   }
 
  private:
   Scratch<A> values_;
-  bool given_;
+  bool exists_;
 };
 
-// Adds every update to its row of the residual and calls after(b, i, wide) with what the row now holds. T is the type
-// of x, U that of the updates.
+// Adds every update to its row of the residual and calls after(b, i, wide) with the new row. T is the type of x, U that
+// of the updates.
 template <typename T, typename U, typename After>
 void add_rows(Residual& residual, const Tensor& update, const OptionalTensor& gamma, const After& after) {
   using A = acc_t<T>;
@@ -63,12 +63,12 @@ void add_rows(Residual& residual, const Tensor& update, const OptionalTensor& ga
     Scratch<A> wide(dim), step(dim);
     for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const U* from = updates + (b * count + i) * dim;
+        const U* update_row = updates + (b * count + i) * dim;
         const A* values;
         if constexpr (std::is_same_v<U, A>) {
-          values = from;
+          values = update_row;
         } else {
-          widen_row<U>(from, dim, step.data());
+          widen_row<U>(update_row, dim, step.data());
           values = step.data();
         }
         add_row<T>(x + (b * n + residual.position(b, i)) * dim, values, factors, dim, wide.data());
@@ -78,8 +78,8 @@ void add_rows(Residual& residual, const Tensor& update, const OptionalTensor& ga
   });
 }
 
-// Calls body(T{}, U{}, update) with the types of the residual and of the updates: those of another width than x are
-// brought to the accumulation type first.
+// Calls body(T{}, U{}, update) with the types of the residual and of the updates; updates of another dtype than x are
+// converted to the accumulation type first.
 template <typename Body>
 void with_update_types(const Residual& residual, const Tensor& update, const Body& body) {
   with_float_type(residual.x.scalar_type(), [&](auto tag) {
@@ -97,7 +97,7 @@ void with_update_types(const Residual& residual, const Tensor& update, const Bod
 Returned gather_norm(
     const Tensor& x, const OptionalTensor& idx, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   constexpr const Op& op = op_named("gather_norm");
-  const Residual residual(op, check(op, {&x, given(idx), given(weight), given(bias)}), x, idx);
+  const Residual residual(op, check(op, {&x, ptr_or_null(idx), ptr_or_null(weight), ptr_or_null(bias)}), x, idx);
   const Tensor dense = with_dense_rows(x);
   Output out({residual.batch, residual.count, residual.dim}, x.scalar_type());
   with_float_type(x.scalar_type(), [&](auto tag) {
@@ -105,14 +105,14 @@ Returned gather_norm(
     const Rows<T> rows(dense);
     Channels<acc_t<T>> scale(weight), shift(bias);
     const auto *scales = scale.data(), *shifts = shift.data();
-    T* written = out.data<T>();
+    T* out_rows = out.data<T>();
     parallel_for(0, residual.batch * residual.count, row_grain(2 * residual.dim), [&](int64_t begin, int64_t end) {
       Scratch<acc_t<T>> wide(residual.dim);
       for_each_image_range(begin, end, residual.count, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           widen_row<T>(rows.image(b) + residual.position(b, i) * rows.stride_n, residual.dim, wide.data());
           norm_row<T>(
-              wide.data(), scales, shifts, eps, residual.dim, written + (b * residual.count + i) * residual.dim);
+              wide.data(), scales, shifts, eps, residual.dim, out_rows + (b * residual.count + i) * residual.dim);
         }
       });
     });
@@ -122,7 +122,7 @@ Returned gather_norm(
 
 void add_(Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma) {
   constexpr const Op& op = op_named("add_");
-  Residual residual(op, check(op, {&x, given(idx), &update, given(gamma)}), x, idx);
+  Residual residual(op, check(op, {&x, ptr_or_null(idx), &update, ptr_or_null(gamma)}), x, idx);
   with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     add_rows<decltype(tag), decltype(update_tag)>(residual, updates, gamma, [](int64_t, int64_t, const auto*) {});
   });
@@ -132,34 +132,35 @@ Returned add_norm_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   constexpr const Op& op = op_named("add_norm_");
-  const Dims dims = check(op, {&x, given(idx), &update, given(gamma), given(weight), given(bias)});
+  const Dims dims =
+      check(op, {&x, ptr_or_null(idx), &update, ptr_or_null(gamma), ptr_or_null(weight), ptr_or_null(bias)});
   Residual residual(op, dims, x, idx);
   Output out({residual.batch, residual.count, residual.dim}, x.scalar_type());
   with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     using T = decltype(tag);
     Channels<acc_t<T>> scale(weight), shift(bias);
     const auto *scales = scale.data(), *shifts = shift.data();
-    T* written = out.data<T>();
+    T* out_rows = out.data<T>();
     const int64_t count = residual.count, dim = residual.dim;
     add_rows<T, decltype(update_tag)>(residual, updates, gamma, [&](int64_t b, int64_t i, const acc_t<T>* wide) {
-      norm_row<T>(wide, scales, shifts, eps, dim, written + (b * count + i) * dim);
+      norm_row<T>(wide, scales, shifts, eps, dim, out_rows + (b * count + i) * dim);
     });
   });
   return out.release();
 }
 
-// How sizes (B, N) raise scores, and the costs (B, N) that scores become; null where there are none.
+// Sizes (B, N) that raise scores, and the cost scales (B, N) that scores are turned into; null if absent.
 struct Weights {
   const float* sizes;
   double size_weight;
-  float* costs;
+  float* cost_scale;
   double cost_weight;
 };
 
 // For the active tokens of image b: scores += size_weight * their standard deviation over the patches * log(size), and
-// of patches the cost exp(cost_weight * (new score - mean) / standard deviation), one without a spread.
+// of patches the cost scale exp(cost_weight * (new score - mean) / standard deviation), 1 without a spread.
 void weigh_scores(const Residual& residual, int64_t b, int64_t num_prefix, const Weights& weights, float* scores) {
-  constexpr double kMostExponent = 60;  // costs are finite and positive
+  constexpr double kMostExponent = 60;  // so that scales are finite and positive
   const int64_t patches = std::max<int64_t>(residual.count - num_prefix, 1);
   double mean = 0, squares = 0;
   for (int64_t i = num_prefix; i < residual.count; ++i) mean += scores[i];
@@ -171,22 +172,25 @@ void weigh_scores(const Residual& residual, int64_t b, int64_t num_prefix, const
     for (int64_t i = 0; i < residual.count; ++i)
       scores[i] += static_cast<float>(scale * std::log(static_cast<double>(sizes[residual.position(b, i)])));
   }
-  if (weights.costs == nullptr) return;
-  float* costs = weights.costs + b * residual.n;
-  const bool spreads = std::isfinite(deviation) && deviation > 0;
+  if (weights.cost_scale == nullptr) return;
+  float* cost_scale = weights.cost_scale + b * residual.n;
+  const bool has_spread = std::isfinite(deviation) && deviation > 0;
   for (int64_t i = num_prefix; i < residual.count; ++i) {
-    const double exponent = spreads ? weights.cost_weight * (scores[i] - mean) / deviation : 0;
-    costs[residual.position(b, i)] = std::exp(static_cast<float>(std::clamp(exponent, -kMostExponent, kMostExponent)));
+    const double exponent = has_spread ? weights.cost_weight * (scores[i] - mean) / deviation : 0;
+    cost_scale[residual.position(b, i)] =
+        std::exp(static_cast<float>(std::clamp(exponent, -kMostExponent, kMostExponent)));
   }
 }
 
 std::tuple<Returned, Returned> add_select_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma, const Tensor& query,
     int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes, double size_weight,
-    const OptionalTensor& priority, const OptionalTensor& costs, double cost_weight) {
+    const OptionalTensor& priority, const OptionalTensor& cost_scale, double cost_weight) {
   constexpr const Op& op = op_named("add_select_");
   const Dims dims = check(
-      op, {&x, given(idx), &update, given(gamma), &query, given(sizes), given(priority), given(costs)},
+      op,
+      {&x, ptr_or_null(idx), &update, ptr_or_null(gamma), &query, ptr_or_null(sizes), ptr_or_null(priority),
+       ptr_or_null(cost_scale)},
       {num_prefix, num_keep});
   Residual residual(op, dims, x, idx);
   const int64_t n = dims['N'], count = dims['K'], dim = dims['D'];
@@ -194,8 +198,8 @@ std::tuple<Returned, Returned> add_select_(
   const bool adjusts = sizes && size_weight != 0;
   const Tensor dense_sizes = adjusts ? torch::stable::contiguous(*sizes) : x;
   const Weights weights{
-      adjusts ? data<float>(dense_sizes) : nullptr, size_weight, costs ? mutable_data<float>(*costs) : nullptr,
-      cost_weight};
+      adjusts ? data<float>(dense_sizes) : nullptr, size_weight,
+      cost_scale ? mutable_data<float>(*cost_scale) : nullptr, cost_weight};
   const int64_t num_prune = count - num_keep;
   Output kept({residual.batch, num_keep}, ScalarType::Long), pruned({residual.batch, num_prune}, ScalarType::Long);
   int64_t *kept_pos = kept.data<int64_t>(), *pruned_pos = pruned.data<int64_t>();
@@ -220,15 +224,15 @@ std::tuple<Returned, Returned> add_select_(
     });
     parallel_for(0, residual.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
       Scratch<select_key_t<float>> keys(count);
-      Scratch<int8_t> own(priority ? count : 0);
+      Scratch<int8_t> active_rank(priority ? count : 0);
       for (int64_t b = begin; b < end; ++b) {
         int64_t *keep = kept_pos + b * num_keep, *drop = pruned_pos + b * num_prune;
-        if (weights.sizes != nullptr || weights.costs != nullptr)
+        if (weights.sizes != nullptr || weights.cost_scale != nullptr)
           weigh_scores(residual, b, num_prefix, weights, scores + b * count);
         const int8_t* rank = ranks.image(b);
         if (rank != nullptr) {
-          for (int64_t i = 0; i < count; ++i) own.data()[i] = rank[residual.position(b, i)];
-          rank = own.data();
+          for (int64_t i = 0; i < count; ++i) active_rank.data()[i] = rank[residual.position(b, i)];
+          rank = active_rank.data();
         }
         select_image(scores + b * count, rank, count, num_keep, num_prefix, keys.data(), keep, drop);
         for (int64_t i = 0; i < num_keep; ++i) keep[i] = residual.position(b, keep[i]);
@@ -239,7 +243,7 @@ std::tuple<Returned, Returned> add_select_(
   return {kept.release(), pruned.release()};
 }
 
-// One head of one token: pairs (c, c + 1), or (c, c + width / 2) with half.
+// Rotates one head of one token: pairs (c, c + 1), or (c, c + width / 2) with half.
 template <typename T, typename A>
 CROPR_INLINE void rotate_head(T* x, const A* sin, const A* cos, int64_t width, bool half) {
   const int64_t step = half ? 1 : 2, distance = half ? width / 2 : 1;
@@ -253,24 +257,24 @@ CROPR_INLINE void rotate_head(T* x, const A* sin, const A* cos, int64_t width, b
 
 void rotate_(Tensor x, const Tensor& table, const OptionalTensor& idx, int64_t num_prefix, bool half) {
   constexpr const Op& op = op_named("rotate_");
-  const Dims dims = check(op, {&x, &table, given(idx)}, {num_prefix});
+  const Dims dims = check(op, {&x, &table, ptr_or_null(idx)}, {num_prefix});
   const int64_t batch = dims['B'], count = dims['K'], heads = dims['H'], width = dims['C'], patches = dims['P'];
   if (width % 2) fail("rotate_: x must have an even number of channels, got ", width);
   Tensor positions;
-  const int64_t* at = nullptr;
+  const int64_t* idx_pos = nullptr;
   if (!idx) {
     if (patches < count - num_prefix)
       fail("rotate_: table must have a row for each of the ", count - num_prefix, " patches, got ", patches);
   } else {
     positions = torch::stable::contiguous(*idx);
-    at = data<int64_t>(positions);
+    idx_pos = data<int64_t>(positions);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = num_prefix; i < count; ++i) {
-        const int64_t position = at[b * count + i];
+        const int64_t position = idx_pos[b * count + i];
         if (position < num_prefix || position >= num_prefix + patches)
           fail(
               "rotate_: idx must hold positions in [", num_prefix, ", ", num_prefix + patches,
-              ") behind the prefix, got ", position);
+              ") after the prefix, got ", position);
       }
   }
   with_float_type(x.scalar_type(), [&](auto tag) {
@@ -281,11 +285,12 @@ void rotate_(Tensor x, const Tensor& table, const OptionalTensor& idx, int64_t n
         torch::stable::contiguous(table.scalar_type() == wide ? table : torch::stable::to(table, wide));
     const A* rows = data<A>(angles);
     T* values = mutable_data<T>(x);
-    const int64_t stride_b = x.stride(0), stride_n = x.stride(1), stride_h = x.stride(2), turning = count - num_prefix;
-    parallel_for(0, batch * turning, row_grain(2 * heads * width), [&](int64_t begin, int64_t end) {
-      for_each_image_range(begin, end, turning, [&](int64_t b, int64_t first, int64_t last) {
+    const int64_t stride_b = x.stride(0), stride_n = x.stride(1), stride_h = x.stride(2),
+                  num_patches = count - num_prefix;
+    parallel_for(0, batch * num_patches, row_grain(2 * heads * width), [&](int64_t begin, int64_t end) {
+      for_each_image_range(begin, end, num_patches, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t i = num_prefix + first; i < num_prefix + last; ++i) {
-          const A* sin = rows + ((at ? at[b * count + i] : i) - num_prefix) * 2 * width;
+          const A* sin = rows + ((idx_pos ? idx_pos[b * count + i] : i) - num_prefix) * 2 * width;
           for (int64_t h = 0; h < heads; ++h)
             rotate_head<T, A>(values + b * stride_b + i * stride_n + h * stride_h, sin, sin + width, width, half);
         }

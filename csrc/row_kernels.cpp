@@ -6,8 +6,7 @@
 namespace cropr {
 namespace {
 
-// A row in the order of load_group: where types come apart, the even elements of each whole group stand before the
-// odd ones.
+// Reorders a row as load_group does: for 16-bit types the even elements of each full group come before the odd ones.
 template <typename T>
 CROPR_INLINE void pack_row(const acc_t<T>* row, int64_t dim, acc_t<T>* packed) {
   constexpr int group = kGroup<T>, half = group / 2;
@@ -19,7 +18,7 @@ CROPR_INLINE void pack_row(const acc_t<T>* row, int64_t dim, acc_t<T>* packed) {
   for (; d < dim; ++d) packed[d] = row[d];
 }
 
-// The inverse, added to `row`.
+// Adds the inverse of pack_row to `row`.
 template <typename T>
 CROPR_INLINE void add_unpacked(const acc_t<T>* packed, int64_t dim, acc_t<T>* row) {
   constexpr int group = kGroup<T>, half = group / 2;
@@ -76,22 +75,22 @@ CROPR_INLINE acc_t<T> dot_row(const T* x, int64_t dim, const acc_t<T>* query) {
   return sum;
 }
 
-// For 16-bit types, where arithmetic and not memory is the limit: `rows` neighbouring rows share each load of the
-// query. They are as many streams for the hardware prefetcher to lose, so each step asks for its share of the next
-// block, in the order of memory. A row's sum has the same order whatever `rows` is.
+// For 16-bit types, which are bound by arithmetic: `rows` neighboring rows share each load of the query. The hardware
+// prefetcher loses track of so many streams, so each step prefetches its share of the next block, in memory order. The
+// order of a row's sum does not depend on `rows`.
 template <typename T, int rows>
 CROPR_INLINE void dot_block(const T* x, int64_t stride, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {
   using A = acc_t<T>;
   using V = typename Pack<A>::type;
   constexpr int lanes = kLanes<A>;
   constexpr int64_t step_bytes = kGroup<T> * sizeof(T);
-  const char* ahead = reinterpret_cast<const char*>(x + rows * stride);
+  const char* next_block = reinterpret_cast<const char*>(x + rows * stride);
   V first[rows] = {}, second[rows] = {};
   int64_t d = 0;
   for (; d + kGroup<T> <= dim; d += kGroup<T>) {
     const V query_first = load_pack(query + d), query_second = load_pack(query + d + lanes);
-    for (int64_t line = 0; line < rows * step_bytes; line += 64) __builtin_prefetch(ahead + line);
-    ahead += rows * step_bytes;
+    for (int64_t line = 0; line < rows * step_bytes; line += 64) __builtin_prefetch(next_block + line);
+    next_block += rows * step_bytes;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       V x_first, x_second;
@@ -156,8 +155,8 @@ CROPR_INLINE void weighted_sum_body(
 }
 
 template <typename T>
-CROPR_INLINE void widen_body(const T* from, int64_t dim, acc_t<T>* to) {
-  for (int64_t d = 0; d < dim; ++d) to[d] = load_one(from + d);
+CROPR_INLINE void widen_body(const T* row, int64_t dim, acc_t<T>* wide) {
+  for (int64_t d = 0; d < dim; ++d) wide[d] = load_one(row + d);
 }
 
 template <typename T>
@@ -230,8 +229,8 @@ CROPR_INLINE void norm_body(
       const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {            \
     norm_body<T>(row, weight, bias, eps, dim, out);                                                                    \
   }                                                                                                                    \
-  CROPR_CLONES void widen_row_##suffix(const T* from, int64_t dim, acc_t<T>* to) {                                     \
-    widen_body<T>(from, dim, to);                                                                                      \
+  CROPR_CLONES void widen_row_##suffix(const T* row, int64_t dim, acc_t<T>* wide) {                                    \
+    widen_body<T>(row, dim, wide);                                                                                     \
   }                                                                                                                    \
   template <>                                                                                                          \
   void add_row<T>(T * x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                 \
@@ -243,8 +242,8 @@ CROPR_INLINE void norm_body(
     norm_row_##suffix(row, weight, bias, eps, dim, out);                                                               \
   }                                                                                                                    \
   template <>                                                                                                          \
-  void widen_row<T>(const T* from, int64_t dim, acc_t<T>* to) {                                                        \
-    widen_row_##suffix(from, dim, to);                                                                                 \
+  void widen_row<T>(const T* row, int64_t dim, acc_t<T>* wide) {                                                       \
+    widen_row_##suffix(row, dim, wide);                                                                                \
   }
 
 CROPR_ROW_KERNELS(float, f32)

@@ -31,8 +31,8 @@ struct float16 {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Working memory, not initialised. On the stack where it is small: in a call for one image the heap would take as
-// long as several rows.
+// Uninitialized working memory, on the stack if it is small: in a call for one image, allocating on the heap would take
+// as long as several rows.
 template <typename T>
 class Scratch {
  public:
@@ -64,7 +64,7 @@ typedef uint32_t PackU32 __attribute__((vector_size(kPackBytes)));
 typedef PackU32 UnalignedPackU32 __attribute__((aligned(1), may_alias));
 
 // Half bits in the low 16 of each 32-bit lane, as float bits: the multiplication rebiases the exponent, which
-// also normalises subnormals; infinity and NaN get their exponent back.
+// also normalizes subnormals; infinity and NaN get their exponent back.
 template <typename U, typename F>
 CROPR_INLINE F half_to_float(U bits) {
   U wide = ((bits & 0x8000) << 16) | ((bits & 0x7fff) << 13);
@@ -102,7 +102,7 @@ CROPR_INLINE typename Pack<A>::type load_pack(const A* p) {
   return value;
 }
 
-// A group is two packs of consecutive elements. 16-bit types come apart into their even and their odd elements,
+// A group is two packs of consecutive elements. 16-bit types are split into even and odd elements,
 // which costs a shift and a mask where a widening load would cost a shuffle.
 template <typename T>
 constexpr int kGroup = 2 * kLanes<acc_t<T>>;
@@ -175,7 +175,7 @@ template <typename T>
 void weighted_sum(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out);
 
 // One row of the residual buffer, dim elements; gamma, weight and bias may be null.
-// x += gamma * update, rounded once; wide receives what is now in x.
+// x += gamma * update, rounded once; wide receives the new row.
 template <typename T>
 void add_row(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide);
 
@@ -183,8 +183,8 @@ void add_row(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, a
 template <typename T>
 void norm_row(const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out);
 
-// to = from, in the accumulation type
+// wide = row, in the accumulation type
 template <typename T>
-void widen_row(const T* from, int64_t dim, acc_t<T>* to);
+void widen_row(const T* row, int64_t dim, acc_t<T>* wide);
 
 }  // namespace cropr

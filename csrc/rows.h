@@ -1,4 +1,4 @@
-// Rows of token tensors, for the kernels that walk them: views, ranges for threads, scores, copies.
+// Rows of token tensors: views, ranges for threads, scores, copies.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ void fold_query(const Tensor& query, A* folded) {
   });
 }
 
-// float32 whatever the input: in bfloat16 scores tie often.
+// Scores are float32 for every input: in bfloat16 they would tie often.
 template <typename T>
 void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
   if constexpr (std::is_same_v<acc_t<T>, float>) {
@@ -95,9 +95,9 @@ void score_batch(const Rows<T>& x, const acc_t<T>* query, float* out) {
   });
 }
 
-// From so many bytes on rows are written past the caches: what is written first would be evicted before anybody
-// reads it, and a line written so is not fetched from memory first. Below it a reader finds the rows in a cache.
-// Measured with a LayerNorm behind prune: 5 to 11 % less time for both at 8 to 50 MB, 2 to 3 % more at 5 to 6 MB.
+// Outputs of at least this size are written with non-temporal stores: the first rows would be evicted before they are
+// read, and the lines need not be fetched first. Smaller outputs stay in a cache for their reader. Measured with a
+// LayerNorm after prune: 5 to 11 % less time for both at 8 to 50 MB, 2 to 3 % more at 5 to 6 MB.
 constexpr int64_t kPastCachesBytes = 8 << 20;
 
 inline void copy_past_caches(const char* from, int64_t bytes, char* to) {
@@ -116,7 +116,8 @@ inline void copy_past_caches(const char* from, int64_t bytes, char* to) {
 #endif
 }
 
-// How the rows of one call are copied. Whoever copied calls finish() before another thread may read.
+// Copies the rows of one call, past the caches if the output is large. Each thread calls finish() after its last copy,
+// before another thread reads.
 class RowCopy {
  public:
   explicit RowCopy(int64_t bytes) : past_caches_(bytes >= kPastCachesBytes) {}
@@ -158,20 +159,21 @@ void gather_rows(
   copy.finish();
 }
 
-// row -= other, rounded once; scratch holds 2 * dim.
+// row -= subtrahend, rounded once; scratch holds 2 * dim.
 template <typename T>
-void subtract_row(T* row, const T* other, int64_t dim, acc_t<T>* scratch) {
-  widen_row<T>(other, dim, scratch);
+void subtract_row(T* row, const T* subtrahend, int64_t dim, acc_t<T>* scratch) {
+  widen_row<T>(subtrahend, dim, scratch);
   for (int64_t d = 0; d < dim; ++d) scratch[d] = -scratch[d];
   add_row<T>(row, scratch, nullptr, dim, scratch + dim);
 }
 
-// Who is kept and who is pruned before the scores are asked: (B, N), int8 or bool (true: kept). Null where absent.
+// Priorities of tokens (B, N), int8 or bool: positive ones are kept, negative ones pruned before scores count. Null if
+// absent.
 class Priority {
  public:
-  Priority(const OptionalTensor& given, int64_t n) : n_(n) {
-    if (!given) return;
-    dense_ = torch::stable::contiguous(*given);
+  Priority(const OptionalTensor& priority, int64_t n) : n_(n) {
+    if (!priority) return;
+    dense_ = torch::stable::contiguous(*priority);
     values_ = static_cast<const int8_t*>(dense_.const_data_ptr());
   }
   const int8_t* image(int64_t b) const {

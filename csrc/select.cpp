@@ -6,7 +6,7 @@
 namespace cropr {
 namespace {
 
-// -0.0 equals +0.0, every NaN is the maximum but one, which is left to tokens of priority.
+// -0.0 equals +0.0; every NaN is the second largest key, as the largest is reserved for tokens of priority.
 template <typename F>
 CROPR_INLINE select_key_t<F> ordered_bits(F value) {
   using U = select_key_t<F>;
@@ -21,53 +21,55 @@ CROPR_INLINE select_key_t<F> ordered_bits(F value) {
 
 template <typename U>
 struct Threshold {
-  U key;         // keys above it are kept
-  int64_t ties;  // and so many of those that equal it, lowest positions first
+  U key;         // larger keys are kept
+  int64_t ties;  // number of kept keys that equal it, lowest positions first
 };
 
-// The wanted-th largest of n keys, 0 < wanted <= n, one bit after the other from the top: each pass counts what a
-// larger threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each
-// comparison wrong half of the time. A threshold that keeps just as many as wanted needs no further bits.
+// The count-th largest of n keys, 0 < count <= n, bit by bit from the top: each pass counts the keys that a larger
+// threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each comparison
+// wrong half of the time. A threshold that keeps exactly count keys needs no further bits.
 template <typename U>
-CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t wanted) {
+CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t count) {
   U threshold = 0;
   for (int bit = 8 * sizeof(U) - 1; bit >= 0; --bit) {
     const U candidate = threshold | U(1) << bit;
-    U count = 0;
-    for (int64_t i = 0; i < n; ++i) count += keys[i] >= candidate;
-    const int64_t reached = static_cast<int64_t>(count);
-    if (reached >= wanted) threshold = candidate;
-    if (reached == wanted) return {threshold - 1, 0};
+    U matches = 0;
+    for (int64_t i = 0; i < n; ++i) matches += keys[i] >= candidate;
+    const int64_t reached = static_cast<int64_t>(matches);
+    if (reached >= count) threshold = candidate;
+    if (reached == count) return {threshold - 1, 0};
   }
   U above = 0;
   for (int64_t i = 0; i < n; ++i) above += keys[i] > threshold;
-  return {threshold, wanted - static_cast<int64_t>(above)};
+  return {threshold, count - static_cast<int64_t>(above)};
 }
 
-// Priority comes before the score. Where more have it than may be kept, their scores decide, and no other token is.
+// Puts priority before the score. If more tokens have priority than may be kept, their scores decide, and no other
+// token is kept.
 template <typename U>
-CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t wanted) {
-  int64_t ahead = 0;
-  for (int64_t i = 0; i < n; ++i) ahead += priority[i] > 0;
-  const bool crowded = ahead > wanted;
+CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t count) {
+  int64_t num_preferred = 0;
+  for (int64_t i = 0; i < n; ++i) num_preferred += priority[i] > 0;
+  const bool crowded = num_preferred > count;
   for (int64_t i = 0; i < n; ++i) {
-    const U first = crowded ? keys[i] : ~U(0), other = crowded || priority[i] < 0 ? U(0) : keys[i];
-    keys[i] = priority[i] > 0 ? first : other;
+    const U preferred = crowded ? keys[i] : ~U(0);
+    const U ordinary = crowded || priority[i] < 0 ? U(0) : keys[i];
+    keys[i] = priority[i] > 0 ? preferred : ordinary;
   }
 }
 
 template <typename T, typename U>
-CROPR_INLINE Threshold<U> order_body(const T* scores, const int8_t* priority, int64_t n, int64_t wanted, U* keys) {
+CROPR_INLINE Threshold<U> order_body(const T* scores, const int8_t* priority, int64_t n, int64_t count, U* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = ordered_bits(load_one(scores + i));
-  if (priority != nullptr) prefer(keys, priority, n, wanted);
-  return find_threshold(keys, n, wanted);
+  if (priority != nullptr) prefer(keys, priority, n, count);
+  return find_threshold(keys, n, count);
 }
 
 // target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
-#define CROPR_ORDER(T)                                                                             \
-  CROPR_CLONES Threshold<select_key_t<T>> order(                                                   \
-      const T* scores, const int8_t* priority, int64_t n, int64_t wanted, select_key_t<T>* keys) { \
-    return order_body(scores, priority, n, wanted, keys);                                          \
+#define CROPR_ORDER(T)                                                                            \
+  CROPR_CLONES Threshold<select_key_t<T>> order(                                                  \
+      const T* scores, const int8_t* priority, int64_t n, int64_t count, select_key_t<T>* keys) { \
+    return order_body(scores, priority, n, count, keys);                                          \
   }
 CROPR_ORDER(float)
 CROPR_ORDER(double)
@@ -80,19 +82,19 @@ template <typename T>
 void select_image(
     const T* scores, const int8_t* priority, int64_t n, int64_t num_keep, int64_t num_prefix, select_key_t<T>* keys,
     int64_t* kept, int64_t* pruned) {
-  const int64_t wanted = num_keep - num_prefix, candidates = n - num_prefix;
+  const int64_t count = num_keep - num_prefix, candidates = n - num_prefix;
   std::iota(kept, kept + num_prefix, int64_t(0));
   kept += num_prefix;
-  if (wanted == candidates) {
-    std::iota(kept, kept + wanted, num_prefix);
+  if (count == candidates) {
+    std::iota(kept, kept + count, num_prefix);
     return;
   }
-  if (wanted == 0) {
+  if (count == 0) {
     std::iota(pruned, pruned + candidates, num_prefix);
     return;
   }
   const int8_t* ranks = priority == nullptr ? nullptr : priority + num_prefix;
-  auto [threshold, ties] = order(scores + num_prefix, ranks, candidates, wanted, keys);
+  auto [threshold, ties] = order(scores + num_prefix, ranks, candidates, count, keys);
   for (int64_t i = 0; i < candidates; ++i) {
     if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0))
       *kept++ = num_prefix + i;

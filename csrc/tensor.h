@@ -1,4 +1,4 @@
-// What the kernels need from libtorch, through its stable ABI: views, outputs, dtype dispatch, errors.
+// Access to libtorch through its stable ABI: views, outputs, dtype dispatch, errors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@
 
 #include "row_kernels.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its older name
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the older name
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
@@ -83,19 +83,19 @@ inline bool is_float(ScalarType type) {
          type == ScalarType::Half;
 }
 
-// A tensor on its way out of a kernel, in the form the dispatcher's stack holds it.
+// A returned tensor in the form that the dispatcher's stack holds.
 using Returned = StableIValue;
 
-// A new contiguous tensor. release() hands it to the dispatcher as it is, where returning a Tensor would
-// allocate a second handle: for a small op that is a good part of its time.
+// A new contiguous tensor. release() passes its handle to the dispatcher; returning a Tensor would allocate a second
+// handle, a good part of the time of a small op.
 class Output {
  public:
-  // On the CPU.
+  // A tensor on the CPU.
   Output(std::initializer_list<int64_t> sizes, ScalarType type)
       : Output(
             {sizes.begin(), sizes.size()}, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
             aoti_torch_device_type_cpu(), 0) {}
-  // Of a dtype and a device as libtorch numbers them.
+  // A tensor of a dtype and a device as libtorch numbers them.
   Output(std::span<const int64_t> sizes, int32_t dtype, int32_t device_type, int32_t device_index) {
     const int64_t dim = static_cast<int64_t>(sizes.size());
     int64_t strides[4];
@@ -107,7 +107,7 @@ class Output {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes.data(), strides, dtype, device_type, device_index, &handle_));
   }
-  Output(Output&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Output(Output&& moved) noexcept : handle_(std::exchange(moved.handle_, nullptr)) {}
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
   ~Output() {
@@ -132,7 +132,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::detail::to<Tensor>(Output(sizes, type).release());
 }
 
-// Rows must be dense; every other stride is taken as it comes.
+// Returns x with dense rows; every other stride stays as it is.
 inline Tensor with_dense_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.size(last) > 1 && x.stride(last) != 1 ? torch::stable::contiguous(x) : x;
@@ -147,7 +147,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Calls body(T{}) with the kernel's own type for a floating dtype that check has let through.
+// Calls body(T{}) with the C++ type of a floating dtype that check accepts.
 template <typename Body>
 auto with_float_type(ScalarType type, const Body& body) {
   switch (type) {

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from cropr_kernels.ops.registration import FILES  # importing the package registers the ops
+from cropr_kernels.ops.cuda import FILES  # importing the package registers the ops
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings

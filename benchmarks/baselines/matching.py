@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.network import Context, Reducer, Reduction, gather_rows
-from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.ops.reference import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge, checkerboard
 
 ops = torch.ops.cropr
@@ -142,7 +142,7 @@ class CroprMerge(Reducer):
         loss = 1 - ops.gather(unit, candidate_idx) @ ops.gather(unit, target_idx).transpose(1, 2)
         if self.ward:
             loss = ward(sizes.gather(1, candidate_idx), sizes.gather(1, target_idx)) * loss
-        loss = loss * pruning_costs(raw, scores, self.cost_weight, num_prefix).gather(1, candidate_idx).unsqueeze(2)
+        loss = loss * cost_scales(raw, scores, self.cost_weight, num_prefix).gather(1, candidate_idx).unsqueeze(2)
         count = x.shape[1] - num_keep
         return merge_matched(
             x, context, prefix_idx, candidate_idx, target_idx, -loss, count, keep_norms=self.keep_norms

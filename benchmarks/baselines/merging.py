@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.baselines.matching import absorb, after_prefix, rows_of, unit_keys
 from benchmarks.baselines.network import Context, Reducer, Reduction
 from benchmarks.baselines.selection import distances
-from cropr_kernels.utils.optional import need
+from cropr_kernels.utils.optional import import_optional
 
 ops = torch.ops.cropr
 
@@ -153,7 +153,7 @@ class ATC(Reducer):
         The tree is cut after a number of merges: a threshold would leave fewer clusters if
         distances are equal.
         """
-        hierarchy = need("scipy.cluster.hierarchy", "demo", "ATC")
+        hierarchy = import_optional("scipy.cluster.hierarchy", "demo", "ATC")
         tree = hierarchy.linkage(pairwise, self.linkage)[:merges, :2].astype(np.int64)
         root = np.arange(points + merges)
         for node in reversed(range(merges)):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cropr_kernels.models.blocks import project_heads, proportional_attention
-from cropr_kernels.ops.reference import pruning_costs, size_adjusted_scores
+from cropr_kernels.ops.reference import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
 ops = torch.ops.cropr
@@ -85,11 +85,11 @@ def run_trunk(
             split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
             target_idx, candidate_idx = (active.gather(1, part) for part in split)
             cost_scale = torch.ones_like(sizes).scatter(
-                1, active, pruning_costs(raw_scores, scores, COST_WEIGHT, prefix)
+                1, active, cost_scales(raw_scores, scores, COST_WEIGHT, prefix)
             )
             after = before.clone()
             kept_idx, idx, _ = ops.merge_(
-                after, target_idx, candidate_idx, sizes, parent, count, prefix, costs=cost_scale
+                after, target_idx, candidate_idx, sizes, parent, count, prefix, cost_scale=cost_scale
             )
             target = parent.gather(1, idx)
         keys = with_rows(keys.new_zeros(batch, tokens, keys.shape[2]), active, keys)

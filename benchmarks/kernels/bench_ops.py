@@ -89,7 +89,7 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
 
 
 @pytest.mark.parametrize(
-    "name", ["merge_", "host_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"]
+    "name", ["merge_", "parent_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"]
 )
 def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     x, query, keep = cell
@@ -106,7 +106,7 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         parent = torch.arange(n, device=x.device).repeat(batch, 1)
         args: dict[str, tuple[Any, ...]] = {
             "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
-            "host_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
+            "parent_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
             "gather_norm": (x, idx, weight, bias, 1e-6),
             "add_": (x, idx, update, None),
             "add_norm_": (x, idx, update, None, weight, bias, 1e-6),
@@ -117,7 +117,7 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         reference_args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args[name]]
         result = getattr(ops, name)(*op_args)
         expected = getattr(reference, name)(*reference_args)
-        if name == "host_offsets_":
+        if name == "parent_offsets_":
             assert (op_args[3] == reference_args[3]).double().mean() > 0.99  # parents of near-ties may differ
         elif name == "merge_":
             assert (result[0] == expected[0]).double().mean() > 0.9

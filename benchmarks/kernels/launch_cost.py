@@ -19,7 +19,7 @@ import torch
 from benchmarks.kernels.mock_driver import mock_cuda
 from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.ops.extension import replayed
-from cropr_kernels.ops.triton import hosts, merge, prune, residual
+from cropr_kernels.ops.triton import merge, parent_offsets, prune, residual
 
 
 def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -40,8 +40,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "add_norm_": (residual.add_norm_, (x, idx, rows, gamma, weight, bias, 1e-6)),
         "add_select_": (residual.add_select_, (x, idx, rows, gamma, torch.randn(dim), keep, 1, None, 0.0, None)),
         "merge_": (merge.merge_, (x, target_idx, candidate_idx, sizes, parent, keep, 1)),
-        "host_offsets_": (hosts.host_offsets_, (x, target_idx, candidate_idx, parent, 1)),
-        "add_hosts": (hosts.add_hosts, (x, parent)),
+        "parent_offsets_": (parent_offsets.parent_offsets_, (x, target_idx, candidate_idx, parent, 1)),
+        "add_parents": (parent_offsets.add_parents, (x, parent)),
         "rotate_": (residual.rotate_, (heads, table, None, 1, False)),
         "prune": (prune.prune, (x, torch.randn(dim), keep, 1, None)),
     }

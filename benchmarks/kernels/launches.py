@@ -13,7 +13,7 @@ from triton.runtime import JITFunction, driver
 
 import cropr_kernels as cropr
 from cropr_kernels.models.vit import ViT, ViTConfig
-from cropr_kernels.ops.registration import FILES
+from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.validation import OPS
 from cropr_kernels.pruning.api import deployed_copy
 
@@ -121,7 +121,7 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
             "K": n,
             "R": n // 4,
             "M": queries,
-            "S": n - n // 4,
+            "T": n - n // 4,
             "C": n // 4,
             "F": width,
         }

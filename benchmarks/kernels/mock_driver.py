@@ -19,8 +19,8 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime import JITFunction
 
 from benchmarks.kernels.launches import Compiler
-from cropr_kernels.ops.extension import NAMES, forget_plans, table
-from cropr_kernels.ops.registration import FILES, cuda_kernel
+from cropr_kernels.ops.cuda import FILES, cuda_kernel
+from cropr_kernels.ops.extension import NAMES, forget_launches, table
 
 _SOURCE = r"""
 #include <cstddef>
@@ -144,5 +144,5 @@ def mock_cuda(folder: Path, architecture: int = 90) -> Iterator[MockCuda]:
         yield MockCuda(library)
     finally:
         kernels._destroy()
-        forget_plans()
+        forget_launches()
         triton.runtime.driver._active = active

@@ -20,7 +20,7 @@ from cropr_kernels.pruning.api import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.images import find_photos, load_photo
 from cropr_kernels.utils.io import table as text_table
-from cropr_kernels.utils.timing import in_turns
+from cropr_kernels.utils.timing import time_interleaved
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 RATE = 8
@@ -92,7 +92,7 @@ def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
             raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
         cropr.remove(base)
         calls = {method: partial(model, pixels) for method, model in methods.items()}
-        timings = in_turns(calls, device, repeats, show=True)
+        timings = time_interleaved(calls, device, repeats, show=True)
         times = {method: timings[method].seconds for method in methods}
         first_time = times["no pruning"]
         first_flops = gflops(base, pixels[:1])

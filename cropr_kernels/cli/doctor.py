@@ -1,4 +1,4 @@
-"""`cropr doctor`: whether every device of this machine computes what the ops mean."""
+"""`cropr doctor`: check ops and small networks on every device of this machine."""
 
 import argparse
 import ctypes
@@ -13,148 +13,156 @@ from torch import Tensor
 
 from ..models.vit import create_vit
 from ..ops import NAMES, build_info, reference
-from ..ops.calls import DTYPES, bare_call, legal_call
+from ..ops.sample_inputs import DTYPES, bare_call, legal_call
 from ..ops.validation import OPS
 from ..pruning.api import apply, deployed_copy
 from ..utils.progress import Progress
-from .common import place_of
+from .common import device_and_dtype
 from .info import versions
 
-# As of a small network: several programs an image, rows of several blocks.
-SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "S": 110, "C": 87, "F": 64, "P": 196, "H": 3}
+# Sizes of a small network: several programs per image, several blocks per row.
+SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "T": 110, "C": 87, "F": 64, "P": 196, "H": 3}
 NETWORKS: dict[str, dict[str, Any]] = {
     "network": {"rate": 8},
     "network with Last Layer Fusion": {"rate": 8, "llf": "host"},
     "network that merges": {"rate": 8, "merge": True, "llf": "host"},
 }
-# How far a result may be from what it should be; and a network's logits, over their norm: in 16 bits rounding may
-# prune another of two tokens.
-NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-LOGITS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-SECONDS = 60.0  # that one check may take, its kernels' compilation and the start of CUDA included
+# Tolerances of results, relative and absolute; and of a network's logits, over their norm: in 16
+# bits rounding may change which token is pruned.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+SECONDS = 60.0  # limit of one check, with the compilation of its kernels and the start of CUDA
 
 
 class Check(NamedTuple):
-    """One op, or a network of NETWORKS."""
+    """An op, or a network of NETWORKS, in one dtype."""
 
-    what: str
+    name: str
     dtype: torch.dtype
     plain: bool  # an op without its optional tensors; a network without CUDA graphs
 
     def __str__(self) -> str:
-        if self.what in NETWORKS:
-            how = "" if self.plain else ", CUDA graphs"
+        if self.name in NETWORKS:
+            variant = "" if self.plain else ", CUDA graphs"
         else:
-            how = f", without {', '.join(OPS[self.what].optional)}" if self.plain else ""
-        return f"{self.what}, {str(self.dtype).removeprefix('torch.')}{how}"
+            variant = f", without {', '.join(OPS[self.name].optional)}" if self.plain else ""
+        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}{variant}"
 
 
 def checks(device: torch.device) -> list[Check]:
-    """All that is checked on a device."""
-    ways = (True, False) if device.type == "cuda" else (True,)
+    """List the checks of a device."""
+    graph_options = (True, False) if device.type == "cuda" else (True,)
     return [
         *(Check(op, dtype, plain) for op in NAMES for dtype in DTYPES for plain in {False, bool(OPS[op].optional)}),
-        *(Check(name, dtype, plain) for name in NETWORKS for dtype in DTYPES for plain in ways),
+        *(Check(name, dtype, plain) for name in NETWORKS for dtype in DTYPES for plain in graph_options),
     ]
 
 
 def perform(check: Check, device: torch.device, sizes: dict[str, int] = SIZES) -> str:
-    """What is wrong, or nothing."""
+    """Run a check; return its failure as text, or an empty string."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _network(check, device) if check.what in NETWORKS else _op(check, device, sizes)
-    except Exception as error:  # whatever it is, the other checks go on
+            return _network(check, device) if check.name in NETWORKS else _op(check, device, sizes)
+    except Exception as error:  # a check may fail in any way; the others go on
         return f"{type(error).__name__}: {error}"
 
 
 def _op(check: Check, device: torch.device, sizes: dict[str, int]) -> str:
-    if check.what == "rotate_":  # C is the width of a head there, and even
+    if check.name == "rotate_":  # C is the even width of a head
         sizes = sizes | {"C": sizes["F"] & ~1}
-    theirs = (bare_call if check.plain else legal_call)(check.what, check.dtype, **sizes)
-    calls = [{name: _copy(value, device) for name, value in theirs.items()} for _ in range(2)]  # compiled, replayed
-    expected = _named_parts(getattr(reference, check.what)(*theirs.values())) | theirs
-    for call, ours in enumerate(calls):
-        got = _named_parts(getattr(torch.ops.cropr, check.what)(*ours.values())) | ours  # what must not change, too
-        for name, part in got.items():
-            rounded = check.dtype if name == "costs" else None  # they follow from rows that were rounded to it
-            wrong = _difference(name, part, expected[name], rounded) if isinstance(part, Tensor) else ""
-            if wrong:
-                return f"{'the second call: ' if call else ''}{wrong}"
+    reference_args = (bare_call if check.plain else legal_call)(check.name, check.dtype, **sizes)
+    calls = [
+        {name: _copy(value, device) for name, value in reference_args.items()} for _ in range(2)
+    ]  # compiled, replayed
+    expected = _named_parts(getattr(reference, check.name)(*reference_args.values())) | reference_args
+    for i, args in enumerate(calls):
+        # Arguments are compared as well: ops change some in place, and no others.
+        actual = _named_parts(getattr(torch.ops.cropr, check.name)(*args.values())) | args
+        for name, part in actual.items():
+            rounded = check.dtype if name == "cost_scale" else None  # computed from rows of that dtype
+            failure = _difference(name, part, expected[name], rounded) if isinstance(part, Tensor) else ""
+            if failure:
+                return f"{'the second call: ' if i else ''}{failure}"
     return ""
 
 
-def _copy(value: Any, device: torch.device) -> Any:
+def _copy(value: object, device: torch.device) -> object:
     return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
-def _named_parts(result: Any) -> dict[str, Any]:
+def _named_parts(result: object) -> dict[str, Any]:
     parts = () if result is None else result if isinstance(result, tuple) else (result,)
     return {f"result {i}": part for i, part in enumerate(parts)}
 
 
-def _difference(name: str, got: Tensor, expected: Tensor, rounded: torch.dtype | None = None) -> str:
-    """The first element that is not as it should be, as precisely as its dtype and what it was `rounded` to allow."""
-    got = got.cpu()
-    if (got.dtype, got.shape) != (expected.dtype, expected.shape):
-        return f"{name} is {got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"
-    near = max(NEAR.get(got.dtype, 0.0), NEAR.get(rounded or got.dtype, 0.0))
-    wrong = ~torch.isclose(got.double(), expected.double(), rtol=near, atol=near)
-    if not wrong.any():
+def _difference(name: str, actual: Tensor, expected: Tensor, rounded: torch.dtype | None = None) -> str:
+    """Describe the first wrong element, at the tolerance of its dtype and of the dtype it was
+    `rounded` to."""
+    actual = actual.cpu()
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        return f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+    tolerance = max(TOLERANCE.get(actual.dtype, 0.0), TOLERANCE.get(rounded or actual.dtype, 0.0))
+    is_wrong = ~torch.isclose(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    if not is_wrong.any():
         return ""
-    at = wrong.nonzero()[0].tolist()
-    values = (f"{one[tuple(at)].item():.7g}" for one in (got, expected))
-    return f"{name}{at} is {', not '.join(values)} ({int(wrong.sum())} of {wrong.numel()} are wrong)"
+    index = is_wrong.nonzero()[0].tolist()
+    values = (f"{tensor[tuple(index)].item():.7g}" for tensor in (actual, expected))
+    return f"{name}{index} is {', not '.join(values)} ({int(is_wrong.sum())} of {is_wrong.numel()} are wrong)"
 
 
 def _network(check: Check, device: torch.device) -> str:
     model = create_vit("vit_tiny_patch16_224", img_size=96, depth=4, num_classes=10)
-    apply(model.eval(), **NETWORKS[check.what])
+    apply(model.eval(), **NETWORKS[check.name])
     exact = deployed_copy(model.double(), engine=False)
     fast = deployed_copy(model, cuda_graphs=0 if check.plain else 1).to(device, check.dtype)
-    for _ in range(2):  # the second one is replayed
+    for _ in range(2):  # the second is replayed
         images = torch.randn(2, 3, 96, 96)
-        expected, got = exact(images.double()), fast(images.to(device, check.dtype)).double().cpu()
-        error = ((got - expected).norm() / expected.norm()).item()
-        if not error <= LOGITS[check.dtype]:
-            return f"logits differ by {error:.1e} of their norm from the definition's; {LOGITS[check.dtype]} is allowed"
+        expected = exact(images.double())
+        actual = fast(images.to(device, check.dtype)).double().cpu()
+        error = ((actual - expected).norm() / expected.norm()).item()
+        allowed = LOGITS_TOLERANCE[check.dtype]
+        if not error <= allowed:
+            return f"logits differ by {error:.1e} of their norm from the definition's; {allowed} is allowed"
     return ""
 
 
 def outcomes(device: torch.device) -> Iterator[tuple[Check, str]]:
-    """Every check of a device and what is wrong. On a GPU in a process of its own: one that a check ends, hangs or
-    leaves without its GPU is replaced, and the next check goes on there."""
-    todo = checks(device)
+    """Yield every check of a device with its failure.
+
+    GPU checks run in another process, which is replaced if it ends, hangs or loses the GPU.
+    """
+    pending = checks(device)
     if device.type == "cpu":
-        yield from ((check, perform(check, device)) for check in todo)
+        yield from ((check, perform(check, device)) for check in pending)
         return
-    while todo:
-        for check, wrong in in_process(todo, device, SECONDS):
-            yield check, wrong
-            todo = todo[1:]
+    while pending:
+        for check, failure in in_process(pending, device, SECONDS):
+            yield check, failure
+            pending = pending[1:]
 
 
 def in_process(
-    todo: list[Check], device: torch.device, seconds: float, perform: Callable[..., str] = perform
+    pending: list[Check], device: torch.device, seconds: float, perform: Callable[..., str] = perform
 ) -> Iterator[tuple[Check, str]]:
-    """Checks in a new process, up to the first after which it is of no use."""
+    """Run checks in a new process, up to the first that leaves it unusable."""
     context = multiprocessing.get_context("spawn")
-    ours, its = context.Pipe()
-    process = context.Process(target=_serve, args=(its, todo, device, perform), daemon=True)
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_serve, args=(sender, pending, device, perform), daemon=True)
     process.start()
-    its.close()
+    sender.close()
     try:
-        for check in todo:
-            if not ours.poll(seconds):
+        for check in pending:
+            if not receiver.poll(seconds):
                 yield check, f"no answer in {seconds:.0f} s"
                 return
             try:
-                wrong, usable = ours.recv()
+                failure, usable = receiver.recv()
             except EOFError:
                 process.join()
                 yield check, f"the process ended, with exit code {process.exitcode}"
                 return
-            yield check, wrong
+            yield check, failure
             if not usable:
                 return
     finally:
@@ -162,39 +170,42 @@ def in_process(
         process.join()
 
 
-def _serve(connection: Connection, todo: list[Check], device: torch.device, perform: Callable[..., str]) -> None:
-    torch.backends.cudnn.allow_tf32 = False  # float32 is meant
-    for check in todo:
-        wrong, usable = perform(check, device), True
-        if wrong:
+def _serve(connection: Connection, pending: list[Check], device: torch.device, perform: Callable[..., str]) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # full float32
+    for check in pending:
+        failure = perform(check, device)
+        usable = True
+        if failure:
             try:
                 torch.cuda.synchronize(device)
-            except Exception:  # an address that is none, for example: nothing runs after it
+            except Exception:  # such as an illegal address, after which no kernel runs
                 usable = False
-        connection.send((wrong, usable))
+        connection.send((failure, usable))
 
 
 def run(options: argparse.Namespace) -> None:
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    devices = [torch.device("cpu"), *gpus] if options.device is None else [place_of(options)["device"]]
+    devices = [torch.device("cpu"), *gpus] if options.device is None else [device_and_dtype(options)[0]]
     print(", ".join(f"{name} {value}" for name, value in {**versions(), **build_info()}.items() if name != "device"))
     failed, total = 0, 0
     for device in devices:
-        name, wrongs = _named(device), 0
+        name = _describe(device)
+        num_failed = 0
         with Progress(str(device), len(checks(device)), show=not options.quiet) as progress:
-            for check, wrong in outcomes(device):
+            for check, failure in outcomes(device):
                 progress.update(note=str(check))
                 total += 1
-                if wrong:
-                    wrongs += 1
-                    print(f"{device}: {check}:\n{textwrap.indent(wrong.strip(), '    ')}", flush=True)
-        failed += wrongs
-        print(f"{name}: {f'{wrongs} of ' if wrongs else ''}{progress.done} checks {'failed' if wrongs else 'passed'}")
+                if failure:
+                    num_failed += 1
+                    print(f"{device}: {check}:\n{textwrap.indent(failure.strip(), '    ')}", flush=True)
+        failed += num_failed
+        result = f"{num_failed} of {progress.done} checks failed" if num_failed else f"{progress.done} checks passed"
+        print(f"{name}: {result}")
     if failed:
         raise RuntimeError(f"{failed} of {total} checks failed")
 
 
-def _named(device: torch.device) -> str:
+def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
     gpu = torch.cuda.get_device_properties(device)
@@ -203,7 +214,7 @@ def _named(device: torch.device) -> str:
 
 
 def _driver() -> str:
-    """The newest CUDA that the driver knows."""
+    """Return the newest version of CUDA that the driver supports."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

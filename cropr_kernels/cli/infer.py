@@ -1,8 +1,8 @@
-"""`cropr infer`: a pruned model over a folder of photos or WebDataset shards, by one process or many, into Parquet.
+"""`cropr infer`: run a pruned model over photos or WebDataset shards, and write Parquet.
 
-The work falls into units, a shard or a few thousand photos of a folder, and each unit makes one file that is whole or
-not there. Processes share the units and do not communicate; a run that was stopped resumes with the units that have no
-file, with any number of processes.
+Work is split into units, a shard or a few thousand photos of a folder; each unit makes one file,
+written atomically. Processes share the units without communication; an interrupted run resumes with
+the units that have no file, with any number of processes.
 """
 
 import argparse
@@ -13,38 +13,48 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.adapters import find_spec
 from ..models.outputs import outputs_of, remove_classifier
 from ..models.pixels import Pixels
 from ..pruning.api import deploy
-from ..utils.images import PHOTO_SUFFIXES, find_photos, shown, told
+from ..pruning.model import CroprModules
+from ..utils.images import PHOTO_SUFFIXES, describe_skipped, find_photos, printable
 from ..utils.io import atomic_write, require_launcher, write_text
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from ..utils.progress import Progress
-from .common import load_with_queries, place_of
+from .common import device_and_dtype, load_with_queries
 from .outputs import check_folder
 
-_DONE, _SETTINGS = "_SUCCESS", "_settings.json"  # readers of Parquet folders pass over names that begin like this
+# Readers of Parquet folders ignore names that begin with an underscore.
+_DONE = "_SUCCESS"
+_SETTINGS = "_settings.json"
+
+
+_Content = Path | IO[bytes] | None  # of a sample; None without a photo
+Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels if there is no error
 
 
 class Unit(NamedTuple):
-    """Photos whose results make one file: of a folder, or those in a shard."""
+    """Photos whose results make one file: some of a folder, or those in a shard."""
 
     name: str
     photos: tuple[Path, ...]  # empty for a shard
-    root: Path  # names are relative to it; of a shard, the file
+    root: Path  # folder of the photos, or the shard
 
 
 def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:
-    """The units of folders and shards, in an order that depends on their names only; errors name what is none."""
+    """Find the units of folders and shards, in an order that depends on their names only.
+
+    Raises FileNotFoundError or ValueError for a source that is neither.
+    """
     units: list[Unit] = []
     for source in sources:
         if source.is_dir():
@@ -63,37 +73,35 @@ def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> lis
     return units
 
 
-def samples(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """Name and content (a path, or a file) of each photo of a unit; None where a sample of a shard has none.
+def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
+    """Yield name and content of each photo of a unit: a path, a file, or None for a sample without
+    photo.
 
-    A name in a shard is that of its member without the suffix, as it stands there: nobody has checked it as a path.
-    Raises ValueError where a shard does not end as tar files do: what is behind the damage would be lost.
+    Names in a shard are those of its members without suffix, unchecked as paths. Raises ValueError
+    if a shard does not end like a tar file: photos after the damage would be lost.
     """
     if unit.photos:
-        yield from ((shown(path.relative_to(unit.root)), path) for path in unit.photos)
+        yield from ((printable(path.relative_to(unit.root)), path) for path in unit.photos)
         return
-    keys: dict[str, bool] = {}  # of samples, and whether they have a photo
+    has_photo: dict[str, bool] = {}  # by key of the sample
     with open(unit.root, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
         for member in shard:
-            folder, slash, base = shown(member.name).rpartition("/")
+            folder, slash, base = printable(member.name).rpartition("/")
             key, dot, _ = base.partition(".")
             if member.isfile() and key and dot:
                 stem, suffix = os.path.splitext(base)
                 is_photo = suffix.lower() in PHOTO_SUFFIXES
-                keys[folder + slash + key] = keys.get(folder + slash + key, False) or is_photo
+                has_photo[folder + slash + key] = has_photo.get(folder + slash + key, False) or is_photo
                 if is_photo:
                     yield folder + slash + stem, io.BytesIO(shard.extractfile(member).read())  # type: ignore[union-attr]
         stream.seek(shard.offset)  # tarfile takes a damaged header for the end
         tail = stream.read(1024)
-        if tail != bytes(1024) or any(more.strip(b"\0") for more in iter(lambda: stream.read(1 << 20), b"")):
+        if tail != bytes(1024) or any(chunk.strip(b"\0") for chunk in iter(lambda: stream.read(1 << 20), b"")):
             raise ValueError(f"the shard is damaged at byte {shard.offset}")
-    yield from ((key, None) for key, has_photo in keys.items() if not has_photo)
+    yield from ((key, None) for key, found in has_photo.items() if not found)
 
 
-Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels where there is no error
-
-
-def _read(name: str, content: Any, pixels: Pixels) -> Read:
+def _read(name: str, content: _Content, pixels: Pixels) -> Read:
     try:
         if content is None:
             raise OSError("no image in this sample")
@@ -103,26 +111,30 @@ def _read(name: str, content: Any, pixels: Pixels) -> Read:
 
 
 def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
-    """Photos of a unit in their order, so many at a time; the next ones are read while the model runs on these."""
+    """Yield photos of a unit in order, in batches; the next batch is read ahead."""
     source = samples(unit)
 
-    def start() -> list[Any]:
+    def start() -> list[Future[Read]]:
         return [threads.submit(_read, *sample, pixels) for sample in islice(source, batch)]
 
-    waiting = start()
-    while waiting:
-        ready, waiting = waiting, start()
-        yield [future.result() for future in ready]
+    next_batch = start()
+    while next_batch:
+        current = next_batch
+        next_batch = start()
+        yield [future.result() for future in current]
 
 
 @torch.inference_mode()
-def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per photo: name, error, and classes with their probabilities, or features where top is 0."""
+def results(
+    model: nn.Module, pixels: Pixels, reads: list[Read], top: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Return a row per photo: name, error, and top classes with probabilities, or features for top
+    0."""
     rows = [row for row, _ in reads]
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
-    output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float().cpu()
+    output = outputs_of(model(pixels.normalise(torch.stack(photos)).to(device, dtype))).float().cpu()
     readable = [row for row in rows if row["error"] is None]
     for row, values in zip(readable, output):
         if not values.isfinite().all():
@@ -136,12 +148,14 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
 
 
 def run(options: argparse.Namespace) -> None:
-    pyarrow, parquet, _ = (need(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image"))
+    pyarrow, parquet, _ = (
+        import_optional(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image")
+    )
     check_folder(options.out)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = place_of(options)
-    if place["device"].type == "cuda" and "LOCAL_RANK" in os.environ:
-        place["device"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device, dtype = device_and_dtype(options)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     skipped: Counter[str] = Counter()
     units = find_units(options.source, options.unit, skipped)
     del skipped[".tar"]
@@ -150,71 +164,77 @@ def run(options: argparse.Namespace) -> None:
     top = options.top if classifies and not options.features else 0
     if options.features and classifies:
         remove_classifier(model)
-    prunes = model.cropr.config.schedule.rate != 0  # unpruned, the functional ops give the model's own bits
-    fast = deploy(model.to(**place), engine=prunes)
+    prunes = model.cropr.config.schedule.rate != 0  # unpruned, the functional ops are bit-exact
+    fast = deploy(model.to(device, dtype), engine=prunes)
     if rank == 0:
-        print(f"photos: {pixels}{told(skipped)}")
-    facts = {"pixels": str(tuple(pixels)), "top": top, "dtype": str(place["dtype"])}
-    _settle(options.out / _SETTINGS, {"model": options.model, **_settings(model.cropr, units), **facts})
+        print(f"photos: {pixels}{describe_skipped(skipped)}")
+    settings = {"model": options.model, **_settings(model.cropr, units)}
+    settings |= {"pixels": str(tuple(pixels)), "top": top, "dtype": str(dtype)}
+    _claim_folder(options.out / _SETTINGS, settings)
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
-    mine = list(zip(units, parts))[rank::world]
-    todo = [(unit, part) for unit, part in mine if not part.exists()]
+    assigned = list(zip(units, parts))[rank::world]
+    pending = [(unit, part) for unit, part in assigned if not part.exists()]
     parent = os.getppid()
     texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
     columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
     schema = pyarrow.schema({"name": texts, "error": texts} | columns)
-    done, unreadable, damaged = 0, 0, list[str]()
-    total = sum(len(unit.photos) for unit, _ in todo) if all(unit.photos for unit, _ in todo) else None
+    num_photos = 0
+    unreadable = 0
+    damaged: list[str] = []
+    total = sum(len(unit.photos) for unit, _ in pending) if all(unit.photos for unit, _ in pending) else None
     progress = Progress("photos", total, show=not options.quiet and rank == 0)
     with ThreadPoolExecutor(options.workers) as threads, progress:
-        for unit, part in todo:
+        for unit, part in pending:
             require_launcher(parent, "infer")
             rows: list[dict[str, Any]] = []
             try:
                 for reads in batches(unit, pixels, options.batch, threads):
-                    rows += results(fast, pixels, reads, top, place)
+                    rows += results(fast, pixels, reads, top, device, dtype)
                     progress.update(len(reads))
             except (OSError, ValueError, tarfile.TarError) as error:
-                damaged.append(f"{shown(unit.root)}: {error}")
+                damaged.append(f"{printable(unit.root)}: {error}")
                 continue
             with atomic_write(part) as temporary:
                 parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
-            done += len(rows)
+            num_photos += len(rows)
             unreadable += sum(row["error"] is not None for row in rows)
-    before = f", {len(mine) - len(todo)} were there" if len(todo) < len(mine) else ""
-    who = f"process {rank} of {world}: " if world > 1 else ""
-    print(f"{who}{len(todo) - len(damaged)} units{before}; {done} photos, {unreadable} of them unreadable")
+    resumed = f", {len(assigned) - len(pending)} were there" if len(pending) < len(assigned) else ""
+    prefix = f"process {rank} of {world}: " if world > 1 else ""
+    print(f"{prefix}{len(pending) - len(damaged)} units{resumed}; {num_photos} photos, {unreadable} of them unreadable")
     if damaged:
-        raise RuntimeError(f"{who}{len(damaged)} units are damaged, all others are done: {'; '.join(damaged)}")
+        raise RuntimeError(f"{prefix}{len(damaged)} units are damaged, all others are done: {'; '.join(damaged)}")
     if all(part.exists() for part in parts):
         write_text(options.out / _DONE, "")
-        print(f"{who}all {len(parts)} units are there: {options.out}")
+        print(f"{prefix}all {len(parts)} units are there: {options.out}")
 
 
-def _settings(stack: Any, units: Sequence[Unit]) -> dict[str, Any]:
-    """What the content of the files depends on, of the pruning and of the photos."""
-    prunes = stack.config.schedule.rate != 0
-    queries = torch.stack([module.query().float().cpu() for module in stack]) if prunes else torch.empty(0)
+def _settings(modules: CroprModules, units: Sequence[Unit]) -> dict[str, Any]:
+    """Settings of pruning and photos that the content of the files depends on."""
+    prunes = modules.config.schedule.rate != 0
+    queries = torch.empty(0)
+    if prunes:
+        queries = torch.stack([module.query().float().cpu() for module in modules])  # type: ignore[operator]
     names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
     return {
-        "schedule": str(stack.config.schedule),
-        "llf": str(stack.config.llf),
-        "merge": str(stack.config.merge),
+        "schedule": str(modules.config.schedule),
+        "llf": str(modules.config.llf),
+        "merge": str(modules.config.merge),
         "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
         "units": len(units),
         "names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
     }
 
 
-def _settle(path: Path, settings: dict[str, Any]) -> None:
-    """Write what a run is; ValueError where the folder holds another run."""
+def _claim_folder(path: Path, settings: dict[str, object]) -> None:
+    """Write the settings of a run; raises ValueError if the folder holds another run."""
     if not path.exists():
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return
     try:
-        before = dict(json.loads(path.read_text()))
+        saved = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; begin anew in another folder") from error
-    changed = [f"{name} was {before.get(name)}, is {now}" for name, now in settings.items() if before.get(name) != now]
+        raise ValueError(f"{path} is damaged: {error}; start again in another folder") from error
+    differing = [name for name, value in settings.items() if saved.get(name) != value]
+    changed = [f"{name} was {saved.get(name)}, is {settings[name]}" for name in differing]
     if changed:
         raise ValueError(f"{path.parent} holds the results of another run: {'; '.join(changed)}")

@@ -1,4 +1,4 @@
-"""`cropr info`: what is installed and what it runs on, or how a model would be pruned."""
+"""`cropr info`: versions, build and device, or the pruning of a model."""
 
 import argparse
 import importlib.metadata
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that matter, and the device that commands choose."""
-    device = f"cpu, {torch.get_num_threads()} threads, no GPU in reach"
+    """Versions of the main libraries, and the default device of commands."""
+    device = f"cpu, {torch.get_num_threads()} threads, no GPU found"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = f"{properties.name}, sm_{properties.major}{properties.minor}"
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def build_facts() -> dict[str, Any]:
-    """What is installed and what it runs on."""
+    """Versions, build facts, and the kernels of every op."""
     facts = {
         **versions(),
         "python": platform.python_version(),
@@ -57,32 +57,37 @@ def build_facts() -> dict[str, Any]:
 
 @torch.inference_mode()
 def model_facts(options: argparse.Namespace) -> dict[str, Any]:
-    """How a model would be pruned and what would run it."""
+    """Schedule, FLOPs and engine of a model under these options."""
     model, pixels, _ = load_model(options, pretrained=False)
-    known, image = find_spec(model), torch.zeros(1, 3, *pixels.img_size)
+    spec = find_spec(model)
+    image = torch.zeros(1, 3, *pixels.img_size)
     deployed = deployed_copy(model)
-    stack, depth, gflops = deployed.cropr, len(known.blocks), []
-    for one in (deployed, set_rate(deployed_copy(model), 0)):
+    modules = deployed.cropr
+    depth = len(spec.blocks)
+    gflops = []
+    for variant in (deployed, set_rate(deployed_copy(model), 0)):
         with flop_counter() as counter:
-            one(image)
+            variant(image)
         gflops.append(counter.get_total_flops() / 2e9)
-    tokens = known.num_prefix + stack.config.grid[0] * stack.config.grid[1]
-    counts = stack.config.counts(tokens, depth, known.num_prefix)
-    whole = stack.config.whole_blocks
-    last = "" if whole == 0 else ", all in the last block" if whole == 1 else f", all in the last {whole} blocks"
+    tokens = spec.num_prefix + modules.config.grid[0] * modules.config.grid[1]
+    counts = modules.config.counts(tokens, depth, spec.num_prefix)
+    num_full = modules.config.whole_blocks
+    full_blocks = ""
+    if num_full:
+        full_blocks = ", all in the last block" if num_full == 1 else f", all in the last {num_full} blocks"
     remove(model)
-    off = f"off, the functional ops run it: {stack.engine_reason}"
+    engine_off = f"off, the functional ops run it: {modules.engine_reason}"
     facts = {
         "model": f"{options.model}, {type(model).__module__}.{type(model).__name__}",
-        "tokens": f"{tokens} of width {known.dim}, {known.num_prefix} of them never pruned",
-        "blocks": f"{depth} x {type(known.blocks[0]).__name__}",
-        "kept after each block": " ".join(map(str, counts)) + last,
-        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {stack.config.schedule}",
-        "engine": off if stack.engine is None else "zero-copy, every block",
+        "tokens": f"{tokens} of width {spec.dim}, {spec.num_prefix} of them never pruned",
+        "blocks": f"{depth} x {type(spec.blocks[0]).__name__}",
+        "kept after each block": " ".join(map(str, counts)) + full_blocks,
+        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {modules.config.schedule}",
+        "engine": engine_off if modules.engine is None else "zero-copy, every block",
     }
-    if stack.config.merge is not None:
-        width = known.dim // known.num_heads
-        facts["merging"] = str(stack.config.merge)
+    if modules.config.merge is not None:
+        width = spec.dim // spec.num_heads
+        facts["merging"] = str(modules.config.merge)
         facts["log(size) in attention"] = (
             "one more dimension of 16-bit heads on CUDA, else an additive bias"
             if takes_extra_dimension(width, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`cropr tune`: the schedule that reaches a speed on this device."""
+"""`cropr tune`: find the schedule that reaches a speed on this device."""
 
 import argparse
 import warnings
@@ -7,24 +7,25 @@ import torch
 
 from ..tuning import save_tuned, tune
 from ..utils.timing import ABOVE_FLOPS, above_flops
-from .common import load_model, place_of
+from .common import device_and_dtype, load_model
 from .outputs import check_file
 
 
 def run(options: argparse.Namespace) -> None:
     check_file(options.out, ".json")
-    place, batch = place_of(options), options.batch
+    device, dtype = device_and_dtype(options)
+    batch = options.batch
     model, pixels, _ = load_model(options, pretrained=False)
-    images = torch.randn(batch, 3, *pixels.img_size).to(**place)
+    images = torch.randn(batch, 3, *pixels.img_size).to(device, dtype)
     goal = {"speedup": options.speedup, "latency_ms": options.latency_ms}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tuned = tune(model.to(**place), images, **goal, rounds=options.rounds, show=not options.quiet)
-    llf, dtype = model.cropr.config.llf, str(place["dtype"]).removeprefix("torch.")
-    about = {
+        tuned = tune(model.to(device, dtype), images, **goal, rounds=options.rounds, show=not options.quiet)
+    llf = model.cropr.config.llf
+    metadata = {
         "model": options.model,
         "batch": batch,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "llf": llf and str(llf),
         "merge": model.cropr.config.merge is not None,
     }
@@ -39,6 +40,6 @@ def run(options: argparse.Namespace) -> None:
     for warning in caught:
         if str(warning.message).startswith("cropr.tune: "):
             print(f"warning: {str(warning.message).removeprefix('cropr.tune: ')}")
-    save_tuned(options.out, tuned, about | {"device": str(place["device"]), "torch": torch.__version__})
-    how = (", merge=True" if model.cropr.config.merge else "") + (f", llf=cropr.{llf!r}" if llf else "")
-    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{how})")
+    save_tuned(options.out, tuned, metadata | {"device": str(device), "torch": torch.__version__})
+    apply_options = (", merge=True" if model.cropr.config.merge else "") + (f", llf=cropr.{llf!r}" if llf else "")
+    print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{apply_options})")

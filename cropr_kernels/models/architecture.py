@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .adapters.base import known_classes, own_class
 from .vit import ViT, ViTConfig
 
@@ -69,8 +69,8 @@ def build(about: dict[str, Any]) -> Any:
     if about["library"] == "cropr_kernels":
         return ViT(ViTConfig(**options)).eval()
     if about["library"] == "torchvision":
-        return need("torchvision.models", "train", what).VisionTransformer(**options).eval()
-    model = need("timm", "timm", what).create_model(about["name"], **options)
+        return import_optional("torchvision.models", "train", what).VisionTransformer(**options).eval()
+    model = import_optional("timm", "timm", what).create_model(about["name"], **options)
     saved = {key: tuple(value) if isinstance(value, list) else value for key, value in about["pretrained_cfg"].items()}
     model.pretrained_cfg = model.default_cfg = saved
     return model.eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .adapters import find_spec
 from .vit import PRESETS, create_vit
 from .weights import (
@@ -44,7 +44,7 @@ def kind_of(name: str, *, pretrained: bool = False) -> str:
         return "preset"
     if name in TORCHVISION:
         return "torchvision"
-    timm = need("timm", "timm", f"model {name!r}, which is no preset of cropr_kernels,")
+    timm = import_optional("timm", "timm", f"model {name!r}, which is no preset of cropr_kernels,")
     if name.startswith(_HUBS) or timm.is_model(name.split(".")[0]):
         return "timm"
     near = difflib.get_close_matches(name, {*PRESETS, *TORCHVISION, *timm.list_models()}, 3)
@@ -82,11 +82,11 @@ def create_model(name: str, *, pretrained: bool = False, arch: str = "", **optio
         return _from_folder(name, options).eval()
     create: Any = partial(create_vit, name)
     if kind == "torchvision":
-        get_model = need("torchvision.models", "train", what).get_model
+        get_model = import_optional("torchvision.models", "train", what).get_model
         create = partial(get_model, name, weights="DEFAULT" if pretrained else None)
         options = {"image_size" if key == "img_size" else key: value for key, value in options.items()}
     elif kind == "timm":
-        create = partial(need("timm", "timm", what).create_model, name, pretrained=pretrained)
+        create = partial(import_optional("timm", "timm", what).create_model, name, pretrained=pretrained)
     try:
         return create(**options).eval()
     except TypeError as error:
@@ -102,7 +102,7 @@ def _from_folder(name: str, options: dict[str, Any]) -> Any:
     for option in ("img_size", "num_classes"):
         if option in options:
             raise ValueError(f"{name} says itself what its {option} is: leave out --{option.replace('_', '-')}")
-    transformers = need("transformers", "transformers", f"model {name!r}")
+    transformers = import_optional("transformers", "transformers", f"model {name!r}")
     architectures = transformers.AutoConfig.from_pretrained(name).architectures or []
     own = [one for one in architectures if one.endswith(("ForImageClassification", "WithProjection"))]
     family = getattr(transformers, own[0]) if own else transformers.AutoModel

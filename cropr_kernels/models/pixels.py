@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.images import load_photo
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .adapters import find_spec
 from .vit import PRESETS, ViT, ViTConfig
 from .weights import TORCHVISION
@@ -60,7 +60,7 @@ def pixels_of(model: Any, name: str) -> Pixels:
     known, what = find_spec(model), f"model {name!r}"
     pixels = Pixels((known.grid[0] * known.patch_size[0], known.grid[1] * known.patch_size[1]), *_HALF)
     if getattr(model, "pretrained_cfg", None):
-        about = need("timm.data", "timm", what).resolve_model_data_config(model)
+        about = import_optional("timm.data", "timm", what).resolve_model_data_config(model)
         squash = about.pop("crop_mode") == "squash"
         pixels = pixels._replace(mean=tuple(about["mean"]), std=tuple(about["std"]), squash=squash)
         return pixels._replace(crop_pct=about["crop_pct"], interpolation=about["interpolation"])
@@ -69,15 +69,17 @@ def pixels_of(model: Any, name: str) -> Pixels:
         mean, std = _OF_PRESETS[begins[0]] if begins else _HALF
         return pixels._replace(mean=mean, std=std)
     if hasattr(model, "conv_proj"):
-        about = need("torchvision.models", "train", what).get_model_weights(name if name in TORCHVISION else "vit_b_16")
+        about = import_optional("torchvision.models", "train", what).get_model_weights(
+            name if name in TORCHVISION else "vit_b_16"
+        )
         about = about.DEFAULT.transforms()
         pixels = pixels._replace(mean=tuple(about.mean), std=tuple(about.std), interpolation=about.interpolation.value)
         return pixels._replace(crop_pct=about.crop_size[0] / about.resize_size[0])
     if not (Path(name) / "preprocessor_config.json").is_file():
         return pixels
-    about = need("transformers", "transformers", what).AutoImageProcessor.from_pretrained(name)
+    about = import_optional("transformers", "transformers", what).AutoImageProcessor.from_pretrained(name)
     mean, std = (about.image_mean, about.image_std) if about.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    filters = need("PIL.Image", "viz", what).Resampling
+    filters = import_optional("PIL.Image", "viz", what).Resampling
     pixels = pixels._replace(mean=tuple(mean), std=tuple(std), interpolation=filters(int(about.resample)).name.lower())
     shortest = about.size.get("shortest_edge")
     crops = getattr(about, "do_center_crop", False)

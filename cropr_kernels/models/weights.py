@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.io import load_safetensors, load_tensors
-from ..utils.optional import is_there, need
+from ..utils.optional import import_optional, is_installed
 from .vit import PRESETS, ViT, resize_positions
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
@@ -41,7 +41,7 @@ def read_weights(path: str | Path) -> tuple[State, dict[str, str]]:
     if path.suffix == ".safetensors":
         state, metadata = load_safetensors(path)
     else:
-        state, metadata = _unwrap(load_tensors(path, safe=[argparse.Namespace, pathlib.PosixPath]), path), {}
+        state, metadata = _unwrap(load_tensors(path, classes=[argparse.Namespace, pathlib.PosixPath]), path), {}
     return {_plain(name): value for name, value in state.items()}, metadata
 
 
@@ -132,9 +132,9 @@ def _shapes_on_meta(build: Callable[[str], Any], name: str) -> Shapes:
 def _of_timm(state: State) -> Iterable[str]:
     """Models of timm of the file's width and patch size, if timm is there: there are hundreds of others."""
     patch = state.get("patch_embed.proj.weight")
-    if patch is None or patch.ndim != 4 or patch.shape[0] not in _SIZES or not is_there("timm"):
+    if patch is None or patch.ndim != 4 or patch.shape[0] not in _SIZES or not is_installed("timm"):
         return ()
-    timm = need("timm", "timm", "naming an architecture")
+    timm = import_optional("timm", "timm", "naming an architecture")
     names = [name for family in ("vision_transformer", "eva") for name in timm.list_models(module=family)]
     return [name for name in names if f"_{_SIZES[patch.shape[0]]}_patch{patch.shape[-1]}_" in name]
 
@@ -151,7 +151,7 @@ def load_state(model: Any, state: State, path: Path, name: str, *, resize: bool)
         if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
             state = state | {"pos_embed": _resized(state["pos_embed"], model)}
     elif hasattr(model, "conv_proj"):
-        interpolate = need("torchvision.models.vision_transformer", "train", name).interpolate_embeddings
+        interpolate = import_optional("torchvision.models.vision_transformer", "train", name).interpolate_embeddings
         if "encoder.pos_embedding" in state:
             state = dict(interpolate(model.image_size, model.patch_size, state.copy()))
     elif hasattr(module := sys.modules[type(model).__module__], "checkpoint_filter_fn"):

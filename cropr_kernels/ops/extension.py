@@ -4,8 +4,8 @@ from pathlib import Path
 
 try:
     from .._C import build_info as build_info
-    from .._C import forget_plans as forget_plans
-    from .._C import keep_plan as keep_plan
+    from .._C import forget_launches as forget_launches
+    from .._C import keep_launches as keep_launches
     from .._C import load_driver as load_driver
     from .._C import ops as table
     from .._C import replayed as replayed
@@ -20,5 +20,6 @@ NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema, *_ in table)
 
 
 def cpp_library() -> Path | None:
-    """The shared library with which a C++ program has the ops and their CPU kernels; None if it was not built."""
+    """Path of the library with the ops and CPU kernels for C++ programs; None if it was not
+    built."""
     return next(Path(__file__).parents[1].glob("libcropr_ops.*"), None)

@@ -1,15 +1,17 @@
 """The ops as typed functions. Each calls ``torch.ops.cropr.<name>`` and nothing else.
 
-B images, N tokens, K kept, R = N - K pruned, D channels, M queries; the first P = num_prefix tokens (class token,
-registers) are never pruned. Tensors are float32, float64, bfloat16 or float16 unless said otherwise, of any strides;
-positions are int64. Sums run in float32, in float64 for float64 tokens. Same input, same bits, on every run.
+B images, N tokens, K kept, R = N - K pruned, D channels, M queries; the first P = num_prefix tokens
+(class token, registers) are never pruned. Tensors are float32, float64, bfloat16 or float16 unless
+said otherwise, of any strides; positions are int64. Sums run in float32, in float64 for float64
+tokens. Same input, same bits, on every run.
 
-Functions whose names end in _, and gather_norm, are those of the engine: x (B, N, D) is the residual buffer,
-contiguous, changed in place and without gradient; idx (B, K) are the positions of the active tokens, none twice (None:
-all).
+Functions whose names end in _, and gather_norm, are for the engine: x (B, N, D) is the residual
+buffer, contiguous, changed in place and without gradient; idx (B, K) holds the positions of the
+active tokens, without repeats (None: all tokens).
 
-Every function raises RuntimeError in one sentence that names the op, the argument, what was allowed and what came. On
-a CPU positions are checked as well; on CUDA one that does not exist reads and writes nothing.
+Every function raises RuntimeError with one sentence: the op, the argument, the allowed and the
+actual value. On a CPU positions are checked as well; on CUDA a position out of range reads and
+writes nothing.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,10 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """Tokens in two parts. kept (B, K, D) at kept_idx (B, K), pruned (B, R, D) at pruned_idx (B, R), both ascending."""
+    """Rows and positions: kept (B, K, D) at kept_idx (B, K), pruned (B, R, D) at pruned_idx (B, R).
+
+    Both lists of positions ascend.
+    """
 
     kept: Tensor
     kept_idx: Tensor
@@ -28,7 +33,7 @@ class Split(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """Tokens after a merge. dest (B, N): the row of kept (B, K, D) in which each token now is."""
+    """Tokens after a merge. dest (B, N) is the row of kept (B, K, D) that holds each token."""
 
     kept: Tensor
     kept_idx: Tensor
@@ -38,28 +43,30 @@ class Merged(NamedTuple):
 
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
-    """Score every token by its product with the sum of the queries (paper, section 3.1): x . sum_m query_m.
+    """Score every token by its product with the sum of the queries, x . sum_m query_m.
+
+    Paper, section 3.1.
 
     Args:
         x: (B, N, D).
         query: (D,) or (M, D), of any dtype.
 
     Returns:
-        (B, N) float32, unscaled, without softmax. No gradient: stop-gradient is the op's own.
+        (B, N) float32, unscaled, without softmax. No gradient: stop-gradient is part of the op.
     """
     return torch.ops.cropr.scores(x, query)
 
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Choose the num_keep tokens with the highest scores, the first num_prefix among them whatever they score.
+    """Select the num_keep tokens of the highest scores, always with the first num_prefix.
 
     Exact: of equal scores the lower position is kept, NaN ranks highest, -0.0 equals +0.0.
 
     Args:
         scores: (B, N).
         num_keep: in [num_prefix, N].
-        priority: (B, N), int8 or bool. Positive tokens are kept before all others, negative ones pruned before all
-            others, of these the higher positions first.
+        priority: (B, N), int8 or bool. Positive tokens are kept before all others, negative ones
+            pruned before all others, of these the higher positions first.
 
     Returns:
         Positions kept (B, K) and pruned (B, R), int64, ascending. No gradient.
@@ -68,7 +75,7 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
 
 
 def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
-    """Score, select and take the rows apart in one op; `restore` is its inverse.
+    """Score, select and split the rows in one op; `restore` is its inverse.
 
     Args:
         x: (B, N, D).
@@ -76,13 +83,14 @@ def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority
         num_keep, num_prefix, priority: as in `select`.
 
     Returns:
-        Bit-exact copies of the rows, with their positions. Gradient for x, through the rows; none for query.
+        Bit-exact copies of the rows, with their positions. Gradient for x, through the rows; none
+        for query.
     """
     return Split(*torch.ops.cropr.prune(x, query, num_keep, num_prefix, priority))
 
 
 def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
-    """`prune` by scores (B, N), float32, that are known already."""
+    """`prune` by known scores (B, N), float32."""
     return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
 
 
@@ -113,9 +121,10 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    """Cross-attention with keys = values = x and one head of width D: softmax(scale * queries x^T) x.
+    """Cross-attention of one head with keys = values = x: softmax(scale * queries x^T) x.
 
-    The aggregator of training (paper, section 3.1). Nothing of shape (B, M, N) is saved for backward.
+    The aggregator of training (paper, section 3.1). Nothing of shape (B, M, N) is saved for
+    backward.
 
     Args:
         x: (B, N, D), N >= 1; read as detached.
@@ -128,76 +137,79 @@ def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
 
 
 def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`attend`, and `scores` of the same tokens: training then prunes with `split` and reads x no second time."""
+    """Return `attend` and `scores` of the same tokens: training then prunes with `split`."""
     return torch.ops.cropr.attend_scores(x, queries, scale)
 
 
 def merge(
     x: Tensor,
-    safe_idx: Tensor,
+    target_idx: Tensor,
     candidate_idx: Tensor,
     sizes: Tensor,
     num_keep: int,
     num_prefix: int = 0,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
 ) -> Merged:
-    """Prune the candidates most like a safe token, and merge each into it: a mean that sizes weight, of its norm.
+    """Prune the candidates most similar to a target, and merge each into it.
 
-        mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k
+        mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r])
         kept[k] = mean[k] |x[k]| / |mean[k]|
 
-    Rows that none is merged into do not change. The factor is 1 where |mean| is 0, or its square or the factor is not
-    finite. Similarity is the cosine of x; NaN is the lowest. Pruned are the candidates with the lowest
-    max(1 - similarity, 0) * cost. Of equal safe tokens the lower position is the target, of equal candidates the higher
-    position is pruned. The first num_prefix are no targets.
+    Sums are over all r merged into k; other rows do not change. The factor of a mean is 1 if |mean|
+    is 0, or its square or the factor is not finite. Similarity is the cosine of x; NaN is the
+    lowest. The candidates with the lowest max(1 - similarity, 0) * cost_scale are pruned. Of equal
+    targets the lower position is chosen, of equal candidates the higher position is pruned. Tokens
+    are not merged into the first num_prefix.
 
     Args:
         x: (B, N, D).
-        safe_idx, candidate_idx: (B, S) and (B, C), ascending as from `select`, S + C = N.
+        target_idx, candidate_idx: (B, T) and (B, C), ascending as from `select`, T + C = N.
         sizes: (B, N) float32, positive: how many tokens each token stands for.
-        num_keep: in [S, S + C].
-        costs: (B, N) float32, positive: how much a token is worth; one if None.
+        num_keep: in [T, T + C].
+        cost_scale: (B, N) float32, positive: a factor on the cost of pruning each token; 1 if None.
 
     Returns:
         kept_sizes (B, K) is float32. Gradient for x, through means and norms; the choice has none.
     """
-    return Merged(*torch.ops.cropr.merge(x, safe_idx, candidate_idx, sizes, num_keep, num_prefix, costs))
+    return Merged(*torch.ops.cropr.merge(x, target_idx, candidate_idx, sizes, num_keep, num_prefix, cost_scale))
 
 
-def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """Find the host of every pruned token, the kept token it is most like, and how far it is from it.
+def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Find the parent of every pruned token, the most similar kept token, and the offset from it.
 
-        offset[r] = x[pruned_idx[r]] - x[host_idx[r]]
+        offset[r] = x[pruned_idx[r]] - x[parent_idx[r]]
 
-    A pruned token that is restored with what its host became, host + offset, lives through what its host does.
-    Similarity is the cosine; NaN is the lowest. Of equal tokens the lower position is the host. The first num_prefix
-    are none.
+    Restoring a pruned token as parent + offset later adds the change of its parent. Similarity is
+    the cosine; NaN is the lowest. Of equal tokens the lower position is the parent. The first
+    num_prefix are not parents.
 
     Args:
         x: (B, N, D).
-        kept_idx, pruned_idx: (B, K) and (B, R), ascending as from `select`; K + R may be less than N.
-        num_prefix: in [0, K]; less than K where R > 0.
+        kept_idx, pruned_idx: (B, K) and (B, R), ascending as from `select`; K + R may be less than
+            N.
+        num_prefix: in [0, K]; less than K if R > 0.
 
     Returns:
-        Offsets (B, R, D), and positions of the hosts in x (B, R). Gradient for x, through the offsets; the choice has
-        none.
+        offset (B, R, D), and parent_idx (B, R), positions in x. Gradient for x, through the
+        offsets; the choice has none.
     """
-    return torch.ops.cropr.host_offsets(x, kept_idx, pruned_idx, num_prefix)
+    return torch.ops.cropr.parent_offsets(x, kept_idx, pruned_idx, num_prefix)
 
 
-def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
-    """Add up each token, its host, the host of that, and so on: tokens from offsets.
+def add_parents(x: Tensor, parent: Tensor) -> Tensor:
+    """Add to each token all its ancestors: the inverse of `parent_offsets_`.
 
-        out[n] = x[n] + x[parent[n]] + x[parent[parent[n]]] + ..., up to the token that is its own parent
+        out[n] = x[n] + x[parent[n]] + x[parent[parent[n]]] + ...
 
     Args:
-        x: (B, N, D); offsets from the host where a token was pruned.
-        parent: (B, N) int64 in [0, N): where the host is; its own position for a token that has none.
+        x: (B, N, D); offsets from the parent for pruned tokens.
+        parent: (B, N) int64 in [0, N): the position of the parent. Paths end at tokens that are
+            their own parents.
 
     Returns:
-        (B, N, D), rounded once; rows of tokens without a host are exact copies. Gradient for x.
+        (B, N, D), rounded once; rows of tokens without a parent are exact copies. Gradient for x.
     """
-    return torch.ops.cropr.add_hosts(x, parent)
+    return torch.ops.cropr.add_parents(x, parent)
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -210,7 +222,7 @@ def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) ->
 
     Args:
         update: (B, K, D).
-        gamma: (D,), that of LayerScale, or None.
+        gamma: (D,), the scale of LayerScale, or None.
     """
     torch.ops.cropr.add_(x, idx, update, gamma)
 
@@ -239,58 +251,67 @@ def add_select_(
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
     priority: Tensor | None = None,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
     cost_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`add_`, then `select` by the scores of the rows it wrote.
 
-    With sizes (B, N) float32, by position in x, the scores are size-adjusted: scores + size_weight * their standard
-    deviation over the patches * log(sizes). What stands for many tokens is then pruned later.
+    With sizes (B, N) float32, by position in x, the scores are size-adjusted: scores + size_weight
+    * their standard deviation over the patches * log(sizes). Tokens that stand for many are then
+    pruned later.
 
-    costs (B, N) float32, contiguous, receives at the position of every active patch what it costs `merge_` to prune it:
+    cost_scale (B, N) float32, contiguous, receives at the position of every active patch its scale
+    for `merge_`:
 
         exp(cost_weight * (adjusted score - mean) / standard deviation)
 
-    Mean and deviation are those of the scores over the patches before sizes count. Where there is no deviation, or no
-    finite one, costs are one; no exponent is beyond 60.
+    Mean and deviation are those of the scores over the patches before the adjustment. Without a
+    finite deviation the scales are 1; exponents are limited to 60.
 
     Returns:
         Positions in x kept (B, num_keep) and pruned (B, K - num_keep), ascending.
     """
     return torch.ops.cropr.add_select_(
-        x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority, costs, cost_weight
+        x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority, cost_scale, cost_weight
     )
 
 
 def merge_(
     x: Tensor,
-    safe_idx: Tensor,
+    target_idx: Tensor,
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     offsets: bool = False,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge` in place, in the kept rows of x. Rows in neither list, and pruned rows, do not change.
+    """`merge` in place, in the kept rows of x; other rows do not change.
 
     Args:
-        safe_idx, candidate_idx: (B, S) and (B, C), ascending; S + C may be less than N.
+        target_idx, candidate_idx: (B, T) and (B, C), ascending; T + C may be less than N.
         sizes: (B, N) float32, contiguous; those of kept tokens change.
-        parent: (B, N) int64, contiguous; receives for each pruned token the position it is merged into.
-        offsets: pruned rows become their offset from the row they are merged into, for `add_hosts`.
-        costs: as in `merge`, by position in x.
+        parent: (B, N) int64, contiguous; receives for each pruned token the position it is merged
+            into.
+        offsets: pruned rows become their offset from the row they are merged into, for
+            `add_parents`.
+        cost_scale: as in `merge`, by position in x.
 
     Returns:
         Positions kept and pruned, ascending, and the sizes (B, K) of the kept tokens.
     """
-    return torch.ops.cropr.merge_(x, safe_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets, costs)
+    return torch.ops.cropr.merge_(
+        x, target_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets, cost_scale
+    )
 
 
-def host_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
-    """`host_offsets` in place: pruned rows of x become their offsets; parent (B, N), contiguous, receives the hosts."""
-    torch.ops.cropr.host_offsets_(x, kept_idx, pruned_idx, parent, num_prefix)
+def parent_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+    """`parent_offsets` in place: pruned rows of x become their offsets.
+
+    parent (B, N), contiguous, receives parent_idx at the pruned positions.
+    """
+    torch.ops.cropr.parent_offsets_(x, kept_idx, pruned_idx, parent, num_prefix)
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
@@ -298,7 +319,8 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
 
     Args:
         x: (B, K, H, C), C even, with a stride of 1 in the last dimension.
-        table: (patches, 2 C), sines then cosines. Token i of image b is patch idx[b, i] - num_prefix.
+        table: (patches, 2 C), sines then cosines. Token i of image b is patch idx[b, i] -
+            num_prefix.
         idx: (B, K); None: i itself.
         half: channels pair up as (0, C / 2), (1, C / 2 + 1), ..., in place of (0, 1), (2, 3), ...
     """

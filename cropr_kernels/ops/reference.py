@@ -1,6 +1,7 @@
-"""The definition of every op in plain PyTorch: the oracle of the tests, and what the transforms of torch.func see.
+"""The definition of every op in plain PyTorch: the oracle of the tests, and the form that
+transforms of torch.func see.
 
-What the arguments are is said in `functional`.
+Arguments are documented in `functional`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fold_queries(queries: Tensor) -> Tensor:
-    """The one vector (D,) that gives the scores of M queries (M, D): sum_m (q_m . x) = (sum_m q_m) . x."""
+    """Sum queries (M, D) to one vector (D,): sum_m (q_m . x) = (sum_m q_m) . x."""
     wide = queries.to(accumulation_dtype(queries.dtype))
     return wide.sum(0) if wide.ndim == 2 else wide
 
@@ -27,7 +28,7 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The first num_prefix positions, then positive priorities, then the highest scores, then the lower positions."""
+    """The prefix, then positive priorities, then the highest scores, then lower positions."""
     ranked = scores.clone()
     ranked[:, :num_prefix] = float("nan")  # sorts above everything; stable, so the prefix comes first
     if priority is not None:
@@ -48,7 +49,7 @@ def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
-    """scores + size_weight * standard deviation * log(sizes), all (B, N); the deviation is that over the patches."""
+    """scores + size_weight * standard deviation over the patches * log(sizes), all (B, N)."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
     _, spread = _mean_and_spread(scores[:, num_prefix:])
@@ -56,17 +57,18 @@ def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_
     return scores + size_weight * spread * sizes.log()
 
 
-def pruning_costs(scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0) -> Tensor:
-    """exp(cost_weight * (adjusted - mean) / standard deviation), all (B, N): what it costs to prune each token.
+def cost_scales(scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0) -> Tensor:
+    """exp(cost_weight * (adjusted - mean) / standard deviation), all (B, N): factors on the cost of
+    pruning.
 
-    Mean and deviation are those of the scores over the patches; where there is no deviation, or no finite one, costs
-    are one. No exponent is beyond 60, so that costs are finite and positive.
+    Mean and deviation are those of the scores over the patches; without a finite deviation the
+    scales are 1. Exponents are limited to 60, so that scales are finite and positive.
     """
     if scores.shape[1] == num_prefix:
         return torch.ones_like(adjusted)
     mean, spread = _mean_and_spread(scores[:, num_prefix:])
-    costs = (cost_weight * ((adjusted - mean) / spread)).clamp(-60.0, 60.0).exp()
-    return torch.where((spread > 0) & spread.isfinite(), costs, torch.ones_like(costs))
+    scales = (cost_weight * ((adjusted - mean) / spread)).clamp(-60.0, 60.0).exp()
+    return torch.where((spread > 0) & spread.isfinite(), scales, torch.ones_like(scales))
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -97,86 +99,98 @@ def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) 
 
 def merge(
     x: Tensor,
-    safe_idx: Tensor,
+    target_idx: Tensor,
     candidate_idx: Tensor,
     sizes: Tensor,
     num_keep: int,
     num_prefix: int = 0,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r merged into k.
+    """mean[k] = (sizes[k] x[k] + sum_r sizes[r] x[r]) / (sizes[k] + sum_r sizes[r]), over all r
+    merged into k.
 
-    kept[k] = mean[k] |x[k]| / |mean[k]|; the factor is 1 where |mean[k]| is 0 or infinite, or the factor not finite.
+    kept[k] = mean[k] |x[k]| / |mean[k]|; the factor is 1 where |mean[k]| is 0 or infinite, or the
+    factor not finite.
     """
-    kept_idx, pruned_idx, target = _choose_targets(x, safe_idx, candidate_idx, num_keep, num_prefix, costs)
-    rows, weight = x.to(accumulation_dtype(x.dtype)), sizes.detach().to(accumulation_dtype(x.dtype)).unsqueeze(-1)
+    kept_idx, pruned_idx, target = _choose_targets(x, target_idx, candidate_idx, num_keep, num_prefix, cost_scale)
+    rows = x.to(accumulation_dtype(x.dtype))
+    weight = sizes.detach().to(rows.dtype).unsqueeze(-1)
     kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
     mass = rows * weight
     rows_of_target = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
     sums = gather(mass, kept_idx).scatter_add(1, rows_of_target, gather(mass, pruned_idx))
-    alone = kept_sizes == sizes.gather(1, kept_idx)
-    own, means = gather(rows, kept_idx), sums / kept_sizes.to(rows.dtype).unsqueeze(-1)
-    norm, mean_norm, _ = norms(own, means)
-    kept = torch.where(alone.unsqueeze(-1), own, means * (norm / mean_norm))
-    dest = torch.empty_like(torch.cat([safe_idx, candidate_idx], 1))
+    unmerged = kept_sizes == sizes.gather(1, kept_idx)
+    kept_rows = gather(rows, kept_idx)
+    means = sums / kept_sizes.to(rows.dtype).unsqueeze(-1)
+    norm, mean_norm, _ = norms(kept_rows, means)
+    kept = torch.where(unmerged.unsqueeze(-1), kept_rows, means * (norm / mean_norm))
+    dest = torch.empty_like(torch.cat([target_idx, candidate_idx], 1))
     dest.scatter_(1, kept_idx, torch.arange(num_keep, device=x.device).expand_as(kept_idx))
     dest.scatter_(1, pruned_idx, target)
     return kept.to(x.dtype), kept_idx, pruned_idx, kept_sizes, dest
 
 
 def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|target| and |mean| of rows (B, K, D), and whether the one over the other is the factor of a merge: (B, K, 1).
+    """|target| and |mean| of rows (B, K, D), and a mask of valid merge factors |target| / |mean|: (B, K, 1).
 
-    Where it is not, both are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
+    Elsewhere both norms are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
     """
     square, mean_square = (rows.square().sum(-1, keepdim=True) for rows in (targets, means))
     fits = (mean_square > 0) & (mean_square < torch.inf) & (square.sqrt() / mean_square.sqrt() < torch.inf)
     ones = torch.ones_like(square)
     square, mean_square = torch.where(fits, square, ones), torch.where(fits, mean_square, ones)
-    some = square > 0
-    return torch.where(some, torch.where(some, square, ones).sqrt(), square), mean_square.sqrt(), fits
+    nonzero = square > 0
+    return torch.where(nonzero, torch.where(nonzero, square, ones).sqrt(), square), mean_square.sqrt(), fits
 
 
 def _choose_targets(
-    features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_keep: int, num_prefix: int, costs: Tensor | None
+    features: Tensor,
+    target_idx: Tensor,
+    candidate_idx: Tensor,
+    num_keep: int,
+    num_prefix: int,
+    cost_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions kept and pruned, ascending, and the index in the former that each of the latter is merged into."""
-    count = safe_idx.shape[1] + candidate_idx.shape[1] - num_keep
+    """Positions kept and pruned, ascending, and the kept row each pruned token is merged into."""
+    count = target_idx.shape[1] + candidate_idx.shape[1] - num_keep
     if count == 0:
-        return torch.cat([safe_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
-    best, nearest = _find_nearest(features, safe_idx, candidate_idx, num_prefix)
+        return torch.cat([target_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
+    best, nearest = _find_nearest(features, target_idx, candidate_idx, num_prefix)
     cost = (1 - best).clamp_min(0)
-    if costs is not None:
-        cost = cost * costs.detach().gather(1, candidate_idx)
+    if cost_scale is not None:
+        cost = cost * cost_scale.detach().gather(1, candidate_idx)
     cost = torch.where(cost.isnan(), torch.full_like(cost, torch.inf), cost)
     order = cost.flip(1).sort(dim=1, stable=True).indices
     order = candidate_idx.shape[1] - 1 - order  # the lowest cost first, of equals the higher position
-    chosen, others = order[:, :count].sort(1).values, order[:, count:]
-    kept_idx = torch.cat([safe_idx, candidate_idx.gather(1, others)], 1).sort(1).values
-    target = torch.searchsorted(kept_idx, safe_idx.gather(1, nearest.gather(1, chosen)))
+    chosen = order[:, :count].sort(1).values
+    kept_idx = torch.cat([target_idx, candidate_idx.gather(1, order[:, count:])], 1).sort(1).values
+    target = torch.searchsorted(kept_idx, target_idx.gather(1, nearest.gather(1, chosen)))
     return kept_idx, candidate_idx.gather(1, chosen), target
 
 
-def _find_nearest(features: Tensor, safe_idx: Tensor, candidate_idx: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Of each candidate the highest cosine with a safe token behind the prefix, and the index of that in safe_idx."""
+def _find_nearest(
+    features: Tensor, target_idx: Tensor, candidate_idx: Tensor, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Highest cosine of each candidate with a target, and that target's index in target_idx."""
     wide = features.detach().to(accumulation_dtype(features.dtype))
-    safe, candidates = gather(wide, safe_idx[:, num_prefix:]), gather(wide, candidate_idx)
-    lengths = candidates.norm(dim=-1).unsqueeze(2) * safe.norm(dim=-1).unsqueeze(1)
-    similarity = candidates @ safe.transpose(1, 2) / lengths
+    targets = gather(wide, target_idx[:, num_prefix:])
+    candidates = gather(wide, candidate_idx)
+    lengths = candidates.norm(dim=-1).unsqueeze(2) * targets.norm(dim=-1).unsqueeze(1)
+    similarity = candidates @ targets.transpose(1, 2) / lengths
     similarity = torch.where(similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity)
     return similarity.max(-1).values, num_prefix + similarity.argmax(-1)
 
 
-def host_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """x[pruned] - x[host], and where the host is: the kept token that the pruned one is most like."""
+def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """x[pruned] - x[parent], and the position of the parent, the most similar kept token."""
     if pruned_idx.shape[1] == 0:
         return gather(x, pruned_idx), pruned_idx.clone()
-    host_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
+    parent_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
     rows = x.to(accumulation_dtype(x.dtype))
-    return (gather(rows, pruned_idx) - gather(rows, host_idx)).to(x.dtype), host_idx
+    return (gather(rows, pruned_idx) - gather(rows, parent_idx)).to(x.dtype), parent_idx
 
 
-def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
+def add_parents(x: Tensor, parent: Tensor) -> Tensor:
     """out[b, n] = x[b, n] + x[b, parent[b, n]] + ..., up to the token that is its own parent."""
     rows = x.to(accumulation_dtype(x.dtype))
     for hop in hops(parent):
@@ -185,7 +199,7 @@ def add_hosts(x: Tensor, parent: Tensor) -> Tensor:
 
 
 def hops(parent: Tensor) -> Iterator[Tensor]:
-    """Where parents lead in 1, 2, 4, ... steps, (B, N), and N where the way ends before: pointer doubling."""
+    """Yield ancestors 1, 2, 4, ... steps away, (B, N), or N past the last: pointer doubling."""
     count = parent.shape[1]
     ends = parent == torch.arange(count, device=parent.device)
     hop = torch.where(ends, torch.full_like(parent, count), parent)
@@ -215,7 +229,8 @@ def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) 
     return gradient
 
 
-# The residual buffer: no row of x (B, N, D) moves, idx (B, K) names the active tokens; None: all of them.
+# The residual buffer: no row of x (B, N, D) moves, idx (B, K) names the active tokens; None: all of
+# them.
 
 
 def _rows(x: Tensor, idx: Tensor | None) -> Tensor:
@@ -225,7 +240,7 @@ def _rows(x: Tensor, idx: Tensor | None) -> Tensor:
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm of x[b, idx[b, i]]."""
     rows = _rows(x, idx)
-    affine = [None if part is None else part.to(rows.dtype) for part in (weight, bias)]
+    affine = [None if vector is None else vector.to(rows.dtype) for vector in (weight, bias)]
     return torch.nn.functional.layer_norm(rows, rows.shape[-1:], affine[0], affine[1], eps).to(x.dtype)
 
 
@@ -264,20 +279,20 @@ def add_select_(
     sizes: Tensor | None = None,
     size_weight: float = 0.0,
     priority: Tensor | None = None,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
     cost_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """add_, then select by the size-adjusted scores of the rows it wrote; positions are those in x."""
+    """add_, then select by the size-adjusted scores of the new rows; positions in x."""
     add_(x, idx, update, gamma)
-    values = before = scores(x if idx is None else gather(x, idx), query)
+    values = unadjusted = scores(x if idx is None else gather(x, idx), query)
     if sizes is not None:
         values = size_adjusted_scores(values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix)
-    if costs is not None:
-        own = pruning_costs(before, values, cost_weight, num_prefix)[:, num_prefix:]
+    if cost_scale is not None:
+        active_scale = cost_scales(unadjusted, values, cost_weight, num_prefix)[:, num_prefix:]
         if idx is None:
-            costs[:, num_prefix:] = own
+            cost_scale[:, num_prefix:] = active_scale
         else:
-            costs.scatter_(1, idx[:, num_prefix:], own)
+            cost_scale.scatter_(1, idx[:, num_prefix:], active_scale)
     if priority is not None and idx is not None:
         priority = priority.gather(1, idx)
     kept, pruned = select(values, num_keep, num_prefix, priority)
@@ -286,51 +301,52 @@ def add_select_(
 
 def merge_(
     x: Tensor,
-    safe_idx: Tensor,
+    target_idx: Tensor,
     candidate_idx: Tensor,
     sizes: Tensor,
     parent: Tensor,
     num_keep: int,
     num_prefix: int = 0,
     offsets: bool = False,
-    costs: Tensor | None = None,
+    cost_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """merge of the rows at safe_idx and candidate_idx, written back to x, sizes and parent."""
-    both = torch.cat([safe_idx, candidate_idx], 1).sort(1).values
-    safe, candidates = torch.searchsorted(both, safe_idx), torch.searchsorted(both, candidate_idx)
-    costs = None if costs is None else costs.gather(1, both)
-    kept, kept_at, pruned_at, kept_sizes, dest = merge(
-        gather(x, both), safe, candidates, sizes.gather(1, both), num_keep, num_prefix, costs
+    """merge of the rows at target_idx and candidate_idx, written back to x, sizes and parent."""
+    active = torch.cat([target_idx, candidate_idx], 1).sort(1).values
+    targets = torch.searchsorted(active, target_idx)
+    candidates = torch.searchsorted(active, candidate_idx)
+    cost_scale = None if cost_scale is None else cost_scale.gather(1, active)
+    kept, kept_rows, pruned_rows, kept_sizes, dest = merge(
+        gather(x, active), targets, candidates, sizes.gather(1, active), num_keep, num_prefix, cost_scale
     )
-    kept_idx, pruned_idx = both.gather(1, kept_at), both.gather(1, pruned_at)
+    kept_idx, pruned_idx = active.gather(1, kept_rows), active.gather(1, pruned_rows)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)
     sizes.scatter_(1, kept_idx, kept_sizes)
-    parent.scatter_(1, pruned_idx, kept_idx.gather(1, dest.gather(1, pruned_at)))
+    parent.scatter_(1, pruned_idx, kept_idx.gather(1, dest.gather(1, pruned_rows)))
     if offsets:
-        _subtract_hosts(x, pruned_idx, parent)
+        _subtract_parents(x, pruned_idx, parent)
     return kept_idx, pruned_idx, kept_sizes
 
 
-def host_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
-    """host_offsets, written to the pruned rows of x, and hosts to parent."""
-    _, host_idx = host_offsets(x, kept_idx, pruned_idx, num_prefix)
-    parent.scatter_(1, pruned_idx, host_idx)
-    _subtract_hosts(x, pruned_idx, parent)
+def parent_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+    """parent_offsets, written to the pruned rows of x; the parents are written to parent."""
+    _, parent_idx = parent_offsets(x, kept_idx, pruned_idx, num_prefix)
+    parent.scatter_(1, pruned_idx, parent_idx)
+    _subtract_parents(x, pruned_idx, parent)
 
 
-def _subtract_hosts(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
+def _subtract_parents(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
     rows = _rows(x, pruned_idx) - _rows(x, parent.gather(1, pruned_idx))
     x.scatter_(1, pruned_idx.unsqueeze(-1).expand_as(rows), rows.to(x.dtype))
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for each pair of channels, by the row of the table at its position."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) per pair of channels, by its row of the table."""
     patches = x[:, num_prefix:].to(accumulation_dtype(x.dtype))
     angles = table[: patches.shape[1]] if idx is None else table[idx[:, num_prefix:] - num_prefix]
     sin, cos = angles.to(patches.dtype).unsqueeze(-2).chunk(2, dim=-1)
     if half:
         low, high = patches.chunk(2, dim=-1)
-        turned = torch.cat([-high, low], dim=-1)
+        rotated = torch.cat([-high, low], dim=-1)
     else:
-        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
-    x[:, num_prefix:] = (patches * cos + turned * sin).to(x.dtype)
+        rotated = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    x[:, num_prefix:] = (patches * cos + rotated * sin).to(x.dtype)

@@ -1,6 +1,6 @@
-"""Whether the arguments of a call are what csrc/library.h says, for the fake and the CUDA kernels.
+"""Checks arguments against csrc/library.h, for the fake and the CUDA kernels.
 
-csrc/checks.cpp is the same for the CPU kernels: same table, same order, same sentences.
+csrc/checks.cpp does the same for the CPU kernels: same table, same order, same messages.
 """
 
 import re
@@ -13,15 +13,16 @@ from torch import Tensor
 from .extension import table
 
 Dims = dict[str, int]  # sizes by their letters in the table
+Arguments = dict[str, Any]  # tensors, numbers and None, by name
 Shape = list[tuple[int, str]]  # factor and letter of each dimension
 _ANY, _CONTIGUOUS, _DENSE_ROWS = range(3)
 
 
 class Input(NamedTuple):
     name: str
-    dtypes: str  # as errors name them
-    allowed: list[torch.dtype]  # empty: that of the first tensor
-    shapes: list[Shape]  # any of them
+    dtypes: str  # text in error messages
+    allowed: list[torch.dtype]  # empty: the dtype of the first tensor
+    shapes: list[Shape]  # alternatives
     layout: int
 
 
@@ -32,13 +33,19 @@ class _Op(NamedTuple):
     optional: tuple[str, ...]  # tensors that may be None
 
 
+def _parse_shape(text: str) -> Shape:
+    return [(int(factor or 1), letter) for factor, letter in re.findall(r"(\d?)([A-Z])", text)]
+
+
 def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
-    allowed = [] if dtypes.startswith("the dtype") else [getattr(torch, t) for t in re.split(", | or ", dtypes)]
-    shapes = [[(int(n or 1), letter) for n, letter in re.findall(r"(\d?)([A-Z])", one)] for one in shape.split("|")]
+    allowed = [] if dtypes.startswith("the dtype") else [getattr(torch, name) for name in re.split(", | or ", dtypes)]
+    shapes = [_parse_shape(alternative) for alternative in shape.split("|")]
     return Input(name, dtypes, allowed, shapes, layout)
 
 
-def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tuple[str, _Op]:
+def _parse(
+    schema: str, inputs: tuple[tuple[str, str, str, int], ...], ranges: tuple[tuple[str, str, str], ...]
+) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
     parsed = tuple(_parse_input(*fields) for fields in inputs)
     return schema.partition("(")[0], _Op(
@@ -49,45 +56,46 @@ def _parse(schema: str, inputs: tuple[Any, ...], ranges: tuple[Any, ...]) -> tup
 OPS = dict(_parse(*row) for row in table)
 
 
-def check(op: str, *args: Any) -> Dims:
-    """Refuse what the op does not accept, in one sentence, and return the sizes by their letters.
+def check(op: str, *args: object) -> Dims:
+    """Check all arguments of a call, in the order of the schema, and return the sizes by letter.
 
-    args are all those of the schema, in its order. RuntimeError names the op, the argument, what was allowed and what
-    came.
+    Raises RuntimeError with one sentence: the op, the argument, the allowed and the actual value.
     """
-    dims, spec = check_shapes(op, *args), OPS[op]
+    dims = check_shapes(op, *args)
+    spec = OPS[op]
     if any(input.layout != _ANY for input in spec.inputs):
-        values = dict(zip(spec.arguments, args))
+        values: Arguments = dict(zip(spec.arguments, args))
         _check_overlap(op, spec, {input.name: values[input.name] for input in spec.inputs})
     return dims
 
 
 def _check_overlap(op: str, spec: "_Op", tensors: dict[str, Tensor | None]) -> None:
-    """What changes in place shares memory with nothing else that the op reads or writes."""
+    """Raise an error if a tensor that changes in place shares memory with another argument."""
     for changed in (input.name for input in spec.inputs if input.layout != _ANY):
-        own = tensors[changed]
-        if own is None:
+        written = tensors[changed]
+        if written is None:
             continue
-        storage = own.untyped_storage()._cdata
-        for name, other in tensors.items():
-            if other is None or name == changed or other.untyped_storage()._cdata != storage:
+        storage = written.untyped_storage()._cdata
+        for name, tensor in tensors.items():
+            if tensor is None or name == changed or tensor.untyped_storage()._cdata != storage:
                 continue
-            (begin, end), (first, last) = _extent(own), _extent(other)
+            begin, end = _extent(written)
+            first, last = _extent(tensor)
             if first < end and begin < last:
                 _fail(op, f"{name} must not share memory with {changed}, which changes in place")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The memory of a tensor, from its first to past its last byte."""
+    """The memory range of a tensor: addresses of its first byte and past its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     count = (last + 1) * tensor.element_size() if tensor.numel() else 0
     return tensor.data_ptr(), tensor.data_ptr() + count
 
 
-def check_shapes(op: str, *args: Any) -> Dims:
-    """What `check` checks of tensors that have no memory, such as those of torch.compile."""
+def check_shapes(op: str, *args: object) -> Dims:
+    """Check what does not depend on memory, for fake tensors; `check` without overlaps."""
     spec = OPS[op]
-    values = dict(zip(spec.arguments, args, strict=True))
+    values: Arguments = dict(zip(spec.arguments, args, strict=True))
     first: Tensor = values[spec.inputs[0].name]
     dims: Dims = {}
     for input in spec.inputs:
@@ -97,9 +105,10 @@ def check_shapes(op: str, *args: Any) -> Dims:
         else:
             _check_input(op, input, values[input.name], first, dims)
     for name, low, high in spec.ranges:
-        least, most = _bound(low, dims, values), _bound(high, dims, values)
-        if not least <= values[name] <= most:
-            _fail(op, f"{name} must be in [{low}, {high}] = [{least}, {most}], got {values[name]}")
+        smallest = _bound(low, dims, values)
+        largest = _bound(high, dims, values)
+        if not smallest <= values[name] <= largest:
+            _fail(op, f"{name} must be in [{low}, {high}] = [{smallest}, {largest}], got {values[name]}")
     if op in _RULES:
         _RULES[op](op, dims, values)
     return dims
@@ -110,8 +119,8 @@ def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dim
     if tensor.device != first.device:
         _fail(op, f"{name} must be on the same device as the other tensors, {first.device}, got {tensor.device}")
     if tensor.dtype not in (input.allowed or [first.dtype]):
-        wanted = input.dtypes if input.allowed else f"{input.dtypes}, {_dtype(first)}"
-        _fail(op, f"{name} must be {wanted}, got {_dtype(tensor)}")
+        allowed = input.dtypes if input.allowed else f"{input.dtypes}, {_dtype(first)}"
+        _fail(op, f"{name} must be {allowed}, got {_dtype(tensor)}")
     if not any(_fits(shape, tensor.shape, dims) for shape in input.shapes):
         shapes = " or ".join(_expected(shape, dims) for shape in input.shapes)
         _fail(op, f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
@@ -125,22 +134,22 @@ def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dim
 
 
 def _fits(shape: Shape, sizes: torch.Size, dims: Dims) -> bool:
-    """Whether sizes have this shape; if so, its letters are in dims from then on."""
+    """Match sizes to a shape; if they fit, dims receives the sizes of its letters."""
     if len(shape) != len(sizes):
         return False
-    known = len(dims)
+    num_known = len(dims)
     for (factor, letter), size in zip(shape, sizes):
         if letter not in dims:
             dims[letter] = size
         elif size != factor * dims[letter]:
-            while len(dims) > known:
+            while len(dims) > num_known:
                 dims.popitem()
             return False
     return True
 
 
 def _expected(shape: Shape, dims: Dims) -> str:
-    """As in "(B = 2, K)" or "(P, 2 C = 8)": with the sizes that are known."""
+    """A shape as text, with the sizes that are known: "(B = 2, K)" or "(P, 2 C = 8)"."""
     parts = []
     for factor, letter in shape:
         text = letter if factor == 1 else f"{factor} {letter}"
@@ -148,42 +157,45 @@ def _expected(shape: Shape, dims: Dims) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
-def _bound(text: str, dims: Dims, values: dict[str, Any]) -> int:
+def _bound(text: str, dims: Dims, values: Arguments) -> int:
     if text in dims:
         return dims[text]
     return values[text] if text in values else sum(dims[letter] for letter in text if letter.isupper())
 
 
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"{op}: {message}")
 
 
-# What a table of shapes cannot say.
+# Rules that the table of shapes cannot express.
 
 
-def _some_token(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_token(op: str, dims: Dims, values: Arguments) -> None:
     if dims["N"] == 0:
         _fail(op, f"x must have at least one token, got shape {tuple(values['x'].shape)}")
 
 
-def _targets(op: str, dims: Dims, values: dict[str, Any]) -> None:
-    n, safe, candidates, prefix = dims["N"], dims["S"], dims["C"], values["num_prefix"]
-    if op == "merge" and safe + candidates != n:
-        _fail(op, f"safe_idx and candidate_idx must together hold N = {n} positions, got {safe} + {candidates}")
-    if values["num_keep"] < safe + candidates and safe == prefix:
-        _fail(op, f"safe_idx must hold a token behind the prefix, got S = num_prefix = {prefix}")
+def _require_target(op: str, dims: Dims, values: Arguments) -> None:
+    n = dims["N"]
+    num_targets = dims["T"]
+    num_candidates = dims["C"]
+    if op == "merge" and num_targets + num_candidates != n:
+        counts = f"{num_targets} + {num_candidates}"
+        _fail(op, f"target_idx and candidate_idx must together hold N = {n} positions, got {counts}")
+    if values["num_keep"] < num_targets + num_candidates and num_targets == values["num_prefix"]:
+        _fail(op, f"target_idx must hold a token after the prefix, got T = num_prefix = {num_targets}")
 
 
-def _hosts(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_parent(op: str, dims: Dims, values: Arguments) -> None:
     if dims["R"] > 0 and dims["K"] == values["num_prefix"]:
-        _fail(op, f"kept_idx must hold a token behind the prefix, got K = num_prefix = {dims['K']}")
+        _fail(op, f"kept_idx must hold a token after the prefix, got K = num_prefix = {dims['K']}")
 
 
-def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
+def _require_rotary_rows(op: str, dims: Dims, values: Arguments) -> None:
     patches = dims["K"] - values["num_prefix"]
     if dims["C"] % 2:
         _fail(op, f"x must have an even number of channels, got {dims['C']}")
@@ -191,9 +203,13 @@ def _rotary_rows(op: str, dims: Dims, values: dict[str, Any]) -> None:
         _fail(op, f"table must have a row for each of the {patches} patches, got {dims['P']}")
 
 
-_RULES: dict[str, Callable[[str, Dims, dict[str, Any]], None]] = {
-    **dict.fromkeys(("attend", "attend_scores", "attend_backward"), _some_token),
-    **dict.fromkeys(("merge", "merge_"), _targets),
-    **dict.fromkeys(("host_offsets", "host_offsets_"), _hosts),
-    "rotate_": _rotary_rows,
+_RULES: dict[str, Callable[[str, Dims, Arguments], None]] = {
+    "attend": _require_token,
+    "attend_scores": _require_token,
+    "attend_backward": _require_token,
+    "merge": _require_target,
+    "merge_": _require_target,
+    "parent_offsets": _require_parent,
+    "parent_offsets_": _require_parent,
+    "rotate_": _require_rotary_rows,
 }

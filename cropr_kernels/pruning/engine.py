@@ -86,7 +86,7 @@ def _run(
         if layer == state.last:
             ops.add_(x, idx, update, scale2)
             if pruned is not None and pruned.by_host:  # no block sees the tokens that are restored
-                return ops.add_hosts(x, pruned.parent), None
+                return ops.add_parents(x, pruned.parent), None
             break
         following = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
         if pruned is not None and layer < len(counts) and counts[layer] < count:
@@ -98,7 +98,7 @@ def _run(
                 log_sizes = None if masks is None else masks.log_sizes(idx)
         elif pruned is not None and layer == state.fused_after:
             ops.add_(x, idx, update, scale2)
-            x = ops.add_hosts(x, pruned.parent) if pruned.by_host else x
+            x = ops.add_parents(x, pruned.parent) if pruned.by_host else x
             idx, pruned = None, None
             log_sizes = None if masks is None else masks.log_sizes(None)
         else:
@@ -142,7 +142,7 @@ class Pruned:
         if self.merge is None:
             kept_idx, pruned_idx = ops.add_select_(x, idx, update, gamma, query, num_keep, prefix, priority=priority)
             if self.by_host:
-                ops.host_offsets_(x, kept_idx, pruned_idx, self.parent, prefix)
+                ops.parent_offsets_(x, kept_idx, pruned_idx, self.parent, prefix)
             return kept_idx
         weight = self.merge.size_weight if before else 0.0  # at first every size is one
         safe = self.merge.num_safe(update.shape[1], num_keep, prefix)

@@ -16,7 +16,7 @@ from ..models.factory import is_transformers_folder
 from ..models.pixels import Pixels, pixels_of
 from ..models.weights import differences, shapes_of
 from ..utils.io import disk_errors, load_safetensors, publish
-from ..utils.optional import need
+from ..utils.optional import import_optional
 from .api import apply_options, options_of, remove, set_progress
 from .model import is_pruned, require_pruned
 
@@ -68,7 +68,7 @@ def save(model: Any, path: str | Path, *, pixels: Pixels | None = None) -> None:
             model.save_pretrained(parts)
             config = json.loads((parts / _CONFIG).read_text())
         else:
-            write = need("safetensors.torch", "demo", "cropr.save").save_file
+            write = import_optional("safetensors.torch", "demo", "cropr.save").save_file
             write({name: value.detach().clone() for name, value in model.state_dict().items()}, parts / _WEIGHTS)
         config["cropr"] = about | {"sha256": _checksum(parts, about)}
         (parts / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -134,10 +134,10 @@ def from_pretrained(name: str | Path, **options: Any) -> Any:
         ValueError: nothing in it was pruned when it was saved, or it is damaged.
         ImportError: transformers is not installed.
     """
-    transformers = need("transformers", "transformers", "cropr.from_pretrained")
+    transformers = import_optional("transformers", "transformers", "cropr.from_pretrained")
     folder = Path(name)
     if not folder.is_dir():
-        hub = need("transformers.utils.hub", "transformers", "cropr.from_pretrained")
+        hub = import_optional("transformers.utils.hub", "transformers", "cropr.from_pretrained")
         folder = Path(hub.snapshot_download(str(name)))
     [kind] = transformers.AutoConfig.from_pretrained(folder).architectures
     with _knows_queries(getattr(transformers, kind)) as family:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.blocks import rope_at
-from ..ops.reference import pruning_costs, size_adjusted_scores
+from ..ops.reference import cost_scales, size_adjusted_scores
 from .masks import Masks, make_masks
 from .merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
@@ -92,7 +92,7 @@ class PruningState:
         self.pruned_idx: list[tuple[int, Tensor]] = []  # layer, and the positions (B, R) pruned after it
         self.pruned_tokens: list[Tensor] = []  # (B, R, D), as they were pruned
         self.offsets: list[Tensor] = []  # (B, R, D), of these from their hosts, and where the hosts are (B, R)
-        self.host_idx: list[Tensor] = []
+        self.parent_idx: list[Tensor] = []
         self.tokens: Tensor | None = None  # after the last block, where they are collected
 
     @property
@@ -188,13 +188,13 @@ class PruningState:
         if self.config.merge is None:
             x, kept_idx, pruned, pruned_idx = module(x, count, prefix, scores, priority)
             if by_host:
-                offset, host_idx = torch.ops.cropr.host_offsets(all_tokens, kept_idx, pruned_idx, prefix)
+                offset, parent_idx = torch.ops.cropr.parent_offsets(all_tokens, kept_idx, pruned_idx, prefix)
         else:
             x, kept_idx, pruned_idx, rows = self._merge(self.config.merge, x, module, count, scores, priority)
             if by_host or collects:
                 pruned = torch.ops.cropr.gather(all_tokens, pruned_idx)
             if by_host:
-                offset, host_idx = pruned - torch.ops.cropr.gather(x, rows), kept_idx.gather(1, rows)
+                offset, parent_idx = pruned - torch.ops.cropr.gather(x, rows), kept_idx.gather(1, rows)
         if before is not None:
             kept_idx, pruned_idx = before.gather(1, kept_idx), before.gather(1, pruned_idx)
         self.positions = kept_idx
@@ -203,7 +203,7 @@ class PruningState:
             self.pruned_tokens.append(pruned)
         if by_host:
             self.offsets.append(offset)
-            self.host_idx.append(host_idx if before is None else before.gather(1, host_idx))
+            self.parent_idx.append(parent_idx if before is None else before.gather(1, parent_idx))
         return x
 
     def _restore(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class PruningState:
         x = torch.ops.cropr.restore(x, positions, pruned, pruned_idx)
         if by_host:
             parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
-            x = torch.ops.cropr.add_hosts(x, parent.scatter(1, pruned_idx, torch.cat(self.host_idx, 1)))
+            x = torch.ops.cropr.add_parents(x, parent.scatter(1, pruned_idx, torch.cat(self.parent_idx, 1)))
         self.positions = self.sizes = None
         return x
 
@@ -228,9 +228,9 @@ class PruningState:
         else:
             scores = size_adjusted_scores(scores, self.sizes, merge.size_weight, prefix)
         split = torch.ops.cropr.select(scores, merge.num_safe(x.shape[1], count, prefix), prefix, priority)
-        costs = pruning_costs(before, scores, COST_WEIGHT, prefix)
+        costs = cost_scales(before, scores, COST_WEIGHT, prefix)
         x, kept_idx, pruned_idx, self.sizes, dest = torch.ops.cropr.merge(
-            x, *split, self.sizes, count, num_prefix=prefix, costs=costs
+            x, *split, self.sizes, count, num_prefix=prefix, cost_scale=costs
         )
         self.rows = dest if self.rows is None else dest.gather(1, self.rows)
         return x, kept_idx, pruned_idx, dest.gather(1, pruned_idx)

@@ -1,9 +1,10 @@
-"""What a pruned backbone is trained for: heads, auxiliary targets and losses, usable in any training loop.
+"""Tasks of a pruned backbone: heads, auxiliary targets and losses, usable in any training loop.
 
-Every task is a module around a backbone. In training task(images, target) returns a dict of scalar losses whose sum is
-the loss; in eval task(images) returns predictions.
+A task is a module around a backbone. In training task(images, target) returns a dict of scalar
+losses, to be summed; in eval mode task(images) returns predictions.
 """
 
+from .backbone import Task as Task
 from .classification import Classifier as Classifier
 from .detection import Detector as Detector
 from .segmentation import Segmenter as Segmenter

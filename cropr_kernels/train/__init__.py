@@ -1,4 +1,5 @@
-"""Training recipes: from a configuration to a checkpoint, on one machine or many, resumable at any step."""
+"""Training recipes: from a configuration to a checkpoint, on one machine or many, resumable at any
+step."""
 
 from .config import PRESETS as PRESETS
 from .config import Config as Config

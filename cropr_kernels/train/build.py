@@ -1,4 +1,4 @@
-"""From a configuration to the network it trains."""
+"""Building of the network that a configuration trains."""
 
 from typing import Any
 
@@ -9,42 +9,46 @@ from ..models.factory import create_model, kind_of, load_weights
 from ..pruning.api import apply
 from ..pruning.fusion import Fusion
 from ..pruning.windows import Windows
-from ..tasks import Classifier, Detector, Segmenter
+from ..tasks import Classifier, Detector, Segmenter, Task
+from ..tasks.backbone import Backbone
 from . import checkpoint
 from .config import Config
 
 
-def backbone(config: Config, num_classes: int) -> Any:
-    """The network before pruning, with a head for so many classes, or none for 0."""
+def backbone(config: Config, num_classes: int) -> Backbone:
+    """Create the network before pruning, with a head for num_classes, without one for 0."""
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
-    options |= {name: own for name in ("patch_size", "global_pool") if (own := getattr(config, name))}
+    options |= {name: getattr(config, name) for name in ("patch_size", "global_pool") if getattr(config, name)}
     options |= config.options_of("model_options")
     name = config.weights or config.model
-    kind = kind_of(name, pretrained=config.pretrained)
-    if kind not in ("preset", "timm", "weight file"):
-        raise ValueError(f"config: model must be a preset of cropr_kernels or a model of timm, got {name!r}")
-    if kind == "timm":
+    source = kind_of(name, pretrained=config.pretrained)
+    if source not in ("preset", "timm", "weight file"):
+        raise ValueError(f"config: model must be a preset of cropr_kernels or a timm model, got {name!r}")
+    if source == "timm":
         options |= {"img_size": config.img_size, "dynamic_img_size": True}
-    model = create_model(name, pretrained=config.pretrained, **options)
+    model: Backbone = create_model(name, pretrained=config.pretrained, **options)
     find_spec(model)
     if config.weights:
-        checkpoint.refuse_nan(model.state_dict(), config.weights)
+        checkpoint.reject_nan(model.state_dict(), config.weights)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model.train()
 
 
-def settled(config: Config) -> Config:
-    """The configuration with the name of the model that its weight file holds, where it has one."""
+def resolve_config(config: Config) -> Config:
+    """Return the configuration with the model name that its weight file holds, if it has one."""
     return config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
 
 
-def task(config: Config, num_classes: int) -> Any:
-    """The backbone, pruned as the configuration says, in its task; ValueError where options do not fit together."""
+def task(config: Config, num_classes: int) -> Task:
+    """Create the task of a configuration around a pruned backbone.
+
+    Raises ValueError if options do not fit together.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = backbone(config, num_classes if config.task == "classification" else 0)
-        sides = model.patch_embed.patch_size
-        grid = config.img_size[0] // sides[0], config.img_size[1] // sides[1]
+        patch = model.patch_embed.patch_size
+        grid = config.img_size[0] // patch[0], config.img_size[1] // patch[1]
         windows = Windows(config.window, config.global_blocks) if config.window else None
         if config.prunes or windows:
             per_patch = config.window**2 if windows else grid[0] * grid[1]

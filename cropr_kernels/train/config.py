@@ -1,4 +1,4 @@
-"""A training run in one file: every option, its default, and the published recipes."""
+"""The configuration of a training run: options, defaults and published recipes."""
 
 import dataclasses
 import json
@@ -13,22 +13,25 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Config:
-    """A training run; written as config.json beside its checkpoint. Raises ValueError for what cannot be."""
+    """A training run, written as config.json beside its checkpoint.
 
-    # what
+    Raises ValueError for invalid values.
+    """
+
+    # task, data and model
     task: Literal["classification", "segmentation", "detection"] = "classification"
     data: str = ""  # root folder of the dataset
-    # parts of the dataset, relative to its root: a folder of one folder per class; images and label maps; images and
-    # COCO annotations
+    # Parts of the dataset, relative to its root: a folder of one folder per class; images and label
+    # maps; images and COCO annotations
     train_split: tuple[str, ...] = ("train",)
     val_split: tuple[str, ...] = ("val",)
-    model: str = "vit_tiny_patch16_224"  # a preset of this package, or a model of timm
-    pretrained: bool = False  # timm's weights
-    weights: str = ""  # or a local file
+    model: str = "vit_tiny_patch16_224"  # a preset of this package, or a timm model
+    pretrained: bool = False  # load timm's weights
+    weights: str = ""  # or those of a local file
     model_options: tuple[str, ...] = ()  # further options of the model's constructor, as name=value
     img_size: tuple[int, int] = (224, 224)  # height and width of the images the network is trained at
-    patch_size: int = 0  # another than the model's own; 0: its own
-    global_pool: str = ""  # classification: another than the model's own
+    patch_size: int = 0  # 0: that of the model
+    global_pool: str = ""  # classification; empty: that of the model
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -38,18 +41,18 @@ class Config:
     ratio: float | None = None
     const: tuple[int, int] | None = None
     llf: bool = False
-    restore: Literal["left", "host"] = "left"  # with llf: tokens as they left, or with the change of their host
+    restore: Literal["left", "host"] = "left"  # with llf: tokens as they left, or with the change of their parent
     merge: bool = False
-    curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
+    curriculum: float = 0.0  # share of the epochs over which pruning increases from none
     num_queries: int = 1  # classification; dense tasks have one per patch
-    # training photos from which queries are set in closed form before the first step; None: 128 where the network is
-    # pretrained, else 0
+    # Training photos from which queries are computed before the first step; None: 128 for
+    # pretrained networks, else 0
     calibrate: int | None = None
-    fixed_queries: bool = False  # queries do not learn, and there are no auxiliary heads: those of calibrate stay
-    window: int = 0  # detection: patches on a side of an attention window; 0: attention over the whole image
-    global_blocks: tuple[int, ...] = ()  # detection: blocks whose attention is over the whole image all the same
+    fixed_queries: bool = False  # calibrated queries are not trained, without auxiliary heads
+    window: int = 0  # detection: patches on a side of an attention window; 0: attention over the full image
+    global_blocks: tuple[int, ...] = ()  # detection: blocks with attention over the full image
 
-    # optimisation
+    # optimization
     epochs: int = 10
     warmup_epochs: float = 0.0
     batch_size: int = 64  # images a step, over all processes and accumulated batches
@@ -59,13 +62,13 @@ class Config:
     poly_power: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    head_lr_scale: float = 1.0  # of what is new: decoders, and the Cropr modules but for their queries
+    head_lr_scale: float = 1.0  # of new parameters: decoders, and Cropr modules except their queries
     query_lr_scale: float = 1.0  # of the queries
-    last_block_lr_scale: float = 1.0  # of the last block, which with LLF meets tokens it was not pretrained on
+    last_block_lr_scale: float = 1.0  # of the last block, which sees unfamiliar tokens with LLF
     drop_path: float = 0.0
-    clip_grad: float = 0.0  # largest norm of the gradient; 0: any
-    amp: Literal["none", "auto", "bfloat16", "float16"] = "none"  # auto: bfloat16 where it is fast
-    ema: float = 0.0  # highest decay of the weight average that is evaluated beside the weights; 0: none
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: unlimited
+    amp: Literal["none", "auto", "bfloat16", "float16"] = "none"  # auto: bfloat16 if it is fast
+    ema: float = 0.0  # highest decay of the weight average, which is evaluated as well; 0: none
     grad_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
     seed: int = 0
@@ -83,13 +86,13 @@ class Config:
     color_jitter: float = 0.0
 
     # segmentation
-    num_classes: int = 0  # 0: what the dataset says; segmentation must say it
+    num_classes: int = 0  # 0: that of the dataset; required for segmentation
     ignore_index: int = 255
-    reduce_zero_label: bool = False  # label 0 is no class (ADE20k)
+    reduce_zero_label: bool = False  # label 0 is not a class (ADE20k)
     stride: tuple[int, int] | None = None  # of the sliding window in evaluation; default two thirds of img_size
 
     # detection
-    masks: bool = False  # instance segmentation too
+    masks: bool = False  # also instance segmentation
     channels: int = 256  # of the feature pyramid
     detector_options: tuple[str, ...] = ()  # options of torchvision's detector, as name=value: see tasks.Detector
 
@@ -97,7 +100,7 @@ class Config:
     save_steps: int = 500
     log_steps: int = 20
     eval_epochs: int = 1
-    max_bad_steps: int = 20  # in a row with a loss that is not finite, before the run stops
+    max_bad_steps: int = 20  # consecutive steps without a finite loss before the run stops
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -107,19 +110,20 @@ class Config:
                 self._require(name, within(getattr(self, name)), allowed)
         self.options_of("model_options")
         self.options_of("detector_options")
-        given = [name for name, value in self.schedule.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"config: give one schedule, got {' and '.join(given)}")
+        schedules = [name for name, value in self.schedule.items() if value is not None]
+        if len(schedules) > 1:
+            raise ValueError(f"config: set one schedule, got {' and '.join(schedules)}")
         steps = zip(self.stride or (1, 1), self.img_size)
-        free, pyramid = self.task == "classification", self.task == "detection" and self.prunes
+        is_classification = self.task == "classification"
+        prunes_pyramid = self.task == "detection" and self.prunes
         for name, holds, allowed in [
             ("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"),
             ("std", min(self.std) > 0, "> 0"),
             ("calibrate", (self.calibrate or 0) >= 0, ">= 0"),
             ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
-            ("num_queries", free or self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is"),
+            ("num_queries", is_classification or self.num_queries == 1, f"1 for {self.task}, which has one per patch"),
             ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
-            ("llf", self.llf or not pyramid, "true for detection: the pyramid needs the whole map"),
+            ("llf", self.llf or not prunes_pyramid, "true for detection: the pyramid needs the full map"),
             ("stride", all(1 <= step <= side for step, side in steps), f"from 1 to img_size={self.img_size}"),
         ]:
             self._require(name, holds, allowed)
@@ -152,33 +156,35 @@ class Config:
 
     @property
     def calibration_photos(self) -> int:
-        """What `calibrate` says: nothing can be calibrated without pruning, or with window attention."""
+        """The number of photos for calibration: none without pruning or with window attention."""
         fits = self.prunes and not self.window and bool(self.pretrained or self.weights)
         return (128 if fits else 0) if self.calibrate is None else self.calibrate
 
-    def changed(self, **values: Any) -> "Config":
-        """A copy with other values; ValueError where there is no such option, or a value cannot be."""
+    def changed(self, **values: object) -> "Config":
+        """Return a copy with these values; raises ValueError for unknown options and invalid
+        values."""
         unknown = sorted(set(values) - set(_HINTS))
         if unknown:
-            raise ValueError(f"config: no such option {', '.join(unknown)}; options are {', '.join(_HINTS)}")
-        return dataclasses.replace(self, **values)
+            raise ValueError(f"config: unknown option {', '.join(unknown)}; options are {', '.join(_HINTS)}")
+        return dataclasses.replace(self, **values)  # type: ignore[arg-type]
 
     def differences(self, other: "Config") -> list[str]:
-        """Where two runs are not the same run: 'name: here, not there'."""
-        unequal = [name for name in _HINTS if name not in _FREE and getattr(self, name) != getattr(other, name)]
-        return [f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}" for name in unequal]
+        """List the options in which two runs differ, as 'name: this value, not the other'."""
+        differing = [name for name in _HINTS if name not in _FREE and getattr(self, name) != getattr(other, name)]
+        return [f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}" for name in differing]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @staticmethod
     def read(path: str | Path) -> "Config":
-        """Read config.json; ValueError, which names the file, where it is no JSON object or holds what cannot be."""
+        """Read config.json; raises ValueError, with the path, if it is not a valid
+        configuration."""
         return Config.parse(Path(path).read_bytes(), path)
 
     @staticmethod
     def parse(text: str | bytes, path: str | Path) -> "Config":
-        """Take what `to_json` gave from a file; errors as `read`."""
+        """Parse the text of `to_json`; raises the errors of `read`."""
         try:
             values = json.loads(text)
         except (TypeError, ValueError) as error:
@@ -209,9 +215,10 @@ _FREE = {"data", "device", "workers", "save_steps", "log_steps"}  # may change w
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """A value as its field's type: JSON has no tuples, the command line only text."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # with None, which stands last
+    """Convert a value to the type of its field: JSON has no tuples, the command line only text."""
+    origin = typing.get_origin(hint)
+    inner = typing.get_args(hint)
+    if origin is types.UnionType:  # with None, which is last
         return None if value in (None, "none", "null") else _coerce(name, value, inner[0])
     if origin is Literal:
         if value not in inner:
@@ -220,8 +227,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or (inner[-1] is not ... and len(items) != len(inner)):
-            many = "some" if inner[-1] is ... else str(len(inner))
-            raise ValueError(f"config: {name} must be {many} values, got {value!r}")
+            count = "several" if inner[-1] is ... else str(len(inner))
+            raise ValueError(f"config: {name} must be {count} values, got {value!r}")
         return tuple(_coerce(name, item, inner[0]) for item in items if item != "")
     if type(value) is hint and hint is not float:
         return value
@@ -234,8 +241,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             raise ValueError
         return hint(value)
     except (TypeError, ValueError, OverflowError):
-        kind = "a finite number" if hint is float else hint.__name__
-        raise ValueError(f"config: {name} must be {kind}, got {value!r}") from None
+        expected = "a finite number" if hint is float else hint.__name__
+        raise ValueError(f"config: {name} must be {expected}, got {value!r}") from None
 
 
 # Published recipes, each a config.json.

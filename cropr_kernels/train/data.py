@@ -1,6 +1,6 @@
-"""Datasets of every task, their augmentation, and batches that are the same however often a run is interrupted.
+"""Datasets of every task, augmentation, and batches that interruptions do not change.
 
-What a sample looks like is decided by (seed, epoch, index) alone, and what a step sees by (seed, epoch, step).
+A sample depends on (seed, epoch, index) only, and the samples of a step on (seed, epoch, step).
 """
 
 import contextlib
@@ -10,42 +10,51 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..utils.images import find_photos, open_photo, told
-from ..utils.optional import need
+from ..utils.images import describe_skipped, find_photos, open_photo
+from ..utils.optional import import_optional
 from .config import Config
 
-TRIES = 16  # neighbours tried in place of a sample that cannot be read
+TRIES = 16  # samples tried, from one that cannot be read on
 _LONGEST_FOLDER = 107 - len("/pymp-01234567/listener-01234567")  # the address of a Unix socket has 107 bytes
 
 
-class Data(NamedTuple):
-    """What a run is trained and evaluated on."""
+class LabeledDataset(Protocol):
+    """A map-style dataset of (image, target)."""
 
-    train: Any
-    val: Any
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
+
+
+class Data(NamedTuple):
+    """Datasets of a run, and the names of their classes."""
+
+    train: LabeledDataset
+    val: LabeledDataset
     classes: list[str]  # without the background of detection
 
 
 def seed_of(*parts: int) -> int:
-    """One seed from several numbers."""
+    """Hash several numbers to one seed."""
     return zlib.crc32(repr(parts).encode())
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with all generators seeded, and put them back as they were."""
-    from numpy import random as numpy  # torchvision brings it
+    """Seed all generators in this context, and restore their state after it."""
+    from numpy import random as numpy  # a dependency of torchvision
 
-    own, of_numpy = random.getstate(), numpy.get_state()
+    python_state = random.getstate()
+    numpy_state = numpy.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         numpy.seed(seed)
@@ -53,14 +62,14 @@ def seeded(seed: int) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(own)
-            numpy.set_state(of_numpy)
+            random.setstate(python_state)
+            numpy.set_state(numpy_state)
 
 
 class Sample(NamedTuple):
     image: Tensor
     target: Any
-    skipped: int  # samples that could not be read and that this one stands for
+    skipped: int  # unreadable samples that this one replaces
 
 
 class Samples(Dataset[Sample]):
@@ -69,7 +78,7 @@ class Samples(Dataset[Sample]):
     A sample that cannot be read is replaced by the next one that can, and counted.
     """
 
-    def __init__(self, dataset: Any, seed: int):
+    def __init__(self, dataset: LabeledDataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
@@ -78,21 +87,22 @@ class Samples(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         for skipped in range(min(TRIES, len(self))):
-            found = (index + skipped) % len(self)
+            readable = (index + skipped) % len(self)
             try:
-                with seeded(seed_of(self.seed, epoch, found)):
-                    image, target = self.dataset[found]
+                with seeded(seed_of(self.seed, epoch, readable)):
+                    image, target = self.dataset[readable]
                 return Sample(image, target, skipped)
-            except (OSError, SyntaxError) as error:  # what Pillow raises for files that are broken or no image
+            except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files and other formats
                 cause = error
         raise RuntimeError(f"{TRIES} samples in a row from {index} on cannot be read; the last one: {cause}") from cause
 
 
 class Batches:
-    """Which samples each batch of one process holds, from some batch on: an epoch's order, shared out.
+    """Batches of one process, as keys (epoch, index): the order of an epoch, shared by all
+    processes.
 
-    Step s of an epoch takes the same batch_size samples whatever the number of processes and of accumulated parts;
-    what is left over at the end of an epoch waits for another order.
+    Step s of an epoch takes the same batch_size samples for any number of processes and accumulated
+    parts; the last incomplete batch of an epoch is dropped.
     """
 
     def __init__(self, count: int, config: Config, epoch: int, *, rank: int = 0, world: int = 1, first_step: int = 0):
@@ -115,30 +125,34 @@ class Batches:
         order = torch.randperm(self.count, generator=generator)
         size = self.config.batch_size
         for step in range(self.first_step, self.steps):
-            whole = order[step * size : (step + 1) * size]
-            for part in whole.view(self.config.accumulate, self.world, -1)[:, self.rank].tolist():
+            batch = order[step * size : (step + 1) * size]
+            for part in batch.view(self.config.accumulate, self.world, -1)[:, self.rank].tolist():
                 yield [(self.epoch, index) for index in part]
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Any, Any, int]:
-    """Images and targets, stacked but for those of detection, and how many samples were replaced."""
+Batch = tuple[Any, Any, int]  # images, targets, and the number of replaced samples
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack images and targets, except for detection, and count replaced samples."""
     images, targets, skipped = ([*part] for part in zip(*samples))
     if not isinstance(targets[0], dict):
         images, targets = default_collate(images), default_collate(targets)
     return images, targets, sum(skipped)
 
 
-def val_loader(dataset: Any, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
-    """Every sample once, shared out to the processes; an image at a time where sizes differ."""
+def val_loader(dataset: LabeledDataset, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
+    """Load every sample once, shared by the processes; one image at a time if sizes differ."""
     size = config.batch_size // config.accumulate if config.task == "classification" else 1
     keys = [(-1, index) for index in range(rank, len(dataset), world)]
     return make_loader(dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config)
 
 
-def make_loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
-    """Samples of a dataset in batches of keys (epoch, index)."""
-    workers, folder = min(config.workers, os.cpu_count() or 1), tempfile.gettempdir()
-    if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:  # or they would fail in silence, and training wait
+def make_loader(dataset: LabeledDataset, batches: Iterable[list[tuple[int, int]]], config: Config) -> DataLoader[Any]:
+    """Load samples of a dataset in batches of keys (epoch, index)."""
+    workers = min(config.workers, os.cpu_count() or 1)
+    folder = tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:  # otherwise workers fail silently, and training waits
         raise ValueError(
             f"config: workers send images through sockets in the folder for temporary files, whose path must have at "
             f"most {_LONGEST_FOLDER} bytes, got {folder}: set TMPDIR to another, or workers=0"
@@ -153,42 +167,44 @@ def make_loader(dataset: Any, batches: Any, config: Config) -> DataLoader[Any]:
 
 
 def load_data(config: Config) -> Data:
-    """The dataset that a configuration names; ValueError where it does not hold what its task needs."""
+    """Load the dataset of a configuration; raises ValueError if it does not fit its task."""
     parts = [_parts(config, option) for option in ("train_split", "val_split")]
     if config.task == "classification":
-        folder = need("torchvision.datasets", "train", "cropr train").ImageFolder
+        folder = import_optional("torchvision.datasets", "train", "cropr train").ImageFolder
         for [path] in parts:
             skipped: Counter[str] = Counter()
             find_photos(path, skipped)
             if skipped:
-                warnings.warn(f"{path}:{told(skipped)}", stacklevel=2)
+                warnings.warn(f"{path}:{describe_skipped(skipped)}", stacklevel=2)
         pairs = zip(parts, classification_transforms(config))
-        train, val = (folder(*own, transform, loader=open_photo) for own, transform in pairs)
+        train, val = (folder(*paths, transform, loader=open_photo) for paths, transform in pairs)
     else:
         dataset: Any = LabelMaps if config.task == "segmentation" else Boxes
         train, val = dataset(*parts[0], config, train=True), dataset(*parts[1], config, train=False)
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train and val have different classes: {', '.join(odd[:5]) or 'they differ in order'}")
+        differing = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"train and val have different classes: {', '.join(differing[:5]) or 'they differ in order'}")
     return Data(train, val, train.classes)
 
 
 def _parts(config: Config, option: str) -> list[Path]:
-    """The paths that make one part of the dataset, all of which are there."""
-    names, count = getattr(config, option), 1 if config.task == "classification" else 2
+    """Return the paths of one part of the dataset; all exist."""
+    names = getattr(config, option)
+    count = 1 if config.task == "classification" else 2
     if len(names) != count:
         raise ValueError(f"config: {option} must be {count} paths for {config.task}, got {names!r}")
     paths = [Path(config.data) / name for name in names]
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"config: {option} names {path}, and there is no such file or folder")
+            raise FileNotFoundError(f"config: {option} names {path}, which does not exist")
     return paths
 
 
 def classification_transforms(config: Config) -> tuple[Any, Any]:
-    """timm's transforms for training and evaluation."""
-    size, create = (3, *config.img_size), need("timm.data", "train", "cropr train").create_transform
-    create = partial(create, size, mean=config.mean, std=config.std, interpolation="bicubic")
+    """Create timm's transforms for training and evaluation."""
+    create_transform = import_optional("timm.data", "train", "cropr train").create_transform
+    size = (3, *config.img_size)
+    create = partial(create_transform, size, mean=config.mean, std=config.std, interpolation="bicubic")
     training = create(
         is_training=True,
         scale=config.scale,
@@ -201,18 +217,19 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
 
 
 def _read(path: Path, *, photo: bool) -> Tensor:
-    """A photo (3, H, W), or a label map as it is (channels, H, W); annotations are those of the pixels as stored."""
-    to_tensor = need("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
+    """Read a photo (3, H, W) without rotation, as annotations are, or a label map (channels, H,
+    W)."""
+    to_tensor = import_optional("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
     if photo:
         return to_tensor(open_photo(path, upright=False))
-    with need("PIL.Image", "train", "cropr train").open(path) as image:
+    with import_optional("PIL.Image", "train", "cropr train").open(path) as image:
         return to_tensor(image)
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     """Photos and label maps of the same names: (3, H, W) and (H, W) int64.
 
-    In training resized by a random factor, cropped at random, flipped and jittered; in evaluation as they are.
+    Randomly resized, cropped, flipped and jittered in training; unchanged in evaluation.
     """
 
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
@@ -220,8 +237,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         photos = find_photos(images)
         missing = [path for path in photos if path.relative_to(images).with_suffix("") not in by_name]
         if missing or not photos:
-            what = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"
-            raise ValueError(f"segmentation: {what}")
+            problem = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"
+            raise ValueError(f"segmentation: {problem}")
         self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
         self.config, self.train = config, train
         self.classes = [str(index) for index in range(config.num_classes)]
@@ -242,8 +259,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path} has label {int(highest)}; labels must be below num_classes={config.num_classes} or "
                 f"ignore_index={config.ignore_index}"
             )
-        v2 = need("torchvision.transforms.v2", "train", "cropr train")
-        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
+        v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
+        tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
@@ -261,13 +278,14 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Photos with COCO annotations: (3, H, W) in [0, 1] and {boxes, labels, image_id, and masks if asked for}.
+    """Photos with COCO annotations: (3, H, W) in [0, 1] and {boxes, labels, image_id, and masks if
+    configured}.
 
-    Labels count the categories from 1 in the order of their ids. Boxes of no area are left out, crowds as well.
+    Labels count the categories from 1, by id. Crowds and boxes without area are dropped.
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        coco = need("faster_coco_eval", "train", "cropr train").COCO
+        coco = import_optional("faster_coco_eval", "train", "cropr train").COCO
         self.root, self.config, self.train = images, config, train
         self.coco = coco(str(annotations), print_function=lambda *_: None)
         self.ids = sorted(self.coco.getImgIds())
@@ -281,21 +299,22 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        v2 = need("torchvision.transforms.v2", "train", "cropr train")
-        tv_tensors = need("torchvision.tv_tensors", "train", "cropr train")
-        about = self.coco.loadImgs([self.ids[index]])[0]
-        pixels = tv_tensors.Image(_read(self.root / about["file_name"], photo=True))
+        v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
+        tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
+        record = self.coco.loadImgs([self.ids[index]])[0]
+        pixels = tv_tensors.Image(_read(self.root / record["file_name"], photo=True))
         size = tuple(pixels.shape[1:])
-        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[about["id"]]))
-        found = [one for one in found if not one.get("iscrowd") and min(one["bbox"][2:]) > 0]
-        boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).reshape(-1, 4)
+        annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["id"]]))
+        objects = [entry for entry in annotations if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0]
+        boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        labels = [self.categories.index(entry["category_id"]) + 1 for entry in objects]
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([self.categories.index(one["category_id"]) + 1 for one in found], dtype=torch.int64),
+            "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if self.config.masks:
-            masks = [torch.from_numpy(self.coco.annToMask(one)) for one in found]
+            masks = [torch.from_numpy(self.coco.annToMask(entry)) for entry in objects]
             target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
         if self.train:
             pixels, target = v2.Compose(
@@ -307,13 +326,13 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
                     v2.SanitizeBoundingBoxes(min_size=1),
                 ]
             )(pixels, target)
-        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        return (pixels.float() / 255).as_subclass(Tensor), {**plain, "image_id": self.ids[index]}
+        tensors = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        return (pixels.float() / 255).as_subclass(Tensor), {**tensors, "image_id": self.ids[index]}
 
 
 def mixing(config: Config, classes: int) -> Any:
-    """timm's mixup and cutmix, or None. Labels are smoothed by the loss, whether they were mixed or not."""
+    """Create timm's mixup and cutmix, or None. Labels are smoothed by the loss."""
     if not config.mixup and not config.cutmix:
         return None
-    mixup = need("timm.data", "train", "cropr train").Mixup
+    mixup = import_optional("timm.data", "train", "cropr train").Mixup
     return mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)

@@ -1,4 +1,4 @@
-"""What a task reaches on held-out data: top-1, mIoU, COCO AP."""
+"""Metrics of a task on held-out data: top-1, mIoU, COCO AP."""
 
 import time
 import warnings
@@ -9,27 +9,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ..utils.optional import need
+from ..tasks import Classifier, Detector, Segmenter, Task
+from ..utils.optional import import_optional
 from ..utils.progress import each
 from .config import Config
 from .precision import autocast
 
 
 def evaluate(
-    task: Any, loader: Any, config: Config, num_classes: int, device: torch.device, show: bool
+    task: Task, loader: DataLoader[Any], config: Config, num_classes: int, device: torch.device, show: bool
 ) -> dict[str, Any]:
-    """Metrics of a task over a loader, reduced over all processes, in the mode of inference.
+    """Measure a task over a loader in eval mode, reduced over all processes.
 
-    Classification: top-1, top-5. Segmentation: mIoU and pixel accuracy by sliding window. Detection: AP, AP50, and of
-    masks. All in percent; `skipped` samples could not be read. `aux`, in classification, is the top-1 of every
-    auxiliary head.
+    Classification: top-1, top-5, and `aux`, the top-1 of every auxiliary head. Segmentation: mIoU
+    and pixel accuracy by sliding window. Detection: AP, AP50, and those of masks. All in percent;
+    `skipped` samples could not be read.
     """
-    kinds: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
+    metrics: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
     was_training = task.training
     task.eval()
-    metric = kinds[config.task](config, num_classes, device)
-    skipped, images_seen, seconds = 0, 0, 0.0
+    metric = metrics[config.task](config, num_classes, device)
+    skipped = 0
+    num_images = 0
+    seconds = 0.0
     try:
         with torch.no_grad(), autocast(config, device):
             for images, target, replaced in each(loader, "evaluation", show=show):
@@ -37,11 +41,11 @@ def evaluate(
                 metric.update(task, images, target)
                 seconds += time.perf_counter() - start
                 skipped += replaced
-                images_seen += len(images)
+                num_images += len(images)
     finally:
         task.train(was_training)
     values = metric.compute()
-    total = torch.tensor([skipped, images_seen], device=device)
+    total = torch.tensor([skipped, num_images], device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return values | {"skipped": int(total[0]), "images": int(total[1]), "seconds": round(seconds, 2)}
@@ -52,15 +56,16 @@ def _percent(value: Tensor) -> float:
 
 
 class Top:
-    """Top-1 and top-5 of the output, top-1 of every auxiliary head."""
+    """Top-1 and top-5 of the output, and top-1 of every auxiliary head."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        accuracy = need("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
+        accuracy = import_optional("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
         metric = partial(accuracy, num_classes, average="micro")
-        self.device, self.top = device, {f"top-{k}": metric(top_k=k).to(device) for k in (1, 5) if k <= num_classes}
+        self.device = device
+        self.top = {f"top-{k}": metric(top_k=k).to(device) for k in (1, 5) if k <= num_classes}
         self.aux: dict[int, Any] = defaultdict(lambda: metric().to(device))
 
-    def update(self, task: Any, images: Tensor, target: Tensor) -> None:
+    def update(self, task: Classifier, images: Tensor, target: Tensor) -> None:
         *aux, logits = task.predictions(images.to(self.device))
         target = target.to(self.device)
         for metric in self.top.values():
@@ -74,17 +79,18 @@ class Top:
 
 
 class Overlap:
-    """Mean intersection over union of the classes that occur, and the share of right pixels."""
+    """Mean intersection over union of the classes that occur, and pixel accuracy."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        metrics = need("torchmetrics.classification", "train", "cropr train")
+        metrics = import_optional("torchmetrics.classification", "train", "cropr train")
         pixels = metrics.MulticlassAccuracy(num_classes, average="micro", ignore_index=config.ignore_index)
         overlap = metrics.MulticlassJaccardIndex(num_classes, ignore_index=config.ignore_index)
         self.config, self.device = config, device
         self.metrics = {"mIoU": overlap.to(device), "pixels": pixels.to(device)}
-        self.stride = config.stride or tuple(max(side * 2 // 3, 1) for side in config.img_size)
+        height, width = config.img_size
+        self.stride = config.stride or (max(height * 2 // 3, 1), max(width * 2 // 3, 1))
 
-    def update(self, task: Any, images: Tensor, target: Tensor) -> None:
+    def update(self, task: Segmenter, images: Tensor, target: Tensor) -> None:
         logits = task.slide(images.to(self.device), self.config.img_size, self.stride)
         for metric in self.metrics.values():
             metric.update(logits.argmax(1), target.to(self.device))
@@ -97,21 +103,22 @@ class Precision:
     """COCO average precision of boxes, and of masks."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        kinds = ("bbox", "segm") if config.masks else ("bbox",)
+        iou_types = ("bbox", "segm") if config.masks else ("bbox",)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.metric = need("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
-                iou_type=kinds, backend="faster_coco_eval"
+            self.metric = import_optional("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
+                iou_type=iou_types, backend="faster_coco_eval"
             )
         self.device, self.masks = device, config.masks
 
-    def update(self, task: Any, images: list[Tensor], target: list[dict[str, Any]]) -> None:
-        found = task([image.to(self.device) for image in images])
-        for own, true in zip(found, target):
-            prediction = {name: own[name].cpu() for name in ("boxes", "scores", "labels")}
-            truth = {name: true[name] for name in ("boxes", "labels")}
+    def update(self, task: Detector, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+        detections = task([image.to(self.device) for image in images])
+        for detected, target in zip(detections, targets):
+            prediction = {name: detected[name].cpu() for name in ("boxes", "scores", "labels")}
+            truth = {name: target[name] for name in ("boxes", "labels")}
             if self.masks:
-                prediction["masks"], truth["masks"] = (own["masks"][:, 0] > 0.5).cpu(), true["masks"].bool()
+                prediction["masks"] = (detected["masks"][:, 0] > 0.5).cpu()
+                truth["masks"] = target["masks"].bool()
             self.metric.update([prediction], [truth])
 
     def compute(self) -> dict[str, Any]:
@@ -119,10 +126,10 @@ class Precision:
             warnings.simplefilter("ignore")
             values = self.metric.compute()
         prefixes = {"bbox_": "AP box", "segm_": "AP mask"} if self.masks else {"": "AP box"}
-        named: dict[str, float] = {}
+        precisions: dict[str, float] = {}
         for prefix, name in prefixes.items():
-            named |= {name: _percent(values[f"{prefix}map"]), f"{name} 50": _percent(values[f"{prefix}map_50"])}
-        return {name: max(value, 0.0) for name, value in named.items()}  # -1: there was nothing to find
+            precisions |= {name: _percent(values[f"{prefix}map"]), f"{name} 50": _percent(values[f"{prefix}map_50"])}
+        return {name: max(value, 0.0) for name, value in precisions.items()}  # -1: there are no objects
 
 
 MAIN = {"classification": "top-1", "segmentation": "mIoU", "detection": "AP box"}

@@ -1,4 +1,4 @@
-"""Parameter groups with layer-wise learning rate decay, and the learning rate's course."""
+"""Parameter groups with layer-wise learning rate decay, and the learning rate schedule."""
 
 import math
 import re
@@ -13,7 +13,8 @@ _FIRST = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter of a task: 0 for the embedding, l + 1 for block l, depth + 1 for all that follows."""
+    """Layer of a parameter of a task: 0 for the embedding, l + 1 for block l, depth + 1 for all
+    that follows."""
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -21,12 +22,14 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter is no part of the backbone as it was pretrained: Cropr modules, decoders."""
+    """Return true for parameters outside the pretrained backbone: Cropr modules, decoders."""
     return not name.startswith("backbone.") or name.startswith("backbone.cropr.")
 
 
 def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Groups whose `lr_scale` is layer_decay ^ (layers above); vectors and embeddings have no weight decay.
+    """Group parameters by learning rate, lr * layer_decay ^ (layers above), and weight decay.
+
+    Vectors and embeddings have no weight decay.
 
     Source: Clark et al. 2020 (ELECTRA) for the decay, as BEiT and MAE use it.
     """
@@ -50,13 +53,15 @@ def param_groups(task: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def lr_share(config: Config, epoch: float) -> float:
-    """Share of the full learning rate at a time given in epochs: linear warm-up, then cosine or polynomial to zero."""
+    """Share of the learning rate at this time: linear warm-up, then cosine or polynomial decay."""
     if epoch < config.warmup_epochs:
         return max(epoch / config.warmup_epochs, 1e-3)
-    rest = min((epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9), 1.0)
-    return (1 - rest) ** config.poly_power if config.lr_schedule == "poly" else 0.5 * (1 + math.cos(math.pi * rest))
+    elapsed = min((epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9), 1.0)
+    if config.lr_schedule == "poly":
+        return (1 - elapsed) ** config.poly_power
+    return 0.5 * (1 + math.cos(math.pi * elapsed))
 
 
 def progress(config: Config, epoch: float) -> float:
-    """Share of the schedule that is pruned at a time given in epochs: the paper's curriculum."""
+    """Share of the schedule that is pruned at this time: the curriculum of the paper."""
     return 1.0 if not config.curriculum else min(epoch / (config.curriculum * config.epochs), 1.0)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tables as text."""
+"""Atomic files, checked reading, and tables as text."""
 
 import contextlib
 import os
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optional import need
+from .optional import import_optional
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, once all of it is on the disk, then the name; on the same file system only."""
+    """Rename a finished file on its file system, durably: sync its data, rename, sync the
+    folder."""
     with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-    with contextlib.suppress(OSError):  # not every file system takes folders
+    with contextlib.suppress(OSError):  # not every file system can sync folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -31,11 +32,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to, with the same suffix, which becomes `path` where the block ends without an error.
+    """Yield a temporary file with the same suffix that becomes `path` if the block ends without an
+    error.
 
-    Its folder is made where there is none.
-
-    Until then, and after an error, what was there before stays.
+    Creates the folder. Until then, and after an error, the previous file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """One OSError for a path that cannot be written: libraries say `unexpected pos 896 vs 854` of a full disk."""
+    """Raise one OSError if a path cannot be written: libraries report a full disk as `unexpected
+    pos`."""
     try:
         yield
     except Exception as error:
@@ -61,72 +62,79 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise  # of a file that was read
         if reason is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16:
             reason = "No space left on device"
-        if reason is None and "inline_container" in str(error):  # of torch.save, whatever stopped it
+        if reason is None and "inline_container" in str(error):  # of torch.save, for any cause
             reason = "only a part fits: a limit of file sizes, or of the disk"
         if reason is None:
             raise
-        kind = type(error) if isinstance(error, OSError) else OSError
-        raise kind(f"{path} cannot be written: {reason}; mend that or name another place") from error
+        error_type = type(error) if isinstance(error, OSError) else OSError
+        raise error_type(f"{path} cannot be written: {reason}; fix this or choose another path") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
-def load_tensors(path: str | Path, safe: Sequence[Any] = ()) -> Any:
-    """Tensors and plain values that torch.save wrote, on the CPU; FileNotFoundError, or ValueError if damaged.
+def load_tensors(path: str | Path, classes: Sequence[type] = ()) -> Any:
+    """Load a file of torch.save on the CPU: tensors and plain values.
 
-    `safe` are classes that the file may hold beside them.
+    `classes` are allowed besides. Raises FileNotFoundError, or ValueError if the file is damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        if zipfile.is_zipfile(path):  # torch.load does not verify checksums
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"{path} cannot be read: the checksum of {damaged} does not match; copy it again")
-        with torch.serialization.safe_globals([*safe]):
+        with torch.serialization.safe_globals([*classes]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets, and long advice
+    except Exception as error:  # torch.load raises errors of every type, with long advice
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path} cannot be read: {_unreadable(Path(path), str(error))}") from error
 
 
 def _unreadable(path: Path, error: str) -> str:
-    """Why torch.load cannot read a file, and what to do."""
-    found = re.search(r"GLOBAL (\S+)", error)
-    if found:
-        return f"it holds objects of {found[1]}, and only tensors are read; torch.save(model.state_dict(), FILE)"
+    """Explain why torch.load cannot read a file, and how to fix it."""
+    unsafe = re.search(r"GLOBAL (\S+)", error)
+    if unsafe:
+        return f"it holds objects of {unsafe[1]}, and only tensors are read; torch.save(model.state_dict(), FILE)"
     with open(path, "rb") as file:
-        begins = file.read(24)
-    return f"it is damaged, or no file of torch.save: it begins with {begins!r}; copy or download it again"
+        header = file.read(24)
+    return f"it is damaged, or not a file of torch.save: it begins with {header!r}; copy or download it again"
 
 
-def load_safetensors(path: str | Path, part: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, of those with `part` in their names, and metadata; FileNotFoundError, or ValueError if unreadable."""
-    safetensors = need("safetensors", "demo", f"file {path}")
+def load_safetensors(path: str | Path, substring: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load the tensors with `substring` in their names, and the metadata.
+
+    Raises FileNotFoundError, or ValueError if the file cannot be read.
+    """
+    safetensors = import_optional("safetensors", "demo", f"file {path}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if part in name]  # noqa: SIM118  (it is no dict)
+            names = [name for name in file.keys() if substring in name]  # noqa: SIM118  (not a dict)
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}; copy or download it again") from error
 
 
-def require_launcher(parent: int, what: str) -> None:
-    """Raise RuntimeError where torchrun started this process, then by this parent, and is gone: others may follow."""
+def require_launcher(parent: int, command: str) -> None:
+    """Raise RuntimeError if torchrun started this process from `parent` and is gone: others may end
+    too."""
     if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise RuntimeError(f"{what}: torchrun, which started this process, is gone; the same command resumes the run")
+        raise RuntimeError(
+            f"{command}: torchrun, which started this process, is gone; the same command resumes the run"
+        )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Cells as aligned text, the first `left` columns to the left, the others to the right."""
+    """Format cells as aligned text: the first `left` columns to the left, all others to the
+    right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     sides = ["<"] * left + [">"] * (len(head) - left)
     lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in (head, *rows)]

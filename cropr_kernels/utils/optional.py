@@ -1,4 +1,4 @@
-"""Libraries that only some features need, imported where they are used."""
+"""Optional libraries, imported where they are used."""
 
 import importlib.util
 from typing import Any
@@ -7,34 +7,34 @@ _DISTRIBUTIONS = {"PIL": "pillow", "faster_coco_eval": "faster-coco-eval", "skle
 
 
 def distribution(module: str) -> str:
-    """The name by which a module's library is installed."""
+    """Name of the distribution that installs a module."""
     library = module.split(".")[0]
     return _DISTRIBUTIONS.get(library, library)
 
 
-def is_there(module: str) -> bool:
-    """Whether a library is installed."""
+def is_installed(module: str) -> bool:
+    """Return true if a library is installed."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # somebody has put None in its place
+    except ValueError:  # sys.modules holds None for it
         return False
 
 
-def need(module: str, extra: str, what: str) -> Any:
-    """Import a module, such as "PIL.Image", of a library that only `what` needs.
+def import_optional(module: str, extra: str, feature: str) -> Any:
+    """Import a module, such as "PIL.Image", of a library that only `feature` needs.
 
-    Raises ImportError where that library, or one that it needs itself, is not installed: it names the library, and the
-    extra of this package that installs it with all others of its kind.
+    Raises ImportError if the library, or one that it needs, is not installed; the error names it,
+    and the extra of this package that includes it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None:
             raise
-        library, missing = distribution(module), distribution(error.name)
-        through = "" if missing == library else f"{library}, which needs "
+        library = distribution(module)
+        missing = distribution(error.name)
+        via = "" if missing == library else f"{library}, which needs "
         raise ImportError(
-            f"{what} needs {through}{missing}: pip install {missing} (all of its kind: the extra [{extra}] of "
-            "cropr_kernels)",
+            f"{feature} needs {via}{missing}: pip install {missing} (or the extra [{extra}] of cropr_kernels)",
             name=error.name,
         ) from error

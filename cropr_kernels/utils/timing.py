@@ -1,9 +1,9 @@
-"""Time of calls that take turns on one device."""
+"""Interleaved timing of several calls on one device."""
 
 import random
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -17,8 +17,11 @@ ABOVE_FLOPS = (
 )
 
 
+Key = TypeVar("Key", bound=Hashable)
+
+
 class Timing(NamedTuple):
-    """Seconds of one call: the median of several, and the quartiles."""
+    """Seconds of a call: median and quartiles of several."""
 
     seconds: float
     low: float
@@ -30,44 +33,49 @@ class Timing(NamedTuple):
         return (self.high - self.low) / self.seconds
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, with all that it leaves to the device."""
-    settle = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    settle()
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Time one call in seconds, until the device is done."""
+    _synchronize(device)
     start = time.perf_counter()
     call()
-    settle()
+    _synchronize(device)
     return time.perf_counter() - start
 
 
 def fitting(seconds: float, budget: float = SECONDS) -> int:
-    """Rounds of so many seconds each that fit into a budget: 3 to 9."""
+    """Number of rounds of this many seconds each that fit into a budget: 3 to 9."""
     return max(LEAST_ROUNDS, min(ROUNDS, int(budget / max(seconds, 1e-9))))
 
 
-def in_turns(
-    calls: Mapping[Any, Callable[[], Any]],
+def time_interleaved(
+    calls: Mapping[Key, Callable[[], object]],
     device: torch.device,
     rounds: int | None = None,
     *,
     show: bool = False,
-    what: str = "measuring",
-) -> dict[Any, Timing]:
-    """Times of every call over `rounds` rounds; they take turns in shuffled order, after a round to warm up.
+    label: str = "measuring",
+) -> dict[Key, Timing]:
+    """Time every call over `rounds` rounds, interleaved in shuffled order, after a warm-up round.
 
-    Without a number of rounds there are 3 to 9: as many as take 45 seconds. With `show`, what it will take is said.
+    Without a number of rounds there are 3 to 9, as many as take 45 seconds.
     """
-    order, shuffler = list(calls), random.Random(0)
-    times: dict[Any, list[float]] = {key: [] for key in calls}
-    with Progress(f"{what}, warming up", len(calls), show=show) as progress:
-        warm = 0.0
+    order = list(calls)
+    shuffler = random.Random(0)
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    with Progress(f"{label}, warming up", len(calls), show=show) as progress:
+        warm_up = 0.0
         for call in calls.values():
-            warm += seconds_of(call, device)
+            warm_up += seconds_of(call, device)
             progress.update()
-    rounds = rounds or fitting(warm)
+    rounds = rounds or fitting(warm_up)
     if show:
-        announce(what, f"{rounds} rounds of {len(calls)} calls", rounds * warm)
-    with Progress(what, rounds * len(calls), show=show) as progress:
+        announce(label, f"{rounds} rounds of {len(calls)} calls", rounds * warm_up)
+    with Progress(label, rounds * len(calls), show=show) as progress:
         for _ in range(rounds):
             shuffler.shuffle(order)
             for key in order:
@@ -77,10 +85,11 @@ def in_turns(
 
 
 def _timing(values: list[float]) -> Timing:
-    values, last = sorted(values), len(values) - 1
+    values = sorted(values)
+    last = len(values) - 1
     return Timing(values[len(values) // 2], values[round(last / 4)], values[round(3 * last / 4)])
 
 
 def above_flops(speedup: float, flop_ratio: float) -> bool:
-    """Whether a speed-up is more than less arithmetic explains, by more than 3 %."""
+    """Return true if a speed-up exceeds the ratio of FLOPs by more than 3 %."""
     return speedup > 1.03 * flop_ratio

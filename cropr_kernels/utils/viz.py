@@ -1,6 +1,6 @@
-"""Pictures: which patches are pruned after which block, which are merged, how fast models are, how training went.
+"""Figures: pruning maps, merged tokens, speed and training curves.
 
-All of them raise ImportError where matplotlib or Pillow is not installed.
+All raise ImportError if matplotlib or Pillow is not installed.
 """
 
 from pathlib import Path
@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .io import atomic_write
-from .optional import need
+from .optional import import_optional
 
 CAPTION = 16  # pixels above a frame
 
 
 def _figure(width: float, height: float) -> Any:
-    return need("matplotlib.figure", "viz", "a picture").Figure(figsize=(width, height), layout="constrained")
+    return import_optional("matplotlib.figure", "viz", "a picture").Figure(
+        figsize=(width, height), layout="constrained"
+    )
 
 
 def _save(figure: Any, path: str | Path) -> None:
@@ -26,12 +28,12 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """An image (1 or 3, H, W) as (H, W, 3)."""
+    """Convert an image (1 or 3, H, W) to (H, W, 3)."""
     return image.permute(1, 2, 0).clamp(0, 1).cpu().expand(-1, -1, 3)
 
 
 def _two_rows(images: Tensor, maps: Tensor, titles: list[str] | None, margin: float) -> tuple[Any, Any]:
-    """A figure with the images in its upper row, and its axes (2, B)."""
+    """Draw images in the upper row of a figure; return it and its axes (2, B)."""
     if len(images) != len(maps):
         raise ValueError(f"pictures: images and maps must have one batch size, got {len(images)}, {len(maps)}")
     figure = _figure(1.9 * len(images) + margin, 4.2)
@@ -48,37 +50,38 @@ def _two_rows(images: Tensor, maps: Tensor, titles: list[str] | None, margin: fl
 def save_pruning_maps(
     path: str | Path, images: Tensor, maps: Tensor, depth: int, titles: list[str] | None = None
 ) -> None:
-    """Write one PNG: each image, with its title, above its pruning map laid over it.
+    """Write one PNG: each image with its title, and below it with its pruning map.
 
-    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from `pruning_map`: the number of
-    blocks each patch went through, of `depth` if it was never pruned. ValueError where the batch sizes differ.
+    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from
+    `pruning_map`: the number of blocks each patch passed, `depth` if it was never pruned. Raises
+    ValueError if the batch sizes differ.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.9)
     extent = (-0.5, images.shape[3] - 0.5, images.shape[2] - 0.5, -0.5)
-    for axis, image, own in zip(axes[1], images, maps):
+    for axis, image, pruning_map in zip(axes[1], images, maps):
         axis.imshow(_pixels(image))
-        shown = axis.imshow(own.cpu(), extent=extent, cmap="viridis", vmin=1, vmax=depth, alpha=0.7)
-    bar = figure.colorbar(shown, ax=axes[1].tolist(), ticks=[1, depth], shrink=0.9)
+        overlay = axis.imshow(pruning_map.cpu(), extent=extent, cmap="viridis", vmin=1, vmax=depth, alpha=0.7)
+    bar = figure.colorbar(overlay, ax=axes[1].tolist(), ticks=[1, depth], shrink=0.9)
     bar.set_ticklabels(["pruned after block 1", "never pruned"])
     _save(figure, path)
 
 
 def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list[str] | None = None) -> None:
-    """Write one PNG: each image above its tokens, every patch in the mean colour of the token that it is part of.
+    """Write one PNG: each image above its tokens, every patch in the mean color of its token.
 
-    Lines run between patches of different tokens: what looks like one tile is one token. The arguments are those of
-    `save_pruning_maps`, with maps from `merge_map`: patches with one number are one token.
+    Lines separate patches of different tokens. Arguments as in `save_pruning_maps`, with maps from
+    `merge_map`: patches of one number are one token.
     """
     figure, axes = _two_rows(images, maps, titles, margin=0.0)
     patches = F.adaptive_avg_pool2d(images.float(), (maps.shape[1], maps.shape[2])).flatten(2).cpu()
-    for axis, colours, own in zip(axes[1], patches, maps.cpu()):
-        labels = own.flatten()
-        sums = colours.new_zeros(len(colours), int(labels.max()) + 1).index_add_(1, labels, colours)
+    for axis, colors, token_map in zip(axes[1], patches, maps.cpu()):
+        labels = token_map.flatten()
+        sums = colors.new_zeros(len(colors), int(labels.max()) + 1).index_add_(1, labels, colors)
         tiles = (sums / labels.bincount().clamp_min(1))[:, labels]
-        axis.imshow(_pixels(tiles.unflatten(1, own.shape)))
-        for row, col in (own[:, 1:] != own[:, :-1]).nonzero().tolist():
+        axis.imshow(_pixels(tiles.unflatten(1, token_map.shape)))
+        for row, col in (token_map[:, 1:] != token_map[:, :-1]).nonzero().tolist():
             axis.plot([col + 0.5] * 2, [row - 0.5, row + 0.5], color="white", linewidth=0.6)
-        for row, col in (own[1:] != own[:-1]).nonzero().tolist():
+        for row, col in (token_map[1:] != token_map[:-1]).nonzero().tolist():
             axis.plot([col - 0.5, col + 0.5], [row + 0.5] * 2, color="white", linewidth=0.6)
     _save(figure, path)
 
@@ -86,21 +89,22 @@ def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list
 def save_pruning_frames(
     animation: str | Path, strip: str | Path, image: Tensor, pruned_after: Tensor, depth: int
 ) -> None:
-    """Write an animation (GIF), from the whole photo on, and a strip (PNG): the patches that each block sees.
+    """Write an animation (GIF) and a strip (PNG) of the patches that each block sees.
 
-    Above each frame stand its block and how many patches it sees. The photo is (C, H, W), C = 1 or 3, in [0, 1];
-    pruned_after (grid height, grid width) is its `pruning_map`.
+    Captions name the block and its number of patches. The image is (C, H, W), C = 1 or 3, in [0,
+    1]; pruned_after (grid height, grid width) is its `pruning_map`.
     """
-    Image, ImageDraw = need("PIL.Image", "viz", "a picture"), need("PIL.ImageDraw", "viz", "a picture")
+    Image = import_optional("PIL.Image", "viz", "a picture")
+    ImageDraw = import_optional("PIL.ImageDraw", "viz", "a picture")
     height, width = image.shape[1:]
     pixels = _pixels(image)
-    grey = 0.15 * pixels.mean(2, keepdim=True) + 0.85
+    gray = 0.15 * pixels.mean(2, keepdim=True) + 0.85
     blocks = F.interpolate(pruned_after[None, None].float().cpu(), (height, width))[0, 0, :, :, None]
     frames = []
     for block in range(depth):
-        shown = (torch.where(blocks <= block, grey, pixels) * 255).round().to(torch.uint8)
+        frame_pixels = (torch.where(blocks <= block, gray, pixels) * 255).round().to(torch.uint8)
         frame = Image.new("RGB", (width, height + CAPTION), "white")
-        frame.paste(Image.frombytes("RGB", (width, height), bytes(shown.flatten().tolist())), (0, CAPTION))
+        frame.paste(Image.frombytes("RGB", (width, height), bytes(frame_pixels.flatten().tolist())), (0, CAPTION))
         text = f"block {block + 1}: {int((pruned_after > block).sum())} patches"
         ImageDraw.Draw(frame).text((3, 2), text, "black")
         frames.append(frame)
@@ -116,15 +120,18 @@ def save_pruning_frames(
 
 
 def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> None:
-    """Write one PNG of a training run: losses, the metric, and that of every auxiliary head in the end.
+    """Write one PNG of a training run: losses, the metric, and its last value for every auxiliary
+    head.
 
-    `lines` are those of metrics.jsonl (`cropr_kernels.train`), `metric` a name in its evaluations, such as "top-1".
+    `lines` are those of metrics.jsonl (`cropr_kernels.train`), `metric` a name in its evaluations,
+    such as "top-1".
     """
-    steps, evaluations = ([line for line in lines if kind in line] for kind in ("loss", "val"))
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val" in line]
     aux = next((line["val"]["aux"] for line in reversed(evaluations) if "aux" in line["val"]), None)
     figure = _figure(7 if aux is None else 10, 3)
     axes = figure.subplots(1, 2 if aux is None else 3)
-    marker = ".-" if len(steps) <= 50 else "-"  # a line through one point is none
+    marker = ".-" if len(steps) <= 50 else "-"  # a line needs two points
     for name in ("main", "aux"):
         values = [line[name] for line in steps]
         if any(values):
@@ -139,17 +146,18 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
     _save(figure, path)
 
 
-def save_speed_curves(path: str | Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Write one PNG: the speed-up at every rate, a line per batch size, beside the ratio of FLOPs.
+def save_speed_curves(path: str | Path, rows: list[dict[str, float]], title: str) -> None:
+    """Write one PNG: the speed-up at every rate, a line per batch size, and the ratio of FLOPs.
 
     `rows` are those of `cropr bench`: batch, rate, speedup, flop_ratio.
     """
     figure = _figure(5, 3.4)
     axis = figure.subplots()
     for batch in dict.fromkeys(row["batch"] for row in rows):
-        own = [row for row in rows if row["batch"] == batch]
-        axis.plot([row["rate"] for row in own], [row["speedup"] for row in own], marker="o", label=f"batch {batch}")
-    axis.plot([row["rate"] for row in own], [row["flop_ratio"] for row in own], "k--", label="FLOPs")
+        batch_rows = [row for row in rows if row["batch"] == batch]
+        rates = [row["rate"] for row in batch_rows]
+        axis.plot(rates, [row["speedup"] for row in batch_rows], marker="o", label=f"batch {batch}")
+    axis.plot(rates, [row["flop_ratio"] for row in batch_rows], "k--", label="FLOPs")
     axis.set(xlabel="tokens pruned after each block", ylabel="times as fast as unpruned")
     axis.set_title(title, fontsize=9)
     axis.legend()

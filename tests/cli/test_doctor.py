@@ -10,7 +10,7 @@ import torch
 import cropr_kernels.cli.doctor
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.cli.doctor import NETWORKS, checks, in_process, perform
-from cropr_kernels.ops import NAMES, calls
+from cropr_kernels.ops import NAMES, sample_inputs
 
 CPU = torch.device("cpu")
 ops = torch.ops.cropr
@@ -33,7 +33,7 @@ def test_what_is_right_is_one_line_a_device(capsys):
     versions, device = out.splitlines()
     assert code == 0 and torch.__version__ in versions and "cpu_instruction_set" in versions
     assert device.startswith("cpu, ") and device.endswith(f" {len(checks(CPU))} checks passed") and not err
-    assert {check.what for check in checks(CPU)} == {*NAMES, *NETWORKS}
+    assert {check.name for check in checks(CPU)} == {*NAMES, *NETWORKS}
 
 
 def test_every_wrong_op_is_named_with_dtype_arguments_and_the_first_difference(monkeypatch, capsys):
@@ -71,14 +71,14 @@ def test_what_an_op_writes_and_must_not_write_is_looked_at(monkeypatch):
 
 def test_another_dtype_or_shape_is_a_difference(monkeypatch):
     plant(monkeypatch, "scores", lambda own, args, kwargs: own(*args, **kwargs).to(args[0].dtype))
-    found = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.what == "scores"}
+    found = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.name == "scores"}
     assert found.pop(torch.float32) == ""
     assert all("result 0 is torch" in one and "not torch.float32 (2, 197)" in one for one in found.values())
 
 
 def test_networks_that_compute_something_else_are_named(monkeypatch):
     plant(monkeypatch, "add_norm_", lambda own, args, kwargs: own(*args, **kwargs) * 1.5)
-    networks = [check for check in checks(CPU) if check.what in NETWORKS]
+    networks = [check for check in checks(CPU) if check.name in NETWORKS]
     assert len(networks) == 12
     assert all("logits differ by" in perform(check, CPU) for check in networks)
 
@@ -92,11 +92,11 @@ def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
         monkeypatch.setattr(ops, name, getattr(kernels, name))
     device = torch.device(kernels.device)
     as_integers = kernels.interpreted and op.startswith(
-        ("attend", "merge", "host_offsets")
+        ("attend", "merge", "parent_offsets")
     )  # as Triton then multiplies
     for check in checks(device):
-        if check.what == op and not (as_integers and check.dtype == torch.bfloat16):
-            assert perform(check, device, calls.SIZES) == "", str(check)
+        if check.name == op and not (as_integers and check.dtype == torch.bfloat16):
+            assert perform(check, device, sample_inputs.SIZES) == "", str(check)
 
 
 def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, capsys):
@@ -108,7 +108,7 @@ def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, ca
     def found(device):
         failing = device == torch.device("cuda", 1)
         return (
-            (check, "wrong" if failing and not check.plain and check.what in NETWORKS else "")
+            (check, "wrong" if failing and not check.plain and check.name in NETWORKS else "")
             for check in checks(device)
         )
 
@@ -123,19 +123,19 @@ def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, ca
 
 
 def ends_or_hangs(check, device):
-    if check.what == "gather":
+    if check.name == "gather":
         os._exit(7)
-    if check.what == "restore":
+    if check.name == "restore":
         time.sleep(600)
-    return "wrong" if check.what == "select" else ""
+    return "wrong" if check.name == "select" else ""
 
 
 def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_has_another():
     todo = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
-    [last] = [i for i, check in enumerate(todo) if check.what == "select"]
+    [last] = [i for i, check in enumerate(todo) if check.name == "select"]
     found = list(in_process(todo, CPU, 60.0, ends_or_hangs))  # without a GPU a wrong result is one too many
     assert found == [(check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])]
-    rest = todo[[check.what for check in todo].index("gather") :]
+    rest = todo[[check.name for check in todo].index("gather") :]
     assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
     rest = rest[1:]
     assert rest[0].what == "restore"

@@ -194,9 +194,9 @@ def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
         (
             "saved by cropr.save",
             ["--arch", "x"],
-            "says itself what it is: leave out --arch, --img-size and --num-classes",
+            "defines the model: leave out --arch, --img-size and --num-classes",
         ),
-        ("saved by cropr.save", ["--no-merge"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
+        ("saved by cropr.save", ["--no-merge"], "defines the pruning: leave out --llf, --merge and --keep"),
         ("transformers features", ["--img-size", "9"], "says itself what its img_size is: leave out --img-size"),
         ("weight file", ["--num-classes", "9"], "--num-classes) must be 5, those of "),
     ):
@@ -208,7 +208,7 @@ def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
     shutil.copy(PHOTOS / "coffee.jpg", tmp_path / "labelled" / "val" / "one")
     evaluate = ["eval", str(tmp_path / "saved")]
     for options, message in (
-        ([], "is no run of cropr train: say where photos val/CLASS/*.jpg are, --data FOLDER"),
+        ([], "is not a run of cropr train: name a folder with photos val/CLASS/*.jpg, --data FOLDER"),
         (["--data", str(tmp_path)], "--data must be a folder with photos in val/CLASS, there is no"),
         (
             ["--data", str(tmp_path / "labelled")],

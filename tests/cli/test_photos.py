@@ -112,7 +112,7 @@ def test_a_named_pipe_is_not_waited_for(awkward):
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(120)
-    assert len(errors) == 1 and errors[0].endswith("pipe.jpg is no file")
+    assert len(errors) == 1 and errors[0].endswith("pipe.jpg is not a file")
 
 
 def test_the_limit_of_pixels_can_be_set(model, tmp_path, capsys, monkeypatch):

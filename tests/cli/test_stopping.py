@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_said_before_the_work(command, place, inputs, 
     out = Path("/proc/none/out") if place == "none" else Path(inputs["I"]) / place
     assert main(filled(WRITES[command], inputs, out)) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith(f"cropr {command}: --out ") and printed.endswith(": name another\n"), printed
+    assert printed.startswith(f"cropr {command}: --out ") and printed.endswith(": choose another path\n"), printed
     assert printed.count("\n") == 1
 
 
@@ -109,7 +109,7 @@ def test_a_file_of_another_kind_is_refused(inputs, no_forward, tmp_path, capsys)
         assert f"--out must end in {end}, got {tmp_path / 'out'}" in capsys.readouterr().err
     (tmp_path / "folder.json").mkdir()
     assert main(filled("tune M --speedup 2 --out OUT.json", inputs, tmp_path / "folder")) == 1
-    assert "folder.json is a folder: name a file in it" in capsys.readouterr().err
+    assert "folder.json is a folder: choose a file in it" in capsys.readouterr().err
 
 
 # Runs a command and sends its group or itself a signal in the nth call of a function, or when a module is imported.
@@ -143,17 +143,17 @@ sys.exit(main(arguments))
 """
 STOPS = {
     "info": ("info M", "cropr_kernels.cli.info:deployed_copy", 1, "nothing was written", 0),
-    "calibrate": (WRITES["calibrate"], "cropr_kernels.calibration:importance", 3, "begins anew", 0),
-    "calibrate, comparing": (WRITES["calibrate"], "cropr_kernels.calibration:outputs_of", 2, "begins anew", 1),
-    "map, writing": (WRITES["map"], "cropr_kernels.utils.io:publish", 3, "named above are whole", 2),
+    "calibrate": (WRITES["calibrate"], "cropr_kernels.calibration:importance", 3, "starts over", 0),
+    "calibrate, comparing": (WRITES["calibrate"], "cropr_kernels.calibration:outputs_of", 2, "starts over", 1),
+    "map, writing": (WRITES["map"], "cropr_kernels.utils.io:publish", 3, "named above are complete", 2),
     "tune": (WRITES["tune"], "cropr_kernels.utils.timing:seconds_of", 3, "nothing was written", 0),
     "bench, writing": (WRITES["bench"] + " --batch 1 2", "cropr_kernels.cli.bench:write_text", 2, ".json", 1),
-    "export": (WRITES["export"], "cropr_kernels.exporting:_compare", 1, "named above are whole", 0),
+    "export": (WRITES["export"], "cropr_kernels.exporting:_compare", 1, "named above are complete", 0),
     "infer": (WRITES["infer"] + " --unit 2", "cropr_kernels.cli.infer:results", 2, "resumes with the files", 2),
     "infer, writing": (WRITES["infer"], "cropr_kernels.utils.io:publish", 2, "resumes with the files", 1),
     "train": (WRITES["train"], "cropr_kernels.train.loop:Run._step", 2, "resumes from the last checkpoint in", 2),
     "train, writing": (WRITES["train"], "cropr_kernels.train.checkpoint:atomic_write", 1, "last checkpoint in", 2),
-    "eval": ("eval I/run", "cropr_kernels.train.evaluate:Top.update", 1, "begins anew", 0),
+    "eval": ("eval I/run", "cropr_kernels.train.evaluate:Top.update", 1, "starts over", 0),
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cropr_kernels.ops.calls import DTYPES as DTYPES
-from cropr_kernels.ops.calls import SIZES, legal_call
+from cropr_kernels.ops.sample_inputs import DTYPES as DTYPES
+from cropr_kernels.ops.sample_inputs import SIZES, legal_call
 from cropr_kernels.ops.validation import OPS, Input
 
 # Those whose matrices Triton's interpreter multiplies: bfloat16 it takes for integers.

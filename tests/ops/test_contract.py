@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from cropr_kernels import ops as typed
 from cropr_kernels.ops import NAMES
-from cropr_kernels.ops.calls import bare_call
+from cropr_kernels.ops.sample_inputs import bare_call
 
 ops = torch.ops.cropr
 ATTEND = ("attend", "attend_scores", "attend_backward")
@@ -187,8 +187,8 @@ FLOPS = {
     "add_select_": 2 * 2 * 4 * 6,
     "merge": 2 * 2 * 4 * 5 * 6,
     "merge_": 2 * 2 * 4 * 5 * 6,
-    "host_offsets": 2 * 2 * 4 * 5 * 6,
-    "host_offsets_": 2 * 2 * 4 * 5 * 6,
+    "parent_offsets": 2 * 2 * 4 * 5 * 6,
+    "parent_offsets_": 2 * 2 * 4 * 5 * 6,
 }
 
 
@@ -232,7 +232,7 @@ def test_what_changed_in_place_is_no_longer_what_backward_saved(name):
     versions = {key: value._version for key, value in args.items() if torch.is_tensor(value)}
     with torch.inference_mode():  # as torch's own: tensors of outside have versions there too
         getattr(ops, name)(*args.values())
-    written = {"x", "parent", "sizes" if name == "merge_" else "costs"}
+    written = {"x", "parent", "sizes" if name == "merge_" else "cost_scale"}
     assert all((args[key]._version > version) == (key in written) for key, version in versions.items())
 
 
@@ -262,7 +262,7 @@ def test_what_changes_in_place_shares_no_memory(kernels, name):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("name", ["merge", "merge_", "host_offsets", "host_offsets_"])
+@pytest.mark.parametrize("name", ["merge", "merge_", "parent_offsets", "parent_offsets_"])
 def test_lists_to_compare_must_ascend(name, which):
     args = legal_call(name)
     argument = [key for key in args if key.endswith("_idx")][which]
@@ -303,7 +303,7 @@ def sentences():
         (*call("prune", num_keep=0), "prune: num_keep must be in [num_prefix, N] = [1, 9], got 0"),
         (*call("prune", num_prefix=-1), "prune: num_prefix must be in [0, N] = [0, 9], got -1"),
         (*call("add_select_", num_keep=5), "add_select_: num_keep must be in [num_prefix, K] = [1, 4], got 5"),
-        (*call("merge", num_keep=3), "merge: num_keep must be in [S, S + C] = [4, 9], got 3"),
+        (*call("merge", num_keep=3), "merge: num_keep must be in [T, T + C] = [4, 9], got 3"),
         (*call("prune", x=x[0]), "prune: x must have shape (B, N, D), got (9, 6)"),
         (*call("prune", query=x[0, 0, :5]), "prune: query must have shape (D = 6,) or (M, D = 6), got (5,)"),
         (*call("prune", x=x.long()), "prune: x must be float32, float64, bfloat16 or float16, got int64"),
@@ -337,19 +337,19 @@ def sentences():
         *((*call(name, x=x[:, :0]), f"{name}: x must have at least one token, got shape (2, 0, 6)") for name in ATTEND),
         (
             *call("merge", num_prefix=4),
-            "merge: safe_idx must hold a token behind the prefix, got S = num_prefix = 4",
+            "merge: target_idx must hold a token after the prefix, got T = num_prefix = 4",
         ),
         (
             *call("merge_", num_prefix=4),
-            "merge_: safe_idx must hold a token behind the prefix, got S = num_prefix = 4",
+            "merge_: target_idx must hold a token after the prefix, got T = num_prefix = 4",
         ),
         *(
-            (*call(name, num_prefix=4), f"{name}: kept_idx must hold a token behind the prefix, got K = num_prefix = 4")
-            for name in ("host_offsets", "host_offsets_")
+            (*call(name, num_prefix=4), f"{name}: kept_idx must hold a token after the prefix, got K = num_prefix = 4")
+            for name in ("parent_offsets", "parent_offsets_")
         ),
         (
             *call("merge", candidate_idx=torch.arange(5, 9).expand(2, -1)),
-            "merge: safe_idx and candidate_idx must together hold N = 9 positions, got 4 + 4",
+            "merge: target_idx and candidate_idx must together hold N = 9 positions, got 4 + 4",
         ),
     ]
 
@@ -371,9 +371,9 @@ def test_positions_that_do_not_exist_or_repeat_are_refused():
         ops.restore(kept, kept_idx.clone().fill_(9), pruned, pruned_idx)
     with pytest.raises(RuntimeError, match=r"gather_norm: idx must hold positions in \[0, 9\), got 9"):
         ops.gather_norm(x.detach(), torch.full((2, 1), 9), None, None, 1e-6)
-    with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) behind the prefix, got 4"):
+    with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) after the prefix, got 4"):
         ops.rotate_(torch.zeros(1, 2, 1, 2), torch.zeros(3, 4), torch.tensor([[0, 4]]), 1)
-    with pytest.raises(RuntimeError, match=r"merge: safe_idx and .* position in \[0, 9\) once, got 9 in image 0"):
+    with pytest.raises(RuntimeError, match=r"merge: target_idx and .* position in \[0, 9\) once, got 9 in image 0"):
         ops.merge(x, kept_idx.clone().fill_(9), pruned_idx, torch.ones(2, 9), 6)
     twice = kept_idx.clone()
     twice[1, 1] = twice[1, 0]

@@ -21,7 +21,7 @@ from benchmarks.kernels.mock_driver import mock_cuda
 from cropr_kernels.ops.extension import NAMES, replayed
 from cropr_kernels.ops.validation import OPS
 
-SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "S": 29, "C": 8, "P": 40}
+SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "T": 29, "C": 8, "P": 40}
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,6 @@ def test_the_cost_of_launching_is_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernels.launch_cost", "--rounds", "1", "--calls", "20", "--out", out]
     print(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)
     rows = json.loads(out.read_text())["rows"]
-    ops = ["gather_norm", "add_norm_", "add_select_", "merge_", "host_offsets_", "add_hosts", "rotate_", "prune"]
+    ops = ["gather_norm", "add_norm_", "add_select_", "merge_", "parent_offsets_", "add_parents", "rotate_", "prune"]
     assert {row["op"] for row in rows} == {*ops}
     assert all(row["plan"] > 0 and row["triton"] > 0 for row in rows)

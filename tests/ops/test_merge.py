@@ -8,7 +8,7 @@ from cropr_kernels.ops import reference
 
 pytestmark = pytest.mark.kernels
 
-# (B, N, D, S, K, P): S tokens are safe, K kept
+# (B, N, D, T, K, P): T tokens are targets, K are kept
 MERGES = [
     (1, 2, 3, 1, 1, 0),
     (2, 5, 8, 2, 3, 1),
@@ -30,11 +30,11 @@ TOLERANCE = {
 
 
 def problem(shape, dtype, device):
-    """x, safe_idx, candidate_idx, sizes as they are after some layers, num_keep, num_prefix."""
+    """x, target_idx, candidate_idx, sizes as they are after some layers, num_keep, num_prefix."""
     batch, n, dim, safe, keep, prefix = shape
     x = tokens(batch, n, dim, dtype, device)
-    safe_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), safe, prefix)
-    return x, safe_idx, candidate_idx, torch.randint(1, 6, (batch, n), device=device).float(), keep, prefix
+    target_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), safe, prefix)
+    return x, target_idx, candidate_idx, torch.randint(1, 6, (batch, n), device=device).float(), keep, prefix
 
 
 def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
@@ -49,16 +49,16 @@ def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
     return out * (norms / out.norm(dim=2)).unsqueeze(-1), total
 
 
-def cosines(features, safe_idx, candidate_idx):
+def cosines(features, target_idx, candidate_idx):
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    return reference.gather(unit, candidate_idx) @ reference.gather(unit, safe_idx).transpose(1, 2)
+    return reference.gather(unit, candidate_idx) @ reference.gather(unit, target_idx).transpose(1, 2)
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
     assert kept.dtype == dtype and kept.is_contiguous() and kept_sizes.dtype == torch.float32
     everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     assert torch.equal(torch.cat([kept_idx, pruned_idx], 1).sort(1).values, everyone)
@@ -73,19 +73,19 @@ def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
     target = kept_idx.gather(1, dest.gather(1, pruned_idx))
-    assert torch.isin(safe_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
+    assert torch.isin(target_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
-        similarity = cosines(x[b : b + 1], safe_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        similarity = cosines(x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
         if not similarity.numel() or not pruned_idx.shape[1]:
             continue
         chosen = cosines(x[b : b + 1], target[b : b + 1], pruned_idx[b : b + 1])[0].diagonal()
         best = similarity.max(1).values
         is_pruned = torch.isin(candidate_idx[b], pruned_idx[b])
         torch.testing.assert_close(chosen, best[is_pruned], rtol=0, atol=1e-5)
-        assert torch.isin(target[b], safe_idx[b, prefix:]).all()
+        assert torch.isin(target[b], target_idx[b, prefix:]).all()
         if not is_pruned.all():
             assert best[is_pruned].min() + 1e-5 >= best[~is_pruned].max()
 
@@ -93,15 +93,15 @@ def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     costs = torch.randn(x.shape[:2], device=x.device).exp()
-    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
-    _, kept_idx, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
-    ones = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(costs))
+    plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
+    ones = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(costs))
     assert all(torch.equal(one, other) for one, other in zip(ones, plain))
-    assert torch.isin(safe_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
+    assert torch.isin(target_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
-        similarity = cosines(x[b : b + 1], safe_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        similarity = cosines(x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
         if not similarity.numel() or not pruned_idx.shape[1]:
             continue
         cost = (1 - similarity.max(1).values).clamp_min(0) * costs[b, candidate_idx[b]].double()
@@ -116,8 +116,8 @@ def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, d
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, prefix)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
     alone = kept_sizes == sizes.gather(1, kept_idx)
     assert same_bits(kept[alone], reference.gather(x, kept_idx)[alone])
 
@@ -125,8 +125,8 @@ def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("dim", [48, 1200])  # 1200 columns are more than a program takes at a time
 def test_norms_are_those_of_the_targets_and_all_tokens_are_counted(backend, dim, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 40, dim, 20, 25, 1), dtype, backend.device)
-    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, safe_idx, candidate_idx, sizes, keep, 1)
+    x, target_idx, candidate_idx, sizes, keep, _ = problem((2, 40, dim, 20, 25, 1), dtype, backend.device)
+    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1)
     assert (kept_sizes > sizes.gather(1, kept_idx)).any()
     before = reference.gather(x, kept_idx).double().norm(dim=2)
     torch.testing.assert_close(kept.double().norm(dim=2), before, **TOLERANCE[dtype])
@@ -137,11 +137,11 @@ def pair(backend, target, other):
     """The row that `other` (D,) leaves in `target` (D,), which is the only one that may take it in."""
     x = torch.stack([torch.ones_like(target), target, other])[None].to(backend.device)
     sizes = torch.tensor([[2.0, 1.0, 1.0]], device=x.device)
-    safe_idx, candidate_idx = (torch.tensor([at], device=x.device) for at in ([0, 1], [2]))
-    kept, _, _, kept_sizes, dest = backend.merge(x, safe_idx, candidate_idx, sizes, 2, 1)
+    target_idx, candidate_idx = (torch.tensor([at], device=x.device) for at in ([0, 1], [2]))
+    kept, _, _, kept_sizes, dest = backend.merge(x, target_idx, candidate_idx, sizes, 2, 1)
     assert dest.tolist() == [[0, 1, 1]] and kept_sizes.tolist() == [[2.0, 2.0]]
     parent = torch.arange(3, device=x.device)[None].clone()
-    backend.merge_(x, safe_idx, candidate_idx, sizes, parent, 2, 1)
+    backend.merge_(x, target_idx, candidate_idx, sizes, parent, 2, 1)
     assert same_bits(x[:, :2], kept)
     return kept[0, 1].cpu()
 
@@ -164,15 +164,15 @@ def test_a_mean_without_a_norm_that_fits_stays_the_mean(backend, dim, dtype):
 
 
 def test_gradients_are_those_of_the_definition():
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem((2, 12, 7, 5, 7, 1), torch.float64, "cpu")
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem((2, 12, 7, 5, 7, 1), torch.float64, "cpu")
     edges = x.clone()
-    edges[0, safe_idx[0, 1:]] = 0.0  # targets without a norm
-    edges[1, safe_idx[1, 1:]], edges[1, candidate_idx[1]] = 1.0, -1.0  # means without one
+    edges[0, target_idx[0, 1:]] = 0.0  # targets without a norm
+    edges[1, target_idx[1, 1:]], edges[1, candidate_idx[1]] = 1.0, -1.0  # means without one
     for values in (x, edges):
         grads = []
         for module in (torch.ops.cropr, reference):
             leaf = values.clone().requires_grad_()
-            kept = module.merge(leaf, safe_idx, candidate_idx, sizes.fill_(1.0), keep, prefix)[0]
+            kept = module.merge(leaf, target_idx, candidate_idx, sizes.fill_(1.0), keep, prefix)[0]
             weight = torch.linspace(-1, 1, kept.numel(), dtype=kept.dtype).view_as(kept)
             grads += torch.autograd.grad((kept * weight).sum(), leaf)
         assert grads[0].isfinite().all()
@@ -192,11 +192,11 @@ def test_gradients_of_every_type_are_near_those_of_float64(dtype):
 
 def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
-    safe_idx, candidate_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
+    target_idx, candidate_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
     sizes = torch.ones(1, 80, device=x.device)
 
     def run():
-        _, _, pruned_idx, _, dest = backend.merge(x, safe_idx, candidate_idx, sizes, 70, 2)
+        _, _, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, 70, 2)
         return pruned_idx[0].tolist(), dest[0, pruned_idx[0]].tolist()
 
     assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the higher positions are pruned
@@ -210,11 +210,11 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
 
 def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
     x = torch.eye(8, device=backend.device)[[0, 0, 0, 0, 1, 2, 3, 3, 4]][None]
-    safe_idx, candidate_idx = torch.arange(2, device=x.device)[None], torch.arange(2, 9, device=x.device)[None]
+    target_idx, candidate_idx = torch.arange(2, device=x.device)[None], torch.arange(2, 9, device=x.device)[None]
     sizes, costs = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
 
     def pruned(keep):
-        return backend.merge(x, safe_idx, candidate_idx, sizes, keep, 0, costs)[2][0].tolist()
+        return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, costs)[2][0].tolist()
 
     assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a safe token costs nothing
     costs[0, 3] = 1e30
@@ -239,20 +239,20 @@ def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
     ],
 )
 def test_long_lists_match_the_definition(kernels, shape, dtype):
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, kernels.device)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, kernels.device)
     x = x.sign()  # products, lengths and cosines are exact, and many are equal
     for costs in (None, torch.rand(x.shape[:2], device=x.device) + 0.5):
-        kept, *lists = kernels.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
-        expected, *expected_lists = reference.merge(x, safe_idx, candidate_idx, sizes, keep, prefix, costs)
+        kept, *lists = kernels.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
+        expected, *expected_lists = reference.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
         assert all(torch.equal(got, wanted) for got, wanted in zip(lists, expected_lists, strict=True))
         torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_every_layout_gives_the_same_bits(backend):
-    x, safe_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
+    x, target_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
     costs = torch.rand(x.shape[:2], device=x.device) + 0.5
-    plain = backend.merge(x, safe_idx, candidate_idx, sizes, keep, 1, costs)
-    *flipped, costs = [part.t().contiguous().t() for part in (safe_idx, candidate_idx, sizes, costs)]
+    plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1, costs)
+    *flipped, costs = [part.t().contiguous().t() for part in (target_idx, candidate_idx, sizes, costs)]
     for name, odd in odd_layouts(x).items():
         for got, expected in zip(backend.merge(odd, *flipped, keep, 1, costs), plain):
             assert torch.equal(got, expected), name
@@ -262,10 +262,10 @@ def test_every_layout_gives_the_same_bits(backend):
 @pytest.mark.parametrize("shape", MERGES)
 def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     batch, n, dim = shape[:3]
-    x, safe_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     costs = torch.randn(batch, n, device=x.device).exp()
     expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
-        x, safe_idx, candidate_idx, sizes, keep, prefix, costs
+        x, target_idx, candidate_idx, sizes, keep, prefix, costs
     )
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
@@ -275,7 +275,7 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     own = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
     parent, before, sizes_before = own.clone(), buffer.clone(), buffer_sizes.clone()
     kept_idx, pruned_idx, got_sizes = backend.merge_(
-        buffer, at[safe_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_costs
+        buffer, at[target_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_costs
     )
     assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
     assert torch.equal(got_sizes, expected_sizes)

@@ -45,20 +45,20 @@ def add_select_by_size(backend):
 
 
 def merge(backend):
-    safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
+    target_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
     parts = (integers(2, 90, low=1), 75, 1, integers(2, 90, low=1))
-    return backend.merge(torch.randn(2, 90, 8), safe_idx, candidate_idx, *parts)
+    return backend.merge(torch.randn(2, 90, 8), target_idx, candidate_idx, *parts)
 
 
 def merge_in_place(backend):
-    safe_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
+    target_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
     x, sizes, parent = torch.randn(2, 90, 8), integers(2, 90, low=1), torch.arange(90).repeat(2, 1)
-    return x, sizes, parent, *backend.merge_(x, safe_idx, candidate_idx, sizes, parent, 75, 1, True)
+    return x, sizes, parent, *backend.merge_(x, target_idx, candidate_idx, sizes, parent, 75, 1, True)
 
 
 def offsets_in_place(backend):
     x, parent = torch.randn(2, 90, 8), torch.arange(90).repeat(2, 1)
-    backend.host_offsets_(x, *reference.select(integers(2, 90), 50, 1), parent, 1)
+    backend.parent_offsets_(x, *reference.select(integers(2, 90), 50, 1), parent, 1)
     return x, parent
 
 
@@ -93,8 +93,8 @@ def add_select_of(backend, n):
 
 
 def merge_of(backend, n):
-    safe_idx, candidate_idx = reference.select(integers(1, n), n * 3 // 5, 1)
-    backend.merge(integers(1, n, 4), safe_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, 1)
+    target_idx, candidate_idx = reference.select(integers(1, n), n * 3 // 5, 1)
+    backend.merge(integers(1, n, 4), target_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, 1)
 
 
 @pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 400)])

@@ -27,7 +27,7 @@ from benchmarks.kernels.launches import (
     recording,
 )
 from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
-from cropr_kernels.ops.registration import FILES
+from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217, whose keys do not.
@@ -114,7 +114,7 @@ def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens
     alone = orders("scores", {"x": call["x"], "query": call["query"]})["scores_kernel"]
     for n in (50, 1000, 1200):
         assert alone and orders("prune", legal_call("prune", dtype, N=n, D=width, M=1))["scores_kernel"] == alone
-        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None, "costs": None}
+        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None, "cost_scale": None}
         assert orders("add_select_", call)["add_select_kernel"] == alone
 
 
@@ -150,12 +150,12 @@ def is_rows(value):
         "add_select_",
         "merge",
         "merge_",
-        "host_offsets",
-        "host_offsets_",
+        "parent_offsets",
+        "parent_offsets_",
     ],
 )
 def test_every_layout_is_summed_in_one_order(op, width, dtype):
-    call = legal_call(op, dtype, N=50, D=width, K=30, S=30, C=20, M=1)
+    call = legal_call(op, dtype, N=50, D=width, K=30, T=30, C=20, M=1)
     plain = orders(op, call)
     assert any(plain.values())
     for name, view in views_of(call, op.endswith("_")):

@@ -190,7 +190,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
         (lambda: cropr.save(model, tmp_path), tmp_path / "model.safetensors"),
         (lambda: cropr.save_queries(model, queries), queries),
     ):
-        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device; mend that or name"):
+        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device; fix this or choose"):
             call()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert cropr.load(tmp_path).cropr.config == model.cropr.config

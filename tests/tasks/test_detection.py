@@ -97,7 +97,7 @@ def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from cropr_kernels.train import Config, build
     from cropr_kernels.train.data import Samples, load_data
-    from cropr_kernels.train.loop import Place, Run
+    from cropr_kernels.train.loop import Process, Run
 
     config = Config(
         data=str(scenes), model_options=("depth=4", "embed_dim=32", "num_heads=2"), patch_size=8, rate=3, llf=True,
@@ -110,7 +110,7 @@ def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     torch.testing.assert_close(task.pixels(photos), torch.stack([(photo - mean) / std for photo in photos]))
     cropr.calibrate(expected.backbone, expected.pixels(photos))
-    Run(config, tmp_path, data, task, Place(0, 1, torch.device("cpu")), False)
+    Run(config, tmp_path, data, task, Process(0, 1, torch.device("cpu")), False)
     for own, other in zip(task.backbone.cropr, expected.backbone.cropr):
         torch.testing.assert_close(own.query(), other.query())
 
@@ -124,11 +124,11 @@ def test_nearly_all_tokens_may_leave():
 
 def test_what_a_detector_cannot_do_is_refused():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
-    with pytest.raises(ValueError, match=r"the pyramid needs the whole map: cropr.apply\(..., llf=True\)"):
+    with pytest.raises(ValueError, match=r"the pyramid needs the full map: cropr.apply\(..., llf=True\)"):
         Detector(pruned, 3, img_size=(64, 64))
     with pytest.raises(ValueError, match="img_size must be square, got 64 x 96"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 96))
-    with pytest.raises(ValueError, match="no such option box_size, rpn_anchor_generator; options are rpn_head,"):
+    with pytest.raises(ValueError, match="unknown option box_size, rpn_anchor_generator; options are rpn_head,"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 64), box_size=3, rpn_anchor_generator=None)
 
 

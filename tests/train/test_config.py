@@ -19,15 +19,15 @@ def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
     )
     (tmp_path / "bad.json").write_text("{")
     for values, message in [
-        (dict(rat=8), "no such option rat; options are task, data"),
+        (dict(rat=8), "unknown option rat; options are task, data"),
         (dict(rate="eight"), "rate must be int, got 'eight'"),
         (dict(llf=1), "llf must be bool, got 1"),
         (dict(epochs=1.5), "epochs must be int, got 1.5"),
         (dict(task="depth"), "task must be one of 'classification', 'segmentation', 'detection', got 'depth'"),
         (dict(img_size="224"), "img_size must be 2 values, got '224'"),
-        (dict(rate=8, ratio=0.9), "give one schedule, got rate and ratio"),
+        (dict(rate=8, ratio=0.9), "set one schedule, got rate and ratio"),
         (dict(accumulate=3), "accumulate must be a divisor of batch_size=64, got 3"),
-        (dict(task="detection", num_queries=4), "num_queries must be 1, the default, for detection: one per patch"),
+        (dict(task="detection", num_queries=4), "num_queries must be 1 for detection, which has one per patch"),
         (dict(layer_decay=0), r"layer_decay must be in \(0, 1\], got 0"),
         (dict(last_block_lr_scale=-1.0), r"last_block_lr_scale must be >= 0, got -1.0"),
         (dict(task="segmentation"), "num_classes must be >= 1 for segmentation"),

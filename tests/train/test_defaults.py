@@ -104,7 +104,7 @@ def test_40_steps_of_the_preset_on_photos_are_far_above_chance(data, tmp_path):
 
 
 def test_a_pretrained_network_starts_from_calibrated_queries_of_its_own_photos(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Run, "go", lambda self: self.task)
+    monkeypatch.setattr(loop.Run, "run", lambda self: self.task)
     weights = tmp_path / "weights.pt"
     torch.save(cropr.create_vit("eva02_tiny_patch14_224", num_classes=7).state_dict(), weights)
     wanted = Config(
@@ -143,7 +143,7 @@ def test_photos_to_calibrate_on_come_from_the_whole_dataset(tmp_path, monkeypatc
         "calibrate",
         lambda model, batches: seen.extend(int(image[0, 0, 0]) for batch in batches for image in batch),
     )
-    monkeypatch.setattr(loop.Run, "go", lambda self: {})
+    monkeypatch.setattr(loop.Run, "run", lambda self: {})
     data = Data(Broken(300, set()), *DATA[1:])
     train(SMALL.changed(calibrate=20), tmp_path, data=data, show=False)
     assert len(set(seen)) == 20 and min(seen) < 100 and max(seen) >= 200
@@ -166,7 +166,7 @@ def test_bfloat16_is_chosen_where_it_is_measured_to_be_fast(monkeypatch):
     assert precision.measured_amp(device)[0] in ("none", "bfloat16")
     for gain, verdict in [(2.0, "bfloat16"), (1.1, "none"), (1 / 46, "none")]:
         times = {"bfloat16": Timing(1.0, 1.0, 1.0), "float32": Timing(gain, gain, gain)}
-        monkeypatch.setattr(precision, "in_turns", lambda *_, times=times, **__: times)
+        monkeypatch.setattr(precision, "time_interleaved", lambda *_, times=times, **__: times)
         assert precision.measured_amp(device) == (verdict, f"bfloat16 is {gain:.2g} times as fast as float32 here")
 
 

@@ -104,7 +104,7 @@ def test_lines_of_the_log_that_cannot_be_read_are_dropped_and_counted(ended):
     first, *rest = log.read_bytes().splitlines(keepends=True)
     for damaged in (b"\0" * len(first), b"\0" * 8 + first, b"\xff" + first, b"3\n", b"{}\n", first[: len(first) // 2]):
         log.write_bytes(damaged.rstrip(b"\n") + b"\n" + b"".join(rest))
-        with pytest.warns(UserWarning, match=r"metrics\.jsonl: 1 line\(s\) cannot be read and are left out"):
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl: 1 line\(s\) cannot be read and are skipped"):
             assert run(out) == metrics
         assert steps(out) == whole[1:]
     assert len(folder.read_log(log)) == len(whole) - 1

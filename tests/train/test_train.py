@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused(photos, tmp_path):
         rebuild(out)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         rebuild(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"train_split names .* no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"train_split names .*, which does not exist"):
         load_data(config(photos, train_split=("training",)))
     with pytest.raises(ValueError, match="train_split must be 1 paths for classification"):
         load_data(config(photos, train_split=("train", "val")))
@@ -381,15 +381,15 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
             "16 samples in a row",
         ),
         (["train", "--out", str(tmp_path / "x"), "rate"], "options must be name=value, got 'rate'"),
-        (["train", "--out", str(tmp_path / "x")], "say where the dataset is: --data FOLDER"),
+        (["train", "--out", str(tmp_path / "x")], "name the folder of the dataset: --data FOLDER"),
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
         (["train", "--data", str(other), "--out", str(out)], "other data: classes[0] was 'blue', is 'green'"),
         (["eval", str(out), "--data", str(other)], "other data: classes[0] was 'blue', is 'green'"),
         (
             ["eval", str(tmp_path / "none")],
-            "none is no run of cropr train: say where photos val/CLASS/*.jpg are, --data",
+            "none is not a run of cropr train: name a folder with photos val/CLASS/*.jpg, --data",
         ),
-        (["export", str(out), "--llf"], "says itself how it is pruned: leave out --llf, --merge and --keep"),
+        (["export", str(out), "--llf"], "defines the pruning: leave out --llf, --merge and --keep"),
     ]:
         assert cli.main(arguments) == 1
         said = capsys.readouterr().err

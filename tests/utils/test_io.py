@@ -65,17 +65,17 @@ def test_only_utils_io_renames_files():
 def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)  # another test may have imported it
-    wanted = "a picture needs pillow: pip install pillow (all of its kind: the extra [viz] of cropr_kernels)"
+    wanted = "a picture needs pillow: pip install pillow (or the extra [viz] of cropr_kernels)"
     with pytest.raises(ImportError, match=re.escape(wanted)):
-        optional.need("PIL.Image", "viz", "a picture")
-    assert optional.need("json.decoder", "viz", "nothing").__name__ == "json.decoder"
+        optional.import_optional("PIL.Image", "viz", "a picture")
+    assert optional.import_optional("json.decoder", "viz", "nothing").__name__ == "json.decoder"
 
 
 def test_what_a_library_needs_itself_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"):
-        optional.need("broken_library", "viz", "a picture")
+        optional.import_optional("broken_library", "viz", "a picture")
 
 
 def test_every_extra_that_the_code_names_exists_and_installs_the_library():
@@ -84,7 +84,7 @@ def test_every_extra_that_the_code_names_exists_and_installs_the_library():
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_optional":
                 extra = ast.literal_eval(node.args[1])
                 assert extra in extras, f"{path} names the extra {extra}"
                 if isinstance(node.args[0], ast.Constant):

@@ -61,12 +61,12 @@ def test_one_long_step_says_how_long_it_has_taken(clock, capsys, monkeypatch):
         clock[0] += 20.0
         return next(waits)
 
-    with Progress("exporting", beat=True) as shown:
+    with Progress("exporting", ticks=True) as shown:
         shown.stopped.set()  # its own thread is over
         monkeypatch.setattr(shown.stopped, "wait", wait)
         clock[0] = 0.0
         shown.line_at = shown.started = 0.0
-        shown._beat()
+        shown._refresh()
     assert "exporting: 40 s\n" in capsys.readouterr().err
 
 
@@ -100,7 +100,7 @@ def test_calls_take_turns_and_their_spread_is_told(monkeypatch, capsys):
         now[0] += next(seconds[name])
 
     calls = {name: (lambda name=name: call(name)) for name in seconds}
-    times = timing.in_turns(calls, torch.device("cpu"), 5, show=True, what="batch 8")
+    times = timing.time_interleaved(calls, torch.device("cpu"), 5, show=True, label="batch 8")
     assert times["a"] == (3.0, 2.0, 4.0) and times["a"].spread == pytest.approx(2 / 3)
     assert times["b"] == (2.0, 2.0, 2.0) and times["b"].spread == 0
     assert all(sorted(order[first : first + 2]) == ["a", "b"] for first in range(0, 12, 2))

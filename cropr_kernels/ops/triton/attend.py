@@ -1,9 +1,9 @@
 """cropr::attend and its gradient on CUDA.
 
-One query (classification): a program per image, or several where there are few images, reads the tokens once, with an
-online softmax, forward and backward. Many queries (dense tasks): tiled matrix products with head_dim = D of any size.
-The logits of a few images at a time are in a scratch buffer that is freed when the op returns; nothing of shape
-(B, M, N) is saved.
+One query (classification): a program per image, or several where there are few images, reads the
+tokens once, with an online softmax, forward and backward. Many queries (dense tasks): tiled matrix
+products with head_dim = D of any size. The logits of a few images at a time are in a scratch buffer
+that is freed when the op returns; nothing of shape (B, M, N) is saved.
 """
 
 from typing import Any, NamedTuple
@@ -20,16 +20,17 @@ from .scores import scores
 from .select import is_last
 from .utils import aligned_rows, block_counters, rows_of
 
-_REGISTERS = 224  # a thread may have: left alone, ptxas spills to fit more programs on a processor
-_PROGRAMS = 256  # that keep a GPU busy; fixed, as the order of sums follows from it
+_REGISTERS = 224  # per thread; without a limit ptxas spills to fit more programs on a processor
+_PROGRAMS = 256  # enough to fill a GPU; fixed, as the order of sums depends on it
 _SCRATCH_BYTES = 64 << 20  # logits of one chunk of images: about the size of an L2 cache
 
 
-# One query: everything of a row fits a program.
+# One query: a program holds full rows.
 
 
 class Parts(NamedTuple):
-    """What programs that share images have of their sums over tokens, (B, S, 2, D) and (B, S, 3), and counters (B,)."""
+    """Partial sums of programs that share an image, (B, parts, 2, D) and (B, parts, 3), and
+    counters (B,)."""
 
     rows: Any
     scalars: Any
@@ -49,10 +50,12 @@ def attend_one_kernel(
     x, query_ptr, grad_ptr, out_ptr, raw_ptr, parts, n, part,
     SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = softmax(scale q.x) x, or with grad this image's share of the gradient of q. raw, if given: q.x.
+    """out[b] = softmax(scale q.x) x, or with grad the gradient of q of this image. raw, if given:
+    q.x.
 
-    With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three sums in one pass over
-    a part of the tokens. The last program of an image adds up those of all its parts, in their order.
+    With p = softmax(scale q.x) and s_n = g.x_n: dq / scale = sum p s x - (sum p s) sum p x, three
+    sums in one pass over a part of the tokens. The last program of an image adds up those of all
+    its parts, in their order.
     """
     BACKWARD: tl.constexpr = grad_ptr is not None
     count = tl.cdiv(n, part)
@@ -107,7 +110,7 @@ def attend_one_kernel(
 
 @triton.jit
 def add_parts(parts, out_ptr, b, count, cols, dim, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """The online softmax once more: what was a token is a part."""
+    """Combine the sums of all parts of an image, by another online softmax."""
     acc_type: tl.constexpr = parts.rows.dtype.element_ty
     top = tl.full([], float("-inf"), acc_type)
     total = tl.zeros([], acc_type)
@@ -142,7 +145,8 @@ def add_parts(parts, out_ptr, b, count, cols, dim, BACKWARD: tl.constexpr, BLOCK
 def rows_dot_rows_kernel(
     a, x, out_ptr, stride_om, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, the same for all images) and their slopes."""
+    """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, the same for all images) and their
+    slopes."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     b = (pid // (tiles_m * tiles_n)).to(tl.int64)
@@ -162,19 +166,20 @@ def rows_dot_rows_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def softmax_kernel(logits_ptr, slope_ptr, stride, n, BLOCK_N: tl.constexpr):
-    """In place over one row: p = softmax(logits), or with slope p * (slope - sum p slope); zeros from n to stride."""
+    """In place over one row: p = softmax(logits), or with slope p * (slope - sum p slope); zeros
+    from n to stride."""
     row = tl.program_id(0).to(tl.int64) * stride
     acc_type: tl.constexpr = logits_ptr.dtype.element_ty
     top = tl.full([BLOCK_N], float("-inf"), acc_type)
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         top = tl.maximum(top, tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")))
-    highest = tl.max(top, axis=0)
+    maximum = tl.max(top, axis=0)
     total = tl.zeros([BLOCK_N], acc_type)
     mean = tl.zeros([BLOCK_N], acc_type)
     for start in range(0, n, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest)
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum)
         total += p
         if slope_ptr is not None:
             mean += p * tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
@@ -182,7 +187,7 @@ def softmax_kernel(logits_ptr, slope_ptr, stride, n, BLOCK_N: tl.constexpr):
     average = tl.sum(mean, axis=0) * norm
     for start in range(0, stride, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - highest) * norm
+        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum) * norm
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
             p = p * (slope - average)
@@ -194,9 +199,10 @@ def weighted_rows_kernel(
     weight_ptr, stride_wm, x, out_ptr, m, n, batch,
     SUM_BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[b, i] = sum_j weight[b, i, j] x[b, j]; with SUM_BATCH out[i] += the sum of that over all images.
+    """out[b, i] = sum_j weight[b, i, j] x[b, j]; with SUM_BATCH out[i] += the sum of that over all
+    images.
 
-    Weights of tokens past n are zero: what masks them is a multiple of 16, so they are loaded 16 bytes at a time.
+    Weights past n are zero: they are masked by a multiple of 16, and so loaded 16 bytes at a time.
     """
     dim = x.dim
     tiles_m, tiles_d = tl.cdiv(m, BLOCK_M), tl.cdiv(dim, BLOCK_D)
@@ -207,12 +213,12 @@ def weighted_rows_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], weight_ptr.dtype.element_ty)
     images = batch if SUM_BATCH else 1
     for image in range(images):
-        at = b + image
+        image_idx = b + image
         for start in range(0, n, BLOCK_K):
             tokens = start + tl.arange(0, BLOCK_K)
-            w_ptr = weight_ptr + (at * m + rows[:, None]) * stride_wm + tokens[None, :]
+            w_ptr = weight_ptr + (image_idx * m + rows[:, None]) * stride_wm + tokens[None, :]
             w = tl.load(w_ptr, mask=(rows[:, None] < m) & (tokens[None, :] < stride_wm), other=0.0)
-            tile_ptr = x.ptr + at * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
+            tile_ptr = x.ptr + image_idx * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
             tile = tl.load(tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
             acc = tl.dot(w.to(tile.dtype), tile, acc, input_precision="ieee", out_dtype=acc.dtype)
     out_ptr += (rows[:, None] if SUM_BATCH else b * m + rows[:, None]) * dim + cols[None, :]
@@ -225,7 +231,7 @@ def weighted_rows_kernel(
 def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     batch, n, dim = x.shape
     acc, block = accumulation_dtype(x.dtype), one_query_rows(x.dtype)
-    # Parts of at least 64 tokens, and whole tiles.
+    # Parts of at least 64 tokens, in full tiles.
     part = triton.cdiv(max(64, triton.cdiv(n, max(1, _PROGRAMS // batch))), block) * block
     count = triton.cdiv(n, part)
     parts = Parts(None, None, None)
@@ -242,12 +248,12 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
 
 
 def one_query_rows(dtype: torch.dtype) -> int:
-    """Tokens that a program of attend_one_kernel holds at a time: what registers hold without spilling."""
+    """Tokens that a program of attend_one_kernel holds at a time without spilling."""
     return 4 if dtype == torch.float64 else 8
 
 
 def matrix_tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Edge and inner length of the product tiles, and warps, that no architecture from sm_80 on spills with."""
+    """Edge and inner length of the product tiles, and warps: none spills from sm_80 on."""
     if dtype.itemsize == 2:
         return {"edge": 64, "inner": 64, "num_warps": 4}
     return {"edge": 64, "inner": 16, "num_warps": 8}
@@ -287,12 +293,12 @@ def _launch_weighted(weight: Tensor, x: Tensor, out: Tensor, *, sum_batch: bool)
 
 
 def _chunk(x: Tensor, m: int) -> int:
-    """How many images' logits fit the scratch buffer, at least one."""
+    """Number of images whose logits fit the scratch buffer, at least one."""
     return max(1, _SCRATCH_BYTES // (m * x.shape[1] * accumulation_dtype(x.dtype).itemsize))
 
 
 def _scratch(x: Tensor, m: int) -> Tensor:
-    """Logits (B, M, N) to be, whose rows begin at multiples of 16 elements."""
+    """Allocate logits (B, M, N) whose rows begin at multiples of 16 elements."""
     batch, n, _ = x.shape
     return x.new_empty((batch, m, triton.cdiv(n, 16) * 16), dtype=accumulation_dtype(x.dtype))[:, :, :n]
 
@@ -302,13 +308,15 @@ def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def attend(x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in float32."""
+    """Launch cropr::attend; shapes as in the op's contract. Products run in the dtype of x, sums in
+    float32."""
     check("attend", x, queries, scale)
     return _attend(x, queries, scale, None)
 
 
 def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Launch cropr::attend_scores: one query has the scores at hand, many are folded into one more pass."""
+    """Launch cropr::attend_scores: with one query scores are its logits, else they take another
+    pass."""
     check("attend_scores", x, queries, scale)
     if queries.shape[0] != 1:
         return _attend(x, queries, scale, None), scores(x, queries)
@@ -336,7 +344,8 @@ def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Ten
 
 
 def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) -> Tensor:
-    """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on every run."""
+    """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on
+    every run."""
     check("attend_backward", grad_out, x, queries, scale)
     x, acc = aligned_rows(x), accumulation_dtype(x.dtype)
     (batch, _, dim), m = x.shape, queries.shape[0]

@@ -1,7 +1,7 @@
-"""cropr::prune, gather and restore on CUDA: whole rows move once, bit for bit.
+"""cropr::prune, gather and restore on CUDA: rows move once, bit for bit.
 
-A program moves a tile of rows that all belong to one side, kept or pruned, so the choice of pointers is uniform.
-Positions are checked against the buffer: a wrong index moves nothing rather than writing elsewhere.
+A program moves a tile of rows of one part, kept or pruned, so its pointers are uniform. Positions
+are checked against the buffer: an index out of range moves nothing.
 """
 
 import triton
@@ -19,32 +19,32 @@ _NUM_WARPS = 4
 
 
 @triton.jit
-def move_tile(source, from_rows, target, to_rows, b, valid, BLOCK_D: tl.constexpr):
-    from_ptr = source.ptr + b * source.stride_b + from_rows[:, None] * source.stride_n
-    to_ptr = target.ptr + b * target.stride_b + to_rows[:, None] * target.stride_n
+def move_tile(source, source_rows, target, target_rows, b, valid, BLOCK_D: tl.constexpr):
+    source_ptr = source.ptr + b * source.stride_b + source_rows[:, None] * source.stride_n
+    target_ptr = target.ptr + b * target.stride_b + target_rows[:, None] * target.stride_n
     for start in range(0, source.dim, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)[None, :]
         mask = valid[:, None] & (cols < source.dim)
-        tl.store(to_ptr + cols, tl.load(from_ptr + cols, mask=mask), mask=mask)
+        tl.store(target_ptr + cols, tl.load(source_ptr + cols, mask=mask), mask=mask)
 
 
 @triton.jit
 def move_side(
-    whole, part, idx_ptr, b, tile, count, n, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    full, part, idx_ptr, b, tile, count, n, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Rows of one part: part[i] = whole[idx[i]], or the other way round with SCATTER."""
+    """Move the rows of one part: part[i] = full[idx[i]], or the inverse with SCATTER."""
     rows = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     positions = tl.load(idx_ptr + b * count + rows, mask=rows < count, other=-1)
     valid = (positions >= 0) & (positions < n)
     if SCATTER:
-        move_tile(part, rows, whole, positions, b, valid, BLOCK_D)
+        move_tile(part, rows, full, positions, b, valid, BLOCK_D)
     else:
-        move_tile(whole, positions, part, rows, b, valid, BLOCK_D)
+        move_tile(full, positions, part, rows, b, valid, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n", "num_keep"])
 def split_kernel(
-    whole, kept, kept_idx_ptr, pruned, pruned_idx_ptr, n, num_keep,
+    full, kept, kept_idx_ptr, pruned, pruned_idx_ptr, n, num_keep,
     SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kept_tiles = tl.cdiv(num_keep, BLOCK_R)
@@ -53,26 +53,27 @@ def split_kernel(
     b = image_of(pid, tiles, not SCATTER)
     tile = pid % tiles
     if tile < kept_tiles:
-        move_side(whole, kept, kept_idx_ptr, b, tile, num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
+        move_side(full, kept, kept_idx_ptr, b, tile, num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
     else:
-        move_side(whole, pruned, pruned_idx_ptr, b, tile - kept_tiles, n - num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
+        move_side(full, pruned, pruned_idx_ptr, b, tile - kept_tiles, n - num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
 
 
-def _launch_split(whole, kept, kept_idx, pruned, pruned_idx, *, scatter):
-    batch, n, dim = whole.shape
+def _launch_split(full, kept, kept_idx, pruned, pruned_idx, *, scatter):
+    batch, n, dim = full.shape
     num_keep = kept.shape[1]
     tiles = triton.cdiv(num_keep, _BLOCK_R) + triton.cdiv(n - num_keep, _BLOCK_R)
-    if not whole.numel():
+    if not full.numel():
         return
     launch(
         split_kernel, batch * tiles,
-        rows_of(whole), rows_of(kept), kept_idx, rows_of(pruned), pruned_idx, n, num_keep,
+        rows_of(full), rows_of(kept), kept_idx, rows_of(pruned), pruned_idx, n, num_keep,
         SCATTER=scatter, BLOCK_R=_BLOCK_R, BLOCK_D=width_block(dim, 512), num_warps=_NUM_WARPS,
     )  # fmt: skip
 
 
 def prune(x, query, num_keep, num_prefix=0, priority=None):
-    """Launch cropr::prune: scores, with the selection or before it, and one pass that moves every row."""
+    """Launch cropr::prune: scores, with the selection or before it, and one pass that moves every
+    row."""
     check("prune", x, query, num_keep, num_prefix, priority)
     return _split(x, *launch_scores_select(x, query, num_keep, num_prefix, priority))
 
@@ -91,7 +92,8 @@ def _split(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor) -> tuple[Tensor, Ten
 
 
 def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
-    """Launch cropr::restore. Positions outside [0, N) move nothing: they are not checked on the device."""
+    """Launch cropr::restore. Positions outside [0, N) move nothing: they are not checked on the
+    device."""
     check("restore", kept, kept_idx, pruned, pruned_idx)
     kept, pruned = dense_rows(kept), dense_rows(pruned)
     out = kept.new_empty((kept.shape[0], kept.shape[1] + pruned.shape[1], kept.shape[2]))

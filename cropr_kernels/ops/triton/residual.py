@@ -1,9 +1,8 @@
-"""The residual buffer of the engine on CUDA: rows are read and written where they are, in one pass each.
+"""The residual buffer of the engine on CUDA: rows are read and written in place, in one pass each.
 
-A program holds a tile of whole rows in registers: it adds the update, stores the row, and takes the LayerNorm or the
-score from what it just stored. The last program of an image to finish selects the tokens that are kept.
-
-A width is split in two powers of two, 768 = 512 + 256, so that no lane idles at the widths Transformers have.
+A program holds a tile of full rows in registers: it adds the update, stores the rows, and computes
+the LayerNorm or the scores of the stored values. The last program of an image selects the kept
+tokens. A width is split into two powers of two, 768 = 512 + 256, so that no lane is idle.
 """
 
 from typing import Any, NamedTuple
@@ -29,14 +28,14 @@ from .utils import RECENT_FIRST, STREAM, Rows, aligned_rows, block_counters, ima
 
 
 class Update(NamedTuple):
-    """What is added to the rows, if anything is: (B, K, D), and a factor (D,) on it, if there is one."""
+    """The update of the rows, (B, K, D) or None, and a factor (D,) on it, or None."""
 
     ptr: Any
     gamma: Any
 
 
 class Norm(NamedTuple):
-    """A LayerNorm: weight and bias (D,), if it has them, and eps."""
+    """A LayerNorm: weight and bias, (D,) or None, and eps."""
 
     weight: Any
     bias: Any
@@ -45,9 +44,9 @@ class Norm(NamedTuple):
 
 @triton.jit
 def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
-    """This program's image, the active tokens it holds, which of them exist, and their rows of x and which are there.
+    """Locate the active tokens of this program.
 
-    Returns b, index in (B * K), mask of the index, position in x, mask of the position.
+    Returns the image, indices in (B * K) and their mask, positions in x and their mask.
     """
     tiles = tl.cdiv(count, BLOCK_R)
     pid = tl.program_id(0)
@@ -63,7 +62,8 @@ def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
 
 @triton.jit
 def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
-    """These columns of the rows, after the update if there is one, as they now stand in memory; zero outside."""
+    """Load these columns of the rows, after adding and storing the update if given; zero
+    outside."""
     mask = valid[:, None] & (cols < dim)[None, :]
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
     if update.ptr is not None:
@@ -93,7 +93,8 @@ def squares(value, mean, cols, dim):
 
 @triton.jit(do_not_specialize=["n", "count"])
 def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr):
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D), if there is one; out (B, K, D), if asked for: LayerNorm."""
+    """x[idx] += gamma * update (B, K, D), if given; out (B, K, D) = LayerNorm of x[idx], if
+    given."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, update.ptr is None)
@@ -101,21 +102,21 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
     cols = tl.arange(0, BLOCKS.first)
     value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
     if BLOCKS.rest > 0:
-        more_cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
-        more = load_rows(x_ptr, update, flat, more_cols, valid, dim, ACC)
+        rest_cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
+        rest = load_rows(x_ptr, update, flat, rest_cols, valid, dim, ACC)
     if out_ptr is not None:
         total = tl.sum(value, axis=1)
         if BLOCKS.rest > 0:
-            total += tl.sum(more, axis=1)
+            total += tl.sum(rest, axis=1)
         mean = total / dim
         spread = squares(value, mean, cols, dim)
         if BLOCKS.rest > 0:
-            spread += squares(more, mean, more_cols, dim)
+            spread += squares(rest, mean, rest_cols, dim)
         scale = 1.0 / tl.sqrt(spread / dim + norm.eps)
         out_ptr += flat[:, None] * dim
         store_norm(out_ptr, value, mean, scale, norm, cols, inside, dim, ACC)
         if BLOCKS.rest > 0:
-            store_norm(out_ptr, more, mean, scale, norm, more_cols, inside, dim, ACC)
+            store_norm(out_ptr, rest, mean, scale, norm, rest_cols, inside, dim, ACC)
 
 
 @triton.jit(do_not_specialize=["n", "count", "num_keep", "num_prefix"])
@@ -123,7 +124,8 @@ def add_select_kernel(
     x, idx_ptr, update, query_ptr, selection, weights, n, count, num_keep, num_prefix,
     BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Rows idx of x (B, N, D) += gamma * update (B, K, D); scores (B, K); an image's last program may select."""
+    """x[idx] += gamma * update (B, K, D), then scores (B, K); the last program of an image may
+    select."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, False)
@@ -159,7 +161,8 @@ def _launch_add_norm(x, idx, update, norm, out):
 
 
 def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read nothing."""
+    """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read
+    nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
     _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
@@ -167,7 +170,8 @@ def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tens
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
-    """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write nothing."""
+    """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write
+    nothing."""
     check("add_", x, idx, update, gamma)
     _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
 
@@ -182,11 +186,11 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps):
 
 
 def add_select_(
-    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, costs=None,
+    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, cost_scale=None,
     cost_weight=0.0,
 ):  # fmt: skip
     """Launch cropr::add_select_; positions as in add_."""
-    parts = (sizes, size_weight, priority, costs, cost_weight)
+    parts = (sizes, size_weight, priority, cost_scale, cost_weight)
     check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, *parts)
     (batch, n, dim), count = x.shape, update.shape[1]
     kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
@@ -197,14 +201,14 @@ def add_select_(
     counters = None if keys is None else block_counters(x)
     selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
     sizes, idx = _dense(sizes) if size_weight else None, _dense(idx)
-    weights = Weights(sizes, float(size_weight), costs, float(cost_weight))
+    weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
         rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection,
         weights, n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
     if keys is None:
-        launch_select(selection, num_prefix, weights=weights, idx=idx, whole=n)
+        launch_select(selection, num_prefix, weights=weights, idx=idx, num_tokens=n)
     return kept_idx, pruned_idx
 
 
@@ -213,7 +217,7 @@ def rotate_kernel(
     x, stride_xh, table_ptr, idx_ptr, count, num_prefix, heads,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One token a program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
+    """Rotate one token per program. Pairs are (c, c + 1), or with HALF (c, c + width / 2)."""
     width = x.dim
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     patches = count - num_prefix
@@ -248,12 +252,13 @@ def rotate_kernel(
         a, c = tl.split(tl.reshape(pairs.to(ACC), (BLOCK_H, BLOCK_W // 2, 2)))
         sin_a, sin_c = tl.split(tl.reshape(sin, (BLOCK_W // 2, 2)))
         cos_a, cos_c = tl.split(tl.reshape(cos, (BLOCK_W // 2, 2)))
-        turned = tl.join(a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :])
-        tl.store(x_ptr + cols[None, :], tl.reshape(turned, (BLOCK_H, BLOCK_W)).to(pairs.dtype), mask=mask)
+        rotated = tl.join(a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :])
+        tl.store(x_ptr + cols[None, :], tl.reshape(rotated, (BLOCK_H, BLOCK_W)).to(pairs.dtype), mask=mask)
 
 
 def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
-    """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the device."""
+    """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the
+    device."""
     check("rotate_", x, table, idx, num_prefix, half)
     batch, count, heads, width = x.shape
     if not x.numel() or count == num_prefix:
@@ -263,5 +268,5 @@ def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, h
         rotate_kernel, batch * (count - num_prefix),
         Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
         count, num_prefix, heads, HALF=half, BLOCK_H=block_h, BLOCK_W=block_w,
-        num_warps=min(max(block_h * block_w // 64, 1), 4),  # a thread for each pair, at most
+        num_warps=min(max(block_h * block_w // 64, 1), 4),  # at most one thread per pair
     )  # fmt: skip

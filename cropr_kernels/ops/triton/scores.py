@@ -1,5 +1,6 @@
-"""cropr::scores on CUDA: one dot product per token, accumulated in float32; and the scores of prune, whose last
-program of an image selects.
+"""cropr::scores on CUDA: one dot product per token, accumulated in float32.
+
+For prune, the last program of an image also selects.
 """
 
 import torch
@@ -16,7 +17,7 @@ from .utils import STREAM, aligned_rows, block_counters, load_vector, row_blocks
 
 @triton.jit
 def score_columns(x_ptr, query_ptr, cols, valid, dim, ACC: tl.constexpr):
-    """What these columns of the rows add to their scores."""
+    """Partial scores of the rows, of these columns."""
     value = tl.load(x_ptr + cols[None, :], mask=valid[:, None] & (cols < dim)[None, :], other=0.0).to(ACC)
     return tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
 
@@ -39,13 +40,14 @@ def scores_kernel(x, query_ptr, selection, n, num_keep, num_prefix, BLOCKS: tl.c
 
 
 def fold_query(query: Tensor) -> Tensor:
-    """The folded query as kernels read it, of any dtype; no launch for one that is that already."""
+    """Return the folded query, contiguous and of any dtype, without a launch if it already is."""
     return fold_queries(query).contiguous() if query.ndim == 2 else query.contiguous()
 
 
 def _launch(x: Tensor, query: Tensor, selection: Selection, num_prefix: int, keys: KeyBlocks | None) -> None:
-    # The order of a float32 sum depends on block shape and warps: never autotuned, or a near-tie would flip with the
-    # tuner, and the same with selection as without, or prune would disagree with scores.
+    # The order of a float32 sum depends on block shape and warps. So these are not autotuned, or
+    # near-ties would flip with the tuner, and are the same with and without selection, or prune
+    # would disagree with scores.
     blocks = row_blocks(x.shape[2], x.dtype)
     num_keep = 0 if selection.kept_idx is None else selection.kept_idx.shape[1]
     launch(
@@ -55,7 +57,7 @@ def _launch(x: Tensor, query: Tensor, selection: Selection, num_prefix: int, key
 
 
 def launch_scores_select(x, query, num_keep, num_prefix, priority):
-    """Positions kept and pruned: in one launch, or in two where there are many tokens."""
+    """Return positions kept and pruned, in one launch, or in two for many tokens."""
     x = aligned_rows(x)
     batch, n, _ = x.shape
     kept_idx = x.new_empty((batch, num_keep), dtype=torch.int64)

@@ -1,9 +1,10 @@
 """cropr::select on CUDA: exact top-k of each image in one launch, both index lists ascending.
 
-One program per image: that of a launch, or up to _MAX_EMBEDDED tokens the last of those that wrote the image's scores
-(`is_last`). Scores become integers of the same order; the threshold, the K-th largest key, is found two bits at a time
-by counting; equal keys are ordered by position. Every step is an integer operation, so the result is the same on every
-run. Up to _MAX_BLOCK tokens stay in registers; above, they are re-read in chunks.
+One program per image: that of select_kernel, or up to _MAX_EMBEDDED tokens the last that wrote its
+scores (`is_last`). Scores become integers of the same order; the threshold, the K-th largest key,
+is found two bits at a time by counting; equal keys are ordered by position. Every step is an
+integer operation, so the result is the same on every run. Up to _MAX_BLOCK tokens stay in
+registers; above, they are re-read in chunks.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +20,14 @@ from .utils import dense_rows
 
 _MAX_BLOCK = 4096
 _MAX_EMBEDDED = 1024
-_MOST_EXPONENT = tl.constexpr(60.0)  # costs are finite and positive
+_MOST_EXPONENT = tl.constexpr(60.0)  # so that cost scales are finite and positive
 _COUNT_BITS = tl.constexpr(21)  # three counts travel through one 64-bit sum
 _COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 
 class Selection(NamedTuple):
-    """Scores (B, K) of tokens and what becomes of them. Absent are: priority, where there is none; the counters (B,)
-    of finished programs, where one program selects alone; the positions, where scores are all that is asked for."""
+    """Scores (B, N) and the outputs of a selection. May be None: priority; counters (B,) of
+    finished programs, if one program selects alone; positions, if only scores are computed."""
 
     scores: Any
     priority: Any
@@ -36,17 +37,17 @@ class Selection(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How many tokens each of (B, N) stands for, where that counts, and how much it weighs in the score; costs (B, N)
-    that come of the scores, where they are asked for, and how much these weigh there."""
+    """Sizes (B, N), or None to leave scores as they are, and their weight; cost scales (B, N) to be
+    written, or None, and the weight of scores in them."""
 
     sizes: Any
     size_weight: Any
-    costs: Any
+    cost_scale: Any
     cost_weight: Any
 
 
 class KeyBlocks(NamedTuple):
-    """Tokens whose keys a program holds at a time, and whether these are all of them."""
+    """Number of keys that a program holds at a time, and whether these are all of an image."""
 
     tokens: int
     in_registers: bool
@@ -54,7 +55,7 @@ class KeyBlocks(NamedTuple):
 
 @triton.jit
 def load_priority(priority_ptr, from_idx_ptr, offs, n):
-    """Priorities of tokens, zero past n; looked up by the positions from_idx that they came from, if there are any."""
+    """Load priorities of tokens, zero past n; by their positions from_idx, if given."""
     positions = offs.to(tl.int64)
     if from_idx_ptr is not None:
         positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
@@ -63,65 +64,67 @@ def load_priority(priority_ptr, from_idx_ptr, offs, n):
 
 @triton.jit
 def is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N: tl.constexpr):
-    """Whether more tokens have priority than are kept: their scores then decide, and no other token is kept."""
+    """Return true if more tokens have priority than are kept: then only they are, by score."""
     crowded = n < 0
     if priority_ptr is not None:
-        ahead = tl.zeros([BLOCK_N], tl.int32)
+        num_preferred = tl.zeros([BLOCK_N], tl.int32)
         for start in range(0, n, BLOCK_N):
             offs = start + tl.arange(0, BLOCK_N)
-            own = load_priority(priority_ptr, from_idx_ptr, offs, n)
-            ahead += ((own > 0) & (offs >= num_prefix)).to(tl.int32)
-        crowded = tl.sum(ahead, axis=0) > num_keep - num_prefix
+            priority = load_priority(priority_ptr, from_idx_ptr, offs, n)
+            num_preferred += ((priority > 0) & (offs >= num_prefix)).to(tl.int32)
+        crowded = tl.sum(num_preferred, axis=0) > num_keep - num_prefix
     return crowded
 
 
 @triton.jit
 def load_keys(scores_ptr, priority_ptr, from_idx_ptr, offs, n, num_prefix, crowded):
-    """Monotone keys: -0.0 equals +0.0, prefix and priority are the maximum, NaN next to it, positions past n zero."""
-    value = tl.load(scores_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")  # past L1: others wrote them
+    """Load monotone keys: prefix and priority are the maximum, NaN the next lower, zero past n."""
+    value = tl.load(
+        scores_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg"
+    )  # past L1: other programs wrote them
     if scores_ptr.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
         value = tl.where(value == 0.0, 0.0, value)
         bits = value.to(tl.uint32, bitcast=True)
         sign: tl.constexpr = 0x80000000
-        top: tl.constexpr = 0xFFFFFFFF
+        all_ones: tl.constexpr = 0xFFFFFFFF
     else:
         value = tl.where(value == 0.0, 0.0, value)
         bits = value.to(tl.uint64, bitcast=True)
         sign: tl.constexpr = 0x8000000000000000
-        top: tl.constexpr = 0xFFFFFFFFFFFFFFFF
-    keys = tl.where((bits & sign) != 0, bits ^ top, bits ^ sign)
-    highest = tl.full(keys.shape, top, keys.dtype)
+        all_ones: tl.constexpr = 0xFFFFFFFFFFFFFFFF
+    keys = tl.where((bits & sign) != 0, bits ^ all_ones, bits ^ sign)
+    highest = tl.full(keys.shape, all_ones, keys.dtype)
     lowest = tl.zeros_like(keys)
     keys = tl.where(value != value, highest - 1, keys)
     if priority_ptr is not None:
-        own = load_priority(priority_ptr, from_idx_ptr, offs, n)
-        keys = tl.where((own > 0) & (crowded == 0), highest, keys)
-        keys = tl.where((own < 0) | ((own <= 0) & crowded), lowest, keys)
+        priority = load_priority(priority_ptr, from_idx_ptr, offs, n)
+        keys = tl.where((priority > 0) & (crowded == 0), highest, keys)
+        keys = tl.where((priority < 0) | ((priority <= 0) & crowded), lowest, keys)
     keys = tl.where(offs < num_prefix, highest, keys)
     return tl.where(offs < n, keys, lowest)
 
 
 @triton.jit
 def count_three(keys, threshold, shift):
-    """Per key, whether it reaches each of the three candidates above `threshold`, packed into one int64."""
-    one = threshold * 0 + 1
-    first = (keys >= (threshold | (one << shift))).to(tl.int64)
-    second = (keys >= (threshold | ((one + 1) << shift))).to(tl.int64)
-    third = (keys >= (threshold | ((one + 2) << shift))).to(tl.int64)
+    """Flag per key each of the three candidates above `threshold` that it reaches, in one int64."""
+    unit = threshold * 0 + 1
+    first = (keys >= (threshold | (unit << shift))).to(tl.int64)
+    second = (keys >= (threshold | ((unit + 1) << shift))).to(tl.int64)
+    third = (keys >= (threshold | ((unit + 2) << shift))).to(tl.int64)
     return first + (second << _COUNT_BITS) + (third << (2 * _COUNT_BITS))
 
 
 @triton.jit
-def select_image(scores_ptr, selection, b, from_idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
-    """Split the n positions of image b, or those of its `whole` ones, from_idx, that its tokens came from."""
+def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr):
+    """Split the n positions of image b, or with from_idx n positions of its `num_tokens` tokens."""
     BLOCK_N: tl.constexpr = KEYS.tokens
     IN_REGISTERS: tl.constexpr = KEYS.in_registers
     kept_idx_ptr = selection.kept_idx + b * num_keep
     pruned_idx_ptr = selection.pruned_idx + b * (n - num_keep)
     priority_ptr = selection.priority
     if priority_ptr is not None:
-        priority_ptr += b * whole
+        priority_ptr += b * num_tokens
     lanes = tl.arange(0, BLOCK_N)
     crowded = is_crowded(priority_ptr, from_idx_ptr, n, num_keep, num_prefix, BLOCK_N)
     keys = load_keys(scores_ptr, priority_ptr, from_idx_ptr, lanes, n, num_prefix, crowded)
@@ -171,9 +174,12 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, whole, n, num_keep, num
 
 
 @triton.jit
-def weigh_scores(scores_ptr, weights, b, idx_ptr, whole, count, num_prefix, BLOCK_N: tl.constexpr):
-    """For image b, in place, scores += size_weight * their standard deviation over the patches * log(size), and costs
-    of patches = exp(cost_weight * (new score - mean) / standard deviation), one without a spread."""
+def weigh_scores(scores_ptr, weights, b, idx_ptr, num_tokens, count, num_prefix, BLOCK_N: tl.constexpr):
+    """Weigh the scores of image b in place, and write cost scales of patches, 1 without a spread.
+
+    scores += size_weight * standard deviation over the patches * log(size)
+    cost_scale = exp(cost_weight * (new score - mean) / standard deviation)
+    """
     lanes = tl.arange(0, BLOCK_N)
     patches = tl.maximum(count - num_prefix, 1)
     # Distances to a score, so that equal scores have no spread.
@@ -194,56 +200,60 @@ def weigh_scores(scores_ptr, weights, b, idx_ptr, whole, count, num_prefix, BLOC
     deviation = tl.sqrt(tl.sum(spread, axis=0) / patches)
     scale = weights.size_weight * deviation
     scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
-    spreads = (deviation > 0.0) & (deviation < float("inf"))
+    has_spread = (deviation > 0.0) & (deviation < float("inf"))
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
         inside = offs < count
         position = offs.to(tl.int64)
         if idx_ptr is not None:
             position = tl.load(idx_ptr + offs, inside, other=0)
-        exists = inside & (position >= 0) & (position < whole)
+        exists = inside & (position >= 0) & (position < num_tokens)
         score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
         if weights.sizes is not None:
-            tl.debug_barrier()  # where threads share an element, all have it before one stores it
-            score += scale * tl.log(tl.load(weights.sizes + b * whole + position, exists, other=1.0))
+            tl.debug_barrier()  # threads that share an element must all load it before one stores it
+            score += scale * tl.log(tl.load(weights.sizes + b * num_tokens + position, exists, other=1.0))
             tl.store(scores_ptr + offs, score, inside)
-        if weights.costs is not None:
+        if weights.cost_scale is not None:
             exponent = weights.cost_weight * ((score - mean) / deviation)
             exponent = tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT)
-            cost = tl.exp(tl.where(spreads, exponent, 0.0))
-            tl.store(weights.costs + b * whole + position, cost, exists & (offs >= num_prefix))
+            cost = tl.exp(tl.where(has_spread, exponent, 0.0))
+            tl.store(weights.cost_scale + b * num_tokens + position, cost, exists & (offs >= num_prefix))
     tl.debug_barrier()
 
 
 @triton.jit
-def weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
-    """select_image, of tokens that came from idx (B, n) if it is there, after what weights do to the scores."""
+def weigh_and_select(
+    scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr
+):
+    """Weigh scores if asked for, then select_image; tokens are at idx (B, n), if given."""
     if idx_ptr is not None:
         idx_ptr += b * n
-    if (weights.sizes is not None) or (weights.costs is not None):
-        weigh_scores(scores_ptr, weights, b, idx_ptr, whole, n, num_prefix, KEYS.tokens)
-    select_image(scores_ptr, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
+    if (weights.sizes is not None) or (weights.cost_scale is not None):
+        weigh_scores(scores_ptr, weights, b, idx_ptr, num_tokens, n, num_prefix, KEYS.tokens)
+    select_image(scores_ptr, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS)
 
 
 @triton.jit
 def is_last(counter_ptr, programs):
-    """Whether all other programs of this image have called this before; what they stored is then visible here.
+    """Return true in the last of the programs of an image, where the stores of all are visible.
 
-    The barrier orders this program's stores before its count, the count (release, acquire) orders programs.
+    The barrier orders the stores of this program before its count; the count (release, acquire)
+    orders programs.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
 
 
-@triton.jit(do_not_specialize=["stride_sb", "whole", "n", "num_keep", "num_prefix"])
-def select_kernel(selection, stride_sb, weights, idx_ptr, whole, n, num_keep, num_prefix, KEYS: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_sb", "num_tokens", "n", "num_keep", "num_prefix"])
+def select_kernel(selection, stride_sb, weights, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     scores_ptr = selection.scores + b * stride_sb
-    weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, whole, n, num_keep, num_prefix, KEYS)
+    weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS)
 
 
 def key_blocks(n: int) -> tuple[KeyBlocks, int]:
-    """Blocks of select_kernel for images of n tokens, and the warps that hold the keys without spilling."""
+    """Blocks of select_kernel for n tokens, and the number of warps that hold the keys without
+    spilling."""
     if n > _COUNT_MASK.value:
         raise RuntimeError(f"select: N must be at most {_COUNT_MASK.value} on CUDA, got {n}")
     block = min(max(triton.next_power_of_2(n), 32), _MAX_BLOCK)
@@ -251,7 +261,8 @@ def key_blocks(n: int) -> tuple[KeyBlocks, int]:
 
 
 def embedded_keys(n: int) -> KeyBlocks | None:
-    """Blocks of select_image in a kernel of STREAM; none where it would spill: select_kernel comes after."""
+    """Blocks of select_image in a kernel of STREAM; None if it would spill: select_kernel
+    follows."""
     blocks, _ = key_blocks(n)
     return blocks if n <= _MAX_EMBEDDED else None
 
@@ -277,14 +288,19 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
 
 
 def launch_select(
-    selection: Selection, num_prefix: int, *, weights: Weights | None = None, idx: Tensor | None = None, whole: int = 0
+    selection: Selection,
+    num_prefix: int,
+    *,
+    weights: Weights | None = None,
+    idx: Tensor | None = None,
+    num_tokens: int = 0,
 ) -> None:
-    """Select by scores (B, N) of tokens that are all there are, or those at idx (B, N) of `whole` ones."""
+    """Select by scores (B, N) of all tokens, or of those at idx (B, N) among `num_tokens`."""
     scores = selection.scores
     batch, n = scores.shape
     blocks, num_warps = key_blocks(n)
     launch(
         select_kernel, batch,
-        selection, scores.stride(0), weights or Weights(None, 0.0, None, 0.0), idx, whole or n, n,
+        selection, scores.stride(0), weights or Weights(None, 0.0, None, 0.0), idx, num_tokens or n, n,
         selection.kept_idx.shape[1], num_prefix, blocks, num_warps=num_warps,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""cropr::host_offsets, host_offsets_ and add_hosts: pruned tokens are restored with the change of their hosts."""
+"""cropr::parent_offsets, parent_offsets_ and add_parents: pruned tokens are restored with the change of their hosts."""
 
 import pytest
 import torch
@@ -35,19 +35,19 @@ def chains(batch, n, device, length=9):
 @pytest.mark.parametrize("shape", CASES)
 def test_a_host_is_the_kept_token_most_alike(backend, shape, dtype):
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
-    offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
+    offset, parent_idx = backend.parent_offsets(x, kept_idx, pruned_idx, prefix)
     assert offset.dtype == dtype and offset.shape == (*pruned_idx.shape, x.shape[2]) and offset.is_contiguous()
-    assert host_idx.shape == pruned_idx.shape
+    assert parent_idx.shape == pruned_idx.shape
     if not offset.numel():
         return
     unit = torch.nn.functional.normalize(x.double(), dim=-1)
     for b in range(len(x)):
         similarity = unit[b, pruned_idx[b]] @ unit[b, kept_idx[b, prefix:]].T
-        chosen = (unit[b, pruned_idx[b]] * unit[b, host_idx[b]]).sum(1)
+        chosen = (unit[b, pruned_idx[b]] * unit[b, parent_idx[b]]).sum(1)
         torch.testing.assert_close(chosen, similarity.max(1).values, rtol=0, atol=1e-5)
-        assert torch.isin(host_idx[b], kept_idx[b, prefix:]).all()
+        assert torch.isin(parent_idx[b], kept_idx[b, prefix:]).all()
     wide = x.to(reference.accumulation_dtype(dtype))
-    expected = (reference.gather(wide, pruned_idx) - reference.gather(wide, host_idx)).to(dtype)
+    expected = (reference.gather(wide, pruned_idx) - reference.gather(wide, parent_idx)).to(dtype)
     assert same_bits(offset, expected)
 
 
@@ -56,7 +56,7 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     kept_idx, pruned_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
 
     def hosts():
-        return backend.host_offsets(x, kept_idx, pruned_idx, 2)[1][0].tolist()
+        return backend.parent_offsets(x, kept_idx, pruned_idx, 2)[1][0].tolist()
 
     assert hosts() == [2] * 20
     x[0, 2, 3] = float("nan")  # like none
@@ -71,7 +71,8 @@ def test_long_lists_match_the_definition(kernels, shape):
     x, kept_idx, pruned_idx, prefix = problem(shape, torch.float32, kernels.device)
     x = x.sign()  # products, lengths and cosines are exact, and many are equal
     for got, expected in zip(
-        kernels.host_offsets(x, kept_idx, pruned_idx, prefix), reference.host_offsets(x, kept_idx, pruned_idx, prefix)
+        kernels.parent_offsets(x, kept_idx, pruned_idx, prefix),
+        reference.parent_offsets(x, kept_idx, pruned_idx, prefix),
     ):
         assert torch.equal(got, expected)
 
@@ -80,11 +81,11 @@ def test_every_layout_gives_the_same_bits(backend):
     x, kept_idx, pruned_idx, prefix = problem((2, 50, 96, 30, 1), torch.float32, backend.device)
     parent = chains(2, 50, backend.device)
     flipped = [part.t().contiguous().t() for part in (kept_idx, pruned_idx, parent)]
-    plain, added = backend.host_offsets(x, kept_idx, pruned_idx, prefix), backend.add_hosts(x, parent)
+    plain, added = backend.parent_offsets(x, kept_idx, pruned_idx, prefix), backend.add_parents(x, parent)
     for name, odd in odd_layouts(x).items():
-        for got, expected in zip(backend.host_offsets(odd, *flipped[:2], prefix), plain):
+        for got, expected in zip(backend.parent_offsets(odd, *flipped[:2], prefix), plain):
             assert torch.equal(got, expected), name
-        assert torch.equal(backend.add_hosts(odd, flipped[2]), added), name
+        assert torch.equal(backend.add_parents(odd, flipped[2]), added), name
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
@@ -92,17 +93,17 @@ def test_every_layout_gives_the_same_bits(backend):
 def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype):
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
     batch, n, dim = x.shape
-    offset, host_idx = backend.host_offsets(x, kept_idx, pruned_idx, prefix)
+    offset, parent_idx = backend.parent_offsets(x, kept_idx, pruned_idx, prefix)
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
     buffer = x.new_full((batch, 2 * n + 1, dim), 7.0)
     buffer[:, at] = x
     parent = torch.full(buffer.shape[:2], -5, device=x.device)
     expected, hosts = buffer.clone(), parent.clone()
-    backend.host_offsets_(buffer, at[kept_idx], at[pruned_idx], parent, prefix)
+    backend.parent_offsets_(buffer, at[kept_idx], at[pruned_idx], parent, prefix)
     expected.scatter_(1, at[pruned_idx].unsqueeze(-1).expand_as(offset), offset)
     assert same_bits(buffer, expected)
-    assert torch.equal(parent, hosts.scatter(1, at[pruned_idx], at[host_idx]))
+    assert torch.equal(parent, hosts.scatter(1, at[pruned_idx], at[parent_idx]))
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
@@ -110,7 +111,7 @@ def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype
 def test_adding_up_follows_every_parent(backend, shape, dtype):
     x = tokens(*shape, dtype, backend.device)
     parent = chains(*shape[:2], backend.device)
-    got = backend.add_hosts(x, parent)
+    got = backend.add_parents(x, parent)
     assert got.dtype == dtype and got.shape == x.shape and got.is_contiguous()
     expected = x.double().clone()
     for b in range(shape[0]):
@@ -128,7 +129,7 @@ def test_nan_reaches_only_what_stands_on_it(backend):
     x = torch.zeros(1, 6, 40, device=backend.device)
     x[0, 2] = float("nan")
     parent = torch.tensor([[0, 2, 5, 4, 4, 5]], device=x.device)
-    assert backend.add_hosts(x, parent).isnan().all(-1).tolist() == [[False, True, True, False, False, False]]
+    assert backend.add_parents(x, parent).isnan().all(-1).tolist() == [[False, True, True, False, False, False]]
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
@@ -144,10 +145,10 @@ def test_a_host_that_left_later_is_resolved_first(backend, dtype):
         kept, pruned = reference.select(torch.randn(batch, idx.shape[1], device=buffer.device), keep, prefix)
         kept, pruned = idx.gather(1, kept), idx.gather(1, pruned)
         before = buffer.clone()
-        backend.host_offsets_(buffer, kept, pruned, parent, prefix)
+        backend.parent_offsets_(buffer, kept, pruned, parent, prefix)
         departures.append((pruned, before))
         idx = kept
-    got, expected = backend.add_hosts(buffer, parent), buffer.double().clone()
+    got, expected = backend.add_parents(buffer, parent), buffer.double().clone()
     for b in range(batch):
         for pruned, before in reversed(departures):
             for position in pruned[b].tolist():
@@ -161,13 +162,13 @@ def test_a_host_that_left_later_is_resolved_first(backend, dtype):
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
     x = tokens(2, 90, 48, dtype, backend.device)
-    safe_idx, candidate_idx = reference.select(torch.randn(2, 90, device=x.device), 40, 1)
+    target_idx, candidate_idx = reference.select(torch.randn(2, 90, device=x.device), 40, 1)
     sizes = torch.randint(1, 6, (2, 90), device=x.device).float()
     own = torch.arange(90, device=x.device).repeat(2, 1)
     results = []
     for offsets in (False, True):
         buffer, parent = x.clone(), own.clone()
-        lists = backend.merge_(buffer, safe_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets)
+        lists = backend.merge_(buffer, target_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets)
         results.append((buffer, parent, *lists))
     (plain, parent, kept_idx, pruned_idx, _), (buffer, *_) = results
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
@@ -180,9 +181,9 @@ def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
 def test_same_bits_every_time(kernels):
     x, *lists = problem((2, 90, 32, 40, 1), torch.float32, kernels.device)
     parent = chains(2, 90, kernels.device)
-    first = *kernels.host_offsets(x, *lists), kernels.add_hosts(x, parent)
+    first = *kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)
     for _ in range(2 if kernels.interpreted else 20):
-        for got, expected in zip((*kernels.host_offsets(x, *lists), kernels.add_hosts(x, parent)), first):
+        for got, expected in zip((*kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)), first):
             assert torch.equal(got, expected)
 
 
@@ -191,17 +192,17 @@ def test_gradients_are_those_of_the_definition():
     x.requires_grad_()
     parent = chains(2, 9, "cpu", length=4)
     ops = torch.ops.cropr
-    assert torch.autograd.gradcheck(lambda x: ops.host_offsets(x, kept_idx, pruned_idx, prefix)[0], x)
-    assert torch.autograd.gradcheck(lambda x: ops.add_hosts(x, parent), x)
+    assert torch.autograd.gradcheck(lambda x: ops.parent_offsets(x, kept_idx, pruned_idx, prefix)[0], x)
+    assert torch.autograd.gradcheck(lambda x: ops.add_parents(x, parent), x)
 
 
-@pytest.mark.parametrize("name", ["host_offsets", "host_offsets_"])
+@pytest.mark.parametrize("name", ["parent_offsets", "parent_offsets_"])
 def test_without_a_kept_token_there_is_no_host(name):
     x, kept_idx, pruned_idx, _ = problem((2, 9, 5, 3, 3), torch.float32, "cpu")
     parent = [torch.arange(9).repeat(2, 1)] if name.endswith("_") else []
     for device in ("cpu", "meta"):
         args = [arg.to(device) for arg in (x, kept_idx, pruned_idx, *parent)]
-        with pytest.raises(RuntimeError, match=f"{name}: kept_idx must hold a token behind the prefix, got K = num_pr"):
+        with pytest.raises(RuntimeError, match=f"{name}: kept_idx must hold a token after the prefix, got K = num_pr"):
             getattr(torch.ops.cropr, name)(*args, 3)
 
 
@@ -211,5 +212,5 @@ def test_parents_must_exist_and_end():
         ([0, 2, 1, 3], "parent must lead to a token that is its own parent, got a cycle at 1 in image 0"),
         ([0, 4, 1, 3], r"parent must hold positions in \[0, 4\), got 4"),
     ):
-        with pytest.raises(RuntimeError, match=f"add_hosts: {error}"):
-            torch.ops.cropr.add_hosts(x, torch.tensor([parent]))
+        with pytest.raises(RuntimeError, match=f"add_parents: {error}"):
+            torch.ops.cropr.add_parents(x, torch.tensor([parent]))

@@ -1,0 +1,47 @@
+"""FLOP formulas for torch.utils.flop_counter: they take shapes, and count a multiply-add as two."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+_Shape = torch.Size
+
+
+def no_flops(*_: object, **__: object) -> int:
+    """Count nothing: selection, copies and normalization."""
+    return 0
+
+
+def _scores(x: _Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(x)
+
+
+def _add_select(x: _Shape, idx: _Shape | None, update: _Shape, *_: object, **__: object) -> int:
+    return _scores(update)
+
+
+def _similarities(x: _Shape, targets: _Shape, candidates: _Shape, *_: object, **__: object) -> int:
+    return 2 * x[0] * targets[1] * candidates[1] * x[2]
+
+
+def _attend(x: _Shape, queries: _Shape, *_: object, **__: object) -> int:
+    return 4 * math.prod(x) * queries[0]  # logits and weighted sum
+
+
+def _attend_backward(grad_out: _Shape, x: _Shape, queries: _Shape, *_: object, **__: object) -> int:
+    return 6 * math.prod(x) * queries[0]  # logits, and gradients of logits and queries
+
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "scores": _scores,
+    "prune": _scores,
+    "add_select_": _add_select,
+    "merge": _similarities,
+    "merge_": _similarities,
+    "parent_offsets": _similarities,
+    "parent_offsets_": _similarities,
+    "attend": _attend,
+    "attend_scores": _attend,
+    "attend_backward": _attend_backward,
+}

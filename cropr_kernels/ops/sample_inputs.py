@@ -1,0 +1,46 @@
+"""Sample inputs of every op, generated from csrc/library.h for tests and `cropr doctor`."""
+
+from typing import Any
+
+import torch
+
+from .validation import OPS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Sizes by their letters in the table, and numbers that have no range.
+SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "T": 4, "C": 5, "F": 7, "P": 8, "H": 3}
+NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.5, "half": False, "offsets": False}
+
+
+def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
+    """Return valid arguments by name, in the order of the schema, with every optional tensor."""
+    spec = OPS[op]
+    sizes = SIZES | ({"C": 6} if op == "rotate_" else {}) | sizes
+    args: dict[str, Any] = dict.fromkeys(spec.arguments)
+    args |= {name: value for name, value in NUMBERS.items() if name in args}
+    num_listed = 0
+    order = torch.stack([torch.randperm(sizes["N"]) for _ in range(sizes["B"])])
+    for input in spec.inputs:
+        shape = [factor * sizes[letter] for factor, letter in input.shapes[-1]]
+        if input.name == "parent":  # all lead to the first token
+            args[input.name] = (torch.arange(sizes["N"]) // 2).repeat(sizes["B"], 1)
+        elif input.dtypes == "int64":  # no position is in two lists, or twice in one
+            args[input.name] = order[:, num_listed : num_listed + shape[1]].sort(1).values
+            num_listed += shape[1]
+        elif input.dtypes == "int8 or bool":
+            args[input.name] = torch.randint(-1, 2, shape, dtype=torch.int8)
+        elif input.dtypes == "float32":
+            args[input.name] = torch.rand(shape) + 1
+        else:
+            args[input.name] = torch.randn(shape).to(dtype)
+    for name, low, high in spec.ranges:
+        smallest, largest = (sum(sizes[letter] for letter in text if letter.isupper()) for text in (low, high))
+        args[name] = 1 if low == "0" else (smallest + largest + 1) // 2
+    return args
+
+
+def bare_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
+    """Return valid arguments without optional tensors; ops without positions act on all tokens."""
+    optional = OPS[op].optional
+    sizes_of_all = {"K": (SIZES | sizes)["N"]} if "idx" in optional else {}
+    return legal_call(op, dtype, **sizes | sizes_of_all) | dict.fromkeys(optional)

@@ -25,7 +25,7 @@ from .outputs import check_file, checked_rates
 def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:
     """Photos in batches of 16; those that cannot be read go to a list."""
     read = readable(each(paths, label, show=show), pixels.load, unreadable)
-    photos = (pixels.normalise(photo) for _, photo in read)
+    photos = (pixels.normalize(photo) for _, photo in read)
     while batch := list(islice(photos, 16)):
         yield torch.stack(batch)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..calibration import load_queries, read_queries
-from ..models.factory import create_model, is_transformers_folder, require_own_head
+from ..models.factory import create_model, is_transformers_folder, require_pretrained_head
 from ..models.pixels import Pixels, pixels_of
 from ..pruning.api import apply, set_rate
 from ..pruning.fusion import Fusion
@@ -68,7 +68,7 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     else:
         model = create_model(name, pretrained=pretrained, **made)
         if pretrained and "num_classes" in made:
-            require_own_head(name, model, made["num_classes"])
+            require_pretrained_head(name, model, made["num_classes"])
         pixels = pixels_of(model, made.get("arch", name))
     trained, asked = is_pruned(model), _asked(options)
     if not trained:

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         paths = find_named_photos(options.images)
         photos = torch.stack([pixels.load(paths[i % len(paths)]) for i in range(options.batch)])
-    images = pixels.normalise(photos).to(**place)
+    images = pixels.normalize(photos).to(**place)
     stem, rows = Path(options.model).stem, [["PyTorch", "cropr", "", ""]]
     fast = deploy(model.to(**place))
     plain = set_rate(deploy(model), 0)

@@ -122,7 +122,7 @@ def results(fast: Any, pixels: Pixels, reads: list[Read], top: int, place: dict[
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
-    output = outputs_of(fast(pixels.normalise(torch.stack(photos)).to(**place))).float().cpu()
+    output = outputs_of(fast(pixels.normalize(torch.stack(photos)).to(**place))).float().cpu()
     readable = [row for row in rows if row["error"] is None]
     for row, values in zip(readable, output):
         if not values.isfinite().all():

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     paths, photos = [path for path, _ in read], torch.stack([photo for _, photo in read])
     print(f"photos: {pixels}{told(skipped)}")
     print("".join(f"skipped {line}\n" for line in unreadable), end="")
-    images = pixels.normalise(photos)
+    images = pixels.normalize(photos)
     calibrated = options.queries is None and not trained
     if calibrated:
         calibration.calibrate(model, each(images.split(16), "calibrating", show=show))

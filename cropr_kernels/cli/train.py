@@ -86,7 +86,7 @@ def _of_model(options: argparse.Namespace) -> tuple[Any, Config, Data]:
             f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no {folder}"
         )
     make = need("torchvision.datasets", "train", "cropr eval").ImageFolder
-    val = make(folder, transform=pixels.normalise, loader=pixels.load)
+    val = make(folder, transform=pixels.normalize, loader=pixels.load)
     if len(val.classes) != find_spec(model).num_classes:
         wanted = f"{find_spec(model).num_classes} folders, one for each class of the model and in their order"
         raise ValueError(f"{folder} must hold {wanted}, it holds {len(val.classes)}")

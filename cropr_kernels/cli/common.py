@@ -102,7 +102,7 @@ def _prune(model: Any, asked: dict[str, Any], default: dict[str, Any], queries: 
     if queries is not None:
         about = read_queries(queries)[1]
         how = {name: about[name] for name in SCHEDULES if about.get(name) is not None}
-        how["llf"] = Fusion.of(about.get("llf")) or False
+        how["llf"] = Fusion.from_saved(about.get("llf")) or False
         how["merge"] = Merge(**about["merge"]) if isinstance(about.get("merge"), dict) else bool(about.get("merge"))
     schedules = ({name: one[name] for name in SCHEDULES if name in one} for one in (asked, how, default))
     rest = {name: own for name, own in (how | asked).items() if name not in SCHEDULES}

@@ -68,7 +68,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         gflops.append(counter.get_total_flops() / 2e9)
     tokens = known.num_prefix + stack.config.grid[0] * stack.config.grid[1]
     counts = stack.config.counts(tokens, depth, known.num_prefix)
-    whole = stack.config.whole_blocks
+    whole = stack.config.full_blocks
     last = "" if whole == 0 else ", all in the last block" if whole == 1 else f", all in the last {whole} blocks"
     remove(model)
     off = f"off, the functional ops run it: {stack.engine_reason}"

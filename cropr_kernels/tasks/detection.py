@@ -129,7 +129,7 @@ class Detector(nn.Module):
         if img_size[0] != img_size[1]:
             raise ValueError(f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}")
         if is_pruned(backbone) and not backbone.cropr.config.llf:
-            raise ValueError("Detector: the pyramid needs the whole map: cropr.apply(..., llf=True)")
+            raise ValueError("Detector: the pyramid needs the full map: cropr.apply(..., llf=True)")
         self.backbone, self.num_classes, self.side = backbone, num_classes, img_size[0]
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         kind = detection.MaskRCNN if masks else detection.FasterRCNN

@@ -22,7 +22,7 @@ def patch_features(backbone: Any, images: Tensor, *, predict: bool) -> tuple[Ten
     prefix = backbone.num_prefix_tokens
     if is_pruned(backbone):
         if not backbone.cropr.config.llf:
-            raise ValueError("cropr: dense tasks need the whole map: cropr.apply(..., llf=True)")
+            raise ValueError("cropr: dense tasks need the full map: cropr.apply(..., llf=True)")
         x, aux = features(backbone, images, predict=predict)
         prefix = 0 if backbone.cropr.config.windows is not None else prefix
     else:

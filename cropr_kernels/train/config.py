@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..pruning.fusion import SAVED_RESTORE, Restore
+
 
 @dataclass(frozen=True)
 class Config:
@@ -38,7 +40,7 @@ class Config:
     ratio: float | None = None
     const: tuple[int, int] | None = None
     llf: bool = False
-    restore: Literal["left", "host"] = "left"  # with llf: tokens as they left, or with the change of their host
+    restore: Restore = "as_pruned"  # with llf: tokens as they were pruned, or with the change of their parent
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning rises from nothing
     num_queries: int = 1  # classification; dense tasks have one per patch
@@ -119,7 +121,7 @@ class Config:
             ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
             ("num_queries", free or self.num_queries == 1, f"1, the default, for {self.task}: one per patch it is"),
             ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
-            ("llf", self.llf or not pyramid, "true for detection: the pyramid needs the whole map"),
+            ("llf", self.llf or not pyramid, "true for detection: the pyramid needs the full map"),
             ("stride", all(1 <= step <= side for step, side in steps), f"from 1 to img_size={self.img_size}"),
         ]:
             self._require(name, holds, allowed)
@@ -185,6 +187,9 @@ class Config:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object of options")
+        restore = values.get("restore")
+        if isinstance(restore, str) and restore in SAVED_RESTORE:
+            values["restore"] = SAVED_RESTORE[restore]
         try:
             return Config().changed(**values)
         except ValueError as error:

@@ -28,6 +28,7 @@ def signature(name: str, thing: Any) -> str:
         return name
     for module in ("torch.nn.modules.module.", "torch._tensor.", "torch.", "collections.abc.", "typing.", "pathlib."):
         text = text.replace(module, "")
+    text = text.replace("~", "")  # of type variables
     return re.sub(r"cropr_kernels(\.\w+)*\.(?=[A-Z])", "", text)
 
 

@@ -71,7 +71,7 @@ def of_photos(weights: str) -> Subject:
             top, left = (int(torch.randint(side // 3 + 1, (), generator=generator)) for side in (height, width))
             crop = photos[i % len(photos)][:, top : top + height, left : left + width]
             made.append(crop.flip(2) if i // len(photos) % 2 else crop)
-        return pixels.normalise(torch.stack(made))
+        return pixels.normalize(torch.stack(made))
 
     paths = sorted(PHOTOS.glob("*.jpg"))
     to_fit, others = ([path for path in paths if (path.stem in TO_FIT) is fits] for fits in (True, False))
@@ -80,7 +80,7 @@ def of_photos(weights: str) -> Subject:
         f"{metadata['name']}, {weights},\n"
         f"calibrated on {CROPS} crops of {len(to_fit)} photos, compared on {CROPS} crops of {len(others)} others"
     )
-    inputs = pixels.normalise(pictures)
+    inputs = pixels.normalize(pictures)
     return Subject(about, model, crops(to_fit), crops(others), None, pictures, inputs, rates=(4, 8, 12), batch=16)
 
 

@@ -80,7 +80,7 @@ def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[s
     if not is_pruned(backbone) or backbone.cropr.config.llf is None:
         return {}
     images = torch.stack([data.val[i][0][:, :side, :side] for i in range(photos)])
-    fused, seen = backbone.blocks[-backbone.cropr.config.whole_blocks], list[Tensor]()
+    fused, seen = backbone.blocks[-backbone.cropr.config.full_blocks], list[Tensor]()
     handle = fused.register_forward_pre_hook(lambda block, args: seen.append(args[0][:, backbone.num_prefix_tokens :]))
     after, config = cropr.pruning_map(backbone, images).flatten(1), backbone.cropr.config
     cropr.set_rate(backbone, 0).forward_features(images)

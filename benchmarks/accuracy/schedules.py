@@ -45,7 +45,7 @@ from benchmarks.models.deployment import deploy, pruned, unpruned
 from benchmarks.models.timing import gflops
 from benchmarks.utils.results import RESULTS, Results, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
-from cropr_kernels.tuning import filled
+from cropr_kernels.tuning import interpolate
 
 RATES = (5, 11, 14)  # 1.2, 1.5 and 1.7 times fewer FLOPs
 SIZE = 224  # pixels a side
@@ -129,7 +129,7 @@ def plan(options: argparse.Namespace, base: Any) -> None:
     network, model = Network(base), calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     rows = [row | {"batch": None} for row in unmeasured(network)]
     photos, _ = read_photos(options.data / DATA["Tiny-ImageNet"], TRAIN, options.estimate, CHOSEN_ON)
-    accuracy = filled(estimated_accuracy(base, photos, 4), 1)
+    accuracy = interpolate(estimated_accuracy(base, photos, 4), 1)
     numbers = range(network.tokens, network.prefix, -options.step)
     stacks = {n: build(base, model, [n] * network.modules, "dropping") for n in numbers}
     for batch in options.batches:

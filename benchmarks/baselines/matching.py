@@ -117,7 +117,7 @@ class CroprMerge(Reducer):
         if self.checkerboard:
             priority = checkerboard(x, (self.side, self.side), num_prefix)[self.merges % 2]
             priority = priority if context.positions is None else priority.gather(1, context.positions)
-        num_safe = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
+        num_safe = self.merge.num_targets(x.shape[1], num_keep, num_prefix)
         safe, may_go = ops.select(scores, num_safe, num_prefix, priority)
         prefix, safe = safe[:, :num_prefix], safe[:, num_prefix:]
         unit = F.normalize(x.detach(), dim=-1)

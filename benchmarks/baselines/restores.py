@@ -78,7 +78,7 @@ def run_trunk(
         else:
             scores = size_adjusted_scores(scores, sizes.gather(1, active), merge.size_weight, prefix)
             priority = colours[len(departures) % 2].gather(1, active)
-            split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
+            split = ops.select(scores, merge.num_targets(rows.shape[1], count, prefix), prefix, priority)
             safe, candidates = (active.gather(1, part) for part in split)
             costs = torch.ones_like(sizes).scatter(1, active, pruning_costs(own, scores, COST_WEIGHT, prefix))
             after = before.clone()

@@ -99,7 +99,7 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
 
     sizes, parent = torch.ones(batch, n, device=device), torch.arange(n, device=device).repeat(batch, 1)
     costs = torch.ones_like(sizes)
-    safe = cropr.Merge().num_safe(n, keep, 1)
+    safe = cropr.Merge().num_targets(n, keep, 1)
 
     def merging(y: Tensor) -> Tensor:
         split = ops.add_select_(y, None, update, None, query, safe, 1, sizes, 2.0, None, costs, COST_WEIGHT)

@@ -249,7 +249,7 @@ def test_heads_that_need_the_whole_map(images):
         ("ViTMAEForPreTraining", t.ViTMAEConfig(**HF), {}),
     ):
         model = getattr(t, kind)(config).eval()
-        with pytest.raises(ValueError, match=rf"{kind} needs the whole map: cropr.apply\(..., llf=True\)"):
+        with pytest.raises(ValueError, match=rf"{kind} needs the full map: cropr.apply\(..., llf=True\)"):
             cropr.apply(model, rate=2)
         cropr.apply(model, rate=2, llf=True)
         assert model(images, **mask)[0].isfinite().all()

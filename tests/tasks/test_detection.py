@@ -124,7 +124,7 @@ def test_nearly_all_tokens_may_leave():
 
 def test_what_a_detector_cannot_do_is_refused():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
-    with pytest.raises(ValueError, match=r"the pyramid needs the whole map: cropr.apply\(..., llf=True\)"):
+    with pytest.raises(ValueError, match=r"the pyramid needs the full map: cropr.apply\(..., llf=True\)"):
         Detector(pruned, 3, img_size=(64, 64))
     with pytest.raises(ValueError, match="img_size must be square, got 64 x 96"):
         Detector(reference_vit(num_classes=0), 3, img_size=(64, 96))

@@ -89,7 +89,7 @@ def test_a_map_that_is_not_square():
 
 def test_a_segmenter_wants_the_whole_map():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
-    with pytest.raises(ValueError, match=r"dense tasks need the whole map: cropr.apply\(..., llf=True\)"):
+    with pytest.raises(ValueError, match=r"dense tasks need the full map: cropr.apply\(..., llf=True\)"):
         Segmenter(pruned, 3, grid=(8, 8))(torch.rand(1, 3, 64, 64))
 
 

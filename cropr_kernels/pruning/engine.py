@@ -32,7 +32,7 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
 
     Args:
         state: of this forward, before its first block.
-        x: (B, N, D), nobody else's: it changes in place, and has no gradient.
+        x: (B, N, D), owned by the engine: it changes in place, and has no gradient.
         rotary: the rotary table, if the blocks take one.
 
     Returns:

@@ -103,7 +103,7 @@ def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):
         ([], f"ratio=0.9, llf=False, {merge}\n"),
         (["--rate", "2"], f"rate=2, llf=False, {merge} (as asked: rate)\n"),
         (["--rate", "2", "--no-merge"], "rate=2, llf=False (as asked: rate, merge)\n"),
-        (["--llf"], f"ratio=0.9, llf=host, {merge} (as asked: llf)\n"),
+        (["--llf"], f"ratio=0.9, llf=track_parent, {merge} (as asked: llf)\n"),
     ):
         folder = tmp_path / f"results{len(options)}{options[-1:]}"
         out = run("infer", name, PHOTOS, "--queries", queries, *options, "--out", folder, "--quiet")

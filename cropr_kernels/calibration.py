@@ -1,34 +1,40 @@
 """Queries in closed form: prune a pretrained model without labels and without training.
 
-The score is linear in the token, so the query that best predicts how much later blocks will attend to a token is the
-solution of one ridge regression per block. Only its normal equations are kept, (D, D) and (D,) per block, however
-many images stream past.
+The score is linear in the token, so the query that best predicts the attention of later blocks to a token is the
+solution of one ridge regression per block. Only its normal equations are kept, (D, D) and (D,) per block, for any
+number of images.
 """
 
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .models.outputs import outputs_of
-from .pruning.api import deploy, options_of, set_rate
+from .pruning.api import deploy, set_rate
 from .pruning.fusion import Fusion, Restore
-from .pruning.model import require_pruned, run, warn_of_random_queries
+from .pruning.model import CroprModules, modules_of, require_pruned, run, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
+from .pruning.options import options_of
 from .pruning.state import PruningOptions
 from .schedule import SCHEDULES
 from .utils.flops import flop_counter
 from .utils.io import atomic_write, load_safetensors
 from .utils.optional import import_optional
+
+Model = TypeVar("Model", bound=nn.Module)
+_METADATA = "about"  # key in the header of a file of queries
+Images = Tensor | Iterable[Tensor | Sequence[Any]]  # (images, C, H, W), or batches, or tuples that start with one
 
 
 class _AttentionInputs(TorchFunctionMode):
@@ -36,33 +42,40 @@ class _AttentionInputs(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.inputs: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key"), args)) | (kwargs or {})
-            self.seen.append((named["query"], named["key"]))
-        elif func is F.multi_head_attention_forward:  # what it calls is out of a mode's sight
+            arguments = dict(zip(("query", "key"), args)) | dict(kwargs or {})
+            self.inputs.append((arguments["query"], arguments["key"]))
+        elif func is F.multi_head_attention_forward:  # a mode does not see its calls
             query, key, _, dim, num_heads, weight, bias = args[:7]  # (N, B, D)
-            parts = ((query, slice(0, dim)), (key, slice(dim, 2 * dim)))
-            q, k = (F.linear(x, weight[rows], None if bias is None else bias[rows]) for x, rows in parts)
-            self.seen.append(tuple(x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k)))
+            q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
+            q = F.linear(query, weight[:dim], q_bias).unflatten(2, (num_heads, -1))
+            k = F.linear(key, weight[dim : 2 * dim], k_bias).unflatten(2, (num_heads, -1))
+            self.inputs.append((q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3)))
         return func(*args, **(kwargs or {}))
 
 
 def importance(query: Tensor, key: Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
-    """How much the output attends to each patch: (B, patches) float32, each row sums to one.
+    """Compute the attention of the output to each patch: (B, patches) float32, each row sums to one.
 
     Attention probabilities, averaged over heads and over the tokens that the head pools: the first with a class token,
-    else all patches, those behind the P = num_prefix first tokens. Query and key are (B, heads, N, C), as they enter
+    else all patches, those after the P = num_prefix first tokens. Query and key are (B, heads, N, C), as they enter
     the attention, rotary positions applied.
     """
     pooled = query[:, :, :1] if class_token else query[:, :, num_prefix:]
     scale = query.shape[-1] ** -0.5
-    # An image at a time: for the patches' own queries this is the whole attention matrix.
+    # An image at a time: for the queries of all patches this is the full attention matrix.
     images = zip(pooled.float(), key.float().transpose(-2, -1))
-    share = torch.stack([(q @ k * scale).softmax(-1).mean((0, 1)) for q, k in images])[:, num_prefix:]
-    return share / share.sum(1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
+    attention = torch.stack([(q @ k * scale).softmax(-1).mean((0, 1)) for q, k in images])[:, num_prefix:]
+    return attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -71,109 +84,127 @@ def _ranks(values: Tensor) -> Tensor:
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
 
 
-def _observe(model: Any, images: Tensor, see: Callable[[Tensor, Tensor, Tensor], None], kwargs: dict) -> None:
-    """Run the unpruned model; after each block see(its tokens (B, N, D), the query and key of its attention)."""
-    spec, fast_path = model.cropr.spec, torch.backends.mha.get_fastpath_enabled()
+def _observe(
+    model: nn.Module,
+    images: Tensor,
+    record: Callable[[Tensor, Tensor, Tensor], None],
+    kwargs: Mapping[str, object],
+) -> None:
+    """Run the unpruned model; after each block call record(tokens (B, N, D), query, key of its attention)."""
+    spec = modules_of(model).spec
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     with _AttentionInputs() as attention:
 
-        def record(layer: int, x: Tensor) -> None:
-            if len(attention.seen) != 1:
+        def observe(layer: int, x: Tensor) -> None:
+            if len(attention.inputs) != 1:
                 raise ValueError(
                     f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, called it "
-                    f"{len(attention.seen)} times (timm: set fused attention; transformers: attn_implementation='sdpa')"
+                    f"{len(attention.inputs)} times (timm: set fused attention; transformers: "
+                    "attn_implementation='sdpa')"
                 )
-            see(x, *attention.seen.pop())
+            record(x, *attention.inputs.pop())
 
-        handle = spec.blocks[0].register_forward_pre_hook(lambda block, args: attention.seen.clear())
+        handle = spec.blocks[0].register_forward_pre_hook(lambda block, args: attention.inputs.clear())
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
-            run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=record))
+            run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=observe))
         finally:
             handle.remove()
             torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-        yield batch[0] if isinstance(batch, tuple | list) else batch
+        yield batch if isinstance(batch, Tensor) else batch[0]
 
 
 @torch.no_grad()
-def calibrate(
-    model: Any, images: Tensor | Iterable[Any], *, ridge: float = 1e-2, batch_size: int = 32, **kwargs: Any
-) -> Any:
+def calibrate(model: Model, images: Images, *, ridge: float = 1e-2, batch_size: int = 32, **kwargs: object) -> Model:
     """Set the queries of a pruned model in closed form, from unlabelled images and without training.
 
-    For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centred
-    per image, to how much the later blocks attend to them (`importance`, averaged over those blocks, as a rank).
-    Deterministic: the same images in the same order give the same bits. The folded queries have norm 1; the rates stay
-    free: one calibrated model serves them all.
+    For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centered
+    per image, to the attention of the later blocks to them (`importance`, averaged over those blocks, as a rank).
+    Deterministic: the same images in the same order result in the same bits. The folded queries have norm 1; one
+    calibrated model serves all rates.
 
     Args:
         model: pruned by `apply`, with attention through scaled_dot_product_attention; its backbone is only read.
         images: (images, C, H, W), preprocessed as for inference, or an iterable of such batches, or of tuples that
             start with one (a DataLoader). A few hundred are enough.
-        ridge: regularisation, as a share of the mean squared channel.
-        batch_size: images at a time where `images` is one tensor.
-        kwargs: what else the model is called with.
+        ridge: regularization, as a share of the mean squared channel.
+        batch_size: images at a time if `images` is one tensor.
+        kwargs: further arguments of the model.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: there are no images, ridge is not positive, or a block has no attention to look at.
+        ValueError: there are no images, ridge is not positive, or a block does not call attention once.
     """
-    stack: Any = require_pruned(model, "cropr.calibrate")
-    if stack.config.windows is not None:
+    modules = require_pruned(model, "cropr.calibrate")
+    if modules.config.windows is not None:
         raise ValueError("cropr.calibrate: models with window attention are not supported")
-    if not all(isinstance(module, Cropr | FoldedCropr) for module in stack):
-        raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(stack[0]).__name__}")
+    if not all(isinstance(module, Cropr | FoldedCropr) for module in modules):
+        raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}")
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
-    spec, prefix, device = stack.spec, stack.spec.num_prefix, next(model.parameters()).device
-    gram = torch.zeros(len(stack), spec.dim, spec.dim, dtype=torch.float64, device=device)
-    moment = torch.zeros(len(stack), spec.dim, dtype=torch.float64, device=device)
-    tokens: list[Tensor] = []
-    attended: list[Tensor] = []
-
-    def see(x: Tensor, query: Tensor, key: Tensor) -> None:
-        tokens.append(x[:, prefix:])
-        attended.append(importance(query, key, prefix, class_token=spec.class_token))
-
-    count, was_training = 0, model.training
+    equations = _NormalEquations(len(modules), modules.spec.dim, next(model.parameters()).device)
+    was_training = model.training
     model.eval()
     try:
         for batch in _batches(images, batch_size):
-            _observe(model, batch.to(device), see, kwargs)
-            for layer in range(len(stack)):
-                target = _ranks(torch.stack(attended[layer + 1 :]).mean(0))
-                rows = tokens[layer].double()
-                rows = rows - rows.mean(1, keepdim=True)
-                gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
-                moment[layer] += torch.einsum("bnd,bn->d", rows, target)
-            tokens.clear()
-            attended.clear()
-            count += len(batch)
+            equations.add(model, batch, kwargs)
     finally:
         model.train(was_training)
-    if count == 0:
+    if equations.num_images == 0:
         raise ValueError("cropr.calibrate: needs at least one image, got none")
-    solutions = [_solve(layer, *normal, ridge) for layer, normal in enumerate(zip(gram, moment))]
-    _set_queries(stack, F.normalize(torch.stack(solutions), dim=1))
-    _settle_fusion(stack, "host")
+    _set_queries(modules, F.normalize(equations.solve(ridge), dim=1))
+    _mark_calibrated(modules, "track_parent")
     return model
 
 
-def _settle_fusion(stack: Any, restore: Restore) -> None:
-    """How a network restores tokens whose queries are calibrated, where nothing says how: it never saw old tokens."""
-    stack.calibrated = True
-    if stack.config.llf is not None:
-        stack.config = replace(stack.config, llf=stack.config.llf.by_default(restore))
+class _NormalEquations:
+    """The least squares of all modules, from tokens to the attention of later blocks."""
+
+    def __init__(self, num_modules: int, dim: int, device: torch.device):
+        self.gram = torch.zeros(num_modules, dim, dim, dtype=torch.float64, device=device)
+        self.moment = torch.zeros(num_modules, dim, dtype=torch.float64, device=device)
+        self.num_images = 0
+
+    def add(self, model: nn.Module, images: Tensor, kwargs: Mapping[str, object]) -> None:
+        """Add the tokens of a batch."""
+        spec = modules_of(model).spec
+        tokens: list[Tensor] = []
+        importances: list[Tensor] = []
+
+        def record(x: Tensor, query: Tensor, key: Tensor) -> None:
+            tokens.append(x[:, spec.num_prefix :])
+            importances.append(importance(query, key, spec.num_prefix, class_token=spec.class_token))
+
+        _observe(model, images.to(self.gram.device), record, kwargs)
+        for layer in range(len(self.gram)):
+            target = _ranks(torch.stack(importances[layer + 1 :]).mean(0))
+            rows = tokens[layer].double()
+            rows = rows - rows.mean(1, keepdim=True)
+            self.gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
+            self.moment[layer] += torch.einsum("bnd,bn->d", rows, target)
+        self.num_images += len(images)
+
+    def solve(self, ridge: float) -> Tensor:
+        """Queries (modules, D)."""
+        return torch.stack([_solve(layer, *pair, ridge) for layer, pair in enumerate(zip(self.gram, self.moment))])
+
+
+def _mark_calibrated(modules: CroprModules, restore: Restore) -> None:
+    """Note that queries are calibrated, and choose the restoration if it is open: the network never saw old tokens."""
+    modules.calibrated = True
+    if modules.config.llf is not None:
+        modules.config = replace(modules.config, llf=modules.config.llf.with_default(restore))
 
 
 def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
-    """(gram + ridge * its mean diagonal) q = moment, by Cholesky; a ridge too weak for float64 is raised, and said."""
+    """Solve (gram + ridge * its mean diagonal) q = moment by Cholesky; warn if float64 needs a stronger ridge."""
     mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for stronger in (ridge * 10**power for power in range(12)):
         matrix = gram + stronger * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -186,72 +217,77 @@ def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
     raise ValueError(f"cropr.calibrate: the tokens after block {layer} are not finite")
 
 
-def _set_queries(stack: Any, queries: Tensor) -> None:
-    """Fold to these from now on, one row per module."""
-    for module, query in zip(stack, queries):
+def _set_queries(modules: CroprModules, queries: Tensor) -> None:
+    """Set the folded queries, one row per module."""
+    for module, query in zip(modules, queries):
         if isinstance(module, FoldedCropr):
             module.folded.copy_(query)
-        elif module.queries.shape[0] == 1:
+            continue
+        module = cast(Cropr, module)
+        if module.queries.shape[0] == 1:
             module.queries.copy_(query)
         else:
-            # Several queries stay apart, as their auxiliary predictions need it; their sum is what scores.
+            # Several queries stay different, as their auxiliary predictions need it; their sum scores.
             module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))
 
 
-def save_queries(model: Any, path: str | Path, about: dict[str, Any] | None = None) -> None:
-    """Write the folded queries of a pruned model, (modules, D) float32, and how it is pruned: safetensors.
+def save_queries(model: nn.Module, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+    """Write the folded queries of a pruned model, (modules, D) float32, and its pruning options: safetensors.
 
-    The commands prune as the file says: by its schedule, merging and fusion. `about` adds to that, or replaces it.
+    The commands prune with the schedule, merging and fusion in the file. `metadata` adds to these, or replaces them.
 
     Raises:
         TypeError: the model is not pruned.
         OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
-    stack: Any = require_pruned(model, "cropr.save_queries")
+    modules = require_pruned(model, "cropr.save_queries")
     write = import_optional("safetensors.torch", "demo", "cropr.save_queries").save_file
-    how = {name: own for name, own in (options_of(stack) or {}).items() if name in (*SCHEDULES, "llf", "merge")}
-    queries, text = (
-        torch.stack([module.query().cpu() for module in stack]),
-        json.dumps(how | (about or {}), sort_keys=True),
-    )
+    options = options_of(modules) or {}
+    saved = {name: options[name] for name in (*SCHEDULES, "llf", "merge") if name in options}
+    text = json.dumps(saved | dict(metadata or {}), sort_keys=True)
+    queries = torch.stack([modules.scorer(layer).query().cpu() for layer in range(len(modules))])
     with atomic_write(path) as temporary:
-        write({"queries": queries}, temporary, {"about": text, "sha256": _checksum(queries, text)})
+        write({"queries": queries}, temporary, {_METADATA: text, "sha256": _checksum(queries, text)})
 
 
-def _checksum(queries: Tensor, about: str) -> str:
-    return hashlib.sha256(queries.numpy().tobytes() + about.encode()).hexdigest()
+def _checksum(queries: Tensor, metadata: str) -> str:
+    return hashlib.sha256(queries.numpy().tobytes() + metadata.encode()).hexdigest()
 
 
 def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """The queries (modules, D) in a file, and what is said about them; errors are those of `load_queries`."""
+    """Read the queries (modules, D) in a file, and their metadata; errors are those of `load_queries`."""
     if Path(path).is_dir():
         raise ValueError(f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or cropr.save_queries")
     try:
-        tensors, metadata = load_safetensors(path)
-        why = "" if "queries" in tensors and "about" in metadata else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
+        tensors, header = load_safetensors(path)
+        complete = "queries" in tensors and _METADATA in header
+        reason = "" if complete else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
     except ValueError:
-        why = "it is no safetensors file, or damaged"
-    if why:
-        give = "give one that cropr calibrate or cropr.save_queries wrote"
-        raise ValueError(f"cropr.load_queries: {path} holds no queries: {why}; {give}")
-    queries, about = tensors["queries"], metadata["about"]
-    if metadata.get("sha256") != _checksum(queries, about):
+        reason = "it is no safetensors file, or damaged"
+    if reason:
+        raise ValueError(
+            f"cropr.load_queries: {path} holds no queries: {reason}; choose a file of cropr calibrate or "
+            "cropr.save_queries"
+        )
+    queries = tensors["queries"]
+    metadata = header[_METADATA]
+    if header.get("sha256") != _checksum(queries, metadata):
         raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or copy again")
     if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
         raise ValueError(
             f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds {queries.dtype} "
             f"{tuple(queries.shape)}"
         )
-    return queries, json.loads(about)
+    return queries, json.loads(metadata)
 
 
 @torch.no_grad()
-def load_queries(model: Any, path: str | Path) -> Any:
+def load_queries(model: Model, path: str | Path) -> Model:
     """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in place.
 
-    A model with Last Layer Fusion has one module fewer, and takes the first ones. How the model is pruned stays; where
-    llf=True left it open, tokens are restored as the file says.
+    A model with Last Layer Fusion has one module fewer, and takes the first ones. The pruning options stay; if llf=True
+    left it open, tokens are restored as in the file.
 
     Returns:
         The same model.
@@ -262,22 +298,23 @@ def load_queries(model: Any, path: str | Path) -> Any:
         ValueError: it holds no queries, is damaged, or the queries are those of another model.
         ImportError: safetensors is not installed.
     """
-    stack: Any = require_pruned(model, "cropr.load_queries")
-    queries, about = read_queries(path)
-    dim = len(stack[0].query())
-    if len(queries) < len(stack) or queries.shape[1] != dim:
+    modules = require_pruned(model, "cropr.load_queries")
+    queries, metadata = read_queries(path)
+    dim = len(modules.scorer(0).query())
+    if len(queries) < len(modules) or queries.shape[1] != dim:
         raise ValueError(
-            f"cropr.load_queries: the model has {len(stack)} modules of width {dim}, {path} queries of shape "
+            f"cropr.load_queries: the model has {len(modules)} modules of width {dim}, {path} queries of shape "
             f"{tuple(queries.shape)}; calibrate this model"
         )
-    _set_queries(stack, queries.to(next(model.parameters()).device))
-    said = Fusion.of(about.get("llf"))
-    _settle_fusion(stack, "host" if said is None else said.restore or "left")
+    _set_queries(modules, queries.to(next(model.parameters()).device))
+    saved_fusion = Fusion.from_saved(metadata.get("llf"))
+    restore: Restore = "track_parent" if saved_fusion is None else saved_fusion.restore or "as_pruned"
+    _mark_calibrated(modules, restore)
     return model
 
 
 class Agreement(NamedTuple):
-    """What a rate leaves of the unpruned model's answers."""
+    """The agreement of a model at one rate with the unpruned model."""
 
     rate: int
     agreement: float  # share of images with the same top class; of features the mean cosine
@@ -287,17 +324,17 @@ class Agreement(NamedTuple):
 
 @torch.inference_mode()
 def agreement(
-    model: Any, images: Tensor | Iterable[Any], rates: Iterable[int], *, batch_size: int = 32, **kwargs: Any
+    model: nn.Module, images: Images, rates: Iterable[int], *, batch_size: int = 32, **kwargs: object
 ) -> list[Agreement]:
     """Compare a pruned model at several rates with the same model unpruned, without labels.
 
     Args:
-        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output, or a transformers output
+        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output, or a Hugging Face output
             that holds them; it is read only.
         images: as in `calibrate`; others than it was calibrated on.
         rates: tokens dropped per module.
-        batch_size: images at a time where `images` is one tensor.
-        kwargs: what else the model is called with.
+        batch_size: images at a time if `images` is one tensor.
+        kwargs: further arguments of the model.
 
     Raises:
         TypeError: the model is not pruned.
@@ -305,12 +342,14 @@ def agreement(
     """
     classifies = require_pruned(model, "cropr.agreement").spec.num_classes > 0
     warn_of_random_queries(model, "cropr.agreement", 4)
-    fast, device = deploy(model), next(model.parameters()).device
-    rates, flops = [*rates], dict[int, int]()
+    deployed = deploy(model)
+    device = next(model.parameters()).device
+    rates = [*rates]
+    flops: dict[int, int] = {}
     outputs: dict[int, list[Tensor]] = {}
     for batch in _batches(images, batch_size):
         for rate in dict.fromkeys((0, *rates)):
-            tower = set_rate(fast, rate).cropr.spec.tower
+            tower = modules_of(set_rate(deployed, rate)).spec.tower
             with nullcontext() if rate in flops else flop_counter() as counter:
                 output = outputs_of(tower(batch.to(device), **kwargs)).double()
             outputs.setdefault(rate, []).append(output)
@@ -318,18 +357,21 @@ def agreement(
                 flops[rate] = counter.get_total_flops()
     if not outputs:
         raise ValueError("cropr.agreement: needs at least one image, got none")
-    expected, rows = torch.cat(outputs[0]), []
-    for rate in rates:
-        own = torch.cat(outputs[rate])
-        if classifies:
-            divergence = F.kl_div(own.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
-            same = (expected.argmax(1) == own.argmax(1)).double().mean()
-        else:
-            same, divergence = F.cosine_similarity(expected, own).mean(), torch.tensor(float("nan"))
-        rows.append(Agreement(rate, same.item(), divergence.item(), flops[0] / flops[rate]))
-    return rows
+    unpruned = torch.cat(outputs[0])
+    return [
+        Agreement(rate, *_compare(torch.cat(outputs[rate]), unpruned, classifies), flops[0] / flops[rate])
+        for rate in rates
+    ]
 
 
-def recommend(rows: Iterable[Agreement], least: float = 0.95) -> Agreement | None:
-    """The highest rate that agrees with the unpruned model at least so much, or None."""
-    return max((row for row in rows if row.agreement >= least), key=lambda row: row.rate, default=None)
+def _compare(pruned: Tensor, unpruned: Tensor, classifies: bool) -> tuple[float, float]:
+    """Agreement and divergence of outputs (B, classes) or (B, D)."""
+    if not classifies:
+        return F.cosine_similarity(unpruned, pruned).mean().item(), math.nan
+    divergence = F.kl_div(pruned.log_softmax(1), unpruned.log_softmax(1), reduction="batchmean", log_target=True)
+    return (unpruned.argmax(1) == pruned.argmax(1)).double().mean().item(), divergence.item()
+
+
+def recommend(rows: Iterable[Agreement], minimum: float = 0.95) -> Agreement | None:
+    """Return the highest rate with at least this agreement, or None."""
+    return max((row for row in rows if row.agreement >= minimum), key=lambda row: row.rate, default=None)

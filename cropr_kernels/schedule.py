@@ -1,8 +1,8 @@
 """Pruning schedules: how many tokens are kept after each block.
 
-Modules sit after every block but the last; with Last Layer Fusion after every block but the last two, since what the
-module before the last block drops would come straight back (paper section 3.2); where more blocks see all tokens, so
-many fewer.
+Modules are after every block but the last; with Last Layer Fusion after every block but the last two, since tokens that
+the module before the last block dropped would return at once (paper section 3.2); one fewer for each further block that
+sees all tokens.
 """
 
 import json
@@ -11,27 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEDULES = ("rate", "keep", "ratio", "const")  # the ways to say it
+SCHEDULES = ("rate", "keep", "ratio", "const")  # alternatives
 
 
 def num_modules(depth: int, llf: int) -> int:
-    """How many Cropr modules a network of `depth` blocks holds, of which the last `llf` see all tokens by fusion.
+    """Count the Cropr modules of a network of `depth` blocks, of which the last `llf` see all tokens by fusion.
 
-    ValueError if it is too shallow for one.
+    Raises ValueError if it is too shallow for one.
     """
     last = 1 + llf
     if depth <= last:
-        raise ValueError(f"schedule: depth must be at least {last + 1} {_how(llf)}, got {depth}")
+        raise ValueError(f"schedule: depth must be at least {last + 1} {_describe_llf(llf)}, got {depth}")
     return depth - last
 
 
-def _how(llf: int) -> str:
+def _describe_llf(llf: int) -> str:
     return "without LLF" if not llf else "with LLF" if llf == 1 else f"with LLF over {llf} blocks"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many tokens are kept after each block: exactly one of rate, keep, ratio and const.
+    """The number of tokens kept after each block: exactly one of rate, keep, ratio and const.
 
     Args:
         rate: R >= 0, tokens dropped in every module, and P mod 4 more in the first, so that counts stay multiples of 4:
@@ -39,10 +39,10 @@ class Schedule:
         keep: the counts themselves, one per module, never rising; or a file that `cropr tune` wrote.
         ratio: the share, in (0, 1], of the patches each module receives that it keeps, rounded up.
         const: (after, count), to prune once: `count` tokens are kept after the first `after` blocks, and from then on.
-        share: in [0, 1], how much of all that is pruned; a smaller rate where there is a rate.
+        share: in [0, 1], of the pruned tokens that are pruned; of the rate, if there is one.
 
     Raises:
-        ValueError: none or several are given, one is out of range, or the file holds no schedule.
+        ValueError: not exactly one is given, it is out of range, or the file holds no schedule.
         FileNotFoundError: there is no such file.
     """
 
@@ -53,20 +53,21 @@ class Schedule:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        given = [name for name in SCHEDULES if getattr(self, name) is not None]
-        if len(given) != 1:
-            one = "exactly one of rate, keep, ratio and const"
-            raise ValueError(f"schedule: give {one}, got {', '.join(given) or 'none'}")
+        names = [name for name in SCHEDULES if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(
+                f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(names) or 'none'}"
+            )
         if self.rate is not None and self.rate < 0:
             raise ValueError(f"schedule: rate must be >= 0, got {self.rate}")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"schedule: ratio must be in (0, 1], got {self.ratio}")
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"schedule: share must be in [0, 1], got {self.share}")
-        for name in ("keep", "const"):  # as values that can be compared and hashed
+        for name in ("keep", "const"):  # as tuples, which can be hashed
             counts = getattr(self, name)
             if counts is not None:
-                counts = _read(Path(counts)) if isinstance(counts, str | Path) else counts
+                counts = _read_counts(Path(counts)) if isinstance(counts, str | Path) else counts
                 object.__setattr__(self, name, tuple(counts))
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int = 1, llf: int = 0) -> list[int]:
@@ -76,7 +77,7 @@ class Schedule:
             num_tokens: tokens that enter the network, prefix included.
             depth: blocks of the network.
             num_prefix: P, tokens that are never dropped (class token, registers).
-            llf: how many last blocks see all tokens by Last Layer Fusion; True is 1.
+            llf: number of last blocks that see all tokens by Last Layer Fusion; True is 1.
 
         Raises:
             ValueError: the network is too shallow, the schedule is for another number of modules, or a module would
@@ -88,27 +89,32 @@ class Schedule:
             first = num_tokens - rate - (num_prefix % 4 if rate else 0)
             counts = [first - rate * module for module in range(modules)]
             if counts[-1] <= num_prefix:
-                most = max(num_tokens - num_prefix - 1 - num_prefix % 4, 0) // modules
+                highest = max(num_tokens - num_prefix - 1 - num_prefix % 4, 0) // modules
                 raise ValueError(
-                    f"schedule: rate must be at most {most} for {num_tokens} tokens and {modules} modules, so that one "
-                    f"patch is left beside the {num_prefix} prefix tokens, got {rate}"
+                    f"schedule: rate must be at most {highest} for {num_tokens} tokens and {modules} modules, so that "
+                    f"one patch is left beside the {num_prefix} prefix tokens, got {rate}"
                 )
             return self._checked(counts, num_tokens, num_prefix)
         if isinstance(self.keep, tuple):
             counts = list(self.keep)
             if len(counts) != modules:
-                what = f"{modules} counts for {depth} blocks {_how(llf)}, got {len(counts)}"
-                raise ValueError(f"schedule: keep must list {what}")
+                raise ValueError(
+                    f"schedule: keep must list {modules} counts for {depth} blocks {_describe_llf(llf)}, got "
+                    f"{len(counts)}"
+                )
         elif self.ratio is not None:
-            patches, counts = num_tokens - num_prefix, []
+            patches = num_tokens - num_prefix
+            counts = []
             for _ in range(modules):
                 patches = math.ceil(self.ratio * patches)
                 counts.append(num_prefix + patches)
         else:
             const = self.const or ()
             if len(const) != 2 or not 1 <= const[0] <= modules:
-                where = f"after in [1, {modules}] for {depth} blocks {_how(llf)}"
-                raise ValueError(f"schedule: const must be (after, count), {where}, got {const}")
+                raise ValueError(
+                    f"schedule: const must be (after, count), after in [1, {modules}] for {depth} blocks "
+                    f"{_describe_llf(llf)}, got {const}"
+                )
             counts = [num_tokens] * (const[0] - 1) + [const[1]] * (modules - const[0] + 1)
         counts = self._checked(counts, num_tokens, num_prefix)
         return [num_tokens - int(self.share * (num_tokens - count)) for count in counts]
@@ -123,11 +129,11 @@ class Schedule:
         return counts
 
     def __str__(self) -> str:
-        [one] = [f"{name}={value}" for name, value in list(vars(self).items())[:4] if value is not None]
-        return one + ("" if self.share == 1.0 else f", {self.share:.0%} of it")
+        [schedule] = [f"{name}={getattr(self, name)}" for name in SCHEDULES if getattr(self, name) is not None]
+        return schedule + ("" if self.share == 1.0 else f", {self.share:.0%} of it")
 
 
-def _read(path: Path) -> list[int]:
+def _read_counts(path: Path) -> list[int]:
     try:
         counts = json.loads(path.read_text())["keep"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:

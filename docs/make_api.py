@@ -41,6 +41,7 @@ def signature(name: str, member: Any) -> str:
     text = f"{name}{arguments}"
     for module in MODULES:
         text = text.replace(module, "")
+    text = text.replace("~", "")  # of type variables
     return re.sub(r"cropr_kernels(\.\w+)*\.(?=[A-Z])", "", text).removesuffix(" -> None")
 
 

@@ -73,7 +73,7 @@ def pretrained_subject(weights: str) -> Subject:
             top, left = (int(torch.randint(side // 3 + 1, (), generator=generator)) for side in (height, width))
             crop = photos[i % len(photos)][:, top : top + height, left : left + width]
             batch.append(crop.flip(2) if i // len(photos) % 2 else crop)
-        return pixels.normalise(torch.stack(batch))
+        return pixels.normalize(torch.stack(batch))
 
     paths = sorted(PHOTOS.glob("*.jpg"))
     calibration = [path for path in paths if path.stem in CALIBRATION_PHOTOS]
@@ -91,7 +91,7 @@ def pretrained_subject(weights: str) -> Subject:
         images=crops(comparison),
         labels=None,
         pictures=pictures,
-        inputs=pixels.normalise(pictures),
+        inputs=pixels.normalize(pictures),
         rates=(4, 8, 12),
         batch=16,
     )

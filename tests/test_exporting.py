@@ -69,15 +69,15 @@ def test_plain_operators_find_and_add_hosts_as_the_ops_do(shape):
 
 
 CASES = [
-    ("reference", {"llf": "host", "merge": True}),
+    ("reference", {"llf": "track_parent", "merge": True}),
     ("reference, registers", {"llf": True}),
-    ("timm EVA-02", {"llf": "host"}),
+    ("timm EVA-02", {"llf": "track_parent"}),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
             ("reference", {}),
             ("reference", {"llf": True}),
-            ("reference", {"llf": "host"}),
+            ("reference", {"llf": "track_parent"}),
             ("reference", {"merge": True}),
             ("reference", {"merge": cropr.Merge(candidates=2.0)}),
             ("timm ViT, no class token", {}),
@@ -150,7 +150,7 @@ def packages(tmp_path_factory):
     folder, photo = tmp_path_factory.mktemp("packages"), ROOT / "examples" / "photos" / "china.jpg"
     image.open(photo).save(folder / "photo.ppm")
     pixels = cropr.Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)
-    model, images = pruned(rate=9, llf=True), pixels.normalise(pixels.load(photo))[None]
+    model, images = pruned(rate=9, llf=True), pixels.normalize(pixels.load(photo))[None]
     for format in ("torch", "aoti"):
         for kind in ("cropr", "aten"):
             done = cropr.export(model, images, folder / f"{format}_{kind}.pt2", format=format, ops=kind)

@@ -40,21 +40,21 @@ def test_monotone_costs_keep_their_mean_and_never_fall(costs):
 
 
 def test_between_what_was_measured_the_curve_is_straight():
-    costs = tuning.filled({10: 0.0, 22: 6.0, 30: 6.0}, 4)
+    costs = tuning.interpolate({10: 0.0, 22: 6.0, 30: 6.0}, 4)
     assert costs == {10: 0.0, 12: 1.0, 16: 3.0, 20: 5.0, 22: 6.0, 24: 6.0, 28: 6.0, 30: 6.0}
     assert tuning.efficient(costs)[-1] == 30 and 24 not in tuning.efficient(costs)
 
 
 @pytest.mark.parametrize("forward", [1e-4, 0.05, 0.25, 1.0])
 def test_tuning_is_planned_to_take_less_than_two_minutes(forward):
-    counts, rounds, checks = tuning.plan(forward, None)
+    counts, rounds, checks = tuning.measurement_budget(forward, None)
     assert 8 <= counts <= 50 and 3 <= rounds <= 9 and 3 <= checks <= 18
     assert forward * (0.6 * (counts + 2) * (rounds + 1) + 4 * 1.7 * (checks + 1)) < 110
-    assert tuning.plan(forward, 5)[1:] == (5, 10)  # what is asked for is done
+    assert tuning.measurement_budget(forward, 5)[1:] == (5, 10)  # what is asked for is done
 
 
 def test_a_fast_model_is_measured_at_every_count_and_a_slow_one_at_few():
-    assert tuning.plan(1e-3, None) == (50, 9, 18) and tuning.plan(60.0, None) == (8, 3, 3)
+    assert tuning.measurement_budget(1e-3, None) == (50, 9, 18) and tuning.measurement_budget(60.0, None) == (8, 3, 3)
 
 
 def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
@@ -107,7 +107,7 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize("llf", [False, True, cropr.Fusion("host", 2)])
+@pytest.mark.parametrize("llf", [False, True, cropr.Fusion("track_parent", 2)])
 def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     model = cropr.apply(reference_vit(depth=6), rate=0, llf=llf, num_outputs=0)
     tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
@@ -186,8 +186,10 @@ def test_the_command_measures_and_writes(clock, tmp_path, capsys):
     arguments = ["tune", "vit_tiny_patch16_224", "--rounds", "1", "--quiet", "--out", str(out)]
     assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert "measured" in text and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='host', blocks=1))" in text
-    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"] == "host"
+    assert (
+        "measured" in text and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='track_parent', blocks=1))" in text
+    )
+    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"] == "track_parent"
     assert found["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10) and found["measured"] >= 1.2 * 0.98
     assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1

@@ -70,8 +70,8 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "last block": {
         "Cropr, LLF": DEC_LLF | CALIBRATED,
-        "Cropr, LLF, host": DEC_LLF | CALIBRATED | dict(restore="host"),
-        "Cropr, merging, LLF, host": DEC_LLF | CALIBRATED | dict(restore="host", merge=True),
+        "Cropr, LLF, host": DEC_LLF | CALIBRATED | dict(restore="track_parent"),
+        "Cropr, merging, LLF, host": DEC_LLF | CALIBRATED | dict(restore="track_parent", merge=True),
         "Cropr, LLF, last block 10x as fast": DEC_LLF | CALIBRATED | dict(last_block_lr_scale=10.0),
         "no pruning, last block 10x as fast": dict(last_block_lr_scale=10.0),
     },

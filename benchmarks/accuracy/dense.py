@@ -82,7 +82,7 @@ def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[s
         return {}
     images = torch.stack([data.val[i][0][:, :side, :side] for i in range(photos)])
     config = backbone.cropr.config
-    fused = backbone.blocks[-config.whole_blocks]
+    fused = backbone.blocks[-config.full_blocks]
     block_inputs: list[Tensor] = []
 
     def keep_patches(block: Any, args: tuple[Tensor, ...]) -> None:

@@ -30,18 +30,18 @@ from cropr_kernels.utils.flops import flop_counter
 PHOTOS = sorted((ROOT / "examples" / "photos").glob("*.jpg"))
 PICTURED = ("astronaut", "coffee", "china")
 METHODS: dict[str, dict[str, Any]] = {
-    'dropping, "left"': dict(merge=False, llf="left"),
-    'dropping, "host"': dict(merge=False, llf="host"),
+    'dropping, "left"': dict(merge=False, llf="as_pruned"),
+    'dropping, "host"': dict(merge=False, llf="track_parent"),
     'dropping, "host", behind the last block': dict(merge=False, llf=cropr.Fusion(blocks=0)),
     "merging, copies": dict(merge=True),
-    'merging, "left"': dict(merge=True, llf="left"),
-    'merging, "host"': dict(merge=True, llf="host"),
+    'merging, "left"': dict(merge=True, llf="as_pruned"),
+    'merging, "host"': dict(merge=True, llf="track_parent"),
     'merging, "host", behind the last block': dict(merge=True, llf=cropr.Fusion(blocks=0)),
 }
 PANELS = {
-    'dropping, "left"': 'dropped, restored as they were\nllf="left", as published',
-    'dropping, "host"': 'dropped, with the change\nof their hosts: llf="host"',
-    'merging, "host"': 'merged, with the change\nof their hosts: llf="host"',
+    'dropping, "left"': 'dropped, restored as they were\nllf="as_pruned", as published',
+    'dropping, "host"': 'dropped, with the change\nof their hosts: llf="track_parent"',
+    'merging, "host"': 'merged, with the change\nof their hosts: llf="track_parent"',
 }
 
 

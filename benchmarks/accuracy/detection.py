@@ -28,8 +28,8 @@ PRUNED = LEARNED | dict(fixed_queries=True)
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {},
     "Cropr": PRUNED,
-    "Cropr, host": PRUNED | dict(restore="host"),
-    "Cropr, merging, host": PRUNED | dict(restore="host", merge=True),
+    "Cropr, host": PRUNED | dict(restore="track_parent"),
+    "Cropr, merging, host": PRUNED | dict(restore="track_parent", merge=True),
     "random": PRUNED | dict(calibrate=0),
     "variance": PRUNED | dict(calibrate=0),
     "attention top-k": PRUNED | dict(calibrate=0),

@@ -60,9 +60,9 @@ METHODS = {
 }  # and SCALED, whose factors are solved for
 FUSIONS = {  # of the package
     "no LLF": False,
-    "left": "left",
-    "host's change": "host",
-    "host's change, two last blocks": cropr.Fusion("host", 2),
+    "left": "as_pruned",
+    "host's change": "track_parent",
+    "host's change, two last blocks": cropr.Fusion("track_parent", 2),
     "host's change, behind the last block": cropr.Fusion(blocks=0),
 }
 

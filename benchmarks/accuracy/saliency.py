@@ -49,12 +49,12 @@ BASELINES: dict[str, tuple[Make, bool]] = {  # factory of the reducer, and Last 
     "ToMe": (SYSTEMS["ToMe"], False),
 }
 CALIBRATED: dict[str, dict[str, Any]] = {
-    "dropping, LLF": dict(llf="left"),
-    "dropping, LLF by hosts": dict(llf="host"),
+    "dropping, LLF": dict(llf="as_pruned"),
+    "dropping, LLF by hosts": dict(llf="track_parent"),
     "dropping, by hosts behind the last block": dict(llf=cropr.Fusion(blocks=0)),
     "merging": dict(merge=True),
-    "merging, LLF": dict(merge=True, llf="left"),
-    "merging, LLF by hosts": dict(merge=True, llf="host"),
+    "merging, LLF": dict(merge=True, llf="as_pruned"),
+    "merging, LLF by hosts": dict(merge=True, llf="track_parent"),
     "merging, by hosts behind the last block": dict(merge=True, llf=cropr.Fusion(blocks=0)),
 }
 METHODS = [*BASELINES, *CALIBRATED]

@@ -48,7 +48,7 @@ from benchmarks.models.timing import gflops
 from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.timing import quantile, speed_up, timed
 from cropr_kernels.models.vit import ViT
-from cropr_kernels.tuning import filled
+from cropr_kernels.tuning import interpolate
 
 RATES = (5, 11, 14)  # 1.2, 1.5 and 1.7 times fewer FLOPs
 SIZE = 224  # pixels a side
@@ -163,7 +163,7 @@ def choose_schedules(options: argparse.Namespace, base: ViT) -> None:
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     rows = [row | {"batch": None} for row in fixed_schedules(network)]
     photos, _ = read_photos(options.data / DATA["Tiny-ImageNet"], TRAIN, options.estimate, CHOSEN_ON)
-    accuracy = filled(estimated_accuracy(base, photos, 4), 1)
+    accuracy = interpolate(estimated_accuracy(base, photos, 4), 1)
     token_counts = range(network.tokens, network.prefix, -options.step)
     models_by_count = {n: build(base, model, [n] * network.modules, "dropping") for n in token_counts}
     for batch in options.batches:

@@ -26,8 +26,8 @@ SIDE = 160  # of the crops
 METHODS: dict[str, dict[str, Any]] = {
     "no pruning": {},
     "LLF": PRUNED | dict(llf=True),
-    "LLF, host": PRUNED | dict(llf=True, restore="host"),
-    "merging, LLF, host": PRUNED | dict(llf=True, restore="host", merge=True),
+    "LLF, host": PRUNED | dict(llf=True, restore="track_parent"),
+    "merging, LLF, host": PRUNED | dict(llf=True, restore="track_parent", merge=True),
     "token concatenation": PRUNED,
     "cross-attention": PRUNED,
     "cross-attention + concatenation": PRUNED,

@@ -134,7 +134,7 @@ class CroprMerge(Reducer):
         if self.checkerboard:
             priority = checkerboard(x, (self.side, self.side), num_prefix)[self.merges % 2]
             priority = priority if context.positions is None else priority.gather(1, context.positions)
-        num_targets = self.merge.num_safe(x.shape[1], num_keep, num_prefix)
+        num_targets = self.merge.num_targets(x.shape[1], num_keep, num_prefix)
         target_idx, candidate_idx = ops.select(scores, num_targets, num_prefix, priority)
         prefix_idx = target_idx[:, :num_prefix]
         target_idx = target_idx[:, num_prefix:]

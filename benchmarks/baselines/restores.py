@@ -82,11 +82,9 @@ def run_trunk(
         else:
             scores = size_adjusted_scores(scores, sizes.gather(1, active), merge.size_weight, prefix)
             priority = colours[len(departures) % 2].gather(1, active)
-            split = ops.select(scores, merge.num_safe(rows.shape[1], count, prefix), prefix, priority)
+            split = ops.select(scores, merge.num_targets(rows.shape[1], count, prefix), prefix, priority)
             target_idx, candidate_idx = (active.gather(1, part) for part in split)
-            cost_scale = torch.ones_like(sizes).scatter(
-                1, active, cost_scales(raw_scores, scores, COST_WEIGHT, prefix)
-            )
+            cost_scale = torch.ones_like(sizes).scatter(1, active, cost_scales(raw_scores, scores, COST_WEIGHT, prefix))
             after = before.clone()
             kept_idx, idx, _ = ops.merge_(
                 after, target_idx, candidate_idx, sizes, parent, count, prefix, cost_scale=cost_scale

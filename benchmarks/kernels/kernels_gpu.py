@@ -113,7 +113,7 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     sizes = torch.ones(batch, n, device=device)
     parent = torch.arange(n, device=device).repeat(batch, 1)
     cost_scale = torch.ones_like(sizes)
-    num_targets = cropr.Merge().num_safe(n, keep, 1)
+    num_targets = cropr.Merge().num_targets(n, keep, 1)
 
     def merging(y: Tensor) -> Tensor:
         split = ops.add_select_(y, None, update, None, query, num_targets, 1, sizes, 2.0, None, cost_scale, COST_WEIGHT)

@@ -27,8 +27,8 @@ _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
 # fusion.
 _MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
-    ({"init_values": 1e-5}, {"merge": True, "llf": "host"}),
-    ({"rope": True, "swiglu": True, "qkv": "joint_eva", "global_pool": "avg"}, {"llf": "host"}),
+    ({"init_values": 1e-5}, {"merge": True, "llf": "track_parent"}),
+    ({"rope": True, "swiglu": True, "qkv": "joint_eva", "global_pool": "avg"}, {"llf": "track_parent"}),
 ]
 
 

@@ -25,7 +25,7 @@ from .outputs import check_file, checked_rates
 def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:
     """Yield photos in batches of 16; collect those that cannot be read."""
     readable = read_photos(each(paths, label, show=show), pixels.load, unreadable)
-    photos = (pixels.normalise(photo) for _, photo in readable)
+    photos = (pixels.normalize(photo) for _, photo in readable)
     while batch := list(islice(photos, 16)):
         yield torch.stack(batch)
 

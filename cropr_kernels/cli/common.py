@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration import load_queries, read_queries
-from ..models.factory import create_model, is_transformers_folder, require_own_head
+from ..models.factory import create_model, is_transformers_folder, require_pretrained_head
 from ..models.pixels import Pixels, pixels_of
 from ..pruning.api import apply, set_rate
 from ..pruning.fusion import Fusion
@@ -73,7 +73,7 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     else:
         model = create_model(name, pretrained=pretrained, **architecture)
         if pretrained and "num_classes" in architecture:
-            require_own_head(name, model, architecture["num_classes"])
+            require_pretrained_head(name, model, architecture["num_classes"])
         pixels = pixels_of(model, architecture.get("arch", name))
     trained = is_pruned(model)
     requested = _pruning_options(options)
@@ -113,7 +113,7 @@ def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Pa
     if queries is not None:
         metadata = read_queries(queries)[1]
         saved = {name: metadata[name] for name in SCHEDULES if metadata.get(name) is not None}
-        saved["llf"] = Fusion.of(metadata.get("llf")) or False
+        saved["llf"] = Fusion.from_saved(metadata.get("llf")) or False
         merge = metadata.get("merge")
         saved["merge"] = Merge(**merge) if isinstance(merge, dict) else bool(merge)
     schedule = _schedule_of(requested) or _schedule_of(saved) or default

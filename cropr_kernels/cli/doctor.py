@@ -24,8 +24,8 @@ from .info import versions
 SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "T": 110, "C": 87, "F": 64, "P": 196, "H": 3}
 NETWORKS: dict[str, dict[str, Any]] = {
     "network": {"rate": 8},
-    "network with Last Layer Fusion": {"rate": 8, "llf": "host"},
-    "network that merges": {"rate": 8, "merge": True, "llf": "host"},
+    "network with Last Layer Fusion": {"rate": 8, "llf": "track_parent"},
+    "network that merges": {"rate": 8, "merge": True, "llf": "track_parent"},
 }
 # Tolerances of results, relative and absolute; and of a network's logits, over their norm: in 16
 # bits rounding may change which token is pruned.

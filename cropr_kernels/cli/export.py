@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         paths = find_named_photos(options.images)
         photos = torch.stack([pixels.load(paths[i % len(paths)]) for i in range(options.batch)])
-    images = pixels.normalise(photos).to(device, dtype)
+    images = pixels.normalize(photos).to(device, dtype)
     stem = Path(options.model).stem
     rows = [["PyTorch", "cropr", "", ""]]
     fast = deploy(model.to(device, dtype))

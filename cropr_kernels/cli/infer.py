@@ -134,7 +134,7 @@ def results(
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
-    output = outputs_of(model(pixels.normalise(torch.stack(photos)).to(device, dtype))).float().cpu()
+    output = outputs_of(model(pixels.normalize(torch.stack(photos)).to(device, dtype))).float().cpu()
     readable = [row for row in rows if row["error"] is None]
     for row, values in zip(readable, output):
         if not values.isfinite().all():

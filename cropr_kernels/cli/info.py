@@ -71,7 +71,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         gflops.append(counter.get_total_flops() / 2e9)
     tokens = spec.num_prefix + modules.config.grid[0] * modules.config.grid[1]
     counts = modules.config.counts(tokens, depth, spec.num_prefix)
-    num_full = modules.config.whole_blocks
+    num_full = modules.config.full_blocks
     full_blocks = ""
     if num_full:
         full_blocks = ", all in the last block" if num_full == 1 else f", all in the last {num_full} blocks"

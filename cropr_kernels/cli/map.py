@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     photos = torch.stack([photo for _, photo in readable])
     print(f"photos: {pixels}{describe_skipped(skipped)}")
     print("".join(f"skipped {line}\n" for line in unreadable), end="")
-    images = pixels.normalise(photos)
+    images = pixels.normalize(photos)
     calibrated = options.queries is None and not trained
     if calibrated:
         calibration.calibrate(model, each(images.split(16), "calibrating", show=show))

@@ -87,7 +87,7 @@ def _load_classifier(options: argparse.Namespace) -> tuple[Task, Config, Data]:
             f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no {folder}"
         )
     image_folder = import_optional("torchvision.datasets", "train", "cropr eval").ImageFolder
-    val = image_folder(folder, transform=pixels.normalise, loader=pixels.load)
+    val = image_folder(folder, transform=pixels.normalize, loader=pixels.load)
     if len(val.classes) != find_spec(model).num_classes:
         expected = f"{find_spec(model).num_classes} folders, one for each class of the model and in their order"
         raise ValueError(f"{folder} must hold {expected}, got {len(val.classes)}")

@@ -1,6 +1,7 @@
-"""Models named and built again: what made a model, as plain values, and whether they make the same one."""
+"""Architectures of models as plain values, from which the same model can be built."""
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import nn
 
 from ..utils.optional import import_optional
-from .adapters.base import known_classes, own_class
+from .adapters.base import base_class, known_classes
 from .vit import ViT, ViTConfig
 
-# What timm's constructors take, and where a model of timm has it.
-_TIMM = {
+Architecture = dict[str, Any]  # plain values, which a file holds
+
+# Options of timm's constructors, and the attribute of a timm model that holds each.
+_TIMM_OPTIONS = {
     "num_classes": "num_classes",
     "global_pool": "global_pool",
     "img_size": "patch_embed.img_size",
@@ -26,84 +29,99 @@ _TIMM = {
     "no_embed_class": "no_embed_class",
     "dynamic_img_size": "dynamic_img_size",
 }
-# Of training, of the machine, or what pruning changes.
-_FREE = {"training", "p", "drop_prob", "inplace", "scale_by_keep", "grad_checkpointing", "fused_attn", "num_prefix"}
-_FREE |= {"num_prefix_tokens", "dropout", "attention_dropout"}
+# Attributes of training or of the machine, or that pruning changes.
+_IGNORED = {"training", "p", "drop_prob", "inplace", "scale_by_keep", "grad_checkpointing", "fused_attn", "num_prefix"}
+_IGNORED |= {"num_prefix_tokens", "dropout", "attention_dropout"}
 
 
-def architecture_of(model: Any) -> dict[str, Any] | None:
-    """What makes a model such as this one, for `build`; None where nothing that can be named does.
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """Describe a model for `build`; None if no known constructor makes it.
 
-    Known are `cropr_kernels.ViT`, models that timm made by name, and torchvision's. Dropout and stochastic depth, of
-    training alone, are not told apart.
+    Known are `cropr_kernels.ViT`, models that timm made by name, and torchvision's. Dropout and stochastic depth, which
+    only training uses, are ignored.
     """
-    found: dict[str, Any] | None = None
-    families: Any = known_classes("torchvision.models.vision_transformer", "VisionTransformer")
-    if isinstance(model, ViT):
-        found = {"library": "cropr_kernels", "options": asdict(model.config)}
-    elif isinstance(model, families):
-        names = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")
-        layers = model.encoder.layers
-        options = {name: getattr(model, name) for name in names}
-        options |= {"num_layers": len(layers), "num_heads": layers[0].num_heads}
-        found = {"library": "torchvision", "options": options}
-    elif (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
-        about = {key: value for key, value in model.pretrained_cfg.items() if _is_plain(value)}
-        found = {"library": "timm", "name": about["architecture"], "options": {}, "pretrained_cfg": about}
-    if found is None:
+    architecture = _describe(model)
+    if architecture is None:
         return None
     with torch.device("meta"):
-        if found["library"] == "timm":
-            plain = build(found)
-            pairs = {name: (_look(plain, path), _look(model, path)) for name, path in _TIMM.items()}
-            found["options"] = {name: own for name, (default, own) in pairs.items() if own != default}
+        if architecture["library"] == "timm":
+            architecture["options"] = _changed_options(model, build(architecture))
         try:
-            return found if traits(build(found)) == traits(model) else None
+            return architecture if traits(build(architecture)) == traits(model) else None
         except (TypeError, ValueError, RuntimeError):  # options that its constructor does not take
             return None
 
 
-def build(about: dict[str, Any]) -> Any:
-    """The model that `architecture_of` described, in eval mode, with random weights."""
-    what, options = f"a model of {about['library']}", about["options"]
-    if about["library"] == "cropr_kernels":
+def _describe(model: nn.Module) -> Architecture | None:
+    """Describe a model of a known library; of timm, with its default options."""
+    if isinstance(model, ViT):
+        return {"library": "cropr_kernels", "options": asdict(model.config)}
+    if isinstance(model, known_classes("torchvision.models.vision_transformer", "VisionTransformer")):
+        names = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")
+        options = {name: getattr(model, name) for name in names}
+        options |= {"num_layers": _attribute(model, "encoder.layers.__len__")}
+        options |= {"num_heads": _attribute(model, "encoder.layers.0.num_heads")}
+        return {"library": "torchvision", "options": options}
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not config.get("architecture"):
+        return None
+    config = {key: value for key, value in config.items() if _is_plain(value)}
+    return {"library": "timm", "name": config["architecture"], "options": {}, "pretrained_cfg": config}
+
+
+def _changed_options(model: nn.Module, default: nn.Module) -> dict[str, object]:
+    """The constructor options in which a timm model differs from the default of its name."""
+    options = {name: _attribute(model, path) for name, path in _TIMM_OPTIONS.items()}
+    return {name: value for name, value in options.items() if value != _attribute(default, _TIMM_OPTIONS[name])}
+
+
+def build(architecture: Mapping[str, Any]) -> Any:
+    """Build the model that `architecture_of` described, in eval mode, with random weights."""
+    library = architecture["library"]
+    options = architecture["options"]
+    if library == "cropr_kernels":
         return ViT(ViTConfig(**options)).eval()
-    if about["library"] == "torchvision":
-        return import_optional("torchvision.models", "train", what).VisionTransformer(**options).eval()
-    model = import_optional("timm", "timm", what).create_model(about["name"], **options)
-    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in about["pretrained_cfg"].items()}
-    model.pretrained_cfg = model.default_cfg = saved
+    if library == "torchvision":
+        return import_optional("torchvision.models", "train", "a torchvision model").VisionTransformer(**options).eval()
+    model = import_optional("timm", "timm", "a timm model").create_model(architecture["name"], **options)
+    config = architecture["pretrained_cfg"]
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    model.pretrained_cfg = model.default_cfg = config
     return model.eval()
 
 
-def versions_of(about: dict[str, Any] | None) -> dict[str, str]:
-    """Versions of what makes a model, for the reader of a file."""
-    libraries = {"torch", "cropr_kernels", *([about["library"]] if about else [])}
+def versions_of(architecture: Mapping[str, Any] | None) -> dict[str, str]:
+    """Versions of the libraries of a model, for the reader of a file."""
+    libraries = {"torch", "cropr_kernels", *([architecture["library"]] if architecture else [])}
     return {name: importlib.import_module("importlib.metadata").version(name) for name in sorted(libraries)}
 
 
-def traits(model: nn.Module) -> dict[str, Any]:
-    """What tells two models apart but for their weights: modules, their plain attributes, shapes."""
-    found: dict[str, Any] = {}
+def traits(model: nn.Module) -> dict[str, tuple[type, dict[str, object], dict[str, tuple[int, ...]]]]:
+    """Class, plain attributes and shapes of each module: two models with equal traits differ in their weights only."""
+    modules = {}
     for path, module in model.named_modules():
-        if path.split(".")[0] != "cropr":
-            plain = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in _FREE}
-            shapes = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
-            kind = own_class(module)
-            kind = nn.Identity if kind.__name__ in ("DropPath", "Dropout") else kind
-            found[path] = kind, {name: value for name, value in plain.items() if _is_plain(value)}, shapes
-    found[""][1].pop("pretrained_cfg", None), found[""][1].pop("default_cfg", None)
-    return found
+        if path.split(".")[0] == "cropr":
+            continue
+        cls: type = base_class(module)
+        if cls.__name__ in ("DropPath", "Dropout"):
+            cls = nn.Identity
+        attributes = {name: value for name, value in vars(module).items() if name[0] != "_" and _is_plain(value)}
+        for name in _IGNORED | ({"pretrained_cfg", "default_cfg"} if module is model else set()):
+            attributes.pop(name, None)
+        shapes = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+        modules[path] = cls, attributes, shapes
+    return modules
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _look(model: Any, path: str) -> Any:
-    """An attribute of an attribute, None where there is none."""
+def _attribute(model: nn.Module, path: str) -> object:
+    """Look up an attribute of an attribute, or call a method; None if there is none. Tuples become lists."""
+    value: Any = model
     for name in path.split("."):
-        model = model[int(name)] if name.isdigit() else getattr(model, name, None)
-    return model() if callable(model) else list(model) if isinstance(model, tuple) else model
+        value = value[int(name)] if name.isdigit() else getattr(value, name, None)
+    return value() if callable(value) else list(value) if isinstance(value, tuple) else value

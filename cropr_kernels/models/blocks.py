@@ -1,20 +1,36 @@
-"""Attention that weighs tokens by how many they stand for, and rotary positions of the tokens that are active."""
+"""Attention that weighs tokens by their size, and rotary positions of the active tokens."""
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ops = torch.ops.cropr
 _LARGEST_HEAD = 256  # FlashAttention's limit
-_EXTRA = 8  # columns that the dimension of log(size) takes: rows stay multiples of 16 bytes
+_EXTRA = 8  # columns for the dimension of log(size), so that rows stay multiples of 16 bytes
+
+
+class TimmAttention(Protocol):
+    """An attention with timm's names: its projections are one matrix `qkv`, or three if that is None."""
+
+    num_heads: int
+    qkv: nn.Linear | None
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Linear
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 class Rotary(NamedTuple):
-    """Rotary positions of the active tokens, by position: timm's table (patches, 2 C), or transformers' pair."""
+    """Rotary positions of the active tokens, by position: timm's table (patches, 2 C), or Hugging Face's pair."""
 
     table: Any
     idx: Tensor | None
@@ -36,7 +52,7 @@ class Rotary(NamedTuple):
 def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
     """Rows of a rotary table for the patches at `positions` (B, K): (B, 1, K - P, C).
 
-    The table is (patches, C), or (B, patches, C) where the images of a batch have their own.
+    The table is (patches, C), or (B, patches, C) if the images of a batch have their own.
     """
     rows = positions[:, num_prefix:] - num_prefix
     if rope.ndim == 3:
@@ -45,14 +61,14 @@ def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
 
 
 def takes_extra_dimension(width: int, dtype: torch.dtype) -> bool:
-    """Whether heads of this width leave FlashAttention room for log(size): 16-bit, and at most 248 wide."""
+    """Tell whether FlashAttention takes heads of this width with log(size): 16-bit, and at most 248 wide."""
     return dtype in (torch.float16, torch.bfloat16) and width + _EXTRA <= _LARGEST_HEAD
 
 
 def attention_by_dimension(
     q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Proportional attention in which log(size) is one more dimension of q and k, so that no mask is needed.
+    """Compute proportional attention with log(size) as one more dimension of q and k, so that no mask is needed.
 
     q holds ones there, and k log(size) over the scale, which stays that of the original heads. k holds it in two
     parts, so that 16-bit keys lose nothing of it.
@@ -60,20 +76,21 @@ def attention_by_dimension(
     width = q.shape[-1]
     scale = width**-0.5 if scale is None else scale
     ones = q.new_ones(1).expand(*q.shape[:3], 2)
-    q, v = torch.cat([q, F.pad(ones, (0, _EXTRA - 2))], -1), F.pad(v, (0, _EXTRA))
-    k = torch.cat([k, F.pad(torch.stack(_in_two_parts(k, log_sizes, scale), -1), (0, _EXTRA - 2))], -1)
+    q = torch.cat([q, F.pad(ones, (0, _EXTRA - 2))], -1)
+    v = F.pad(v, (0, _EXTRA))
+    k = torch.cat([k, F.pad(torch.stack(_split_log_sizes(k, log_sizes, scale), -1), (0, _EXTRA - 2))], -1)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
 
 
-def _in_two_parts(k: Tensor, log_sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """log(size) over the scale in the dtype of k, (B, H, K), and what that has lost."""
+def _split_log_sizes(k: Tensor, log_sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return log(size) over the scale in the dtype of k, (B, H, K), and its rounding error."""
     bias = (log_sizes / scale).unsqueeze(1).expand(k.shape[:3])
     high = bias.to(k.dtype)
     return high, (bias - high).to(k.dtype)
 
 
-def pads_projection(attn: Any, x: Tensor) -> bool:
-    """Whether the extra dimension comes from a padded matrix `qkv`: it is one plain layer, smaller than its outputs."""
+def pads_projection(attn: TimmAttention, x: Tensor) -> bool:
+    """Tell whether to make the extra dimension by padding `qkv`: one plain layer, smaller than its outputs."""
     return (
         x.is_cuda
         and type(attn.qkv) is torch.nn.Linear
@@ -85,17 +102,18 @@ def pads_projection(attn: Any, x: Tensor) -> bool:
     )
 
 
-def attention_by_projection(attn: Any, x: Tensor, log_sizes: Tensor) -> Tensor:
-    """attention_by_dimension of the heads of x, which are projected with their extra columns, and not copied."""
-    weight, bias = attn.qkv.weight, attn.qkv.bias
+def attention_by_projection(attn: TimmAttention, x: Tensor, log_sizes: Tensor) -> Tensor:
+    """Compute `attention_by_dimension` of x, projecting the extra columns with the heads instead of copying these."""
+    qkv: nn.Linear = attn.qkv  # type: ignore[assignment]
+    weight = qkv.weight
     width = len(weight) // (3 * attn.num_heads)
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    bias = weight.new_zeros(len(weight)) if qkv.bias is None else qkv.bias
     columns = F.pad(bias.view(3, attn.num_heads, width), (0, _EXTRA))
     columns[0, :, width : width + 2] = 1
     rows = F.pad(weight.view(3, attn.num_heads, width, -1), (0, 0, 0, _EXTRA))
     heads = F.linear(x, rows.flatten(0, 2), columns.flatten())
     heads = heads.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    heads[1, ..., width], heads[1, ..., width + 1] = _in_two_parts(heads[1], log_sizes, width**-0.5)
+    heads[1, ..., width], heads[1, ..., width + 1] = _split_log_sizes(heads[1], log_sizes, width**-0.5)
     q, k, v = heads.unbind()
     return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
 
@@ -103,7 +121,7 @@ def attention_by_projection(attn: Any, x: Tensor, log_sizes: Tensor) -> Tensor:
 def attention_by_bias(
     q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Proportional attention in which log(size) is an additive mask, the same for every query."""
+    """Compute proportional attention with log(size) as an additive mask, the same for every query."""
     mask = log_sizes.to(q.dtype)[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
@@ -111,9 +129,9 @@ def attention_by_bias(
 def proportional_attention(
     q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal tokens (ToMe, section 3).
+    """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal tokens (ToMe, section 3).
 
-    On CUDA in 16 bits log(size) is one more dimension, and FlashAttention stays; elsewhere, and for heads that leave
+    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; elsewhere, and for heads that leave
     no room, it is a bias, which on a CPU costs less than copying q, k and v.
 
     Args:
@@ -128,41 +146,49 @@ def proportional_attention(
     return attention_by_bias(q, k, v, log_sizes, dropout_p, scale)
 
 
-def project_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, heads, N, C) of an attention with timm's names: one matrix `qkv`, or three."""
+def project_heads(attn: TimmAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute queries, keys and values (B, heads, N, C) of an attention."""
     if attn.qkv is None:
-        projected: Any = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        projected: Sequence[Tensor] = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     elif getattr(attn, "q_bias", None) is None:
         projected = attn.qkv(x).chunk(3, dim=-1)
     else:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        eva: Any = attn
+        bias = torch.cat([eva.q_bias, eva.k_bias, eva.v_bias])
         projected = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=-1)
     q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in projected)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 class SizeWeightedAttention(TorchFunctionMode):
-    """While it is on, scaled_dot_product_attention and nn.MultiheadAttention add log_sizes (B, K) to their logits.
+    """A mode in which scaled_dot_product_attention and nn.MultiheadAttention add log_sizes (B, K) to their logits.
 
-    So a block of any library weighs its tokens, and stays as it is. `seen` receives one entry per attention.
+    So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention.
     """
 
-    def __init__(self, log_sizes: Tensor, seen: list[bool] | None = None):
+    def __init__(self, log_sizes: Tensor, calls: list[bool] | None = None):
         super().__init__()
-        self.log_sizes, self.seen = log_sizes, [] if seen is None else seen
+        self.log_sizes = log_sizes
+        self.calls = [] if calls is None else calls
 
     @classmethod
-    def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[Any]:
-        """The mode, or nothing where no token weighs more than another."""
+    def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[object]:
+        """The mode, or nothing if all tokens weigh alike."""
         return nullcontext() if log_sizes is None else cls(log_sizes)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            self.seen.append(True)
+            self.calls.append(True)
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            self.seen.append(True)
+            self.calls.append(True)
             mask = self.log_sizes.to(args[0].dtype)
             if kwargs.get("key_padding_mask") is not None:
                 mask = mask + kwargs["key_padding_mask"]

@@ -1,23 +1,22 @@
-"""What models give: logits or features, as a tensor or in an output of transformers."""
-
-from typing import Any
+"""Outputs of models: logits or features, as a tensor or in a Hugging Face output."""
 
 from torch import Tensor, nn
 
 
-def outputs_of(output: Any) -> Tensor:
-    """The logits (B, classes) of an output, or the features (B, D) of whole images; ValueError if it has neither."""
+def outputs_of(output: object) -> Tensor:
+    """Return the logits (B, classes) of an output, or the features (B, D) of images; ValueError if it has neither."""
     if isinstance(output, Tensor):
         return output
     names = ("logits", "image_embeds", "pooler_output")
     for name in names:
-        if (found := getattr(output, name, None)) is not None:
-            return found
+        value = getattr(output, name, None)
+        if value is not None:
+            return value
     raise ValueError(f"the output of a model must be a tensor or hold {', '.join(names)}, got {type(output).__name__}")
 
 
-def remove_classifier(model: Any) -> None:
-    """Let a model end in the features (B, D) that its classifier reads, in place; TypeError if no name fits."""
+def remove_classifier(model: nn.Module) -> None:
+    """Make a model return the features (B, D) that its classifier reads, in place; TypeError if it has none."""
     for name in ("head", "classifier", "heads"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())

@@ -21,7 +21,7 @@ _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What a Vision Transformer is made of; names and defaults as in timm."""
+    """Options of a Vision Transformer; names and defaults as in timm."""
 
     img_size: int = 224
     patch_size: int = 16
@@ -38,7 +38,7 @@ class ViTConfig:
     reg_tokens: int = 0
     no_embed_class: bool = False  # position embedding covers the patches only
     global_pool: Literal["token", "avg"] = "token"
-    fc_norm: bool | None = None  # the last norm sits behind the pooling; None: with average pooling
+    fc_norm: bool | None = None  # the last norm is after the pooling; None: with average pooling
     drop_path_rate: float = 0.0
     # EVA-02
     qkv: Literal["joint", "joint_eva", "split"] = "joint"
@@ -81,8 +81,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        self.swiglu, self.split = config.swiglu, config.swiglu and config.scale_mlp
+        dim = config.embed_dim
+        hidden = int(dim * config.mlp_ratio)
+        self.swiglu = config.swiglu
+        self.split = config.swiglu and config.scale_mlp
         if self.split:
             self.fc1_g, self.fc1_x = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
         else:
@@ -105,7 +107,7 @@ def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, d
     """Sines and cosines of 2-D rotary positions, one row per patch: (height * width, 2 * head_dim) float32.
 
     Frequencies 10000^(-4 i / head_dim), the first half of the channels for the row, the second for the column;
-    coordinates are stretched to the grid the frequencies were trained at.
+    coordinates are scaled to the grid that the frequencies were trained at.
     """
     bands = 10000.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     axes = [torch.arange(size, device=device, dtype=torch.float32) for size in (height, width)]
@@ -119,12 +121,12 @@ def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, d
 def rotate(x: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
     """Apply rotary positions to the patches of x (B, heads, N, head_dim); prefix tokens pass unchanged.
 
-    rope: (patches, 2 * head_dim), or (B, 1, patches, 2 * head_dim) where images hold different patches.
+    rope: (patches, 2 * head_dim), or (B, 1, patches, 2 * head_dim) if images hold different patches.
     """
     prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
     sin, cos = rope.chunk(2, dim=-1)
-    turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
-    return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=2)
+    rotated = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([prefix, (patches * cos + rotated * sin).to(x.dtype)], dim=2)
 
 
 class Attention(nn.Module):
@@ -132,8 +134,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
-        self.num_heads, self.num_prefix, self.qkv = config.num_heads, config.num_prefix_tokens, None
+        dim = config.embed_dim
+        head_dim = dim // config.num_heads
+        self.num_heads = config.num_heads
+        self.num_prefix = config.num_prefix_tokens
+        self.qkv: nn.Linear | None = None
         if config.qkv == "split":
             self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim)
@@ -142,8 +147,8 @@ class Attention(nn.Module):
         if config.qkv == "joint_eva":
             self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
             self.register_buffer("k_bias", torch.zeros(dim), persistent=False)
-        self.q_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm: nn.Module = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm: nn.Module = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
@@ -159,11 +164,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, drop_path: float):
         super().__init__()
-        dim, scale = config.embed_dim, config.init_values
-        self.norm1, self.attn = _layer_norm(dim), Attention(config)
+        dim = config.embed_dim
+        scale = config.init_values
+        self.norm1 = _layer_norm(dim)
+        self.attn = Attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path1 = DropPath(drop_path)
-        self.norm2, self.mlp = _layer_norm(dim), Mlp(config)
+        self.norm2 = _layer_norm(dim)
+        self.mlp = Mlp(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path2 = DropPath(drop_path)
 
@@ -175,8 +183,10 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        side, grid = config.patch_size, config.img_size // config.patch_size
-        self.patch_size, self.grid_size = (side, side), (grid, grid)
+        side = config.patch_size
+        grid = config.img_size // side
+        self.patch_size = (side, side)
+        self.grid_size = (grid, grid)
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, side, side)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -185,7 +195,7 @@ class PatchEmbed(nn.Module):
 
 
 def resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, prefix + patches, D) of one grid at another (bicubic); those of the prefix stay."""
+    """Resize position embeddings (1, prefix + patches, D) from one grid to another (bicubic); the prefix stays."""
     grid = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
     return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
@@ -194,7 +204,7 @@ def resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tupl
 class ViT(nn.Module):
     """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the patch size.
 
-    The position embedding is resized (bicubic) to the grid of the images at hand. Rotary positions follow it.
+    The position embedding is resized (bicubic) to the grid of the images, and so are rotary positions.
     """
 
     def __init__(self, config: ViTConfig):
@@ -204,8 +214,11 @@ class ViT(nn.Module):
             raise ValueError("ViT: global_pool='token' needs class_token=True")
         if dim % config.num_heads:
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {dim}")
-        self.config, self.grid = config, config.img_size // config.patch_size
-        self.num_prefix_tokens, self.num_classes, self.embed_dim = config.num_prefix_tokens, config.num_classes, dim
+        self.config = config
+        self.grid = config.img_size // config.patch_size
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.num_classes = config.num_classes
+        self.embed_dim = dim
         self.global_pool = config.global_pool
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
@@ -222,7 +235,7 @@ class ViT(nn.Module):
         self._init_weights()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations of a block for backward, run it again instead."""
+        """Recompute the activations of blocks in backward instead of keeping them."""
         self.grad_checkpointing = enable
 
     def _init_weights(self) -> None:
@@ -242,15 +255,17 @@ class ViT(nn.Module):
         return resize_positions(self.pos_embed, prefix, (self.grid, self.grid), (height, width))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, P + patches, D) and, for rotary models, the rotary table (patches, 2 * head_dim)."""
-        patch, channels = self.config.patch_size, self.config.in_chans
+        """Embed images: tokens (B, P + patches, D) and, for rotary models, the table (patches, 2 * head_dim)."""
+        patch = self.config.patch_size
+        channels = self.config.in_chans
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"ViT: images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
         if images.shape[2] % patch or images.shape[3] % patch or not images.shape[2] or not images.shape[3]:
             raise ValueError(f"ViT: image height and width must be multiples of {patch}, got {tuple(images.shape[2:])}")
         x = self.patch_embed(images)
         batch, height, width, _ = x.shape
-        x, pos_embed = x.flatten(1, 2), self._resized_pos_embed(height, width)
+        x = x.flatten(1, 2)
+        pos_embed = self._resized_pos_embed(height, width)
         prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.config.no_embed_class:
             x = torch.cat([*prefix, x + pos_embed], dim=1)
@@ -264,9 +279,9 @@ class ViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the last block, (B, P + patches, D)."""
         x, rope = self.embed(images)
+        recompute = self.grad_checkpointing and self.training
         for block in self.blocks:
-            again = self.grad_checkpointing and self.training
-            x = checkpoint(block, x, rope=rope, use_reentrant=False) if again else block(x, rope=rope)
+            x = checkpoint(block, x, rope=rope, use_reentrant=False) if recompute else block(x, rope=rope)
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -289,7 +304,8 @@ _EVA02_LARGE = {**_EVA02, "qkv": "split", "scale_mlp": True, "rope_ref_grid": 16
 _REGISTERS_GAP = {"class_token": False, "no_embed_class": True, "reg_tokens": 4, "global_pool": "avg", "img_size": 256}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    **{f"vit_{name}_patch16_{side}": {**own, "img_size": side} for name, own in _PLAIN.items() for side in (224, 384)},
+    **{f"vit_{name}_patch16_{side}": {**width, "img_size": side}
+       for name, width in _PLAIN.items() for side in (224, 384)},
     **{f"deit_{name}_patch16_{side}": {**_PLAIN[name], "img_size": side}
        for name in ("tiny", "small", "base") for side in (224, 384)},
     "vit_medium_patch16_gap_256": {

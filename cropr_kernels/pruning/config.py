@@ -1,4 +1,4 @@
-"""What `apply` decides once, as one value."""
+"""The pruning configuration of a model."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .windows import Windows
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How a model is pruned."""
+    """The options of `apply`, resolved."""
 
     schedule: Schedule
     llf: Fusion | None  # all tokens are restored before the last blocks
@@ -23,12 +23,17 @@ class PruningConfig:
         return f"{self.schedule}, llf={self.llf or False}{merge}"
 
     @property
-    def whole_blocks(self) -> int:
-        """How many last blocks see all tokens by fusion."""
+    def full_blocks(self) -> int:
+        """The number of last blocks that see all tokens by fusion."""
         return 0 if self.llf is None else self.llf.blocks
+
+    @property
+    def tracks_parents(self) -> bool:
+        """Fusion needs the parent of each pruned token."""
+        return self.llf is not None and self.llf.tracks_parents
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int) -> list[int]:
         """Kept tokens after each module, for images of num_tokens tokens; with windows for a window."""
         if self.windows is not None:
             num_tokens, num_prefix = self.windows.size**2, 0
-        return self.schedule.counts(num_tokens, depth, num_prefix, self.whole_blocks)
+        return self.schedule.counts(num_tokens, depth, num_prefix, self.full_blocks)

@@ -1,9 +1,7 @@
-"""Where each patch went: pictures of what a model does are drawn from these."""
-
-from typing import Any
+"""Maps of pruning and merging over the patch grid."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model import require_pruned, run, warn_of_random_queries
 from .state import PruningOptions
@@ -11,17 +9,17 @@ from .state import PruningOptions
 
 @torch.no_grad()
 def pruning_map(
-    model: Any, images: Tensor, *, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: Any
+    model: nn.Module, images: Tensor, *, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: object
 ) -> Tensor:
-    """When each patch was pruned: (B, grid height, grid width) int64, the number of blocks it went through.
+    """Count the blocks that each patch went through before it was pruned: (B, grid height, grid width) int64.
 
-    Patches that were never pruned hold the depth of the network.
+    Patches that are never pruned hold the depth of the network.
 
     Args:
         model: pruned by `apply`; it is read in its current mode.
         images: (B, C, H, W).
         protect, padding: (B, grid height, grid width) bool, as the model takes them.
-        kwargs: what else the model is called with, such as interpolate_pos_encoding=True.
+        kwargs: further arguments of the model, such as interpolate_pos_encoding=True.
 
     Raises:
         TypeError: the model is not pruned.
@@ -35,28 +33,29 @@ def pruning_map(
 
 
 @torch.no_grad()
-def merge_map(model: Any, images: Tensor, *, protect: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Which token each patch ended in: (B, grid height, grid width) int64; patches with one number are one token.
+def merge_map(model: nn.Module, images: Tensor, *, protect: Tensor | None = None, **kwargs: object) -> Tensor:
+    """Number the kept token that each patch merged into: (B, grid height, grid width) int64.
 
-    Numbers count the patches that were kept, in order of position, from 0. With LLF it is the state before all return.
+    Kept patches count from 0 in order of position. With LLF, the state before tokens are restored.
 
     Args:
         model: pruned by `apply` with merge; it is read in its current mode.
         images: (B, C, H, W).
         protect: (B, grid height, grid width) bool, as the model takes it.
-        kwargs: what else the model is called with.
+        kwargs: further arguments of the model.
 
     Raises:
         TypeError: the model is not pruned.
         ValueError: its tokens do not merge, or the mask does not fit.
     """
-    stack = require_pruned(model, "cropr.merge_map")
-    if stack.config.merge is None:
+    modules = require_pruned(model, "cropr.merge_map")
+    if modules.config.merge is None:
         raise ValueError("cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)")
     warn_of_random_queries(model, "cropr.merge_map", 4)
-    tower = stack.spec.tower
+    tower = modules.spec.tower
     _, state = run(model, lambda: tower(images, **kwargs), PruningOptions(protect=protect))
-    grid, prefix, rows = state.require_grid(), state.num_prefix, state.rows
-    if rows is None:  # nothing was pruned
-        rows = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)
-    return (rows[:, prefix:] - prefix).unflatten(1, grid)
+    grid = state.require_grid()
+    row_idx = state.row_idx
+    if row_idx is None:  # nothing was pruned
+        row_idx = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)
+    return (row_idx[:, state.num_prefix :] - state.num_prefix).unflatten(1, grid)

@@ -1,8 +1,8 @@
 """Merging instead of dropping: pruned tokens go into kept ones.
 
-A token then stands for `size` tokens: attention weighs it more, it is less likely to be pruned, and its patches are all
-where it is. Patches of one colour of a checkerboard are safe before others, of either colour in turn, so that those
-that may be pruned have neighbours to merge into. Choices and their defaults are measured: docs/benchmarks.md.
+A merged token stands for `size` tokens: attention weighs it more, it is less likely to be pruned, and its patches are
+where it is. Patches of one color of a checkerboard are kept before others, the two colors in turn, so that those that
+may be pruned have neighbors to merge into. The defaults are measured: docs/benchmarks.md.
 """
 
 import math
@@ -17,16 +17,16 @@ COST_WEIGHT = 0.25  # candidates cost exp(COST_WEIGHT * standardised score); mea
 
 @dataclass(frozen=True)
 class Merge:
-    """How pruned tokens are merged into kept ones: each into the one it is most like, by the cosine of the tokens.
+    """Merging of each pruned token into the kept one that it is most like, by the cosine of the tokens.
 
-    The latter becomes their mean, weighted by sizes and scaled to the norm that it had.
+    The kept token becomes their mean, weighted by sizes and scaled to the norm that it had.
 
     Args:
         candidates: >= 1. To prune R tokens, the candidates * R with the lowest scores may be pruned, those of one
-            colour first, and those of them are that are most like a token that is sure to be kept, the lower their
-            scores the sooner: what is redundant goes before what is not. 1: no such choice.
-        size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size): a token that has absorbed
-            others had better be kept.
+            color first; of these the R that are most like a target go, a token that is sure to be kept, the lower
+            their scores the sooner: redundant tokens go before others. 1: no such choice.
+        size_weight: >= 0. Scores rise by size_weight * their standard deviation * log(size), so that a token that has
+            absorbed others tends to be kept.
 
     Raises:
         ValueError: an option is out of range.
@@ -36,22 +36,22 @@ class Merge:
     size_weight: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, least in (("candidates", 1), ("size_weight", 0)):
+        for name, minimum in (("candidates", 1), ("size_weight", 0)):
             value = getattr(self, name)
-            if not least <= value < math.inf:
-                raise ValueError(f"Merge: {name} must be finite and >= {least}, got {value}")
+            if not minimum <= value < math.inf:
+                raise ValueError(f"Merge: {name} must be finite and >= {minimum}, got {value}")
 
-    def num_safe(self, count: int, num_keep: int, num_prefix: int) -> int:
-        """Of `count` tokens, how many are sure to be kept where num_keep are: at least one patch, and half of them.
+    def num_targets(self, num_tokens: int, num_keep: int, num_prefix: int) -> int:
+        """Targets, tokens sure to be kept, if num_keep of num_tokens are: at least one patch, and half of them.
 
-        The half only bounds the choice; where more than half must go, the rest is safe.
+        The half only bounds the choice; if more than half must go, all kept tokens are targets.
         """
-        wanted = count - int(self.candidates * (count - num_keep))
-        return min(num_keep, max(wanted, num_prefix + (count - num_prefix + 1) // 2))
+        non_candidates = num_tokens - int(self.candidates * (num_tokens - num_keep))
+        return min(num_keep, max(non_candidates, num_prefix + (num_tokens - num_prefix + 1) // 2))
 
 
 def checkerboard(x: Tensor, grid: tuple[int, int], num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Priorities (B, N) int8 of tokens x (B, N, D) on a patch grid: one colour is kept first, and the other one."""
+    """Priorities (B, N) int8 of tokens x (B, N, D) on a patch grid that keep one color first, and the other one."""
     cells = torch.arange(grid[0] * grid[1], device=x.device)
     dark = (cells // grid[1] + cells % grid[1]) % 2
     dark = torch.nn.functional.pad(dark.to(torch.int8), (num_prefix, 0)).repeat(x.shape[0], 1)
@@ -59,13 +59,14 @@ def checkerboard(x: Tensor, grid: tuple[int, int], num_prefix: int) -> tuple[Ten
 
 
 def log_sizes(sizes: Tensor) -> Tensor:
-    """What is added to the logits of the attention for tokens of these sizes."""
+    """The term of the attention logits for tokens of these sizes."""
     return sizes.log() * SIZE_EXPONENT
 
 
 def resolve_parents(parent: Tensor, merges: int) -> Tensor:
-    """Where each token is after so many merges, (B, N): it went to parent[b, n], which may have moved on from there."""
+    """Follow parents, (B, N) positions, over a number of merges: a token's parent may itself have merged later."""
     hops = 1
     while hops < merges:
-        parent, hops = parent.gather(1, parent), 2 * hops
+        parent = parent.gather(1, parent)
+        hops *= 2
     return parent

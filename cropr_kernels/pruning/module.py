@@ -13,20 +13,20 @@ from ..ops.reference import fold_queries
 
 
 class Scorer(nn.Module, ABC):
-    """What stands after a block and decides which tokens are kept; `apply(make_module=...)` takes any of its kind."""
+    """The module after a block, which decides which tokens are kept; `apply(make_module=...)` takes any subclass."""
 
     @abstractmethod
     def query(self) -> Tensor:
-        """The vector (D,), float32, whose product with a token is its score: what the engine and merging take."""
+        """The vector (D,), float32, whose product with a token is its score; the engine and merging use it."""
 
     def is_random(self) -> bool:
-        """Whether its query is known to be the random one that it began with."""
+        """Tell whether the query is known to be its random initial value."""
         return False
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """In training: an auxiliary prediction from x (B, N, D), and the scores (B, N), if either is at hand.
+        """Predict from x (B, N, D), in training, and return the scores (B, N) too if they are at hand; else None.
 
-        log_sizes (B, N) is added to the logits of an attention over the tokens, for tokens that are padding.
+        log_sizes (B, N) is added to the logits of an attention over the tokens, for padding.
         """
         return None, None
 
@@ -40,8 +40,8 @@ class Scorer(nn.Module, ABC):
     ) -> ops.Split:
         """Split x (B, N, D); gradient reaches x through the copied rows only. Errors as in `cropr::prune`.
 
-        With scores (B, N) from `predict` x is not read a second time to score it. priority (B, N), int8, names tokens
-        that are kept (1) or pruned (-1) before all others.
+        With scores (B, N) from `predict`, x is not read a second time to score it. priority (B, N), int8: tokens that
+        are kept (1) or pruned (-1) before all others.
         """
         if scores is not None:
             return ops.split(x, scores, num_keep, num_prefix, priority)
@@ -49,7 +49,7 @@ class Scorer(nn.Module, ABC):
 
 
 class Aggregator(nn.Module):
-    """What a query learns from: cross-attention over the tokens, an MLP and the auxiliary head.
+    """The training path of queries: cross-attention over the tokens, an MLP and the auxiliary head.
 
         out = softmax(Q x^T / sqrt(D)) x;   out = out + MLP(LayerNorm(out));   prediction = Linear(LayerNorm(out))
 
@@ -65,18 +65,22 @@ class Aggregator(nn.Module):
         self.head = nn.Linear(dim, num_outputs)
 
     def attend(self, x: Tensor, queries: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the queries (M, D) read from x, (B, M, D), and the scores (B, N); bias (B, 1, 1, N) of the logits."""
+        """Attend to x (B, N, D) with queries (M, D), and return (B, M, D) and the scores (B, N).
+
+        bias (B, 1, 1, N) is added to the logits.
+        """
         x = x.detach()
         if bias is None:
             return torch.ops.cropr.attend_scores(x, queries, x.shape[-1] ** -0.5)
-        one_head, asked = x.unsqueeze(1), queries.to(x.dtype).expand(len(x), 1, -1, -1)
-        out = F.scaled_dot_product_attention(asked, one_head, one_head, attn_mask=bias)
+        keys = x.unsqueeze(1)  # one head
+        batched_queries = queries.to(x.dtype).expand(len(x), 1, -1, -1)
+        out = F.scaled_dot_product_attention(batched_queries, keys, keys, attn_mask=bias)
         return out.squeeze(1), torch.ops.cropr.scores(x, queries.detach())
 
     def forward(self, x: Tensor, queries: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predictions (B, M, outputs) from x (B, N, D) with queries (M, D), and the tokens' scores (B, N).
+        """Predict (B, M, outputs) from x (B, N, D) with queries (M, D), and return the scores (B, N) too.
 
-        log_sizes (B, N) is added to the logits of the attention, for tokens that are padding.
+        log_sizes (B, N) is added to the logits of the attention, for padding.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -91,7 +95,7 @@ class Cropr(Scorer):
 
     Args:
         dim: D, width of the tokens.
-        num_outputs: width of the auxiliary prediction (classes); 0 leaves the training path out, and the queries fixed.
+        num_outputs: width of the auxiliary prediction (classes); 0: no training path, and fixed queries.
         num_queries: M, 1 for classification, one per patch for dense tasks.
         mlp_ratio: hidden width of the aggregator's MLP over D; 0 for no MLP.
 
@@ -110,12 +114,12 @@ class Cropr(Scorer):
             )
         self.queries = nn.Parameter(torch.empty(num_queries, dim), requires_grad=num_outputs > 0)
         nn.init.trunc_normal_(self.queries, std=dim**-0.5)
-        self.initial = self.queries[0].detach().clone()  # no state: what was loaded, trained or calibrated is another
+        self.initial = self.queries[0].detach().clone()  # no state: loaded, trained or calibrated queries differ
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
-        self.register_load_state_dict_pre_hook(_translate)
+        self.register_load_state_dict_pre_hook(_translate_state)
 
     def add_head(self, num_outputs: int) -> None:
-        """Give a module that has none its training path: where its queries are, and frozen if they are."""
+        """Add the training path, on the device of the queries, and frozen if they are."""
         head = Aggregator(self.queries.shape[1], num_outputs)
         self.aggregator = head.to(self.queries).requires_grad_(self.queries.requires_grad)
 
@@ -124,18 +128,17 @@ class Cropr(Scorer):
         return fold_queries(self.queries.detach()).float()
 
     def is_random(self) -> bool:
-        """Whether its queries are those that it began with: neither trained, nor calibrated, nor loaded."""
-        own = self.queries.detach()
-        known = not (own.is_meta or self.initial.is_meta or hasattr(own, "full_tensor"))
-        return known and torch.equal(own[0].cpu(), self.initial.to("cpu", own.dtype))
+        """Tell whether the queries have their initial values: neither trained, nor calibrated, nor loaded."""
+        queries = self.queries.detach()
+        is_local = not (queries.is_meta or self.initial.is_meta or hasattr(queries, "full_tensor"))
+        return is_local and torch.equal(queries[0].cpu(), self.initial.to("cpu", queries.dtype))
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Auxiliary prediction from x (B, N, D), and the scores (B, N) that fall out of it, for forward.
+        """Predict from x (B, N, D), and return the scores (B, N) that fall out of it, for forward.
 
         The prediction is (B, outputs) with one query, else (B, M, outputs), with gradient for the module's own
-        parameters alone. Both are None where there is nothing to predict. Under autocast the tokens are read, and
-        scored, in the autocast dtype. log_sizes (B, N) is added to the logits of the attention, for tokens that are
-        padding.
+        parameters alone. Both are None without a training path. Under autocast the tokens are read, and scored, in the
+        autocast dtype. log_sizes (B, N) is added to the logits of the attention, for padding.
         """
         if self.aggregator is None:
             return None, None
@@ -152,7 +155,7 @@ class FoldedCropr(Scorer):
         super().__init__()
         self.register_buffer("folded", module.query().clone())
         self.initial = self.folded.clone() if module.is_random() else None
-        self.register_load_state_dict_pre_hook(_translate)
+        self.register_load_state_dict_pre_hook(_translate_state)
 
     def query(self) -> Tensor:
         return self.folded
@@ -161,9 +164,10 @@ class FoldedCropr(Scorer):
         return self.initial is not None and torch.equal(self.folded.cpu(), self.initial.to("cpu", self.folded.dtype))
 
 
-def _translate(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Trained modules and deployed ones take each other's state; heads are left out where there is nothing to train."""
-    queries, folded = f"{prefix}queries", f"{prefix}folded"
+def _translate_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Let trained and deployed modules load each other's state; without a training path its tensors are left out."""
+    queries = f"{prefix}queries"
+    folded = f"{prefix}folded"
     if isinstance(module, FoldedCropr) and queries in state:
         state[folded] = fold_queries(state.pop(queries)).float()
     elif isinstance(module, Cropr) and len(module.queries) == 1 and folded in state:
@@ -173,17 +177,17 @@ def _translate(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> N
             del state[name]
 
 
-def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: Any) -> Tensor:
-    """Main loss plus the unweighted sum of all auxiliary losses (paper section 3.1).
+def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: object) -> Tensor:
+    """Compute the main loss plus the unweighted sum of all auxiliary losses (paper section 3.1).
 
     Args:
         criterion: called as criterion(prediction, target) for the output and for each auxiliary prediction.
-        output: the network's output; of several, as distilled models give in training, the mean loss counts.
+        output: of the network; of several, as from distilled models in training, the mean loss counts.
         aux: auxiliary predictions, one per Cropr module.
-        target: whatever the criterion takes.
+        target: passed on to the criterion.
     """
     outputs = output if isinstance(output, tuple | list) else (output,)
-    total = torch.stack([criterion(one, target) for one in outputs]).mean(0)
+    total = torch.stack([criterion(prediction, target) for prediction in outputs]).mean(0)
     for prediction in aux:
         total = total + criterion(prediction, target)
     return total

@@ -1,7 +1,7 @@
-"""Window attention as ViTDet uses it: most blocks attend within windows, a few over the whole map (Li et al. 2022).
+"""Window attention as ViTDet uses it: most blocks attend within windows, a few over the full map (Li et al. 2022).
 
 Tokens are stored window by window, one row of the batch each. Every window drops equally many, so that a block over
-the whole map is the same block on another view of the same memory.
+the full map is the same block on another view of the same memory.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Windows:
             raise ValueError(f"Windows: size must be >= 1, got {self.size}")
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Windows of a patch grid; ValueError where it is no whole number of them."""
+        """Number of windows of a patch grid; ValueError if its sides are no multiples of the window's."""
         if grid[0] % self.size or grid[1] % self.size:
             raise ValueError(f"Windows: a grid of {grid[0]} x {grid[1]} patches must be a multiple of {self.size}")
         return grid[0] // self.size * (grid[1] // self.size)
@@ -44,14 +44,14 @@ class Windows:
         return cells.transpose(1, 2).reshape(-1, self.size**2)
 
     def split(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches (B, H * W, D) to windows (B * windows, size * size, D)."""
+        """Split patches (B, H * W, D) into windows (B * windows, size * size, D)."""
         return x[:, self.order(grid, x.device).flatten()].reshape(-1, self.size**2, x.shape[-1])
 
     def join(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The inverse of split."""
+        """Invert `split`."""
         order = self.order(grid, x.device).flatten()
         return x.reshape(-1, len(order), x.shape[-1])[:, order.argsort()]
 
     def rope(self, table: Tensor, grid: tuple[int, int], batch: int) -> Tensor:
-        """A rotary table (H * W, C) for the rows of split: (B * windows, size * size, C)."""
+        """Arrange a rotary table (H * W, C) as the rows of `split`: (B * windows, size * size, C)."""
         return table[self.order(grid, table.device)].repeat(batch, 1, 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.outputs import outputs_of
-from ..pruning.model import is_pruned, of_image, run
+from ..pruning.model import is_pruned, mean_over_queries, run
 from ..pruning.state import PruningOptions
 from .backbone import Task
 
@@ -46,4 +46,4 @@ class Classifier(Task):
         if not is_pruned(self.backbone):
             return [outputs_of(self.backbone(images))]
         output, state = run(self.backbone, lambda: self.backbone(images), PruningOptions(predict=True))
-        return [*map(of_image, state.aux), outputs_of(output)]
+        return [*map(mean_over_queries, state.aux), outputs_of(output)]

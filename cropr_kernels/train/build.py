@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..models.adapters import find_spec
-from ..models.factory import create_model, kind_of, load_weights
+from ..models.factory import create_model, load_weights, model_source
 from ..pruning.api import apply
 from ..pruning.fusion import Fusion
 from ..pruning.windows import Windows
@@ -21,7 +21,7 @@ def backbone(config: Config, num_classes: int) -> Backbone:
     options |= {name: getattr(config, name) for name in ("patch_size", "global_pool") if getattr(config, name)}
     options |= config.options_of("model_options")
     name = config.weights or config.model
-    source = kind_of(name, pretrained=config.pretrained)
+    source = model_source(name, pretrained=config.pretrained)
     if source not in ("preset", "timm", "weight file"):
         raise ValueError(f"config: model must be a preset of cropr_kernels or a timm model, got {name!r}")
     if source == "timm":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..pruning.fusion import SAVED_RESTORE, Restore
+
 
 @dataclass(frozen=True)
 class Config:
@@ -41,7 +43,7 @@ class Config:
     ratio: float | None = None
     const: tuple[int, int] | None = None
     llf: bool = False
-    restore: Literal["left", "host"] = "left"  # with llf: tokens as they left, or with the change of their parent
+    restore: Restore = "as_pruned"  # with llf: tokens as they were pruned, or with the change of their parent
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning increases from none
     num_queries: int = 1  # classification; dense tasks have one per patch
@@ -191,6 +193,9 @@ class Config:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object of options")
+        restore = values.get("restore")
+        if isinstance(restore, str) and restore in SAVED_RESTORE:
+            values["restore"] = SAVED_RESTORE[restore]
         try:
             return Config().changed(**values)
         except ValueError as error:

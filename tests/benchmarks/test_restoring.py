@@ -69,13 +69,13 @@ def test_the_trunk_prunes_as_the_package_does(merge):
     for llf, restore in (
         ("left", as_pruned),
         ("host", parent_changed),
-        (cropr.Fusion("host", 2), parent_changed),
+        (cropr.Fusion("track_parent", 2), parent_changed),
         (cropr.Fusion(blocks=0), parent_changed),
     ):
         fused = cropr.apply(copy.deepcopy(model), rate=9, merge=merge or False, llf=llf, num_outputs=0)
         for own, other in zip(fused.cropr, twin.cropr):
             own.load_state_dict(other.state_dict())
-        blocks = fused.cropr.config.whole_blocks
+        blocks = fused.cropr.config.full_blocks
         got = run_fusion(model, restore(entering(model, departures, blocks)), blocks)
         torch.testing.assert_close(model.forward_head(got), fused(images), rtol=0, atol=1e-4)
     got = run_without_fusion(model, departures)

@@ -180,7 +180,7 @@ def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):
         ([], f"ratio=0.9, llf=False, {merge}\n"),
         (["--rate", "2"], f"rate=2, llf=False, {merge} (as asked: rate)\n"),
         (["--rate", "2", "--no-merge"], "rate=2, llf=False (as asked: rate, merge)\n"),
-        (["--llf"], f"ratio=0.9, llf=host, {merge} (as asked: llf)\n"),
+        (["--llf"], f"ratio=0.9, llf=track_parent, {merge} (as asked: llf)\n"),
     ):
         folder = tmp_path / f"results{len(options)}{options[-1:]}"
         out = run("infer", name, PHOTOS, "--queries", queries, *options, "--out", folder, "--quiet")
@@ -197,7 +197,7 @@ def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
             "defines the model: leave out --arch, --img-size and --num-classes",
         ),
         ("saved by cropr.save", ["--no-merge"], "defines the pruning: leave out --llf, --merge and --keep"),
-        ("transformers features", ["--img-size", "9"], "says itself what its img_size is: leave out --img-size"),
+        ("transformers features", ["--img-size", "9"], "fixes its img_size: leave out --img-size"),
         ("weight file", ["--num-classes", "9"], "--num-classes) must be 5, those of "),
     ):
         [name] = SOURCES[kind](tmp_path)
@@ -233,7 +233,7 @@ def test_the_pixels_of_a_model_are_its_own_unless_given(tmp_path):
     given = load_with_queries(argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
     assert own.mean == (0.1, 0.2, 0.3) and tuple(given.mean) == (0.0,) * 3 and given.std == own.std
     images = torch.tensor([0.5, 0.7, 0.9]).view(3, 1, 1).expand(3, 2, 2)
-    torch.testing.assert_close(own.normalise(images), torch.ones(3, 2, 2))
+    torch.testing.assert_close(own.normalize(images), torch.ones(3, 2, 2))
 
 
 def test_counts_must_be_positive_in_every_command(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from helpers.folders import FOLDERS, MEAN, STD
 from helpers.models import CLASSIFIERS, HOSTS, MODELS, reference_vit
 
-from cropr_kernels.models.factory import create_model, kind_of
+from cropr_kernels.models.factory import create_model, model_source
 from cropr_kernels.models.outputs import outputs_of, remove_classifier
 from cropr_kernels.models.pixels import pixels_of
 from cropr_kernels.models.vit import ViT
@@ -26,14 +26,14 @@ def test_what_a_name_means(tmp_path):
         ("weights.safetensors", "weight file"),
         (str(tmp_path), "transformers"),
     ):
-        assert kind_of(name) == kind
-    assert kind_of("vit_tiny_patch16_224", pretrained=True) == "timm"
+        assert model_source(name) == kind
+    assert model_source("vit_tiny_patch16_224", pretrained=True) == "timm"
     (tmp_path / "config.json").write_text("[]")
     for name in ("resnet_of_nobody", str(tmp_path)):
         with pytest.raises(
             ValueError, match=r"a model must be a preset .* or a folder of transformers, cropr.save or .* got "
         ):
-            kind_of(name)
+            model_source(name)
 
 
 def test_without_timm_presets_are_there_and_other_names_need_it(monkeypatch):
@@ -54,8 +54,8 @@ def test_files_and_folders_hold_their_weights_and_their_pixels(kind, tmp_path):
     assert pixels.img_size == ((224, 224) if kind == "weight file" else (64, 64))
     images = torch.rand(2, 3, *pixels.img_size)
     with torch.no_grad():
-        output = outputs_of(model(pixels.normalise(images)))
-        torch.testing.assert_close(outputs_of(again(pixels.normalise(images))), output)
+        output = outputs_of(model(pixels.normalize(images)))
+        torch.testing.assert_close(outputs_of(again(pixels.normalize(images))), output)
     assert output.shape == (2, 64 if "features" in kind or "tower" in kind else 5)
 
 

@@ -50,7 +50,9 @@ def test_an_architecture_of_timm_takes_its_weights_at_any_size(tmp_path):
     path, name, images = tmp_path / "weights.pth", "vit_tiny_patch16_224.augreg_in21k", torch.randn(1, 3, 64, 64)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
     torch.save(model.state_dict(), path)
-    with pytest.raises(ValueError, match=r"has 17 positions, vit.* has 197; say with img_size= \(--img-size\)"):
+    with pytest.raises(
+        ValueError, match=r"has 17 positions, vit.* has 197; choose the size to run it at with img_size= \(--img-size\)"
+    ):
         load_weights(path, arch=name)
     same, metadata = load_weights(path, arch=name, img_size=64)
     assert torch.equal(same(images), model(images)) and metadata == {"name": name} and type(same) is type(model)
@@ -65,7 +67,7 @@ def test_positions_of_torchvision_are_resized(tmp_path):
     load_state(larger, state, tmp_path, "vit", resize=True)
     assert larger(images).shape == (1, 5) and torch.equal(larger.heads.head.weight, small.heads.head.weight)
     assert state["encoder.pos_embedding"].shape == (1, 65, 64)
-    with pytest.raises(ValueError, match=r"has 65 positions, vit has 145; say with img_size="):
+    with pytest.raises(ValueError, match=r"has 65 positions, vit has 145; choose the size to run it at with img_size="):
         load_state(larger, state, tmp_path, "vit", resize=False)
 
 
@@ -93,12 +95,12 @@ def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
     path, whole = tmp_path / "weights.pth", vit.state_dict()
     stem = {"patch_embed.proj.weight": torch.zeros(192, 3, 32, 32)}
     for saved, message in (
-        ({"weight": torch.zeros(3)}, r"of no architecture .*, nor of any like them: it begins with weight \(3,\)"),
+        ({"weight": torch.zeros(3)}, r"of no known architecture, nor of a similar one: it begins with weight \(3,\)"),
         ([1, 2], r"must hold a state dict of tensors, plain or under model, .*, holds list: write one with torch.save"),
         ({"state_dict": {}}, "holds dict: write one"),
         ({"model": {"a": torch.zeros(1), "epoch": 3}}, "'epoch' in it is no tensor"),
         (vit, r"it holds objects of cropr_kernels.models.vit.ViT, and only tensors are read; torch.save\(model.state"),
-        ({"model": {}, "config": {}, "classes": []}, f"is a checkpoint of cropr train: give its folder, {tmp_path}"),
+        ({"model": {}, "config": {}, "classes": []}, f"is a checkpoint of cropr train: choose its folder, {tmp_path}"),
         (
             whole | stem,
             r"the nearest is vit_tiny_patch\d+_\d+, which differs in \d.*: patch_embed.proj.weight must be "
@@ -120,7 +122,7 @@ def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
         torch.save(whole, path)
         with pytest.raises(ValueError, match=message):
             load_weights(path, arch=arch)
-    with pytest.raises(ValueError, match=r"arch \(--arch\) says whose weights are in a weight file, got 'x' for model"):
+    with pytest.raises(ValueError, match=r"arch \(--arch\) names the architecture of a weight file, got 'x' for model"):
         create_model(NAME, arch="x")
 
 

@@ -22,7 +22,7 @@ FAMILIES = {
     "torchvision": HOSTS["torchvision"],
 }
 MERGED = {"merge": True}
-WAYS = {"dropping": {}, "LLF": {"llf": "host"}, "merging": MERGED, "merging, LLF": MERGED | {"llf": True}}
+WAYS = {"dropping": {}, "LLF": {"llf": "track_parent"}, "merging": MERGED, "merging, LLF": MERGED | {"llf": True}}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -190,7 +190,7 @@ def test_a_mask_does_not_outlive_a_call_that_fails():
     pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=8, num_outputs=0).eval()
     with pytest.raises(ValueError, match="padding needs a head"):
         pooling(images, padding=protect)
-    assert pooling.cropr.slot.options is None
+    assert pooling.cropr.context.options is None
     assert torch.equal(model(images), expected)
     tokens = model.forward_features(images)
     assert torch.equal(model.forward_head(tokens), expected)
@@ -224,7 +224,7 @@ def test_backbones_that_give_maps_of_several_blocks_are_refused():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from helpers.models import HF
 
-    with pytest.raises(ValueError, match="Dinov2Backbone gives maps of several blocks"):
+    with pytest.raises(ValueError, match="Dinov2Backbone returns maps of several blocks"):
         cropr.apply(transformers.Dinov2Backbone(transformers.Dinov2Config(**HF)), rate=4)
 
 

@@ -52,7 +52,7 @@ def called_ops(function):
     return names
 
 
-@pytest.mark.parametrize("llf", [False, True, "host"])
+@pytest.mark.parametrize("llf", [False, True, "track_parent"])
 @pytest.mark.parametrize("kind", ENGINE_MODELS)
 def test_engine_equals_the_functional_ops(kind, llf):
     functional, engine = both(kind, rate=8, llf=llf)
@@ -76,7 +76,7 @@ def test_engine_unpruned_equals_the_model_itself(kind):
 @pytest.mark.parametrize("kind", ["reference", "reference, rotary", "timm ViT, registers", "timm EVA-02"])
 def test_engine_in_lower_precision(kind, dtype, tolerance):
     # Unpruned, so that a score within rounding of another cannot send the two down different roads.
-    fused = [{"rate": 8, "llf": "left"}, {"rate": 8, "llf": "host"}] if dtype == torch.float32 else []
+    fused = [{"rate": 8, "llf": "as_pruned"}, {"rate": 8, "llf": "track_parent"}] if dtype == torch.float32 else []
     for schedule in ({"rate": 0}, *fused):
         functional, engine = both(kind, dtype, **schedule)
         images = torch.randn(2, 3, 64, 64, dtype=dtype)
@@ -96,7 +96,7 @@ def test_one_selection_a_layer_and_no_row_moves():
 
 @pytest.mark.each_choice
 @pytest.mark.parametrize("images", [1, 2, 9])
-@pytest.mark.parametrize("options", [{}, {"llf": "host"}, {"merge": True}])
+@pytest.mark.parametrize("options", [{}, {"llf": "track_parent"}, {"merge": True}])
 def test_a_batch_may_run_in_parts(options, images, monkeypatch):
     _, engine = both("reference", rate=9, **options)
     x = torch.randn(5, 3, 64, 64, dtype=torch.float64)

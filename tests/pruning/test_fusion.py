@@ -29,24 +29,26 @@ def fusion(model):
 
 
 def test_true_means_what_fits():
-    assert fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).by_host
-    assert fusion(pruned(llf=True, merge=True)) == cropr.Fusion("host")
-    assert fusion(pruned(llf="left", merge=True)) == cropr.Fusion("left")
+    assert fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).tracks_parents
+    assert fusion(pruned(llf=True, merge=True)) == cropr.Fusion("track_parent")
+    assert fusion(pruned(llf="as_pruned", merge=True)) == cropr.Fusion("as_pruned")
     assert fusion(pruned(llf=cropr.Fusion(blocks=3))) == cropr.Fusion(None, 3)
 
 
 def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    open_, left = pruned(llf=True), pruned(llf="left")
+    open_, left = pruned(llf=True), pruned(llf="as_pruned")
     for model in (open_, left):
         cropr.calibrate(model, images)
-    assert fusion(open_) == cropr.Fusion("host") and fusion(left) == cropr.Fusion("left")
+    assert fusion(open_) == cropr.Fusion("track_parent") and fusion(left) == cropr.Fusion("as_pruned")
     for model in (open_, left, cropr.calibrate(pruned(), images)):
         cropr.save_queries(model, tmp_path / "queries.safetensors")
         loaded = cropr.load_queries(pruned(llf=True), tmp_path / "queries.safetensors")
-        assert fusion(loaded) == (fusion(model) or cropr.Fusion("host"))
-        assert fusion(cropr.set_llf(loaded, True)) == cropr.Fusion("host")
-        assert fusion(cropr.load_queries(pruned(llf="left"), tmp_path / "queries.safetensors")) == cropr.Fusion("left")
+        assert fusion(loaded) == (fusion(model) or cropr.Fusion("track_parent"))
+        assert fusion(cropr.set_llf(loaded, True)) == cropr.Fusion("track_parent")
+        assert fusion(cropr.load_queries(pruned(llf="as_pruned"), tmp_path / "queries.safetensors")) == cropr.Fusion(
+            "as_pruned"
+        )
 
 
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
@@ -54,7 +56,13 @@ def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, 
 def test_each_way_gives_the_whole_map_and_another_one(images, options):
     model, tokens = pruned(**options), []
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
-    for llf in ("left", "host", cropr.Fusion("left", 2), cropr.Fusion("host", 2), cropr.Fusion(blocks=0)):
+    for llf in (
+        "as_pruned",
+        "track_parent",
+        cropr.Fusion("as_pruned", 2),
+        cropr.Fusion("track_parent", 2),
+        cropr.Fusion(blocks=0),
+    ):
         for one in (cropr.set_llf(model, llf), cropr.deploy(cropr.set_llf(model, llf))):
             tokens.append(cropr.features(one, images)[0])
             assert tokens[-1].shape == unpruned.shape
@@ -71,18 +79,18 @@ def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
         for part in (block.attn.proj, block.mlp.fc2):
             part.weight.zero_()
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
-    for llf in ("host", cropr.Fusion("host", 3), cropr.Fusion("host", 0)):
+    for llf in ("track_parent", cropr.Fusion("track_parent", 3), cropr.Fusion("track_parent", 0)):
         again = pruned(llf=llf)
         again.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
         for one in (again, cropr.deploy(again)):
             torch.testing.assert_close(cropr.features(one, images)[0], unpruned)
-    left = cropr.features(cropr.set_llf(model, "left"), images)[0]
+    left = cropr.features(cropr.set_llf(model, "as_pruned"), images)[0]
     assert (left - unpruned).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
 def test_gradients_reach_tokens_and_their_hosts(images, options):
-    model = pruned(llf="host", **options)
+    model = pruned(llf="track_parent", **options)
     model.cropr.requires_grad_(False)
     x = images[:1, :, :8, :8].clone().requires_grad_()
 
@@ -111,7 +119,7 @@ def test_behind_the_last_block_they_cost_nothing_and_change_no_kept_token(images
 
 def test_flops_are_those_of_the_blocks_that_see_all_tokens(images):
     counts = {}
-    for llf in (False, cropr.Fusion(blocks=0), "left", "host", cropr.Fusion("host", 2)):
+    for llf in (False, cropr.Fusion(blocks=0), "as_pruned", "track_parent", cropr.Fusion("track_parent", 2)):
         model = cropr.deploy(pruned(llf=llf))
         with flop_counter() as counter:
             model(images)
@@ -126,7 +134,7 @@ def test_maps_and_masks_are_as_without_hosts(images):
     protect[:, 2:4, 2:4] = True
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[1, :, 6:] = True
-    left, host = pruned(llf="left"), pruned(llf="host")
+    left, host = pruned(llf="as_pruned"), pruned(llf="track_parent")
     for masks in ({}, {"protect": protect}, {"padding": padding}):
         assert torch.equal(cropr.pruning_map(left, images, **masks), cropr.pruning_map(host, images, **masks))
         expected = host(images, **masks)
@@ -134,7 +142,7 @@ def test_maps_and_masks_are_as_without_hosts(images):
     other = images.clone()
     other[1, :, :, 48:] = 7.0  # what padding holds reaches nobody, by no host
     torch.testing.assert_close(host(other, padding=padding), expected, rtol=1e-9, atol=1e-9)
-    merging = pruned(llf="host", merge=True)
+    merging = pruned(llf="track_parent", merge=True)
     assert cropr.merge_map(merging, images).shape == (2, 8, 8)
 
 
@@ -146,7 +154,7 @@ def test_windows_restore_by_hosts_of_the_same_window(images):
         cropr.apply(copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0).forward_features(
             images
         )
-        for llf in ("left", "host")
+        for llf in ("as_pruned", "track_parent")
     )
     assert left.shape == host.shape == (2, 64, 64) and not torch.allclose(left, host)
     with pytest.raises(ValueError, match="windows need llf=True"):
@@ -156,7 +164,7 @@ def test_windows_restore_by_hosts_of_the_same_window(images):
 @torch.no_grad()
 def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
     for options in (DROP, MERGE):
-        model = pruned(llf="host", **options)
+        model = pruned(llf="track_parent", **options)
         expected, plain = model(images), cropr.set_rate(copy.deepcopy(model), 0)(images)
         assert torch.equal(cropr.set_progress(model, 0.0)(images), plain)
         half = cropr.set_progress(model, 0.5)(images)
@@ -166,17 +174,20 @@ def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
 
 def test_set_llf_needs_the_modules_it_uses():
     model = pruned()
-    for llf in ("host", cropr.Fusion("left", 2), False, True):
+    for llf in ("track_parent", cropr.Fusion("as_pruned", 2), False, True):
         cropr.set_llf(model, llf)
-    assert cropr.set_llf(model, cropr.Fusion("host", 2)).cropr.num_used == 3
-    narrow = pruned(llf=cropr.Fusion("host", 3))
+    assert cropr.set_llf(model, cropr.Fusion("track_parent", 2)).cropr.num_used == 3
+    narrow = pruned(llf=cropr.Fusion("track_parent", 3))
     with pytest.raises(ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")):
         cropr.set_llf(narrow, True)
     with pytest.raises(ValueError, match=re.escape("depth must be at least 7 with LLF over 5 blocks, got 6")):
         pruned(llf=cropr.Fusion(blocks=5))
-    with pytest.raises(ValueError, match="tokens as they left need a block that sees them"):
-        cropr.Fusion("left", 0)
-    for wrong, error in (("right", "restore must be 'left' or 'host', got 'right'"), (-1, "blocks must be an integer")):
+    with pytest.raises(ValueError, match="restore='as_pruned' needs a block that sees the tokens"):
+        cropr.Fusion("as_pruned", 0)
+    for wrong, error in (
+        ("right", "restore must be 'as_pruned' or 'track_parent', got 'right'"),
+        (-1, "blocks must be an integer"),
+    ):
         with pytest.raises(ValueError, match=error):
             cropr.Fusion(wrong) if isinstance(wrong, str) else cropr.Fusion(blocks=wrong)
 
@@ -184,12 +195,14 @@ def test_set_llf_needs_the_modules_it_uses():
 @torch.no_grad()
 def test_a_saved_model_comes_back_with_its_fusion(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    for options in ({"llf": cropr.Fusion("host", 2)}, {"llf": True}, {"llf": "left", "merge": True}, {}):
+    for options in ({"llf": cropr.Fusion("track_parent", 2)}, {"llf": True}, {"llf": "as_pruned", "merge": True}, {}):
         model = pruned(**options)
         cropr.save(model, tmp_path / "one")
         again = cropr.load(tmp_path / "one")
         assert fusion(again) == fusion(model) and torch.equal(again(images), model(images))
-    cropr.save(cropr.set_llf(model, cropr.Fusion("host", 2)), tmp_path / "one")  # one module more than fusion uses
+    cropr.save(
+        cropr.set_llf(model, cropr.Fusion("track_parent", 2)), tmp_path / "one"
+    )  # one module more than fusion uses
     assert torch.equal(cropr.load(tmp_path / "one")(images), model(images))
 
 
@@ -199,12 +212,12 @@ def test_folders_of_before_restore_as_they_did(images, tmp_path):
     from cropr_kernels.pruning.api import apply_options
 
     model = apply_options(randomise(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0})
-    assert fusion(model) == cropr.Fusion("left")
+    assert fusion(model) == cropr.Fusion("as_pruned")
 
 
 def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
     model = timm_vit(drop_path_rate=0.2, depth=6)
-    cropr.apply(model, rate=5, llf=cropr.Fusion("host", 2))
+    cropr.apply(model, rate=5, llf=cropr.Fusion("track_parent", 2))
     rates = [block.drop_path1.drop_prob if hasattr(block.drop_path1, "drop_prob") else 0.0 for block in model.blocks]
     assert rates[4:] == [0.0, 0.0] and all(rates[1:4])
     assert cropr.remove(model).blocks[5].drop_path1.drop_prob == pytest.approx(0.2)
@@ -217,7 +230,7 @@ def test_models_that_run_their_blocks_restore_by_hosts(name, options):
     torch.manual_seed(0)
     model, images = randomise(HOSTS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
     plain = outputs_of(model(images))
-    cropr.apply(model, rate=8, llf="host", num_outputs=0, **options)
+    cropr.apply(model, rate=8, llf="track_parent", num_outputs=0, **options)
     got, fast = outputs_of(model(images)), outputs_of(cropr.deploy(model)(images))
     assert got.shape == plain.shape and not torch.allclose(got, plain)
     torch.testing.assert_close(fast, got, rtol=1e-8, atol=1e-8)
@@ -226,7 +239,7 @@ def test_models_that_run_their_blocks_restore_by_hosts(name, options):
 
 def test_it_compiles_in_one_graph(images):
     for options in (DROP, MERGE):
-        model = pruned(llf="host", **options)
+        model = pruned(llf="track_parent", **options)
         for one in (model, cropr.deploy(model)):
             with torch.no_grad():
                 got = torch.compile(one, backend="aot_eager", fullgraph=True)(images)

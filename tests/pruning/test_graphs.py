@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.graphs import CountingGraphs, RecordedCuda
 
-from cropr_kernels.pruning.graphs import Captured, Graphs, Place
+from cropr_kernels.pruning.graphs import Captured, GraphPool, Graphs
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -50,7 +50,7 @@ def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_
         return x * 2
 
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        captured = Captured(run, (torch.ones(1),), Place())
+        captured = Captured(run, (torch.ones(1),), GraphPool())
     runs = "runs, casts uncached, torch.bfloat16 True, (False, False)"
     assert cuda.log == [
         "caller's: enters cpu",
@@ -64,7 +64,7 @@ def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_
         "caller's: leaves cpu",
     ]
     captured((torch.ones(1),))  # static inputs are written outside inference mode too
-    Captured(run, (torch.ones(1),), captured.place)
+    Captured(run, (torch.ones(1),), captured.pool)
     assert torch.is_autocast_cache_enabled() and "torch.bfloat16 False" in cuda.log[-3]
 
 
@@ -72,7 +72,7 @@ def test_the_graphs_of_a_device_share_stream_and_memory(monkeypatch):
     cuda, graphs = RecordedCuda(monkeypatch), Graphs(2)
     for key in "ab":
         graphs(torch.neg, (torch.ones(1),), key)
-    graphs.places["another"] = graphs.places.pop(torch.device("cpu"))
+    graphs.pools["another"] = graphs.pools.pop(torch.device("cpu"))
     graphs(torch.neg, (torch.ones(1),), "c")
     captures = [line for line in cuda.log if " captures" in line]
     assert captures == [f"stream {i}: captures, thread_local, in pool {i}" for i in (1, 1, 2)]
@@ -81,7 +81,7 @@ def test_the_graphs_of_a_device_share_stream_and_memory(monkeypatch):
 
 def test_a_call_waits_for_the_one_before_on_another_stream(monkeypatch):
     cuda = RecordedCuda(monkeypatch)
-    captured = Captured(lambda x: x * 2, (torch.ones(1),), Place())
+    captured = Captured(lambda x: x * 2, (torch.ones(1),), GraphPool())
     output = captured.output
     captured.graph.runs.append(lambda: cuda.note(f"reads {captured.inputs[0].item()}"))
     captured.graph.runs.append(lambda: output.copy_(captured.inputs[0] * 2))
@@ -108,4 +108,4 @@ def test_what_cannot_be_captured_says_so(monkeypatch):
         return x
 
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
-        Captured(run, (torch.ones(1),), Place())
+        Captured(run, (torch.ones(1),), GraphPool())

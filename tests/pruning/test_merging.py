@@ -67,7 +67,7 @@ def slow_merge(alive, features, query, keep, prefix, how, layer):
     cells = [patches[0] - prefix for _, _, patches in alive]
     first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]  # of the colour that goes first
     order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))  # least important first
-    candidates = order[: len(alive) - how.num_safe(len(alive), keep, prefix)]
+    candidates = order[: len(alive) - how.num_targets(len(alive), keep, prefix)]
     safe = [i for i in range(prefix, len(alive)) if i not in candidates]
     nearest, cost = {}, {}
     for i in candidates:
@@ -102,7 +102,7 @@ def test_logits_are_those_of_a_slow_merge(options, how):
         torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("llf", [False, "left", "host"])
+@pytest.mark.parametrize("llf", [False, "as_pruned", "track_parent"])
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_computes_what_the_functional_ops_do(name, how, llf):
@@ -257,12 +257,12 @@ def test_the_number_of_safe_tokens_leaves_a_choice_and_a_place_to_go():
     ways = [cropr.Merge(candidates=c) for c in (1, 1.5, 2, 10)]
     for how, count, prefix in itertools.product(ways, range(2, 60), (0, 1, 5)):
         for keep in range(prefix + 1, count + 1):
-            safe = how.num_safe(count, keep, prefix)
+            safe = how.num_targets(count, keep, prefix)
             assert prefix < safe <= keep
             assert count - safe >= count - keep
-    assert ways[0].num_safe(50, 40, 1) == 40
-    assert ways[1].num_safe(50, 40, 1) == 35
-    assert ways[3].num_safe(50, 40, 0) == 25
+    assert ways[0].num_targets(50, 40, 1) == 40
+    assert ways[1].num_targets(50, 40, 1) == 35
+    assert ways[3].num_targets(50, 40, 0) == 25
 
 
 def test_options_out_of_range_are_refused():

@@ -149,7 +149,7 @@ def slow_cropr(image, state, queries, config, fusion):
         stay = [i for i in range(len(tokens)) if i not in leaving]
         left, then = ({order[i]: tokens[i] for i in part} for part in (leaving, stay))
         patches = [(order[i], tokens[i]) for i in stay if i >= num_prefix]
-        by_host = fusion is not None and fusion.restore == "host"
+        by_host = fusion is not None and fusion.restore == "track_parent"
         hosts = {place: host_of(row, patches) if by_host else None for place, row in left.items()}
         departures.append((left, then, hosts))
         order, tokens, positions = ([part[i] for i in stay] for part in (order, tokens, positions))
@@ -169,7 +169,13 @@ def slow_cropr(image, state, queries, config, fusion):
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize(
     "llf",
-    [None, cropr.Fusion("left"), cropr.Fusion("host"), cropr.Fusion("host", 2), cropr.Fusion(blocks=0)],
+    [
+        None,
+        cropr.Fusion("as_pruned"),
+        cropr.Fusion("track_parent"),
+        cropr.Fusion("track_parent", 2),
+        cropr.Fusion(blocks=0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)

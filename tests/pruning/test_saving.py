@@ -76,7 +76,7 @@ def test_windows_and_half_a_curriculum_are_saved(tmp_path):
     options = dict(rate=1, llf=True, windows=cropr.Windows(4, (1,)), num_queries=16)
     model = cropr.apply(randomise(timm_vit()), **options).eval()
     cropr.set_progress(model, 0.0)
-    with pytest.warns(UserWarning, match=r"nothing that can be named makes this timm\.models\.vision_transformer\.Vis"):
+    with pytest.warns(UserWarning, match=r"no known constructor makes this timm\.models\.vision_transformer\.Vis"):
         cropr.save(model, tmp_path)
     other = cropr.load(tmp_path, timm_vit())
     assert other.cropr.config == model.cropr.config
@@ -89,7 +89,7 @@ def test_what_nothing_names_is_loaded_into_a_model_that_is_given(tmp_path):
     model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
     with pytest.warns(UserWarning, match=r"cropr.load will need one: cropr.load\(path, model=\.\.\.\)"):
         cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; make one and give it: cropr.load\("):
+    with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("):
         cropr.load(tmp_path)
     for given in (make(), cropr.apply(make(), rate=9, num_outputs=0)):
         other = cropr.load(tmp_path, model=given)
@@ -113,7 +113,7 @@ def test_modules_of_ones_own_are_put_there_before(tmp_path):
 
     model = make()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="has modules of its own: prune a model with the same make_module and give it"):
+    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module, and pass it"):
         cropr.load(tmp_path)
     assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
 

@@ -15,7 +15,7 @@ from cropr_kernels.models.adapters import find_spec
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 DEPTH = 6
 DEEP = {**HF, "num_hidden_layers": DEPTH}
-TWO = cropr.Fusion("host", blocks=2)
+TWO = cropr.Fusion("track_parent", blocks=2)
 
 
 def hf(model, **options):
@@ -96,7 +96,7 @@ def test_maps_of_earlier_blocks_are_refused(name, images):
     with pytest.raises(ValueError, match=r"not in the maps of blocks 4 \(from 0\), they are in those from 5 on"):
         maps([4, 5])
     for blocks in (1, 2):
-        cropr.set_llf(model, cropr.Fusion("host", blocks))
+        cropr.set_llf(model, cropr.Fusion("track_parent", blocks))
         first = DEPTH - 1 - blocks
         for indices in (blocks + 1, [first, 5], (-1, -blocks - 1), [first]):
             last, found = maps(indices)
@@ -110,7 +110,7 @@ def test_maps_of_earlier_blocks_are_refused(name, images):
                 ValueError, match=rf"not in the maps of blocks .*{first - 1} .*in those from {first} on"
             ):
                 maps(indices)
-        assert model.cropr.slot.state is None and model.cropr.slot.options is None
+        assert model.cropr.context.state is None and model.cropr.context.options is None
     for wrong in (0, [9], [-7]):
         with pytest.raises(AssertionError, match="out of range"):
             maps(wrong)
@@ -177,7 +177,7 @@ def test_wrappers_for_features_and_models_that_take_their_own_maps(images):
     cropr.set_rate(own, 8)
     expected = own(images)
     torch.testing.assert_close(cropr.deploy(own)(images), expected)
-    assert own.cropr.slot.options is None
+    assert own.cropr.context.options is None
     wrapper = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(4, 5), **options).eval()
     wrapper.model.load_state_dict(plain.state_dict(), strict=False)
     with pytest.raises(TypeError, match=r"FeatureGetterNet is a module around a model; .* at \.model, VisionTransf"):
@@ -239,11 +239,11 @@ AROUND = {
     "LLaVA": (llava, {"llf": TWO}),  # vision_feature_layer=-2
     "LLaVA, merging": (llava, {"llf": TWO, "merge": True}),
     "LLaVA, SigLIP": (lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"), {"llf": TWO}),
-    "LLaVA, layers": (lambda: llava(vision_feature_layer=[-3, -1]), {"llf": cropr.Fusion("host", blocks=3)}),
+    "LLaVA, layers": (lambda: llava(vision_feature_layer=[-3, -1]), {"llf": cropr.Fusion("track_parent", blocks=3)}),
     "LLaVA, last layer": (lambda: llava(vision_feature_layer=-1), {"llf": True}),
     "LLaVA-NeXT": (llava_next, {"llf": TWO, "merge": True}),
-    "PaliGemma": (paligemma, {"llf": "host"}),  # the last hidden state
-    "PaliGemma, merging": (paligemma, {"llf": "host", "merge": True}),
+    "PaliGemma": (paligemma, {"llf": "track_parent"}),  # the last hidden state
+    "PaliGemma, merging": (paligemma, {"llf": "track_parent", "merge": True}),
 }
 
 
@@ -298,7 +298,7 @@ def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
 def test_a_tower_without_its_tokens_is_noticed():
     model, num_tokens = llava()
     asked = asked_of("LLaVA", num_tokens)
-    tower = cropr.apply(model.eval().model.vision_tower, rate=8, llf="host", num_outputs=0)
+    tower = cropr.apply(model.eval().model.vision_tower, rate=8, llf="track_parent", num_outputs=0)
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**asked)
     cropr.remove(tower)

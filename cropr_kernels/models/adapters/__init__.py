@@ -1,11 +1,6 @@
-"""Model families, one file each.
+"""Model families, one file each: an `Adapter`."""
 
-Each has SUPPORTED, the family's name in the error for unknown models; find(model), its `ModelSpec`, or None if the
-model is of another family; and parts(block), the `BlockParts` with which the engine runs a block, or None; it raises
-`EngineRefusal` for a block of the family that the engine cannot run.
-"""
-
-from typing import Any
+from typing import Protocol
 
 from torch import nn
 
@@ -13,14 +8,28 @@ from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
 from .base import EngineRefusal as EngineRefusal
 from .base import ModelSpec as ModelSpec
+from .base import Submodule as Submodule
 from .base import is_hooked as is_hooked
 from .base import require_plain
 
-ADAPTERS: tuple[Any, ...] = (reference, timm, transformers, torchvision)
+
+class Adapter(Protocol):
+    """A module for one family."""
+
+    SUPPORTED: str  # the family's name in the error for unknown models
+
+    def find(self, model: nn.Module) -> ModelSpec | None:
+        """Specify a model of the family; None for any other."""
+
+    def parts(self, block: nn.Module) -> BlockParts | None:
+        """Name the parts of a block of the family; raise `EngineRefusal` if the engine cannot run it."""
+
+
+ADAPTERS: tuple[Adapter, ...] = (reference, timm, transformers, torchvision)
 
 
 def find_spec(model: nn.Module) -> ModelSpec:
-    """What pruning must know of a model.
+    """Specify a model for pruning.
 
     Raises:
         TypeError: no adapter knows its family; the message says what one would need.
@@ -44,15 +53,25 @@ def find_spec(model: nn.Module) -> ModelSpec:
 
 
 def engine_parts(spec: ModelSpec) -> list[BlockParts]:
-    """All blocks of a model as the engine runs them; EngineRefusal names the first one that it cannot run, and why."""
-    found: list[BlockParts] = []
+    """Return all blocks of a model as the engine runs them.
+
+    Raises:
+        EngineRefusal: it cannot run one; the message has the first, and the reason.
+    """
+    blocks: list[BlockParts] = []
     for layer, block in enumerate(spec.blocks):
         try:
-            parts = next((known for adapter in ADAPTERS if (known := adapter.parts(block)) is not None), None)
-            if parts is None:
-                raise EngineRefusal(f"{type(block).__module__}.{type(block).__name__} is not a block it knows")
+            parts = _parts_of(block)
             require_plain(parts)
         except EngineRefusal as refusal:
             raise EngineRefusal(f"block {layer}: {refusal}") from None
-        found.append(parts)
-    return found
+        blocks.append(parts)
+    return blocks
+
+
+def _parts_of(block: nn.Module) -> BlockParts:
+    for adapter in ADAPTERS:
+        parts = adapter.parts(block)
+        if parts is not None:
+            return parts
+    raise EngineRefusal(f"{type(block).__module__}.{type(block).__name__} is not a block it knows")

@@ -1,50 +1,78 @@
 """`cropr_kernels.ViT`."""
 
-from typing import Any
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, attention_by_projection, pads_projection, project_heads, proportional_attention
+from ..blocks import (
+    Rotary,
+    TimmAttention,
+    attention_by_projection,
+    pads_projection,
+    project_heads,
+    proportional_attention,
+)
 from ..vit import Block, ViT
-from .base import BlockParts, ModelSpec, own_class
+from .base import BlockParts, ModelSpec, base_class
 
 SUPPORTED = "cropr_kernels.ViT"
 
 
-def find(model: Any) -> ModelSpec | None:
+def find(model: nn.Module) -> ModelSpec | None:
     return spec_of(model) if isinstance(model, ViT) else None
 
 
-def spec_of(model: Any) -> ModelSpec:
-    """The specification of a model with timm's attributes."""
-    pool = model.global_pool
+class _PatchEmbed(Protocol):
+    proj: nn.Module
+    patch_size: tuple[int, int]
+    grid_size: tuple[int, int]
+
+
+class _TimmModel(Protocol):
+    """A model with timm's attributes."""
+
+    blocks: nn.ModuleList
+    patch_embed: _PatchEmbed
+    norm: nn.Module
+    num_prefix_tokens: int
+    embed_dim: int
+    num_classes: int
+    global_pool: str
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """Specify a model with timm's attributes."""
+    timm_model: _TimmModel = model  # type: ignore[assignment]
+    blocks = list(timm_model.blocks)
+    attn: TimmAttention = blocks[0].attn  # type: ignore[assignment]
+    pool = timm_model.global_pool
     averages = pool in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
     return ModelSpec(
-        blocks=list(model.blocks),
-        projection=model.patch_embed.proj,
-        norm=model.norm,
+        blocks=blocks,
+        projection=timm_model.patch_embed.proj,
+        norm=timm_model.norm,
         tower=model,
-        num_prefix=model.num_prefix_tokens,
-        dim=model.embed_dim,
-        num_heads=model.blocks[0].attn.num_heads,
-        patch_size=model.patch_embed.patch_size,
-        grid=model.patch_embed.grid_size,
-        num_classes=model.num_classes,
+        num_prefix=timm_model.num_prefix_tokens,
+        dim=timm_model.embed_dim,
+        num_heads=attn.num_heads,
+        patch_size=timm_model.patch_embed.patch_size,
+        grid=timm_model.patch_embed.grid_size,
+        num_classes=timm_model.num_classes,
         class_token=getattr(model, "cls_token", None) is not None and pool in ("token", ""),
         pooling="token" if pool == "token" else "average" if averages else "other",
         returns_tokens=pool != "token",
     )
 
 
-def parts(block: Any) -> BlockParts | None:
-    if own_class(block) is not Block:
+def parts(block: nn.Module) -> BlockParts | None:
+    if base_class(block) is not Block:
         return None
     return BlockParts(block, "norm1", "norm2", "attn", attend, scales, ("qkv",))
 
 
-def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
-    """The update of an attention with timm's names; it is opened only where its heads are needed."""
+def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+    """Run an attention with timm's names: its own forward unless positions or sizes enter its heads."""
+    attn: TimmAttention = module  # type: ignore[assignment]
     if rotary is None and log_sizes is None:
         return attn(h)
     if rotary is None and log_sizes is not None and pads_projection(attn, h):
@@ -61,6 +89,6 @@ def attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
     return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads
 
 
-def scales(block: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """LayerScale's factors, where there are any: timm's blocks name them alike."""
+def scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of LayerScale, if any, of a block with timm's names."""
     return getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)

@@ -1,18 +1,17 @@
 """timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP towers) and Eva (EVA, EVA-02, DINOv3, rotary ViTs)."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from .base import BlockParts, EngineRefusal, ModelSpec, known_classes, own_class
+from .base import BlockParts, EngineRefusal, ModelSpec, Scales, base_class, known_classes
 from .reference import attend, scales, spec_of
 
 SUPPORTED = "timm VisionTransformer and Eva"
+_VIT = "timm.models.vision_transformer"
+_EVA = "timm.models.eva"
 
 
-def find(model: Any) -> ModelSpec | None:
-    families = known_classes("timm.models.vision_transformer", "VisionTransformer")
-    if not any(isinstance(model, family) for family in families + known_classes("timm.models.eva", "Eva")):
+def find(model: nn.Module) -> ModelSpec | None:
+    if not isinstance(model, known_classes(_VIT, "VisionTransformer") + known_classes(_EVA, "Eva")):
         return None
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         raise ValueError("cropr.apply: the model already drops patches; create it with patch_drop_rate=0")
@@ -21,19 +20,18 @@ def find(model: Any) -> ModelSpec | None:
     return spec_of(model)
 
 
-def parts(block: Any) -> BlockParts | None:
-    kind = own_class(block)
-    if kind in known_classes("timm.models.vision_transformer", "Block"):
-        known, factors = known_classes("timm.models.vision_transformer", "Attention"), scales
-    elif kind in known_classes("timm.models.eva", "EvaBlock"):
-        known = known_classes("timm.models.eva", "EvaAttention") + known_classes(
-            "timm.layers.attention", "AttentionRope"
-        )
-        factors = _eva_scales
+def parts(block: nn.Module) -> BlockParts | None:
+    cls = base_class(block)
+    if cls in known_classes(_VIT, "Block"):
+        attentions = known_classes(_VIT, "Attention")
+        block_scales: Scales = scales
+    elif cls in known_classes(_EVA, "EvaBlock"):
+        attentions = known_classes(_EVA, "EvaAttention") + known_classes("timm.layers.attention", "AttentionRope")
+        block_scales = _eva_scales
     else:
         return None
     attn = block.attn
-    if type(attn) not in known:
+    if type(attn) not in attentions:
         raise EngineRefusal(f"attention is {type(attn).__name__}")
     if getattr(attn, "gate", None) is not None:
         raise EngineRefusal("attention has a gate")
@@ -41,8 +39,8 @@ def parts(block: Any) -> BlockParts | None:
         raise EngineRefusal("attention shares keys between heads")
     if not getattr(attn, "fused_attn", True):
         raise EngineRefusal("attention does not call scaled_dot_product_attention")
-    return BlockParts(block, "norm1", "norm2", "attn", attend, factors, ("qkv",))
+    return BlockParts(block, "norm1", "norm2", "attn", attend, block_scales, ("qkv",))
 
 
-def _eva_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
-    return block.gamma_1, block.gamma_2
+def _eva_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return block.gamma_1, block.gamma_2  # type: ignore[return-value]

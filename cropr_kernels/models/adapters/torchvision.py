@@ -1,47 +1,64 @@
 """torchvision's VisionTransformer."""
 
-from typing import Any
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import Rotary, SizeWeightedAttention
-from .base import BlockParts, ModelSpec, known_classes, own_class
+from .base import BlockParts, ModelSpec, base_class, known_classes
 
 SUPPORTED = "torchvision VisionTransformer"
 _MODULE = "torchvision.models.vision_transformer"
 
 
-def find(model: Any) -> ModelSpec | None:
-    if not any(isinstance(model, family) for family in known_classes(_MODULE, "VisionTransformer")):
+class _Encoder(Protocol):
+    layers: nn.Sequential
+    ln: nn.Module
+
+
+class _VisionTransformer(Protocol):
+    image_size: int
+    patch_size: int
+    hidden_dim: int
+    num_classes: int
+    conv_proj: nn.Module
+    encoder: _Encoder
+
+
+def find(model: nn.Module) -> ModelSpec | None:
+    if not isinstance(model, known_classes(_MODULE, "VisionTransformer")):
         return None
-    side = model.image_size // model.patch_size
+    vit: _VisionTransformer = model  # type: ignore[assignment]
+    blocks = list(vit.encoder.layers)
+    num_heads: int = blocks[0].num_heads  # type: ignore[assignment]
+    side = vit.image_size // vit.patch_size
     return ModelSpec(
-        blocks=list(model.encoder.layers),
-        projection=model.conv_proj,
-        norm=model.encoder.ln,
+        blocks=blocks,
+        projection=vit.conv_proj,
+        norm=vit.encoder.ln,
         tower=model,
         num_prefix=1,
-        dim=model.hidden_dim,
-        num_heads=model.encoder.layers[0].num_heads,
-        patch_size=(model.patch_size, model.patch_size),
+        dim=vit.hidden_dim,
+        num_heads=num_heads,
+        patch_size=(vit.patch_size, vit.patch_size),
         grid=(side, side),
-        num_classes=model.num_classes,
+        num_classes=vit.num_classes,
         class_token=True,
         pooling="token",
         returns_tokens=False,
     )
 
 
-def parts(block: Any) -> BlockParts | None:
-    if own_class(block) not in known_classes(_MODULE, "EncoderBlock"):
+def parts(block: nn.Module) -> BlockParts | None:
+    if base_class(block) not in known_classes(_MODULE, "EncoderBlock"):
         return None
     return BlockParts(block, "ln_1", "ln_2", "self_attention", _attend, _no_scales)
 
 
-def _attend(attn: Any, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+def _attend(attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
     with SizeWeightedAttention.maybe(log_sizes):
         return attn(h, h, h, need_weights=False)[0]
 
 
-def _no_scales(block: Any) -> tuple[None, None]:
+def _no_scales(block: nn.Module) -> tuple[None, None]:
     return None, None

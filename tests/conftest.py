@@ -87,19 +87,19 @@ def _copy(value: Any) -> Any:
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "compiled", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    made = make_backend(request.param)
-    if made.interpreted:
+    selected = make_backend(request.param)
+    if selected.interpreted:
         poison_empty(monkeypatch)
-    return made
+    return selected
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["cpp", "compiled", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend with kernels of its own: everything but the definition."""
-    made = make_backend(request.param)
-    if made.interpreted:
+    selected = make_backend(request.param)
+    if selected.interpreted:
         poison_empty(monkeypatch)
-    return made
+    return selected
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:

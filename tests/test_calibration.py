@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers.models import MODELS, randomise, reference_vit, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import calibration
@@ -57,7 +57,7 @@ def slow_queries(model, images, ridge):
     ],
 )
 def test_queries_solve_the_ridge_regression(options):
-    model = randomise(reference_vit(**options)).eval()
+    model = randomize(reference_vit(**options)).eval()
     images = torch.randn(6, 3, 64, 64)
     with torch.no_grad():
         expected = slow_queries(model, images, 1e-2)
@@ -70,7 +70,7 @@ def test_queries_solve_the_ridge_regression(options):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_family_calibrates_and_keeps_its_backbone(kind):
-    model = cropr.apply(randomise(MODELS[kind]()), rate=8, llf=True, num_queries=3).train()
+    model = cropr.apply(randomize(MODELS[kind]()), rate=8, llf=True, num_queries=3).train()
     before = {name: p.clone() for name, p in model.state_dict().items() if not name.endswith("queries")}
     images = torch.randn(4, 3, 64, 64)
     assert cropr.calibrate(model, images) is model and model.training
@@ -134,7 +134,7 @@ def test_refusals():
 
 
 def test_agreement_is_that_of_the_deployed_model():
-    model = cropr.apply(randomise(reference_vit()), rate=8)
+    model = cropr.apply(randomize(reference_vit()), rate=8)
     images = torch.randn(10, 3, 64, 64)
     rows = cropr.agreement(model, images, [0, 5, 18], batch_size=4)
     assert [row.rate for row in rows] == [0, 5, 18] and rows[0][1:] == (1.0, pytest.approx(0, abs=1e-9), 1.0)
@@ -144,7 +144,7 @@ def test_agreement_is_that_of_the_deployed_model():
     expected = torch.nn.functional.kl_div(logits[18], logits[0], log_target=True, reduction="batchmean")
     assert rows[2].divergence == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     assert rows[2].flops > rows[1].flops > 1
-    features = cropr.apply(randomise(reference_vit(num_classes=0)), rate=8, num_outputs=0)
+    features = cropr.apply(randomize(reference_vit(num_classes=0)), rate=8, num_outputs=0)
     [row] = cropr.agreement(features, images, [18])
     assert 0 < row.agreement < 1 and row.divergence != row.divergence
     row = cropr.calibration.Agreement
@@ -200,7 +200,7 @@ def test_queries_come_back_bit_for_bit(tmp_path):
 def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     weights, photos = tmp_path / "model.pt", tmp_path / "photos" / "some"
-    model = randomise(cropr.create_vit("vit_tiny_patch16_224", num_classes=5))
+    model = randomize(cropr.create_vit("vit_tiny_patch16_224", num_classes=5))
     torch.save(model.state_dict(), weights)
     photos.mkdir(parents=True)
     for i in range(9):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import SHAPES
-from helpers.models import HOSTS, MODELS, randomise, reference_vit
+from helpers.models import BLOCK_RUNNERS, MODELS, randomize, reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import exporting, ops
@@ -29,7 +29,7 @@ def _needs_onnx():
 
 def pruned(kind="reference", **options):
     torch.manual_seed(0)
-    return cropr.apply(randomise(MODELS[kind]()).eval(), num_outputs=0, **options)
+    return cropr.apply(randomize(MODELS[kind]()).eval(), num_outputs=0, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,7 +124,7 @@ def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
     "name", ["ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DINOv2 with registers", "torchvision"))]
 )
 def test_models_that_run_their_blocks_become_onnx_with_all_their_outputs(name, tmp_path):
-    model = cropr.apply(randomise(HOSTS[name]()).eval(), rate=9, llf=True, num_outputs=0)
+    model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=9, llf=True, num_outputs=0)
     done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True)
     assert done.difference < 1e-4 and done.same_map is True
 

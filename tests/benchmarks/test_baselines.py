@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.baselines import COUNTS, DIM, HEADS, KEEP, TOKENS, context_of, counts_for, make
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.baselines.learned import ReducedClassifier
@@ -26,7 +26,7 @@ def test_prefix_tokens_stay_first_and_as_they_are(name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_without_reduction_they_are_the_plain_model(name):
-    model, images = randomise(reference_vit(init_values=0.1)).eval(), torch.randn(2, 3, 64, 64)
+    model, images = randomize(reference_vit(init_values=0.1)).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(Reduced(model, SYSTEMS[name], [65, 65, 65])(images), model(images))
 
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_bits(name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_trained_parameter_gets_a_gradient_under_autocast(name):
-    network = Reduced(randomise(reference_vit()), SYSTEMS[name], [65, 40, 40])
+    network = Reduced(randomize(reference_vit()), SYSTEMS[name], [65, 40, 40])
     task = ReducedClassifier(network, 0.1, teacher=reference_vit()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = task(torch.randn(2, 3, 64, 64), torch.tensor([0, 3]))
@@ -102,8 +102,8 @@ class ByQuery(Selector):
 @pytest.mark.parametrize("llf", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(reg_tokens=3), dict(rope=True, swiglu=True, global_pool="avg")])
 def test_a_network_reduced_by_cropr_scores_is_cropr(options, llf):
-    model = randomise(reference_vit(**options)).eval()
-    pruned = cropr.apply(randomise(reference_vit(**options)), rate=9, llf=llf)
+    model = randomize(reference_vit(**options)).eval()
+    pruned = cropr.apply(randomize(reference_vit(**options)), rate=9, llf=llf)
     model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
     queries = iter([module.query() for module in pruned.cropr])
     counts = pruned.cropr.config.counts(64 + model.num_prefix_tokens, 4, model.num_prefix_tokens)

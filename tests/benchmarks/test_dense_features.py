@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 from benchmarks.accuracy import dense_features
 from benchmarks.accuracy.dense_features import METHODS, Colours, draw, errors, pruned_features
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @torch.no_grad()
 def test_at_rate_zero_every_method_gives_the_unpruned_features():
-    model, images = randomise(reference_vit(depth=6)).eval(), torch.randn(2, 3, 64, 64)
+    model, images = randomize(reference_vit(depth=6)).eval(), torch.randn(2, 3, 64, 64)
     plain = model.forward_features(images)[:, 1:]
     queries, counts = [torch.randn(64) for _ in range(5)], {}
     for method in METHODS:

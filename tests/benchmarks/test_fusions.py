@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 from helpers.tasks import BACKBONES, CLASSES, check_a_step_and_its_maps
 
 import cropr_kernels as cropr
@@ -18,7 +18,7 @@ SCHEDULES = {"a rate": {"rate": 9}, "not after every block": {"keep": [65, 40, 4
 def segmenter(fusion, name="reference", **schedule):
     model = BACKBONES[name]()
     cropr.apply(model, **(schedule or {"rate": 9}), num_queries=64, num_outputs=CLASSES)
-    return randomise(FusedSegmenter(model, CLASSES, grid=(8, 8), fusion=fusion)).train()
+    return randomize(FusedSegmenter(model, CLASSES, grid=(8, 8), fusion=fusion)).train()
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.baselines import DIM, TOKENS, context_of
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 from benchmarks.baselines.learned import DynamicViT, PatchMerger, ReducedClassifier, Sinkhorn, SiT
 from benchmarks.baselines.network import Context, Features, Reduced, Reduction
@@ -16,20 +16,20 @@ def test_mixers_give_means_of_the_patches(cls):
     patches = TOKENS - 1
     reducer = cls(DIM, 5, patches) if cls is SiT else cls(DIM, 5)
     x = torch.randn(2, TOKENS, DIM)
-    reduction = randomise(reducer)(x, context_of(x), 6, 1)
+    reduction = randomize(reducer)(x, context_of(x), 6, 1)
     assert reduction.weights.shape == (2, 5, patches) and (reduction.weights >= 0).all()
     torch.testing.assert_close(reduction.weights.sum(-1), torch.ones(2, 5))
     torch.testing.assert_close(reduction.tokens[:, 1:], reduction.weights @ x[:, 1:])
 
 
 def test_sit_weighs_tokens_by_an_mlp_of_each():
-    reducer, patches = randomise(SiT(DIM, 5, 9)), torch.randn(1, 9, DIM)
+    reducer, patches = randomize(SiT(DIM, 5, 9)), torch.randn(1, 9, DIM)
     logits = torch.stack([reducer.mlp(patch) * reducer.scale for patch in patches[0]])  # (9, 5)
     torch.testing.assert_close(reducer.log_weights(patches)[0].softmax(-1), logits.T.softmax(-1))
 
 
 def test_patch_merger_weighs_normed_tokens_by_queries():
-    reducer, patches = randomise(PatchMerger(DIM, 5)), torch.randn(2, 9, DIM)
+    reducer, patches = randomize(PatchMerger(DIM, 5)), torch.randn(2, 9, DIM)
     for b in range(2):
         logits = torch.stack([reducer.norm(patches[b]) @ query for query in reducer.queries])
         torch.testing.assert_close(reducer.log_weights(patches)[b], logits)
@@ -52,7 +52,7 @@ def test_sinkhorn_is_the_textbook_one():
 
 
 def test_dynamic_vit_masks_in_training_what_it_would_drop(monkeypatch):
-    model = randomise(reference_vit()).double()
+    model = randomize(reference_vit()).double()
     network = Reduced(model, DynamicViT, [65, 31, 31]).double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
@@ -90,7 +90,7 @@ def test_dynamic_vit_learns_the_tokens_that_are_alive():
 
 def test_a_distilled_network_has_no_loss_where_it_is_its_teacher():
     torch.manual_seed(0)
-    teacher = randomise(reference_vit()).eval()
+    teacher = randomize(reference_vit()).eval()
     network = Reduced(reference_vit(), DynamicViT, [65, 31, 31])
     network.backbone.load_state_dict(teacher.state_dict())
     task = ReducedClassifier(network, teacher=teacher).train()

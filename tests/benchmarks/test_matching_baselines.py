@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.baselines import COUNTS, TOKENS, context_of
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.baselines.matching import ATM, CroprMerge, PiToMe, energy, unit_keys
@@ -171,8 +171,8 @@ def test_parts_of_croprs_own_merge(left_out, ward):
 
 
 def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():
-    model = randomise(reference_vit()).eval()
-    pruned = cropr.apply(randomise(reference_vit()), rate=9, merge=True).eval()
+    model = randomize(reference_vit()).eval()
+    pruned = cropr.apply(randomize(reference_vit()), rate=9, merge=True).eval()
     model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
     layers = enumerate([module.query() for module in pruned.cropr])
     counts, images = pruned.cropr.config.counts(65, 4, 1), torch.randn(2, 3, 64, 64)
@@ -187,7 +187,7 @@ def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():
 
 
 def test_a_reducer_knows_how_deep_it_is():
-    network, seen = Reduced(randomise(reference_vit()), lambda dim, kept, patches: PiToMe(), COUNTS).eval(), []
+    network, seen = Reduced(randomize(reference_vit()), lambda dim, kept, patches: PiToMe(), COUNTS).eval(), []
     for reducer in network.reducers.values():
         reducer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].depth))
     with torch.no_grad():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import AttentionTopK, PublishedMultiHead, replace_modules
@@ -17,7 +17,7 @@ from benchmarks.baselines.scorers import MultiHeadCropr
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
 def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
-    model, images = randomise(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
+    model, images = randomize(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
     counts = cropr.Schedule(rate=9).counts(65, len(model.blocks), 1, llf)
     want = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
     cropr.apply(model, rate=9, llf=llf)
@@ -26,7 +26,7 @@ def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
 
 
 def test_several_heads_as_published_choose_what_the_folded_ones_do():
-    module = randomise(MultiHeadCropr(16, 3, num_heads=4))
+    module = randomize(MultiHeadCropr(16, 3, num_heads=4))
     x = torch.randn(2, 20, 16)
     published, folded = PublishedMultiHead(module)(x, 12, 1), module.eval()(x, 12, 1)
     assert torch.equal(published.kept_idx, folded.kept_idx) and torch.equal(published.kept, folded.kept)
@@ -59,7 +59,7 @@ def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split,
 
 def test_random_tokens_are_drawn_by_the_seed(monkeypatch):
     classification = pytest.importorskip("benchmarks.accuracy.classification", reason="needs the train extra")
-    model = cropr.apply(randomise(reference_vit()), rate=9)
+    model = cropr.apply(randomize(reference_vit()), rate=9)
     monkeypatch.setattr(classification.build, "task", lambda config, classes: SimpleNamespace(backbone=model))
     drawn = []
     for seed in (3, 3, 4):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.agreement import calibrated, outputs, relative_error
@@ -14,7 +14,7 @@ MERGING = {one.name for one in BASELINES if one.category == "merging"} | {*MERGE
 
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_are_those_of_the_forward_and_whole_where_tokens_merge(name):
-    base, images = randomise(reference_vit()).eval().requires_grad_(False), torch.randn(4, 3, 64, 64)
+    base, images = randomize(reference_vit()).eval().requires_grad_(False), torch.randn(4, 3, 64, 64)
     with torch.inference_mode():
         method = build(base, calibrated(base, images), name, 9)
         torch.manual_seed(0)

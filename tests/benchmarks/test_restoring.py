@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.restoring import METHODS, SCALED, flop_ratio
@@ -34,7 +34,7 @@ RESTORES = {name: method for name, method in METHODS.items() if method.restore i
 
 def tiny():
     torch.manual_seed(0)
-    return randomise(reference_vit(depth=DEPTH)).eval()
+    return randomize(reference_vit(depth=DEPTH)).eval()
 
 
 def made(rate, merge):

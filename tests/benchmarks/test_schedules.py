@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.accuracy import counts as counting
@@ -91,7 +91,7 @@ def test_one_more_token_stops_just_below_a_step():
 
 
 def small():
-    return randomise(reference_vit(depth=6)).eval().requires_grad_(False)
+    return randomize(reference_vit(depth=6)).eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.cells import CELLS
@@ -20,7 +20,7 @@ MAKE = {
 
 def pruned(name, **options):
     return cropr.apply(
-        randomise(reference_vit()), rate=8, make_module=lambda layer, block: randomise(MAKE[name](64, 5)), **options
+        randomize(reference_vit()), rate=8, make_module=lambda layer, block: randomize(MAKE[name](64, 5)), **options
     )
 
 
@@ -78,7 +78,7 @@ def test_sampling_draws_in_proportion_in_training_and_takes_the_best_in_eval(num
 
 
 def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_gives_the_scores():
-    model = cropr.apply(randomise(reference_vit()), rate=9)
+    model = cropr.apply(randomize(reference_vit()), rate=9)
     module, x = model.cropr[0], torch.randn(2, 65, model.embed_dim)
     dropped = module(x, 56, 1).pruned_idx
     module.__class__ = NonSalientCropr
@@ -116,7 +116,7 @@ def test_a_deployed_model_folds_them_and_gives_the_same_logits(name, options):
 
 @pytest.mark.parametrize("name", ["non-salient", "no stop-gradient", "sampling"])
 def test_calibration_sets_their_queries_as_it_does_cropr_s(name):
-    model, images = cropr.apply(randomise(reference_vit()), rate=8), torch.randn(4, 3, 64, 64)
+    model, images = cropr.apply(randomize(reference_vit()), rate=8), torch.randn(4, 3, 64, 64)
     expected = [module.query() for module in cropr.calibrate(model, images).cropr]
     replace_modules(model, lambda module, block: SCORERS[name](64, 5))
     for module, query in zip(cropr.calibrate(model, images).cropr, expected):

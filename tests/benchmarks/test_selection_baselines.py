@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.baselines import DIM, HEADS, KEEP, TOKENS, context_of, make
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 from benchmarks.baselines.network import Context, Reduced
 from benchmarks.baselines.registry import SYSTEMS
@@ -15,7 +15,7 @@ from cropr_kernels.models.blocks import project_heads
 
 
 def test_attention_top_k_keeps_what_the_class_token_looks_at():
-    model = randomise(reference_vit(depth=2)).double().eval()
+    model = randomize(reference_vit(depth=2)).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         x, _ = model.embed(images)
@@ -47,7 +47,7 @@ def test_pixel_variance_follows_the_patches_through_all_layers():
 
 
 def test_representation_shift_keeps_what_the_mlp_changes_most():
-    model = randomise(reference_vit(depth=2, init_values=0.1)).double().eval()
+    model = randomize(reference_vit(depth=2, init_values=0.1)).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         first, (x, _) = model.blocks[0], model.embed(images)
@@ -90,7 +90,7 @@ def test_saint_drops_even_patches_that_are_like_odd_ones(prefix, threshold):
 
 
 def test_saint_restores_what_it_dropped_and_drops_half_at_most():
-    network = Reduced(randomise(reference_vit()), SYSTEMS["SAINT"], [50, 40, 40], llf=True).eval()
+    network = Reduced(randomize(reference_vit()), SYSTEMS["SAINT"], [50, 40, 40], llf=True).eval()
     seen = []
     network.backbone.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_evit_fuses_pruned_tokens_by_attention():
 
 
 def test_evit_merges_between_attention_and_mlp():
-    model = randomise(reference_vit(depth=2)).double().eval()
+    model = randomize(reference_vit(depth=2)).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         x, _ = model.embed(images)

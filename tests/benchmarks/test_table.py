@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 from benchmarks.baselines.network import Reduced
 from benchmarks.baselines.registry import ROWS, SYSTEMS
@@ -15,7 +15,7 @@ from benchmarks.models.timing import cell, check, measure
 
 @pytest.mark.slow
 def test_the_table_measures_every_system_on_one_set_of_weights():
-    plain = randomise(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
+    plain = randomize(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
     with torch.inference_mode():
         models = systems(plain)
         rows = {row["system"]: row for row in cell(models, torch.randn(1, 3, 224, 224), 2, "eager", 1)}
@@ -43,7 +43,7 @@ def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, mon
 
 
 def test_a_method_that_cannot_run_is_an_error_in_the_row_and_the_others_are_measured():
-    plain = randomise(reference_vit()).eval().requires_grad_(False)
+    plain = randomize(reference_vit()).eval().requires_grad_(False)
     methods = {"unpruned": plain, "ToMe": Reduced(plain, SYSTEMS["ToMe"], [30, 30, 30])}
     row = measure(methods, torch.randn(1, 3, 64, 64), "eager", 1)
     assert row["unpruned / unpruned"] == 1 and row["ToMe: error"].startswith("ToMe: 65 tokens, 1 of them prefix")

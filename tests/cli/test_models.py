@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.folders import FOLDERS
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
@@ -34,7 +34,7 @@ def run(capsys):
 
 
 def saved(folder):
-    cropr.save(cropr.apply(randomise(reference_vit()), rate=3, merge=True, num_outputs=0), folder / "saved")
+    cropr.save(cropr.apply(randomize(reference_vit()), rate=3, merge=True, num_outputs=0), folder / "saved")
     return [folder / "saved"]
 
 

@@ -1,10 +1,10 @@
-"""Baselines on a small ViT, and what their reducers may ask for."""
+"""Baselines on a small ViT, and the context that their reducers read."""
 
 import torch
 
 from benchmarks.baselines.network import Context, Reduced
 from benchmarks.baselines.registry import REDUCE_ONCE, SYSTEMS
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 
 COUNTS = [50, 40, 31]
 DIM, TOKENS, HEADS, KEEP = 8, 22, 2, 14
@@ -15,11 +15,11 @@ def counts_for(name):
 
 
 def make(name, **options):
-    return Reduced(randomise(reference_vit(**options)), SYSTEMS[name], counts_for(name)).eval()
+    return Reduced(randomize(reference_vit(**options)), SYSTEMS[name], counts_for(name)).eval()
 
 
 def context_of(x, prefix=1, sizes=None, depth=0.0):
-    """Everything a reducer may ask for, in a block before which there is this share of all."""
+    """Return every input of a reducer, in a block at this relative depth."""
     batch, tokens, _ = x.shape
     q, k, v = (torch.randn(batch, HEADS, tokens, 4, dtype=x.dtype) for _ in range(3))
     attention = (q @ k.transpose(2, 3)).softmax(-1).to(x.dtype)

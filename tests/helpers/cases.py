@@ -11,7 +11,7 @@ from cropr_kernels.ops.sample_inputs import DTYPES as DTYPES
 from cropr_kernels.ops.sample_inputs import SIZES, legal_call
 from cropr_kernels.ops.validation import OPS, Input
 
-# Those whose matrices Triton's interpreter multiplies: bfloat16 it takes for integers.
+# Triton's interpreter multiplies bfloat16 matrices as integers.
 MATRIX_DTYPES = [dtype for dtype in DTYPES if dtype != torch.bfloat16 or os.environ.get("TRITON_INTERPRET") != "1"]
 # (B, N, D, K, P)
 SHAPES = [
@@ -35,7 +35,7 @@ def tokens(batch: int, n: int, dim: int, dtype: torch.dtype, device: str) -> Ten
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal element for element, NaN payloads and signs of zero included."""
+    """Compare bit for bit, NaN payloads and signs of zero included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
@@ -43,7 +43,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def odd_layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values in every layout a caller may pass."""
+    """Return the same values in every layout a caller may pass."""
     batch, n, dim = x.shape
     offset = torch.empty(batch * n * dim + 3, dtype=x.dtype, device=x.device)[3:].view(batch, n, dim)
     wide = torch.empty(batch, n, 2 * dim, dtype=x.dtype, device=x.device)
@@ -59,7 +59,7 @@ def odd_layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 def illegal_calls(op: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Calls with one argument that is not what the table says, and the name of that argument."""
+    """Yield calls with one illegal argument, by the table of ops, and the name of that argument."""
     legal, spec, known = legal_call(op), OPS[op], set()
     for i, input in enumerate(spec.inputs):
         for wrong in _wrong(input, legal[input.name], known, first=i == 0):

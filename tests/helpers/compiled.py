@@ -1,4 +1,4 @@
-"""Ops whose answer is that of C++, while what they launch on CUDA is compiled for a GPU and looked at."""
+"""C++ ops that also compile the kernels they would launch on CUDA, and lint them."""
 
 import os
 from collections.abc import Callable
@@ -15,15 +15,15 @@ _checked: set[str] = set()
 
 
 def compiled_op(name: str) -> Callable[..., Any]:
-    """The op, after each kernel that it launches for these tensors, of this alignment, has passed the lint."""
+    """Return the C++ op, preceded by the lint of each kernel that CUDA would launch for its arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with recording() as launches:
             launcher(name)(*args, **kwargs)
         for launch, compiled in compile_launches(launches, ARCHITECTURE):
             if compiled.hash not in _checked:
-                found = problems(launch, compiled)
-                assert not found, f"{launch}: {found}"
+                faults = problems(launch, compiled)
+                assert not faults, f"{launch}: {faults}"
                 assert resources(compiled)["STACK"] <= STACK, f"{launch}: {resources(compiled)}"
                 _checked.add(compiled.hash)
         return getattr(torch.ops.cropr, name)(*args, **kwargs)

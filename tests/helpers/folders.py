@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cropr_kernels as cropr
-from helpers.models import HF, SMALL, TEXT, randomise, timm_vit, transformers
+from helpers.models import HF, SMALL, TEXT, randomize, timm_vit, transformers
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -19,9 +19,9 @@ def weight_file(folder):
 
 def timm_folder(folder):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    model = randomise(timm_vit())
-    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "mean": MEAN, "std": STD}
-    model.pretrained_cfg = {**about, "input_size": (3, 64, 64)}
+    model = randomize(timm_vit())
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "mean": MEAN, "std": STD}
+    model.pretrained_cfg = {**config, "input_size": (3, 64, 64)}
     hub = importlib.import_module("timm.models")
     hub.save_for_hf(model, folder / "timm", model_config=model.pretrained_cfg, model_args=SMALL)
     return f"local-dir:{folder / 'timm'}"
@@ -30,7 +30,7 @@ def timm_folder(folder):
 def transformers_classifier(folder):
     t = transformers()
     path = folder / "vit"
-    randomise(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5))).half().save_pretrained(path)
+    randomize(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5))).half().save_pretrained(path)
     t.ViTImageProcessor(image_mean=list(MEAN), image_std=list(STD)).save_pretrained(path)
     return str(path)
 
@@ -38,7 +38,7 @@ def transformers_classifier(folder):
 def transformers_pruned(folder):
     t = transformers()
     path = folder / "pruned"
-    model = randomise(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)))
+    model = randomize(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)))
     cropr.apply(model, rate=3, merge=True, num_outputs=0).save_pretrained(path)
     return str(path)
 
@@ -46,14 +46,14 @@ def transformers_pruned(folder):
 def transformers_features(folder):
     t = transformers()
     path = folder / "dinov2"
-    randomise(t.Dinov2Model(t.Dinov2Config(**HF))).save_pretrained(path)
+    randomize(t.Dinov2Model(t.Dinov2Config(**HF))).save_pretrained(path)
     return str(path)
 
 
 def transformers_two_towers(folder):
     t = transformers()
     path = folder / "siglip"
-    randomise(t.SiglipModel(t.SiglipConfig(vision_config=HF, text_config=TEXT))).save_pretrained(path)
+    randomize(t.SiglipModel(t.SiglipConfig(vision_config=HF, text_config=TEXT))).save_pretrained(path)
     return str(path)
 
 

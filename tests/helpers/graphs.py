@@ -8,7 +8,7 @@ from cropr_kernels.pruning.graphs import CaptureError, Graphs
 
 
 class CountingGraphs(Graphs):
-    """Graphs whose capture needs no GPU: a replay runs the function again, on inputs of its own."""
+    """Graphs whose capture needs no GPU: a replay runs the function again, on copies of its inputs."""
 
     captures, replays, refuses = 0, 0, False
 
@@ -31,13 +31,13 @@ class Rerun:
 
 
 class RecordedCuda:
-    """As much of torch.cuda as graphs use: `log` has what is called, in order, each with the stream it is called on.
+    """The part of torch.cuda that graphs use; `log` holds the calls in order, each with its stream.
 
-    Work is done at once, on the CPU; a graph runs again what ran under capture.
+    Work is done at once, on the CPU; a replay runs the captured functions again.
     """
 
     def __init__(self, monkeypatch):
-        self.log, self.current, self.made, self.pools, self.capturing = [], "caller's", 0, 0, None
+        self.log, self.current, self.num_streams, self.pools, self.capturing = [], "caller's", 0, 0, None
         for name in (
             "device",
             "Stream",
@@ -50,8 +50,8 @@ class RecordedCuda:
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
-    def note(self, what):
-        self.log.append(f"{self.current}: {what}")
+    def note(self, event):
+        self.log.append(f"{self.current}: {event}")
 
     @contextmanager
     def device(self, device):
@@ -60,8 +60,8 @@ class RecordedCuda:
         self.note(f"leaves {device}")
 
     def Stream(self):
-        self.made += 1
-        return RecordedStream(self, f"stream {self.made}")
+        self.num_streams += 1
+        return RecordedStream(self, f"stream {self.num_streams}")
 
     def current_stream(self):
         return RecordedStream(self, self.current)

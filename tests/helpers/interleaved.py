@@ -1,4 +1,4 @@
-"""Programs of interpreted kernels in any order, and by turns: another may go on before each load, store and atomic.
+"""Interleaved programs of interpreted kernels: another may go on before each load, store and atomic.
 
 Triton's interpreter runs one program after another, in order, so that none ever meets a half-done one.
 """
@@ -19,14 +19,14 @@ _builder: Any = interpreter.interpreter_builder
 
 
 class _Turns:
-    """Threads of which one runs at a time; who is next is drawn at every turn."""
+    """Threads of which one runs at a time, drawn at random at every turn."""
 
     def __init__(self, draw: random.Random):
         self.draw, self.errors, self.local = draw, [], threading.local()
         self.waiting: dict[int, threading.Semaphore] = {}
 
     def run(self, programs: list[tuple[Any, Any]]) -> None:
-        """Run (grid index, function) to the end of all."""
+        """Run all (grid index, function) pairs to their end."""
         threads = []
         for index, function in programs:
             self.waiting[len(threads)] = threading.Semaphore(0)
@@ -63,7 +63,7 @@ class _Turns:
 
 
 class _Grid:
-    """In place of a kernel: keeps the programs that the interpreter starts until it has started all."""
+    """Stand-in for a kernel that collects its programs and runs them once the grid is complete."""
 
     def __init__(self, kernel: Any, turns: _Turns):
         self.kernel, self.turns, self.programs = kernel, turns, []
@@ -79,7 +79,7 @@ class _Grid:
 
 @contextmanager
 def interleaved(seed: int) -> Iterator[None]:
-    """Kernels that are launched inside run by turns, which follow from the seed."""
+    """Interleave the programs of kernels launched inside, in an order drawn from the seed."""
     turns = _Turns(random.Random(seed))
 
     class Executor(interpreter.GridExecutor):
@@ -103,7 +103,7 @@ def interleaved(seed: int) -> Iterator[None]:
 
 @contextmanager
 def counting_loads() -> Iterator[Counter]:
-    """How many loads each program makes, by its grid index; of the kernels launched inside, all together."""
+    """Count the loads of each program, by grid index, summed over the kernels launched inside."""
     loads, load = Counter(), _builder.create_masked_load
 
     def counted(*args: Any) -> Any:

@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-# Models that run their blocks themselves.
+# Hugging Face and torchvision models, which run their blocks themselves.
 
 HF = dict(
     hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=8
@@ -70,7 +70,7 @@ def hf(model, config, **options):
     return getattr(t, model)(getattr(t, config)(**HF, **options))
 
 
-HOSTS = {
+BLOCK_RUNNERS = {
     "ViT": lambda: hf("ViTForImageClassification", "ViTConfig", num_labels=5),
     "ViT, features": lambda: hf("ViTModel", "ViTConfig"),
     "ViT-MAE": lambda: hf("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
@@ -86,8 +86,8 @@ PREFIX = {"DINOv2 with registers": 5, "DINOv3": 4, "SigLIP": 0, "SigLIP, classif
 CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision")
 
 
-def randomise(model):
-    """Nothing at its neutral value."""
+def randomize(model):
+    """Add noise to every parameter, so that none is at its neutral value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -95,7 +95,7 @@ def randomise(model):
 
 
 def embed(model, images):
-    """The tokens that enter the first block of a timm model or the reference ViT, and the rotary table, if any."""
+    """Return the tokens that enter the first block (timm or reference ViT) and the rotary table or None."""
     if isinstance(model, ViT):
         return model.embed(images)
     embedded = model._pos_embed(model.patch_embed(images))
@@ -104,7 +104,7 @@ def embed(model, images):
 
 
 def outputs_of(output):
-    """What a model says of a whole image."""
+    """Return the output for a full image: logits, embeddings or pooled features."""
     if isinstance(output, torch.Tensor):
         return output
     names = ("logits", "image_embeds", "pooler_output")

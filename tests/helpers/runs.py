@@ -1,4 +1,4 @@
-"""A dataset and a task with which a training run takes no time."""
+"""A dataset and a task that make a training run instant."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ import cropr_kernels as cropr
 
 
 class Broken:
-    """A dataset of which some samples cannot be read."""
+    """A dataset with unreadable samples."""
 
     def __init__(self, count, broken):
         self.count, self.broken = count, broken
@@ -22,7 +22,7 @@ class Broken:
 
 
 class Explodes(nn.Module):
-    """A task whose loss is not finite at some steps."""
+    """A task whose loss is NaN at the given calls."""
 
     def __init__(self, bad):
         super().__init__()

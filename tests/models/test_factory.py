@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers.folders import FOLDERS, MEAN, STD
-from helpers.models import CLASSIFIERS, HOSTS, MODELS, reference_vit
+from helpers.models import BLOCK_RUNNERS, CLASSIFIERS, MODELS, reference_vit
 
 from cropr_kernels.models.factory import create_model, model_source
 from cropr_kernels.models.outputs import outputs_of, remove_classifier
@@ -88,7 +88,7 @@ def test_torchvision_takes_its_options_and_has_the_pixels_of_imagenet():
 
 @pytest.mark.parametrize("kind", [*MODELS, *CLASSIFIERS])
 def test_a_model_without_its_classifier_gives_the_features_that_it_reads(kind):
-    model = (MODELS | HOSTS)[kind]().eval()
+    model = (MODELS | BLOCK_RUNNERS)[kind]().eval()
     images, seen = torch.randn(2, 3, 64, 64), []
     last = [module for module in model.modules() if getattr(module, "out_features", 0) == 5][-1]
     hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

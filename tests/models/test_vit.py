@@ -12,7 +12,7 @@ from cropr_kernels.models.vit import PRESETS, ViT, ViTConfig
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 
 
-def randomise(model):
+def randomize(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.05)
@@ -23,7 +23,7 @@ def randomise(model):
 def test_equals_timm_with_the_same_weights(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     options = {"num_classes": 10, "depth": 3}
-    theirs, ours = randomise(timm.create_model(name, **options)), cropr.create_vit(name, **options).eval()
+    theirs, ours = randomize(timm.create_model(name, **options)), cropr.create_vit(name, **options).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, ours.config.img_size, ours.config.img_size)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_parameters_of_larger_models_are_timms(name):
 def test_other_image_sizes_equal_timm(name, size):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     options = {"num_classes": 10, "depth": 2}
-    theirs = randomise(timm.create_model(name, dynamic_img_size=True, **options))
+    theirs = randomize(timm.create_model(name, dynamic_img_size=True, **options))
     ours = cropr.create_vit(name, **options).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(1, 3, *size)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import MODELS, randomise, reference_vit, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_vit
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,7 @@ from cropr_kernels.models.vit import ViT
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    return randomise(MODELS[request.param]()).eval()
+    return randomize(MODELS[request.param]()).eval()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import HOSTS, MODELS, outputs_of, randomise, reference_vit, timm_vit
+from helpers.models import BLOCK_RUNNERS, MODELS, outputs_of, randomize, reference_vit, timm_vit
 from torch import nn
 
 import cropr_kernels as cropr
@@ -17,9 +17,9 @@ FAMILIES = {
     "reference": MODELS["reference, rotary"],
     "timm ViT": MODELS["timm ViT, registers"],
     "timm EVA-02": MODELS["timm EVA-02"],
-    "transformers ViT": HOSTS["ViT"],
-    "transformers DINOv3": HOSTS["DINOv3"],
-    "torchvision": HOSTS["torchvision"],
+    "transformers ViT": BLOCK_RUNNERS["ViT"],
+    "transformers DINOv3": BLOCK_RUNNERS["DINOv3"],
+    "torchvision": BLOCK_RUNNERS["torchvision"],
 }
 MERGED = {"merge": True}
 WAYS = {"dropping": {}, "LLF": {"llf": "track_parent"}, "merging": MERGED, "merging, LLF": MERGED | {"llf": True}}
@@ -27,7 +27,7 @@ WAYS = {"dropping": {}, "LLF": {"llf": "track_parent"}, "merging": MERGED, "merg
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    return randomise(FAMILIES[request.param]()).eval()
+    return randomize(FAMILIES[request.param]()).eval()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -147,7 +147,7 @@ def test_adapted_projections_are_called_and_learn(model, way):
 @pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "transformers DINOv3", "torchvision"])
 @torch.no_grad()
 def test_quantised_linears_are_called(name):
-    images, model = torch.randn(2, 3, 64, 64), randomise(FAMILIES[name]()).eval()
+    images, model = torch.randn(2, 3, 64, 64), randomize(FAMILIES[name]()).eval()
     plain = outputs_of(model(images))
     cropr.apply(model, rate=0, merge=True, num_outputs=0)
     fast = torch.ao.quantization.quantize_dynamic(cropr.deploy(model), {nn.Linear}, dtype=torch.qint8)
@@ -174,7 +174,7 @@ def test_without_auxiliary_outputs_the_queries_are_fixed():
 def test_hidden_states_are_recorded():
     images = torch.randn(2, 3, 64, 64)
     for name in ("ViT, features", "SigLIP", "CLIP"):
-        model = cropr.apply(randomise(HOSTS[name]()).eval(), rate=8, llf=True, num_outputs=0)
+        model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=8, llf=True, num_outputs=0)
         for one in (model, cropr.deploy(model)):
             states = one(images, output_hidden_states=True).hidden_states
             assert len(states) == 5 and states[1].shape[1] > states[3].shape[1], name
@@ -241,7 +241,7 @@ def test_a_module_around_a_model_is_refused_with_the_way_to_the_model(name):
 
 
 def test_no_map_is_drawn_of_shuffled_patches():
-    model = cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8, merge=True)
+    model = cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8, merge=True)
     for draw in (cropr.pruning_map, cropr.merge_map):
         with pytest.raises(ValueError, match="maps of this model are not supported: it shuffles patches"):
             draw(model, torch.randn(1, 3, 64, 64))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import HF, HOSTS, SMALL, outputs_of, randomise, reference_vit, timm_vit
+from helpers.models import BLOCK_RUNNERS, HF, SMALL, outputs_of, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 
@@ -14,7 +14,7 @@ def images():
 
 def as_transformers(vit):
     """The reference ViT's weights in transformers' ViT."""
-    model, own = HOSTS["ViT"](), {}
+    model, own = BLOCK_RUNNERS["ViT"](), {}
     embeddings = "vit.embeddings."
     for key, value in vit.state_dict().items():
         if key.startswith("blocks."):
@@ -83,7 +83,7 @@ def as_torchvision(vit):
 @pytest.mark.parametrize("llf", [False, True])
 def test_calibration_and_logits_are_those_of_the_reference_vit(convert, llf, images, monkeypatch):
     monkeypatch.setitem(HF, "intermediate_size", 256)
-    vit = randomise(reference_vit(**{key: SMALL[key] for key in ("embed_dim", "depth")})).eval()
+    vit = randomize(reference_vit(**{key: SMALL[key] for key in ("embed_dim", "depth")})).eval()
     other = convert(vit).eval()
     torch.testing.assert_close(outputs_of(other(images)), vit(images), rtol=1e-4, atol=1e-4)
     for model in (vit, other):
@@ -103,7 +103,7 @@ def test_calibration_and_logits_are_those_of_the_reference_vit(convert, llf, ima
 @torch.no_grad()
 def test_merged_models_of_other_families_equal_the_merged_timm_model(convert, llf, images, monkeypatch):
     monkeypatch.setitem(HF, "intermediate_size", 256)
-    vit = randomise(reference_vit()).eval()
+    vit = randomize(reference_vit()).eval()
     timm = timm_vit().eval()
     timm.load_state_dict(vit.state_dict())
     models = [vit, timm, convert(vit).eval()]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from helpers.models import (
     HF,
     outputs_of,
-    randomise,
+    randomize,
     reference_vit,
     timm_eva,
     timm_vit,
@@ -31,7 +31,7 @@ def images():
 
 
 def vit(**options):
-    return randomise(transformers().ViTForImageClassification(transformers().ViTConfig(**HF, num_labels=5, **options)))
+    return randomize(transformers().ViTForImageClassification(transformers().ViTConfig(**HF, num_labels=5, **options)))
 
 
 def loss_of(output):
@@ -50,7 +50,7 @@ def work(model, images, answers):
 
 @torch.no_grad()
 def test_a_spawned_process_gets_the_model(images):
-    model = cropr.deploy(cropr.apply(randomise(timm_vit()).eval(), rate=8, merge=True))
+    model = cropr.deploy(cropr.apply(randomize(timm_vit()).eval(), rate=8, merge=True))
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=work, args=(model, images, answers))
@@ -74,7 +74,7 @@ def replicate(model):
 @pytest.mark.parametrize("make", [timm_vit, vit, torchvision_vit])
 @torch.no_grad()
 def test_replicas_compute_with_their_own_parameters(make, deployed, images):
-    model = cropr.apply(randomise(make()).eval(), rate=8, llf=True, num_outputs=0)
+    model = cropr.apply(randomize(make()).eval(), rate=8, llf=True, num_outputs=0)
     model = cropr.deploy(model, engine=False) if deployed else model
     replica, expected = replicate(model), outputs_of(model(images))
     for tensor in (*model.parameters(), *model.buffers()):
@@ -127,7 +127,7 @@ def test_steps_in_parallel_are_those_of_one_process(make, kind, how, images, alo
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, vit, torchvision_vit])
 def test_torch_func_gives_the_gradients_of_autograd(make, how, images):
-    model = cropr.apply(randomise(make()), rate=8, **how).train()
+    model = cropr.apply(randomize(make()), rate=8, **how).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -143,7 +143,7 @@ def test_torch_func_gives_the_gradients_of_autograd(make, how, images):
 @pytest.mark.parametrize("how", [{}, {"merge": True}], ids=str)
 @torch.no_grad()
 def test_torch_func_takes_images_one_by_one(how, images):
-    model = cropr.apply(randomise(timm_vit()).eval(), rate=8, **how)
+    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, **how)
     for one in (model, cropr.deploy(model)):
         apart = torch.func.vmap(lambda image, one=one: one(image[None])[0])(images)
         torch.testing.assert_close(apart, one(images), rtol=1e-4, atol=1e-5)
@@ -154,7 +154,7 @@ def test_the_features_of_a_block_are_extracted(images):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    model = cropr.apply(randomise(torchvision_vit()).eval(), rate=8, num_outputs=0)
+    model = cropr.apply(randomize(torchvision_vit()).eval(), rate=8, num_outputs=0)
     name = "encoder.layers.encoder_layer_"
     seen = []
     model.encoder.layers[3].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
@@ -287,7 +287,7 @@ LORA = {
 def test_adapters_of_peft_learn(family, images):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     make, names = LORA[family]
-    adapted = peft.get_peft_model(randomise(make()), peft.LoraConfig(target_modules=names))
+    adapted = peft.get_peft_model(randomize(make()), peft.LoraConfig(target_modules=names))
     with pytest.raises(TypeError, match=r"PeftModel is a module around a model; .* the one at \.base_model\.model, "):
         cropr.apply(adapted, rate=8)
     cropr.apply(adapted.base_model.model, rate=8, merge=True, num_outputs=0)

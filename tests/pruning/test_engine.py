@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_eva, timm_vit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +31,7 @@ BLOCK_OPS = ("add_norm_", "add_select_")
 
 def both(kind, dtype=torch.float64, **schedule):
     """The same model on the functional ops and on the engine."""
-    model = cropr.apply(randomise(ENGINE_MODELS[kind]()).eval().to(dtype), **schedule)
+    model = cropr.apply(randomize(ENGINE_MODELS[kind]()).eval().to(dtype), **schedule)
     functional, engine = cropr.deploy(model, engine=False), cropr.deploy(model)
     assert engine.cropr.engine is not None, engine.cropr.engine_reason
     return functional, engine
@@ -65,7 +65,7 @@ def test_engine_equals_the_functional_ops(kind, llf):
 
 @pytest.mark.parametrize("kind", ENGINE_MODELS)
 def test_engine_unpruned_equals_the_model_itself(kind):
-    model = randomise(ENGINE_MODELS[kind]()).eval().double()
+    model = randomize(ENGINE_MODELS[kind]()).eval().double()
     engine = cropr.deploy(cropr.apply(copy.deepcopy(model), rate=0))
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(engine(images), model(images), rtol=1e-9, atol=1e-9)

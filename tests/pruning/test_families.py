@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from helpers.models import (
+    BLOCK_RUNNERS,
     CLASSIFIERS,
     HF,
-    HOSTS,
     MODELS,
     PREFIX,
     TEXT,
     outputs_of,
-    randomise,
+    randomize,
     torchvision_vit,
     transformers,
 )
@@ -25,7 +25,7 @@ from cropr_kernels.pruning.block_wrapper import WrappedBlock, _mask_at
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=BLOCK_RUNNERS)
 def name(request):
     return request.param
 
@@ -33,7 +33,7 @@ def name(request):
 @pytest.fixture
 def model(name):
     torch.manual_seed(0)
-    return randomise(HOSTS[name]()).eval()
+    return randomize(BLOCK_RUNNERS[name]()).eval()
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_recomputation_gives_the_same_gradients(images):
     grads = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = cropr.apply(HOSTS["ViT"](), rate=8, llf=True)
+        model = cropr.apply(BLOCK_RUNNERS["ViT"](), rate=8, llf=True)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         output, aux = model.train()(images)
@@ -233,13 +233,15 @@ def test_refusals(images):
     with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
         find_spec(model).blocks[3](x)
     with pytest.raises(TypeError, match="has 2 vision towers"):
-        cropr.apply(torch.nn.ModuleDict({"vision_a": HOSTS["ViT"](), "vision_b": HOSTS["ViT"]()}), rate=8)
+        cropr.apply(
+            torch.nn.ModuleDict({"vision_a": BLOCK_RUNNERS["ViT"](), "vision_b": BLOCK_RUNNERS["ViT"]()}), rate=8
+        )
     with pytest.raises(
         TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
     ):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
     with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"):
-        cropr.agreement(cropr.apply(HOSTS["ViT-MAE"]().eval(), rate=8), images, [4])
+        cropr.agreement(cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8), images, [4])
 
 
 def test_protected_patches_stay(name, model, images):
@@ -259,7 +261,7 @@ def test_protected_patches_stay(name, model, images):
         model(images, protect=protect[:, :3])
 
 
-EVERY = {**MODELS, **HOSTS}
+EVERY = {**MODELS, **BLOCK_RUNNERS}
 PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP")]
 
 
@@ -267,7 +269,7 @@ PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP")]
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
 def test_what_the_padding_holds_is_of_no_account(name, llf, images):
-    model = cropr.apply(randomise(EVERY[name]()).eval(), rate=8, llf=llf, num_outputs=0)
+    model = cropr.apply(randomize(EVERY[name]()).eval(), rate=8, llf=llf, num_outputs=0)
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[0, 6:], padding[1, :, 5:] = True, True
     other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images)
@@ -279,10 +281,10 @@ def test_what_the_padding_holds_is_of_no_account(name, llf, images):
 
 
 @pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", BLOCK_RUNNERS)
 @torch.no_grad()
 def test_the_engine_gives_what_the_functional_ops_give(name, options, images):
-    model = randomise(HOSTS[name]()).double().eval()
+    model = randomize(BLOCK_RUNNERS[name]()).double().eval()
     images = images.double()
     cropr.apply(model, rate=8, num_outputs=0, **options)
     fast, functional = cropr.deploy(model), cropr.deploy(model, engine=False)
@@ -292,10 +294,10 @@ def test_the_engine_gives_what_the_functional_ops_give(name, options, images):
 
 
 @pytest.mark.parametrize("llf", [False, True])
-@pytest.mark.parametrize("name", [name for name in HOSTS if name != "ViT-MAE"])
+@pytest.mark.parametrize("name", [name for name in BLOCK_RUNNERS if name != "ViT-MAE"])
 @torch.no_grad()
 def test_merged_tokens_cover_all_positions(name, llf, images):
-    model = randomise(HOSTS[name]()).eval()
+    model = randomize(BLOCK_RUNNERS[name]()).eval()
     plain = run(model, images)
     cropr.apply(model, rate=8, merge=True, llf=llf, num_outputs=0)
     merged = run(model, images)
@@ -313,7 +315,7 @@ def test_merging_trains_through_recomputation(images):
     grads = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = cropr.apply(randomise(HOSTS["ViT"]()), rate=8, merge=True)
+        model = cropr.apply(randomize(BLOCK_RUNNERS["ViT"]()), rate=8, merge=True)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         output, aux = model.train()(images)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers.models import HOSTS, outputs_of, randomise, reference_vit, timm_vit
+from helpers.models import BLOCK_RUNNERS, outputs_of, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.utils.flops import flop_counter
@@ -15,7 +15,7 @@ DROP, MERGE = {}, {"merge": True}
 
 def pruned(**options):
     torch.manual_seed(0)
-    return cropr.apply(randomise(reference_vit(depth=6)).eval().double(), rate=5, num_outputs=0, **options)
+    return cropr.apply(randomize(reference_vit(depth=6)).eval().double(), rate=5, num_outputs=0, **options)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_maps_and_masks_are_as_without_hosts(images):
 @torch.no_grad()
 def test_windows_restore_by_hosts_of_the_same_window(images):
     windows = cropr.Windows(4, (1, 5))
-    model = randomise(reference_vit(depth=6)).eval().double()
+    model = randomize(reference_vit(depth=6)).eval().double()
     left, host = (
         cropr.apply(copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0).forward_features(
             images
@@ -211,7 +211,7 @@ def test_folders_of_before_restore_as_they_did(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     from cropr_kernels.pruning.api import apply_options
 
-    model = apply_options(randomise(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0})
+    model = apply_options(randomize(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0})
     assert fusion(model) == cropr.Fusion("as_pruned")
 
 
@@ -228,7 +228,7 @@ def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
 @torch.no_grad()
 def test_models_that_run_their_blocks_restore_by_hosts(name, options):
     torch.manual_seed(0)
-    model, images = randomise(HOSTS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
+    model, images = randomize(BLOCK_RUNNERS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
     plain = outputs_of(model(images))
     cropr.apply(model, rate=8, llf="track_parent", num_outputs=0, **options)
     got, fast = outputs_of(model(images)), outputs_of(cropr.deploy(model)(images))

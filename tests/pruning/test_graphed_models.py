@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from helpers.graphs import CountingGraphs
-from helpers.models import MODELS, randomise, reference_vit
+from helpers.models import MODELS, randomize, reference_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 def deployed(monkeypatch, capacity=2, model=None, **options):
     """A deployed model whose tensors count as those of a GPU, in graphs that need none."""
-    model = cropr.deploy(cropr.apply(randomise(model or reference_vit()).eval(), rate=8), **options)
+    model = cropr.deploy(cropr.apply(randomize(model or reference_vit()).eval(), rate=8), **options)
     on_gpu(monkeypatch)
     model.cropr.graphs = CountingGraphs(capacity)
     return model, model.cropr.graphs
@@ -253,7 +253,7 @@ def test_every_schedule_makes_a_key(schedule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", MODELS)
 def test_replayed_graphs_give_the_eager_result(kind, dtype):
-    model = cropr.apply(randomise(MODELS[kind]()).eval().to("cuda", dtype), rate=8, llf=True)
+    model = cropr.apply(randomize(MODELS[kind]()).eval().to("cuda", dtype), rate=8, llf=True)
     graphed, eager = cropr.deploy(model), cropr.deploy(model, cuda_graphs=0)
     for batch in (1, 2, 3, 1):
         images = torch.randn(batch, 3, 64, 64, dtype=dtype, device="cuda")
@@ -271,7 +271,7 @@ def test_graphs_do_not_swallow_gradients():
 
 @pytest.mark.gpu
 def test_streams_that_take_turns_on_one_graph_get_their_own_results():
-    model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8)).cuda()
+    model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).cuda()
     eager, streams = cropr.deploy(model, cuda_graphs=0), [torch.cuda.Stream() for _ in range(3)]
     batches = [torch.randn(1 + i % 4, 3, 64, 64, device="cuda") for i in range(60)]  # graphs that share memory
     expected = [eager(images) for images in batches]
@@ -286,7 +286,7 @@ def test_streams_that_take_turns_on_one_graph_get_their_own_results():
 
 @pytest.mark.gpu
 def test_autocast_may_end_between_replays():
-    model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8)).cuda()
+    model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).cuda()
     eager, images = cropr.deploy(model, cuda_graphs=0), torch.randn(2, 3, 64, 64, device="cuda")
     model.requires_grad_()  # autocast keeps the casts of weights that learn
     eager.requires_grad_()
@@ -302,7 +302,7 @@ def test_autocast_may_end_between_replays():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_current_device_may_be_another():
-    model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8)).to("cuda:1")
+    model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).to("cuda:1")
     eager = cropr.deploy(model, cuda_graphs=0)
     for _ in range(3):
         images = torch.randn(2, 3, 64, 64, device="cuda:1")

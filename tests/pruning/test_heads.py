@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import HF, randomise, reference_vit, timm_vit, torchvision_vit, transformers
+from helpers.models import HF, randomize, reference_vit, timm_vit, torchvision_vit, transformers
 
 import cropr_kernels as cropr
 
@@ -16,7 +16,7 @@ def heads(model):
 
 
 def pruned(make=reference_vit, **options):
-    return cropr.apply(randomise(make()).eval(), rate=8, **options)
+    return cropr.apply(randomize(make()).eval(), rate=8, **options)
 
 
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, torchvision_vit])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import MODELS, embed, randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, embed, randomize, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.pruning.masks import level_padding, make_masks
@@ -15,7 +15,7 @@ PADDED = [kind for kind in MODELS if "any size" not in kind]
 
 
 def prepared(kind, **options):
-    model = randomise(MODELS[kind]()).double().eval()
+    model = randomize(MODELS[kind]()).double().eval()
     return cropr.apply(model, num_outputs=0, **options)
 
 
@@ -132,7 +132,7 @@ def test_more_protected_than_may_stay_are_ranked_by_their_scores():
 
 @pytest.mark.parametrize("options", [{}, {"num_queries": 3}])
 def test_auxiliary_predictions_do_not_see_padding(options):
-    model = cropr.apply(randomise(reference_vit()), rate=9, **options).double().train()
+    model = cropr.apply(randomize(reference_vit()), rate=9, **options).double().train()
     images, padding = batch_of_sizes()
     output, aux = model(images, padding=padding)
     embedded = model.embed(images)[0]

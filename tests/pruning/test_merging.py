@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import MODELS, randomise, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_eva, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.models.blocks import (
@@ -92,7 +92,7 @@ def slow_merge(alive, features, query, keep, prefix, how, layer):
     ids=["class token", "average pool", "no class token", "registers"],
 )
 def test_logits_are_those_of_a_slow_merge(options, how):
-    model = randomise(reference_vit(**options)).double().eval()
+    model = randomize(reference_vit(**options)).double().eval()
     cropr.apply(model, rate=9, merge=how)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     counts = model.cropr.config.counts(model.num_prefix_tokens + 64, 4, model.num_prefix_tokens)
@@ -106,7 +106,7 @@ def test_logits_are_those_of_a_slow_merge(options, how):
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_computes_what_the_functional_ops_do(name, how, llf):
-    model = randomise(MODELS[name]()).double().eval()
+    model = randomize(MODELS[name]()).double().eval()
     keys = set(model.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_sixteen_bit_keys_lose_nothing_of_the_size():
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, lambda: reference_vit(qkv_bias=False)])
 def test_projected_with_its_columns_attention_is_the_same(make, monkeypatch):
     """What CUDA does in 16 bits, on the CPU in float64: attention, and a whole network on the engine."""
-    model = randomise(make()).eval().double()
+    model = randomize(make()).eval().double()
     attn, x, sizes = model.blocks[0].attn, torch.randn(3, 30, 64).double(), torch.randint(1, 9, (3, 30)).double()
     expected = proportional_attention(*project_heads(attn, x), sizes.log())
     torch.testing.assert_close(attention_by_projection(attn, x, sizes.log()), expected)
@@ -214,7 +214,7 @@ def test_flash_attention_takes_the_extra_dimension(dtype):
 
 
 def test_merged_tokens_are_copied_to_all_they_stand_for():
-    model = cropr.apply(randomise(reference_vit()).eval(), rate=9, merge=True)
+    model = cropr.apply(randomize(reference_vit()).eval(), rate=9, merge=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tokens, where = model.forward_features(images)[:, 1:], cropr.merge_map(model, images).flatten(1)
@@ -229,7 +229,7 @@ def test_merged_tokens_are_copied_to_all_they_stand_for():
 
 
 def test_an_average_counts_every_patch_once():
-    model = cropr.apply(randomise(reference_vit(global_pool="avg")).eval(), rate=9, merge=True)
+    model = cropr.apply(randomize(reference_vit(global_pool="avg")).eval(), rate=9, merge=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tokens = model.forward_features(images)
@@ -300,23 +300,23 @@ def test_the_repr_says_how_tokens_merge():
 
 
 def test_a_deployed_copy_does_not_follow_the_model():
-    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    model = cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=True)
     images = torch.randn(1, 3, 64, 64)
     for engine in (True, False):
         deployed = cropr.deploy(model, engine=engine)
         with torch.no_grad():
             before = deployed(images)
-            randomise(model)
+            randomize(model)
             assert torch.equal(deployed(images), before)
 
 
 def test_a_copied_model_merges_in_its_own_blocks():
-    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    model = cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=True)
     images = torch.randn(1, 3, 64, 64)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         before = twin(images)
-        randomise(model)
+        randomize(model)
         assert torch.equal(twin(images), before)
 
 
@@ -327,7 +327,7 @@ def test_a_copied_model_merges_in_its_own_blocks():
 @pytest.mark.parametrize("name", ["reference, registers", "timm ViT, any size", "timm EVA-02"])
 def test_training_reaches_every_block_and_the_queries(name, llf):
     torch.manual_seed(1)
-    model = cropr.apply(randomise(MODELS[name]()).train(), rate=8, llf=llf, merge=True)
+    model = cropr.apply(randomize(MODELS[name]()).train(), rate=8, llf=llf, merge=True)
     images, target = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
     output, aux = model(images)
     assert len(aux) == len(model.cropr)
@@ -343,7 +343,7 @@ def test_recomputed_activations_give_the_same_gradients():
     grads = []
     for recompute in (False, True):
         torch.manual_seed(2)
-        model = cropr.apply(randomise(timm_vit()).train(), rate=8, merge=True)
+        model = cropr.apply(randomize(timm_vit()).train(), rate=8, merge=True)
         model.set_grad_checkpointing(recompute)
         model(torch.randn(2, 3, 64, 64))[0].square().sum().backward()
         grads.append(model.blocks[0].mlp.fc1.weight.grad)
@@ -355,7 +355,7 @@ def test_calibration_reads_the_model_unmerged():
     queries = []
     for merge in (False, True):
         torch.manual_seed(3)
-        model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=merge)
+        model = cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=merge)
         cropr.calibrate(model, images)
         queries.append(torch.stack([module.query() for module in model.cropr]))
     assert torch.equal(*queries)
@@ -369,7 +369,7 @@ def test_calibration_reads_the_model_unmerged():
 def test_compiles_whole(engine, compiler):
     torch._dynamo.reset()
     model = cropr.deploy(
-        cropr.apply(randomise(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
+        cropr.apply(randomize(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
     )
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     images = torch.randn(2, 3, 64, 64)
@@ -378,7 +378,7 @@ def test_compiles_whole(engine, compiler):
 
 
 def test_exports_with_the_functional_ops():
-    model = cropr.deploy(cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True))
+    model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=True))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         program = torch.export.export(model, (images,))
@@ -389,7 +389,7 @@ def test_exports_with_the_functional_ops():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_and_autocast(dtype):
-    model = cropr.apply(randomise(reference_vit()).eval(), rate=8, merge=True)
+    model = cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=True)
     images = torch.randn(2, 3, 64, 64)
     low = cropr.deploy(model).to(dtype)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import HOSTS, outputs_of, randomise, reference_vit, timm_eva, timm_vit, torchvision_vit
+from helpers.models import BLOCK_RUNNERS, outputs_of, randomize, reference_vit, timm_eva, timm_vit, torchvision_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.models.architecture import architecture_of
@@ -26,7 +26,7 @@ FAMILIES = {
     "timm, average": lambda: by_name(depth=4, patch_size=8, global_pool="avg", class_token=False),
     "timm, Eva": lambda: by_name("eva02_tiny_patch14_224", img_size=112, num_classes=3),
     "torchvision": torchvision_vit,
-    "transformers": HOSTS["ViT"],
+    "transformers": BLOCK_RUNNERS["ViT"],
 }
 WAYS = [{"rate": 1, "merge": cropr.Merge(2.0)}, {"ratio": 0.8, "llf": True, "num_queries": 3}]
 
@@ -41,7 +41,7 @@ def images_of(model):
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_comes_back_bit_for_bit(family, how, dtype, tmp_path):
-    model = cropr.apply(randomise(FAMILIES[family]()).to(dtype), **how).eval()
+    model = cropr.apply(randomize(FAMILIES[family]()).to(dtype), **how).eval()
     images = images_of(model)
     for saved in (model, cropr.deploy(model, engine=False)):
         cropr.save(saved, tmp_path / "model")
@@ -74,7 +74,7 @@ def test_how_images_are_prepared_is_saved(tmp_path):
 @torch.no_grad()
 def test_windows_and_half_a_curriculum_are_saved(tmp_path):
     options = dict(rate=1, llf=True, windows=cropr.Windows(4, (1,)), num_queries=16)
-    model = cropr.apply(randomise(timm_vit()), **options).eval()
+    model = cropr.apply(randomize(timm_vit()), **options).eval()
     cropr.set_progress(model, 0.0)
     with pytest.warns(UserWarning, match=r"no known constructor makes this timm\.models\.vision_transformer\.Vis"):
         cropr.save(model, tmp_path)
@@ -125,7 +125,7 @@ class Reversed(cropr.Cropr):
 
 @pytest.mark.parametrize("make_module", [lambda *_: Reversed(64), lambda *_: cropr.Cropr(64, 5, mlp_ratio=2.0)])
 def test_a_module_that_apply_would_not_make_is_not_taken_for_one(make_module, tmp_path):
-    model = cropr.apply(randomise(reference_vit()), rate=8, make_module=make_module).eval()
+    model = cropr.apply(randomize(reference_vit()), rate=8, make_module=make_module).eval()
     cropr.save(model, tmp_path)
     with pytest.raises(ValueError, match="prune a model with the same make_module and give it"):
         cropr.load(tmp_path)
@@ -198,7 +198,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_states_of_pruned_models_load_into_pruned_and_plain_ones():
-    model = cropr.apply(randomise(reference_vit()), rate=4).eval()
+    model = cropr.apply(randomize(reference_vit()), rate=4).eval()
     fast = cropr.deploy(model, engine=False)
     for options in ({}, {"num_outputs": 0}):
         other = cropr.apply(reference_vit(), rate=4, **options).eval()

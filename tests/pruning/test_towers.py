@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.models import HF, TEXT, randomise, timm_eva, timm_vit, transformers
+from helpers.models import HF, TEXT, randomize, timm_eva, timm_vit, transformers
 from torch import nn
 
 import cropr_kernels as cropr
@@ -67,7 +67,7 @@ def last_block(model, images, x):
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_the_last_maps_are_whole(name, deployed, merge, images):
-    plain = randomise(FAMILIES[name]()).eval()
+    plain = randomize(FAMILIES[name]()).eval()
     expected = whole(plain, images, 2)
     model = cropr.apply(copy.deepcopy(plain), rate=0, llf=TWO, merge=merge, num_outputs=0)
     model = cropr.deploy(model) if deployed else model
@@ -87,7 +87,7 @@ def test_the_last_maps_are_whole(name, deployed, merge, images):
 @pytest.mark.parametrize("name", TIMM)
 @torch.no_grad()
 def test_maps_of_earlier_blocks_are_refused(name, images):
-    model = cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, num_outputs=0)
+    model = cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, num_outputs=0)
     maps = lambda indices, **how: model.forward_intermediates(images, indices, **how)  # noqa: E731
     with pytest.raises(ValueError, match=r"not in the maps of blocks 5 \(from 0\), they are in none; cropr.set_llf"):
         maps(1)
@@ -120,7 +120,7 @@ def test_maps_of_earlier_blocks_are_refused(name, images):
 
 @torch.no_grad()
 def test_the_older_interface_of_timm(images):
-    model = cropr.apply(randomise(FAMILIES["timm ViT"]()).eval(), rate=8, llf=TWO, num_outputs=0)
+    model = cropr.apply(randomize(FAMILIES["timm ViT"]()).eval(), rate=8, llf=TWO, num_outputs=0)
     for one in (model, cropr.deploy(model)):
         got = one.get_intermediate_layers(images, 3, reshape=True, norm=True)
         assert [tuple(part.shape) for part in got] == [(2, 64, 8, 8)] * 3
@@ -133,7 +133,7 @@ def test_the_older_interface_of_timm(images):
 @pytest.mark.parametrize("name", TIMM)
 @torch.no_grad()
 def test_copies_give_their_own_maps(name, deployed, images):
-    model = cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0)
+    model = cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0)
     model = cropr.deploy(model) if deployed else model
     expected, file = whole(model, images, 3), io.BytesIO()
     torch.save(model, file)
@@ -149,7 +149,7 @@ def test_copies_give_their_own_maps(name, deployed, images):
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02"])
 @torch.no_grad()
 def test_compiled_models_and_their_maps(name, images):
-    model = cropr.deploy(cropr.apply(randomise(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0))
+    model = cropr.deploy(cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0))
     torch._dynamo.reset()
     for call in (model, lambda images: whole(model, images, 3)):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -168,7 +168,7 @@ def test_wrappers_for_features_and_models_that_take_their_own_maps(images):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     kind = timm.models.vision_transformer.VisionTransformer
     options = dict(img_size=64, patch_size=8, embed_dim=64, depth=DEPTH, num_heads=2, num_classes=5)
-    plain = randomise(kind(**options)).eval()
+    plain = randomize(kind(**options)).eval()
     own = type("Own", (OfMaps, kind), {})(**options).eval()
     own.load_state_dict(plain.state_dict())
     expected = own(images)
@@ -263,7 +263,7 @@ def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
     make, how = AROUND[name]
     model, num_tokens = make()
     asked = asked_of(name, num_tokens)
-    randomise(model).eval()
+    randomize(model).eval()
     plain, words = model(**asked).logits, model.generate(**asked, max_new_tokens=4, do_sample=False)
     assert words.shape[1] == num_tokens + 7
 

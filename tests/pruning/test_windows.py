@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import embed, randomise, reference_vit, timm_eva
+from helpers.models import embed, randomize, reference_vit, timm_eva
 
 import cropr_kernels as cropr
 
@@ -17,7 +17,7 @@ MODELS = {
 
 def build(name, **options):
     torch.manual_seed(0)
-    model = randomise(MODELS[name]()).double().eval()
+    model = randomize(MODELS[name]()).double().eval()
     return model, torch.randn(**IMAGES).double()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.extras import require
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 from helpers.tasks import BACKBONES, CLASSES, check_a_step_and_its_maps
 from torch import nn
 
@@ -19,7 +19,7 @@ def segmenter(name="reference", grid=(8, 8), rate=9, **options):
     model = BACKBONES[name]()
     patches = grid[0] * grid[1]
     cropr.apply(model, rate=rate, llf=True, num_queries=patches, num_outputs=CLASSES, **options)
-    return randomise(Segmenter(model, CLASSES, grid=grid)).train()
+    return randomize(Segmenter(model, CLASSES, grid=grid)).train()
 
 
 def test_labels_of_patches_are_those_at_their_centres():

@@ -48,12 +48,12 @@ def test_attend_is_at_most_twice_as_wrong_as_pytorch(backend, shape, dtype):
     x, queries, grad, scale = make(shape, dtype, backend.device)
     out, dq = backend.attend(x, queries, scale), backend.attend_backward(grad, x, queries, scale)
     assert out.dtype == dtype and out.shape == grad.shape and dq.dtype == queries.dtype
-    for got, own, true in zip((out, dq), pytorch(x, queries, grad, scale), exact(x, queries, grad, scale)):
+    for got, plain, true in zip((out, dq), pytorch(x, queries, grad, scale), exact(x, queries, grad, scale)):
         if true.numel() == 0:
             continue
-        error, own_error = ((value.double() - true).abs().max().item() for value in (got, own))
+        error, plain_error = ((value.double() - true).abs().max().item() for value in (got, plain))
         rounding = torch.finfo(dtype).eps * true.abs().max().item()
-        assert error <= 2 * own_error + (64 if dtype == torch.float64 else 1) * rounding  # the oracle is float64 too
+        assert error <= 2 * plain_error + (64 if dtype == torch.float64 else 1) * rounding  # the oracle is float64 too
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +75,7 @@ def test_huge_logits_do_not_overflow(backend):
         torch.testing.assert_close(backend.attend(x, q, 1.0), reference.attend(x.double(), q, 1.0).float())
 
 
-def test_float32_queries_over_half_precision_tokens(backend):
+def test_attend_takes_float32_queries_over_half_precision_tokens(backend):
     for dtype in (torch.bfloat16, torch.float16):
         for count in (1, 4):
             skip_if_uninterpretable(backend, dtype, (1, 1 if backend.interpreted and count == 1 else count))
@@ -110,29 +110,29 @@ def test_every_run_gives_the_same_bits(kernels, count):
 
 
 def test_small_scratch_gives_the_same_result(kernels, monkeypatch):
-    """Images go through the scratch buffer a few at a time; how many must not matter."""
+    """Images go through the scratch buffer a few at a time; the result does not depend on their number."""
     if kernels.name == "cpp":
         pytest.skip("the C++ kernel always takes one image at a time")
     from cropr_kernels.ops.triton import attend as module
 
     x, queries, grad, scale = make((3, 4, 20, 32), torch.float32, kernels.device)
-    whole = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    full = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
     monkeypatch.setattr(module, "_SCRATCH_BYTES", 1)
     parts = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
-    for a, b in zip(parts, whole):
+    for a, b in zip(parts, full):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 5])
-def test_autocast_changes_nothing_inside(kernels, count, dtype):
-    """Matrix products of kernels on autocast's list once came back in 16 bits, and were read as 32."""
+def test_autocast_does_not_change_the_result(kernels, count, dtype):
+    """Regression: matrix products on autocast's list came back in 16 bits, and were read as 32."""
     skip_if_uninterpretable(kernels, dtype, (2, count))
     x, queries, grad, scale = make((2, count, 17, 40), dtype, kernels.device)
 
     def results():
-        found = [*kernels.attend_scores(x, queries, scale), kernels.attend(x, queries, scale)]
-        return [*found, kernels.attend_backward(grad, x, queries, scale)]
+        outputs = [*kernels.attend_scores(x, queries, scale), kernels.attend(x, queries, scale)]
+        return [*outputs, kernels.attend_backward(grad, x, queries, scale)]
 
     expected = results()
     with torch.autocast(kernels.device, dtype=torch.bfloat16):

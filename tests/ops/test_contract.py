@@ -1,4 +1,4 @@
-"""What the dispatcher promises: opcheck, fakes, gradients, compilation, FLOPs, autocast, and every refusal."""
+"""The contract of every op: opcheck, fakes, gradients, compilation, FLOPs, autocast, and errors."""
 
 import inspect
 
@@ -27,7 +27,7 @@ def split_inputs(dtype=torch.float32, grad=False):
 
 
 def sample(name, dtype=torch.float32, grad=False):
-    """One legal call; with grad, of tensors that ask for a gradient where the op has one."""
+    """Return the arguments of a legal call; with grad, tensors require a gradient if the op has one."""
     args = legal_call(name, dtype)
     for argument in GRADIENT & set(args) if grad and not name.endswith(("_", "norm", "backward")) else ():
         if not (argument == "x" and name.startswith("attend")) and args[argument].dtype == dtype:
@@ -37,7 +37,7 @@ def sample(name, dtype=torch.float32, grad=False):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, grad):
+def test_every_op_passes_opcheck(name, grad):
     torch.library.opcheck(getattr(ops, name).default, sample(name, grad=grad))
 
 
@@ -51,7 +51,7 @@ def test_optional_tensors_may_be_left_out(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"attend_backward"}))
-def test_the_typed_function_is_the_op(name):
+def test_the_typed_function_equals_the_op(name):
     function, schema = getattr(typed, name), getattr(ops, name).default._schema
     parameters = inspect.signature(function).parameters
     assert list(parameters) == [argument.name for argument in schema.arguments]
@@ -69,7 +69,7 @@ def test_the_typed_function_is_the_op(name):
     assert all(torch.equal(args[key], value) for key, value in copies.items() if torch.is_tensor(value))
 
 
-def test_opcheck_on_permuted_and_empty_inputs():
+def test_prune_passes_opcheck_on_permuted_and_empty_inputs():
     x = torch.randn(6, 9, 2).permute(2, 1, 0).requires_grad_()
     torch.library.opcheck(ops.prune.default, (x, torch.randn(6), 4, 1))
     torch.library.opcheck(ops.prune.default, (torch.randn(0, 9, 6), torch.randn(6), 4, 1))
@@ -125,17 +125,13 @@ def test_gradients_match_finite_differences():
     x, parts = split_inputs(torch.float64, grad=True)
     query = torch.randn(6, dtype=torch.float64)
     priority = torch.randint(-1, 2, (2, 9), dtype=torch.int8)
-    prune = lambda x: ops.prune(x, query, 4, 1, priority)[::2]  # noqa: E731
-    restore = lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3])  # noqa: E731
-    gather = lambda x: ops.gather(x, torch.tensor([[1, 1], [0, 8]]))  # noqa: E731
+    sizes = torch.randint(1, 5, (2, 9)).float()
     kept, pruned = parts[0].detach().requires_grad_(), parts[2].detach().requires_grad_()
     for check in (gradcheck, gradgradcheck):
-        assert check(prune, (x,))
-        assert check(restore, (kept, pruned))
-        assert check(gather, (x,))
-        sizes = torch.randint(1, 5, (2, 9)).float()
-        merge = lambda x: ops.merge(x, parts[1], parts[3], sizes, 6, 1)[0]  # noqa: E731, B023
-        assert check(merge, (x,))
+        assert check(lambda x: ops.prune(x, query, 4, 1, priority)[::2], (x,))
+        assert check(lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3]), (kept, pruned))
+        assert check(lambda x: ops.gather(x, torch.tensor([[1, 1], [0, 8]])), (x,))
+        assert check(lambda x: ops.merge(x, parts[1], parts[3], sizes, 6, 1)[0], (x,))
     for count in (1, 3):
         queries = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
         assert gradcheck(lambda q: ops.attend(x.detach(), q, 0.4), (queries,))
@@ -145,7 +141,7 @@ def test_gradients_match_finite_differences():
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_whole_with_dynamic_shapes_and_without_recompiling(compiler):
+def test_prune_and_restore_compile_to_one_graph_without_recompiling(compiler):
     torch._dynamo.reset()
 
     def step(x, query, num_keep):
@@ -193,14 +189,14 @@ FLOPS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_flops(name):
+def test_flops_are_those_of_the_products(name):
     with FlopCounterMode(display=False) as counter:
         getattr(ops, name)(*sample(name))
     assert getattr(ops, name) in flop_registry
     assert counter.get_total_flops() == FLOPS.get(name, 0)
 
 
-# What a call means for autograd
+# Autograd
 
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))
 
@@ -220,7 +216,7 @@ def test_ops_without_a_gradient_refuse_tensors_that_require_one(name):
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_changed_in_place_is_no_longer_what_backward_saved(name):
+def test_a_change_in_place_invalidates_tensors_saved_for_backward(name):
     args, weight = legal_call(name), torch.ones((), requires_grad=True)
     for argument in getattr(ops, name).default._schema.arguments:
         if argument.alias_info is None or not args[argument.name].is_floating_point():
@@ -230,18 +226,18 @@ def test_what_changed_in_place_is_no_longer_what_backward_saved(name):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.backward()
     versions = {key: value._version for key, value in args.items() if torch.is_tensor(value)}
-    with torch.inference_mode():  # as torch's own: tensors of outside have versions there too
+    with torch.inference_mode():  # tensors from outside have versions there too
         getattr(ops, name)(*args.values())
     written = {"x", "parent", "sizes" if name == "merge_" else "cost_scale"}
     assert all((args[key]._version > version) == (key in written) for key, version in versions.items())
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_changes_in_place_shares_no_memory(kernels, name):
+def test_tensors_that_change_in_place_must_share_no_memory(kernels, name):
     args = legal_call(name)
     x = args["x"] = args["x"].to(kernels.device)
     args = {key: value.to(kernels.device) if torch.is_tensor(value) else value for key, value in args.items()}
@@ -256,14 +252,14 @@ def test_what_changes_in_place_shares_no_memory(kernels, name):
             ):
                 getattr(kernels, name)(*call.values())
     beside = torch.zeros(2 * x.numel(), dtype=x.dtype, device=x.device)  # one storage, different parts of it
-    for key, value in [one for one in same.items() if one[1].numel() <= x.numel()][:1]:
+    for key, value in [item for item in same.items() if item[1].numel() <= x.numel()][:1]:
         apart = {"x": beside[: x.numel()].view(x.shape), key: beside[x.numel() :][: value.numel()].view(value.shape)}
         getattr(kernels, name)(*(args | apart).values())
 
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("name", ["merge", "merge_", "parent_offsets", "parent_offsets_"])
-def test_lists_to_compare_must_ascend(name, which):
+def test_lists_of_positions_must_ascend(name, which):
     args = legal_call(name)
     argument = [key for key in args if key.endswith("_idx")][which]
     args[argument] = args[argument].flip(1)
@@ -272,7 +268,7 @@ def test_lists_to_compare_must_ascend(name, which):
 
 
 def both_sentences(kernels, name, args):
-    """What the kernel and the fake say of a call; torch adds where each was raised."""
+    """Return the first line of the errors that the kernel and the fake raise."""
     args = [arg.to(kernels.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
     with pytest.raises(RuntimeError) as real:
         getattr(kernels, name)(*args)
@@ -292,7 +288,7 @@ def test_every_argument_is_refused_in_the_same_sentence_everywhere(kernels, name
 
 
 def sentences():
-    """One of each kind, word for word, and those that no table of shapes holds."""
+    """Return an illegal call and its error for each check: of the table of ops, and beyond it."""
 
     def call(name, **changes):
         return name, tuple((legal_call(name) | changes).values())
@@ -356,7 +352,7 @@ def sentences():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("name", "args", "message"), sentences())
-def test_a_refusal_says_what_was_allowed_and_what_came(kernels, name, args, message):
+def test_an_error_says_what_was_allowed_and_what_came(kernels, name, args, message):
     assert both_sentences(kernels, name, args) == [message, message]
 
 

@@ -1,4 +1,4 @@
-"""The protocol of select.is_last in every interleaving: the last program of an image sees all of its scores.
+"""A model checker for select.is_last: in every interleaving the last program of an image sees all of its scores.
 
 A model of weak memory: a store waits in a buffer until it reaches memory, at any time, at a release at the latest; what
 a program has seen early may be out of date until it acquires. A program has two warps, each stores a score, one counts.
@@ -13,8 +13,11 @@ SCORES = [(program, warp) for program in IMAGES for warp in range(2)]
 
 
 def steps(state, barrier, release, acquire):
-    """States that may follow, of scores in buffers and in memory, (program, score) missed early, programs counted and
-    those that know themselves last."""
+    """Yield the states that may follow.
+
+    A state: scores in buffers, scores in memory, (program, score) missed early, programs counted, programs that know
+    that they are last.
+    """
     buffered, memory, missed, counted, last = state
     for score in SCORES:
         if score in buffered:
@@ -29,34 +32,34 @@ def steps(state, barrier, release, acquire):
         ordered = {(program, warp) for warp in (range(2) if barrier else [0])}  # before the count
         if ordered <= buffered | memory:
             pushed = buffered & ordered if release else frozenset()
-            kept = frozenset(one for one in missed if one[0] != program) if acquire else missed
+            kept = frozenset(entry for entry in missed if entry[0] != program) if acquire else missed
             is_last = image <= counted | {program}
             yield buffered - pushed, memory | pushed, kept, counted | {program}, last | {program} if is_last else last
 
 
 def unseen(*, barrier=True, release=True, acquire=True):
-    """How many states there are, and the scores that a program which knows itself last may not see."""
+    """Return the number of states, and the scores that a program may miss although it knows that it is last."""
     start = (frozenset(),) * 5
-    todo, known, found = [start], {start}, set()
+    todo, known, unseen_scores = [start], {start}, set()
     while todo:
         state = todo.pop()
         buffered, memory, missed, _, last = state
         for program, score in itertools.product(last, SCORES):
             arrived = score in memory or (score in buffered and score[0] == program)
             if IMAGES[score[0]] == IMAGES[program] and (not arrived or (program, score) in missed):
-                found.add((program, score))
+                unseen_scores.add((program, score))
         new = set(steps(state, barrier, release, acquire)) - known
         known |= new
         todo += new
-    return len(known), found
+    return len(known), unseen_scores
 
 
 def test_the_last_program_sees_every_score():
-    states, found = unseen()
+    states, unseen_scores = unseen()
     assert states > 1000
-    assert not found
+    assert not unseen_scores
 
 
 @pytest.mark.parametrize("without", ["barrier", "release", "acquire"])
-def test_it_does_not_without_one_part_of_the_protocol(without):
+def test_without_any_part_of_the_protocol_scores_are_missed(without):
     assert unseen(**{without: False})[1]

@@ -1,4 +1,4 @@
-"""Plans launch what Triton launched. The driver is a mock: kernels are compiled and launched, none runs."""
+"""Recorded launches equal those of Triton. The driver is a mock: kernels are compiled and launched, none runs."""
 
 import json
 import subprocess
@@ -26,15 +26,15 @@ SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "T": 29, "C": 8, "P": 40}
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory):
-    with mock_cuda(tmp_path_factory.mktemp("driver")) as made:
-        yield made
+    with mock_cuda(tmp_path_factory.mktemp("driver")) as driver:
+        yield driver
 
 
 def cases():
     for op in NAMES:
         yield pytest.param(op, torch.bfloat16, False, id=op)
         if OPS[op].optional:
-            yield pytest.param(op, torch.float32, True, id=f"{op}, without what is optional")
+            yield pytest.param(op, torch.float32, True, id=f"{op}, without optional arguments")
 
 
 def call_of(op, dtype, bare=False):
@@ -57,7 +57,7 @@ def outputs_of(result):
 
 
 @pytest.mark.parametrize(("op", "dtype", "bare"), cases())
-def test_a_plan_launches_what_triton_launched(cuda, op, dtype, bare):
+def test_recorded_launches_equal_those_of_triton(cuda, op, dtype, bare):
     args = call_of(op, dtype, bare)
     call = getattr(cuda.ops, op)
     with cuda.recording() as launched:
@@ -68,23 +68,23 @@ def test_a_plan_launches_what_triton_launched(cuda, op, dtype, bare):
         second = list(launched)
         was_replayed.append(replayed())
     assert first and was_replayed == [False, not op.startswith("attend")]
-    given = addresses(value for value in args.values() if isinstance(value, torch.Tensor))
+    input_addresses = addresses(value for value in args.values() if isinstance(value, torch.Tensor))
     assert len(first) == len(second)
-    for one, other in zip(first, second):
-        assert one[:4] == other[:4]
-        assert len(one.parameters) == len(other.parameters)
-        for before, after in zip(one.parameters, other.parameters):
+    for compiled, recorded in zip(first, second):
+        assert compiled[:4] == recorded[:4]
+        assert len(compiled.parameters) == len(recorded.parameters)
+        for before, after in zip(compiled.parameters, recorded.parameters):
             if before == after:
                 continue  # a number, an argument, or memory that was free again
-            assert before not in given and len(before) == 8
+            assert before not in input_addresses and len(before) == 8
             for old, new in zip(*results):
                 assert (before in addresses([old])) == (after in addresses([new]))
     for old, new in zip(*results):
         assert old.shape == new.shape and old.dtype == new.dtype and old.stride() == new.stride()
 
 
-def test_a_plan_is_for_calls_that_are_alike(cuda):
-    """Another dtype, size, stride, alignment, number, or an argument left out: another plan."""
+def test_calls_that_differ_have_recorded_launches_of_their_own(cuda):
+    """Another dtype, size, stride, alignment, number, or an argument left out: another recording."""
     x, q = torch.randn(3, 40, 48), torch.randn(48)
     storage = torch.randn(3 * 40 * 48 + 1)
     calls = [
@@ -101,10 +101,10 @@ def test_a_plan_is_for_calls_that_are_alike(cuda):
     ]
     met = [[cuda.ops.prune(*args) is not None and replayed() for args in calls] for _ in range(2)]
     assert met[0] == [False] * 8 + [True, False]  # the last but one is like the first
-    assert met[1] == [True] * 9 + [False]  # the last is copied to where rows are aligned, by PyTorch
+    assert met[1] == [True] * 9 + [False]  # PyTorch copies the last, so that its rows are aligned
 
 
-def test_arguments_that_are_one_tensor_or_share_memory_are_told_apart(cuda):
+def test_aliased_arguments_are_told_apart(cuda):
     x, both = torch.randn(2, 9, 48), torch.randn(96)
     weight, bias = both[:48], both[48:]
     calls = [(weight, bias), (weight, weight), (bias, weight), (weight.clone(), bias.clone())]
@@ -113,11 +113,11 @@ def test_arguments_that_are_one_tensor_or_share_memory_are_told_apart(cuda):
         with cuda.recording() as launched:
             cuda.ops.gather_norm(x, None, *args, 1e-6)
         assert replayed()
-        found = [value for one in launched for value in one.parameters]
-        assert all(tensor.data_ptr().to_bytes(8, "little") in found for tensor in args)
+        parameters = [value for launch in launched for value in launch.parameters]
+        assert all(tensor.data_ptr().to_bytes(8, "little") in parameters for tensor in args)
 
 
-def test_a_replay_refuses_memory_that_is_shared(cuda):
+def test_a_replay_rejects_shared_memory(cuda):
     x, rows = torch.randn(2, 9, 48), torch.randn(2, 9, 48)
     for _ in range(2):
         cuda.ops.add_(x, None, rows, None)
@@ -126,7 +126,7 @@ def test_a_replay_refuses_memory_that_is_shared(cuda):
         cuda.ops.add_(x, None, x.view(2, 9, 48), None)
 
 
-def test_bad_input_is_refused_as_before(cuda):
+def test_a_replay_rejects_illegal_arguments(cuda):
     x, q = torch.randn(2, 9, 48), torch.randn(48)
     for _ in range(2):
         cuda.ops.prune(x, q, 5)
@@ -153,7 +153,7 @@ def test_threads_replay_side_by_side(cuda):
     assert not wrong
 
 
-def test_a_replay_holds_nothing(cuda):
+def test_a_replay_keeps_no_tensor_alive(cuda):
     x, q = torch.randn(2, 9, 48), torch.randn(48)
     for _ in range(3):
         kept, *_ = cuda.ops.prune(x, q, 5)
@@ -172,7 +172,7 @@ def test_an_error_of_the_driver_is_raised(cuda):
 
 
 def test_the_cost_of_launching_is_measured(tmp_path):
-    """In a process of its own, as the driver is; what is measured depends on the machine, and is only printed."""
+    """Run in a separate process, as the driver does; times depend on the machine, and are only printed."""
     out = tmp_path / "cost.json"
     command = [sys.executable, "-m", "benchmarks.kernels.launch_cost", "--rounds", "1", "--calls", "20", "--out", out]
     print(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)

@@ -1,4 +1,4 @@
-"""cropr::merge and merge_: pruned tokens are merged into the kept ones they are most like."""
+"""cropr::merge and merge_: pruned tokens are merged into the most similar kept ones."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ MERGES = [
     (1, 2, 3, 1, 1, 0),
     (2, 5, 8, 2, 3, 1),
     (3, 17, 33, 9, 9, 2),
-    (2, 50, 96, 6, 12, 5),  # one safe token takes all
+    (2, 50, 96, 6, 12, 5),  # one target takes all
     (2, 90, 48, 40, 52, 1),  # more candidates than one tile holds
     (1, 197, 192, 179, 188, 1),
     (2, 40, 64, 20, 40, 1),  # none is pruned
@@ -30,22 +30,22 @@ TOLERANCE = {
 
 
 def problem(shape, dtype, device):
-    """x, target_idx, candidate_idx, sizes as they are after some layers, num_keep, num_prefix."""
-    batch, n, dim, safe, keep, prefix = shape
+    """Return x, target_idx, candidate_idx, sizes as after some layers, num_keep, num_prefix."""
+    batch, n, dim, num_targets, keep, prefix = shape
     x = tokens(batch, n, dim, dtype, device)
-    target_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), safe, prefix)
+    target_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), num_targets, prefix)
     return x, target_idx, candidate_idx, torch.randint(1, 6, (batch, n), device=device).float(), keep, prefix
 
 
-def slow_merge(x, kept_idx, pruned_idx, sizes, slots):
-    """One token after the other, given where each of them is_pruned."""
+def slow_merge(x, kept_idx, pruned_idx, sizes, rows):
+    """Merge one token after the other into the given rows (B, R)."""
     out, total = x.double().gather(1, kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[2])), sizes.gather(1, kept_idx)
     norms, out = out.norm(dim=2), out * total.double().unsqueeze(-1)
     for b in range(x.shape[0]):
-        for r, slot in enumerate(slots[b].tolist()):
+        for r, row in enumerate(rows[b].tolist()):
             position = pruned_idx[b, r]
-            out[b, slot] += x[b, position].double() * sizes[b, position].double()
-            total[b, slot] += sizes[b, position]
+            out[b, row] += x[b, position].double() * sizes[b, position].double()
+            total[b, row] += sizes[b, position]
     return out * (norms / out.norm(dim=2)).unsqueeze(-1), total
 
 
@@ -63,8 +63,8 @@ def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
     everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     assert torch.equal(torch.cat([kept_idx, pruned_idx], 1).sort(1).values, everyone)
     assert torch.equal(kept_idx, kept_idx.sort(1).values) and torch.equal(pruned_idx, pruned_idx.sort(1).values)
-    slots = dest.gather(1, pruned_idx)
-    expected, total = slow_merge(x, kept_idx, pruned_idx, sizes, slots)
+    rows = dest.gather(1, pruned_idx)
+    expected, total = slow_merge(x, kept_idx, pruned_idx, sizes, rows)
     torch.testing.assert_close(kept, expected.to(dtype), **TOLERANCE[dtype])
     assert torch.equal(kept_sizes, total)
     assert torch.equal(dest.gather(1, kept_idx), torch.arange(keep, device=x.device).expand_as(kept_idx))
@@ -72,7 +72,7 @@ def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape, dtype):
+def test_the_candidates_most_like_a_target_are_merged_into_it(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
     target = kept_idx.gather(1, dest.gather(1, pruned_idx))
@@ -92,19 +92,19 @@ def test_the_candidates_most_like_a_safe_token_are_merged_into_it(backend, shape
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, dtype):
+def test_cost_scale_weighs_the_distance_to_the_nearest_target(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    costs = torch.randn(x.shape[:2], device=x.device).exp()
+    cost_scale = torch.randn(x.shape[:2], device=x.device).exp()
     plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
-    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
-    ones = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(costs))
-    assert all(torch.equal(one, other) for one, other in zip(ones, plain))
+    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
+    ones = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(cost_scale))
+    assert all(torch.equal(got, expected) for got, expected in zip(ones, plain))
     assert torch.isin(target_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
         similarity = cosines(x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
         if not similarity.numel() or not pruned_idx.shape[1]:
             continue
-        cost = (1 - similarity.max(1).values).clamp_min(0) * costs[b, candidate_idx[b]].double()
+        cost = (1 - similarity.max(1).values).clamp_min(0) * cost_scale[b, candidate_idx[b]].double()
         is_pruned = torch.isin(candidate_idx[b], pruned_idx[b])
         targets = kept_idx[b, dest[b, pruned_idx[b]]]
         chosen = cosines(x[b : b + 1], targets[None], pruned_idx[b : b + 1])[0].diagonal()
@@ -115,7 +115,7 @@ def test_costs_weigh_how_unlike_the_safe_tokens_a_candidate_is(backend, shape, d
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
-def test_rows_that_none_is_merged_into_are_exact_copies(backend, shape, dtype):
+def test_rows_without_merged_tokens_are_exact_copies(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     kept, kept_idx, _, kept_sizes, _ = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
     alone = kept_sizes == sizes.gather(1, kept_idx)
@@ -134,7 +134,7 @@ def test_norms_are_those_of_the_targets_and_all_tokens_are_counted(backend, dim,
 
 
 def pair(backend, target, other):
-    """The row that `other` (D,) leaves in `target` (D,), which is the only one that may take it in."""
+    """Return `target` (D,) after `other` (D,) is merged into it, its only candidate."""
     x = torch.stack([torch.ones_like(target), target, other])[None].to(backend.device)
     sizes = torch.tensor([[2.0, 1.0, 1.0]], device=x.device)
     target_idx, candidate_idx = (torch.tensor([at], device=x.device) for at in ([0, 1], [2]))
@@ -190,7 +190,7 @@ def test_gradients_of_every_type_are_near_those_of_float64(dtype):
     torch.testing.assert_close(grads[0], grads[1].to(dtype), rtol=5e-2, atol=5e-2)
 
 
-def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
+def test_ties_go_to_the_lowest_target_and_nan_is_like_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
     target_idx, candidate_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
     sizes = torch.ones(1, 80, device=x.device)
@@ -199,7 +199,7 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
         _, _, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, 70, 2)
         return pruned_idx[0].tolist(), dest[0, pruned_idx[0]].tolist()
 
-    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the higher positions are pruned
+    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the highest positions are pruned
     x[0, 2, 3] = float("nan")  # like none
     x[0, 3] = 0.0  # nor is this
     x[0, 75] = 0.0  # and this is the last to be pruned
@@ -208,25 +208,25 @@ def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
     assert run() == (list(range(70, 80)), [2] * 10)
 
 
-def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
+def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     x = torch.eye(8, device=backend.device)[[0, 0, 0, 0, 1, 2, 3, 3, 4]][None]
     target_idx, candidate_idx = torch.arange(2, device=x.device)[None], torch.arange(2, 9, device=x.device)[None]
-    sizes, costs = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
+    sizes, cost_scale = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
 
     def pruned(keep):
-        return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, costs)[2][0].tolist()
+        return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, cost_scale)[2][0].tolist()
 
-    assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a safe token costs nothing
-    costs[0, 3] = 1e30
+    assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a target costs nothing
+    cost_scale[0, 3] = 1e30
     assert pruned(8) == [3] and pruned(7) == [2, 3]
-    costs[0, 5], costs[0, 7] = 0.5, 1e-30
+    cost_scale[0, 5], cost_scale[0, 7] = 0.5, 1e-30
     assert pruned(6) == [2, 3, 7] and pruned(5) == [2, 3, 5, 7]
     assert pruned(4) == [2, 3, 5, 7, 8]  # of equal costs the higher position
     x[0, 7] = float("nan")
-    assert pruned(4) == [2, 3, 5, 6, 8] and pruned(3) == [2, 3, 4, 5, 6, 8]  # NaN goes last, whatever it costs
-    costs[0, 4] = float("inf")
+    assert pruned(4) == [2, 3, 5, 6, 8] and pruned(3) == [2, 3, 4, 5, 6, 8]  # NaN is merged last, at any cost scale
+    cost_scale[0, 4] = float("inf")
     assert pruned(3) == [2, 3, 5, 6, 7, 8]
-    costs[0, 4] = float("nan")  # positive costs are asked for: others only must not harm
+    cost_scale[0, 4] = float("nan")  # illegal, but must do no harm
     assert pruned(3) == [2, 3, 5, 6, 7, 8] and pruned(2) == list(range(2, 9))
 
 
@@ -241,20 +241,20 @@ def test_no_cost_brings_like_tokens_apart_or_unlike_ones_together(backend):
 def test_long_lists_match_the_definition(kernels, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, kernels.device)
     x = x.sign()  # products, lengths and cosines are exact, and many are equal
-    for costs in (None, torch.rand(x.shape[:2], device=x.device) + 0.5):
-        kept, *lists = kernels.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
-        expected, *expected_lists = reference.merge(x, target_idx, candidate_idx, sizes, keep, prefix, costs)
-        assert all(torch.equal(got, wanted) for got, wanted in zip(lists, expected_lists, strict=True))
+    for cost_scale in (None, torch.rand(x.shape[:2], device=x.device) + 0.5):
+        kept, *lists = kernels.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
+        expected, *expected_lists = reference.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
+        assert all(torch.equal(got, expected_list) for got, expected_list in zip(lists, expected_lists, strict=True))
         torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_every_layout_gives_the_same_bits(backend):
     x, target_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
-    costs = torch.rand(x.shape[:2], device=x.device) + 0.5
-    plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1, costs)
-    *flipped, costs = [part.t().contiguous().t() for part in (target_idx, candidate_idx, sizes, costs)]
+    cost_scale = torch.rand(x.shape[:2], device=x.device) + 0.5
+    plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1, cost_scale)
+    *flipped, cost_scale = [part.t().contiguous().t() for part in (target_idx, candidate_idx, sizes, cost_scale)]
     for name, odd in odd_layouts(x).items():
-        for got, expected in zip(backend.merge(odd, *flipped, keep, 1, costs), plain):
+        for got, expected in zip(backend.merge(odd, *flipped, keep, 1, cost_scale), plain):
             assert torch.equal(got, expected), name
 
 
@@ -263,19 +263,19 @@ def test_every_layout_gives_the_same_bits(backend):
 def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     batch, n, dim = shape[:3]
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    costs = torch.randn(batch, n, device=x.device).exp()
+    cost_scale = torch.randn(batch, n, device=x.device).exp()
     expected, kept_at, pruned_at, expected_sizes, dest = backend.merge(
-        x, target_idx, candidate_idx, sizes, keep, prefix, costs
+        x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale
     )
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
     buffer, buffer_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
-    buffer_costs = torch.full_like(buffer_sizes, float("nan"))
-    buffer[:, at], buffer_sizes[:, at], buffer_costs[:, at] = x, sizes, costs
-    own = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
-    parent, before, sizes_before = own.clone(), buffer.clone(), buffer_sizes.clone()
+    buffer_cost_scale = torch.full_like(buffer_sizes, float("nan"))
+    buffer[:, at], buffer_sizes[:, at], buffer_cost_scale[:, at] = x, sizes, cost_scale
+    identity = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
+    parent, before, sizes_before = identity.clone(), buffer.clone(), buffer_sizes.clone()
     kept_idx, pruned_idx, got_sizes = backend.merge_(
-        buffer, at[target_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_costs
+        buffer, at[target_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_cost_scale
     )
     assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
     assert torch.equal(got_sizes, expected_sizes)
@@ -286,10 +286,10 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     assert same_bits(buffer[untouched], before[untouched])
     assert torch.equal(buffer_sizes[untouched], sizes_before[untouched])
     here = torch.ones_like(untouched).scatter(1, pruned_idx, False)
-    assert torch.equal(parent[here], own[here])
+    assert torch.equal(parent[here], identity[here])
 
 
-def test_same_bits_every_time(kernels):
+def test_every_run_gives_the_same_bits(kernels):
     x, *rest, keep, prefix = problem((4, 197, 64, 80, 100, 1), torch.float32, kernels.device)
     first = kernels.merge(x, *rest, keep, prefix)
     for _ in range(2 if kernels.interpreted else 20):

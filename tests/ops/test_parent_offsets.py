@@ -1,4 +1,4 @@
-"""cropr::parent_offsets, parent_offsets_ and add_parents: pruned tokens are restored with the change of their hosts."""
+"""cropr::parent_offsets, parent_offsets_ and add_parents: pruned tokens change as their parents do."""
 
 import pytest
 import torch
@@ -8,20 +8,20 @@ from cropr_kernels.ops import reference
 
 pytestmark = pytest.mark.kernels
 
-# (B, N, D, K, P); K = P has no host
+# (B, N, D, K, P); K = P has no parent
 CASES = [shape for shape in SHAPES if shape[3] > shape[4] or shape[3] == shape[1]] + [(2, 150, 24, 70, 1)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def problem(shape, dtype, device):
-    """x, kept_idx, pruned_idx, num_prefix."""
+    """Return x, kept_idx, pruned_idx, num_prefix."""
     batch, n, dim, keep, prefix = shape
     x = tokens(batch, n, dim, dtype, device)
     return x, *reference.select(torch.randn(batch, n, device=device), keep, prefix), prefix
 
 
 def chains(batch, n, device, length=9):
-    """Parents that lead over up to `length` tokens to one that is its own."""
+    """Return random parents (B, N) whose chains have at most `length` tokens; the last is its own parent."""
     parent, rank = torch.arange(n).repeat(batch, 1), torch.randint(0, length, (batch, n))
     for b in range(batch):
         for position in range(n):
@@ -33,7 +33,7 @@ def chains(batch, n, device, length=9):
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", CASES)
-def test_a_host_is_the_kept_token_most_alike(backend, shape, dtype):
+def test_a_parent_is_the_most_similar_kept_token(backend, shape, dtype):
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
     offset, parent_idx = backend.parent_offsets(x, kept_idx, pruned_idx, prefix)
     assert offset.dtype == dtype and offset.shape == (*pruned_idx.shape, x.shape[2]) and offset.is_contiguous()
@@ -51,19 +51,19 @@ def test_a_host_is_the_kept_token_most_alike(backend, shape, dtype):
     assert same_bits(offset, expected)
 
 
-def test_equals_go_to_the_lower_position_and_nan_to_none(backend):
+def test_ties_go_to_the_lowest_parent_and_nan_is_like_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
     kept_idx, pruned_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
 
-    def hosts():
+    def parents():
         return backend.parent_offsets(x, kept_idx, pruned_idx, 2)[1][0].tolist()
 
-    assert hosts() == [2] * 20
+    assert parents() == [2] * 20
     x[0, 2, 3] = float("nan")  # like none
     x[0, 3] = 0.0  # nor is this
-    assert hosts() == [4] * 20
+    assert parents() == [4] * 20
     x[:] = float("nan")
-    assert hosts() == [2] * 20
+    assert parents() == [2] * 20
 
 
 @pytest.mark.parametrize("shape", [(2, 600, 16, 488, 1), (1, 2300, 16, 1240, 3)])
@@ -99,16 +99,16 @@ def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype
     buffer = x.new_full((batch, 2 * n + 1, dim), 7.0)
     buffer[:, at] = x
     parent = torch.full(buffer.shape[:2], -5, device=x.device)
-    expected, hosts = buffer.clone(), parent.clone()
+    expected, expected_parent = buffer.clone(), parent.clone()
     backend.parent_offsets_(buffer, at[kept_idx], at[pruned_idx], parent, prefix)
     expected.scatter_(1, at[pruned_idx].unsqueeze(-1).expand_as(offset), offset)
     assert same_bits(buffer, expected)
-    assert torch.equal(parent, hosts.scatter(1, at[pruned_idx], at[parent_idx]))
+    assert torch.equal(parent, expected_parent.scatter(1, at[pruned_idx], at[parent_idx]))
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 33), (3, 70, 96), (1, 197, 192), (0, 4, 8), (2, 0, 8), (2, 4, 0)])
-def test_adding_up_follows_every_parent(backend, shape, dtype):
+def test_add_parents_adds_up_every_chain(backend, shape, dtype):
     x = tokens(*shape, dtype, backend.device)
     parent = chains(*shape[:2], backend.device)
     got = backend.add_parents(x, parent)
@@ -125,7 +125,7 @@ def test_adding_up_follows_every_parent(backend, shape, dtype):
     assert same_bits(got[alone], x[alone])
 
 
-def test_nan_reaches_only_what_stands_on_it(backend):
+def test_nan_reaches_only_its_descendants(backend):
     x = torch.zeros(1, 6, 40, device=backend.device)
     x[0, 2] = float("nan")
     parent = torch.tensor([[0, 2, 5, 4, 4, 5]], device=x.device)
@@ -133,8 +133,8 @@ def test_nan_reaches_only_what_stands_on_it(backend):
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-def test_a_host_that_left_later_is_resolved_first(backend, dtype):
-    """One token after the other: left + (host now - host then), departures from the last to the first."""
+def test_a_parent_that_was_pruned_later_is_restored_first(backend, dtype):
+    """One token after the other, from the last pruning to the first: the token + (its parent now - its parent then)."""
     batch, n, dim, prefix = 2, 40, 32, 1
     buffer = tokens(batch, n, dim, dtype, backend.device)
     parent = torch.arange(n, device=buffer.device).repeat(batch, 1)
@@ -152,22 +152,22 @@ def test_a_host_that_left_later_is_resolved_first(backend, dtype):
     for b in range(batch):
         for pruned, before in reversed(departures):
             for position in pruned[b].tolist():
-                host = parent[b, position].item()
-                change = expected[b, host] - before[b, host].double()
+                parent_position = parent[b, position].item()
+                change = expected[b, parent_position] - before[b, parent_position].double()
                 expected[b, position] = before[b, position].double() + change
     tolerance = 20 * TOLERANCE[dtype]
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
+def test_merging_leaves_offsets_from_the_means_on_request(backend, dtype):
     x = tokens(2, 90, 48, dtype, backend.device)
     target_idx, candidate_idx = reference.select(torch.randn(2, 90, device=x.device), 40, 1)
     sizes = torch.randint(1, 6, (2, 90), device=x.device).float()
-    own = torch.arange(90, device=x.device).repeat(2, 1)
+    identity = torch.arange(90, device=x.device).repeat(2, 1)
     results = []
     for offsets in (False, True):
-        buffer, parent = x.clone(), own.clone()
+        buffer, parent = x.clone(), identity.clone()
         lists = backend.merge_(buffer, target_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets)
         results.append((buffer, parent, *lists))
     (plain, parent, kept_idx, pruned_idx, _), (buffer, *_) = results
@@ -178,7 +178,7 @@ def test_merging_leaves_offsets_from_the_means_where_asked(backend, dtype):
     assert same_bits(reference.gather(buffer, pruned_idx), expected.to(dtype))
 
 
-def test_same_bits_every_time(kernels):
+def test_every_run_gives_the_same_bits(kernels):
     x, *lists = problem((2, 90, 32, 40, 1), torch.float32, kernels.device)
     parent = chains(2, 90, kernels.device)
     first = *kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)
@@ -197,7 +197,7 @@ def test_gradients_are_those_of_the_definition():
 
 
 @pytest.mark.parametrize("name", ["parent_offsets", "parent_offsets_"])
-def test_without_a_kept_token_there_is_no_host(name):
+def test_without_a_kept_token_there_is_no_parent(name):
     x, kept_idx, pruned_idx, _ = problem((2, 9, 5, 3, 3), torch.float32, "cpu")
     parent = [torch.arange(9).repeat(2, 1)] if name.endswith("_") else []
     for device in ("cpu", "meta"):
@@ -206,7 +206,7 @@ def test_without_a_kept_token_there_is_no_host(name):
             getattr(torch.ops.cropr, name)(*args, 3)
 
 
-def test_parents_must_exist_and_end():
+def test_parents_must_exist_and_form_no_cycle():
     x = torch.randn(1, 4, 3)
     for parent, error in (
         ([0, 2, 1, 3], "parent must lead to a token that is its own parent, got a cycle at 1 in image 0"),

@@ -1,4 +1,4 @@
-"""Kernels whose programs meet: results are the same in whatever order programs run, and whoever is last."""
+"""Kernels whose programs synchronize: results do not depend on the order of programs."""
 
 import os
 
@@ -39,9 +39,9 @@ def add_select(backend):
 
 def add_select_by_size(backend):
     x, sizes = integers(2, 9, 512), integers(2, 9, low=1, high=5)
-    costs = torch.zeros(2, 9)
-    parts = (5, 1, sizes, 1.5, None, costs, 0.5)
-    return x, costs, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), *parts)
+    cost_scale = torch.zeros(2, 9)
+    parts = (5, 1, sizes, 1.5, None, cost_scale, 0.5)
+    return x, cost_scale, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), *parts)
 
 
 def merge(backend):
@@ -77,7 +77,7 @@ def test_no_order_of_programs_changes_a_result(backend, call):
 
 
 def longest(call, backend, n):
-    """Loads of the program that makes the most."""
+    """Return the most loads that any program makes."""
     with counting_loads() as loads:
         call(backend, n)
     return max(loads.values())
@@ -99,12 +99,12 @@ def merge_of(backend, n):
 
 @pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 400)])
 def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
-    one, two, four = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))
-    assert four - two <= 2.2 * (two - one), (one, two, four)
+    single, double, quadruple = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))
+    assert quadruple - double <= 2.2 * (double - single), (single, double, quadruple)
 
 
 def test_no_order_of_images_changes_a_result(backend, monkeypatch):
-    """With what reads rows a second time beginning with the last image, as without."""
+    """Whether or not kernels that read rows again begin with the last image."""
     x, query, update = integers(3, 37, 48), integers(48), integers(3, 20, 48)
 
     def results():
@@ -116,4 +116,4 @@ def test_no_order_of_images_changes_a_result(backend, monkeypatch):
     expected = results()
     for module in ("utils", "residual"):
         monkeypatch.setattr(f"cropr_kernels.ops.triton.{module}.RECENT_FIRST", triton.language.constexpr(True))
-    assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))
+    assert all(torch.equal(got, before) for got, before in zip(results(), expected, strict=True))

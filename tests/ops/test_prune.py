@@ -9,8 +9,8 @@ from cropr_kernels.ops import reference
 pytestmark = pytest.mark.kernels
 
 
-def own_error(x, query, exact):
-    """The largest error of PyTorch's product in the dtype of x."""
+def pytorch_error(x, query, exact):
+    """Return the largest error of PyTorch's product in the dtype of x."""
     plain = (x @ query.to(x.dtype)).double()
     return (plain - exact).abs().max().item() if plain.numel() else 0.0
 
@@ -25,10 +25,10 @@ def test_scores_are_at_most_twice_as_wrong_as_pytorch(backend, shape, dtype):
     exact = x.double() @ query.double()
     rounding = exact.abs().max().item() * 2**-24 if exact.numel() else 0.0  # the result itself is float32
     error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
-    assert error <= 2 * own_error(x, query, exact) + rounding
+    assert error <= 2 * pytorch_error(x, query, exact) + rounding
 
 
-def test_scores_of_infinite_and_nan_tokens(backend):
+def test_infinite_and_nan_tokens_score_infinity_and_nan(backend):
     x = torch.ones(1, 3, 70, device=backend.device)
     x[0, 0, 69], x[0, 1, 3] = float("inf"), float("nan")
     for dtype in DTYPES:
@@ -91,8 +91,8 @@ def test_every_layout_gives_the_same_bits(kernels, dtype):
         assert all(torch.equal(a, b) for a, b in zip(got, expected)), name
         assert torch.equal(kernels.scores(view, query), kernels.scores(x, query)), name
         assert torch.equal(kernels.gather(view, expected[1]), expected[0]), name
-    one = x[:1]
-    for a, b in zip(kernels.prune(one.expand(3, -1, -1), query, 11, 1), kernels.prune(one, query, 11, 1)):
+    image = x[:1]
+    for a, b in zip(kernels.prune(image.expand(3, -1, -1), query, 11, 1), kernels.prune(image, query, 11, 1)):
         assert torch.equal(a, b.expand_as(a))
     kept, kept_idx, pruned, pruned_idx = expected
     for name, view in odd_layouts(kept).items():
@@ -130,7 +130,7 @@ def test_thread_count_does_not_change_bits(shape, dtype):
 
 
 def test_more_than_two_billion_elements_are_addressed(kernels):
-    """Strides reach past 2^31 elements without the memory: one row, seen very far apart."""
+    """Strides reach past 2^31 elements, in a view of few rows that are very far apart."""
     if kernels.interpreted:
         pytest.skip("the interpreter addresses with Python integers")
     n, dim = 9, 16
@@ -166,10 +166,10 @@ def test_prune_and_split_heed_priority(backend, shape, dtype):
     x, query = tokens(batch, n, dim, dtype, backend.device), torch.randn(dim, device=backend.device)
     scores = backend.scores(x, query)
     for priority in (torch.randint(-1, 2, (batch, n), dtype=torch.int8), torch.rand(batch, n) > 0.7):
-        given = priority.to(backend.device)
-        chosen = backend.select(scores, num_keep, num_prefix, given)
-        split = backend.split(x, scores, num_keep, num_prefix, given)
-        for got in (backend.prune(x, query, num_keep, num_prefix, given), split):
+        on_device = priority.to(backend.device)
+        chosen = backend.select(scores, num_keep, num_prefix, on_device)
+        split = backend.split(x, scores, num_keep, num_prefix, on_device)
+        for got in (backend.prune(x, query, num_keep, num_prefix, on_device), split):
             assert torch.equal(got[1], chosen[0]) and torch.equal(got[3], chosen[1])
             assert same_bits(got[0], reference.gather(x, got[1])) and same_bits(got[2], reference.gather(x, got[3]))
 

@@ -29,7 +29,7 @@ TOLERANCE = {
 
 
 def active(batch, n, count, device):
-    """Random ascending positions, (B, K), or None."""
+    """Return random ascending positions (B, K), or None."""
     if count is None:
         return None
     order = torch.stack([torch.randperm(n)[:count] for _ in range(batch)]) if batch else torch.empty(0, count).long()
@@ -37,7 +37,7 @@ def active(batch, n, count, device):
 
 
 def problem(shape, dtype, device):
-    """x, idx, update, gamma, weight, bias."""
+    """Return x, idx, update, gamma, weight, bias."""
     batch, n, dim, count = shape
     gamma, weight, bias = (torch.randn(dim, device=device).to(dtype) for _ in range(3))
     x, update = tokens(batch, n, dim, dtype, device), tokens(batch, n if count is None else count, dim, dtype, device)
@@ -45,7 +45,7 @@ def problem(shape, dtype, device):
 
 
 def rounded_once(backend, dtype):
-    """Whether sums must come out in the same bits: the interpreter rounds 16-bit sums its own way."""
+    """Return whether sums must be equal bit for bit: the interpreter rounds 16-bit sums differently."""
     return not (backend.interpreted and dtype in (torch.bfloat16, torch.float16))
 
 
@@ -67,7 +67,7 @@ def test_gather_norm_takes_any_layout(backend, layout):
     assert same_bits(backend.gather_norm(odd, flipped, None, None, 1e-6), backend.gather_norm(x, idx, None, None, 1e-6))
 
 
-def test_norm_of_large_and_constant_rows(backend):
+def test_the_norm_of_large_and_constant_rows_is_accurate(backend):
     x = torch.full((1, 3, 64), 7.0, device=backend.device)
     x[0, 1] = 100 + torch.randn(64, device=backend.device)
     x[0, 2, 5] = float("nan")
@@ -130,7 +130,7 @@ def test_add_select_composes_positions(backend, shape, prefix, dtype):
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 7), MANY])
-def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
+def test_add_select_favors_tokens_that_stand_for_many(backend, shape, prefix):
     x, idx, update, gamma, *_ = problem(shape, torch.float32, backend.device)
     query = torch.randn(shape[2], device=backend.device)
     count = update.shape[1]
@@ -138,10 +138,10 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
     added = x.clone()
     backend.add_(added, idx, update, gamma)
     rows = added if idx is None else reference.gather(added, idx)
-    own = sizes if idx is None else sizes.gather(1, idx)
+    active_sizes = sizes if idx is None else sizes.gather(1, idx)
     scores = backend.scores(rows, query).double()
     spread = scores[:, prefix:].std(1, correction=0, keepdim=True) if prefix < count else 0.0
-    adjusted = scores + 1.5 * spread * own.double().log()
+    adjusted = scores + 1.5 * spread * active_sizes.double().log()
     keep = (count + prefix) // 2
     kept, pruned = backend.add_select_(x, idx, update, gamma, query, keep, prefix, sizes, 1.5)
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
@@ -158,17 +158,20 @@ def test_add_select_favours_tokens_that_stand_for_many(backend, shape, prefix):
 @pytest.mark.parametrize(
     "shape", [(3, 17, 33, 9), (2, 50, 96, None), (1, 197, 192, 150), (2, 7, 8, 5), (0, 10, 16, 7), MANY]
 )
-def test_add_select_writes_what_patches_cost(backend, shape, prefix, size_weight, dtype):
+def test_add_select_writes_the_cost_scale_of_patches(backend, shape, prefix, size_weight, dtype):
     x, idx, update, gamma, *_ = problem(shape, dtype, backend.device)
     query = torch.randn(shape[2], device=backend.device)
     count = update.shape[1]
-    costs = torch.full(x.shape[:2], 7.0, device=backend.device)
+    cost_scale = torch.full(x.shape[:2], 7.0, device=backend.device)
     sizes = torch.randint(1, 9, x.shape[:2], device=backend.device).float()
     parts = (None, 0.0) if size_weight is None else (sizes, size_weight)
     keep = (count + prefix) // 2
-    plain, expected = backend.add_select_(x.clone(), idx, update, gamma, query, keep, prefix, *parts), costs.clone()
-    got = backend.add_select_(x, idx, update, gamma, query, keep, prefix, *parts, None, costs, 0.5)
-    assert all(torch.equal(one, other) for one, other in zip(got, plain))
+    plain, expected = (
+        backend.add_select_(x.clone(), idx, update, gamma, query, keep, prefix, *parts),
+        cost_scale.clone(),
+    )
+    got = backend.add_select_(x, idx, update, gamma, query, keep, prefix, *parts, None, cost_scale, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(got, plain))
     at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if idx is None else idx
     if prefix < count and len(x):
         scores = backend.scores(reference.gather(x, at), query).double()
@@ -176,19 +179,19 @@ def test_add_select_writes_what_patches_cost(backend, shape, prefix, size_weight
         spread = patches.std(1, correction=0, keepdim=True)
         if size_weight:
             scores = scores + size_weight * spread * sizes.gather(1, at).double().log()
-        own = (0.5 * (scores[:, prefix:] - patches.mean(1, keepdim=True)) / spread).exp()
-        own = torch.where(spread > 0, own, torch.ones_like(own))
-        expected.scatter_(1, at[:, prefix:], own.float())
-    torch.testing.assert_close(costs, expected, rtol=2e-4, atol=1e-6)
-    again = torch.full_like(costs, 7.0)
+        scale = (0.5 * (scores[:, prefix:] - patches.mean(1, keepdim=True)) / spread).exp()
+        scale = torch.where(spread > 0, scale, torch.ones_like(scale))
+        expected.scatter_(1, at[:, prefix:], scale.float())
+    torch.testing.assert_close(cost_scale, expected, rtol=2e-4, atol=1e-6)
+    again = torch.full_like(cost_scale, 7.0)
     reference.add_select_(
         x, idx, torch.zeros_like(update), None, query, keep, prefix, *parts, None, again, 0.5
     )  # fmt: skip
-    torch.testing.assert_close(costs, again, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(cost_scale, again, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [None, 3.0])
-def test_costs_are_one_without_a_spread_and_always_finite_and_positive(backend, sizes):
+def test_cost_scales_are_one_without_a_spread_and_always_finite_and_positive(backend, sizes):
     x = torch.full((4, 20, 8), 0.1, device=backend.device)
     x[1, 7, 0] = float("nan")
     x[2, 8, 0] = float("inf")
@@ -196,19 +199,19 @@ def test_costs_are_one_without_a_spread_and_always_finite_and_positive(backend, 
     query, update = torch.ones(8, device=backend.device), torch.zeros_like(x)
     parts = (None, 0.0) if sizes is None else (torch.full((4, 20), sizes, device=backend.device), 2.0)
 
-    def costs_of(weight, prefix=1):
-        costs = torch.full((4, 20), 7.0, device=backend.device)
-        backend.add_select_(x.clone(), None, update, None, query, prefix, prefix, *parts, None, costs, weight)
-        return costs
+    def cost_scale_of(weight, prefix=1):
+        cost_scale = torch.full((4, 20), 7.0, device=backend.device)
+        backend.add_select_(x.clone(), None, update, None, query, prefix, prefix, *parts, None, cost_scale, weight)
+        return cost_scale
 
-    costs = costs_of(0.25)
-    assert (costs[:, 0] == 7).all() and (costs[:3, 1:] == 1).all()
-    assert costs[3, 1:].diff().min() > 0
+    cost_scale = cost_scale_of(0.25)
+    assert (cost_scale[:, 0] == 7).all() and (cost_scale[:3, 1:] == 1).all()
+    assert cost_scale[3, 1:].diff().min() > 0
     for weight in (1e4, -1e4):
-        costs = costs_of(weight)[3, 1:]
-        assert costs.isfinite().all() and (costs > 0).all() and costs.log().abs().max() > 50
-    assert (costs_of(0.0)[:, 1:] == 1).all()
-    assert (costs_of(0.25, 20) == 7).all()  # nothing but prefix
+        cost_scale = cost_scale_of(weight)[3, 1:]
+        assert cost_scale.isfinite().all() and (cost_scale > 0).all() and cost_scale.log().abs().max() > 50
+    assert (cost_scale_of(0.0)[:, 1:] == 1).all()
+    assert (cost_scale_of(0.25, 20) == 7).all()  # nothing but prefix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -224,8 +227,8 @@ def test_add_select_looks_priority_up_by_position(backend, shape, dtype):
             got, idx, update, gamma, query, keep, 1, priority=priority
         )  # fmt: skip
         rows = got if idx is None else reference.gather(got, idx)
-        own = priority if idx is None else priority.gather(1, idx)
-        expected = backend.select(backend.scores(rows, query), keep, 1, own)
+        active_priority = priority if idx is None else priority.gather(1, idx)
+        expected = backend.select(backend.scores(rows, query), keep, 1, active_priority)
         for positions, local in zip((kept, pruned), expected):
             assert torch.equal(positions, local if idx is None else idx.gather(1, local))
 
@@ -240,7 +243,7 @@ def test_scores_without_a_spread_are_not_adjusted(backend):
     assert torch.equal(plain[0], adjusted[0])
 
 
-def test_add_select_with_ties_nan_and_many_queries(backend):
+def test_add_select_keeps_the_first_of_ties_and_ranks_nan_highest(backend):
     x = torch.zeros(2, 70, 16, device=backend.device)
     x[1, 40, 3] = float("nan")
     idx = active(2, 70, 60, backend.device)
@@ -271,7 +274,7 @@ def test_rotate_turns_the_patches_by_their_position(backend, shape, half, dtype)
         torch.testing.assert_close(qkv, expected, **TOLERANCE[dtype])
 
 
-def test_rotate_by_zero_and_by_a_quarter(backend):
+def test_rotation_by_zero_changes_nothing_and_by_a_quarter_swaps_channels(backend):
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=backend.device).view(1, 1, 1, 4)
     none, quarter = torch.tensor([[0.0] * 4 + [1.0] * 4, [1.0] * 4 + [0.0] * 4], device=backend.device)[:, None]
     for half, expected in ((False, [-2.0, 1.0, -4.0, 3.0]), (True, [-3.0, -4.0, 1.0, 2.0])):

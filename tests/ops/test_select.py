@@ -1,4 +1,4 @@
-"""cropr::select: exact, ascending, deterministic, whatever the scores."""
+"""cropr::select: exact, ascending and deterministic for any scores."""
 
 import math
 
@@ -21,8 +21,8 @@ def by_hand(scores, num_keep, num_prefix, priority=None):
 
     classes = (torch.zeros(scores.shape) if priority is None else priority).tolist()
     kept = [
-        sorted(sorted(range(len(row)), key=lambda i: rank(row, own, i))[:num_keep])
-        for row, own in zip(scores.tolist(), classes)
+        sorted(sorted(range(len(row)), key=lambda i: rank(row, row_classes, i))[:num_keep])
+        for row, row_classes in zip(scores.tolist(), classes)
     ]
     pruned = [sorted(set(range(scores.shape[1])) - set(row)) for row in kept]
     shape = scores.shape[0]
@@ -33,8 +33,8 @@ def by_hand(scores, num_keep, num_prefix, priority=None):
 
 
 def check(backend, scores, num_keep, num_prefix=0, priority=None):
-    given = None if priority is None else priority.to(backend.device)
-    kept, pruned = backend.select(scores.to(backend.device), num_keep, num_prefix, given)
+    on_device = None if priority is None else priority.to(backend.device)
+    kept, pruned = backend.select(scores.to(backend.device), num_keep, num_prefix, on_device)
     expected_kept, expected_pruned = by_hand(scores, num_keep, num_prefix, priority)
     assert kept.dtype == pruned.dtype == torch.int64
     assert torch.equal(kept.cpu(), expected_kept)
@@ -70,21 +70,21 @@ def test_hard_scores_keep_exactly_the_top(backend, name):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 197, 1024, 1025, 4097, 9216, 16385, 20000])
-def test_any_number_of_tokens(backend, n):
+def test_selection_is_exact_for_any_number_of_tokens(backend, n):
     scores = torch.randint(-n // 3 - 1, n // 3 + 1, (2, n)).float()  # with ties
     for num_keep in {0, 1, n // 3, n - 1, n}:
         check(backend, scores, num_keep, min(num_keep, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_float_dtype_at_its_own_precision(backend, dtype):
+def test_scores_are_compared_at_the_precision_of_their_dtype(backend, dtype):
     scores = torch.randn(3, 130, dtype=torch.float64).to(dtype)
     if dtype == torch.float64:
         scores[:, 1] = scores[:, 0] + 1e-15  # a difference float32 does not have
     check(backend, scores, 51, 1)
 
 
-def test_strided_expanded_and_empty_scores(backend):
+def test_strided_expanded_and_empty_scores_are_selected_exactly(backend):
     scores = torch.randn(6, 80)
     check(backend, scores[::2, ::2], 11, 1)
     check(backend, scores.t(), 3)
@@ -107,7 +107,7 @@ def test_priority_comes_before_any_score(backend, name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [33, 197, 4097, 9216])
-def test_priority_at_any_number_of_tokens(backend, n, dtype):
+def test_priority_decides_first_for_any_number_of_tokens(backend, n, dtype):
     scores = torch.randint(-20, 20, (2, n)).to(dtype)  # with ties
     priority = torch.randint(-1, 2, (n, 2), dtype=torch.int8).t()  # not contiguous
     ahead = int((priority[0] > 0).sum())
@@ -117,9 +117,9 @@ def test_priority_at_any_number_of_tokens(backend, n, dtype):
 
 def test_no_priority_is_priority_zero(kernels):
     scores = torch.randn(3, 130, device=kernels.device)
-    for none in (torch.zeros(3, 130, dtype=torch.int8), torch.zeros(3, 130, dtype=torch.bool)):
-        given = kernels.select(scores, 51, 1, none.to(kernels.device))
-        assert all(torch.equal(a, b) for a, b in zip(given, kernels.select(scores, 51, 1)))
+    for zero in (torch.zeros(3, 130, dtype=torch.int8), torch.zeros(3, 130, dtype=torch.bool)):
+        got = kernels.select(scores, 51, 1, zero.to(kernels.device))
+        assert all(torch.equal(a, b) for a, b in zip(got, kernels.select(scores, 51, 1)))
 
 
 def test_scores_stay_as_they_were(kernels):
@@ -138,7 +138,7 @@ def test_every_run_gives_the_same_bits(kernels):
 
 @settings(max_examples=40)
 @given(st.data())
-def test_random_shapes_and_values(backend, data):
+def test_selection_is_exact_for_random_shapes_and_values(backend, data):
     n = data.draw(st.integers(1, 70))
     num_keep = data.draw(st.integers(0, n))
     num_prefix = data.draw(st.integers(0, num_keep))

@@ -11,7 +11,7 @@ ops = torch.ops.cropr
 
 
 def launch(generator, device):
-    """One random call of prune, add_select_ and merge, with scores that tie often; results, and what decides them."""
+    """Call prune, add_select_ and merge once at random, with scores that often tie; return inputs and results."""
     batch, n, dim = generator.randint(1, 9), generator.choice([generator.randint(1, 300), 1025, 4097]), 16
     prefix = generator.randint(0, min(n, 5))
     keep = generator.randint(prefix, n)
@@ -33,8 +33,8 @@ def launch(generator, device):
 
 def verify(x, split, composed, counts, merged):
     if merged is not None:
-        for one, other in zip(*merged):
-            assert torch.equal(one, other)
+        for first, second in zip(*merged):
+            assert torch.equal(first, second)
         tokens, kept_at, pruned_at, sizes, _ = merged[0]
         everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         assert torch.equal(torch.cat([kept_at, pruned_at], 1).sort(1).values, everyone)
@@ -48,14 +48,14 @@ def verify(x, split, composed, counts, merged):
     assert torch.equal(composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0]))
 
 
-def test_random_calls_with_ties():
+def test_random_calls_with_ties_are_exact():
     generator = random.Random(0)
     for _ in range(150):
         verify(*launch(generator, "cpu"))
 
 
 @pytest.mark.gpu
-def test_ten_thousand_launches_on_two_streams():
+def test_ten_thousand_launches_on_two_streams_are_exact():
     generator = random.Random(0)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     for _ in range(625):  # 16 launches of two ops before each look at the results
@@ -69,7 +69,7 @@ def test_ten_thousand_launches_on_two_streams():
 
 
 @pytest.mark.gpu
-def test_one_graph_replayed_many_times():
+def test_every_replay_of_a_graph_is_exact():
     x, query = torch.randn(64, 577, 256, device="cuda"), torch.randn(256, device="cuda")
     for _ in range(3):
         ops.prune(x, query, 500, 1)
@@ -85,7 +85,7 @@ def test_one_graph_replayed_many_times():
 
 @pytest.mark.gpu
 def test_replays_of_compiled_cuda_graphs_agree_with_eager_calls():
-    """What counts the finished programs of an image must not outlive a launch: replays would find it counted."""
+    """The counter of finished programs must not outlive a launch: replays would start from its last value."""
 
     def step(x, update, query):
         x = x.clone()

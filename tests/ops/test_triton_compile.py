@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles ahead of time for the GPUs it is meant for, and what is compiled passes the lint.
+"""Every Triton kernel compiles ahead of time for its GPUs, and the result passes the lint.
 
-What the op tests launch is looked at in their own runs (backend "compiled"), here what models of known widths launch.
+Here the launches of models of known widths; those of the op tests are checked by their backend "compiled".
 """
 
 import importlib
@@ -45,18 +45,18 @@ KNOWN = [
     ),
 ]
 
-# Bytes of stack a thread that are worth no mending.
+# Tolerated bytes of stack a thread, by kernel and architecture.
 STACK = {("weighted_rows_kernel", 120): 8}
 
 
 def verify(dtype, width, side, architecture):
     for launch, compiled in compile_launches(launches(dtype, [width], [side]), architecture):
-        found = problems(launch, compiled) + narrow_rows(launch, compiled)
-        assert not found, f"{launch} {dtype} sm_{architecture}: {found}"
+        faults = problems(launch, compiled) + narrow_rows(launch, compiled)
+        assert not faults, f"{launch} {dtype} sm_{architecture}: {faults}"
         usage = resources(compiled)
-        where = f"{launch} {dtype} sm_{architecture}: {usage}"
-        assert usage["LOCAL"] == 0, where
-        assert usage["STACK"] <= STACK.get((launch.kernel.__name__, architecture), 0), where
+        message = f"{launch} {dtype} sm_{architecture}: {usage}"
+        assert usage["LOCAL"] == 0, message
+        assert usage["STACK"] <= STACK.get((launch.kernel.__name__, architecture), 0), message
 
 
 def test_every_kernel_is_among_the_launches():
@@ -78,7 +78,7 @@ def test_kernels_of_known_widths_pass_the_lint_and_keep_all_in_registers(dtype, 
         *((architecture, "float32", 1024) for architecture in (80, 120)),
     ],
 )
-def test_they_do_so_on_every_architecture(architecture, dtype, width):
+def test_kernels_pass_the_lint_on_every_architecture(architecture, dtype, width):
     verify(dtype, width, 24, architecture)
 
 
@@ -100,10 +100,10 @@ def test_tiles_of_rows_have_an_element_for_every_thread(dtype):
 
 
 def orders(op, call):
-    """By kernel, the orders in which its floats are summed."""
-    with recording() as found:
+    """Return the order in which each kernel sums its floats."""
+    with recording() as recorded:
         launcher(op)(**call)
-    return {launch.kernel.__name__: sum_order(compiled) for launch, compiled in compile_launches(found, 90)}
+    return {launch.kernel.__name__: sum_order(compiled) for launch, compiled in compile_launches(recorded, 90)}
 
 
 @pytest.mark.each_choice
@@ -119,7 +119,7 @@ def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens
 
 
 def views_of(call, in_place):
-    """The call with every tensor, and all of them, in layouts that a compiler must treat in other ways."""
+    """Yield the call with each tensor, and with all of them, in layouts that compile differently."""
     x = call["x"]
     views = odd_layouts(x) | {"odd rows": torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=x.dtype)[:, :, :-1].copy_(x)}
     for name, view in views.items():
@@ -165,24 +165,27 @@ def test_every_layout_is_summed_in_one_order(op, width, dtype):
 @pytest.mark.parametrize(("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")])
 @pytest.mark.parametrize(("n", "after"), [(1024, []), (1025, ["select_kernel"])])
 def test_many_tokens_are_selected_by_a_launch_of_their_own(op, kernel, n, after):
-    with recording() as found:
+    with recording() as recorded:
         launcher(op)(**legal_call(op, torch.bfloat16, N=n, K=n, D=384))
-    assert [launch.kernel.__name__ for launch in found if launch.kernel.__name__ != "split_kernel"] == [kernel, *after]
-    assert found[0].options["num_warps"] == 4
+    assert [launch.kernel.__name__ for launch in recorded if launch.kernel.__name__ != "split_kernel"] == [
+        kernel,
+        *after,
+    ]
+    assert recorded[0].options["num_warps"] == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_copied_16_bytes_at_a_time(dtype):
-    """Whatever the number of tokens, which is the width of logits."""
-    with recording() as found:
+    """For any number of tokens, which is the width of logits."""
+    with recording() as recorded:
         launcher("attend")(**legal_call("attend", dtype, N=197, D=384, M=5))
-    for launch, compiled in compile_launches(found, 80):
+    for launch, compiled in compile_launches(recorded, 80):
         sizes = re.findall(r"cp\.async\.c\w\.shared\.global .*?\], \[.*?\], (\w+)", compiled.asm["ptx"])
         assert set(sizes) == ({"0x10"} if "rows" in launch.kernel.__name__ else set()), launch
 
 
 @pytest.mark.parametrize(
-    ("part", "old", "new", "said"),
+    ("part", "old", "new", "message"),
     [
         ("ptx", r"bar\.sync\s+0;(?=[^;]*(;[^;]*){0,12}atom\.global)", "", "barrier on both sides"),
         ("ptx", r"(atom\.global.*\n(?s:.*?))bar\.sync\s+0;", r"\1", "barrier on both sides"),
@@ -191,12 +194,12 @@ def test_products_are_copied_16_bytes_at_a_time(dtype):
         ("ttgir", r"( *%\w+ = )(tt\.load %x_\w+, .*)", r"\1\2\n%again = \2", "have become"),
     ],
 )
-def test_the_lint_sees_what_it_is_for(part, old, new, said):
-    with recording() as found:
+def test_the_lint_reports_planted_faults(part, old, new, message):
+    with recording() as recorded:
         launcher("add_select_")(**legal_call("add_select_", torch.float16, N=50, K=50, D=384))
-    [(launch, compiled)] = compile_launches(found, 90)
+    [(launch, compiled)] = compile_launches(recorded, 90)
     assert not problems(launch, compiled)
     text = re.sub(old, new, compiled.asm[part])
     assert text != compiled.asm[part]
     planted = SimpleNamespace(asm=compiled.asm | {part: text}, metadata=compiled.metadata)
-    assert any(said in problem for problem in problems(launch, planted)), problems(launch, planted)
+    assert any(message in problem for problem in problems(launch, planted)), problems(launch, planted)

@@ -1,4 +1,4 @@
-"""Promises that every baseline of the registry keeps, and the network that runs them all."""
+"""Properties of every baseline of the registry, and of the network that runs them."""
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ def test_prefix_tokens_stay_first_and_as_they_are(name):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_without_reduction_they_are_the_plain_model(name):
+def test_without_reduction_every_system_is_the_plain_model(name):
     model, images = randomize(reference_vit(init_values=0.1)).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(Reduced(model, SYSTEMS[name], [65, 65, 65])(images), model(images))
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "ATS, trimmed"])
-def test_they_keep_as_many_tokens_as_the_schedule_says(name):
+def test_every_system_keeps_the_counts_of_its_schedule(name):
     network, seen = make(name), []
     for block in network.backbone.blocks:
         block.norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
@@ -44,7 +44,7 @@ def test_they_keep_as_many_tokens_as_the_schedule_says(name):
 @pytest.mark.parametrize("name", [baseline.name for baseline in BASELINES if baseline.category == "merging"])
 @pytest.mark.parametrize("prefix", [1, 2, 3])
 @pytest.mark.parametrize("depth", [0.0, 0.75])
-def test_tokens_that_merge_are_the_means_of_those_whose_row_they_are(depth, prefix, name):
+def test_merged_tokens_are_the_means_of_the_tokens_of_their_row(depth, prefix, name):
     x = torch.randn(3, TOKENS, DIM)
     context = context_of(x, prefix, None if name == "DPC-KNN" else torch.randint(1, 5, (3, TOKENS)).float(), depth)
     reduction = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix)(x, context, KEEP, prefix)
@@ -60,11 +60,11 @@ def test_a_network_whose_tokens_merge_covers_all_positions():
     for name, covers in [("ToMe", True), ("PiToMe", True), ("ATC", True), ("SAINT", False)]:
         with torch.no_grad():
             features = make(name).run(images)
-        whole = features.full()
-        assert (whole is not None) == covers
-        if whole is not None:
-            assert whole.shape[1] == 65 and torch.equal(whole[:, 0], features.tokens[:, 0])
-            assert len(torch.unique(whole[0], dim=0)) == COUNTS[-1]
+        full = features.full()
+        assert (full is not None) == covers
+        if full is not None:
+            assert full.shape[1] == 65 and torch.equal(full[:, 0], features.tokens[:, 0])
+            assert len(torch.unique(full[0], dim=0)) == COUNTS[-1]
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -113,7 +113,7 @@ def test_a_network_reduced_by_cropr_scores_is_cropr(options, llf):
         torch.testing.assert_close(network(images), pruned.eval()(images), rtol=1e-5, atol=1e-5)
 
 
-def test_attention_is_the_softmax_that_sdpa_keeps_to_itself():
+def test_attention_is_the_softmax_inside_sdpa():
     q, k, v = (torch.randn(2, HEADS, 10, 4) for _ in range(3))
     sizes = torch.randint(1, 5, (2, 10)).float()
     plain, weighed = Context(), Context(sizes=sizes, log_sizes=sizes.log())
@@ -130,7 +130,7 @@ def test_patches_are_those_of_the_embedding():
     torch.testing.assert_close(patches_of(images, 8) @ weight.T + model.patch_embed.proj.bias, expected)
 
 
-def test_refusals():
+def test_baselines_that_cannot_run_raise():
     with pytest.raises(ValueError, match="AttentionTopK needs a class token"):
         Reduced(reference_vit(class_token=False, global_pool="avg"), SYSTEMS["attention top-k"], COUNTS)
     with pytest.raises(ValueError, match="ToMe mixes tokens: they cannot come back"):
@@ -145,7 +145,7 @@ def test_refusals():
         Reduced(torch.nn.Linear(2, 2), SYSTEMS["SiT"], COUNTS)
 
 
-def test_a_reducer_gets_what_it_declares_and_no_more(monkeypatch):
+def test_a_reducer_that_reads_undeclared_inputs_raises(monkeypatch):
     monkeypatch.setattr(EViT, "needs", frozenset())
     with pytest.raises(ValueError, match="looks at class_row, and does not declare it"):
         make("EViT")(torch.randn(1, 3, 64, 64))

@@ -1,4 +1,4 @@
-"""Features of all patches off the shelf: what is compared, and the picture."""
+"""Features of all patches without training: errors, and the picture."""
 
 import pytest
 import torch
@@ -16,28 +16,28 @@ def test_at_rate_zero_every_method_gives_the_unpruned_features():
     plain = model.forward_features(images)[:, 1:]
     queries, counts = [torch.randn(64) for _ in range(5)], {}
     for method in METHODS:
-        same, whole = pruned_features(model, queries, images, method, 0)
+        same, full = pruned_features(model, queries, images, method, 0)
         assert torch.allclose(same, plain, atol=1e-5) and max(errors(same, plain)) < 1e-5
         pruned, count = pruned_features(model, queries, images, method, 8)
-        assert pruned.shape == plain.shape and min(errors(pruned, plain)) > 0.01 and count < whole
+        assert pruned.shape == plain.shape and min(errors(pruned, plain)) > 0.01 and count < full
         counts[method] = count
     fewer = [counts.pop(method) for method in METHODS if "copies" in method or "behind" in method]
     assert max(fewer) < min(counts.values())  # one block less sees all tokens
     assert not hasattr(model, "cropr")
 
 
-def test_errors_are_relative_and_of_a_photo_each():
+def test_errors_are_relative_and_per_photo():
     plain = torch.ones(2, 4, 3)
     assert errors(plain * torch.tensor([1.5, 1.0])[:, None, None], plain) == pytest.approx([0.5, 0.0])
 
 
-def test_colours_are_the_components_of_the_unpruned_features(tmp_path):
+def test_colors_are_the_components_of_the_unpruned_features(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     features = torch.randn(2, 16, 5) * torch.tensor([9.0, 3.0, 1.0, 0.0, 0.0])
     colours = Colours(features[0])
-    made = colours(features[0])
-    assert made.shape == (4, 4, 3) and made.min() == 0 and made.max() == 1
+    pixels = colours(features[0])
+    assert pixels.shape == (4, 4, 3) and pixels.min() == 0 and pixels.max() == 1
     other = features[0] + torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0])  # no component of theirs
-    assert torch.allclose(colours(other), made, atol=1e-4)
+    assert torch.allclose(colours(other), pixels, atol=1e-4)
     draw(tmp_path / "a.png", torch.rand(2, 3, 8, 8), features, dict.fromkeys(dense_features.PANELS, features), "")
     assert (tmp_path / "a.png").stat().st_size > 1_000

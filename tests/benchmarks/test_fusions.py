@@ -1,4 +1,4 @@
-"""Segmentation without Last Layer Fusion: every way to a whole map against a slow and obvious one."""
+"""Segmentation without Last Layer Fusion: every way to a full map against a slow and obvious one."""
 
 import copy
 
@@ -40,17 +40,17 @@ def test_the_auxiliary_loss_stays_out_of_the_backbone(fusion):
 
 
 def tokens_of(task, images):
-    """By hand: the last row of every token of one image, those kept, and for the others the layer that pruned them."""
-    stack, backbone = task.backbone.cropr, cropr.remove(copy.deepcopy(task.backbone))
+    """Return the last row of every token of one image, the kept tokens, and the layer that pruned each other one."""
+    modules, backbone = task.backbone.cropr, cropr.remove(copy.deepcopy(task.backbone))
     x, _ = backbone.embed(images)
     active, pruned = list(range(x.shape[1])), {}
-    counts = stack.config.counts(x.shape[1], len(backbone.blocks), 1)
+    counts = modules.config.counts(x.shape[1], len(backbone.blocks), 1)
     rows = dict(enumerate(x[0]))
     for layer, block in enumerate(backbone.blocks):
         out = block(torch.stack([rows[p] for p in active])[None])[0]
         rows |= dict(zip(active, out))
         if layer < len(counts):
-            kept = stack[layer](out[None], counts[layer], 1).kept_idx[0].tolist()
+            kept = modules[layer](out[None], counts[layer], 1).kept_idx[0].tolist()
             pruned |= dict.fromkeys((p for i, p in enumerate(active) if i not in kept), layer)
             active = [active[i] for i in kept]
     return rows, active, pruned
@@ -59,7 +59,7 @@ def tokens_of(task, images):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("fusion", OTHER_FUSIONS)
 @torch.no_grad()
-def test_fusions_are_those_of_a_slow_implementation(fusion, schedule):
+def test_fusions_equal_a_slow_implementation(fusion, schedule):
     task = segmenter(fusion, **SCHEDULES[schedule]).eval()
     images = torch.randn(1, 3, 64, 64)
     rows, kept, pruned = tokens_of(task, images)
@@ -83,8 +83,8 @@ def test_fusions_are_those_of_a_slow_implementation(fusion, schedule):
         expected = task.head(tokens)
     torch.testing.assert_close(task.logits(images)[0], expected, rtol=1e-4, atol=1e-4)
     low = expected.transpose(1, 2).unflatten(2, (8, 8))
-    whole = F.interpolate(low, size=(64, 64), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(task(images), whole, rtol=1e-4, atol=1e-4)
+    full_map = F.interpolate(low, size=(64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(task(images), full_map, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fusion", OTHER_FUSIONS)
@@ -98,7 +98,7 @@ def test_a_deployed_backbone_gives_the_same_maps(fusion):
 
 
 @torch.no_grad()
-def test_dtop_prunes_the_surest_tokens():
+def test_dtop_prunes_the_most_confident_tokens():
     task = segmenter("dtop").eval()
     images = torch.randn(1, 3, 64, 64)
     plain = cropr.remove(copy.deepcopy(task.backbone))
@@ -109,7 +109,7 @@ def test_dtop_prunes_the_surest_tokens():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_dtop_predicts_and_learns_from_the_tokens_that_are_active(schedule):
+def test_dtop_predicts_and_learns_from_active_tokens(schedule):
     task = segmenter("dtop", **SCHEDULES[schedule])
     images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
     blocks = cropr.pruning_map(task.backbone, images).flatten(1)
@@ -122,17 +122,17 @@ def test_dtop_predicts_and_learns_from_the_tokens_that_are_active(schedule):
     torch.testing.assert_close(task(images, target)["aux"], expected)
 
 
-def test_what_cannot_be_fused_is_refused():
+def test_models_that_cannot_be_fused_raise():
     with pytest.raises(ValueError, match=r"fusion must be one of concat, cross_attn, .*, got 'sum'"):
         FusedSegmenter(cropr.apply(reference_vit(num_classes=0), rate=4), 3, grid=(8, 8), fusion="sum")
-    whole = cropr.apply(reference_vit(num_classes=0), rate=4, llf=True)
+    full = cropr.apply(reference_vit(num_classes=0), rate=4, llf=True)
     with pytest.raises(ValueError, match="pruned with llf=False, got llf=True"):
-        FusedSegmenter(whole, 3, grid=(8, 8), fusion="concat")
+        FusedSegmenter(full, 3, grid=(8, 8), fusion="concat")
     with pytest.raises(TypeError, match="FusedSegmenter: the model is not pruned"):
         FusedSegmenter(reference_vit(num_classes=0), 3, grid=(8, 8), fusion="concat")
     with pytest.raises(TypeError, match="neither the engine nor merging can take it"):
         Confident(8, 3).query()
 
 
-def test_all_of_them_are_published():
+def test_every_fusion_has_a_published_row():
     assert set(FUSIONS) == {*OTHER_FUSIONS, "unpruned", "llf"}

@@ -1,4 +1,4 @@
-"""Baselines that are learned are what their papers say: each against a slow, obvious version."""
+"""Baselines that are learned, each against a slow, obvious version of its paper."""
 
 import pytest
 import torch
@@ -35,28 +35,28 @@ def test_patch_merger_weighs_normed_tokens_by_queries():
         torch.testing.assert_close(reducer.log_weights(patches)[b], logits)
 
 
-def test_sinkhorn_is_the_textbook_one():
+def test_sinkhorn_equals_the_textbook_algorithm():
     reducer, patches = Sinkhorn(DIM, 5, rounds=3), torch.randn(2, 9, DIM)
     weights = reducer.log_weights(patches).softmax(-1)
     for b in range(2):
         similarity = torch.stack(
             [torch.stack([F.cosine_similarity(c, p, dim=0) for p in patches[b]]) for c in reducer.centres]
         )
-        plan = (similarity / 0.1).exp()
+        transport = (similarity / 0.1).exp()
         for _ in range(3):
-            plan = plan / plan.sum(1, keepdim=True)
-            plan = plan / plan.sum(0, keepdim=True)
-        torch.testing.assert_close(weights[b], plan / plan.sum(1, keepdim=True))
+            transport = transport / transport.sum(1, keepdim=True)
+            transport = transport / transport.sum(0, keepdim=True)
+        torch.testing.assert_close(weights[b], transport / transport.sum(1, keepdim=True))
     many = Sinkhorn(DIM, 5, rounds=200).log_weights(patches).exp()
     torch.testing.assert_close(many.sum(2), torch.full((2, 5), 9 / 5), rtol=1e-3, atol=1e-3)
 
 
-def test_dynamic_vit_masks_in_training_what_it_would_drop(monkeypatch):
+def test_dynamic_vit_masks_in_training_the_tokens_that_it_drops_in_eval(monkeypatch):
     model = randomize(reference_vit()).double()
     network = Reduced(model, DynamicViT, [65, 31, 31]).double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
-    def sure(decision, hard):  # who has the best 30 chances is drawn
+    def sure(decision, hard):  # keeps the 30 most probable tokens
         stays = torch.zeros_like(decision[..., 0]).scatter(1, decision[..., 0].topk(30).indices, 1.0)
         return torch.stack([stays, 1 - stays], -1)
 
@@ -80,7 +80,7 @@ def test_dynamic_vit_pays_for_a_share_that_is_not_the_target(monkeypatch):
     assert (again.active <= reduction.active).all()
 
 
-def test_dynamic_vit_learns_the_tokens_that_are_alive():
+def test_dynamic_vit_distils_active_tokens():
     tokens, expected = torch.randn(2, 5, DIM), torch.randn(2, 5, DIM)
     active = torch.tensor([[1.0, 1, 0, 1, 0], [1, 0, 0, 0, 1]])
     loss = DynamicViT(DIM, 2, 4).token_loss(Features(tokens, [], active), expected, 1)
@@ -88,7 +88,7 @@ def test_dynamic_vit_learns_the_tokens_that_are_alive():
     torch.testing.assert_close(loss, sum(F.mse_loss(tokens[p], expected[p]) for p in pairs) / 3)
 
 
-def test_a_distilled_network_has_no_loss_where_it_is_its_teacher():
+def test_a_network_equal_to_its_teacher_has_no_distillation_loss():
     torch.manual_seed(0)
     teacher = randomize(reference_vit()).eval()
     network = Reduced(reference_vit(), DynamicViT, [65, 31, 31])
@@ -99,7 +99,7 @@ def test_a_distilled_network_has_no_loss_where_it_is_its_teacher():
     assert losses["aux"].abs() < 1e-6 and losses["main"] > 0
 
 
-def test_training_sees_backbone_and_new_parts_by_the_usual_names():
+def test_parameters_of_backbone_and_reducers_have_the_names_that_training_expects():
     from cropr_kernels.train import Config
     from cropr_kernels.train.optim import is_new, layer_of
 

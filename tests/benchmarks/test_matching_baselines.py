@@ -1,4 +1,4 @@
-"""Baselines that merge in pairs are what their papers say: each against a slow, obvious version."""
+"""Baselines that merge in pairs, each against a slow, obvious version of its paper."""
 
 import math
 
@@ -19,20 +19,20 @@ DIM = 8
 
 
 def case(prefix, depth, seed=0):
-    """Tokens (3, N, D) of random sizes, and what a reducer sees beside them."""
+    """Return tokens (3, N, D) of random sizes, and the context of a reducer."""
     torch.manual_seed(seed)
     x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
     return x, context_of(x, prefix, torch.randint(1, 5, (3, TOKENS)).float(), depth)
 
 
 def cosines(keys):
-    """Of the keys (H, N, C) of one image: cosine(i, j) of their means over heads."""
+    """Return a function cosine(i, j) of the means over heads of the keys (H, N, C) of one image."""
     mean = keys.mean(0)
     return lambda i, j: F.cosine_similarity(mean[i], mean[j], dim=0).item()
 
 
 def slow_merge(x, sizes, groups, keep_norms=False):
-    """The weighted mean of each group, the target first, and its size, in order of the first channel."""
+    """Return the weighted mean and the size of each group (its target first), in order of the first channel."""
     tokens, totals = [], []
     for group in groups:
         mean = sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group)
@@ -48,14 +48,14 @@ def in_order(tokens, sizes):
     return tokens[order], sizes[order]
 
 
-def slow_match(goes, takes, gain, count):
-    """Groups: the `count` best of `goes` with the best partner each, and all others by themselves."""
-    best = {i: max((gain(i, j), j) for j in takes) for i in goes}
-    chosen = sorted(goes, key=lambda i: -best[i][0])[:count]
-    groups = {j: [j] for j in takes}
+def slow_match(sources, targets, gain, count):
+    """Return groups: the `count` best sources with the best target each, and all others by themselves."""
+    best = {i: max((gain(i, j), j) for j in targets) for i in sources}
+    chosen = sorted(sources, key=lambda i: -best[i][0])[:count]
+    groups = {j: [j] for j in targets}
     for i in chosen:
         groups[best[i][1]].append(i)
-    return [*groups.values(), *([i] for i in goes if i not in chosen)]
+    return [*groups.values(), *([i] for i in sources if i not in chosen)]
 
 
 def expect(reduction, x, context, groups_of, prefix, **options):
@@ -71,7 +71,7 @@ def expect(reduction, x, context, groups_of, prefix, **options):
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75])
-def test_pitome_merges_what_has_the_highest_energy(depth, prefix):
+def test_pitome_merges_the_tokens_of_highest_energy(depth, prefix):
     x, context = case(prefix, depth)
     reduction = PiToMe()(x, context, TOKENS - REMOVED, prefix)
 
@@ -95,7 +95,7 @@ def test_energy_is_the_mean_of_elu():
     torch.testing.assert_close(energy(keys, 0.3), F.elu(keys @ keys.transpose(1, 2) - 0.3).mean(2))
 
 
-def test_pitome_does_not_mind_where_tokens_are():
+def test_pitome_does_not_depend_on_the_order_of_tokens():
     x, context = case(1, 0.25)
     order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(TOKENS - 1)])
     moved = context._replace(keys=context.keys[:, :, order], sizes=context.sizes[:, order])
@@ -106,7 +106,7 @@ def test_pitome_does_not_mind_where_tokens_are():
         )
 
 
-def test_pitome_protects_what_is_like_nothing_else():
+def test_pitome_protects_isolated_tokens():
     x, context = case(1, 0.75)
     keys = torch.ones(3, 2, TOKENS, TOKENS, dtype=torch.float64)
     keys[:, :, -4:] = torch.eye(TOKENS, dtype=torch.float64)[-4:]  # nearly orthogonal to the others, and one another
@@ -128,49 +128,49 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
         def gain(i, j):
             return -sizes[i] * sizes[j] / (sizes[i] + sizes[j]) * (1 - cosine(i, j))
 
-        goes, takes = patches[::2], patches[1::2]
+        sources, targets = patches[::2], patches[1::2]
         if distinctive and depth >= 0.5:
             order = sorted(patches, key=lambda i: -sizes[i])
-            takes, goes = order[: len(order) // 2], order[len(order) // 2 :]
-        return slow_match(goes, takes, gain, REMOVED)
+            targets, sources = order[: len(order) // 2], order[len(order) // 2 :]
+        return slow_match(sources, targets, gain, REMOVED)
 
     expect(reduction, x, context, groups_of, prefix)
 
 
-@pytest.mark.parametrize("left_out", [{}, {"keep_norms": False}, {"cost_weight": 0.0}, {"checkerboard": False}])
+@pytest.mark.parametrize("ablation", [{}, {"keep_norms": False}, {"cost_weight": 0.0}, {"checkerboard": False}])
 @pytest.mark.parametrize("ward", [False, True])
-def test_parts_of_croprs_own_merge(left_out, ward):
+def test_ablations_of_cropr_merging_equal_a_slow_merge(ablation, ward):
     x, context = case(1, 0.5)
     query, merge, side = torch.randn(DIM), cropr.Merge(candidates=1.5), 5
-    left = torch.stack([1 + torch.randperm(side**2)[: TOKENS - 1].sort().values for _ in x])  # of 25 patches
-    context = context._replace(positions=F.pad(left, (1, 0)))
-    reduction = CroprMerge(query, merge, 1, side, ward=ward, **left_out)(x, context, TOKENS - REMOVED, 1)
+    positions = torch.stack([1 + torch.randperm(side**2)[: TOKENS - 1].sort().values for _ in x])  # of 25 patches
+    context = context._replace(positions=F.pad(positions, (1, 0)))
+    reduction = CroprMerge(query, merge, 1, side, ward=ward, **ablation)(x, context, TOKENS - REMOVED, 1)
 
     def groups_of(b):
         sizes = context.sizes[b].tolist()
         before = (x @ query.double()).float()
         scores, patches = size_adjusted_scores(before, context.sizes, 2.0, 1)[b], before[b, 1:]
-        weight = left_out.get("cost_weight", COST_WEIGHT)
-        worth = (weight * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
+        weight = ablation.get("cost_weight", COST_WEIGHT)
+        cost_scale = (weight * (scores - patches.mean()) / patches.std(correction=0)).exp().tolist()
 
-        def stays(i):  # the colour of the second merge
+        def stays(i):  # the color of the second merge
             row, column = divmod(int(context.positions[b, i]) - 1, side)
-            return "checkerboard" not in left_out and (row + column) % 2 == 0
+            return "checkerboard" not in ablation and (row + column) % 2 == 0
 
         order = sorted(range(1, TOKENS), key=lambda i: (not stays(i), -scores[i].item()))
-        safe, may_go = order[: TOKENS - 1 - 9], order[TOKENS - 1 - 9 :]  # 1.5 * 6
+        targets, candidates = order[: TOKENS - 1 - 9], order[TOKENS - 1 - 9 :]  # 1.5 * 6
 
         def gain(i, j):
             cosine = F.cosine_similarity(x[b, i], x[b, j], dim=0).item()
             weight = sizes[i] * sizes[j] / (sizes[i] + sizes[j]) if ward else 1
-            return -weight * (1 - cosine) * worth[i]
+            return -weight * (1 - cosine) * cost_scale[i]
 
-        return slow_match(may_go, safe, gain, REMOVED)
+        return slow_match(candidates, targets, gain, REMOVED)
 
-    expect(reduction, x, context, groups_of, 1, keep_norms="keep_norms" not in left_out)
+    expect(reduction, x, context, groups_of, 1, keep_norms="keep_norms" not in ablation)
 
 
-def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():
+def test_a_network_reduced_by_cropr_merging_is_cropr():
     model = randomize(reference_vit()).eval()
     pruned = cropr.apply(randomize(reference_vit()), rate=9, merge=True).eval()
     model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
@@ -186,7 +186,7 @@ def test_a_network_reduced_by_croprs_merge_step_by_step_is_cropr():
         torch.testing.assert_close(network(images), pruned(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_reducer_knows_how_deep_it_is():
+def test_a_reducer_gets_its_relative_depth():
     network, seen = Reduced(randomize(reference_vit()), lambda dim, kept, patches: PiToMe(), COUNTS).eval(), []
     for reducer in network.reducers.values():
         reducer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].depth))
@@ -196,7 +196,7 @@ def test_a_reducer_knows_how_deep_it_is():
 
 
 @pytest.mark.parametrize(("reducer", "most"), [(PiToMe(), 11), (ATM(), 11)])
-def test_more_than_half_cannot_go(reducer, most):
+def test_merging_more_than_half_raises(reducer, most):
     x, context = case(1, 0.0)
     assert reducer(x, context, TOKENS - most, 1).tokens.shape[1] == TOKENS - most
     with pytest.raises(ValueError, match=f"of 22 tokens at most {most} can merge into others, not {most + 1}"):

@@ -1,4 +1,4 @@
-"""Baselines that merge tokens are what their papers say: each against a slow, obvious version."""
+"""Baselines that merge tokens, each against a slow, obvious version of its paper."""
 
 import sys
 
@@ -33,8 +33,8 @@ def test_dpc_knn_merges_clusters_around_density_peaks(learned):
         weight = reducer.score(points).exp() if learned else torch.ones(TOKENS - 1, 1, dtype=torch.float64)
         cluster = torch.tensor(slow_density_peaks(points, KEEP - 1, 5))
         for c in range(KEEP - 1):
-            own = cluster == c
-            torch.testing.assert_close(tokens[b, c + 1], (points * weight)[own].sum(0) / weight[own].sum())
+            members = cluster == c
+            torch.testing.assert_close(tokens[b, c + 1], (points * weight)[members].sum(0) / weight[members].sum())
 
 
 def test_dpc_knn_conserves_mass():
@@ -48,7 +48,7 @@ def test_dpc_knn_conserves_mass():
 
 
 def slow_pairs(x, metric, sizes, count, prefix):
-    """One image: the `count` most similar (even, odd) pairs, an even token at most once; prefix, unmerged even, odd."""
+    """Merge the `count` most similar (even, odd) pairs of an image; return prefix, unmerged even and odd tokens."""
     n = x.shape[0]
     best = {}
     for i in range(0, n, 2):
@@ -83,7 +83,7 @@ def test_tome_merges_the_most_similar_pairs(prefix):
 
 
 def slow_agglomerative(keys, count, linkage):
-    """Groups of points, one by one: the two groups closest to one another become one."""
+    """Return groups of points: the two closest groups become one, again and again."""
     groups = [[i] for i in range(len(keys))]
     reduce = {"average": lambda all: sum(all) / len(all), "complete": max, "single": min}[linkage]
 
@@ -122,7 +122,7 @@ def test_atc_of_equal_tokens_leaves_as_many_clusters(linkage):
     assert torch.equal(reduction.tokens, x[:, :KEEP]) and reduction.sizes.sum() == TOKENS
 
 
-def test_atc_says_what_to_install(monkeypatch):
+def test_atc_without_scipy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
     x = torch.randn(1, TOKENS, DIM)
     with pytest.raises(ImportError, match=r"ATC needs scipy: pip install scipy \(or the extra \[demo\]"):

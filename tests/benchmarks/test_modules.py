@@ -1,4 +1,4 @@
-"""Modules in place of Cropr's, and the photos that detection trains on."""
+"""Replacements of Cropr modules, and the photos that detection trains on."""
 
 import json
 from types import SimpleNamespace
@@ -19,13 +19,13 @@ from benchmarks.baselines.scorers import MultiHeadCropr
 def test_attention_top_k_in_a_pruned_model_is_that_of_the_reduced_network(llf):
     model, images = randomize(reference_vit()).eval(), torch.randn(2, 3, 64, 64)
     counts = cropr.Schedule(rate=9).counts(65, len(model.blocks), 1, llf)
-    want = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
+    expected = Reduced(model, SYSTEMS["attention top-k"], counts, llf=llf)(images)
     cropr.apply(model, rate=9, llf=llf)
     replace_modules(model, AttentionTopK)
-    torch.testing.assert_close(model(images), want)
+    torch.testing.assert_close(model(images), expected)
 
 
-def test_several_heads_as_published_choose_what_the_folded_ones_do():
+def test_published_and_folded_heads_keep_the_same_tokens():
     module = randomize(MultiHeadCropr(16, 3, num_heads=4))
     x = torch.randn(2, 20, 16)
     published, folded = PublishedMultiHead(module)(x, 12, 1), module.eval()(x, 12, 1)
@@ -38,8 +38,8 @@ def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split,
     detection = pytest.importorskip("benchmarks.accuracy.detection", reason="needs the train extra")
     images = [{"id": i} | ({"split": "train" if i % 3 else "val"} if split else {}) for i in range(12)]
     objects = [{"id": i, "image_id": i % 12, "category_id": i} for i in range(24)]
-    about = {"images": images, "annotations": objects, "categories": [{"id": i, "name": str(i)} for i in range(24)]}
-    (tmp_path / "annotations.json").write_text(json.dumps(about))
+    coco = {"images": images, "annotations": objects, "categories": [{"id": i, "name": str(i)} for i in range(24)]}
+    (tmp_path / "annotations.json").write_text(json.dumps(coco))
 
     def read(seed, photos, one_category):
         paths = detection.split_of(tmp_path, tmp_path, seed, photos, one_category)
@@ -50,11 +50,11 @@ def test_photos_are_drawn_by_the_seed_and_objects_may_lose_their_category(split,
     assert split or train["images"] == val["images"]
     for part in (train, val):
         ids = {image["id"] for image in part["images"]}
-        assert sorted(one["id"] for one in part["annotations"]) == sorted(i for i in range(24) if i % 12 in ids)
-        assert {one["category_id"] for one in part["annotations"]} == {1} and len(part["categories"]) == 1
+        assert sorted(item["id"] for item in part["annotations"]) == sorted(i for i in range(24) if i % 12 in ids)
+        assert {item["category_id"] for item in part["annotations"]} == {1} and len(part["categories"]) == 1
     assert read(1, 5, True)[0]["images"] != train["images"] == read(0, 5, False)[0]["images"]
     assert [len(part["images"]) for part in read(0, None, False)] == ([8, 4] if split else [12, 12])
-    assert read(0, 99, False)[0]["categories"] == about["categories"]
+    assert read(0, 99, False)[0]["categories"] == coco["categories"]
 
 
 def test_random_tokens_are_drawn_by_the_seed(monkeypatch):

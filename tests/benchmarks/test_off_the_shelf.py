@@ -1,4 +1,4 @@
-"""The comparison without training: every method is built, and its answers are those of its forward."""
+"""The comparison without training: every method is built, and its outputs are those of its forward."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from benchmarks.accuracy.agreement import calibrated, outputs, relative_error
 from benchmarks.accuracy.off_the_shelf import EXPERIMENTS, MERGES, METHODS, build
 from benchmarks.baselines.registry import BASELINES
 
-MERGING = {one.name for one in BASELINES if one.category == "merging"} | {*MERGES, *EXPERIMENTS}
+MERGING = {baseline.name for baseline in BASELINES if baseline.category == "merging"} | {*MERGES, *EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_answers_are_those_of_the_forward_and_whole_where_tokens_merge(name):
+def test_outputs_are_those_of_the_forward_and_full_if_tokens_merge(name):
     base, images = randomize(reference_vit()).eval().requires_grad_(False), torch.randn(4, 3, 64, 64)
     with torch.inference_mode():
         method = build(base, calibrated(base, images), name, 9)
@@ -28,7 +28,7 @@ def test_answers_are_those_of_the_forward_and_whole_where_tokens_merge(name):
         assert len(torch.unique(tokens[0], dim=0)) == cropr.Schedule(rate=9).counts(65, 4, 1)[-1]
 
 
-def test_an_error_of_one_is_that_of_the_mean():
+def test_the_mean_token_has_a_relative_error_of_1():
     tokens = torch.randn(5, 7, 3) * 4 + 2
     assert relative_error(tokens, tokens) == 0
     assert relative_error(tokens.mean((0, 1)).expand_as(tokens), tokens) == pytest.approx(1, rel=1e-5)

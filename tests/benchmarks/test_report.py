@@ -25,7 +25,7 @@ def test_a_csv_file_holds_plain_numbers_and_three_columns_for_a_range():
     assert table.means().markdown().splitlines()[2] == "| **Cropr** | 1.5 | 1.50x |"
 
 
-def test_results_of_before_a_renaming_are_shown_with_todays_names():
+def test_earlier_results_are_shown_under_current_names():
     assert rename('dropping, "left"') == "dropping, as_pruned" and rename("left") == "as_pruned"
     assert rename("Cropr, merging, LLF, host") == "Cropr, merging, LLF, track_parent"
     assert rename("4 hosts' change, behind the last block") == "4 parents' change, after the last block"

@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.sh without a GPU: python3 and compute-sanitizer are stand-ins that note how they are called."""
+"""benchmarks/run_gpu.sh without a GPU: python3 and compute-sanitizer are stand-ins that record their arguments."""
 
 import argparse
 import importlib
@@ -41,7 +41,7 @@ exec "$@"
 
 @pytest.fixture
 def tree(tmp_path):
-    """As much of the source tree as the script sees, built, and the stand-ins."""
+    """Return a copy of the source tree as far as the script reads it, with the stand-ins."""
     for folder in ("benchmarks/results", "cropr_kernels/ops", "csrc", "bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(SCRIPT, tmp_path / "benchmarks")
@@ -58,7 +58,7 @@ def tree(tmp_path):
 
 
 def run(tree, *steps, **environment):
-    """Exit code, what was printed, and the commands."""
+    """Run the script; return its exit code, its output, and the commands."""
     for name in ("calls", "sanitizer_calls"):
         (tree / name).unlink(missing_ok=True)
     inherited = {name: value for name, value in os.environ.items() if name not in ("CROPR_DATA", "OUT", "LIMIT")}
@@ -77,7 +77,7 @@ def begun(printed):
     return re.findall(r"^== (\w+)", printed, flags=re.MULTILINE)
 
 
-def test_every_step_runs_those_that_tell_most_first_and_every_command_is_understood(tree, monkeypatch):
+def test_all_steps_run_in_order_and_their_commands_parse(tree, monkeypatch):
     code, printed, calls = run(tree, CROPR_DATA=str(tree))
     assert code == 0, printed
     order = ["build", "smoke", "tests", "stress", "sanitize", "ops", "kernels", "networks"]
@@ -117,15 +117,16 @@ def test_every_step_runs_those_that_tell_most_first_and_every_command_is_underst
     assert paths and all((ROOT / path).exists() for path in paths)
 
 
-def test_every_selection_of_tests_finds_some(tree):
+def test_every_selection_of_tests_is_not_empty(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed
     selections = {call.partition(" -m pytest ")[2] for call in calls if "-m pytest" in call}
     assert len(selections) >= 4
     for selection in selections:
         arguments = [*shlex.split(selection), "--collect-only"]
-        found = subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=ROOT)
-        assert found.returncode == 0 and "::" in found.stdout, selection
+        command = [sys.executable, "-m", "pytest", *arguments]
+        collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert collected.returncode == 0 and "::" in collected.stdout, selection
 
 
 def test_a_call_ends_in_time_and_the_next_one_goes_on(tree):
@@ -148,7 +149,7 @@ def test_a_step_that_fails_fails_the_call_and_runs_again(tree):
     assert code == 1 and "tests: failed with exit code 4" in printed
 
 
-def test_an_unknown_step_is_refused_before_any_runs(tree):
+def test_an_unknown_step_fails_before_any_step_runs(tree):
     code, printed, calls = run(tree, "smoke", "nonsense")
     assert code == 2 and "unknown step: nonsense" in printed and not calls
 
@@ -165,7 +166,7 @@ def test_results_are_copied_and_packed_into_few_files(tree):
         assert {"./build.log", "./ops.log", "./training.log"} <= set(packed.getnames())
 
 
-def test_what_is_built_is_built_again_only_after_a_change(tree):
+def test_the_extension_is_rebuilt_only_after_a_change(tree):
     assert begun(run(tree, "collect")[1]) == ["build", "collect"]
     assert begun(run(tree, "collect")[1]) == ["collect"]
     newer = max(path.stat().st_mtime for path in (tree / "cropr_kernels").glob("_C*")) + 1
@@ -193,11 +194,11 @@ def test_sanitizers_look_at_our_kernels_outside_of_the_caching_allocator(tree):
     )
     assert names and all(re.search(pattern.removeprefix("regex="), name) for name in names)
     assert not re.search(pattern.removeprefix("regex="), "void cub::DeviceScanKernel")
-    assert "kernel-name" not in lines[3]  # what a filter leaves out, initcheck takes for never written
+    assert "kernel-name" not in lines[3]  # initcheck takes memory of filtered kernels for never written
 
 
 @pytest.mark.parametrize(("kernel", "fails"), [("scores_kernel+0x90 in scores.py:3", True), ("cub::scan+0x10", False)])
-def test_of_what_initcheck_reports_our_kernels_count(tree, kernel, fails):
+def test_reports_of_initcheck_count_if_they_name_our_kernels(tree, kernel, fails):
     report = f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {kernel}"
     code, printed, _ = run(tree, "sanitize", REPORT_OF="initcheck", REPORT=report)
     assert (code == 1) == fails, printed
@@ -206,7 +207,7 @@ def test_of_what_initcheck_reports_our_kernels_count(tree, kernel, fails):
     assert again[0] == 0 and len((tree / "sanitizer_calls").read_text().splitlines()) == (1 if fails else 4)
 
 
-def test_the_script_is_sound():
+def test_the_script_passes_shellcheck():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--severity=warning", SCRIPT], check=True)

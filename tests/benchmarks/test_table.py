@@ -1,4 +1,4 @@
-"""The table of systems: all of them, measured, on one set of weights."""
+"""The table of systems: every system is measured on one set of weights."""
 
 import sys
 
@@ -25,10 +25,10 @@ def test_the_table_measures_every_system_on_one_set_of_weights():
     for name, row in rows.items():
         assert row["speed-up"] > 0 and row["peak MiB"] > 0
         assert name in ("unpruned", "plain") or row["GFLOPs"] < 0.75 * rows["unpruned"]["GFLOPs"]
-    own = {parameter.data_ptr() for parameter in plain.parameters()}
+    weights = {parameter.data_ptr() for parameter in plain.parameters()}
     for name, model in models.items():
         backbone = getattr(model, "backbone", model)
-        assert {parameter.data_ptr() for parameter in backbone.parameters()} <= own, name
+        assert {parameter.data_ptr() for parameter in backbone.parameters()} <= weights, name
     flops = {row["system"]: row["GFLOPs"] for row in scorers}
     assert flops["simple"] == flops["several heads, folded"] < flops["several heads, as published"]
 
@@ -42,14 +42,14 @@ def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_that_cannot_run_is_an_error_in_the_row_and_the_others_are_measured():
+def test_the_error_of_a_failing_method_is_in_the_row_of_the_others():
     plain = randomize(reference_vit()).eval().requires_grad_(False)
     methods = {"unpruned": plain, "ToMe": Reduced(plain, SYSTEMS["ToMe"], [30, 30, 30])}
     row = measure(methods, torch.randn(1, 3, 64, 64), "eager", 1)
     assert row["unpruned / unpruned"] == 1 and row["ToMe: error"].startswith("ToMe: 65 tokens, 1 of them prefix")
 
 
-def test_networks_may_be_checked_without_those_they_are_compared_with():
+def test_networks_are_checked_without_baselines():
     plain = reference_vit().eval().requires_grad_(False)
     images = torch.randn(1, 3, 64, 64)
     check({"unpruned": plain, "functional": plain}, images)

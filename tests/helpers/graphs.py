@@ -10,10 +10,10 @@ from cropr_kernels.pruning.graphs import CaptureError, Graphs
 class CountingGraphs(Graphs):
     """Graphs whose capture needs no GPU: a replay runs the function again, on copies of its inputs."""
 
-    captures, replays, refuses = 0, 0, False
+    captures, replays, cannot_capture = 0, 0, False
 
     def capture(self, run, inputs):
-        if self.refuses:
+        if self.cannot_capture:
             raise CaptureError("an operation waits for the GPU")
         self.captures += 1
         return Rerun(self, run, inputs)

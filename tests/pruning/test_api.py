@@ -32,15 +32,15 @@ def test_rate_zero_equals_the_plain_model_bit_for_bit(model, images, llf):
 
 @pytest.mark.parametrize("llf", [False, True])
 def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
-    plain, keys, kind = model(images), list(model.state_dict()), type(model)
+    plain, keys, model_class = model(images), list(model.state_dict()), type(model)
     drops = [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")]
     attributes = set(vars(model))
     assert cropr.apply(model, rate=8, llf=llf) is model
     assert [key for key in model.state_dict() if not key.startswith("cropr.")] == keys
-    assert isinstance(model, kind)
+    assert isinstance(model, model_class)
     assert not torch.equal(model(images), plain)
     assert cropr.remove(model) is model
-    assert list(model.state_dict()) == keys and type(model) is kind and set(vars(model)) == attributes
+    assert list(model.state_dict()) == keys and type(model) is model_class and set(vars(model)) == attributes
     assert [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")] == drops
     assert torch.equal(model(images), plain)
 
@@ -113,7 +113,7 @@ def test_half_precision_models_prune(model, images, dtype):
     assert model(images.to(dtype)).isfinite().all()
 
 
-def test_autocast_training_runs(model, images):
+def test_training_under_autocast_gives_finite_gradients(model, images):
     cropr.apply(model, rate=8, llf=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, aux = model.train()(images)
@@ -122,7 +122,7 @@ def test_autocast_training_runs(model, images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.cropr.parameters())
 
 
-def test_any_image_size():
+def test_any_image_size_is_pruned_if_its_tokens_suffice():
     model = cropr.apply(reference_vit(rope=True), rate=8, llf=True).eval()
     assert model(torch.randn(1, 3, 96, 48)).shape == (1, 5)
     assert cropr.pruning_map(model, torch.randn(1, 3, 96, 48)).shape == (1, 12, 6)
@@ -130,7 +130,7 @@ def test_any_image_size():
         model(torch.randn(1, 3, 32, 32))
 
 
-def test_keep_list_and_ratio_schedules(images):
+def test_lists_and_ratios_keep_the_tokens_they_name(images):
     model = cropr.apply(reference_vit(), keep=[40, 40, 10]).eval()
     left = cropr.pruning_map(model, images)
     assert [(left == layer).sum().item() for layer in (1, 2, 3, 4)] == [2 * 25, 0, 2 * 30, 2 * 9]
@@ -183,15 +183,15 @@ def test_pruning_saves_the_flops_it_promises():
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["reference", "reference, rotary", "timm ViT", "timm EVA-02"])
-def test_compiles_whole(kind, compiler, images):
+@pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT", "timm EVA-02"])
+def test_deployed_models_compile_to_one_graph(name, compiler, images):
     torch._dynamo.reset()
-    model = cropr.deploy(cropr.apply(MODELS[kind](), rate=8, llf=True))
+    model = cropr.deploy(cropr.apply(MODELS[name](), rate=8, llf=True))
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_exports(images):
+def test_an_exported_program_calls_the_ops_and_gives_the_same_bits(images):
     model = cropr.deploy(cropr.apply(reference_vit(rope=True), rate=8, llf=True))
     program = torch.export.export(model, (images,))
     assert torch.equal(program.module()(images), cropr.deploy(model, engine=False)(images))
@@ -217,7 +217,7 @@ def test_cuda_gives_the_cpu_result(images):
     torch.testing.assert_close(model.cuda()(images.cuda()).cpu(), model.cpu()(images), rtol=1e-3, atol=1e-3)
 
 
-def test_models_that_cannot_be_pruned_are_refused():
+def test_models_that_cannot_be_pruned_raise():
     with pytest.raises(TypeError, match=r"no adapter for torch.nn.modules.linear.Linear; supported are"):
         cropr.apply(nn.Linear(2, 2), rate=8)
     model = cropr.apply(reference_vit(), rate=8)
@@ -238,7 +238,7 @@ def test_models_that_cannot_be_pruned_are_refused():
         cropr.Cropr(dim=0)
 
 
-def test_a_refused_apply_leaves_the_model_as_it_was():
+def test_a_failed_apply_leaves_the_model_unchanged():
     model = reference_vit()
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match="rate must be at most 31 for 65 tokens"):

@@ -1,4 +1,4 @@
-"""A pruned model behaves like the model it was: what people's own programs do to models, over all five families."""
+"""A pruned model behaves like the original in other programs, over all five families."""
 
 import copy
 import io
@@ -64,7 +64,7 @@ def test_many_threads_get_the_serial_results(model, way):
 
 @pytest.mark.parametrize("deployed", [False, True])
 @torch.no_grad()
-def test_models_are_saved_whole_and_copied(model, deployed):
+def test_models_survive_save_pickle_and_deepcopy(model, deployed):
     images = torch.randn(2, 3, 64, 64)
     cropr.apply(model, rate=8, merge=True, num_outputs=0)
     model = cropr.deploy(model) if deployed else model
@@ -75,21 +75,21 @@ def test_models_are_saved_whole_and_copied(model, deployed):
         assert torch.equal(outputs_of(other(images)), expected)
         cropr.set_rate(other, 0)
         assert torch.equal(outputs_of(model(images)), expected)  # nothing is shared
-        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in cropr.remove(other).modules()]
-        own = [hook for one in hooks for kind in one for hook in kind.values() if "cropr" in str(hook)]
-        assert own == []
+        for module in cropr.remove(other).modules():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            assert not [hook for hook in hooks if "cropr" in str(hook)]
 
 
 def test_classes_and_signatures_stay(model):
     before = [(type(module).__name__, type(module).__module__) for module in model.modules()]
-    kind, forward = type(model), type(model).forward
+    model_class, forward = type(model), type(model).forward
     cropr.apply(model, rate=8)
     after = [
         (type(module).__name__, type(module).__module__)
         for name, module in model.named_modules()
         if name.split(".")[0] != "cropr"
     ]
-    assert after == before and type(model) is kind and model.forward.__func__ is forward
+    assert after == before and type(model) is model_class and model.forward.__func__ is forward
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ class Adapted(nn.Module):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adapted_projections_are_called_and_learn(model, way):
-    """As an unpruned model with the same layers: rate 0 is that model, and pruned it is not the one without."""
+    """At rate 0 the output is that of the unpruned model with the same layers; pruned, every layer gets a gradient."""
     images = torch.randn(2, 3, 64, 64)
     for block in find_spec(model).blocks:
         for module in list(block.modules()):
@@ -146,7 +146,7 @@ def test_adapted_projections_are_called_and_learn(model, way):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "transformers DINOv3", "torchvision"])
 @torch.no_grad()
-def test_quantised_linears_are_called(name):
+def test_quantized_linears_are_called(name):
     images, model = torch.randn(2, 3, 64, 64), randomize(FAMILIES[name]()).eval()
     plain = outputs_of(model(images))
     cropr.apply(model, rate=0, merge=True, num_outputs=0)
@@ -171,12 +171,12 @@ def test_without_auxiliary_outputs_the_queries_are_fixed():
 
 
 @torch.no_grad()
-def test_hidden_states_are_recorded():
+def test_hidden_states_have_the_tokens_kept_so_far():
     images = torch.randn(2, 3, 64, 64)
     for name in ("ViT, features", "SigLIP", "CLIP"):
         model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=8, llf=True, num_outputs=0)
-        for one in (model, cropr.deploy(model)):
-            states = one(images, output_hidden_states=True).hidden_states
+        for runner in (model, cropr.deploy(model)):
+            states = runner(images, output_hidden_states=True).hidden_states
             assert len(states) == 5 and states[1].shape[1] > states[3].shape[1], name
         assert torch.equal(states[-1], model(images, output_hidden_states=True).hidden_states[-1])
 
@@ -196,7 +196,7 @@ def test_a_mask_does_not_outlive_a_call_that_fails():
     assert torch.equal(model.forward_head(tokens), expected)
 
 
-def test_maps_know_the_grid_of_the_embedding():
+def test_maps_have_the_grid_of_the_embedding():
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model = timm_vit(dynamic_img_size=True, dynamic_img_pad=True).eval()
     cropr.apply(model, rate=8)
@@ -211,16 +211,16 @@ def test_vision_towers_of_larger_models_are_run_alone():
     from helpers.models import HF, TEXT
 
     images = torch.randn(2, 3, 64, 64)
-    for kind in ("CLIP", "Siglip"):
-        config = getattr(transformers, f"{kind}Config")(vision_config=HF, text_config=TEXT)
-        model = cropr.apply(getattr(transformers, f"{kind}Model")(config).eval(), rate=8)
+    for family in ("CLIP", "Siglip"):
+        config = getattr(transformers, f"{family}Config")(vision_config=HF, text_config=TEXT)
+        model = cropr.apply(getattr(transformers, f"{family}Model")(config).eval(), rate=8)
         assert cropr.pruning_map(model, images).shape == (2, 8, 8)
         cropr.calibrate(model, images)
         [row] = cropr.agreement(model, images, [8])
         assert 0 < row.agreement <= 1
 
 
-def test_backbones_that_give_maps_of_several_blocks_are_refused():
+def test_backbones_with_maps_of_several_blocks_are_rejected():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from helpers.models import HF
 
@@ -229,13 +229,13 @@ def test_backbones_that_give_maps_of_several_blocks_are_refused():
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "torchvision"])
-def test_a_module_around_a_model_is_refused_with_the_way_to_the_model(name):
+def test_wrapped_models_are_rejected_with_the_path_to_the_model(name):
     around = nn.Module()
     around.wrapped = nn.Module()
     around.wrapped.model = FAMILIES[name]()
-    kind = type(around.wrapped.model).__name__
+    class_name = type(around.wrapped.model).__name__
     with pytest.raises(
-        TypeError, match=rf"a module around a model; give cropr.apply the one at .wrapped.model, {kind}"
+        TypeError, match=rf"a module around a model; give cropr.apply the one at .wrapped.model, {class_name}"
     ):
         cropr.apply(around, rate=8)
 

@@ -13,17 +13,17 @@ def images():
 
 
 def as_transformers(vit):
-    """The reference ViT's weights in transformers' ViT."""
-    model, own = BLOCK_RUNNERS["ViT"](), {}
+    """Return the Hugging Face ViT with the weights of the reference ViT."""
+    model, tensors = BLOCK_RUNNERS["ViT"](), {}
     embeddings = "vit.embeddings."
     for key, value in vit.state_dict().items():
         if key.startswith("blocks."):
             _, layer, *rest = key.split(".")
-            rest, kind = ".".join(rest[:-1]), rest[-1]
+            rest, suffix = ".".join(rest[:-1]), rest[-1]
             if rest == "attn.qkv":
-                own |= {(layer, part, kind): v for part, v in zip(("q", "k", "v"), value.chunk(3))}
+                tensors |= {(layer, part, suffix): v for part, v in zip(("q", "k", "v"), value.chunk(3))}
             else:
-                own[layer, rest, kind] = value
+                tensors[layer, rest, suffix] = value
     names = {
         "q": ("attention.q_proj", "attention.attention.query"),  # in newer and in older versions
         "k": ("attention.k_proj", "attention.attention.key"),
@@ -36,16 +36,16 @@ def as_transformers(vit):
     }
     state = model.state_dict()
     with torch.no_grad():
-        for (layer, part, kind), value in own.items():
-            ends = tuple(f".{layer}.{name}.{kind}" for name in names[part])
+        for (layer, part, suffix), value in tensors.items():
+            ends = tuple(f".{layer}.{name}.{suffix}" for name in names[part])
             (key,) = [key for key in state if key.endswith(ends)]
             state[key].copy_(value)
         state[embeddings + "cls_token"].copy_(vit.cls_token)
         state[embeddings + "position_embeddings"].copy_(vit.pos_embed)
-        for kind in ("weight", "bias"):
-            state[f"{embeddings}patch_embeddings.projection.{kind}"].copy_(getattr(vit.patch_embed.proj, kind))
-            state[f"vit.layernorm.{kind}"].copy_(getattr(vit.norm, kind))
-            state[f"classifier.{kind}"].copy_(getattr(vit.head, kind))
+        for suffix in ("weight", "bias"):
+            state[f"{embeddings}patch_embeddings.projection.{suffix}"].copy_(getattr(vit.patch_embed.proj, suffix))
+            state[f"vit.layernorm.{suffix}"].copy_(getattr(vit.norm, suffix))
+            state[f"classifier.{suffix}"].copy_(getattr(vit.head, suffix))
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
@@ -53,7 +53,7 @@ def as_transformers(vit):
 
 
 def as_torchvision(vit):
-    """The reference ViT's weights in torchvision's."""
+    """Return the torchvision ViT with the weights of the reference ViT."""
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
     model = torchvision.models.VisionTransformer(64, 8, 4, 2, 64, 256, num_classes=5)
     names = {
@@ -88,9 +88,9 @@ def test_calibration_and_logits_are_those_of_the_reference_vit(convert, llf, ima
     torch.testing.assert_close(outputs_of(other(images)), vit(images), rtol=1e-4, atol=1e-4)
     for model in (vit, other):
         cropr.calibrate(cropr.apply(model, rate=8, llf=llf), images)
-    for one, two in zip(vit.cropr, other.cropr):
-        torch.testing.assert_close(one.query(), two.query(), rtol=1e-3, atol=1e-3)
-        two.queries.data.copy_(one.queries.data)
+    for reference_module, module in zip(vit.cropr, other.cropr):
+        torch.testing.assert_close(reference_module.query(), module.query(), rtol=1e-3, atol=1e-3)
+        module.queries.data.copy_(reference_module.queries.data)
     with torch.no_grad():
         torch.testing.assert_close(outputs_of(other(images)), vit(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cropr.pruning_map(other, images), cropr.pruning_map(vit, images))

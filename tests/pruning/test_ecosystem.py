@@ -1,4 +1,4 @@
-"""A pruned model where libraries expect the model it was: parallel training, torch.func, torch.fx, transformers."""
+"""A pruned model in other libraries: parallel training, torch.func, torch.fx, transformers."""
 
 import inspect
 import json
@@ -60,7 +60,7 @@ def test_a_spawned_process_gets_the_model(images):
 
 
 def replicate(model):
-    """What nn.DataParallel makes of a model, with parameters of its own."""
+    """Return a replica as nn.DataParallel makes it, with parameters of its own."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in copies.items():
         for name, child in module._modules.items():
@@ -94,26 +94,26 @@ WAYS = [{}, {"num_outputs": 0}, {"merge": True}, {"merge": True, "llf": True}]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", WAYS, ids=str)
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("make", [timm_vit, timm_eva, vit, torchvision_vit])
-def test_steps_in_parallel_are_those_of_one_process(make, kind, how, images, alone):
+def test_steps_in_parallel_are_those_of_one_process(make, parallel, options, images, alone):
     torch.manual_seed(0)
-    plain = cropr.apply(make(), rate=8, **how).train()
+    plain = cropr.apply(make(), rate=8, **options).train()
     torch.manual_seed(0)
-    model = cropr.apply(make(), rate=8, **how).train()
-    if kind == "DDP":
+    model = cropr.apply(make(), rate=8, **options).train()
+    if parallel == "DDP":
         shared = nn.parallel.DistributedDataParallel(model)
     else:
         for block in model.cropr.spec.blocks:
             dist.fsdp.fully_shard(block, mesh=alone)
         shared = dist.fsdp.fully_shard(model, mesh=alone)
-    optimizers = [torch.optim.SGD(one.parameters(), lr=1e-3) for one in (plain, model)]
+    optimizers = [torch.optim.SGD(trained.parameters(), lr=1e-3) for trained in (plain, model)]
     for step in range(2):  # the second asks for every gradient of the first
-        for one, optimizer in zip((plain, shared), optimizers):
+        for trained, optimizer in zip((plain, shared), optimizers):
             torch.manual_seed(step)
             optimizer.zero_grad()
-            loss_of(one(images)).backward()
+            loss_of(trained(images)).backward()
             optimizer.step()
     for (name, expected), got in zip(plain.named_parameters(), model.parameters()):
         got = got.full_tensor() if hasattr(got, "full_tensor") else got
@@ -124,15 +124,19 @@ def test_steps_in_parallel_are_those_of_one_process(make, kind, how, images, alo
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, vit, torchvision_vit])
-def test_torch_func_gives_the_gradients_of_autograd(make, how, images):
-    model = cropr.apply(randomize(make()), rate=8, **how).train()
+def test_torch_func_gives_the_gradients_of_autograd(make, options, images):
+    model = cropr.apply(randomize(make()), rate=8, **options).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    grads = torch.func.grad(lambda own: loss_of(torch.func.functional_call(model, own, (images,))))(parameters)
+
+    def loss(replaced):
+        return loss_of(torch.func.functional_call(model, replaced, (images,)))
+
+    grads = torch.func.grad(loss)(parameters)
     loss_of(model(images)).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -140,13 +144,13 @@ def test_torch_func_gives_the_gradients_of_autograd(make, how, images):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("how", [{}, {"merge": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"merge": True}], ids=str)
 @torch.no_grad()
-def test_torch_func_takes_images_one_by_one(how, images):
-    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, **how)
-    for one in (model, cropr.deploy(model)):
-        apart = torch.func.vmap(lambda image, one=one: one(image[None])[0])(images)
-        torch.testing.assert_close(apart, one(images), rtol=1e-4, atol=1e-5)
+def test_torch_func_takes_images_one_by_one(options, images):
+    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, **options)
+    for runner in (model, cropr.deploy(model)):
+        apart = torch.func.vmap(lambda image, runner=runner: runner(image[None])[0])(images)
+        torch.testing.assert_close(apart, runner(images), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -159,9 +163,9 @@ def test_the_features_of_a_block_are_extracted(images):
     seen = []
     model.encoder.layers[3].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     extractor = create_feature_extractor(model, [f"{name}1", f"{name}2", "heads.head"])
-    found = extractor(images)
-    assert [tuple(value.shape) for value in found.values()] == [(2, 48, 64), (2, 40, 64), (2, 5)]
-    assert torch.equal(found["heads.head"], model(images)) and torch.equal(found[f"{name}2"], seen[-1])
+    features = extractor(images)
+    assert [tuple(value.shape) for value in features.values()] == [(2, 48, 64), (2, 40, 64), (2, 5)]
+    assert torch.equal(features["heads.head"], model(images)) and torch.equal(features[f"{name}2"], seen[-1])
 
 
 # transformers
@@ -172,7 +176,8 @@ def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
     model, labels = cropr.apply(vit(), rate=8, num_queries=2).train(), torch.tensor([1, 4])
     plain, aux = model(images)
     output = model(images, labels=labels)
-    expected = cross_entropy(plain.logits, labels) + sum(cross_entropy(one.mean(1), labels) for one in aux)
+    expected = cross_entropy(plain.logits, labels)
+    expected = expected + sum(cross_entropy(prediction.mean(1), labels) for prediction in aux)
     assert type(output) is type(plain)
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output[0], expected)
@@ -203,12 +208,12 @@ def test_the_trainer_trains(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [{"rate": 8}, {"rate": 0, "merge": cropr.Merge(2.0)}, {"keep": [50, 40], "llf": True, "num_queries": 3}],
     ids=str,
 )
-def test_a_saved_model_comes_back_pruned(how, deployed, images, tmp_path):
-    model = cropr.apply(vit().eval(), **how)
+def test_a_saved_model_comes_back_pruned(options, deployed, images, tmp_path):
+    model = cropr.apply(vit().eval(), **options)
     model = cropr.deploy(model, engine=False) if deployed else model
     model.save_pretrained(tmp_path)
     other = cropr.from_pretrained(tmp_path)
@@ -223,13 +228,13 @@ def test_a_saved_model_comes_back_pruned(how, deployed, images, tmp_path):
 
 
 @HF_MODELS
-def test_pipelines_and_attentions(images):
+def test_pipelines_and_output_attentions_take_a_pruned_model(images):
     t = transformers()
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     model = cropr.apply(vit(attn_implementation="eager").eval(), rate=8, num_outputs=0)
     signature, model = inspect.signature(model.forward), cropr.deploy(model, cuda_graphs=1)
     assert inspect.signature(model.forward) == signature
-    shapes = [tuple(one.shape) for one in model(images, output_attentions=True).attentions]
+    shapes = [tuple(attention.shape) for attention in model(images, output_attentions=True).attentions]
     assert shapes == [(2, 2, count, count) for count in (65, 56, 48, 40)]
     processor = t.ViTImageProcessor(size={"height": 64, "width": 64})
     classify = t.pipeline("image-classification", model=model, image_processor=processor)
@@ -237,9 +242,9 @@ def test_pipelines_and_attentions(images):
 
 
 @HF_MODELS
-def test_heads_that_need_the_whole_map(images):
+def test_heads_that_need_the_full_map_need_llf(images):
     t = transformers()
-    for kind, config, mask in (
+    for class_name, config, mask in (
         (
             "ViTForMaskedImageModeling",
             t.ViTConfig(**HF, encoder_stride=8),
@@ -247,14 +252,14 @@ def test_heads_that_need_the_whole_map(images):
         ),
         ("ViTMAEForPreTraining", t.ViTMAEConfig(**HF), {}),
     ):
-        model = getattr(t, kind)(config).eval()
-        with pytest.raises(ValueError, match=rf"{kind} needs the full map: cropr.apply\(..., llf=True\)"):
+        model = getattr(t, class_name)(config).eval()
+        with pytest.raises(ValueError, match=rf"{class_name} needs the full map: cropr.apply\(..., llf=True\)"):
             cropr.apply(model, rate=2)
         cropr.apply(model, rate=2, llf=True)
         assert model(images, **mask)[0].isfinite().all()
 
 
-# What is around a model, and what is of another kind
+# Wrappers and subclasses
 
 
 @HF_MODELS
@@ -263,8 +268,8 @@ def test_wrappers_name_the_model_inside(images):
     with pytest.raises(TypeError, match=r"OptimizedModule is a module around a model; .* at \._orig_mod, VisionTransf"):
         cropr.apply(compiled, rate=8)
     t = transformers()
-    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
-    config = t.TimmWrapperConfig.from_dict(about)
+    settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
+    config = t.TimmWrapperConfig.from_dict(settings)
     wrapper = t.TimmWrapperForImageClassification(config).eval()
     with pytest.raises(TypeError, match=r"TimmWrapperForImageClassification is .* at \.timm_model, VisionTransformer"):
         cropr.apply(wrapper, rate=8)
@@ -292,16 +297,16 @@ def test_adapters_of_peft_learn(family, images):
         cropr.apply(adapted, rate=8)
     cropr.apply(adapted.base_model.model, rate=8, merge=True, num_outputs=0)
     outputs_of(adapted.train()(images)).square().sum().backward()
-    parts = [one for name, one in adapted.named_parameters() if "lora_B" in name]
-    assert len(parts) >= 8 and all(part.grad.abs().sum() > 0 for part in parts)
+    adapters = [parameter for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert len(adapters) >= 8 and all(adapter.grad.abs().sum() > 0 for adapter in adapters)
     with torch.no_grad():
         before = outputs_of(adapted.eval()(images))
-        for part in parts:
-            part -= 1e-3 * part.grad.sign()
+        for adapter in adapters:
+            adapter -= 1e-3 * adapter.grad.sign()
         assert not torch.equal(outputs_of(adapted(images)), before)
 
 
-def test_what_a_users_class_does_is_kept(images):
+def test_overridden_forwards_are_kept(images):
     timm = pytest.importorskip("timm", reason="timm is not installed")
 
     class Mine(timm.models.vision_transformer.VisionTransformer):
@@ -325,7 +330,7 @@ def test_what_a_users_class_does_is_kept(images):
     assert not torch.allclose(cropr.set_rate(inner, 8)(images), 3 * plain)
 
 
-def test_another_input_size_and_several_outputs(images):
+def test_a_new_input_size_and_a_distillation_head_are_followed(images):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model = cropr.apply(timm_vit(), rate=8)
     model.set_input_size((96, 64))
@@ -333,16 +338,16 @@ def test_another_input_size_and_several_outputs(images):
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=3, img_size=64)
     distilled.set_distilled_training(True)
     cropr.apply(distilled, rate=2).train()
-    (one, two), aux = distilled(images)
+    (class_logits, distilled_logits), aux = distilled(images)
     target = torch.tensor([0, 3])
-    expected = (cross_entropy(one, target) + cross_entropy(two, target)) / 2
+    expected = (cross_entropy(class_logits, target) + cross_entropy(distilled_logits, target)) / 2
     expected = expected + sum(cross_entropy(prediction, target) for prediction in aux)
-    torch.testing.assert_close(cropr.loss(cross_entropy, (one, two), aux, target), expected)
+    torch.testing.assert_close(cropr.loss(cross_entropy, (class_logits, distilled_logits), aux, target), expected)
 
 
 @HF_MODELS
 @torch.no_grad()
-def test_offloaded_and_quantised_models(images):
+def test_an_offloaded_model_gives_the_same_logits(images):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = vit().eval()
     expected = cropr.apply(vit().eval(), rate=8, num_outputs=0)
@@ -350,6 +355,6 @@ def test_offloaded_and_quantised_models(images):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     cropr.apply(model, rate=8, num_outputs=0)
     assert {parameter.device.type for parameter in model.cropr.parameters()} == {"cpu"}
-    for own, module in zip(expected.cropr, model.cropr):
-        own.queries.copy_(module.queries)
+    for expected_module, module in zip(expected.cropr, model.cropr):
+        expected_module.queries.copy_(module.queries)
     assert torch.equal(model(images).logits, expected(images).logits)

@@ -1,4 +1,4 @@
-"""The zero-copy engine against the functional ops, on every family of blocks it knows."""
+"""The zero-copy engine against the functional ops, on every supported family of blocks."""
 
 import copy
 import pickle
@@ -29,9 +29,9 @@ ENGINE_MODELS = {
 BLOCK_OPS = ("add_norm_", "add_select_")
 
 
-def both(kind, dtype=torch.float64, **schedule):
+def both(name, dtype=torch.float64, **schedule):
     """The same model on the functional ops and on the engine."""
-    model = cropr.apply(randomize(ENGINE_MODELS[kind]()).eval().to(dtype), **schedule)
+    model = cropr.apply(randomize(ENGINE_MODELS[name]()).eval().to(dtype), **schedule)
     functional, engine = cropr.deploy(model, engine=False), cropr.deploy(model)
     assert engine.cropr.engine is not None, engine.cropr.engine_reason
     return functional, engine
@@ -53,9 +53,9 @@ def called_ops(function):
 
 
 @pytest.mark.parametrize("llf", [False, True, "track_parent"])
-@pytest.mark.parametrize("kind", ENGINE_MODELS)
-def test_engine_equals_the_functional_ops(kind, llf):
-    functional, engine = both(kind, rate=8, llf=llf)
+@pytest.mark.parametrize("name", ENGINE_MODELS)
+def test_engine_equals_the_functional_ops(name, llf):
+    functional, engine = both(name, rate=8, llf=llf)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
     features = cropr.features(engine, images)[0], functional.forward_features(images)
@@ -63,9 +63,9 @@ def test_engine_equals_the_functional_ops(kind, llf):
     assert features[0].shape[1] == (engine.num_prefix_tokens + 64 if llf else features[1].shape[1])
 
 
-@pytest.mark.parametrize("kind", ENGINE_MODELS)
-def test_engine_unpruned_equals_the_model_itself(kind):
-    model = randomize(ENGINE_MODELS[kind]()).eval().double()
+@pytest.mark.parametrize("name", ENGINE_MODELS)
+def test_engine_unpruned_equals_the_model_itself(name):
+    model = randomize(ENGINE_MODELS[name]()).eval().double()
     engine = cropr.deploy(cropr.apply(copy.deepcopy(model), rate=0))
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(engine(images), model(images), rtol=1e-9, atol=1e-9)
@@ -73,12 +73,12 @@ def test_engine_unpruned_equals_the_model_itself(kind):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("kind", ["reference", "reference, rotary", "timm ViT, registers", "timm EVA-02"])
-def test_engine_in_lower_precision(kind, dtype, tolerance):
-    # Unpruned, so that a score within rounding of another cannot send the two down different roads.
+@pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT, registers", "timm EVA-02"])
+def test_the_engine_in_lower_precision_is_within_its_rounding(name, dtype, tolerance):
+    # Unpruned, so that scores within rounding of each other cannot change the selection.
     fused = [{"rate": 8, "llf": "as_pruned"}, {"rate": 8, "llf": "track_parent"}] if dtype == torch.float32 else []
     for schedule in ({"rate": 0}, *fused):
-        functional, engine = both(kind, dtype, **schedule)
+        functional, engine = both(name, dtype, **schedule)
         images = torch.randn(2, 3, 64, 64, dtype=dtype)
         got, expected = engine(images), functional(images)
         assert got.dtype == dtype
@@ -102,17 +102,17 @@ def test_a_batch_may_run_in_parts(options, images, monkeypatch):
     x = torch.randn(5, 3, 64, 64, dtype=torch.float64)
     protect, padding = (torch.rand(2, 5, 8, 8) < 0.1).unbind()
     for masks in ({}, {"protect": protect}, {} if "merge" in options else {"protect": protect, "padding": padding}):
-        whole, tokens = engine(x, **masks), cropr.features(engine, x, **masks)
+        full, tokens = engine(x, **masks), cropr.features(engine, x, **masks)
         calls = len(called_ops(lambda masks=masks: engine(x, **masks)))
         with monkeypatch.context() as patch:
             patch.setattr("cropr_kernels.pruning.engine.CACHE_BYTES", images * 65 * 64 * 8)
-            torch.testing.assert_close(engine(x, **masks), whole)
+            torch.testing.assert_close(engine(x, **masks), full)
             torch.testing.assert_close(cropr.features(engine, x, **masks), tokens)
             assert len(called_ops(lambda masks=masks: engine(x, **masks))) == -(-5 // images) * calls
 
 
 @pytest.mark.parametrize("schedule", [{"keep": [40, 40, 9]}, {"ratio": 0.5}, {"keep": [65, 65, 65]}, {"rate": 16}])
-def test_other_schedules_and_sizes(schedule):
+def test_other_schedules_and_sizes_equal_the_functional_ops(schedule):
     functional, engine = both("timm ViT, any size", **schedule)
     size = (64, 64) if "keep" in schedule else (72, 96)
     for batch in (1, 3):
@@ -129,14 +129,14 @@ def test_one_engine_serves_many_rates():
         torch.testing.assert_close(engine(images), functional(images), rtol=1e-9, atol=1e-9)
 
 
-def test_engine_under_autocast():
+def test_the_engine_equals_the_functional_ops_under_autocast():
     functional, engine = both("timm ViT", torch.float32, rate=0)
     images = torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(engine(images), functional(images), rtol=5e-2, atol=5e-2)
 
 
-def test_copies_pickles_and_new_weights():
+def test_copies_and_pickles_are_independent_and_new_weights_take_effect():
     _, engine = both("timm EVA-02", rate=8)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = engine(images)
@@ -165,7 +165,7 @@ def test_inputs_that_need_a_gradient_take_the_functional_ops():
         assert "add_select_" in called_ops(lambda: engine(images))
 
 
-def test_unfrozen_blocks_are_refused_instead_of_not_learning():
+def test_unfrozen_blocks_raise_as_they_would_not_learn():
     _, engine = both("reference", torch.float32, rate=8)
     engine.blocks[1].mlp.fc1.weight.requires_grad_()
     images = torch.randn(1, 3, 64, 64)
@@ -181,7 +181,7 @@ def test_maps_of_a_deployed_model_are_those_of_the_model():
     assert torch.equal(cropr.pruning_map(cropr.deploy(model), images), cropr.pruning_map(model, images))
 
 
-def test_what_the_engine_does_not_know_runs_on_the_functional_ops_and_says_why():
+def test_unsupported_blocks_run_on_the_functional_ops_and_name_the_reason():
     class Odd(nn.LayerNorm):
         pass
 
@@ -232,11 +232,11 @@ def test_engine_counts_the_flops_of_the_functional_ops():
 
 
 @pytest.mark.parametrize(
-    "kind", ["timm ViT", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("reference, rotary", "timm EVA-02"))]
+    "name", ["timm ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference, rotary", "timm EVA-02"))]
 )
-def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
+def test_the_engine_compiles_to_one_graph_and_copies_no_residual_buffer(name):
     torch._dynamo.reset()
-    _, engine = both(kind, torch.float32, rate=8, llf=True)
+    _, engine = both(name, torch.float32, rate=8, llf=True)
     images = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(engine, fullgraph=True)
     with torch.no_grad():
@@ -244,23 +244,23 @@ def test_engine_compiles_whole_and_copies_no_residual_buffer(kind):
         torch.testing.assert_close(got, engine(images), rtol=1e-4, atol=1e-5)
         with torch.compiler.set_stance("fail_on_recompile"):
             compiled(torch.randn(2, 3, 64, 64))
-    # Functionalised and put back in place: every layer works on the one buffer, not on a copy of it.
+    # Functionalized and put back in place: every layer works on one buffer, not on a copy of it.
     calls = re.findall(r"torch\.ops\.cropr\.(add_norm_|add_select_|add_)\.default\((\w+), ", "\n".join(codes))
     assert len(calls) == 2 * len(engine.blocks)
     assert len({buffer for _, buffer in calls}) == 1
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ENGINE_MODELS)
-def test_engine_on_cuda_gives_the_cpu_result(kind):
-    functional, engine = both(kind, torch.float32, rate=8, llf=True)
+@pytest.mark.parametrize("name", ENGINE_MODELS)
+def test_engine_on_cuda_gives_the_cpu_result(name):
+    functional, engine = both(name, torch.float32, rate=8, llf=True)
     images = torch.randn(2, 3, 64, 64)
     expected = functional(images)
     with torch.no_grad():
         torch.testing.assert_close(engine.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_modules_that_select_in_another_way_are_left_to_themselves():
+def test_modules_that_override_forward_run_on_the_functional_ops():
     class Last(cropr.Scorer):
         def query(self):
             return torch.zeros(64)

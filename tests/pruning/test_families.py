@@ -1,4 +1,4 @@
-"""Models that run their blocks themselves: transformers and torchvision, random weights, small configurations."""
+"""Models that run their blocks themselves: Hugging Face and torchvision, random weights, small configurations."""
 
 import copy
 
@@ -42,23 +42,23 @@ def images():
 
 
 def run(model, images):
-    """The outputs by name, with the same random numbers every time (ViT-MAE shuffles its tokens)."""
+    """Return the outputs by name, with the same random numbers every time (ViT-MAE shuffles its tokens)."""
     torch.manual_seed(1)
     output = model(images)
     return {"logits": output} if isinstance(output, torch.Tensor) else dict(output)
 
 
-def assert_equal(one, other, **tolerance):
-    assert one.keys() == other.keys() and one
-    for key in one:
-        torch.testing.assert_close(one[key], other[key], **(tolerance or dict(rtol=0, atol=0)))
+def assert_equal(outputs, expected, **tolerance):
+    assert outputs.keys() == expected.keys() and outputs
+    for key in outputs:
+        torch.testing.assert_close(outputs[key], expected[key], **(tolerance or dict(rtol=0, atol=0)))
 
 
-def test_what_is_known_of_them(name, model):
-    known = find_spec(model)
-    assert len(known.blocks) == 4 and known.dim == 64 and known.grid == (8, 8)
-    assert known.num_prefix == PREFIX.get(name, 1)
-    assert known.num_classes == (5 if name in CLASSIFIERS else 0)
+def test_blocks_width_grid_prefix_and_classes_are_found(name, model):
+    spec = find_spec(model)
+    assert len(spec.blocks) == 4 and spec.dim == 64 and spec.grid == (8, 8)
+    assert spec.num_prefix == PREFIX.get(name, 1)
+    assert spec.num_classes == (5 if name in CLASSIFIERS else 0)
 
 
 @pytest.mark.parametrize("llf", [False, True])
@@ -69,19 +69,19 @@ def test_rate_zero_equals_the_plain_model_bit_for_bit(model, images, llf):
 
 @pytest.mark.parametrize("llf", [False, True])
 def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
-    plain, keys, kinds = run(model, images), list(model.state_dict()), [type(module) for module in model.modules()]
+    plain, keys, classes = run(model, images), list(model.state_dict()), [type(module) for module in model.modules()]
     attributes = [set(vars(module)) for module in model.modules()]
     cropr.apply(model, rate=8, llf=llf)
     assert [key for key in model.state_dict() if not key.startswith("cropr.")] == keys
     run(model, images)
     cropr.remove(model)
-    assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == classes
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert_equal(run(model, images), plain)
 
 
 def slow(model, images, queries, counts, prefix, llf):
-    """What leaves the last block, one image at a time, tokens in lists; rotary tables are looked up by position."""
+    """Return the output of the last block, one image and one token at a time; rotary tables are indexed by position."""
     blocks, seen = find_spec(model).blocks, []
     handle = blocks[0].register_forward_pre_hook(lambda block, *inputs: seen.append(inputs), with_kwargs=True)
     run(model, images)
@@ -94,11 +94,11 @@ def slow(model, images, queries, counts, prefix, llf):
                 everyone = left | dict(zip(alive, tokens))
                 alive = sorted(everyone)
                 tokens = [everyone[i] for i in alive]
-            own = dict(kwargs)
+            block_kwargs = dict(kwargs)
             if kwargs.get("position_embeddings") is not None:
                 rows = [i - prefix for i in alive[prefix:]]
-                own["position_embeddings"] = tuple(table[rows] for table in kwargs["position_embeddings"])
-            output = block(torch.stack(tokens)[None], *args[1:], **own)
+                block_kwargs["position_embeddings"] = tuple(table[rows] for table in kwargs["position_embeddings"])
+            output = block(torch.stack(tokens)[None], *args[1:], **block_kwargs)
             tokens = list((output[0] if isinstance(output, tuple) else output)[0])
             if layer < len(counts):
                 scores = [(token @ queries[layer]).item() for token in tokens]
@@ -156,7 +156,7 @@ def test_recomputation_gives_the_same_gradients(images):
         output, aux = model.train()(images)
         (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    assert_equal(*({key: grad for key, grad in own.items() if grad is not None} for own in grads))
+    assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, im
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["ViT", "DINOv3", "torchvision"])
 @torch.no_grad()
-def test_compiled_and_exported_they_give_the_same(model, compiler, images):
+def test_compiled_and_exported_models_give_the_same_outputs(model, compiler, images):
     fast = cropr.deploy(cropr.apply(model, rate=8, llf=True))
     expected = run(fast, images)
     torch._dynamo.reset()
@@ -187,7 +187,7 @@ def test_compiled_and_exported_they_give_the_same(model, compiler, images):
     assert_equal(run(exported, images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_two_forwards_do_not_know_of_each_other(name, model, images):
+def test_forwards_do_not_affect_each_other(name, model, images):
     cropr.apply(model, rate=8, llf=True)
     with torch.no_grad():
         expected = run(model, images)
@@ -205,8 +205,8 @@ def test_the_vision_tower_of_clip_is_found():
     cropr.remove(model)
     with torch.no_grad():
         again = model.get_text_features(input_ids=torch.tensor([[1, 2, 3]]))
-    for one, two in zip(*((x,) if torch.is_tensor(x) else x.to_tuple() for x in (text, again))):
-        assert torch.equal(one, two)
+    for before, after in zip(*((x,) if torch.is_tensor(x) else x.to_tuple() for x in (text, again))):
+        assert torch.equal(before, after)
 
 
 def test_masks_follow_the_tokens():
@@ -221,7 +221,7 @@ def test_masks_follow_the_tokens():
         _mask_at(mask[:, 0, 0], alive)
 
 
-def test_refusals(images):
+def test_unsupported_models_and_calls_out_of_order_raise(images):
     with pytest.raises(ValueError, match=r"windows are for timm models and cropr_kernels.ViT, got VisionTransformer"):
         cropr.apply(torchvision_vit(), rate=8, windows=cropr.Windows(4, (3,)), llf=True)
     model = cropr.apply(torchvision_vit(), rate=8)
@@ -268,16 +268,16 @@ PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP")]
 @pytest.mark.parametrize("name", PADDABLE)
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
-def test_what_the_padding_holds_is_of_no_account(name, llf, images):
+def test_the_content_of_padding_changes_nothing(name, llf, images):
     model = cropr.apply(randomize(EVERY[name]()).eval(), rate=8, llf=llf, num_outputs=0)
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[0, 6:], padding[1, :, 5:] = True, True
     other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images)
-    for one in (model, cropr.deploy(model)):
-        outputs = [one(batch, padding=padding) for batch in (images, other)]
+    for runner in (model, cropr.deploy(model)):
+        outputs = [runner(batch, padding=padding) for batch in (images, other)]
         pooled = [outputs_of(output) for output in outputs]
         torch.testing.assert_close(*pooled, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(outputs_of(one(images)), pooled[0], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(outputs_of(runner(images)), pooled[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)
@@ -321,4 +321,4 @@ def test_merging_trains_through_recomputation(images):
         output, aux = model.train()(images)
         (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    assert_equal(*({key: grad for key, grad in own.items() if grad is not None} for own in grads))
+    assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))

@@ -1,4 +1,4 @@
-"""Last Layer Fusion by hosts: what it promises to whoever sets it, trains with it, saves it or counts it."""
+"""Last Layer Fusion that tracks parents: how it is set, trained, saved and counted."""
 
 import copy
 import re
@@ -28,20 +28,20 @@ def fusion(model):
     return model.cropr.config.llf
 
 
-def test_true_means_what_fits():
+def test_llf_true_tracks_parents_if_tokens_merge():
     assert fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).tracks_parents
     assert fusion(pruned(llf=True, merge=True)) == cropr.Fusion("track_parent")
     assert fusion(pruned(llf="as_pruned", merge=True)) == cropr.Fusion("as_pruned")
     assert fusion(pruned(llf=cropr.Fusion(blocks=3))) == cropr.Fusion(None, 3)
 
 
-def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, tmp_path):
+def test_calibrated_queries_track_parents_unless_told_otherwise(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    open_, left = pruned(llf=True), pruned(llf="as_pruned")
-    for model in (open_, left):
+    unset, as_pruned = pruned(llf=True), pruned(llf="as_pruned")
+    for model in (unset, as_pruned):
         cropr.calibrate(model, images)
-    assert fusion(open_) == cropr.Fusion("track_parent") and fusion(left) == cropr.Fusion("as_pruned")
-    for model in (open_, left, cropr.calibrate(pruned(), images)):
+    assert fusion(unset) == cropr.Fusion("track_parent") and fusion(as_pruned) == cropr.Fusion("as_pruned")
+    for model in (unset, as_pruned, cropr.calibrate(pruned(), images)):
         cropr.save_queries(model, tmp_path / "queries.safetensors")
         loaded = cropr.load_queries(pruned(llf=True), tmp_path / "queries.safetensors")
         assert fusion(loaded) == (fusion(model) or cropr.Fusion("track_parent"))
@@ -53,7 +53,7 @@ def test_calibrated_queries_restore_by_hosts_where_nothing_else_is_said(images, 
 
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
 @torch.no_grad()
-def test_each_way_gives_the_whole_map_and_another_one(images, options):
+def test_every_fusion_gives_a_full_map_of_its_own(images, options):
     model, tokens = pruned(**options), []
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
     for llf in (
@@ -63,46 +63,46 @@ def test_each_way_gives_the_whole_map_and_another_one(images, options):
         cropr.Fusion("track_parent", 2),
         cropr.Fusion(blocks=0),
     ):
-        for one in (cropr.set_llf(model, llf), cropr.deploy(cropr.set_llf(model, llf))):
-            tokens.append(cropr.features(one, images)[0])
+        for runner in (cropr.set_llf(model, llf), cropr.deploy(cropr.set_llf(model, llf))):
+            tokens.append(cropr.features(runner, images)[0])
             assert tokens[-1].shape == unpruned.shape
         torch.testing.assert_close(tokens[-1], tokens[-2], rtol=1e-9, atol=1e-9)
-    assert len({round(one.abs().sum().item(), 6) for one in tokens}) == 5
+    assert len({round(part.abs().sum().item(), 6) for part in tokens}) == 5
     assert torch.equal(cropr.set_rate(model, 0).forward_features(images), unpruned)
 
 
 @torch.no_grad()
 def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
-    """Where every block does the same to all tokens, whoever missed it lived through it with its host."""
+    """If every block shifts all tokens alike, pruned tokens get the shift that they missed from their parents."""
     model = pruned()
     for block in model.blocks:
         for part in (block.attn.proj, block.mlp.fc2):
             part.weight.zero_()
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
     for llf in ("track_parent", cropr.Fusion("track_parent", 3), cropr.Fusion("track_parent", 0)):
-        again = pruned(llf=llf)
-        again.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
-        for one in (again, cropr.deploy(again)):
-            torch.testing.assert_close(cropr.features(one, images)[0], unpruned)
+        fused = pruned(llf=llf)
+        fused.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
+        for runner in (fused, cropr.deploy(fused)):
+            torch.testing.assert_close(cropr.features(runner, images)[0], unpruned)
     left = cropr.features(cropr.set_llf(model, "as_pruned"), images)[0]
     assert (left - unpruned).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
-def test_gradients_reach_tokens_and_their_hosts(images, options):
+def test_gradients_reach_tokens_and_their_parents(images, options):
     model = pruned(llf="track_parent", **options)
     model.cropr.requires_grad_(False)
     x = images[:1, :, :8, :8].clone().requires_grad_()
 
     def loss(patch):
-        whole = torch.cat([torch.cat([patch, images[:1, :, :8, 8:]], 3), images[:1, :, 8:]], 2)
-        return model.forward_features(whole).square().mean((0, 1))[:3]
+        full = torch.cat([torch.cat([patch, images[:1, :, :8, 8:]], 3), images[:1, :, 8:]], 2)
+        return model.forward_features(full).square().mean((0, 1))[:3]
 
     assert torch.autograd.gradcheck(loss, x, eps=1e-7, atol=1e-4)
 
 
 @torch.no_grad()
-def test_behind_the_last_block_they_cost_nothing_and_change_no_kept_token(images):
+def test_fusion_after_the_last_block_changes_no_logits_and_no_kept_token(images):
     for options in (DROP, MERGE):
         model = pruned(**options)
         plain = cropr.deploy(model)(images)
@@ -124,39 +124,41 @@ def test_flops_are_those_of_the_blocks_that_see_all_tokens(images):
         with flop_counter() as counter:
             model(images)
         counts[str(llf)] = counter.get_total_flops()
-    missing, behind, left, host, two = counts.values()
-    assert missing < behind < left < host < two and behind < 1.02 * missing and host < 1.02 * left
+    without, after, as_pruned, track_parent, two_blocks = counts.values()
+    assert without < after < as_pruned < track_parent < two_blocks
+    assert after < 1.02 * without and track_parent < 1.02 * as_pruned
 
 
 @torch.no_grad()
-def test_maps_and_masks_are_as_without_hosts(images):
+def test_tracking_parents_changes_no_map_and_no_mask(images):
     protect = torch.zeros(2, 8, 8, dtype=torch.bool)
     protect[:, 2:4, 2:4] = True
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[1, :, 6:] = True
-    left, host = pruned(llf="as_pruned"), pruned(llf="track_parent")
+    as_pruned, track_parent = pruned(llf="as_pruned"), pruned(llf="track_parent")
     for masks in ({}, {"protect": protect}, {"padding": padding}):
-        assert torch.equal(cropr.pruning_map(left, images, **masks), cropr.pruning_map(host, images, **masks))
-        expected = host(images, **masks)
-        torch.testing.assert_close(cropr.deploy(host)(images, **masks), expected, rtol=1e-9, atol=1e-9)
+        maps = [cropr.pruning_map(model, images, **masks) for model in (as_pruned, track_parent)]
+        assert torch.equal(*maps)
+        expected = track_parent(images, **masks)
+        torch.testing.assert_close(cropr.deploy(track_parent)(images, **masks), expected, rtol=1e-9, atol=1e-9)
     other = images.clone()
-    other[1, :, :, 48:] = 7.0  # what padding holds reaches nobody, by no host
-    torch.testing.assert_close(host(other, padding=padding), expected, rtol=1e-9, atol=1e-9)
+    other[1, :, :, 48:] = 7.0  # padding reaches no token, through no parent
+    torch.testing.assert_close(track_parent(other, padding=padding), expected, rtol=1e-9, atol=1e-9)
     merging = pruned(llf="track_parent", merge=True)
     assert cropr.merge_map(merging, images).shape == (2, 8, 8)
 
 
 @torch.no_grad()
-def test_windows_restore_by_hosts_of_the_same_window(images):
+def test_windows_track_parents_of_the_same_window(images):
     windows = cropr.Windows(4, (1, 5))
     model = randomize(reference_vit(depth=6)).eval().double()
-    left, host = (
+    as_pruned, track_parent = (
         cropr.apply(copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0).forward_features(
             images
         )
         for llf in ("as_pruned", "track_parent")
     )
-    assert left.shape == host.shape == (2, 64, 64) and not torch.allclose(left, host)
+    assert as_pruned.shape == track_parent.shape == (2, 64, 64) and not torch.allclose(as_pruned, track_parent)
     with pytest.raises(ValueError, match="windows need llf=True"):
         cropr.set_llf(cropr.apply(model, keep=[12, 8, 8, 5], windows=windows, llf=True, num_outputs=0), False)
 
@@ -193,7 +195,7 @@ def test_set_llf_needs_the_modules_it_uses():
 
 
 @torch.no_grad()
-def test_a_saved_model_comes_back_with_its_fusion(images, tmp_path):
+def test_a_saved_model_loads_with_its_fusion(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     for options in ({"llf": cropr.Fusion("track_parent", 2)}, {"llf": True}, {"llf": "as_pruned", "merge": True}, {}):
         model = pruned(**options)
@@ -207,7 +209,7 @@ def test_a_saved_model_comes_back_with_its_fusion(images, tmp_path):
 
 
 @torch.no_grad()
-def test_folders_of_before_restore_as_they_did(images, tmp_path):
+def test_earlier_options_mean_as_pruned(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     from cropr_kernels.pruning.api import apply_options
 
@@ -226,7 +228,7 @@ def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
 @pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "SigLIP", "torchvision"])
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
 @torch.no_grad()
-def test_models_that_run_their_blocks_restore_by_hosts(name, options):
+def test_models_that_run_their_blocks_track_parents(name, options):
     torch.manual_seed(0)
     model, images = randomize(BLOCK_RUNNERS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
     plain = outputs_of(model(images))
@@ -237,10 +239,10 @@ def test_models_that_run_their_blocks_restore_by_hosts(name, options):
     torch.testing.assert_close(outputs_of(cropr.set_rate(model, 0)(images)), plain, rtol=0, atol=0)
 
 
-def test_it_compiles_in_one_graph(images):
+def test_tracking_parents_compiles_in_one_graph(images):
     for options in (DROP, MERGE):
         model = pruned(llf="track_parent", **options)
-        for one in (model, cropr.deploy(model)):
+        for runner in (model, cropr.deploy(model)):
             with torch.no_grad():
-                got = torch.compile(one, backend="aot_eager", fullgraph=True)(images)
-                torch.testing.assert_close(got, one(images))
+                got = torch.compile(runner, backend="aot_eager", fullgraph=True)(images)
+                torch.testing.assert_close(got, runner(images))

@@ -1,4 +1,4 @@
-"""CUDA graphs of deployed models: when a forward is captured; on a GPU, what its replays give."""
+"""CUDA graphs of deployed models: when a forward is captured, and on a GPU the results of replays."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def deployed(monkeypatch, capacity=2, model=None, **options):
-    """A deployed model whose tensors count as those of a GPU, in graphs that need none."""
+    """Return a deployed model whose tensors count as those of a GPU, and its graphs, which need none."""
     model = cropr.deploy(cropr.apply(randomize(model or reference_vit()).eval(), rate=8), **options)
     on_gpu(monkeypatch)
     model.cropr.graphs = CountingGraphs(capacity)
@@ -55,13 +55,13 @@ def test_deploy_captures_small_batches_and_one_argument_switches_it_off():
 def test_many_schedules_in_turns_may_each_have_a_graph():
     model = cropr.apply(reference_vit(), rate=8)
     fast, plain = deployed_copy(model, cuda_graphs=None), deployed_copy(model)
-    for one in (fast, plain):
-        hold_graphs(one, 30)
-        hold_graphs(one, 3)
+    for holder in (fast, plain):
+        hold_graphs(holder, 30)
+        hold_graphs(holder, 3)
     assert fast.cropr.graphs.capacity == 30 and plain.cropr.graphs is None
 
 
-def test_a_forward_that_somebody_else_put_there_stays():
+def test_a_replaced_forward_stays():
     model = cropr.apply(reference_vit().eval(), rate=8)
     model.forward = lambda images: "theirs"
     assert cropr.deploy(model)(photos()) == "theirs"
@@ -92,7 +92,7 @@ def test_masks_are_inputs_of_a_graph(monkeypatch):
     assert graphs.captures == 2
 
 
-def test_all_that_changes_what_a_graph_computes_captures_anew(monkeypatch):
+def test_whatever_changes_the_result_captures_anew(monkeypatch):
     model, graphs = deployed(monkeypatch, capacity=99)
     eager = copy.deepcopy(model)
     eager.cropr.graphs = None
@@ -128,8 +128,8 @@ def test_all_that_changes_what_a_graph_computes_captures_anew(monkeypatch):
     assert captures() == 0
 
 
-def test_new_weights_cannot_take_the_place_of_those_of_a_graph(monkeypatch):
-    """A graph's key names weights by their address: while it is there, they are."""
+def test_a_graph_keeps_the_weights_of_its_key_alive(monkeypatch):
+    """The key of a graph holds addresses of weights, which must not be reused while it exists."""
     model, graphs = deployed(monkeypatch)
     model(photos())
     before = weakref.ref(model.head.weight)
@@ -175,7 +175,7 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
     assert counter.get_total_flops() > 0
     model.train()(images)
     model.eval()
-    assert torch.func.vmap(lambda one: model(one[None])[0])(images).shape == expected.shape
+    assert torch.func.vmap(lambda image: model(image[None])[0])(images).shape == expected.shape
     assert cropr.pruning_map(model, images).shape == (2, 8, 8)
     assert pruned_run(model, lambda: model(images), PruningOptions(engine=True))[1].num_tokens == 65
     assert model(images[:0]).shape == (0, 5)
@@ -192,7 +192,7 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
     assert not graphs.captured and graphs.captures == graphs.replays == 1
 
 
-def test_large_batches_are_left_to_themselves(monkeypatch):
+def test_large_batches_are_not_captured(monkeypatch):
     model, graphs = deployed(monkeypatch)
     assert GraphedForward.of(model).patches == PATCHES
     GraphedForward.of(model).patches = 2 * 64
@@ -202,7 +202,7 @@ def test_large_batches_are_left_to_themselves(monkeypatch):
     assert graphs.captures == 1
 
 
-def test_shapes_that_take_turns_do_not_throw_each_other_out(monkeypatch):
+def test_shapes_that_alternate_do_not_evict_each_other(monkeypatch):
     model, graphs = deployed(monkeypatch)
     graphs.patience = PATIENCE
     for _ in range(3):
@@ -213,7 +213,7 @@ def test_shapes_that_take_turns_do_not_throw_each_other_out(monkeypatch):
 
 def test_a_model_that_cannot_be_captured_says_so_once_and_runs(monkeypatch):
     model, graphs = deployed(monkeypatch)
-    graphs.refuses, images = True, photos()
+    graphs.cannot_capture, images = True, photos()
     with pytest.warns(UserWarning, match="without CUDA graphs, as it cannot be captured: an operation waits"):
         got = model(images)
     assert torch.equal(model(images), got)
@@ -240,7 +240,7 @@ def test_threads_get_their_own_results(monkeypatch):
     [{"rate": 8}, {"keep": [40, 30, 20]}, {"ratio": 0.5}, {"const": [2, 25]}, {"keep": (40, 30, 20)}],
     ids=str,
 )
-def test_every_schedule_makes_a_key(schedule):
+def test_every_schedule_is_hashable(schedule):
     models = [cropr.deploy(cropr.apply(reference_vit(), **schedule)) for _ in range(2)]
     assert models[0].cropr.config == models[1].cropr.config
     assert len({model.cropr.config for model in models}) == 1
@@ -251,9 +251,9 @@ def test_every_schedule_makes_a_key(schedule):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", MODELS)
-def test_replayed_graphs_give_the_eager_result(kind, dtype):
-    model = cropr.apply(randomize(MODELS[kind]()).eval().to("cuda", dtype), rate=8, llf=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_replayed_graphs_give_the_eager_result(name, dtype):
+    model = cropr.apply(randomize(MODELS[name]()).eval().to("cuda", dtype), rate=8, llf=True)
     graphed, eager = cropr.deploy(model), cropr.deploy(model, cuda_graphs=0)
     for batch in (1, 2, 3, 1):
         images = torch.randn(batch, 3, 64, 64, dtype=dtype, device="cuda")
@@ -285,7 +285,7 @@ def test_streams_that_take_turns_on_one_graph_get_their_own_results():
 
 
 @pytest.mark.gpu
-def test_autocast_may_end_between_replays():
+def test_replays_survive_the_end_of_autocast():
     model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).cuda()
     eager, images = cropr.deploy(model, cuda_graphs=0), torch.randn(2, 3, 64, 64, device="cuda")
     model.requires_grad_()  # autocast keeps the casts of weights that learn
@@ -301,7 +301,7 @@ def test_autocast_may_end_between_replays():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_current_device_may_be_another():
+def test_graphs_replay_while_another_device_is_current():
     model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).to("cuda:1")
     eager = cropr.deploy(model, cuda_graphs=0)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""CUDA graphs of a function: what is captured and in which order streams work, by a torch.cuda that records."""
+"""CUDA graphs of a function: captures and the order of streams, on a torch.cuda that records its calls."""
 
 import copy
 from collections import OrderedDict
@@ -12,9 +12,12 @@ from cropr_kernels.pruning.graphs import Captured, GraphPool, Graphs
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-def test_graphs_are_bounded_and_results_are_the_callers_own():
+def test_graphs_are_bounded_and_results_are_copies():
     graphs = CountingGraphs(2)
-    double = lambda x: x * 2  # noqa: E731
+
+    def double(x):
+        return x * 2
+
     first = graphs(double, (torch.ones(3),), "a")
     second = graphs(double, (torch.full((3,), 5.0),), "a")
     assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3
@@ -91,15 +94,15 @@ def test_a_call_waits_for_the_one_before_on_another_stream(monkeypatch):
         cuda.current = name
         results.append(captured((torch.full((1,), value, requires_grad=True),)))
     assert cuda.log == [
-        f"{name}: {what}"
+        f"{name}: {event}"
         for name, value in (("one", 3.0), ("two", 4.0))
-        for what in ("enters cpu", "waits for the record", "replays", f"reads {value}", "records", "leaves cpu")
+        for event in ("enters cpu", "waits for the record", "replays", f"reads {value}", "records", "leaves cpu")
     ]
     assert [result.item() for result in results] == [6.0, 8.0] and not results[0].requires_grad
     assert not captured.inputs[0].requires_grad
 
 
-def test_what_cannot_be_captured_says_so(monkeypatch):
+def test_a_failed_capture_raises_its_first_line(monkeypatch):
     cuda = RecordedCuda(monkeypatch)
 
     def run(x):

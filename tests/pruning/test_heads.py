@@ -1,4 +1,4 @@
-"""Auxiliary heads: there when queries shall learn, and only then."""
+"""Auxiliary heads exist if and only if queries learn."""
 
 import copy
 
@@ -35,23 +35,23 @@ def test_the_first_training_makes_heads_and_the_queries_learn(dtype):
     queries = [module.queries for module in model.cropr]
     output, aux = model.train()(IMAGES.to(dtype))
     assert len(aux) == 3 and {prediction.shape for prediction in aux} == {output.shape}
-    assert all(module.queries is own for module, own in zip(model.cropr, queries))
-    made = [module.aggregator for module in model.cropr]
-    assert {parameter.dtype for head in made for parameter in head.parameters()} == {dtype}
-    assert made[0].mlp[0].out_features == 256 and all(head.training for head in made)
+    assert all(module.queries is query for module, query in zip(model.cropr, queries))
+    new_heads = [module.aggregator for module in model.cropr]
+    assert {parameter.dtype for head in new_heads for parameter in head.parameters()} == {dtype}
+    assert new_heads[0].mlp[0].out_features == 256 and all(head.training for head in new_heads)
     sum(prediction.float().sum() for prediction in aux).backward()
-    assert all(own.grad.abs().sum() > 0 for own in queries)
+    assert all(query.grad.abs().sum() > 0 for query in queries)
     model.eval().train()
-    assert [module.aggregator for module in model.cropr] == made
+    assert [module.aggregator for module in model.cropr] == new_heads
 
 
-def test_a_model_in_training_mode_has_heads_at_once_and_one_with_outputs_too():
+def test_models_in_training_mode_or_with_num_outputs_have_heads_at_once():
     assert heads(cropr.apply(reference_vit(), rate=8)) and heads(pruned(num_outputs=7))
     for model in (pruned(num_outputs=0), cropr.deploy(pruned()), pruned(lambda: reference_vit(num_classes=0))):
         assert isinstance(model.train()(IMAGES), torch.Tensor) and heads(model) == []
 
 
-def test_an_optimizer_that_was_made_before_the_heads_is_refused():
+def test_an_optimizer_made_before_the_heads_raises():
     model = pruned()
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     cropr.loss(torch.nn.functional.cross_entropy, *model.train()(IMAGES), torch.tensor([0, 1])).backward()
@@ -67,14 +67,15 @@ def test_an_optimizer_that_was_made_before_the_heads_is_refused():
     assert not torch.equal(model.cropr[0].queries, before["cropr.0.queries"])
 
 
-def test_heads_are_frozen_where_the_queries_are():
+def test_heads_are_frozen_if_the_queries_are():
     model = pruned().requires_grad_(False)
     model.head.requires_grad_(True)
-    optimizer = torch.optim.SGD([own for own in model.parameters() if own.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     output, _ = model.train()(IMAGES)
     output.sum().backward()
     optimizer.step()
-    assert [name for name, own in model.named_parameters() if own.requires_grad] == ["head.weight", "head.bias"]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -89,7 +90,7 @@ def test_weights_load_with_heads_and_without(trained):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_transformers_saves_heads_where_there_are_any(trained, tmp_path):
+def test_save_pretrained_keeps_heads_if_there_are_any(trained, tmp_path):
     t = transformers()
     model = pruned(lambda: t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5)))
     model.train(trained).save_pretrained(tmp_path)
@@ -102,10 +103,10 @@ def test_transformers_saves_heads_where_there_are_any(trained, tmp_path):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_folder_holds_heads_where_there_are_any(trained, tmp_path):
+def test_a_saved_folder_keeps_heads_if_there_are_any(trained, tmp_path):
     model = cropr.calibrate(pruned().train(trained), IMAGES)
     cropr.save(model, tmp_path)
-    for given in (None, reference_vit()):
-        other = cropr.load(tmp_path, given)
+    for into in (None, reference_vit()):
+        other = cropr.load(tmp_path, into)
         assert heads(other) == heads(model) and bool(heads(other)) == trained
         assert other.train().cropr[0].aggregator.mlp[0].out_features == 256

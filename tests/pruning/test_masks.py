@@ -11,11 +11,11 @@ from cropr_kernels.pruning.masks import level_padding, make_masks
 from cropr_kernels.pruning.windows import Windows
 
 GRID, PATCH, SIZES = (8, 8), (8, 8), [(64, 64), (40, 61), (17, 24)]
-PADDED = [kind for kind in MODELS if "any size" not in kind]
+PADDED = [name for name in MODELS if "any size" not in name]
 
 
-def prepared(kind, **options):
-    model = randomize(MODELS[kind]()).double().eval()
+def prepared(name, **options):
+    model = randomize(MODELS[name]()).double().eval()
     return cropr.apply(model, num_outputs=0, **options)
 
 
@@ -25,36 +25,36 @@ def batch_of_sizes():
 
 @torch.no_grad()
 def alone(model, images, padding):
-    """Each image by itself, its padding cut out before the first block, through the model's own blocks."""
-    stack, prefix = model.cropr, model.num_prefix_tokens
+    """Return the logits of each image alone, its padding cut out before the first block."""
+    modules, prefix = model.cropr, model.num_prefix_tokens
     model = cropr.remove(copy.deepcopy(model))
     embedded, table = embed(model, images)
     outputs = []
     for x, absent in zip(embedded, padding.flatten(1)):
         here = torch.cat([torch.arange(prefix), prefix + (~absent).nonzero().flatten()])
-        x, gone = x[here], []
-        counts = stack.config.counts(embedded.shape[1], len(model.blocks), prefix)
+        x, pruned = x[here], []
+        counts = modules.config.counts(embedded.shape[1], len(model.blocks), prefix)
         for layer, block in enumerate(model.blocks):
-            if stack.config.llf and layer == len(model.blocks) - 1 and gone:
-                rows, positions = torch.cat([x, *(t for t, _ in gone)]), torch.cat([here, *(p for _, p in gone)])
+            if modules.config.llf and layer == len(model.blocks) - 1 and pruned:
+                rows, positions = torch.cat([x, *(t for t, _ in pruned)]), torch.cat([here, *(p for _, p in pruned)])
                 x, here = rows[positions.argsort()], positions.sort().values
             kwargs = {} if table is None else {"rope": table[here[prefix:] - prefix]}
             x = block(x[None], **kwargs)[0]
-            if layer < len(stack):
-                scores = x @ stack[layer].query().double()
+            if layer < len(modules):
+                scores = x @ modules[layer].query().double()
                 scores[:prefix] = float("inf")
                 order = scores.argsort(descending=True, stable=True)
                 stay, leave = order[: counts[layer]].sort().values, order[counts[layer] :].sort().values
-                gone.append((x[leave], here[leave]))
+                pruned.append((x[leave], here[leave]))
                 x, here = x[stay], here[stay]
         outputs.append(model.forward_head(model.norm(x[None])))
     return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("llf", [False, True])
-@pytest.mark.parametrize("kind", PADDED)
-def test_padding_changes_nothing_for_the_patches_that_are_there(kind, llf):
-    model = prepared(kind, rate=9, llf=llf)
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_nothing_for_the_patches_that_are_there(name, llf):
+    model = prepared(name, rate=9, llf=llf)
     images, padding = batch_of_sizes()
     expected = alone(model, images, padding)
     fast = cropr.deploy(model)
@@ -65,11 +65,11 @@ def test_padding_changes_nothing_for_the_patches_that_are_there(kind, llf):
         assert not torch.allclose(model(images), expected, rtol=1e-3)
 
 
-def test_what_the_padding_holds_is_of_no_account():
+def test_the_content_of_padding_changes_nothing():
     model = cropr.deploy(prepared("reference", rate=9))
     images, padding = batch_of_sizes()
     other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 1e3, images)
-    # Scores of padding are not compared, and its tokens weigh nothing.
+    # Padding is never selected by score, and its attention weight is zero.
     torch.testing.assert_close(model(other, padding=padding), model(images, padding=padding), rtol=1e-9, atol=1e-9)
 
 
@@ -84,24 +84,24 @@ def test_padding_weighs_nothing_in_sixteen_bits_either(dtype):
     torch.testing.assert_close(model(other, padding=padding), got, rtol=2e-2, atol=2e-2)
 
 
-def test_padding_leaves_first_and_protected_patches_last():
+def test_padding_is_pruned_first_and_protected_patches_last():
     model = cropr.deploy(prepared("timm ViT", rate=9))
     images, padding = batch_of_sizes()
     protect = torch.zeros(3, *GRID, dtype=torch.bool)
     protect[:, 0, :3] = protect[0, 5:7, 4:8] = True
     left = cropr.pruning_map(model, images, protect=protect, padding=padding)
     assert (left[protect] == 4).all()
-    for one, absent in zip(left, padding):
-        if absent.any() and not (one[~absent] == 4).all():
-            assert one[absent].max() <= one[~absent].min()
+    for image, absent in zip(left, padding):
+        if absent.any() and not (image[~absent] == 4).all():
+            assert image[absent].max() <= image[~absent].min()
     without = cropr.pruning_map(model, images)
     assert (without[protect] < 4).any() and (left == 4).sum() == (without == 4).sum()
 
 
-@pytest.mark.parametrize("kind", [*PADDED, "timm ViT, any size"])
+@pytest.mark.parametrize("name", [*PADDED, "timm ViT, any size"])
 @pytest.mark.parametrize("merge", [False, True])
-def test_protected_patches_stay_and_the_engine_agrees(kind, merge):
-    model = prepared(kind, rate=9, merge=merge)
+def test_protected_patches_stay_and_the_engine_agrees(name, merge):
+    model = prepared(name, rate=9, merge=merge)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     protect = cropr.protect_boxes([torch.tensor([[3.0, 3.0, 20.0, 30.0]]), torch.zeros(0, 4)], GRID, PATCH)
     assert protect[0].sum() == 3 * 4 and not protect[1].any()
@@ -147,7 +147,7 @@ def test_auxiliary_predictions_do_not_see_padding(options):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.cropr.parameters() if p.requires_grad)
 
 
-def test_masks_under_checkpointing_compile_and_windows():
+def test_masks_work_under_checkpointing_compilation_and_windows():
     images, padding = batch_of_sizes()
     protect = torch.zeros(3, *GRID, dtype=torch.bool)
     protect[:, :2, :2] = True
@@ -168,9 +168,9 @@ def test_masks_under_checkpointing_compile_and_windows():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", PADDED)
-def test_masks_on_cuda_give_the_cpu_result_replayed_too(kind):
-    model = prepared(kind, rate=9, llf=True)
+@pytest.mark.parametrize("name", PADDED)
+def test_masks_on_cuda_give_the_cpu_result_replayed_too(name):
+    model = prepared(name, rate=9, llf=True)
     images, padding = batch_of_sizes()
     protect = torch.rand(3, *GRID) > 0.8
     with torch.no_grad():
@@ -183,20 +183,20 @@ def test_masks_on_cuda_give_the_cpu_result_replayed_too(kind):
         torch.testing.assert_close(replayed, model(images, padding=padding), rtol=1e-6, atol=1e-6)
 
 
-def test_what_averages_sees_the_patches_alone():
+def test_level_padding_makes_averages_those_of_the_patches():
     x, padding = torch.randn(2, 6, 4), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0]]).bool()
     got = level_padding(x, padding, 1)[:, 1:].mean(1)
     torch.testing.assert_close(got[0], x[0, 1:3].mean(0))
     torch.testing.assert_close(got[1], x[1, [1, 3, 4, 5]].mean(0))
 
 
-def test_pad_images_marks_what_holds_nothing():
+def test_pad_images_marks_patches_without_pixels():
     batch, padding = cropr.pad_images([torch.ones(3, 20, 33), torch.ones(3, 16, 16)], (16, 16))
     assert batch.shape == (2, 3, 32, 48) and batch.sum() == 3 * (20 * 33 + 16 * 16)
     assert padding.tolist() == [[[False] * 3] * 2, [[False, True, True], [True, True, True]]]
 
 
-def test_refusals():
+def test_masks_that_do_not_fit_the_images_or_the_model_raise():
     model = prepared("reference", rate=9)
     images, padding = batch_of_sizes()
     for name in ("protect", "padding"):

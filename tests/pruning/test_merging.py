@@ -1,4 +1,4 @@
-"""Merging as a mode of whole models: against a slow implementation, on the engine, in training, compiled, exported."""
+"""Merging in full models: against a slow implementation, on the engine, in training, compiled, exported."""
 
 import copy
 import itertools
@@ -23,20 +23,20 @@ from cropr_kernels.pruning.merging import COST_WEIGHT, resolve_parents
 
 WAYS = {
     "default": cropr.Merge(),
-    "no choice of the redundant": cropr.Merge(candidates=1),
+    "no choice by redundancy": cropr.Merge(candidates=1),
     "fewer candidates": cropr.Merge(candidates=1.5),
     "sizes do not protect": cropr.Merge(size_weight=0),
 }
 
 
-def slow_logits(model, images, counts, how):
-    """One image and one token at a time: tokens are (value, size, patches) in a list."""
+def slow_logits(model, images, counts, merge):
+    """Return logits, one image and one token at a time: tokens are (value, size, patches) in a list."""
     with torch.no_grad():
         embedded = model.embed(images)[0]
-        return torch.stack([slow_image(model, tokens, counts, how) for tokens in embedded])
+        return torch.stack([slow_image(model, tokens, counts, merge) for tokens in embedded])
 
 
-def slow_image(model, tokens, counts, how):
+def slow_image(model, tokens, counts, merge):
     prefix = model.num_prefix_tokens
     alive = [(token, 1.0, [position]) for position, token in enumerate(tokens)]
     for layer, block in enumerate(model.blocks):
@@ -49,29 +49,27 @@ def slow_image(model, tokens, counts, how):
         x = x + block.ls2(block.mlp(block.norm2(x)))
         alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
         if layer < len(counts):
-            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, how, layer)
+            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, merge, layer)
     rows = torch.empty_like(tokens)
     for value, _, patches in alive:
         rows[patches] = value
     return model.forward_head(model.norm(rows[None]))[0]
 
 
-def slow_merge(alive, features, query, keep, prefix, how, layer):
-    """The first of a token's patches is where it is, on a grid of 8 x 8."""
+def slow_merge(alive, features, query, keep, prefix, merge, layer):
+    """Merge one token after the other; a token is at the first of its patches, on a grid of 8 x 8."""
     scores = [float(value @ query) for value, _, _ in alive]
     patches = torch.tensor(scores[prefix:], dtype=torch.float64)
     mean, spread = patches.mean().item(), patches.std(correction=0).item()
-    weighed = [
-        score + how.size_weight * spread * torch.tensor(size).log().item() for score, (_, size, _) in zip(scores, alive)
-    ]
+    weighed = [score + merge.size_weight * spread * math.log(size) for score, (_, size, _) in zip(scores, alive)]
     cells = [patches[0] - prefix for _, _, patches in alive]
-    first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]  # of the colour that goes first
+    first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]  # of the color that goes first
     order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))  # least important first
-    candidates = order[: len(alive) - how.num_targets(len(alive), keep, prefix)]
-    safe = [i for i in range(prefix, len(alive)) if i not in candidates]
+    candidates = order[: len(alive) - merge.num_targets(len(alive), keep, prefix)]
+    targets = [i for i in range(prefix, len(alive)) if i not in candidates]
     nearest, cost = {}, {}
     for i in candidates:
-        nearest[i] = max((F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in safe)
+        nearest[i] = max((F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in targets)
         cost[i] = max(1 - nearest[i][0], 0) * math.exp(COST_WEIGHT * (weighed[i] - mean) / spread)
     leaving = sorted(candidates, key=lambda i: cost[i])[: len(alive) - keep]
     merged = dict(enumerate(alive))
@@ -85,33 +83,33 @@ def slow_merge(alive, features, query, keep, prefix, how, layer):
     return [merged[i] for i in sorted(merged)]
 
 
-@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("merge", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "options",
     [{}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3, "qk_norm": True}],
     ids=["class token", "average pool", "no class token", "registers"],
 )
-def test_logits_are_those_of_a_slow_merge(options, how):
+def test_logits_are_those_of_a_slow_merge(options, merge):
     model = randomize(reference_vit(**options)).double().eval()
-    cropr.apply(model, rate=9, merge=how)
+    cropr.apply(model, rate=9, merge=merge)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     counts = model.cropr.config.counts(model.num_prefix_tokens + 64, 4, model.num_prefix_tokens)
-    expected = slow_logits(model, images, counts, how)
+    expected = slow_logits(model, images, counts, merge)
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("llf", [False, "as_pruned", "track_parent"])
-@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("merge", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_engine_computes_what_the_functional_ops_do(name, how, llf):
+def test_the_engine_computes_what_the_functional_ops_do(name, merge, llf):
     model = randomize(MODELS[name]()).double().eval()
     keys = set(model.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         plain = model(images)
-        cropr.apply(model, rate=8, llf=llf, merge=how)
+        cropr.apply(model, rate=8, llf=llf, merge=merge)
         assert {key for key in model.state_dict() if not key.startswith("cropr.")} == keys
         expected = model(images)
         assert not torch.equal(expected, plain)
@@ -152,7 +150,7 @@ def test_one_more_dimension_is_exact_against_the_mask(dtype, width):
 
 
 def test_sixteen_bit_keys_lose_nothing_of_the_size():
-    """All queries zero: the weights are the sizes alone, so any error is that of log(size)."""
+    """With zero queries the weights are the sizes alone, so any error is that of log(size)."""
     v = torch.eye(32, dtype=torch.bfloat16)[None, None]
     q = k = torch.zeros_like(v)
     sizes = torch.arange(1.0, 33.0)[None]
@@ -161,8 +159,8 @@ def test_sixteen_bit_keys_lose_nothing_of_the_size():
 
 
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, lambda: reference_vit(qkv_bias=False)])
-def test_projected_with_its_columns_attention_is_the_same(make, monkeypatch):
-    """What CUDA does in 16 bits, on the CPU in float64: attention, and a whole network on the engine."""
+def test_attention_with_projected_size_columns_is_the_same(make, monkeypatch):
+    """The path of CUDA in 16 bits, on the CPU in float64: attention, and a full network on the engine."""
     model = randomize(make()).eval().double()
     attn, x, sizes = model.blocks[0].attn, torch.randn(3, 30, 64).double(), torch.randint(1, 9, (3, 30)).double()
     expected = proportional_attention(*project_heads(attn, x), sizes.log())
@@ -177,7 +175,7 @@ def test_projected_with_its_columns_attention_is_the_same(make, monkeypatch):
     assert calls
 
 
-def test_only_one_plain_matrix_is_padded(monkeypatch):
+def test_only_a_plain_joint_projection_is_padded(monkeypatch):
     tokens = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(8, 65, 64))
     assert pads_projection(reference_vit().blocks[0].attn, tokens)
     assert not pads_projection(reference_vit(qk_norm=True).blocks[0].attn, tokens)
@@ -196,8 +194,8 @@ def test_gradients_of_both_ways_agree():
         leaves = [part.clone().requires_grad_() for part in (q, k, v)]
         function(*leaves, sizes.log()).square().sum().backward()
         grads.append([leaf.grad for leaf in leaves])
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.gpu
@@ -210,10 +208,10 @@ def test_flash_attention_takes_the_extra_dimension(dtype):
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
 
 
-# What comes out
+# Outputs
 
 
-def test_merged_tokens_are_copied_to_all_they_stand_for():
+def test_merged_tokens_are_copied_to_all_their_positions():
     model = cropr.apply(randomize(reference_vit()).eval(), rate=9, merge=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -236,36 +234,36 @@ def test_an_average_counts_every_patch_once():
         torch.testing.assert_close(model(images), model.head(model.fc_norm(tokens[:, 1:].mean(1))))
 
 
-def test_maps_without_merging():
+def test_merge_maps_need_merging_and_are_the_identity_at_rate_0():
     images = torch.randn(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"merge_map: the model's tokens do not merge; cropr.apply\(model, ..., merge"):
         cropr.merge_map(cropr.apply(reference_vit().eval(), rate=8), images)
-    whole = cropr.merge_map(cropr.apply(reference_vit().eval(), rate=0, merge=True), images)
-    assert whole.flatten().tolist() == list(range(64))
+    unmerged = cropr.merge_map(cropr.apply(reference_vit().eval(), rate=0, merge=True), images)
+    assert unmerged.flatten().tolist() == list(range(64))
 
 
-def test_follow_finds_the_end_of_every_chain():
+def test_resolve_parents_finds_the_end_of_every_chain():
     parent = torch.tensor([[0, 3, 2, 5, 2, 7, 2, 7]])  # 1 -> 3 -> 5 -> 7
     assert resolve_parents(parent, 3)[0].tolist() == [0, 7, 2, 7, 2, 7, 2, 7]
     assert resolve_parents(parent[:, :1], 0).tolist() == [[0]]
 
 
-# Options and refusals
+# Options and errors
 
 
-def test_the_number_of_safe_tokens_leaves_a_choice_and_a_place_to_go():
+def test_enough_tokens_are_candidates_and_at_least_one_is_a_target():
     ways = [cropr.Merge(candidates=c) for c in (1, 1.5, 2, 10)]
-    for how, count, prefix in itertools.product(ways, range(2, 60), (0, 1, 5)):
+    for merge, count, prefix in itertools.product(ways, range(2, 60), (0, 1, 5)):
         for keep in range(prefix + 1, count + 1):
-            safe = how.num_targets(count, keep, prefix)
-            assert prefix < safe <= keep
-            assert count - safe >= count - keep
+            num_targets = merge.num_targets(count, keep, prefix)
+            assert prefix < num_targets <= keep
+            assert count - num_targets >= count - keep
     assert ways[0].num_targets(50, 40, 1) == 40
     assert ways[1].num_targets(50, 40, 1) == 35
     assert ways[3].num_targets(50, 40, 0) == 25
 
 
-def test_options_out_of_range_are_refused():
+def test_options_out_of_range_raise():
     with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got 0.5"):
         cropr.Merge(candidates=0.5)
     with pytest.raises(ValueError, match=r"Merge: size_weight must be finite and >= 0, got -1"):
@@ -274,7 +272,7 @@ def test_options_out_of_range_are_refused():
         cropr.Merge(candidates=float("nan"))
 
 
-def test_blocks_that_cannot_weigh_tokens_are_refused():
+def test_blocks_that_cannot_weigh_tokens_raise():
     model = timm_vit()
     model.blocks[1].attn.fused_attn = False
     cropr.apply(model, rate=8, merge=True)
@@ -284,7 +282,7 @@ def test_blocks_that_cannot_weigh_tokens_are_refused():
         model(torch.randn(1, 3, 64, 64))
 
 
-def test_eva_attention_with_a_gate_is_refused():
+def test_eva_attention_with_a_gate_raises():
     pytest.importorskip("timm", reason="timm is not installed")
     try:
         model = timm_eva(gated_attn=True, attn_type="rope")
@@ -350,7 +348,7 @@ def test_recomputed_activations_give_the_same_gradients():
     torch.testing.assert_close(*grads)
 
 
-def test_calibration_reads_the_model_unmerged():
+def test_calibration_ignores_merging():
     images = torch.randn(8, 3, 64, 64)
     queries = []
     for merge in (False, True):
@@ -366,7 +364,7 @@ def test_calibration_reads_the_model_unmerged():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", [True, False])
-def test_compiles_whole(engine, compiler):
+def test_merging_compiles_to_one_graph(engine, compiler):
     torch._dynamo.reset()
     model = cropr.deploy(
         cropr.apply(randomize(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
@@ -388,7 +386,7 @@ def test_exports_with_the_functional_ops():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_and_autocast(dtype):
+def test_lower_precision_and_autocast_are_near_float32(dtype):
     model = cropr.apply(randomize(reference_vit()).eval(), rate=8, merge=True)
     images = torch.randn(2, 3, 64, 64)
     low = cropr.deploy(model).to(dtype)

@@ -31,7 +31,7 @@ def linear(x, state, name):
 
 
 def turn(vector, position, config):
-    """Rotate channel pairs of a head by angles of the patch's row (first half) and column (second half)."""
+    """Return a head's vector, rotated by angles of the patch's row (first half) and column (second half)."""
     side, head_dim = config.img_size // config.patch_size, vector.shape[0]
     out, bands = vector.clone(), head_dim // 4
     for pair in range(head_dim // 2):
@@ -56,7 +56,7 @@ def project(x, state, name, config):
 
 
 def attention(tokens, positions, state, name, config):
-    """tokens: list of vectors; positions: patch position or None for prefix tokens."""
+    """Return the attention output of a list of vectors; a position is a patch, or None for prefix tokens."""
     head_dim = config.embed_dim // config.num_heads
     projected = [project(token, state, name, config) for token in tokens]
     outputs = [[] for _ in tokens]
@@ -90,29 +90,29 @@ def mlp(x, state, name, config):
 def block(tokens, positions, state, layer, config):
     name = f"blocks.{layer}"
     attended = attention([norm(t, state, f"{name}.norm1") for t in tokens], positions, state, f"{name}.attn", config)
-    one = state.get(f"{name}.ls1.gamma", 1.0)
-    tokens = [t + one * a for t, a in zip(tokens, attended)]
-    two = state.get(f"{name}.ls2.gamma", 1.0)
-    return [t + two * mlp(norm(t, state, f"{name}.norm2"), state, f"{name}.mlp", config) for t in tokens]
+    scale1 = state.get(f"{name}.ls1.gamma", 1.0)
+    tokens = [t + scale1 * a for t, a in zip(tokens, attended)]
+    scale2 = state.get(f"{name}.ls2.gamma", 1.0)
+    return [t + scale2 * mlp(norm(t, state, f"{name}.norm2"), state, f"{name}.mlp", config) for t in tokens]
 
 
-def host_of(token, others):
-    """Of [(place, row)] the place of the row most like a token."""
+def parent_of(token, others):
+    """Return the position of the row most similar to a token, of [(position, row)]."""
     return max(others, key=lambda other: torch.nn.functional.cosine_similarity(token, other[1], dim=0).item())[0]
 
 
 def restored(departures, alive):
-    """Rows by place: those alive, and from the last departure to the first left + (host now - host then)."""
+    """Return rows by position; from the last pruning to the first: the token + (its parent now - its parent then)."""
     rows = dict(alive)
-    for left, then, hosts in reversed(departures):
-        for place, row in left.items():
-            host = hosts[place]
-            rows[place] = row if host is None else row + (rows[host] - then[host])
+    for left, then, parents in reversed(departures):
+        for position, row in left.items():
+            parent = parents[position]
+            rows[position] = row if parent is None else row + (rows[parent] - then[parent])
     return rows
 
 
 def slow_cropr(image, state, queries, config, fusion):
-    """Sections 1 of the method on one image: returns the logits and the positions kept after each module."""
+    """Run the method on one image; return the logits and the positions kept after each module."""
     patch, side = config.patch_size, config.img_size // config.patch_size
     tokens, positions = [], []
     for index in range(side * side):
@@ -132,13 +132,13 @@ def slow_cropr(image, state, queries, config, fusion):
     positions = [None] * num_prefix + positions
 
     everywhere, order, departures, kept_positions = positions, list(range(len(tokens))), [], []
-    whole = fusion.blocks if fusion else 0
-    modules = DEPTH - 1 - whole
+    full_blocks = fusion.blocks if fusion else 0
+    modules = DEPTH - 1 - full_blocks
     for layer in range(DEPTH):
-        if layer == DEPTH - whole:
+        if layer == DEPTH - full_blocks:
             rows = restored(departures, zip(order, tokens))
             order, positions = list(range(len(rows))), everywhere
-            tokens = [rows[place] for place in order]
+            tokens = [rows[position] for position in order]
         tokens = block(tokens, positions, state, layer, config)
         if layer >= modules:
             continue
@@ -149,14 +149,14 @@ def slow_cropr(image, state, queries, config, fusion):
         stay = [i for i in range(len(tokens)) if i not in leaving]
         left, then = ({order[i]: tokens[i] for i in part} for part in (leaving, stay))
         patches = [(order[i], tokens[i]) for i in stay if i >= num_prefix]
-        by_host = fusion is not None and fusion.restore == "track_parent"
-        hosts = {place: host_of(row, patches) if by_host else None for place, row in left.items()}
-        departures.append((left, then, hosts))
+        tracks = fusion is not None and fusion.restore == "track_parent"
+        parents = {position: parent_of(row, patches) if tracks else None for position, row in left.items()}
+        departures.append((left, then, parents))
         order, tokens, positions = ([part[i] for i in stay] for part in (order, tokens, positions))
         kept_positions.append(order)
-    if fusion is not None and whole == 0:
+    if fusion is not None and full_blocks == 0:
         rows = restored(departures, zip(order, tokens))
-        tokens = [rows[place] for place in range(len(rows))]
+        tokens = [rows[position] for position in range(len(rows))]
     if "norm.weight" in state:
         tokens = [norm(t, state, "norm") for t in tokens]
     pooled = tokens[0] if config.global_pool == "token" else sum(tokens[num_prefix:]) / (len(tokens) - num_prefix)
@@ -182,7 +182,7 @@ def slow_cropr(image, state, queries, config, fusion):
 def test_logits_equal_a_slow_implementation_of_the_paper(family, llf, num_queries):
     config = ViTConfig(**COMMON, **FAMILIES[family])
     model = ViT(config).eval()
-    for parameter in model.parameters():  # nothing at its neutral value
+    for parameter in model.parameters():  # none at its neutral value
         parameter.add_(0.1 * torch.randn_like(parameter))
     cropr.apply(model, rate=RATE, llf=llf or False, num_queries=num_queries)
     images = torch.randn(2, 3, config.img_size, config.img_size)

@@ -1,4 +1,4 @@
-"""Random queries are said once, wherever they would decide what is pruned, and nobody else is bothered."""
+"""Random queries that would decide what is pruned raise one warning; other queries raise none."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ import cropr_kernels as cropr
 from cropr_kernels.pruning.api import deployed_copy
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-SAID = "the queries are random, so what is pruned is arbitrary; call cropr.calibrate"
+WARNING = "the queries are random, so what is pruned is arbitrary; call cropr.calibrate"
 
 
 def like(model):
@@ -35,32 +35,32 @@ def is_quiet(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return not any(SAID in str(one.message) for one in caught)
+    return not any(WARNING in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_they_are_said_once_and_the_line_is_the_callers(name, half):
+def test_random_queries_warn_once_at_the_line_of_the_caller(name, half):
     model = pruned()
     if half:
         model = copy.deepcopy(pickle.loads(pickle.dumps(model))).bfloat16()
-    with pytest.warns(UserWarning, match=rf"cropr.{name}: {SAID}") as caught:
+    with pytest.warns(UserWarning, match=rf"cropr.{name}: {WARNING}") as caught:
         CALLS[name](model)
-    assert [one.filename for one in caught] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
     assert is_quiet(lambda: CALLS[name](model)) and is_quiet(
         lambda: cropr.pruning_map(cropr.deploy(model), like(model))
     )
 
 
-def test_a_file_of_them_is_said_too(tmp_path):
-    with pytest.warns(UserWarning, match=f"cropr.export: {SAID}"):
+def test_an_exported_file_of_random_queries_warns(tmp_path):
+    with pytest.warns(UserWarning, match=f"cropr.export: {WARNING}"):
         cropr.export(pruned(merge=False), IMAGES, tmp_path / "model.pt2", format="torch")
 
 
-def test_an_unpruned_deployed_model_that_begins_to_prune_says_it():
+def test_a_deployed_model_warns_when_it_begins_to_prune():
     model = pruned(rate=0)
     assert is_quiet(lambda: cropr.deploy(model))
-    with pytest.warns(UserWarning, match=f"cropr.set_rate: {SAID}"):
+    with pytest.warns(UserWarning, match=f"cropr.set_rate: {WARNING}"):
         cropr.set_rate(cropr.deploy(model), 3)
     assert is_quiet(lambda: cropr.set_rate(model, 3)), "it may still be calibrated"
     assert is_quiet(lambda: cropr.set_rate(deployed_copy(model), 3)), "measuring time needs no queries"
@@ -92,7 +92,7 @@ def with_a_file(model, tmp_path):
     [trained, loaded, assigned, with_a_file, lambda model, _: cropr.calibrate(model, IMAGES)],
     ids=["trained", "loaded", "assigned", "file", "calibrated"],
 )
-def test_queries_that_came_from_somewhere_are_not(make, num_queries, deployed, tmp_path):
+def test_trained_loaded_and_calibrated_queries_do_not_warn(make, num_queries, deployed, tmp_path):
     model = pruned(num_queries=num_queries)
     if deployed and make in (trained, loaded, assigned):
         pytest.skip("a deployed model has nothing to train, and other names")
@@ -105,7 +105,7 @@ def test_queries_that_came_from_somewhere_are_not(make, num_queries, deployed, t
     assert not any("initial" in name for name in model.state_dict())
 
 
-def test_modules_of_others_are_their_own_business():
+def test_custom_modules_do_not_warn():
     class Mine(cropr.Scorer):
         def query(self):
             return torch.ones(64)
@@ -114,7 +114,7 @@ def test_modules_of_others_are_their_own_business():
     assert is_quiet(lambda: cropr.deploy(model))
 
 
-def test_weights_that_are_nowhere_yet_are_not_known_to_be_random():
+def test_weights_on_the_meta_device_do_not_warn():
     with torch.device("meta"):
         model = cropr.apply(reference_vit(), rate=8)
     assert is_quiet(lambda: cropr.deploy(model))

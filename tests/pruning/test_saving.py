@@ -1,4 +1,4 @@
-"""What cropr.save writes cropr.load gives back, bit for bit; what is damaged or cannot be named is said."""
+"""cropr.load restores what cropr.save wrote, bit for bit; damaged or unknown files raise."""
 
 import json
 import warnings
@@ -38,26 +38,26 @@ def images_of(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_model_comes_back_bit_for_bit(family, how, dtype, tmp_path):
-    model = cropr.apply(randomize(FAMILIES[family]()).to(dtype), **how).eval()
+def test_a_saved_model_loads_bit_for_bit(family, options, dtype, tmp_path):
+    model = cropr.apply(randomize(FAMILIES[family]()).to(dtype), **options).eval()
     images = images_of(model)
     for saved in (model, cropr.deploy(model, engine=False)):
         cropr.save(saved, tmp_path / "model")
         other = cropr.load(tmp_path / "model")
         assert type(other) is type(model) and other.cropr.config == model.cropr.config and not other.training
-        again = other if saved is model else cropr.deploy(other, engine=False)  # frozen, as what was saved
+        again = other if saved is model else cropr.deploy(other, engine=False)  # frozen, as the saved model
         assert torch.equal(outputs_of(again(images)), outputs_of(saved(images)))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            cropr.deploy(other)  # nobody says that its queries are random
+            cropr.deploy(other)  # no warning of random queries
         assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
     names = {name for name in model.state_dict() if not name.startswith("cropr.")}
     assert {name for name in other.state_dict() if not name.startswith("cropr.")} == names
 
 
-def test_how_images_are_prepared_is_saved(tmp_path):
+def test_preprocessing_of_images_is_saved(tmp_path):
     mine = cropr.Pixels((64, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.9, "bilinear", True)
     model = cropr.apply(reference_vit(), rate=2)
     for pixels, expected in ((None, None), (mine, mine)):
@@ -84,29 +84,31 @@ def test_windows_and_half_a_curriculum_are_saved(tmp_path):
 
 
 @torch.no_grad()
-def test_what_nothing_names_is_loaded_into_a_model_that_is_given(tmp_path):
-    make = lambda: timm_eva(scale_attn_inner=True)  # noqa: E731
+def test_unknown_architectures_load_into_a_model_of_the_caller(tmp_path):
+    def make():
+        return timm_eva(scale_attn_inner=True)
+
     model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
     with pytest.warns(UserWarning, match=r"cropr.load will need one: cropr.load\(path, model=\.\.\.\)"):
         cropr.save(model, tmp_path)
     with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("):
         cropr.load(tmp_path)
-    for given in (make(), cropr.apply(make(), rate=9, num_outputs=0)):
-        other = cropr.load(tmp_path, model=given)
-        assert other is given and torch.equal(other(IMAGES), model(IMAGES))
+    for target in (make(), cropr.apply(make(), rate=9, num_outputs=0)):
+        other = cropr.load(tmp_path, model=target)
+        assert other is target and torch.equal(other(IMAGES), model(IMAGES))
     with pytest.raises(ValueError, match=r"does not fit this VisionTransformer: \d+ tensors differ, the first are "):
         cropr.load(tmp_path, model=timm_vit(depth=4))
 
 
 @torch.no_grad()
-def test_modules_of_ones_own_are_put_there_before(tmp_path):
+def test_custom_modules_load_into_a_model_that_has_them(tmp_path):
     class Mine(cropr.Scorer):
         def __init__(self):
             super().__init__()
-            self.own = torch.nn.Parameter(torch.randn(64))
+            self.vector = torch.nn.Parameter(torch.randn(64))
 
         def query(self):
-            return self.own.float()
+            return self.vector.float()
 
     def make():
         return cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: Mine()).eval()
@@ -124,7 +126,7 @@ class Reversed(cropr.Cropr):
 
 
 @pytest.mark.parametrize("make_module", [lambda *_: Reversed(64), lambda *_: cropr.Cropr(64, 5, mlp_ratio=2.0)])
-def test_a_module_that_apply_would_not_make_is_not_taken_for_one(make_module, tmp_path):
+def test_subclassed_and_configured_modules_count_as_custom(make_module, tmp_path):
     model = cropr.apply(randomize(reference_vit()), rate=8, make_module=make_module).eval()
     cropr.save(model, tmp_path)
     with pytest.raises(ValueError, match="prune a model with the same make_module and give it"):
@@ -133,7 +135,7 @@ def test_a_module_that_apply_would_not_make_is_not_taken_for_one(make_module, tm
     assert torch.equal(cropr.load(tmp_path, other)(IMAGES), model(IMAGES))
 
 
-def test_options_that_change_no_tensor_are_not_lost():
+def test_architectures_with_options_of_no_tensor_are_not_mistaken():
     assert architecture_of(by_name())["options"] == {"num_classes": 5, "img_size": [64, 64]}
     assert architecture_of(by_name(drop_path_rate=0.1, proj_drop_rate=0.1)) is not None
     for options in (dict(act_layer="relu"), dict(norm_layer=torch.nn.Identity), dict(qk_norm=True)):
@@ -144,25 +146,25 @@ def test_options_that_change_no_tensor_are_not_lost():
 
 
 @pytest.mark.parametrize("family", ["reference", "transformers"])
-def test_damage_is_found_and_named(family, tmp_path):
+def test_damaged_files_raise(family, tmp_path):
     cropr.save(cropr.apply(FAMILIES[family](), rate=2, num_outputs=0), tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole = weights.read_bytes(), config.read_text()
-    for place in (len(whole[0]) // 2, len(whole[0]) - 1):
-        weights.write_bytes(whole[0][:place] + bytes([whole[0][place] ^ 1]) + whole[0][place + 1 :])
+    intact = weights.read_bytes(), config.read_text()
+    for index in (len(intact[0]) // 2, len(intact[0]) - 1):
+        weights.write_bytes(intact[0][:index] + bytes([intact[0][index] ^ 1]) + intact[0][index + 1 :])
         with pytest.raises(ValueError, match=r"is damaged, or not all of it was written: .*; save it again"):
             cropr.load(tmp_path)
-    weights.write_bytes(whole[0])
-    about = json.loads(whole[1])
-    about["cropr"]["rate"] = 3
-    config.write_text(json.dumps(about))
+    weights.write_bytes(intact[0])
+    metadata = json.loads(intact[1])
+    metadata["cropr"]["rate"] = 3
+    config.write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match="is damaged, or not all of it was written"):
         cropr.load(tmp_path)
-    config.write_text(whole[1])
+    config.write_text(intact[1])
     assert cropr.load(tmp_path).cropr.config.schedule.rate == 2
 
 
-def test_what_is_no_saved_model_is_named(tmp_path):
+def test_paths_without_a_saved_model_raise(tmp_path):
     with pytest.raises(TypeError, match=r"cropr.save: the model is not pruned"):
         cropr.save(reference_vit(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*; cropr.save writes one"):
@@ -175,7 +177,7 @@ def test_what_is_no_saved_model_is_named(tmp_path):
         cropr.save(cropr.apply(reference_vit(), rate=2), tmp_path / "config.json")
 
 
-def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
+def test_a_full_disk_raises_and_keeps_the_previous_files(tmp_path, monkeypatch):
     model = cropr.apply(reference_vit(), rate=2, num_outputs=0)
     cropr.save(model, tmp_path)
 

@@ -1,4 +1,4 @@
-"""The paper's switches: each does what it says, and what cannot work together is refused."""
+"""The paper's switches: each has its effect, and illegal combinations raise."""
 
 import pytest
 import torch
@@ -20,20 +20,23 @@ def test_no_mlp_leaves_norm_and_head():
     torch.testing.assert_close(module.predict(x)[0], expected)
 
 
-def test_progress_prunes_a_share_and_the_rate_rises_in_whole_tokens():
+def test_progress_prunes_a_share_of_the_rate_in_integers():
     model = cropr.apply(reference_vit(), rate=10)
-    plan = lambda: model.cropr.config.counts(65, 4, 1)  # noqa: E731
-    assert plan() == [54, 44, 34]
-    assert cropr.set_progress(model, 0.0) is model and plan() == [65, 65, 65]
+
+    def counts():
+        return model.cropr.config.counts(65, 4, 1)
+
+    assert counts() == [54, 44, 34]
+    assert cropr.set_progress(model, 0.0) is model and counts() == [65, 65, 65]
     cropr.set_progress(model, 0.5)
-    assert plan() == cropr.Schedule(rate=5).counts(65, 4)
-    assert cropr.set_progress(model, 1.0) and plan() == [54, 44, 34]
+    assert counts() == cropr.Schedule(rate=5).counts(65, 4)
+    assert cropr.set_progress(model, 1.0) and counts() == [54, 44, 34]
     half = cropr.Schedule(const=(2, 25), share=0.5)
     assert half.counts(65, 4) == [65, 45, 45]
     assert "const=(2, 25), 50% of it" in str(half)
 
 
-def test_one_reduction_keeps_its_count():
+def test_a_single_reduction_prunes_once():
     assert cropr.Schedule(const=(4, 99)).counts(197, 12) == [197] * 3 + [99] * 8
     model = cropr.apply(reference_vit(), const=(1, 33))
     assert cropr.pruning_map(model, torch.randn(1, 3, 64, 64)).flatten().bincount().tolist() == [0, 32, 0, 0, 32]
@@ -49,6 +52,6 @@ def test_one_reduction_keeps_its_count():
         (lambda: cropr.set_progress(reference_vit(), 0.5), "cropr.set_progress: the model is not pruned"),
     ],
 )
-def test_what_cannot_work_is_refused(call, message):
+def test_illegal_options_raise(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()

@@ -1,4 +1,4 @@
-"""Whole maps of the last blocks: dense features, and the vision towers of models that read hidden states."""
+"""Full maps of the last blocks: dense features, and vision towers whose hidden states are read."""
 
 import copy
 import io
@@ -40,17 +40,17 @@ def images():
     return torch.randn(2, 3, 64, 64)
 
 
-def whole(model, images, count, norm=False):
-    """The last maps, (B, prefix + patches, D) each."""
+def full_maps(model, images, count, norm=False):
+    """Return the last maps, (B, prefix + patches, D) each."""
     if not hasattr(model, "forward_intermediates"):
         return model(images, output_hidden_states=True).hidden_states[-count:]
-    how = {"intermediates_only": True, "return_prefix_tokens": model.num_prefix_tokens > 0, "norm": norm}
-    maps = model.forward_intermediates(images, count, output_fmt="NLC", **how)
+    options = {"intermediates_only": True, "return_prefix_tokens": model.num_prefix_tokens > 0, "norm": norm}
+    maps = model.forward_intermediates(images, count, output_fmt="NLC", **options)
     return [torch.cat(part[::-1], 1) if isinstance(part, tuple) else part for part in maps]
 
 
 def last_block(model, images, x):
-    """What the last block gives for other tokens, called as for these images."""
+    """Return the output of the last block for tokens x, with its other arguments as for these images."""
     called, block = [], find_spec(model).blocks[-1]
     handle = block.register_forward_pre_hook(
         lambda block, args, kwargs: called.append((args, kwargs)), with_kwargs=True
@@ -66,15 +66,15 @@ def last_block(model, images, x):
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_the_last_maps_are_whole(name, deployed, merge, images):
+def test_the_last_maps_are_full(name, deployed, merge, images):
     plain = randomize(FAMILIES[name]()).eval()
-    expected = whole(plain, images, 2)
+    expected = full_maps(plain, images, 2)
     model = cropr.apply(copy.deepcopy(plain), rate=0, llf=TWO, merge=merge, num_outputs=0)
     model = cropr.deploy(model) if deployed else model
-    for got, one in zip(whole(model, images, 2), expected):
-        assert torch.equal(got, one)
+    for got, expected_map in zip(full_maps(model, images, 2), expected):
+        assert torch.equal(got, expected_map)
     cropr.set_rate(model, 8)
-    before, last = whole(model, images, 2)
+    before, last = full_maps(model, images, 2)
     assert before.shape == last.shape == expected[0].shape
     assert not torch.allclose(before, expected[0])
     if name in ("ViT", "DINOv2"):  # their last hidden state is after the norm
@@ -86,9 +86,12 @@ def test_the_last_maps_are_whole(name, deployed, merge, images):
 
 @pytest.mark.parametrize("name", TIMM)
 @torch.no_grad()
-def test_maps_of_earlier_blocks_are_refused(name, images):
+def test_maps_of_earlier_blocks_raise(name, images):
     model = cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, num_outputs=0)
-    maps = lambda indices, **how: model.forward_intermediates(images, indices, **how)  # noqa: E731
+
+    def maps(indices, **options):
+        return model.forward_intermediates(images, indices, **options)
+
     with pytest.raises(ValueError, match=r"not in the maps of blocks 5 \(from 0\), they are in none; cropr.set_llf"):
         maps(1)
     cropr.apply(cropr.remove(model), rate=8, merge=True, num_outputs=0)
@@ -99,9 +102,9 @@ def test_maps_of_earlier_blocks_are_refused(name, images):
         cropr.set_llf(model, cropr.Fusion("track_parent", blocks))
         first = DEPTH - 1 - blocks
         for indices in (blocks + 1, [first, 5], (-1, -blocks - 1), [first]):
-            last, found = maps(indices)
-            assert len(found) == (indices if isinstance(indices, int) else len(indices))
-            assert {tuple(one.shape) for one in found} == {(2, 64, 8, 8)}
+            last, earlier = maps(indices)
+            assert len(earlier) == (indices if isinstance(indices, int) else len(indices))
+            assert {tuple(block_map.shape) for block_map in earlier} == {(2, 64, 8, 8)}
             assert torch.equal(last, model.forward_features(images))
         early = maps([first], stop_early=True, intermediates_only=True)
         assert torch.equal(early[0], maps([first])[1][0])
@@ -119,14 +122,14 @@ def test_maps_of_earlier_blocks_are_refused(name, images):
 
 
 @torch.no_grad()
-def test_the_older_interface_of_timm(images):
+def test_get_intermediate_layers_gives_full_maps(images):
     model = cropr.apply(randomize(FAMILIES["timm ViT"]()).eval(), rate=8, llf=TWO, num_outputs=0)
-    for one in (model, cropr.deploy(model)):
-        got = one.get_intermediate_layers(images, 3, reshape=True, norm=True)
+    for runner in (model, cropr.deploy(model)):
+        got = runner.get_intermediate_layers(images, 3, reshape=True, norm=True)
         assert [tuple(part.shape) for part in got] == [(2, 64, 8, 8)] * 3
         assert torch.equal(got[2].flatten(2).mT, model.forward_features(images)[:, 5:])
         with pytest.raises(ValueError, match=r"not in the maps of blocks 1, 2 \(from 0\)"):
-            one.get_intermediate_layers(images, [1, 2, 5])
+            runner.get_intermediate_layers(images, [1, 2, 5])
 
 
 @pytest.mark.parametrize("deployed", [False, True])
@@ -135,80 +138,80 @@ def test_the_older_interface_of_timm(images):
 def test_copies_give_their_own_maps(name, deployed, images):
     model = cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0)
     model = cropr.deploy(model) if deployed else model
-    expected, file = whole(model, images, 3), io.BytesIO()
+    expected, file = full_maps(model, images, 3), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert all(torch.equal(*pair) for pair in zip(whole(other, images, 3), expected))
+        assert all(torch.equal(*pair) for pair in zip(full_maps(other, images, 3), expected))
         for parameter in other.cropr.spec.blocks[0].parameters():
             parameter.data.zero_()
-        assert not torch.allclose(whole(other, images, 3)[0], expected[0])
-        assert all(torch.equal(*pair) for pair in zip(whole(model, images, 3), expected))  # nothing is shared
+        assert not torch.allclose(full_maps(other, images, 3)[0], expected[0])
+        assert all(torch.equal(*pair) for pair in zip(full_maps(model, images, 3), expected))  # nothing is shared
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02"])
 @torch.no_grad()
-def test_compiled_models_and_their_maps(name, images):
+def test_compiled_models_give_the_same_maps(name, images):
     model = cropr.deploy(cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0))
     torch._dynamo.reset()
-    for call in (model, lambda images: whole(model, images, 3)):
+    for call in (model, lambda images: full_maps(model, images, 3)):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), call(images), rtol=1e-4, atol=1e-4)
 
 
 class OfMaps(nn.Module):
-    """Mixed into a model whose own forward takes the maps of two blocks."""
+    """Mixin of a model whose forward reads the maps of two blocks."""
 
     def forward(self, images):
         return torch.cat([part.mean((2, 3)) for part in self.forward_intermediates(images, 2)[1]], 1)
 
 
 @torch.no_grad()
-def test_wrappers_for_features_and_models_that_take_their_own_maps(images):
+def test_feature_wrappers_and_models_that_read_their_maps_agree(images):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    kind = timm.models.vision_transformer.VisionTransformer
+    vit_class = timm.models.vision_transformer.VisionTransformer
     options = dict(img_size=64, patch_size=8, embed_dim=64, depth=DEPTH, num_heads=2, num_classes=5)
-    plain = randomize(kind(**options)).eval()
-    own = type("Own", (OfMaps, kind), {})(**options).eval()
-    own.load_state_dict(plain.state_dict())
-    expected = own(images)
-    cropr.apply(own, rate=0, llf=TWO, num_outputs=0)
-    assert torch.equal(own(images), expected)
-    cropr.set_rate(own, 8)
-    expected = own(images)
-    torch.testing.assert_close(cropr.deploy(own)(images), expected)
-    assert own.cropr.context.options is None
+    plain = randomize(vit_class(**options)).eval()
+    subclassed = type("Own", (OfMaps, vit_class), {})(**options).eval()
+    subclassed.load_state_dict(plain.state_dict())
+    expected = subclassed(images)
+    cropr.apply(subclassed, rate=0, llf=TWO, num_outputs=0)
+    assert torch.equal(subclassed(images), expected)
+    cropr.set_rate(subclassed, 8)
+    expected = subclassed(images)
+    torch.testing.assert_close(cropr.deploy(subclassed)(images), expected)
+    assert subclassed.cropr.context.options is None
     wrapper = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(4, 5), **options).eval()
     wrapper.model.load_state_dict(plain.state_dict(), strict=False)
     with pytest.raises(TypeError, match=r"FeatureGetterNet is a module around a model; .* at \.model, VisionTransf"):
         cropr.apply(wrapper, rate=8)
     cropr.apply(wrapper.model, rate=8, llf=TWO, num_outputs=0)
-    for mine, other in zip(wrapper.model.cropr, own.cropr):
+    for mine, other in zip(wrapper.model.cropr, subclassed.cropr):
         mine.queries.copy_(other.queries)
     torch.testing.assert_close(torch.cat([part.mean((2, 3)) for part in wrapper(images)], 1), expected)
 
 
 @torch.no_grad()
-def test_what_transformers_puts_around_timm():
+def test_the_timm_wrapper_of_transformers_gives_hidden_states():
     t, photo = transformers(), torch.randn(1, 3, 224, 224)
-    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
-    model = t.TimmWrapperForImageClassification(t.TimmWrapperConfig.from_dict(about)).eval()
+    settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
+    model = t.TimmWrapperForImageClassification(t.TimmWrapperConfig.from_dict(settings)).eval()
     cropr.apply(model.timm_model, rate=8, llf=TWO, num_outputs=0)
     output = model(photo, output_hidden_states=[9, -1])
-    assert [tuple(one.shape) for one in output.hidden_states] == [(1, 192, 14, 14)] * 2
+    assert [tuple(state.shape) for state in output.hidden_states] == [(1, 192, 14, 14)] * 2
     torch.testing.assert_close(output.logits, model(photo).logits)
     with pytest.raises(ValueError, match=r"not in the maps of blocks 0, .*in those from 9 on"):
         model(photo, output_hidden_states=True)
 
 
-def test_window_attention_has_one_map():
+def test_window_attention_has_the_last_map_only():
     model = timm_vit(depth=DEPTH, dynamic_img_size=True).eval()
     cropr.apply(model, rate=1, llf=True, windows=cropr.Windows(4, (2, 5)), num_outputs=0)
     with pytest.raises(ValueError, match=r"no maps but the last: model.forward_features\(images\)"):
         model.forward_intermediates(torch.randn(1, 3, 64, 64), 1)
 
 
-# Models of language around a vision tower
+# Vision-language models
 
 
 def llava(vision="CLIPVisionConfig", **options):
@@ -224,7 +227,7 @@ def llava_next():
     config = t.LlavaNextConfig(
         vision_config=t.CLIPVisionConfig(**DEEP), text_config=text, image_token_index=5, image_grid_pinpoints=[[64, 64]]
     )
-    return t.LlavaNextForConditionalGeneration(config), 64 + 64 + 8  # the whole image, one tile, and ends of its rows
+    return t.LlavaNextForConditionalGeneration(config), 64 + 64 + 8  # the full image, one tile, and ends of its rows
 
 
 def paligemma():
@@ -248,7 +251,7 @@ AROUND = {
 
 
 def asked_of(name, num_tokens):
-    """A batch of two questions about an image each."""
+    """Return a batch of two questions about an image each."""
     ids = torch.tensor([[1, *[5] * num_tokens, 2, 3]] * 2)
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "LLaVA-NeXT":
@@ -259,15 +262,15 @@ def asked_of(name, num_tokens):
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("name", AROUND)
 @torch.no_grad()
-def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
-    make, how = AROUND[name]
+def test_a_vision_language_model_runs_on_a_pruned_tower(name, deployed, tmp_path):
+    make, options = AROUND[name]
     model, num_tokens = make()
     asked = asked_of(name, num_tokens)
     randomize(model).eval()
     plain, words = model(**asked).logits, model.generate(**asked, max_new_tokens=4, do_sample=False)
     assert words.shape[1] == num_tokens + 7
 
-    tower = cropr.apply(model.model.vision_tower, rate=0, num_outputs=0, **how)
+    tower = cropr.apply(model.model.vision_tower, rate=0, num_outputs=0, **options)
     cropr.calibrate(tower, torch.randn(4, 3, 64, 64))
     if deployed:
         tower = model.model.vision_tower = cropr.deploy(tower)
@@ -295,7 +298,7 @@ def test_a_model_of_language_runs_on_a_pruned_tower(name, deployed, tmp_path):
 
 
 @torch.no_grad()
-def test_a_tower_without_its_tokens_is_noticed():
+def test_a_tower_with_missing_tokens_raises():
     model, num_tokens = llava()
     asked = asked_of("LLaVA", num_tokens)
     tower = cropr.apply(model.eval().model.vision_tower, rate=8, llf="track_parent", num_outputs=0)

@@ -1,4 +1,4 @@
-"""Window attention: equal counts per window, some blocks over the whole map, the map whole again at the end."""
+"""Window attention: equal counts per window, some global blocks, a full map at the end."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def without_prefix(model):
 
 
 def slowly(model, images, counts, queries, global_blocks):
-    """One image and one window at a time, tokens as (position, row) pairs."""
+    """Return features, one image and one window at a time, with rows by position."""
     tokens, rope = patches_of(model, images)
     without_prefix(model)
     outputs = []
@@ -67,17 +67,17 @@ def slowly(model, images, counts, queries, global_blocks):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("global_blocks", [(), (1,), (0, 3)], ids=["none", "one", "first and last"])
 @torch.no_grad()
-def test_the_stream_is_that_of_a_slow_implementation(name, global_blocks):
+def test_features_equal_a_slow_implementation(name, global_blocks):
     model, images = build(name)
     cropr.apply(model, keep=[12, 5], llf=True, windows=cropr.Windows(SIZE, global_blocks), num_outputs=0)
-    found = model.forward_features(images)
+    features = model.forward_features(images)
     queries = [module.query().double() for module in model.cropr]
     expected = slowly(cropr.remove(model), images, [12, 5], queries, global_blocks)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
-def test_every_window_keeps_as_many_and_the_map_says_where():
+def test_every_window_keeps_the_same_number_of_tokens():
     model, images = build("rotary")
     cropr.apply(model, keep=[10, 3], llf=True, windows=cropr.Windows(SIZE), num_outputs=0)
     left = cropr.pruning_map(model, images)
@@ -101,14 +101,14 @@ def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_feature
         assert torch.equal(cropr.deploy(model).forward_features(images), model.eval().forward_features(images))
 
 
-def test_remove_gives_the_model_back():
+def test_remove_restores_the_model():
     model, images = build("timm EVA-02")
     before = model(images[:, :, :, :64])
     cropr.apply(model, rate=3, llf=True, windows=cropr.Windows(SIZE), num_outputs=0)
     assert torch.equal(cropr.remove(model)(images[:, :, :, :64]), before)
 
 
-def test_what_does_not_fit_is_refused():
+def test_schedules_and_grids_that_do_not_fit_raise():
     model, images = build("class token")
     windows = cropr.Windows(SIZE)
     with pytest.raises(ValueError, match="windows need llf=True"):

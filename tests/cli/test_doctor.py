@@ -1,4 +1,4 @@
-"""`cropr doctor` passes what is right, and names what is not: each wrong check, and all of them."""
+"""`cropr doctor` passes correct ops and networks, and names every check that fails."""
 
 import os
 import time
@@ -17,9 +17,9 @@ ops = torch.ops.cropr
 
 
 def plant(monkeypatch, op, wrong):
-    """Let an op do something else: wrong(its own function, arguments)."""
-    own = getattr(ops, op)
-    monkeypatch.setattr(ops, op, lambda *args, **kwargs: wrong(own, args, kwargs))
+    """Replace an op by wrong(its function, args, kwargs)."""
+    op_function = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *args, **kwargs: wrong(op_function, args, kwargs))
 
 
 def doctor(capsys, *arguments):
@@ -28,7 +28,7 @@ def doctor(capsys, *arguments):
     return code, printed.out, printed.err
 
 
-def test_what_is_right_is_one_line_a_device(capsys):
+def test_a_device_that_passes_is_one_line(capsys):
     code, out, err = doctor(capsys)
     versions, device = out.splitlines()
     assert code == 0 and torch.__version__ in versions and "cpu_instruction_set" in versions
@@ -37,47 +37,55 @@ def test_what_is_right_is_one_line_a_device(capsys):
 
 
 def test_every_wrong_op_is_named_with_dtype_arguments_and_the_first_difference(monkeypatch, capsys):
-    def last_row(own, args, kwargs):
-        result = own(*args, **kwargs)
+    def last_row(op_function, args, kwargs):
+        result = op_function(*args, **kwargs)
         if result.dtype == torch.bfloat16:
             result[1, -1, 3] += 1
         return result
 
-    def forgets_idx(own, args, kwargs):
+    def forgets_idx(op_function, args, kwargs):
         if args[2] is None:
             raise ValueError("no idx")
-        return own(*args, **kwargs)
+        return op_function(*args, **kwargs)
 
     plant(monkeypatch, "gather", last_row)
     plant(monkeypatch, "rotate_", forgets_idx)
     code, out, err = doctor(capsys)
-    found = [line for line in out.splitlines() if line.startswith("cpu: ")]
+    failures = [line for line in out.splitlines() if line.startswith("cpu: ")]
     rotations = [f"cpu: rotate_, {dtype}, without idx:" for dtype in ("float32", "float64", "bfloat16", "float16")]
-    assert code == 1 and found == ["cpu: gather, bfloat16:", *rotations]
+    assert code == 1 and failures == ["cpu: gather, bfloat16:", *rotations]
     assert out.count("ValueError: no idx") == 4
     assert "result 0[1, 119, 3] is " in out and "(1 of 46080 are wrong)" in out
     assert err == f"cropr doctor: 5 of {len(checks(CPU))} checks failed\n"
 
 
-def test_what_an_op_writes_and_must_not_write_is_looked_at(monkeypatch):
+def test_wrong_writes_to_arguments_are_differences(monkeypatch):
     writes = {"add_": 0, "gather": 0, "merge_": 3}  # x, x that is only read, sizes
     for op, position in writes.items():
-        plant(monkeypatch, op, lambda own, args, kwargs, i=position: [own(*args, **kwargs), args[i].add_(1)][0])
+
+        def writes_one_more(op_function, args, kwargs, position=position):
+            result = op_function(*args, **kwargs)
+            args[position].add_(1)
+            return result
+
+        plant(monkeypatch, op, writes_one_more)
     for op in writes:
-        [check] = [one for one in checks(CPU) if one.what == op and one.dtype == torch.float32 and not one.plain]
+        float32_checks = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
+        [check] = [check for check in float32_checks if check.what == op]
         name = "sizes" if op == "merge_" else "x"
         assert perform(check, CPU).startswith(f"{name}[0, 0")
 
 
 def test_another_dtype_or_shape_is_a_difference(monkeypatch):
-    plant(monkeypatch, "scores", lambda own, args, kwargs: own(*args, **kwargs).to(args[0].dtype))
-    found = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.name == "scores"}
-    assert found.pop(torch.float32) == ""
-    assert all("result 0 is torch" in one and "not torch.float32 (2, 197)" in one for one in found.values())
+    plant(monkeypatch, "scores", lambda op_function, args, kwargs: op_function(*args, **kwargs).to(args[0].dtype))
+    differences = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.name == "scores"}
+    assert differences.pop(torch.float32) == ""
+    for difference in differences.values():
+        assert "result 0 is torch" in difference and "not torch.float32 (2, 197)" in difference
 
 
-def test_networks_that_compute_something_else_are_named(monkeypatch):
-    plant(monkeypatch, "add_norm_", lambda own, args, kwargs: own(*args, **kwargs) * 1.5)
+def test_networks_with_wrong_logits_are_named(monkeypatch):
+    plant(monkeypatch, "add_norm_", lambda op_function, args, kwargs: op_function(*args, **kwargs) * 1.5)
     networks = [check for check in checks(CPU) if check.name in NETWORKS]
     assert len(networks) == 12
     assert all("logits differ by" in perform(check, CPU) for check in networks)
@@ -85,9 +93,9 @@ def test_networks_that_compute_something_else_are_named(monkeypatch):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("op", NAMES)
-def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):
+def test_kernels_of_every_backend_pass_the_checks(op, kernels, monkeypatch):
     if kernels.name == "compiled":
-        pytest.skip("its answers are those of C++")
+        pytest.skip("its results are those of C++")
     for name in NAMES:
         monkeypatch.setattr(ops, name, getattr(kernels, name))
     device = torch.device(kernels.device)
@@ -105,14 +113,14 @@ def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
-    def found(device):
+    def planted_outcomes(device):
         failing = device == torch.device("cuda", 1)
         return (
             (check, "wrong" if failing and not check.plain and check.name in NETWORKS else "")
             for check in checks(device)
         )
 
-    monkeypatch.setattr(cropr_kernels.cli.doctor, "outcomes", found)
+    monkeypatch.setattr(cropr_kernels.cli.doctor, "outcomes", planted_outcomes)
     assert cli.main(["doctor", "--quiet"]) == 1
     _, cpu, first, *wrong, second = capsys.readouterr().out.splitlines()
     count = len(checks(CPU)) + len(NETWORKS) * 4
@@ -130,11 +138,11 @@ def ends_or_hangs(check, device):
     return "wrong" if check.name == "select" else ""
 
 
-def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_has_another():
+def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_gets_a_new_process():
     todo = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
     [last] = [i for i, check in enumerate(todo) if check.name == "select"]
-    found = list(in_process(todo, CPU, 60.0, ends_or_hangs))  # without a GPU a wrong result is one too many
-    assert found == [(check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])]
+    outcomes = list(in_process(todo, CPU, 60.0, ends_or_hangs))  # without a GPU the first wrong result ends the run
+    assert outcomes == [(check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])]
     rest = todo[[check.name for check in todo].index("gather") :]
     assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
     rest = rest[1:]

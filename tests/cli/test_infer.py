@@ -25,7 +25,7 @@ PHOTOS = find_photos(ROOT / "examples" / "photos")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The arguments of a small model, and the model."""
+    """Return the arguments that name a small model, and the model."""
     torch.manual_seed(0)
     folder, plain = tmp_path_factory.mktemp("model"), cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
     torch.save(plain.state_dict(), folder / "tiny.pt")
@@ -69,7 +69,7 @@ def write_shard(path, samples):
             shard.add(file, name)
 
 
-def test_shards_give_what_the_photos_give(model, photos, tmp_path):
+def test_shards_give_the_results_of_their_photos(model, photos, tmp_path):
     arguments, _ = model
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -83,12 +83,12 @@ def test_shards_give_what_the_photos_give(model, photos, tmp_path):
     ours, theirs = results(tmp_path / "a"), results(tmp_path / "b")
     assert ours["lonely"]["error"] == "no image in this sample" and "cannot identify" in ours["bad"]["error"]
     for path in PHOTOS:
-        one, other = ours[path.stem], theirs[f"below/{path.name}"]
-        assert one["classes"] == other["classes"]
-        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+        shard_row, photo_row = ours[path.stem], theirs[f"below/{path.name}"]
+        assert shard_row["classes"] == photo_row["classes"]
+        assert shard_row["probabilities"] == pytest.approx(photo_row["probabilities"], abs=1e-4)
 
 
-def test_features_instead_of_classes(model, photos, tmp_path):
+def test_features_are_written_instead_of_classes(model, photos, tmp_path):
     arguments, fast = model
     assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "out"), "--features"]) == 0
     row = results(tmp_path / "out")[f"below/{PHOTOS[0].name}"]
@@ -96,7 +96,7 @@ def test_features_instead_of_classes(model, photos, tmp_path):
     assert row["features"] == pytest.approx(expected.tolist(), abs=1e-3) and "classes" not in row
 
 
-def test_a_run_resumes_and_another_one_is_refused(model, photos, tmp_path, capsys):
+def test_a_run_resumes_and_other_settings_raise(model, photos, tmp_path, capsys):
     arguments, _ = model
     out = tmp_path / "out"
     command = ["infer", *arguments, str(photos), "--out", str(out), "--unit", "3"]
@@ -122,7 +122,7 @@ def test_a_run_resumes_and_another_one_is_refused(model, photos, tmp_path, capsy
         assert "_settings.json is damaged: " in capsys.readouterr().err
 
 
-# Kills itself when so many parts are written and the last has not got its name.
+# Kills itself when argv[1] parts are written, before the last is renamed to its final name.
 KILLED = """
 import os, signal, sys
 from cropr_kernels.cli import __main__ as cli
@@ -138,19 +138,19 @@ cli.main(sys.argv[2:])
 """
 
 
-def test_killed_at_any_moment_it_loses_nothing(model, photos, tmp_path):
+def test_a_killed_run_resumes_without_loss(model, photos, tmp_path):
     arguments, _ = model
     for index in range(3):
         shutil.copytree(ROOT / "examples" / "photos", photos / f"more{index}")
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    uninterrupted, out = tmp_path / "whole", tmp_path / "out"
     command = ["infer", *arguments, str(photos), "--unit", "2", "--batch", "2", "--out"]
-    assert cli.main([*command, str(whole)]) == 0
+    assert cli.main([*command, str(uninterrupted)]) == 0
     for parts in (2, 1):
         ended = run_forked(KILLED, [str(parts), *command, str(out)], tmp_path / f"printed{parts}")
         assert ended.returncode == -signal.SIGKILL and not (out / "_SUCCESS").exists()
     assert len(list(out.glob("part-*.parquet"))) == 1 and len(list(out.glob(".*.parquet"))) == 2
     assert cli.main([*command, str(out)]) == 0
-    assert (out / "_SUCCESS").exists() and results(out) == results(whole)
+    assert (out / "_SUCCESS").exists() and results(out) == results(uninterrupted)
 
 
 @pytest.mark.slow
@@ -168,14 +168,14 @@ def test_two_processes_share_the_units(model, photos, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "process 0 of 2: 2 units" in done.stdout and "process 1 of 2: 1 units" in done.stdout
-    one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, row in one.items():
-        assert row["classes"] == two[name]["classes"] and row["error"] == two[name]["error"]
+    alone, shared = results(tmp_path / "one"), results(tmp_path / "two")
+    assert alone.keys() == shared.keys()
+    for name, row in alone.items():
+        assert row["classes"] == shared[name]["classes"] and row["error"] == shared[name]["error"]
     assert (tmp_path / "two" / "_SUCCESS").exists()
 
 
-def test_errors_say_what_is_wrong(model, photos, tmp_path, capsys, monkeypatch):
+def test_missing_sources_damaged_shards_and_libraries_are_named(model, photos, tmp_path, capsys, monkeypatch):
     arguments, _ = model
 
     def error(*more):
@@ -192,7 +192,7 @@ def test_errors_say_what_is_wrong(model, photos, tmp_path, capsys, monkeypatch):
     assert "cropr infer: needs pyarrow: pip install pyarrow (or the extra [infer] of" in error(photos)
 
 
-def test_bench_measures_what_it_has_checked(tmp_path, capsys, monkeypatch):
+def test_bench_measures_after_checking_the_engine(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench"
     arguments = ["bench", "vit_tiny_patch16_224", "--batch", "1", "--rates", "4", "12", "--rounds", "1", "--quiet"]
     assert cli.main([*arguments, "--out", str(out)]) == 0
@@ -209,24 +209,24 @@ def test_bench_measures_what_it_has_checked(tmp_path, capsys, monkeypatch):
     assert "at rate 0 the engine differs from the functional ops" in capsys.readouterr().err
 
 
-def test_bench_tells_a_near_tie_from_a_fault(monkeypatch):
+def test_bench_distinguishes_near_ties_from_faults(monkeypatch):
     from cropr_kernels.cli import bench as benching
 
     torch.manual_seed(0)
     model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", img_size=64, depth=3).eval(), rate=4, merge=True)
     images = torch.randn(2, 3, 64, 64)
     monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0, torch.float64: 1e-9})
-    how = dict(graphs=False, rounds=1, show=False)
-    assert len(benching.measure(model, images, [0, 4], **how)) == 2  # all differ in float32, none in float64
+    options = dict(graphs=False, rounds=1, show=False)
+    assert len(benching.measure(model, images, [0, 4], **options)) == 2  # all differ in float32, none in float64
     plain = benching.deployed_copy
 
     def another(model, engine=True, **more):
-        """Where the functional ops are asked for, those of a model with other weights."""
-        own = plain(model, engine=engine, **more)
+        """Return the model, with other weights if it runs on the functional ops."""
+        deployed = plain(model, engine=engine, **more)
         if not engine:
-            own.head.weight.data *= 2
-        return own
+            deployed.head.weight.data *= 2
+        return deployed
 
     monkeypatch.setattr(benching, "deployed_copy", another)
     with pytest.raises(RuntimeError, match="at rate 0 the engine differs from the functional ops"):
-        benching.measure(model, images, [0, 4], **how)
+        benching.measure(model, images, [0, 4], **options)

@@ -1,4 +1,4 @@
-"""`cropr map`: pictures of what was dropped from photos."""
+"""`cropr map`: pictures of the patches dropped from photos."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_frames_show_what_is_left_behind_each_block(tmp_path):
-    image, left = torch.zeros(3, 8, 8), torch.tensor([[1, 2], [4, 4]])
+def test_frames_show_the_patches_kept_after_each_block(tmp_path):
+    image, last_blocks = torch.zeros(3, 8, 8), torch.tensor([[1, 2], [4, 4]])
     animation, strip = tmp_path / "a.gif", tmp_path / "a.png"
-    viz.save_pruning_frames(animation, strip, image, left, depth=4)
+    viz.save_pruning_frames(animation, strip, image, last_blocks, depth=4)
     with Image.open(strip) as sheet:
         assert sheet.size == (32, 8 + viz.CAPTION)
         alive = [
@@ -56,7 +56,7 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
     assert "calibrated" not in capsys.readouterr().out
 
 
-def test_the_command_says_what_is_wrong(weights, tmp_path, capsys):
+def test_unreadable_photos_and_illegal_rates_are_named(weights, tmp_path, capsys):
     for images, more, message in [
         ([tmp_path / "none"], [], "there is no photo or folder"),
         ([tmp_path], [], "no photos (.bmp"),

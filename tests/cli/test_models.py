@@ -1,4 +1,4 @@
-"""Every command takes every kind of model: weight files, timm, torchvision, transformers, runs of `cropr train`."""
+"""Every command takes models of every source: weight files, timm, torchvision, transformers, `cropr train`."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command and returns what it printed."""
+    """Return a function that runs a command and returns its output."""
 
     def command(*arguments):
         status = cli.main([*map(str, arguments)])
@@ -46,7 +46,7 @@ def checkpoint_of_timm(folder):
     return [folder / "best.pth.tar", "--arch", "vit_tiny_patch16_224", "--img-size", "96", "--num-classes", "5"]
 
 
-SOURCES = {kind: lambda folder, make=make: [make(folder)] for kind, make in FOLDERS.items()}
+SOURCES = {name: lambda folder, make=make: [make(folder)] for name, make in FOLDERS.items()}
 SOURCES |= {"saved by cropr.save": saved, "checkpoint of timm, --arch": checkpoint_of_timm}
 
 
@@ -54,7 +54,7 @@ SOURCES |= {"saved by cropr.save": saved, "checkpoint of timm, --arch": checkpoi
 class Source:
     """A model as commands take it, calibrated."""
 
-    kind: str
+    name: str
     words: list[str]  # its name and options
     queries: Path
     rate: str
@@ -62,28 +62,28 @@ class Source:
 
     @property
     def classifies(self) -> bool:
-        return "features" not in self.kind and "tower" not in self.kind
+        return "features" not in self.name and "tower" not in self.name
 
     @property
     def pruned(self) -> list[str]:
-        """Arguments of a command that prunes: the queries give the rate."""
+        """Arguments of a command that prunes; the rate is that of the queries."""
         return [*self.words, "--queries", str(self.queries), "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Each kind of model, written and calibrated once."""
+    """Return a function that writes and calibrates the model of each source once."""
     calibrated = {}
 
-    def get(kind, run):
-        if kind not in calibrated:
+    def get(name, run):
+        if name not in calibrated:
             folder = tmp_path_factory.mktemp("source")
-            words = [*map(str, SOURCES[kind](folder))]
+            words = [*map(str, SOURCES[name](folder))]
             queries, rate = folder / "queries.safetensors", "2" if len(words) > 1 else "4"
             options = ["--rates", rate, "--least", "0", "--photos", "2", "--quiet", "--out", queries]
             printed = run("calibrate", words[0], PHOTOS, *words[1:], *options)
-            calibrated[kind] = Source(kind, words, queries, rate, printed)
-        return calibrated[kind]
+            calibrated[name] = Source(name, words, queries, rate, printed)
+        return calibrated[name]
 
     return get
 
@@ -104,7 +104,7 @@ def check_map(source, run, folder):
     name, *options = source.pruned
     printed = run("map", name, PHOTOS / "coffee.jpg", *options, "--out", folder)
     assert re.search(r"\d+ of \d+ patches are kept", printed) and "calibrated" not in printed
-    assert (f"pruned as {source.queries} says: rate={source.rate}" in printed) == ("saved" not in source.kind)
+    assert (f"pruned as {source.queries} says: rate={source.rate}" in printed) == ("saved" not in source.name)
 
 
 def check_tune(source, run, folder):
@@ -162,15 +162,15 @@ COMMANDS = {
 
 
 @pytest.mark.each_choice
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_every_kind_of_model(command, kind, sources, run, tmp_path):
+def test_every_command_takes_every_kind_of_model(command, name, sources, run, tmp_path):
     for library in ("PIL", "tqdm"):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    COMMANDS[command](sources(kind, run), run, tmp_path)
+    COMMANDS[command](sources(name, run), run, tmp_path)
 
 
-def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):
+def test_queries_set_the_pruning_unless_the_command_line_does(run, tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     name, queries = FOLDERS["transformers classifier"](tmp_path), tmp_path / "queries.safetensors"
     model = cropr.apply(create_model(name), ratio=0.9, merge=cropr.Merge(2.0), num_outputs=0)
@@ -189,8 +189,8 @@ def test_queries_say_how_to_prune_and_the_command_line_is_first(run, tmp_path):
         assert (settings["merge"] == "None") == ("--no-merge" in options)
 
 
-def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
-    for kind, options, message in (
+def test_options_that_the_model_fixes_are_rejected(tmp_path, capsys):
+    for source, options, message in (
         (
             "saved by cropr.save",
             ["--arch", "x"],
@@ -200,8 +200,8 @@ def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
         ("transformers features", ["--img-size", "9"], "fixes its img_size: leave out --img-size"),
         ("weight file", ["--num-classes", "9"], "--num-classes) must be 5, those of "),
     ):
-        [name] = SOURCES[kind](tmp_path)
-        queries = [] if kind == "saved by cropr.save" else ["--rate", "0"]
+        [name] = SOURCES[source](tmp_path)
+        queries = [] if source == "saved by cropr.save" else ["--rate", "0"]
         assert cli.main(["infer", str(name), str(PHOTOS), "--out", str(tmp_path / "out"), *queries, *options]) == 1
         assert message in capsys.readouterr().err
     (tmp_path / "labelled" / "val" / "one").mkdir(parents=True)
@@ -218,22 +218,23 @@ def test_what_a_model_says_itself_is_not_said_again(tmp_path, capsys):
         assert cli.main([*evaluate, *options]) == 1 and message in capsys.readouterr().err
 
 
-def test_a_model_of_torchvision_by_name(run):
+def test_info_takes_a_torchvision_model_by_name(run):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     out = run("info", "vit_b_32", "--rate", "1")
     assert "torchvision.models.vision_transformer.VisionTransformer" in out and "50 of width 768" in out
 
 
-def test_the_pixels_of_a_model_are_its_own_unless_given(tmp_path):
+def test_pixels_are_those_of_the_model_unless_overridden(tmp_path):
     from cropr_kernels.cli.common import load_with_queries
 
     name = FOLDERS["transformers classifier"](tmp_path)
     options = dict(model=name, queries=None, rate=0, keep=None, llf=False, merge=False, mean=None, std=None)
-    own = load_with_queries(argparse.Namespace(**options)).pixels
-    given = load_with_queries(argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
-    assert own.mean == (0.1, 0.2, 0.3) and tuple(given.mean) == (0.0,) * 3 and given.std == own.std
+    saved_pixels = load_with_queries(argparse.Namespace(**options)).pixels
+    overridden = load_with_queries(argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
+    assert saved_pixels.mean == (0.1, 0.2, 0.3)
+    assert tuple(overridden.mean) == (0.0,) * 3 and overridden.std == saved_pixels.std
     images = torch.tensor([0.5, 0.7, 0.9]).view(3, 1, 1).expand(3, 2, 2)
-    torch.testing.assert_close(own.normalize(images), torch.ones(3, 2, 2))
+    torch.testing.assert_close(saved_pixels.normalize(images), torch.ones(3, 2, 2))
 
 
 def test_counts_must_be_positive_in_every_command(tmp_path, capsys):
@@ -248,10 +249,10 @@ def test_counts_must_be_positive_in_every_command(tmp_path, capsys):
         assert f"argument --{name}: must be >= 1, got " in capsys.readouterr().err
 
 
-def test_the_version_names_what_results_depend_on(capsys):
+def test_the_version_names_package_torch_triton_and_device(capsys):
     with pytest.raises(SystemExit) as done:
         cli.main(["--version"])
     assert done.value.code == 0
-    own = f"cropr_kernels {cropr.__version__}, torch {torch.__version__}, triton "
+    prefix = f"cropr_kernels {cropr.__version__}, torch {torch.__version__}, triton "
     printed = capsys.readouterr().out
-    assert printed.startswith(own) and ", device " in printed and printed.count("\n") == 1
+    assert printed.startswith(prefix) and ", device " in printed and printed.count("\n") == 1

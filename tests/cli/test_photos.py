@@ -1,4 +1,4 @@
-"""What commands make of photos and shards as the world has them: nothing lost, nothing misread, no run that ends."""
+"""Commands on damaged and unusual photos and shards: none lost, none misread, no run that ends early."""
 
 import io
 import os
@@ -38,10 +38,10 @@ def rows_of(out):
 
 
 def png_header(width, height):
-    """A PNG that says it is so large, and holds next to nothing."""
+    """Return a PNG with a header of this size and hardly any pixels."""
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(chunk_type, data):
+        return struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
@@ -49,7 +49,7 @@ def png_header(width, height):
 
 @pytest.fixture
 def awkward(tmp_path):
-    """A folder with one good photo and everything that once ended a run."""
+    """Return a folder with good photos and with every file that once ended a run."""
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "good.jpg").write_bytes(PHOTO.read_bytes())
@@ -73,7 +73,7 @@ def awkward(tmp_path):
 BAD = {"bomb.png", "torn.jpg", "empty.png", "truncated.png"}
 
 
-def test_whatever_is_wrong_with_a_photo_becomes_a_row(model, awkward, tmp_path, capsys):
+def test_unreadable_photos_become_rows_with_errors(model, awkward, tmp_path, capsys):
     assert cli.main(infer(model, awkward, tmp_path / "out")) == 0
     rows = {row["name"]: row for row in rows_of(tmp_path / "out")}
     assert set(rows) == BAD | {"good.jpg", "line.png", "link/linked.jpg", "caf\\xe9.jpg"}
@@ -84,7 +84,7 @@ def test_whatever_is_wrong_with_a_photo_becomes_a_row(model, awkward, tmp_path, 
     assert "(skipped 3 files: 1 .jpg, 1 .txt, 1 .heic)" in printed or "skipped 3 files" in printed
 
 
-def test_calibrate_and_map_skip_and_name_them(model, awkward, tmp_path, capsys):
+def test_calibrate_and_map_skip_unreadable_photos_and_name_them(model, awkward, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "queries.safetensors"
     assert cli.main(["calibrate", model, str(awkward), "--rates", "1", "--quiet", "--out", str(out)]) == 0
@@ -134,21 +134,21 @@ def test_a_photo_is_read_as_timm_reads_it():
         ((96, 96), 1.0, "bicubic", "center"),
         ((64, 96), 0.95, "bicubic", "squash"),
     ):
-        how = dict(crop_pct=crop_pct, interpolation=interpolation)
-        transform = create_transform((3, *size), mean=(0.0,) * 3, std=(1.0,) * 3, crop_mode=mode, **how)
+        options = dict(crop_pct=crop_pct, interpolation=interpolation)
+        transform = create_transform((3, *size), mean=(0.0,) * 3, std=(1.0,) * 3, crop_mode=mode, **options)
         for path in PHOTOS.glob("*.jpg"):
             with Image.open(path) as photo:
                 expected = transform(photo.convert("RGB"))
-            assert torch.equal(images.load_photo(path, size, **how, squash=mode == "squash"), expected)
+            assert torch.equal(images.load_photo(path, size, **options, squash=mode == "squash"), expected)
 
 
-def test_infer_equals_timms_own_transform_and_model(tmp_path):
+def test_infer_equals_the_transform_and_model_of_timm(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
     hub = pytest.importorskip("timm.models", reason="timm is not installed")
-    about = {**model.pretrained_cfg, "num_classes": 7, "crop_pct": 0.95, "interpolation": "bilinear"}
-    hub.save_for_hf(model, tmp_path / "timm", model_config=about, model_args={"num_classes": 7})
+    config = {**model.pretrained_cfg, "num_classes": 7, "crop_pct": 0.95, "interpolation": "bilinear"}
+    hub.save_for_hf(model, tmp_path / "timm", model_config=config, model_args={"num_classes": 7})
     name = f"local-dir:{tmp_path / 'timm'}"
     assert cli.main([*infer(name, PHOTOS, tmp_path / "out"), "--top", "7"]) == 0
     model = timm.create_model(name, pretrained=True).eval()
@@ -171,7 +171,7 @@ def saved(image, **options):
     return file
 
 
-def test_deep_and_rotated_photos_look_as_they_are():
+def test_deep_and_rotated_photos_are_read_as_they_look():
     grey = torch.arange(64 * 64).view(64, 64) % 251
     plain = Image.fromarray(grey.to(torch.uint8).numpy())
     expected = images.load_photo(saved(plain, format="PNG"), 64, crop_pct=1.0)
@@ -193,7 +193,7 @@ def test_deep_and_rotated_photos_look_as_they_are():
     assert torch.equal(turned, images.load_photo(saved(photo.rotate(-90), format="PNG"), 64, crop_pct=1.0))
 
 
-def test_pixels_and_weights_that_cannot_be_are_refused(model, tmp_path, capsys):
+def test_illegal_preprocessing_and_nonfinite_weights_are_rejected(model, tmp_path, capsys):
     for more, message in (
         (["--std", "0", "0", "0"], "--std positive, got"),
         (["--mean", "nan", "0", "0"], "--mean must be finite"),
@@ -245,29 +245,29 @@ def test_a_damaged_shard_is_named_and_the_others_are_done(model, tmp_path, capsy
     shards.mkdir()
     for index in range(3):
         write_shard(shards / f"{index}.tar", [(f"{index}{i}.jpg", photo) for i in range(3)])
-    whole = (shards / "1.tar").read_bytes()
-    second = whole.index(b"11.jpg")  # its header
-    flipped = bytearray(whole)
+    intact = (shards / "1.tar").read_bytes()
+    second = intact.index(b"11.jpg")  # its header
+    flipped = bytearray(intact)
     flipped[second + 1] ^= 4
-    end = len(whole.rstrip(b"\0"))
+    end = len(intact.rstrip(b"\0"))
     damaged = {
         "a flipped bit in a header": bytes(flipped),
-        "cut in a photo": whole[: second + 2000],
-        "cut before the end marker": whole[: -(-end // 512) * 512],
-        "half an end marker": whole[: -(-end // 512) * 512 + 512],
-        "bytes behind the end": whole + b"x",
+        "cut in a photo": intact[: second + 2000],
+        "cut before the end marker": intact[: -(-end // 512) * 512],
+        "half an end marker": intact[: -(-end // 512) * 512 + 512],
+        "bytes after the end": intact + b"x",
         "no shard": b"nothing",
         "empty": b"",
     }
-    for kind, content in damaged.items():
+    for damage, content in damaged.items():
         (shards / "1.tar").write_bytes(content)
-        for _ in range(2):  # the second goes on where the first stopped
-            assert cli.main(infer(model, shards, out)) == 1, kind
+        for _ in range(2):  # the second resumes after the first
+            assert cli.main(infer(model, shards, out)) == 1, damage
             printed = capsys.readouterr()
-            assert "1 units are damaged, all others are done" in printed.err and "1.tar: " in printed.err, kind
-            assert len(rows_of(out)) == 6 and not (out / "_SUCCESS").exists(), kind
+            assert "1 units are damaged, all others are done" in printed.err and "1.tar: " in printed.err, damage
+            assert len(rows_of(out)) == 6 and not (out / "_SUCCESS").exists(), damage
         for part in out.iterdir():
             part.unlink()
-    (shards / "1.tar").write_bytes(whole)
+    (shards / "1.tar").write_bytes(intact)
     assert cli.main(infer(model, shards, out)) == 0
     assert len(rows_of(out)) == 9 and (out / "_SUCCESS").exists()

@@ -38,9 +38,9 @@ def inputs(tmp_path_factory):
     cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), folder / "queries.safetensors")
     for index, photo in enumerate(sorted(Path(PHOTOS).glob("*.jpg"))[:4]):
         for part in ("train", "val"):
-            place = folder / "classes" / part / f"class{index % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            shutil.copy(photo, place)
+            class_folder = folder / "classes" / part / f"class{index % 2}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photo, class_folder)
     data = ["--data", str(folder / "classes")]
     assert main(["train", *data, "--out", str(folder / "run"), "--quiet", *TRAIN]) == 0
     (folder / "file").write_text("a file")
@@ -83,10 +83,10 @@ def no_forward(monkeypatch):
     monkeypatch.setattr(ViT, "forward", refuse)
 
 
-@pytest.mark.parametrize("place", ["file/out", "none"])
+@pytest.mark.parametrize("path", ["file/out", "none"])
 @pytest.mark.parametrize("command", WRITES)
-def test_what_cannot_be_written_is_said_before_the_work(command, place, inputs, no_forward, capsys):
-    out = Path("/proc/none/out") if place == "none" else Path(inputs["I"]) / place
+def test_unwritable_paths_fail_before_the_work(command, path, inputs, no_forward, capsys):
+    out = Path("/proc/none/out") if path == "none" else Path(inputs["I"]) / path
     assert main(filled(WRITES[command], inputs, out)) == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"cropr {command}: --out ") and printed.endswith(": choose another path\n"), printed
@@ -103,7 +103,7 @@ def test_rates_are_checked_before_the_work(command, inputs, no_forward, tmp_path
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_file_of_another_kind_is_refused(inputs, no_forward, tmp_path, capsys):
+def test_files_with_another_suffix_are_rejected(inputs, no_forward, tmp_path, capsys):
     for command, end in (("calibrate M P --out OUT.pt", ".safetensors"), ("tune M --speedup 2 --out OUT.txt", ".json")):
         assert main(filled(command, inputs, tmp_path / "out")) == 1
         assert f"--out must end in {end}, got {tmp_path / 'out'}" in capsys.readouterr().err
@@ -179,14 +179,14 @@ def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, 
     assert not running_in_session(ended.pid)
 
 
-def test_a_command_stopped_while_libraries_are_loaded_says_one_sentence():
+def test_a_command_stopped_during_imports_prints_one_sentence():
     command = [sys.executable, "-c", STOPPED, str(int(signal.SIGINT)), "torch.nn", "1", "info"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, start_new_session=True)
     assert done.returncode == 128 + signal.SIGINT
     assert re.fullmatch(r"cropr info: interrupted; .*nothing was written.*\n", done.stderr), done.stderr
 
 
-def test_a_reader_that_has_enough_is_no_error(inputs, tmp_path):
+def test_a_closed_pipe_is_no_error(inputs, tmp_path):
     for words in (["info"], filled(WRITES["map"], inputs, tmp_path / "x")):
         command = [sys.executable, "-W", "ignore", "-m", "cropr_kernels.cli", *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
@@ -213,11 +213,11 @@ def test_the_package_loads_no_library_that_it_needs_later():
     assert done.stdout.strip() == "[]"
 
 
-def test_what_arguments_may_be_is_what_there_is():
+def test_choices_of_arguments_are_those_of_the_package():
     assert set(FORMATS) == set(exporting.FORMATS)
-    [commands] = [one for one in make_parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    [commands] = [action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert tuple(commands.choices) == COMMANDS
-    [preset] = [one for one in commands.choices["train"]._actions if one.dest == "preset"]
+    [preset] = [action for action in commands.choices["train"]._actions if action.dest == "preset"]
     assert preset.choices == sorted(PRESETS)
 
 
@@ -229,14 +229,14 @@ def test_what_arguments_may_be_is_what_there_is():
         ("bench x y", "unknown argument 'y'"),
     ],
 )
-def test_what_an_unknown_argument_may_mean_is_said(words, message, capsys):
+def test_unknown_arguments_come_with_a_suggestion(words, message, capsys):
     with pytest.raises(SystemExit):
         main(words.split())
     printed = capsys.readouterr().err
     assert message in printed and f"usage: cropr {words.split()[0]}" in printed
 
 
-def test_options_come_before_and_behind_other_arguments():
+def test_options_come_before_and_after_other_arguments():
     parse = make_parser().parse_args
     assert parse(["train", "rate=8", "--out", "x", "lr=1", "--quiet", "ema=0"]).options == ["rate=8", "lr=1", "ema=0"]
     assert [str(path) for path in parse(["map", "M", "a", "--rate", "8", "b"]).images] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Models by name: what a name means, whose weights it gives, how the model's images are prepared."""
+"""Models by name: their library, their weights, and the preprocessing of their images."""
 
 import json
 import sys
@@ -14,10 +14,10 @@ from cropr_kernels.models.pixels import pixels_of
 from cropr_kernels.models.vit import ViT
 
 
-def test_what_a_name_means(tmp_path):
+def test_a_name_determines_the_library_of_a_model(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    for name, kind in (
+    for name, source in (
         ("vit_tiny_patch16_224", "preset"),
         ("vit_tiny_patch16_224.augreg_in21k", "timm"),
         ("deit_tiny_distilled_patch16_224", "timm"),
@@ -26,7 +26,7 @@ def test_what_a_name_means(tmp_path):
         ("weights.safetensors", "weight file"),
         (str(tmp_path), "transformers"),
     ):
-        assert model_source(name) == kind
+        assert model_source(name) == source
     assert model_source("vit_tiny_patch16_224", pretrained=True) == "timm"
     (tmp_path / "config.json").write_text("[]")
     for name in ("resnet_of_nobody", str(tmp_path)):
@@ -36,37 +36,37 @@ def test_what_a_name_means(tmp_path):
             model_source(name)
 
 
-def test_without_timm_presets_are_there_and_other_names_need_it(monkeypatch):
+def test_without_timm_presets_load_and_other_names_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert isinstance(create_model("vit_tiny_patch16_224", depth=2), ViT)
     with pytest.raises(ImportError, match=r"model 'eva_x', which is no preset .* needs timm: pip install timm"):
         create_model("eva_x")
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_files_and_folders_hold_their_weights_and_their_pixels(kind, tmp_path):
-    name = FOLDERS[kind](tmp_path)
+@pytest.mark.parametrize("source", FOLDERS)
+def test_files_and_folders_load_with_their_weights_and_pixels(source, tmp_path):
+    name = FOLDERS[source](tmp_path)
     model, again = (create_model(name, pretrained=True) for _ in range(2))
     assert not model.training and next(model.parameters()).dtype == torch.float32
     pixels = pixels_of(model, name)
-    stated = kind in ("timm", "transformers classifier")
+    stated = source in ("timm", "transformers classifier")
     assert pixels[1:3] == ((MEAN, STD) if stated else ((0.5,) * 3, (0.5,) * 3))
-    assert pixels.img_size == ((224, 224) if kind == "weight file" else (64, 64))
+    assert pixels.img_size == ((224, 224) if source == "weight file" else (64, 64))
     images = torch.rand(2, 3, *pixels.img_size)
     with torch.no_grad():
         output = outputs_of(model(pixels.normalize(images)))
         torch.testing.assert_close(outputs_of(again(pixels.normalize(images))), output)
-    assert output.shape == (2, 64 if "features" in kind or "tower" in kind else 5)
+    assert output.shape == (2, 64 if "features" in source or "tower" in source else 5)
 
 
-def test_a_preprocessor_that_does_not_normalise_is_respected(tmp_path):
+def test_a_preprocessor_without_normalization_is_respected(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     name = FOLDERS["transformers features"](tmp_path)
     transformers.ViTImageProcessor(do_normalize=False).save_pretrained(name)
     assert pixels_of(create_model(name), name)[1:3] == ((0.0,) * 3, (1.0,) * 3)
 
 
-def test_a_preprocessor_says_how_photos_are_resized(tmp_path):
+def test_a_preprocessor_determines_how_photos_are_resized(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     name = FOLDERS["transformers features"](tmp_path)
     for processor, expected in (
@@ -86,9 +86,9 @@ def test_torchvision_takes_its_options_and_has_the_pixels_of_imagenet():
     assert pixels_of(model, "vit_b_32") == ((64, 64), *imagenet, 0.875, "bilinear", False)
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *CLASSIFIERS])
-def test_a_model_without_its_classifier_gives_the_features_that_it_reads(kind):
-    model = (MODELS | BLOCK_RUNNERS)[kind]().eval()
+@pytest.mark.parametrize("name", [*MODELS, *CLASSIFIERS])
+def test_a_model_without_its_classifier_gives_the_features_that_it_reads(name):
+    model = (MODELS | BLOCK_RUNNERS)[name]().eval()
     images, seen = torch.randn(2, 3, 64, 64), []
     last = [module for module in model.modules() if getattr(module, "out_features", 0) == 5][-1]
     hook = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -99,7 +99,7 @@ def test_a_model_without_its_classifier_gives_the_features_that_it_reads(kind):
         assert torch.equal(outputs_of(model(images)), seen[0])
 
 
-def test_outputs_without_logits_or_features_are_refused():
+def test_outputs_without_logits_or_features_raise():
     with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got dict"):
         outputs_of({})
     model = reference_vit()

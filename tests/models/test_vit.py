@@ -32,7 +32,7 @@ def test_equals_timm_with_the_same_weights(name):
 
 
 @pytest.mark.parametrize("name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"])
-def test_parameters_of_larger_models_are_timms(name):
+def test_parameters_of_larger_models_equal_those_of_timm(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     with torch.device("meta"):
         ours = {key: value.shape for key, value in cropr.create_vit(name).state_dict().items()}
@@ -98,7 +98,7 @@ def test_drop_path_is_the_identity_in_eval_and_unbiased_in_training():
         (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 1, 32, 32)), r"images must have shape \(B, 3, H, W\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_illegal_options_and_images_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -1,4 +1,4 @@
-"""Weight files: containers and prefixes, whose weights they are, sizes, and what is said where they do not fit."""
+"""Weight files: containers and prefixes, architectures, sizes, and errors."""
 
 import argparse
 
@@ -35,9 +35,9 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
-def test_checkpoints_of_many_trainers_are_the_same_model(kind, vit, tmp_path):
-    name, wrap = CONTAINERS[kind]
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_checkpoints_of_many_trainers_load_as_the_same_model(container, vit, tmp_path):
+    name, wrap = CONTAINERS[container]
     torch.save(wrap(vit.state_dict()), tmp_path / name)
     model = create_model(str(tmp_path / name))
     assert model.config == vit.config
@@ -45,7 +45,7 @@ def test_checkpoints_of_many_trainers_are_the_same_model(kind, vit, tmp_path):
 
 
 @torch.no_grad()
-def test_an_architecture_of_timm_takes_its_weights_at_any_size(tmp_path):
+def test_a_timm_architecture_loads_its_weights_at_any_size(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     path, name, images = tmp_path / "weights.pth", "vit_tiny_patch16_224.augreg_in21k", torch.randn(1, 3, 64, 64)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
@@ -60,7 +60,7 @@ def test_an_architecture_of_timm_takes_its_weights_at_any_size(tmp_path):
 
 
 @torch.no_grad()
-def test_positions_of_torchvision_are_resized(tmp_path):
+def test_position_embeddings_of_torchvision_are_resized(tmp_path):
     small, images = torchvision_vit(), torch.randn(1, 3, 96, 96)
     larger = type(small)(96, 8, 4, 2, 64, 128, num_classes=5)
     state = small.state_dict()
@@ -71,7 +71,7 @@ def test_positions_of_torchvision_are_resized(tmp_path):
         load_state(larger, state, tmp_path, "vit", resize=False)
 
 
-def test_positions_of_a_preset_are_resized_as_its_forward_does(vit, tmp_path):
+def test_position_embeddings_of_a_preset_are_resized_as_in_its_forward(vit, tmp_path):
     torch.save(vit.state_dict(), tmp_path / "weights.pth")
     larger, images = load_weights(tmp_path / "weights.pth", img_size=96)[0], torch.randn(1, 3, 96, 96)
     assert larger.pos_embed.shape == (1, 37, 192) and torch.equal(larger(images), vit(images))
@@ -85,14 +85,14 @@ def test_the_state_of_a_pruned_model_loads_without_its_queries_and_says_so(vit, 
     assert torch.equal(model.head.weight, pruned.head.weight)
 
 
-def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
+def test_weight_files_that_do_not_fit_are_explained_in_one_sentence(vit, tmp_path):
     with pytest.raises(FileNotFoundError, match="load_weights: no weight file at"):
         load_weights(tmp_path / "missing.safetensors")
     for name in ("a.safetensors", "b.pth", "c.pth.tar"):
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(ValueError, match=rf"{name} cannot be read: .*; copy or download it again$"):
             load_weights(tmp_path / name)
-    path, whole = tmp_path / "weights.pth", vit.state_dict()
+    path, state = tmp_path / "weights.pth", vit.state_dict()
     stem = {"patch_embed.proj.weight": torch.zeros(192, 3, 32, 32)}
     for saved, message in (
         ({"weight": torch.zeros(3)}, r"of no known architecture, nor of a similar one: it begins with weight \(3,\)"),
@@ -102,7 +102,7 @@ def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
         (vit, r"it holds objects of cropr_kernels.models.vit.ViT, and only tensors are read; torch.save\(model.state"),
         ({"model": {}, "config": {}, "classes": []}, f"is a checkpoint of cropr train: choose its folder, {tmp_path}"),
         (
-            whole | stem,
+            state | stem,
             r"the nearest is vit_tiny_patch\d+_\d+, which differs in \d.*: patch_embed.proj.weight must be "
             r"\(192, 3, 16, 16\), is \(192, 3, 32, 32\); name .* with arch= \(--arch vit_tiny",
         ),
@@ -110,7 +110,7 @@ def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
         torch.save(saved, path)
         with pytest.raises(ValueError, match=message):
             load_weights(path)
-    torch.save({key: value for key, value in whole.items() if "blocks.3." not in key} | {"extra": stem}, path)
+    torch.save({key: value for key, value in state.items() if "blocks.3." not in key} | {"extra": stem}, path)
     with pytest.raises(ValueError, match="'extra' in it is no tensor"):
         load_weights(path)
     for arch, message in (
@@ -119,7 +119,7 @@ def test_bad_weight_files_get_one_clear_sentence(vit, tmp_path):
         ("nothing", "a model must be a preset"),
         (str(path), "arch must be a preset of cropr_kernels, a model of timm or of torchvision, got"),
     ):  # fmt: skip
-        torch.save(whole, path)
+        torch.save(state, path)
         with pytest.raises(ValueError, match=message):
             load_weights(path, arch=arch)
     with pytest.raises(ValueError, match=r"arch \(--arch\) names the architecture of a weight file, got 'x' for model"):
@@ -148,8 +148,8 @@ def test_load_weights_takes_another_head_and_says_what_does_not_fit(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded, _ = load_weights(tmp_path / "weights.pt", num_classes=3, drop_path_rate=0.1)
     assert loaded.head.weight.shape == (3, 192) and loaded.blocks[-1].drop_path2.drop_prob == pytest.approx(0.1)
-    own, other = model.state_dict(), loaded.state_dict()
-    assert all(torch.equal(other[key], own[key]) for key in own if not key.startswith("head."))
+    state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(loaded_state[key], state[key]) for key in state if not key.startswith("head."))
     headless, _ = load_weights(tmp_path / "weights.pt", num_classes=0)
     assert headless(torch.randn(1, 3, 224, 224)).shape == (1, 192)
     with pytest.raises(

@@ -13,12 +13,12 @@ def test_soft_targets_and_smoothing_reach_every_head():
     model = cropr.apply(reference_vit(), rate=8)
     task = Classifier(model, smoothing=0.1).train()
     images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 4])
-    found = task(images, labels)
+    losses = task(images, labels)
     output, aux = model(images)
     target = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
     expected = [-(target * logits.log_softmax(1)).sum(1).mean() for logits in (output, *aux)]
-    torch.testing.assert_close(found["main"], expected[0])
-    torch.testing.assert_close(found["aux"], sum(expected[1:]))
+    torch.testing.assert_close(losses["main"], expected[0])
+    torch.testing.assert_close(losses["aux"], sum(expected[1:]))
     mixed = torch.rand(3, 5).softmax(1)
     torch.testing.assert_close(Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean())
     task.eval()

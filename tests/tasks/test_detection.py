@@ -14,15 +14,16 @@ require("torchvision")
 
 
 def targets_of(*images, masks=False):
-    made = []
+    targets = []
     for boxes, labels in images:
-        one = {"boxes": torch.tensor(boxes).reshape(-1, 4).float(), "labels": torch.tensor(labels, dtype=torch.int64)}
+        target = {"labels": torch.tensor(labels, dtype=torch.int64)}
+        target["boxes"] = torch.tensor(boxes).reshape(-1, 4).float()
         if masks:
-            one["masks"] = torch.zeros(len(labels), 64, 64, dtype=torch.uint8)
-            for mask, (x0, y0, x1, y1) in zip(one["masks"], one["boxes"].int().tolist()):
+            target["masks"] = torch.zeros(len(labels), 64, 64, dtype=torch.uint8)
+            for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"].int().tolist()):
                 mask[y0:y1, x0:x1] = 1
-        made.append(one)
-    return made
+        targets.append(target)
+    return targets
 
 
 BOXES = [([[0, 0, 16, 8], [9, 9, 30, 31]], [1, 3]), ([], []), ([[50, 50, 64, 64], [56, 56, 60, 60]], [2, 2])]
@@ -30,7 +31,7 @@ BOXES = [([[0, 0, 16, 8], [9, 9, 30, 31]], [1, 3]), ([], []), ([[50, 50, 64, 64]
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_patch_has_the_categories_of_the_objects_that_touch_it(masks):
-    found = patch_categories(targets_of(*BOXES, masks=masks), 3, (8, 8), (8, 8))
+    categories = patch_categories(targets_of(*BOXES, masks=masks), 3, (8, 8), (8, 8))
     expected = torch.zeros(3, 8, 8, 3)
     for image, (boxes, labels) in enumerate(BOXES):
         for (x0, y0, x1, y1), label in zip(boxes, labels):
@@ -40,7 +41,7 @@ def test_a_patch_has_the_categories_of_the_objects_that_touch_it(masks):
                     expected[image, row, column, label - 1] = max(
                         float(inside), expected[image, row, column, label - 1]
                     )
-    assert torch.equal(found, expected.flatten(1, 2))
+    assert torch.equal(categories, expected.flatten(1, 2))
 
 
 def detector(masks=False, windows=None, name="reference", **options):
@@ -65,35 +66,35 @@ def test_detection_trains_every_head_and_finds_boxes_in_photos_of_any_size(masks
     assert missing == []
     task.eval()
     with torch.no_grad():
-        found = task([torch.rand(3, 50, 90), torch.rand(3, 120, 40)])
-    for one, (height, width) in zip(found, [(50, 90), (120, 40)]):
-        assert set(one) == {"boxes", "labels", "scores", *(["masks"] if masks else [])}
-        assert (one["boxes"][:, [0, 2]] <= width).all() and (one["boxes"][:, [1, 3]] <= height).all()
-        assert not masks or one["masks"].shape[1:] == (1, height, width)
+        detections = task([torch.rand(3, 50, 90), torch.rand(3, 120, 40)])
+    for detection, (height, width) in zip(detections, [(50, 90), (120, 40)]):
+        assert set(detection) == {"boxes", "labels", "scores", *(["masks"] if masks else [])}
+        assert (detection["boxes"][:, [0, 2]] <= width).all() and (detection["boxes"][:, [1, 3]] <= height).all()
+        assert not masks or detection["masks"].shape[1:] == (1, height, width)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_under_autocast_a_detectors_heads_take_16_bits_and_what_boxes_are_read_from_32():
-    task, made = detector(masks=True), {}
+def test_under_autocast_heads_run_in_16_bits_and_predictions_in_32():
+    task, outputs = detector(masks=True), {}
     for name, layer in task.named_modules():
-        layer.register_forward_hook(lambda layer, inputs, output, name=name: made.update({name: output}))
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: outputs.update({name: output}))
     images, target = [torch.rand(3, 64, 64) for _ in BOXES], targets_of(*BOXES, masks=True)
     torch.manual_seed(0)
     expected = task(images, target)
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = task(images, target)
-        found = task.eval()(images)[0]["boxes"]
+        boxes = task.eval()(images)[0]["boxes"]
     for name in ("rpn.head.conv.0.0", "roi_heads.box_head.fc7", "roi_heads.mask_head.0.0"):
-        assert made[name].dtype == torch.bfloat16, name
-    predicted = [*made["rpn.head"][0], *made["rpn.head"][1], *made["roi_heads.box_predictor"], found]
-    assert {one.dtype for one in [*predicted, made["roi_heads.mask_predictor"]]} == {torch.float32}
+        assert outputs[name].dtype == torch.bfloat16, name
+    predicted = [*outputs["rpn.head"][0], *outputs["rpn.head"][1], *outputs["roi_heads.box_predictor"], boxes]
+    assert {tensor.dtype for tensor in [*predicted, outputs["roi_heads.mask_predictor"]]} == {torch.float32}
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss, rtol=0.05, atol=0.0)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
+def test_a_detector_is_calibrated_on_the_inputs_of_its_backbone(scenes, tmp_path):
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from cropr_kernels.train import Config, build
     from cropr_kernels.train.data import Samples, load_data
@@ -111,18 +112,18 @@ def test_a_detector_is_calibrated_on_what_its_backbone_sees(scenes, tmp_path):
     torch.testing.assert_close(task.pixels(photos), torch.stack([(photo - mean) / std for photo in photos]))
     cropr.calibrate(expected.backbone, expected.pixels(photos))
     Run(config, tmp_path, data, task, Process(0, 1, torch.device("cpu")), False)
-    for own, other in zip(task.backbone.cropr, expected.backbone.cropr):
-        torch.testing.assert_close(own.query(), other.query())
+    for module, expected_module in zip(task.backbone.cropr, expected.backbone.cropr):
+        torch.testing.assert_close(module.query(), expected_module.query())
 
 
-def test_nearly_all_tokens_may_leave():
+def test_nearly_all_tokens_may_be_pruned():
     task = detector(windows=cropr.Windows(8), keep=[20, 2], rate=None)  # 3 % of 64
     assert task.backbone.cropr[0].queries.shape == (16, 64)
     losses = task.eval()([torch.rand(3, 64, 64)])
     assert len(losses) == 1
 
 
-def test_what_a_detector_cannot_do_is_refused():
+def test_unsupported_backbones_sizes_and_options_raise():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
     with pytest.raises(ValueError, match=r"the pyramid needs the full map: cropr.apply\(..., llf=True\)"):
         Detector(pruned, 3, img_size=(64, 64))
@@ -134,25 +135,25 @@ def test_what_a_detector_cannot_do_is_refused():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("finds", [True, False])
-def test_precision_of_what_is_found_exactly_is_100_and_of_nothing_0(finds):
+def test_precision_is_100_for_exact_detections_and_0_for_none(finds):
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from cropr_kernels.train import Config
     from cropr_kernels.train.evaluate import Precision
 
     truths = targets_of(([[5, 5, 40, 40], [20, 10, 60, 60]], [1, 2]), ([], []), masks=True)
 
-    def found(images):
+    def detect(images):
         return [
             {
-                "boxes": one["boxes"] if finds else one["boxes"][:0],
-                "labels": one["labels"] if finds else one["labels"][:0],
-                "scores": torch.ones(len(one["labels"]) if finds else 0),
-                "masks": one["masks"][:, None].float() if finds else one["masks"][:0, None].float(),
+                "boxes": truth["boxes"] if finds else truth["boxes"][:0],
+                "labels": truth["labels"] if finds else truth["labels"][:0],
+                "scores": torch.ones(len(truth["labels"]) if finds else 0),
+                "masks": truth["masks"][:, None].float() if finds else truth["masks"][:0, None].float(),
             }
-            for one in truths
+            for truth in truths
         ]
 
     metric = Precision(Config(task="detection", masks=True), 2, torch.device("cpu"))
-    metric.update(found, [torch.zeros(3, 64, 64)] * 2, truths)
+    metric.update(detect, [torch.zeros(3, 64, 64)] * 2, truths)
     value = 100.0 if finds else 0.0
     assert metric.compute() == {"AP box": value, "AP box 50": value, "AP mask": value, "AP mask 50": value}

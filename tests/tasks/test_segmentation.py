@@ -22,13 +22,13 @@ def segmenter(name="reference", grid=(8, 8), rate=9, **options):
     return randomize(Segmenter(model, CLASSES, grid=grid)).train()
 
 
-def test_labels_of_patches_are_those_at_their_centres():
+def test_labels_of_patches_are_those_at_their_centers():
     target = torch.randint(0, 9, (2, 24, 40))
     expected = target[:, 4::8, 4::8].flatten(1)
     assert torch.equal(patch_labels(target, (3, 5)), expected)
 
 
-def test_pixels_without_a_class_count_nowhere():
+def test_ignored_pixels_do_not_count():
     logits, target = torch.randn(2, CLASSES, 4, 4), torch.randint(0, CLASSES, (2, 4, 4))
     target[0, :2] = 255
     valid = target != 255
@@ -63,7 +63,7 @@ def test_a_deployed_backbone_gives_the_same_maps():
 
 
 @torch.no_grad()
-def test_a_sliding_window_averages_what_overlaps_and_takes_small_images():
+def test_sliding_windows_average_overlaps_and_pad_small_images():
     task = segmenter().eval()
     images = torch.randn(1, 3, 80, 112)
     total, count = torch.zeros(1, CLASSES, 80, 112), torch.zeros(80, 112)
@@ -79,7 +79,7 @@ def test_a_sliding_window_averages_what_overlaps_and_takes_small_images():
         task.slide(images, (64, 64), (65, 40))
 
 
-def test_a_map_that_is_not_square():
+def test_maps_that_are_not_square_are_learned():
     model = reference_vit(num_classes=0)
     cropr.apply(model, rate=30, llf=True, num_queries=96, num_outputs=CLASSES, img_size=(64, 96))
     task = Segmenter(model, CLASSES, grid=(8, 12)).train()
@@ -87,18 +87,18 @@ def test_a_map_that_is_not_square():
     assert sum(losses.values()).isfinite()
 
 
-def test_a_segmenter_wants_the_whole_map():
+def test_a_segmenter_needs_the_full_map():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
     with pytest.raises(ValueError, match=r"dense tasks need the full map: cropr.apply\(..., llf=True\)"):
         Segmenter(pruned, 3, grid=(8, 8))(torch.rand(1, 3, 64, 64))
 
 
-def test_a_task_is_a_module_of_the_users_own_loop():
+def test_a_task_is_a_module_without_wrappers():
     task = segmenter()
     assert isinstance(task, nn.Module) and not any(key.startswith("module") for key in task.state_dict())
 
 
-def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
+def test_missing_label_maps_and_illegal_labels_are_named(scenes, tmp_path):
     from cropr_kernels.train import Config
     from cropr_kernels.train.data import load_data
 
@@ -117,7 +117,7 @@ def test_a_label_map_that_is_missing_is_named(scenes, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_overlap_is_that_of_the_classes_that_occur():
+def test_overlap_is_the_mean_over_classes_that_occur():
     pytest.importorskip("torchmetrics", reason="needs the train extra")
     from cropr_kernels.train import Config
     from cropr_kernels.train.evaluate import Overlap
@@ -136,8 +136,8 @@ def test_overlap_is_that_of_the_classes_that_occur():
     metric.update(Guess(), torch.zeros(2, 3, 6, 7), truth)
     valid, overlaps = truth != 9, []
     for label in range(3):  # classes 3 and 4 occur nowhere
-        own, true = guesses[valid] == label, truth[valid] == label
-        overlaps.append(((own & true).sum() / (own | true).sum()).item())
-    found = metric.compute()
-    assert found["mIoU"] == pytest.approx(100 * sum(overlaps) / 3, abs=1e-3)
-    assert found["pixels"] == pytest.approx(100 * (guesses == truth)[valid].double().mean().item(), abs=1e-3)
+        guessed, true = guesses[valid] == label, truth[valid] == label
+        overlaps.append(((guessed & true).sum() / (guessed | true).sum()).item())
+    metrics = metric.compute()
+    assert metrics["mIoU"] == pytest.approx(100 * sum(overlaps) / 3, abs=1e-3)
+    assert metrics["pixels"] == pytest.approx(100 * (guesses == truth)[valid].double().mean().item(), abs=1e-3)

@@ -10,7 +10,7 @@ from cropr_kernels.train.data import seed_of
 from cropr_kernels.train.optim import layer_of, lr_share, param_groups, progress
 
 
-def test_the_configuration_survives_its_file_and_says_what_is_wrong(tmp_path):
+def test_configurations_round_trip_and_errors_name_the_option(tmp_path):
     for name, preset in PRESETS.items():
         (tmp_path / "config.json").write_text(preset.to_json())
         assert Config.read(tmp_path / "config.json") == preset, name
@@ -64,10 +64,10 @@ def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
     from cropr_kernels.tasks import Classifier
 
     task = Classifier(model)
-    wanted = Config(
+    config = Config(
         lr=1.0, layer_decay=0.5, head_lr_scale=3.0, query_lr_scale=2.0, weight_decay=0.1, warmup_epochs=2, epochs=10
     )
-    groups = {id(p): group for group in param_groups(task, wanted) for p in group["params"]}
+    groups = {id(p): group for group in param_groups(task, config) for p in group["params"]}
     assert len(groups) == len(list(task.parameters()))
     expected = {
         "backbone.patch_embed.proj.weight": (0.5**5, 0.1), "backbone.pos_embed": (0.5**5, 0.0),
@@ -80,14 +80,14 @@ def test_learning_rates_fall_with_depth_and_rise_and_fall_with_time():
         group = groups[id(named[name])]
         assert (group["lr_scale"], group["weight_decay"]) == (scale, decay), name
     assert layer_of("head.weight", 4) == 5
-    assert [round(lr_share(wanted, epoch), 3) for epoch in (1, 2, 6, 10)] == [0.5, 1.0, 0.5, 0.0]
-    poly = dataclasses.replace(wanted, lr_schedule="poly", warmup_epochs=0)
+    assert [round(lr_share(config, epoch), 3) for epoch in (1, 2, 6, 10)] == [0.5, 1.0, 0.5, 0.0]
+    poly = dataclasses.replace(config, lr_schedule="poly", warmup_epochs=0)
     assert lr_share(poly, 5) == pytest.approx(0.5**0.9)
-    faster = param_groups(task, dataclasses.replace(wanted, last_block_lr_scale=6.0))
+    faster = param_groups(task, dataclasses.replace(config, last_block_lr_scale=6.0))
     scales = {id(p): group["lr_scale"] for group in faster for p in group["params"]}
     for name, parameter in named.items():
         times = 6 if name.startswith("backbone.blocks.3.") else 1
         assert scales[id(parameter)] == times * groups[id(parameter)]["lr_scale"], name
-    ramp = dataclasses.replace(wanted, curriculum=0.5)
-    assert [progress(ramp, epoch) for epoch in (0, 2.5, 5, 9)] == [0, 0.5, 1, 1] and progress(wanted, 0) == 1
+    ramp = dataclasses.replace(config, curriculum=0.5)
+    assert [progress(ramp, epoch) for epoch in (0, 2.5, 5, 9)] == [0, 0.5, 1, 1] and progress(config, 0) == 1
     assert seed_of(1, 2) != seed_of(2, 1)

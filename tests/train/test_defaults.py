@@ -1,4 +1,4 @@
-"""What a run does where nothing is asked for: how it starts, what it computes in, which weights it takes."""
+"""Defaults of a run: calibrated queries, the dtype of autocast, the choice between weights and their average."""
 
 import io
 import json
@@ -24,7 +24,7 @@ SMALL = Config(
 
 
 class Noise(Broken):
-    """Images that can be told apart, of two classes."""
+    """Distinct images of two classes."""
 
     def __getitem__(self, index):
         return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index)), index % 2
@@ -39,7 +39,7 @@ def notes(out):
 
 
 def write_images(folder, images):
-    """A folder per class, of pairs of a label and a picture, one in three of them to validate on."""
+    """Write (label, picture) pairs into a folder per class, every third one for validation; return the path."""
     for index, (label, picture) in enumerate(images):
         path = folder / ("train" if index % 3 else "val") / str(label) / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_images(folder, images):
     return str(folder)
 
 
-def test_workers_need_a_short_path_for_their_sockets(tmp_path, monkeypatch):
+def test_workers_need_a_short_temporary_path_for_their_sockets(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 120)))
     with pytest.raises(ValueError, match=r"at most 75 bytes, got .*xxx: set TMPDIR to another, or workers=0"):
         train(SMALL.changed(workers=1), tmp_path / "run", data=DATA, show=False)
@@ -55,17 +55,17 @@ def test_workers_need_a_short_path_for_their_sockets(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_40_steps_of_the_preset_on_digits_are_far_above_chance(tmp_path):
-    """A new head on a backbone of 160 steps: an average that starts too slowly would be no better than chance."""
+    """A new head on a backbone trained for 160 steps; an average that starts too slowly is no better than chance."""
     digits = pytest.importorskip("sklearn.datasets", reason="needs the demo extra").load_digits()
     image = pytest.importorskip("PIL.Image", reason="needs the train extra")
     pictures = (digits.images[:1200] * 15.9).astype("uint8")
-    pairs = ((label, image.fromarray(own).resize((32, 32))) for label, own in zip(digits.target, pictures))
-    wanted = PRESETS["finetune"].changed(
+    pairs = ((label, image.fromarray(picture).resize((32, 32))) for label, picture in zip(digits.target, pictures))
+    config = PRESETS["finetune"].changed(
         data=write_images(tmp_path, pairs), model_options=SMALL.model_options, pretrained=False, rate=3, flip=0.0,
         model="vit_tiny_patch16_224", patch_size=4, img_size=(32, 32), calibrate=64, batch_size=40, epochs=2,
         warmup_epochs=0.2, lr=2e-3, workers=0, device="cpu",
     )  # fmt: skip
-    plain = wanted.changed(
+    plain = config.changed(
         rate=None,
         merge=False,
         ema=0.0,
@@ -76,11 +76,11 @@ def test_40_steps_of_the_preset_on_digits_are_far_above_chance(tmp_path):
         eval_epochs=8,
         lr=3e-3,
     )
-    before, task = loop.build.task(plain, 10), loop.build.task(wanted, 10)
+    before, task = loop.build.task(plain, 10), loop.build.task(config, 10)
     train(plain, tmp_path / "before", task=before, show=False)
-    learned = {name: own for name, own in before.backbone.state_dict().items() if not name.startswith("head.")}
+    learned = {name: value for name, value in before.backbone.state_dict().items() if not name.startswith("head.")}
     assert not task.backbone.load_state_dict(learned, strict=False).unexpected_keys
-    reached = train(wanted, tmp_path / "run", task=task, show=False)
+    reached = train(config, tmp_path / "run", task=task, show=False)
     assert max(reached["weights"], reached["average"]) == reached["top-1"] >= 60, reached
     assert min(reached["weights"], reached["average"]) >= 50, reached
 
@@ -93,11 +93,11 @@ def test_40_steps_of_the_preset_on_photos_are_far_above_chance(data, tmp_path):
     buffer, offsets, labels = (photos[name] for name in ("buf", "offsets", "labels"))
     chosen = [i for label in range(10) for i in numpy.flatnonzero(labels == label)[:36]]
     pairs = ((labels[i], image.open(io.BytesIO(buffer[offsets[i] : offsets[i + 1]].tobytes()))) for i in chosen)
-    wanted = PRESETS["finetune"].changed(
-        data=write_images(tmp_path, ((label, own.convert("RGB")) for label, own in pairs)), batch_size=12, epochs=2,
+    config = PRESETS["finetune"].changed(
+        data=write_images(tmp_path, ((label, photo.convert("RGB")) for label, photo in pairs)), batch_size=12, epochs=2,
         weights=str(data / "vit_tiny_p16_224_tin200_fp16.safetensors"), workers=0, device="cpu",
     )  # fmt: skip
-    reached = train(wanted, tmp_path / "run", show=False)
+    reached = train(config, tmp_path / "run", show=False)
     assert reached["top-1"] >= 50, reached
     assert min(reached["weights"], reached["average"]) >= 30, reached
     assert notes(tmp_path / "run")[1] == "queries calibrated on 128 training photos (calibrate=0: random ones)"
@@ -107,24 +107,24 @@ def test_a_pretrained_network_starts_from_calibrated_queries_of_its_own_photos(t
     monkeypatch.setattr(loop.Run, "run", lambda self: self.task)
     weights = tmp_path / "weights.pt"
     torch.save(cropr.create_vit("eva02_tiny_patch14_224", num_classes=7).state_dict(), weights)
-    wanted = Config(
+    config = Config(
         weights=str(weights), img_size=(56, 56), rate=1, batch_size=8, workers=0, device="cpu", grad_checkpointing=True
     )
     data = Data(*(Large(part.count, set()) for part in DATA[:2]), DATA.classes)
-    tasks = [train(wanted, tmp_path / name, data=data, show=False) for name in ("one", "two")]
+    tasks = [train(config, tmp_path / name, data=data, show=False) for name in ("one", "two")]
     assert notes(tmp_path / "one") == ["queries calibrated on 40 training photos (calibrate=0: random ones)"]
-    fresh = loop.build.task(wanted, 2)
-    images = torch.stack([Samples(data.train, wanted.seed)[-1, i].image for i in range(40)])
+    fresh = loop.build.task(config, 2)
+    images = torch.stack([Samples(data.train, config.seed)[-1, i].image for i in range(40)])
     cropr.calibrate(fresh.backbone, images)
-    for one, two, expected in zip(*(task.backbone.cropr for task in tasks), fresh.backbone.cropr):
-        assert torch.equal(one.queries, two.queries)
-        torch.testing.assert_close(one.query(), expected.query(), rtol=1e-4, atol=1e-5)
+    for first, second, expected in zip(*(task.backbone.cropr for task in tasks), fresh.backbone.cropr):
+        assert torch.equal(first.queries, second.queries)
+        torch.testing.assert_close(first.query(), expected.query(), rtol=1e-4, atol=1e-5)
     for name, options, task in [
         ("asked for", {"calibrate": 0}, None),
         ("unpruned", {"rate": None}, None),
-        ("given", {}, loop.build.task(wanted, 2)),
+        ("given", {}, loop.build.task(config, 2)),
     ]:
-        train(wanted.changed(**options), tmp_path / name, data=data, task=task, show=False)
+        train(config.changed(**options), tmp_path / name, data=data, task=task, show=False)
         assert notes(tmp_path / name) == []
     assert SMALL.calibration_photos == 0 and PRESETS["coco-eva02-l-1536"].calibration_photos == 0
     assert PRESETS["finetune"].calibration_photos == 128
@@ -136,7 +136,7 @@ class Large(Noise):
         return image.repeat(1, 2, 2)[:, :56, :56], label
 
 
-def test_photos_to_calibrate_on_come_from_the_whole_dataset(tmp_path, monkeypatch):
+def test_calibration_photos_come_from_the_full_dataset(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         loop,
@@ -149,19 +149,19 @@ def test_photos_to_calibrate_on_come_from_the_whole_dataset(tmp_path, monkeypatc
     assert len(set(seen)) == 20 and min(seen) < 100 and max(seen) >= 200
 
 
-def test_what_autocast_computes_in_is_decided_once(tmp_path, monkeypatch):
-    wanted = SMALL.changed(amp="auto", save_steps=2)
+def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch):
+    config = SMALL.changed(amp="auto", save_steps=2)
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("bfloat16", "it is fast"))
-    reached = train(wanted, tmp_path, data=DATA, show=False)
+    reached = train(config, tmp_path, data=DATA, show=False)
     assert notes(tmp_path) == ["amp=auto is amp=bfloat16: it is fast"]
-    assert Config.read(tmp_path / "config.json") == wanted.changed(amp="bfloat16") == rebuild(tmp_path)[1]
+    assert Config.read(tmp_path / "config.json") == config.changed(amp="bfloat16") == rebuild(tmp_path)[1]
     monkeypatch.setattr(loop, "measured_amp", lambda device: pytest.fail("measured again"))
-    assert train(wanted, tmp_path, data=DATA, show=False) == reached and len(notes(tmp_path)) == 1
+    assert train(config, tmp_path, data=DATA, show=False) == reached and len(notes(tmp_path)) == 1
     with pytest.raises(ValueError, match="holds another run: amp: 'none', not 'bfloat16'"):
-        train(wanted.changed(amp="none"), tmp_path, data=DATA, show=False)
+        train(config.changed(amp="none"), tmp_path, data=DATA, show=False)
 
 
-def test_bfloat16_is_chosen_where_it_is_measured_to_be_fast(monkeypatch):
+def test_bfloat16_is_chosen_if_it_is_measured_to_be_faster(monkeypatch):
     device = torch.device("cpu")
     assert precision.measured_amp(device)[0] in ("none", "bfloat16")
     for gain, verdict in [(2.0, "bfloat16"), (1.1, "none"), (1 / 46, "none")]:
@@ -174,8 +174,8 @@ def test_bfloat16_is_chosen_where_it_is_measured_to_be_fast(monkeypatch):
     ("best", "tops"), [("weights", (60.0, 50.0)), ("average", (50.0, 60.0)), ("weights", (60.0, 60.0))]
 )
 def test_the_weights_and_their_average_are_evaluated_and_the_better_is_kept(best, tops, tmp_path, monkeypatch):
-    given = iter(tops)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"top-1": next(given)})
+    accuracies = iter(tops)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"top-1": next(accuracies)})
     reached = train(SMALL.changed(ema=0.99), tmp_path, data=DATA, show=False)
     assert reached == {"top-1": 60.0, "of": best, "weights": tops[0], "average": tops[1]}
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["val"] == reached
@@ -188,12 +188,12 @@ def test_the_weights_and_their_average_are_evaluated_and_the_better_is_kept(best
     assert not all(torch.equal(last["model"][name], average[name]) for name in average)
 
 
-def test_the_average_does_not_hold_on_to_the_first_weights(tmp_path):
-    """Its decay rises from 0: after a few steps it is where the weights are, not where they were."""
+def test_the_average_forgets_the_first_weights(tmp_path):
+    """Its decay rises from 0: after a few steps it is near the current weights."""
     task = loop.build.task(SMALL, 2)
     first = {name: value.clone() for name, value in task.state_dict().items()}
     train(SMALL.changed(ema=0.9999, epochs=4), tmp_path, data=DATA, task=task, show=False)
     last = torch.load(tmp_path / "last.pt")
     moved = {name: (last["model"][name] - first[name]).norm() for name in first}
-    behind = {name: (last["ema"][f"module.{name}"] - last["model"][name]).norm() for name in first}
-    assert sum(behind.values()) < 0.5 * sum(moved.values())
+    lag = {name: (last["ema"][f"module.{name}"] - last["model"][name]).norm() for name in first}
+    assert sum(lag.values()) < 0.5 * sum(moved.values())

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, on which data, and what is damaged in it."""
+"""The folder of a run: its lock, its data, and damaged files in it."""
 
 import fcntl
 import json
@@ -37,12 +37,12 @@ def steps(out):
 
 @pytest.fixture
 def ended(tmp_path):
-    """A run of six steps that is over, and how it ended."""
+    """Return the folder of a finished run of six steps, and its metrics."""
     return tmp_path / "run", run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         (dict(classes=("red", "blue")), "classes[0] was 'blue', is 'red'; classes[1] was 'red', is 'blue'"),
         (dict(classes=("blue", "red", "white")), "number of classes was 2, is 3"),
@@ -50,10 +50,10 @@ def ended(tmp_path):
         (dict(val_count=3), "number of validation samples was 4, is 3"),
     ],
 )
-def test_a_run_resumes_on_its_own_data_only(ended, other, said):
+def test_a_run_resumes_on_its_own_data_only(ended, other, message):
     out, _ = ended
     before = {path: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match=re.escape(f"train: {out} holds a run on other data: {said}") + "$"):
+    with pytest.raises(ValueError, match=re.escape(f"train: {out} holds a run on other data: {message}") + "$"):
         run(out, **other)
     assert {path: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == {
         path: content for path, content in before.items() if path.name != ".lock"
@@ -61,7 +61,7 @@ def test_a_run_resumes_on_its_own_data_only(ended, other, said):
 
 
 @pytest.mark.parametrize("name", ["model", "config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals"])
-def test_a_checkpoint_without_a_field_says_which(ended, name):
+def test_a_missing_field_of_a_checkpoint_is_named(ended, name):
     out, _ = ended
     state = torch.load(out / "last.pt")
     del state[name]
@@ -71,7 +71,7 @@ def test_a_checkpoint_without_a_field_says_which(ended, name):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (dict(optimizer={}), "does not fit this model"),
         (dict(optimizer=3), "does not fit this model"),
@@ -81,10 +81,10 @@ def test_a_checkpoint_without_a_field_says_which(ended, name):
         (dict(config=3), "is not JSON"),
     ],
 )
-def test_a_checkpoint_with_what_cannot_be_says_so(ended, values, said):
+def test_illegal_fields_of_a_checkpoint_are_named(ended, values, message):
     out, _ = ended
     torch.save(torch.load(out / "last.pt") | values, out / "last.pt")
-    with pytest.raises(ValueError, match=rf"last\.pt.* {said}"):
+    with pytest.raises(ValueError, match=rf"last\.pt.* {message}"):
         run(out)
 
 
@@ -94,24 +94,24 @@ def test_a_damaged_configuration_is_named(ended, content, capsys):
     (out / "config.json").write_bytes(content)
     assert cli.main(["train", "--out", str(out)]) == 1
     assert re.match(r"cropr train: .*/config\.json\b.*\n$", capsys.readouterr().err)
-    run(out)  # what the checkpoint says counts
+    run(out)  # takes the configuration of the checkpoint
     assert Config.read(out / "config.json") == SMALL
 
 
 def test_lines_of_the_log_that_cannot_be_read_are_dropped_and_counted(ended):
     out, metrics = ended
-    log, whole = out / "metrics.jsonl", steps(out)
+    log, intact = out / "metrics.jsonl", steps(out)
     first, *rest = log.read_bytes().splitlines(keepends=True)
     for damaged in (b"\0" * len(first), b"\0" * 8 + first, b"\xff" + first, b"3\n", b"{}\n", first[: len(first) // 2]):
         log.write_bytes(damaged.rstrip(b"\n") + b"\n" + b"".join(rest))
         with pytest.warns(UserWarning, match=r"metrics\.jsonl: 1 line\(s\) cannot be read and are skipped"):
             assert run(out) == metrics
-        assert steps(out) == whole[1:]
-    assert len(folder.read_log(log)) == len(whole) - 1
+        assert steps(out) == intact[1:]
+    assert len(folder.read_log(log)) == len(intact) - 1
 
 
 @pytest.mark.parametrize("lost", [1, 100])
-def test_a_run_that_is_over_is_measured_again_where_its_last_evaluation_is_lost(ended, lost):
+def test_a_finished_run_is_evaluated_again_if_its_last_evaluation_is_lost(ended, lost):
     out, metrics = ended
     log = out / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)[:-lost]
@@ -122,7 +122,7 @@ def test_a_run_that_is_over_is_measured_again_where_its_last_evaluation_is_lost(
 
 
 def hold(out, pipe):
-    """Hold a folder, and start a process that outlives this one, as those that read photos do."""
+    """Lock a folder, and start a process that outlives this one, as workers that read photos may."""
     with folder.locked(out):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
         child.start()
@@ -130,7 +130,7 @@ def hold(out, pipe):
         time.sleep(3600)
 
 
-def test_one_process_writes_to_a_folder_until_it_ends_even_by_kill(tmp_path):
+def test_a_folder_is_locked_until_its_process_ends_even_by_kill(tmp_path):
     ours, theirs = multiprocessing.Pipe()
     holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, theirs))
     holder.start()
@@ -148,7 +148,7 @@ def test_one_process_writes_to_a_folder_until_it_ends_even_by_kill(tmp_path):
         os.kill(child, 9)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+def test_runs_work_on_file_systems_without_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     run(tmp_path)
 
 
-def test_a_process_whose_torchrun_is_gone_stops(tmp_path, monkeypatch):
+def test_a_process_stops_when_its_torchrun_has_ended(tmp_path, monkeypatch):
     parents = iter([10, 10, 10] + [1] * 99)
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -168,7 +168,7 @@ def test_a_process_whose_torchrun_is_gone_stops(tmp_path, monkeypatch):
     run(tmp_path)
 
 
-def test_weights_that_are_not_a_number_are_refused(tmp_path):
+def test_weights_that_are_nan_raise(tmp_path):
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=2)
     with torch.no_grad():
         model.norm.bias[3] = torch.nan
@@ -186,14 +186,14 @@ def test_weights_that_are_not_a_number_are_refused(tmp_path):
         rebuild(tmp_path)
 
 
-def test_a_checkpoint_and_its_name_are_on_the_disk_before_training_goes_on(tmp_path, monkeypatch):
+def test_a_checkpoint_and_its_folder_are_synced_before_training_goes_on(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(stat.S_ISDIR(os.fstat(file).st_mode)))
     checkpoint.save(tmp_path / "last.pt", {"model": {}})
     assert synced == [False, True]
 
 
-def test_files_that_are_no_photos_are_counted(tmp_path):
+def test_skipped_files_are_counted(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="needs the train extra")
     for split in ("train", "val"):
         for name in ("a", "b"):

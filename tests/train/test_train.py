@@ -63,16 +63,16 @@ def losses(out):
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
-    wanted = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
-    metrics = train(wanted, tmp_path, show=False)
+    run_config = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
+    metrics = train(run_config, tmp_path, show=False)
     assert metrics["top-1"] >= 90 and len(metrics["aux"]) == 3 and metrics["images"] == 40
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "metrics.jsonl", "last.pt", "best.pt"}
     lines = losses(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
     assert lines[0]["loss"] == pytest.approx(lines[0]["main"] + lines[0]["aux"])
-    task, own, classes = rebuild(tmp_path)
-    assert classes == CLASSES and own == wanted and not task.training
-    assert train(own, tmp_path, show=False) == metrics  # a run that is over tells how it ended
+    task, saved_config, classes = rebuild(tmp_path)
+    assert classes == CLASSES and saved_config == run_config and not task.training
+    assert train(saved_config, tmp_path, show=False) == metrics  # a run that is over tells how it ended
 
 
 RECIPES = {
@@ -107,18 +107,18 @@ loop.train(Config.read(out + "/config.json"), out, show=False)
     "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_path):
-    wanted = config(photos, save_steps=3, epochs=3, **RECIPES[name])
-    train(wanted, tmp_path / "whole", show=False)
+    run_config = config(photos, save_steps=3, epochs=3, **RECIPES[name])
+    train(run_config, tmp_path / "whole", show=False)
     cut = tmp_path / "cut"
     cut.mkdir()
-    (cut / "config.json").write_text(wanted.to_json())
+    (cut / "config.json").write_text(run_config.to_json())
     for moment, count in (("Run._log", 5), ("checkpoint.torch.save", 2), ("checkpoint.atomic_write", 1)):
         ended = run_forked(KILLED, [str(cut), moment, str(count)], tmp_path / moment)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert cli.main(["train", "--out", str(cut), "--quiet"]) == 0
     assert losses(cut) == losses(tmp_path / "whole")
-    whole, again = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    uninterrupted, resumed = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
+    assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
 # A thread of gloo's that still ran when Python exits would abort the process, now and then: none may be left. One that
@@ -162,24 +162,24 @@ def shared_by_two(photos, tmp_path_factory):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_result_of_one(parallel, shared_by_two, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("none", "measured"))
-    wanted = Config.read(shared_by_two[parallel] / "config.json").changed(amp="auto")
-    train(wanted, tmp_path / "one", show=False)
-    one, two = losses(tmp_path / "one"), losses(shared_by_two[parallel])
-    assert len(one) == len(two)
-    assert [line["note"].split(" ")[0] for line in two if "note" in line] == ["amp=auto", "queries"]
-    for alone, shared in zip(one, two):
+    run_config = Config.read(shared_by_two[parallel] / "config.json").changed(amp="auto")
+    train(run_config, tmp_path / "one", show=False)
+    alone_log, shared_log = losses(tmp_path / "one"), losses(shared_by_two[parallel])
+    assert len(alone_log) == len(shared_log)
+    assert [line["note"].split(" ")[0] for line in shared_log if "note" in line] == ["amp=auto", "queries"]
+    for alone, shared in zip(alone_log, shared_log):
         assert {**alone, **dict.fromkeys(("loss", "main", "aux", "val"))} == {
             **shared, **dict.fromkeys(("loss", "main", "aux", "val"))
         }  # fmt: skip
         if "loss" in alone:
             torch.testing.assert_close(shared["loss"], alone["loss"], rtol=2e-4, atol=2e-4)
-    assert one[-1]["val"]["images"] == two[-1]["val"]["images"] == 40
+    assert alone_log[-1]["val"]["images"] == shared_log[-1]["val"]["images"] == 40
     alone, shared = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "one", shared_by_two[parallel]))
     for key in alone:
         torch.testing.assert_close(shared[key], alone[key], rtol=1e-2, atol=3e-3)
     # and goes on where it stopped, with any number of processes
     longer = torch.load(shared_by_two[parallel] / "last.pt")
-    assert longer["step"] == one[-1]["step"]
+    assert longer["step"] == alone_log[-1]["step"]
     rebuilt, _, _ = rebuild(shared_by_two[parallel])
     assert isinstance(rebuilt, nn.Module)
 
@@ -204,7 +204,7 @@ def test_a_corrupt_image_is_counted_in_the_log(tmp_path):
     assert lines[-2]["skipped"] == 1 and lines[-1]["val"]["skipped"] == 1
 
 
-def test_random_numbers_of_a_sample_are_its_own():
+def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_index():
     class Noise(Broken):
         def __getitem__(self, index):
             return torch.rand(3), index
@@ -220,19 +220,19 @@ def test_random_numbers_of_a_sample_are_its_own():
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_step_takes_the_same_samples_however_it_is_shared(world, accumulate):
-    wanted = Config(batch_size=8, accumulate=accumulate)
+    run_config = Config(batch_size=8, accumulate=accumulate)
     alone = [set(batch) for batch in Batches(37, Config(batch_size=8), 3)]
-    ranks = [list(Batches(37, wanted, 3, rank=rank, world=world)) for rank in range(world)]
+    ranks = [list(Batches(37, run_config, 3, rank=rank, world=world)) for rank in range(world)]
     for step, expected in enumerate(alone):
         parts = [part for rank in ranks for part in rank[step * accumulate : (step + 1) * accumulate]]
         assert {key for part in parts for key in part} == expected
         assert all(len(part) == 8 // world // accumulate for part in parts)
-    rest = list(Batches(37, wanted, 3, world=world, first_step=2))
+    rest = list(Batches(37, run_config, 3, world=world, first_step=2))
     assert rest == ranks[0][2 * accumulate :] and len(alone) == 4
     with pytest.raises(ValueError, match="batch_size=8 must be a multiple of accumulate x processes = 3"):
         Batches(37, Config(batch_size=8), 0, world=3)
     with pytest.raises(ValueError, match="must be at most the 5 training samples"):
-        Batches(5, wanted, 0)
+        Batches(5, run_config, 0)
 
 
 def test_mixing_leaves_smoothing_to_the_loss_and_takes_images_in_pairs():
@@ -281,7 +281,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_either(tmp_path):
 def test_a_run_from_a_weight_file_is_rebuilt_without_it(photos, tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save(cropr.create_vit("eva02_tiny_patch14_224", num_classes=7).state_dict(), weights)
-    wanted = Config(
+    run_config = Config(
         data=str(photos),
         weights=str(weights),
         img_size=(28, 28),
@@ -291,13 +291,13 @@ def test_a_run_from_a_weight_file_is_rebuilt_without_it(photos, tmp_path):
         workers=0,
         device="cpu",
     )
-    train(wanted, tmp_path / "run", show=False)
+    train(run_config, tmp_path / "run", show=False)
     weights.unlink()
     task, config, _ = rebuild(tmp_path / "run")
     assert config.model == "eva02_tiny_patch14_224" and task.backbone.head.out_features == 2
 
 
-def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     import resource
 
     path = tmp_path / "last.pt"
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_does_not_fit_is_refused(photos, tmp_path):
+def test_other_settings_damaged_checkpoints_and_missing_data_raise(photos, tmp_path):
     out = tmp_path / "run"
     train(config(photos, epochs=1), out, show=False)
     with pytest.raises(ValueError, match=r"holds another run: rate: 4, not 3; lr: 0.002, not 0.001\. Use another"):
@@ -352,7 +352,7 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
     queries = tmp_path / "queries.safetensors"
-    for command, said in [
+    for command, message in [
         (["info", str(out)], "kept after each block  13 10 7"),
         (["map", str(out), str(photos / "val" / "red"), "--out", str(tmp_path / "maps")], "6 of 16 patches are kept"),
         (["calibrate", str(out), str(photos / "val"), "--out", str(queries), "--quiet"], "recommended: rate"),
@@ -360,7 +360,7 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
     ]:
         assert cli.main(command) == 0
         printed = capsys.readouterr().out
-        assert said in printed, printed
+        assert message in printed, printed
     assert cli.main(["export", str(out), "--format", "torch", "--rounds", "1", "--out", str(tmp_path / "files")]) == 0
     assert (tmp_path / "files" / "run.pt2").is_file() and "run.pt2" in capsys.readouterr().out
     assert (
@@ -392,8 +392,8 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         (["export", str(out), "--llf"], "defines the pruning: leave out --llf, --merge and --keep"),
     ]:
         assert cli.main(arguments) == 1
-        said = capsys.readouterr().err
-        assert message in said and "Traceback" not in said
+        printed = capsys.readouterr().err
+        assert message in printed and "Traceback" not in printed
     # a folder without a checkpoint is free
     again = ["train", "--data", str(photos), "--out", str(tmp_path / "y"), "--quiet", *options, "epochs=1", "lr=0.002"]
     assert cli.main(again) == 0

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, optional libraries, text tables, photos, FLOPs."""
+"""Atomic files, optional libraries, text tables, photos, FLOPs."""
 
 import ast
 import re
@@ -13,11 +13,11 @@ from cropr_kernels.utils import images, io, optional
 from cropr_kernels.utils.flops import flop_counter
 
 ROOT = Path(__file__).parents[2]
-# The guard itself, and commands that have results without a picture.
+# Files that may catch ImportError: the guard itself, and commands whose picture is optional.
 CATCH = {"optional.py", "bench.py", "train.py"}
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+def test_a_file_is_written_completely_or_stays_unchanged(tmp_path):
     path = tmp_path / "file.txt"
     io.write_text(path, "first")
 
@@ -36,27 +36,27 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_nobody_wrote_is_an_error(tmp_path):
+def test_an_atomic_write_of_nothing_raises(tmp_path):
     with pytest.raises(FileNotFoundError), io.atomic_write(tmp_path / "file.txt"):
         pass
     assert not any(tmp_path.iterdir())
 
 
-def test_damaged_tensors_are_refused(tmp_path):
+def test_damaged_tensors_raise(tmp_path):
     path, tensor = tmp_path / "weights.pt", torch.randn(64)
     torch.save({"weight": tensor}, path)
-    whole = path.read_bytes()
-    start = whole.index(tensor.numpy().tobytes())
-    for place in range(start, start + 256, 5):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    intact = path.read_bytes()
+    start = intact.index(tensor.numpy().tobytes())
+    for position in range(start, start + 256, 5):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
         with pytest.raises(ValueError, match=r"cannot be read: the checksum of .* does not match"):
             io.load_tensors(path)
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     assert torch.equal(io.load_tensors(path)["weight"], tensor)
 
 
 def test_only_utils_io_renames_files():
-    """Whoever writes a file takes `atomic_write`."""
+    """All other files are written through `atomic_write`."""
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
         if path != Path(io.__file__):
             assert not re.search(r"os\.replace|os\.rename|\.rename\(|\.replace\(path\)|fsync", path.read_text()), path
@@ -65,13 +65,13 @@ def test_only_utils_io_renames_files():
 def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)  # another test may have imported it
-    wanted = "a picture needs pillow: pip install pillow (or the extra [viz] of cropr_kernels)"
-    with pytest.raises(ImportError, match=re.escape(wanted)):
+    message = "a picture needs pillow: pip install pillow (or the extra [viz] of cropr_kernels)"
+    with pytest.raises(ImportError, match=re.escape(message)):
         optional.import_optional("PIL.Image", "viz", "a picture")
     assert optional.import_optional("json.decoder", "viz", "nothing").__name__ == "json.decoder"
 
 
-def test_what_a_library_needs_itself_is_named(tmp_path, monkeypatch):
+def test_a_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"):
@@ -94,23 +94,23 @@ def test_every_extra_that_the_code_names_exists_and_installs_the_library():
     assert calls > 20
 
 
-def test_optional_libraries_are_guarded_once():
+def test_optional_libraries_are_imported_through_one_guard():
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
         if path.name not in CATCH and path.parent.name != "ops":  # the C++ extension, Triton
             assert not re.search(r"except (ImportError|ModuleNotFoundError)", path.read_text()), path
 
 
 def extras_of(path):
-    """The libraries that each extra installs, those of the extras that it names included."""
+    """Return the libraries that each extra installs, with those of the extras that it includes."""
     section = path.read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    found = re.findall(r"^(\w+) = \[(.*?)\]$", section, flags=re.MULTILINE | re.DOTALL)
-    lists = {name: re.findall(r'"([^"]+)"', body) for name, body in found}
-    own = {name: {re.split(r"[><=\[]", item)[0] for item in items} for name, items in lists.items()}
+    bodies = re.findall(r"^(\w+) = \[(.*?)\]$", section, flags=re.MULTILINE | re.DOTALL)
+    lists = {name: re.findall(r'"([^"]+)"', body) for name, body in bodies}
+    libraries = {name: {re.split(r"[><=\[]", item)[0] for item in items} for name, items in lists.items()}
     for name, items in lists.items():
         for item in items:
             for other in re.findall(r"cropr_kernels\[(\w+)\]", item):
-                own[name] |= own[other]
-    return own
+                libraries[name] |= libraries[other]
+    return libraries
 
 
 def test_tables_are_aligned():
@@ -122,7 +122,7 @@ def test_tables_are_aligned():
     assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left=2).splitlines() == ["a  b   c", "x  yy  1"]
 
 
-def test_photos_are_cropped_to_any_size_and_what_is_no_photo_is_an_os_error(tmp_path, monkeypatch):
+def test_photos_are_cropped_to_any_size_and_other_files_raise_os_errors(tmp_path, monkeypatch):
     Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     path = tmp_path / "photo.png"
     Image.new("RGB", (50, 80), (255, 0, 51)).save(path)
@@ -138,7 +138,7 @@ def test_photos_are_cropped_to_any_size_and_what_is_no_photo_is_an_os_error(tmp_
         images.load_photo(path)
 
 
-def test_the_attention_of_torchvision_is_counted():
+def test_flops_of_torchvision_attention_are_counted():
     model, side = torchvision_vit().eval(), 64 // 8
     tokens, dim, depth = side**2 + 1, 64, 4
     block = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * tokens * dim * 128

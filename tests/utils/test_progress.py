@@ -1,4 +1,4 @@
-"""How far work is: a bar on a terminal, lines elsewhere; times of calls that take turns."""
+"""Progress: a bar on a terminal, lines elsewhere; times of interleaved calls."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test turns."""
+    """Return a clock that the test sets."""
     times = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: times[0])
     return times
@@ -35,7 +35,7 @@ def test_a_log_gets_a_line_every_half_minute(clock, capsys):
     ]
 
 
-def test_what_is_short_or_quiet_says_nothing(clock, capsys):
+def test_short_or_quiet_work_prints_nothing(clock, capsys):
     for _ in each(range(9), "calibrating"):
         clock[0] += 1.0
     for _ in each(range(100), "calibrating", show=False):
@@ -43,7 +43,7 @@ def test_what_is_short_or_quiet_says_nothing(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_was_done_before_does_not_shorten_what_is_left(clock, capsys):
+def test_work_done_before_does_not_shorten_the_estimate(clock, capsys):
     with Progress("training", 100, done=40) as shown:
         for _ in range(20):
             clock[0] += 2.0
@@ -54,7 +54,7 @@ def test_what_was_done_before_does_not_shorten_what_is_left(clock, capsys):
     ]
 
 
-def test_one_long_step_says_how_long_it_has_taken(clock, capsys, monkeypatch):
+def test_a_single_long_step_prints_its_elapsed_time(clock, capsys, monkeypatch):
     waits = itertools.chain([False] * 3, itertools.repeat(True))
 
     def wait(seconds):
@@ -70,7 +70,7 @@ def test_one_long_step_says_how_long_it_has_taken(clock, capsys, monkeypatch):
     assert "exporting: 40 s\n" in capsys.readouterr().err
 
 
-def test_a_terminal_gets_a_bar_and_nothing_stays(monkeypatch):
+def test_a_terminal_gets_a_bar_that_disappears(monkeypatch):
     pytest.importorskip("tqdm", reason="tqdm is not installed")
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", terminal)
@@ -90,7 +90,7 @@ def test_without_tqdm_a_terminal_gets_lines(clock, monkeypatch):
     assert terminal.getvalue().startswith("calibrating: 30 of 40, 30 s, about 10 s left\n")
 
 
-def test_calls_take_turns_and_their_spread_is_told(monkeypatch, capsys):
+def test_calls_are_interleaved_and_their_spread_is_reported(monkeypatch, capsys):
     now, seconds = [0.0], {"a": itertools.cycle([1.0, 2.0, 3.0, 4.0, 5.0]), "b": itertools.repeat(2.0)}
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     order = []
@@ -107,9 +107,9 @@ def test_calls_take_turns_and_their_spread_is_told(monkeypatch, capsys):
     assert "batch 8: 5 rounds of 2 calls, about 15 s" in capsys.readouterr().err
 
 
-def test_as_many_rounds_as_there_is_time_for():
+def test_rounds_fit_the_time_budget():
     assert [timing.fitting(seconds) for seconds in (0.0, 1.0, 9.0, 60.0)] == [9, 9, 5, 3]
 
 
-def test_what_is_faster_than_its_flops_is_told_apart():
+def test_speedups_beyond_the_flops_are_detected():
     assert timing.above_flops(1.6, 1.5) and not timing.above_flops(1.52, 1.5) and not timing.above_flops(1.2, 1.5)

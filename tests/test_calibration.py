@@ -1,4 +1,4 @@
-"""Closed-form queries: the regression itself, every family of models, determinism, refusals, real photos."""
+"""Closed-form queries: the regression, every family of models, determinism, errors, real photos."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from cropr_kernels.utils import io
 
 
 def slow_queries(model, images, ridge):
-    """The same from all tokens at once, with attention matrices written out by hooks on the reference ViT."""
+    """Return the queries from all tokens at once, with attention matrices recorded by hooks on the reference ViT."""
     outputs, attention = [], []
 
     def record(block, args, output):
@@ -68,13 +68,13 @@ def test_queries_solve_the_ridge_regression(options):
             torch.testing.assert_close(module.query().double(), query, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_family_calibrates_and_keeps_its_backbone(kind):
-    model = cropr.apply(randomize(MODELS[kind]()), rate=8, llf=True, num_queries=3).train()
-    before = {name: p.clone() for name, p in model.state_dict().items() if not name.endswith("queries")}
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_calibrates_and_keeps_its_backbone(name):
+    model = cropr.apply(randomize(MODELS[name]()), rate=8, llf=True, num_queries=3).train()
+    before = {key: p.clone() for key, p in model.state_dict().items() if not key.endswith("queries")}
     images = torch.randn(4, 3, 64, 64)
     assert cropr.calibrate(model, images) is model and model.training
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     first = [module.query() for module in model.cropr]
     assert all(query.norm().item() == pytest.approx(1.0, abs=1e-4) for query in first)
     for module in model.cropr:
@@ -88,17 +88,17 @@ def test_every_family_calibrates_and_keeps_its_backbone(kind):
     assert cropr.set_rate(fast, 4)(images).isfinite().all()
 
 
-def test_it_is_deterministic_and_leaves_several_queries_apart():
+def test_calibration_is_deterministic_and_keeps_the_spread_of_several_queries():
     images = torch.randn(4, 3, 64, 64)
-    one, many = (cropr.apply(reference_vit(), rate=8, num_queries=count) for count in (1, 5))
-    before = [module.queries.detach().clone() for module in many.cropr]
+    single, several = (cropr.apply(reference_vit(), rate=8, num_queries=count) for count in (1, 5))
+    before = [module.queries.detach().clone() for module in several.cropr]
     queries = []
     for _ in range(2):
-        cropr.calibrate(one, images)
-        queries.append([module.queries.detach().clone() for module in one.cropr])
+        cropr.calibrate(single, images)
+        queries.append([module.queries.detach().clone() for module in single.cropr])
     assert all(map(torch.equal, *queries))
-    cropr.calibrate(many, images)
-    for old, module in zip(before, many.cropr):
+    cropr.calibrate(several, images)
+    for old, module in zip(before, several.cropr):
         spread = module.queries - module.queries.mean(0)
         torch.testing.assert_close(spread, old - old.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +111,7 @@ def test_importance_is_the_share_of_attention():
         torch.testing.assert_close(share, full / full.sum(1, keepdim=True))
 
 
-def test_refusals():
+def test_unsupported_models_and_illegal_options_raise():
     model = cropr.apply(reference_vit(), rate=8)
     with pytest.raises(ValueError, match="needs at least one image, got none"):
         cropr.calibrate(model, [])
@@ -154,33 +154,33 @@ def test_agreement_is_that_of_the_deployed_model():
         cropr.agreement(model, [], [4])
 
 
-def test_queries_go_to_a_file_and_come_back(tmp_path):
+def test_saved_queries_load_and_damaged_files_raise(tmp_path):
     model = cropr.calibrate(cropr.apply(reference_vit(), rate=8), torch.randn(4, 3, 64, 64))
     path = tmp_path / "queries.safetensors"
     cropr.save_queries(model, path, {"rate": 8})
     for other in (cropr.apply(reference_vit(), rate=3, llf=True), cropr.deploy(cropr.apply(reference_vit(), rate=8))):
         assert cropr.load_queries(other, path) is other
-        for own, module in zip(model.cropr, other.cropr):
-            torch.testing.assert_close(module.query(), own.query())
+        for saved_module, module in zip(model.cropr, other.cropr):
+            torch.testing.assert_close(module.query(), saved_module.query())
     narrow = cropr.apply(reference_vit(embed_dim=32), rate=8)
     with pytest.raises(ValueError, match=r"3 modules of width 32, .* queries of shape \(3, 64\)"):
         cropr.load_queries(narrow, path)
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    intact = path.read_bytes()
+    for position in range(0, len(intact), 7):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1 << position % 8]) + intact[position + 1 :])
         try:
             cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), path)
         except ValueError:
             continue
-        changed = io.load_safetensors(path)  # a bit that means nothing, such as of a name that nobody reads
+        changed = io.load_safetensors(path)  # a bit without effect, as in an unused name
         assert torch.equal(changed[0]["queries"], torch.stack([module.query() for module in model.cropr]))
     for queries, message in (
         (torch.full((3, 64), float("nan")), r"must be finite, float32 and \(modules, D\), .* torch.float32 \(3, 64\)"),
         (torch.ones(3, 64, dtype=torch.int64), "holds torch.int64"),
         (torch.ones(64), r"holds torch.float32 \(64,\)"),
     ):
-        about = {"about": "{}", "sha256": calibration._checksum(queries, "{}")}
-        pytest.importorskip("safetensors.torch").save_file({"queries": queries}, path, about)
+        metadata = {"about": "{}", "sha256": calibration._checksum(queries, "{}")}
+        pytest.importorskip("safetensors.torch").save_file({"queries": queries}, path, metadata)
         with pytest.raises(ValueError, match=message):
             cropr.load_queries(model, path)
     path.write_bytes(b"nothing")
@@ -190,7 +190,7 @@ def test_queries_go_to_a_file_and_come_back(tmp_path):
         cropr.load_queries(model, tmp_path / "none.pt")
 
 
-def test_queries_come_back_bit_for_bit(tmp_path):
+def test_saved_queries_load_bit_for_bit(tmp_path):
     model = cropr.apply(reference_vit(), rate=8, num_outputs=0)
     cropr.save_queries(model, tmp_path / "queries.safetensors")
     other = cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.safetensors")
@@ -213,10 +213,10 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "recommended: rate 17" in text and "1 unreadable" in text
     tensors, metadata = io.load_safetensors(out)
-    found = json.loads(metadata["about"])
-    assert tensors["queries"].shape == (11, 192) and found["rate"] == 17 and len(found["report"]) == 2
+    stored = json.loads(metadata["about"])
+    assert tensors["queries"].shape == (11, 192) and stored["rate"] == 17 and len(stored["report"]) == 2
     assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
-    cropr.load_queries(cropr.apply(model, rate=found["rate"]), out)
+    cropr.load_queries(cropr.apply(model, rate=stored["rate"]), out)
     for bad, message in [
         (["calibrate", str(weights), str(tmp_path / "nowhere")], "must hold at least 2 photos"),
         (["calibrate", "no_model", str(tmp_path)], "a model must be a preset of cropr_kernels, a model of timm"),
@@ -243,22 +243,22 @@ def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data)
 
 
 @pytest.mark.slow
-def test_threads_do_not_matter():
-    """MKL's batched solver fails where threads are set."""
+def test_queries_do_not_depend_on_the_number_of_threads():
+    """Regression: MKL's batched solver failed after the number of threads was set."""
     images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224").eval(), rate=8, num_outputs=0)
-    threads, found = torch.get_num_threads(), []
+    threads, queries = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(torch.stack([module.query() for module in cropr.calibrate(model, images).cropr]).clone())
+            queries.append(torch.stack([module.query() for module in cropr.calibrate(model, images).cropr]).clone())
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
+    for other in queries[1:]:
+        torch.testing.assert_close(other, queries[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_ridge_that_is_too_weak_is_raised_and_said():
+def test_a_ridge_that_is_too_weak_is_raised_with_a_warning():
     model = cropr.apply(reference_vit(embed_dim=64), rate=8, num_outputs=0).eval()
     with pytest.warns(UserWarning, match=r"cropr.calibrate: block \d needed a ridge of 1e-"):
         cropr.calibrate(model, torch.randn(1, 3, 64, 64)[:, :, :16, :16].repeat(1, 1, 4, 4), ridge=1e-24)

@@ -1,4 +1,4 @@
-"""The demo's parts, the pictures, and what the README and the other pages say: snippets, commands, tables, links."""
+"""The demo, the pictures, and the pages: snippets, commands, tables, links."""
 
 import argparse
 import importlib.util
@@ -48,9 +48,12 @@ def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
 
 
 def run_demo(demo, monkeypatch, capsys, *arguments):
-    """What the demo prints, and its table, of few and short measurements."""
+    """Run the demo with few and short measurements; return its output and the rows of its table."""
     measure = demo.measure
-    quick = lambda model, images, rates, **how: measure(model, images[:2], rates, **{**how, "rounds": 1})  # noqa: E731
+
+    def quick(model, images, rates, **options):
+        return measure(model, images[:2], rates, **{**options, "rounds": 1})
+
     monkeypatch.setattr(demo, "measure", quick)
     monkeypatch.setattr(demo, "CROPS", 4)
     monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, arguments)])
@@ -60,7 +63,7 @@ def run_demo(demo, monkeypatch, capsys, *arguments):
     return text, [line for line in lines if line and (line[0] == "unpruned" or line[0].isdigit())]
 
 
-def test_without_weights_the_demo_trains_on_digits_and_says_how_to_have_some(examples, tmp_path, monkeypatch, capsys):
+def test_without_weights_the_demo_trains_on_digits_and_names_the_option(examples, tmp_path, monkeypatch, capsys):
     demo, digits = examples
     monkeypatch.setattr(demo, "find_weights", lambda: None)
     monkeypatch.setattr(digits, "EPOCHS", 4)
@@ -130,7 +133,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
         viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
 
 
-def test_pages_say_what_the_results_say():
+def test_tables_of_the_pages_are_those_of_the_results():
     from benchmarks.report.pages import PAGES as REPORTED
     from benchmarks.report.pages import csv_files, stored_csv_files
     from benchmarks.report.render import render
@@ -142,13 +145,13 @@ def test_pages_say_what_the_results_say():
     assert csv_files() == stored_csv_files(), "run python -m benchmarks.report"
 
 
-def test_the_readme_is_read_in_minutes():
+def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1100
 
 
-def test_the_documentation_is_read_in_an_afternoon_and_its_index_names_every_page():
+def test_the_documentation_is_short_and_its_index_names_every_page():
     pages = sorted((ROOT / "docs").glob("*.md"))
     assert sum(len(page.read_text().split()) for page in pages) <= 20_000
     index = (ROOT / "docs" / "README.md").read_text()
@@ -164,7 +167,7 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_source():
     assert len(quoted) > 5 and [message for message in quoted if message not in source] == []
 
 
-def test_the_disk_that_is_named_was_measured():
+def test_disk_sizes_on_the_pages_are_those_measured():
     _, rows = load("newcomer")
     measured = {"+cpu" in row["installed"]: int(row["disk"].removesuffix("MB")) / 1000 for row in rows}
     for name in ("README.md", "Makefile"):
@@ -173,7 +176,7 @@ def test_the_disk_that_is_named_was_measured():
 
 
 def snippets():
-    """Python of every page, and the text block below it: what it prints."""
+    """Yield the Python snippets of every page, each with the text block below it: its output."""
     pattern = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", flags=re.DOTALL)
     for page in PAGES:
         for number, (source, printed) in enumerate(pattern.findall(page.read_text())):
@@ -181,7 +184,7 @@ def snippets():
 
 
 @pytest.mark.parametrize(("source", "printed"), snippets())
-def test_snippets_run_and_print_what_the_page_says(source, printed, tmp_path, monkeypatch, capsys):
+def test_snippets_run_and_print_their_text_blocks(source, printed, tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm", reason="timm is not installed")
     pytest.importorskip("torchvision", reason="the train extra is not installed")
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
@@ -197,7 +200,7 @@ class Parsed(Exception):
 
 
 def commands():
-    """Shell commands of every page, without comments."""
+    """Yield the shell commands of every page, without comments."""
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -207,7 +210,7 @@ def commands():
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_of_the_pages_are_understood(words, tmp_path, monkeypatch):
+def test_commands_of_the_pages_parse(words, tmp_path, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, arguments):
@@ -232,7 +235,7 @@ def test_commands_of_the_pages_are_understood(words, tmp_path, monkeypatch):
         assert words[0] in ("pip", "cmake", "build/cpp/classify")
 
 
-def test_the_api_reference_says_what_the_docstrings_say():
+def test_the_api_reference_is_generated_from_the_docstrings():
     page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
     assert page == (ROOT / "docs" / "api.md").read_text(), "run python docs/make_api.py"
     names = [name for name in vars(cropr) if isinstance(getattr(cropr, name), type) or callable(getattr(cropr, name))]
@@ -255,7 +258,7 @@ def test_the_notebook_runs(monkeypatch):
 
 
 def headings(page):
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 

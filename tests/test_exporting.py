@@ -27,13 +27,13 @@ def _needs_onnx():
         pytest.importorskip(name, reason=f"{name} is not installed")
 
 
-def pruned(kind="reference", **options):
+def pruned(name="reference", **options):
     torch.manual_seed(0)
-    return cropr.apply(randomize(MODELS[kind]()).eval(), num_outputs=0, **options)
+    return cropr.apply(randomize(MODELS[name]()).eval(), num_outputs=0, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_plain_operators_choose_and_move_as_the_ops_do(shape):
+def test_plain_operators_select_and_move_rows_like_the_ops(shape):
     batch, n, dim, num_keep, prefix = shape
     x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
     for priority in (None, torch.randint(-1, 2, (batch, n)).to(torch.int8), torch.rand(batch, n) < 0.5):
@@ -46,18 +46,18 @@ def test_plain_operators_choose_and_move_as_the_ops_do(shape):
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_plain_merging_merges_as_the_op_does(prefix):
+def test_plain_merging_equals_the_op(prefix):
     x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
-    safe, candidates = reference.select(torch.randn(3, 40), 25, prefix)
-    for num_keep, costs in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
-        expected = reference.merge(x, safe, candidates, sizes, num_keep, prefix, costs)
-        got = portable.merge(x, safe, candidates, sizes, num_keep, prefix, costs)
+    targets, candidates = reference.select(torch.randn(3, 40), 25, prefix)
+    for num_keep, cost_scale in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
+        expected = reference.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
+        got = portable.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > shape[4]])
-def test_plain_operators_find_and_add_hosts_as_the_ops_do(shape):
+def test_plain_operators_find_and_add_parents_like_the_ops(shape):
     batch, n, dim, num_keep, prefix = shape
     x = torch.randn(batch, n, dim)
     kept_idx, pruned_idx = reference.select(torch.randn(batch, n), num_keep, prefix)
@@ -87,11 +87,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), CASES)
-def test_onnx_gives_the_same_logits_and_drops_the_same_patches(kind, options, tmp_path):
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_onnx_gives_the_same_logits_and_drops_the_same_patches(name, options, tmp_path):
     import onnx
 
-    model = pruned(kind, rate=9, **options)
+    model = pruned(name, rate=9, **options)
     done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True, dynamic_batch=True)
     assert done.ops == "aten" and done.difference < 1e-5 and done.same_map is True
     run = exporting.load_exported(done.path, "onnx")
@@ -105,7 +105,7 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(kind, options, tm
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     constants = {value.name for value in graph.initializer}
     tops = [node for node in graph.node if node.op_type == "TopK"]
-    assert tops and all(node.input[1] in constants for node in tops)  # TensorRT wants the count to be one
+    assert tops and all(node.input[1] in constants for node in tops)  # TensorRT needs a constant count
     assert not any(node.op_type in ("NonZero", "Loop", "If", "Unique") for node in graph.node)
 
 
@@ -145,15 +145,15 @@ print("cropr_kernels" in sys.modules)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """One model in both formats, with the ops and without them; a photo, as the model takes it, and its logits."""
+    """Return a folder: one model in both formats and op sets, a preprocessed photo, and its logits."""
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     folder, photo = tmp_path_factory.mktemp("packages"), ROOT / "examples" / "photos" / "china.jpg"
     image.open(photo).save(folder / "photo.ppm")
     pixels = cropr.Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)
     model, images = pruned(rate=9, llf=True), pixels.normalize(pixels.load(photo))[None]
-    for format in ("torch", "aoti"):
-        for kind in ("cropr", "aten"):
-            done = cropr.export(model, images, folder / f"{format}_{kind}.pt2", format=format, ops=kind)
+    for file_format in ("torch", "aoti"):
+        for op_set in ("cropr", "aten"):
+            done = cropr.export(model, images, folder / f"{file_format}_{op_set}.pt2", format=file_format, ops=op_set)
             assert done.difference < 1e-5
     with torch.no_grad():
         torch.save((images, model(images)), folder / "sample.pt")
@@ -161,17 +161,17 @@ def packages(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cropr", "aten"])
-def test_programs_and_packages_run_in_a_fresh_process(packages, kind):
+@pytest.mark.parametrize("op_set", ["cropr", "aten"])
+def test_programs_and_packages_run_in_a_fresh_process(packages, op_set):
     code = FRESH.format(
-        imports="import cropr_kernels" if kind == "cropr" else "",
+        imports="import cropr_kernels" if op_set == "cropr" else "",
         sample=str(packages / "sample.pt"),
-        programs=[str(packages / f"torch_{kind}.pt2")],
-        packages=[str(packages / f"aoti_{kind}.pt2")],
+        programs=[str(packages / f"torch_{op_set}.pt2")],
+        packages=[str(packages / f"aoti_{op_set}.pt2")],
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(kind == "cropr")
+    assert done.stdout.strip() == str(op_set == "cropr")
 
 
 @pytest.mark.slow
@@ -185,31 +185,31 @@ def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     expected = torch.load(packages / "sample.pt")[1][0]
     functional = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not installed")
-    # Of PyTorch's resizing some pixels are a level or two from Pillow's.
+    # Pixels resized by PyTorch differ from Pillow's by up to two levels.
     photo = functional.pil_to_tensor(pytest.importorskip("PIL.Image").open(packages / "photo.ppm"))[None]
     height, width = (int(size * 73 / min(photo.shape[2:]) + 1e-6) for size in photo.shape[2:])
     small = torch.ops.aten._upsample_bicubic2d_aa(photo, [height, width], False)
     top, left = (round((size - 64) / 2) for size in (height, width))
     image = (small[:, :, top : top + 64, left : left + 64] / 255 - 0.5) / 0.5
     [[resized]] = torch.export.load(packages / "torch_aten.pt2").module()(image)
-    for kind in ("cropr", "aten"):
-        arguments = [tmp_path / "classify", packages / f"aoti_{kind}.pt2", packages / "photo.ppm", "64"]
+    for op_set in ("cropr", "aten"):
+        arguments = [tmp_path / "classify", packages / f"aoti_{op_set}.pt2", packages / "photo.ppm", "64"]
         done = subprocess.run(arguments, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found = {int(c): float(v) for c, v in re.findall(r"class (\d+)  (\S+)", done.stdout)}
-        assert len(found) == 5 and list(found) == expected.argsort(descending=True).tolist()
-        torch.testing.assert_close(torch.tensor([found[c] for c in range(5)]), resized, rtol=1e-4, atol=1e-4)
-    whole, path = (packages / "photo.ppm").read_bytes(), tmp_path / "photo.ppm"
-    for bad, said in ((whole[:-1], "bytes of pixels, holds"), (b"P5" + whole[2:], "must be a binary PPM")):
+        probabilities = {int(c): float(v) for c, v in re.findall(r"class (\d+)  (\S+)", done.stdout)}
+        assert len(probabilities) == 5 and list(probabilities) == expected.argsort(descending=True).tolist()
+        torch.testing.assert_close(torch.tensor([probabilities[c] for c in range(5)]), resized, rtol=1e-4, atol=1e-4)
+    intact, path = (packages / "photo.ppm").read_bytes(), tmp_path / "photo.ppm"
+    for bad, message in ((intact[:-1], "bytes of pixels, holds"), (b"P5" + intact[2:], "must be a binary PPM")):
         path.write_bytes(bad)
         done = subprocess.run([tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True)
-        assert done.returncode == 1 and said in done.stderr
-    path.write_bytes(whole.replace(b"P6\n", b"P6\n# a comment, as some tools write one\n", 1))
+        assert done.returncode == 1 and message in done.stderr
+    path.write_bytes(intact.replace(b"P6\n", b"P6\n# a comment, as some tools write one\n", 1))
     done = subprocess.run([tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True)
     assert done.returncode == 0 and set(re.findall(r"class (\d+)", done.stdout)) == set("01234")
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
     model, images, path = pruned(rate=9), torch.randn(1, 3, 64, 64), tmp_path / "model.pt2"
     load = exporting.load_exported
     monkeypatch.setattr(exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)])
@@ -220,20 +220,20 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("merge", [False, True])
-def test_packages_compiled_for_cuda_need_nothing_of_this_package(merge, tmp_path):
+def test_packages_compiled_for_cuda_use_standard_operators_only(merge, tmp_path):
     model, images = pruned(rate=9, merge=merge).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
     done = cropr.export(model, images, tmp_path / "model.pt2", format="aoti", with_map=True)
     assert done.ops == "aten" and done.same_map is True
 
 
-def test_the_model_stays_as_it_was(tmp_path):
+def test_export_does_not_change_the_model(tmp_path):
     model, images = pruned(rate=9).train(), torch.randn(1, 3, 64, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cropr.export(model, images, tmp_path / "model.pt2", format="torch")
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_illegal_formats_models_and_missing_libraries_raise(tmp_path, monkeypatch):
     model, images = pruned(rate=9), torch.randn(1, 3, 64, 64)
     with pytest.raises(TypeError, match=r"cropr.export: the model is not pruned"):
         cropr.export(reference_vit(), images, tmp_path / "a.onnx")

@@ -1,4 +1,4 @@
-"""The package as a whole: layers, the wheel, the missing extension, the command."""
+"""The package: layers, the wheel, the missing extension, the command."""
 
 import ast
 import graphlib
@@ -24,7 +24,7 @@ ORDER += ["cli"]
 
 
 def imported(path):
-    """Modules of this package that a file imports, as parts of their path below it."""
+    """Yield the modules of this package that a file imports, as parts of their path."""
     package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -46,7 +46,7 @@ def test_files_import_from_their_own_package_and_from_those_to_its_left_without_
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_no_file_outgrows_its_reader():
+def test_no_file_is_longer_than_its_limit():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir()]:
         assert len(path.read_text().splitlines()) <= 400, path
     for path in (ROOT / "tests").rglob("*.py"):
@@ -61,7 +61,7 @@ def test_info_names_every_op_and_its_kernels(capsys):
         assert re.search(rf"cropr::{op} +CPU \(C\+\+\), CUDA \(Triton\)", text), op
 
 
-def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
+def test_info_of_a_model_names_its_schedule_and_its_engine(capsys):
     assert cli.main(["info", "vit_tiny_patch16_224", "--rate", "8", "--llf", "--no-merge"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"kept after each block +188 180 172 164 156 148 140 132 124 116, all in the last block", text)
@@ -78,14 +78,14 @@ def test_info_of_a_model_says_how_it_would_be_pruned_and_what_runs_it(capsys):
     assert "cropr info: schedule: rate must be at most 17 for 197 tokens and 11 modules" in capsys.readouterr().err
 
 
-def test_info_says_when_heads_leave_no_room_for_the_size(capsys, monkeypatch):
+def test_info_names_heads_without_room_for_the_size_dimension(capsys, monkeypatch):
     wide = cropr_kernels.create_vit("vit_tiny_patch16_224", embed_dim=256, num_heads=1, depth=3)
     monkeypatch.setattr(common, "create_model", lambda name, pretrained: wide)
     assert cli.main(["info", "wide", "--merge"]) == 0
     assert "an additive bias: heads of width 256 leave no room for one more dimension" in capsys.readouterr().out
 
 
-def test_info_of_a_timm_model(capsys):
+def test_info_takes_timm_models_and_names_unsupported_ones(capsys):
     pytest.importorskip("timm", reason="timm is not installed")
     assert cli.main(["info", "eva02_tiny_patch14_224"]) == 0
     assert cli.main(["info", "vit_small_patch16_rope_224", "--rate", "4"]) == 0
@@ -96,7 +96,7 @@ def test_info_of_a_timm_model(capsys):
     assert "a model must be a preset of cropr_kernels, a model of timm or torchvision" in capsys.readouterr().err
 
 
-def test_command_without_arguments_says_how_to_use_it(capsys):
+def test_the_command_without_arguments_prints_its_usage(capsys):
     with pytest.raises(SystemExit):
         cli.main([])
     assert "usage: cropr" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_missing_extension_names_the_command_that_builds_it():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_on_the_cpu_is_counted(masked):
+def test_flops_of_attention_on_the_cpu_are_counted(masked):
     q = torch.randn(2, 3, 50, 16)
     mask = torch.zeros(2, 1, 1, 50) if masked else None
     with torch.no_grad(), flops.flop_counter() as counter:

@@ -1,4 +1,4 @@
-"""Schedules: the published counts, and refusal of those that do not fit."""
+"""Schedules: the published counts, and errors of those that do not fit."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from cropr_kernels import Schedule
 
 
-def test_published_counts():
+def test_a_rate_gives_the_published_counts():
     vit_l = Schedule(rate=8).counts(197, 24, num_prefix=1, llf=True)
     assert vit_l == list(range(188, 19, -8)) and len(vit_l) == 22
     eva_l = Schedule(rate=40).counts(1025, 24, num_prefix=1, llf=True)
@@ -24,7 +24,7 @@ def test_rate_zero_drops_nothing():
     assert Schedule(rate=0).counts(197, 12) == [197] * 11
 
 
-def test_keep_list_and_ratio():
+def test_lists_are_kept_as_given_and_ratios_round_up():
     assert Schedule(keep=[100, 100, 50]).counts(197, 4) == [100, 100, 50]
     assert Schedule(ratio=0.5).counts(197, 4) == [99, 50, 26]
     assert Schedule(ratio=1.0).counts(197, 3) == [197, 197]
@@ -56,6 +56,6 @@ def test_ratio_always_leaves_a_patch(patches, prefix, depth, ratio, llf):
         (lambda: Schedule(rate=None), "exactly one of rate, keep, ratio and const, got none"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_schedules_that_do_not_fit_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()

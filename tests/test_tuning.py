@@ -25,32 +25,32 @@ def test_efficient_counts_are_faster_than_all_larger_ones():
     assert tuning.efficient({1: 3.0, 2: 1.0, 3: 2.0}) == [2, 3]
 
 
-def test_costs_are_made_monotone_by_pooling():
+def test_latencies_become_monotone_by_pooling():
     assert tuning.monotone({1: 1.0, 2: 2.0, 3: 3.0}) == {1: 1.0, 2: 2.0, 3: 3.0}
     assert tuning.monotone({1: 1.0, 2: 4.0, 3: 2.0, 4: 3.0}) == {1: 1.0, 2: 3.0, 3: 3.0, 4: 3.0}
     assert tuning.monotone({3: 0.0, 1: 2.0, 2: 1.0}) == {1: 1.0, 2: 1.0, 3: 1.0}
 
 
 @given(st.dictionaries(st.integers(2, 200), st.floats(0, 100), min_size=2))
-def test_monotone_costs_keep_their_mean_and_never_fall(costs):
-    pooled = tuning.monotone(costs)
+def test_monotone_latencies_keep_their_mean_and_never_fall(latencies):
+    pooled = tuning.monotone(latencies)
     values = [pooled[count] for count in sorted(pooled)]
-    assert pooled.keys() == costs.keys() and all(a <= b for a, b in itertools.pairwise(values))
-    assert sum(values) == pytest.approx(sum(costs.values()))
+    assert pooled.keys() == latencies.keys() and all(a <= b for a, b in itertools.pairwise(values))
+    assert sum(values) == pytest.approx(sum(latencies.values()))
 
 
-def test_between_what_was_measured_the_curve_is_straight():
-    costs = tuning.interpolate({10: 0.0, 22: 6.0, 30: 6.0}, 4)
-    assert costs == {10: 0.0, 12: 1.0, 16: 3.0, 20: 5.0, 22: 6.0, 24: 6.0, 28: 6.0, 30: 6.0}
-    assert tuning.efficient(costs)[-1] == 30 and 24 not in tuning.efficient(costs)
+def test_the_curve_is_linear_between_measurements():
+    latencies = tuning.interpolate({10: 0.0, 22: 6.0, 30: 6.0}, 4)
+    assert latencies == {10: 0.0, 12: 1.0, 16: 3.0, 20: 5.0, 22: 6.0, 24: 6.0, 28: 6.0, 30: 6.0}
+    assert tuning.efficient(latencies)[-1] == 30 and 24 not in tuning.efficient(latencies)
 
 
 @pytest.mark.parametrize("forward", [1e-4, 0.05, 0.25, 1.0])
-def test_tuning_is_planned_to_take_less_than_two_minutes(forward):
+def test_the_measurement_budget_is_less_than_two_minutes(forward):
     counts, rounds, checks = tuning.measurement_budget(forward, None)
     assert 8 <= counts <= 50 and 3 <= rounds <= 9 and 3 <= checks <= 18
     assert forward * (0.6 * (counts + 2) * (rounds + 1) + 4 * 1.7 * (checks + 1)) < 110
-    assert tuning.measurement_budget(forward, 5)[1:] == (5, 10)  # what is asked for is done
+    assert tuning.measurement_budget(forward, 5)[1:] == (5, 10)  # requested rounds are kept
 
 
 def test_a_fast_model_is_measured_at_every_count_and_a_slow_one_at_few():
@@ -67,7 +67,7 @@ def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     assert tuning.solve(STAIRS, 30.0, 200, 11, 1) == keep  # the same measurements, the same schedule
 
 
-def test_what_cannot_be_saved_has_no_schedule():
+def test_unreachable_savings_have_no_schedule():
     assert tuning.solve(STAIRS, 0.0, 200, 11, 1) == [200] * 11
     assert tuning.solve(STAIRS, 11 * 13.0, 200, 11, 1) is None
     assert tuning.solve({100: 1.0, 50: 1.0}, 0.1, 100, 3, 1) is None
@@ -76,14 +76,14 @@ def test_what_cannot_be_saved_has_no_schedule():
 @given(st.integers(1, 8), st.integers(0, 4), st.floats(0, 60), st.data())
 def test_every_schedule_is_legal(modules, prefix, saving, data):
     tokens = data.draw(st.integers(prefix + modules + 8, 120))
-    costs = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {tokens: 10.0}
-    keep = tuning.solve(tuning.monotone(costs), saving, tokens, modules, prefix)
+    latencies = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {tokens: 10.0}
+    keep = tuning.solve(tuning.monotone(latencies), saving, tokens, modules, prefix)
     if keep is not None:
         assert Schedule(keep=keep).counts(tokens, modules + 1, prefix) == keep
 
 
 class Clock:
-    """Stands for the device: a forward takes as many 2^-10 s as its tokens on the curve, and each pruning a few."""
+    """A simulated device: a forward takes 2^-10 s a tile of 16 tokens and block, and `prune` of that a pruning."""
 
     def __init__(self, prune=2**-7):
         self.prune, self.now = prune, 0.0
@@ -108,7 +108,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("llf", [False, True, cropr.Fusion("track_parent", 2)])
-def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
+def test_predictions_equal_the_measurements_of_a_quiet_device(clock, llf):
     model = cropr.apply(reference_vit(depth=6), rate=0, llf=llf, num_outputs=0)
     tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
     assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(tuned.measured, rel=0.05)
@@ -120,7 +120,7 @@ def test_what_is_predicted_is_what_a_quiet_device_measures(clock, llf):
     assert str(model.cropr.config.schedule) == "rate=0"  # only read
 
 
-def test_where_pruning_does_not_pay_it_says_so(clock):
+def test_pruning_that_does_not_pay_raises_or_warns(clock):
     clock.prune = 2.0
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
     with pytest.raises(
@@ -132,12 +132,14 @@ def test_where_pruning_does_not_pay_it_says_so(clock):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.01, rounds=1)
 
 
-def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
+def test_a_missed_goal_warns(clock, monkeypatch):
     plain = tuning.time_interleaved
 
     def noisy(calls, *rest, **options):  # the schedule turns out slower than its curve
-        times = plain(calls, *rest, **options)
-        return {key: one._replace(seconds=one.seconds * (1.3 if key == "pruned" else 1)) for key, one in times.items()}
+        times = dict(plain(calls, *rest, **options))
+        if "pruned" in times:
+            times["pruned"] = times["pruned"]._replace(seconds=1.3 * times["pruned"].seconds)
+        return times
 
     monkeypatch.setattr(tuning, "time_interleaved", noisy)
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
@@ -145,7 +147,7 @@ def test_a_goal_that_is_missed_is_said_to_be(clock, monkeypatch):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.6, rounds=1)
 
 
-def test_more_than_fewer_flops_explain_is_said(clock, tmp_path, capsys):
+def test_speedups_beyond_the_flops_are_reported(clock, tmp_path, capsys):
     arguments = ["tune", "vit_tiny_patch16_224", "--speedup", "1.2", "--rounds", "1", "--out", str(tmp_path / "a.json")]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
@@ -153,7 +155,7 @@ def test_more_than_fewer_flops_explain_is_said(clock, tmp_path, capsys):
     assert "tune: 51 schedules, 1 rounds, and the chosen one up to 4 times, about" in printed.err
 
 
-def test_goals_are_checked():
+def test_illegal_goals_raise():
     model = cropr.apply(reference_vit(), rate=0)
     for options in ({}, {"speedup": 2.0, "latency_ms": 1.0}):
         with pytest.raises(ValueError, match="exactly one of speedup and latency_ms"):
@@ -165,7 +167,7 @@ def test_goals_are_checked():
         cropr.tune(reference_vit(), torch.zeros(1, 3, 64, 64), speedup=2.0)
 
 
-def test_apply_takes_the_file(tmp_path):
+def test_apply_takes_a_schedule_file(tmp_path):
     path = tmp_path / "schedule.json"
     tuning.save_tuned(path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}, 1.6, 0.02), {"model": "x"})
     model = cropr.apply(timm_vit(), keep=path)
@@ -185,12 +187,12 @@ def test_the_command_measures_and_writes(clock, tmp_path, capsys):
     out = tmp_path / "schedule.json"
     arguments = ["tune", "vit_tiny_patch16_224", "--rounds", "1", "--quiet", "--out", str(out)]
     assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
-    text, found = capsys.readouterr().out, json.loads(out.read_text())
+    text, tuned = capsys.readouterr().out, json.loads(out.read_text())
     assert (
         "measured" in text and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='track_parent', blocks=1))" in text
     )
-    assert found["model"] == "vit_tiny_patch16_224" and found["batch"] == 1 and found["llf"] == "track_parent"
-    assert found["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10) and found["measured"] >= 1.2 * 0.98
+    assert tuned["model"] == "vit_tiny_patch16_224" and tuned["batch"] == 1 and tuned["llf"] == "track_parent"
+    assert tuned["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10) and tuned["measured"] >= 1.2 * 0.98
     assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1
     assert "no schedule takes 0.001 ms" in capsys.readouterr().err

@@ -93,10 +93,10 @@ def ratio(row: dict[str, Any] | None) -> str:
 
 def summary() -> str:
     """One line a method: without training at one rate, and after a short training."""
-    found = timed("classification")
-    if found is None or load("off_the_shelf") is None:
+    timings = timed("classification")
+    if timings is None or load("off_the_shelf") is None:
         return NOT_MEASURED
-    tables = found[1]
+    tables = timings[1]
     batches = {batch: table for (model, _, batch), table in tables.items() if model == ACCURACY_MODEL}
     body: list[list[Cell]] = []
     for label, (untrained, system) in SUMMARY.items():
@@ -117,10 +117,10 @@ def summary() -> str:
 
 def classification() -> Table | None:
     """Every system at every schedule of both models."""
-    found = timed("classification")
-    if found is None:
+    timings = timed("classification")
+    if timings is None:
         return None
-    tables = found[1]
+    tables = timings[1]
     batches = sorted({batch for _, _, batch in tables})
     body: list[list[Cell]] = []
     for model in dict.fromkeys(model for model, _, _ in tables):
@@ -143,22 +143,24 @@ def classification() -> Table | None:
 
 
 def classification_section() -> str:
-    found = timed("classification")
-    if found is None:
+    timings = timed("classification")
+    if timings is None:
         return NOT_MEASURED
+    environment, _ = timings
+    device_table = "cpu_table" if environment["threads"] else "cuda_table"
     return (
         f"All figures: {link('classification', classification())}. Speed-up over no pruning on the engine, medians of "
         "calls that take turns in shuffled order; MiB: the most that one forward of the larger batch holds beside "
         f"weights and images; published: ViT-L, ImageNet-1k, by the paper. "
-        f"{source('cpu_table' if found[0]['threads'] else 'cuda_table', found[0])}, also of the next three sections."
+        f"{source(device_table, environment)}, also of the next three sections."
     )
 
 
 def fusions() -> Table | None:
-    found, accuracy = timed("fusions"), load("segmentation")
-    if found is None:
+    timings, accuracy = timed("fusions"), load("segmentation")
+    if timings is None:
         return None
-    tables = found[1]
+    tables = timings[1]
     unpruned = next(iter(tables.values()))["unpruned"]
     body: list[list[Cell]] = []
     for name, fusion in FUSIONS.items():
@@ -181,10 +183,10 @@ def fusions() -> Table | None:
 
 
 def fusions_section() -> str:
-    found = timed("fusions")
-    if found is None:
+    timings = timed("fusions")
+    if timings is None:
         return NOT_MEASURED
-    model, size, _ = next(iter(found[1]))
+    model, size, _ = next(iter(timings[1]))
     return (
         f"{link('fusions', fusions())}: {model} at {size} px, patches of 16, up to the logits of the patches. mIoU: "
         "the ViT-Ti of [training results](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
@@ -193,11 +195,11 @@ def fusions_section() -> str:
 
 def scorer() -> Table | None:
     """GFLOPs and speed-up of each scorer."""
-    found = timed("architecture")
-    if found is None:
+    timings = timed("architecture")
+    if timings is None:
         return None
     body: list[list[Cell]] = []
-    for (model, _, batch), table in found[1].items():
+    for (model, _, batch), table in timings[1].items():
         for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
             body.append([model, str(batch), name, f"{table[name]['GFLOPs']:.2f}", ratio(table[name])])
     return Table(["model", "batch", "scorer", "GFLOPs", "speed-up"], body)
@@ -213,10 +215,10 @@ def scorer_section() -> str:
 
 def precision() -> Table | None:
     """Speed-up of each precision and kind of attention."""
-    found = timed("precision")
-    if found is None:
+    timings = timed("precision")
+    if timings is None:
         return None
-    tables = found[1]
+    tables = timings[1]
     body: list[list[Cell]] = []
     for key in next(iter(tables.values())):
         if " | " in key:
@@ -227,22 +229,22 @@ def precision() -> Table | None:
 
 
 def precision_section() -> str:
-    found, table = timed("precision"), precision()
-    if found is None or table is None:
+    timings, table = timed("precision"), precision()
+    if timings is None or table is None:
         return NOT_MEASURED
     return (
-        f"{link('precision', table)}: speed-up of {next(iter(found[1]))[0]} over no pruning in float32 with the "
+        f"{link('precision', table)}: speed-up of {next(iter(timings[1]))[0]} over no pruning in float32 with the "
         "attention's probabilities written out, at that size."
     )
 
 
 def plot_comparison() -> None:
     """Top-1 after a short training against measured speed-up, one point a row of the table."""
-    found = timed("classification")
-    if found is None:
+    timings = timed("classification")
+    if timings is None:
         return
     plt = pyplot()
-    tables = found[1]
+    tables = timings[1]
     table = tables[max(key for key in tables if key[0] == ACCURACY_MODEL)]
     colors = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
     meanings = {

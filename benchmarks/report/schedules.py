@@ -52,18 +52,18 @@ def gain(rows: list[Row], constant: list[Row], data: str) -> Cell:
 
 def table() -> Table | None:
     """A row a schedule and method."""
-    plan, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
-    if plan is None or measured is None:
+    planned_schedules, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    if planned_schedules is None or measured is None:
         return None
     rows = measured[1]
     speed_rows = [] if timed is None else timed[1]
     cells = by_key(rows)
     speeds = by_key(speed_rows)
-    constant = {row["group"]: hashable(row["keep"]) for row in where(plan[1], schedule=PLAIN)}
+    constant = {row["group"]: hashable(row["keep"]) for row in where(planned_schedules[1], schedule=PLAIN)}
     data, batches = unique(rows, "data"), sorted(unique(speed_rows, "batch"))
     body: list[list[Cell]] = []
     for method in unique(rows, "method"):
-        for planned in plan[1]:
+        for planned in planned_schedules[1]:
             cell = cells.get(key_of(planned, method))
             if cell is None or keeps_all(planned):
                 continue
@@ -86,17 +86,18 @@ def table() -> Table | None:
 
 def counts() -> Table | None:
     """Tokens kept by every schedule."""
-    plan = load("schedules_plan")
-    if plan is None:
+    planned_schedules = load("schedules_plan")
+    if planned_schedules is None:
         return None
-    body: list[list[Cell]] = [[row["group"], row["schedule"], " ".join(map(str, row["keep"]))] for row in plan[1]]
+    _, rows = planned_schedules
+    body: list[list[Cell]] = [[row["group"], row["schedule"], " ".join(map(str, row["keep"]))] for row in rows]
     return Table(["group", "schedule", "tokens kept after block 1, 2, ..."], body)
 
 
 def section() -> str:
     """Links to the figures, and how they were measured."""
-    plan, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
-    if plan is None or measured is None:
+    planned_schedules, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    if planned_schedules is None or measured is None:
         return NOT_MEASURED
     env, rows = measured
     seeds = len(unique(rows, "seed"))
@@ -108,21 +109,21 @@ def section() -> str:
     )
     if timed is not None:
         note += f" Speed-up over no pruning on the engine: {measured_on(timed[0])}."
-    return f"{note} Latency curve of POMT: {measured_on(plan[0])}."
+    return f"{note} Latency curve of POMT: {measured_on(planned_schedules[0])}."
 
 
 def plot() -> None:
     """KL over that of the constant rate at the same FLOPs, mean of data and seeds, one panel a method."""
-    plan, stored = load("schedules_plan"), load("schedules")
-    if plan is None or stored is None:
+    planned_schedules, stored = load("schedules_plan"), load("schedules")
+    if planned_schedules is None or stored is None:
         return
     plt = pyplot()
     cells = by_key(stored[1])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, method in zip(axes, (DROPPING, "merging")):
         lines: dict[str, list[tuple[float, float]]] = {}
-        constant = {row["group"]: cells[key_of(row, method)] for row in where(plan[1], schedule=PLAIN)}
-        for planned in plan[1]:
+        constant = {row["group"]: cells[key_of(row, method)] for row in where(planned_schedules[1], schedule=PLAIN)}
+        for planned in planned_schedules[1]:
             if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or keeps_all(planned):
                 continue  # tuned ones have FLOPs of their own
             cell, base = cells[key_of(planned, method)], constant[planned["group"]]

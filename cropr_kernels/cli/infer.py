@@ -98,7 +98,7 @@ def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
         tail = stream.read(1024)
         if tail != bytes(1024) or any(chunk.strip(b"\0") for chunk in iter(lambda: stream.read(1 << 20), b"")):
             raise ValueError(f"the shard is damaged at byte {shard.offset}")
-    yield from ((key, None) for key, found in has_photo.items() if not found)
+    yield from ((key, None) for key, is_photo in has_photo.items() if not is_photo)
 
 
 def _read(name: str, content: _Content, pixels: Pixels) -> Read:

@@ -42,7 +42,7 @@ _kernels: set[Any] = set()  # compiled kernels of recorded launches: Triton unlo
 class _TensorReference(NamedTuple):
     """A tensor that kernel arguments may point into: an argument of the op or an allocation."""
 
-    kind: int
+    source: int  # _ARGUMENT or _ALLOCATION
     index: int
     tensor: Tensor
 
@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         outputs = []
         for result in results:
             output = _find(result, references)
-            if output is None or output.kind != _ALLOCATION or output.tensor is not result:
+            if output is None or output.source != _ALLOCATION or output.tensor is not result:
                 return None
             outputs.append(output.index)
         _kernels.update(compiled for compiled, *_ in self.launches)
@@ -150,7 +150,7 @@ def _parameters(
                 if reference is None:
                     return None
                 offset = value.data_ptr() - reference.tensor.data_ptr()
-                parameters.append((reference.kind, reference.index, offset))
+                parameters.append((reference.source, reference.index, offset))
             elif leaf_type in ("fp32", "fp64"):
                 bits = struct.pack("<f" if leaf_type == "fp32" else "<d", value).ljust(8, b"\0")
                 parameters.append((_NUMBER, 0, int.from_bytes(bits, "little", signed=True)))

@@ -87,7 +87,7 @@ def test_windows_and_half_a_curriculum_are_saved(tmp_path):
 def test_what_nothing_names_is_loaded_into_a_model_that_is_given(tmp_path):
     make = lambda: timm_eva(scale_attn_inner=True)  # noqa: E731
     model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
-    with pytest.warns(UserWarning, match=r"cropr.load will need one: cropr.load\(path, model=\.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"cropr.load will need a model: cropr.load\(path, model=\.\.\.\)"):
         cropr.save(model, tmp_path)
     with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("):
         cropr.load(tmp_path)
@@ -113,7 +113,7 @@ def test_modules_of_ones_own_are_put_there_before(tmp_path):
 
     model = make()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module, and pass it"):
+    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module and pass it"):
         cropr.load(tmp_path)
     assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
 
@@ -127,7 +127,7 @@ class Reversed(cropr.Cropr):
 def test_a_module_that_apply_would_not_make_is_not_taken_for_one(make_module, tmp_path):
     model = cropr.apply(randomise(reference_vit()), rate=8, make_module=make_module).eval()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="prune a model with the same make_module and give it"):
+    with pytest.raises(ValueError, match="prune a model with the same make_module and pass it"):
         cropr.load(tmp_path)
     other = cropr.apply(reference_vit(), rate=8, make_module=make_module).eval()
     assert torch.equal(cropr.load(tmp_path, other)(IMAGES), model(IMAGES))

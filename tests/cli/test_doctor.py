@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.cases import slow_interpreted
 
 import cropr_kernels.cli.doctor
 from cropr_kernels.cli import __main__ as cli
@@ -83,6 +84,7 @@ def test_networks_that_compute_something_else_are_named(monkeypatch):
     assert all("logits differ by" in perform(check, CPU) for check in networks)
 
 
+@slow_interpreted
 @pytest.mark.kernels
 @pytest.mark.parametrize("op", NAMES)
 def test_the_kernels_of_every_backend_pass(op, kernels, monkeypatch):

@@ -67,8 +67,8 @@ def test_at_rate_0_every_way_is_the_unpruned_model(merge):
 def test_the_trunk_prunes_as_the_package_does(merge):
     model, twin, images, departures = made(9, merge)
     for llf, restore in (
-        ("left", as_pruned),
-        ("host", parent_changed),
+        ("as_pruned", as_pruned),
+        ("track_parent", parent_changed),
         (cropr.Fusion("track_parent", 2), parent_changed),
         (cropr.Fusion(blocks=0), parent_changed),
     ):

@@ -65,7 +65,7 @@ def test_what_an_op_writes_and_must_not_write_is_looked_at(monkeypatch):
     for op, position in writes.items():
         plant(monkeypatch, op, lambda own, args, kwargs, i=position: [own(*args, **kwargs), args[i].add_(1)][0])
     for op in writes:
-        [check] = [one for one in checks(CPU) if one.what == op and one.dtype == torch.float32 and not one.plain]
+        [check] = [one for one in checks(CPU) if one.name == op and one.dtype == torch.float32 and not one.plain]
         name = "sizes" if op == "merge_" else "x"
         assert perform(check, CPU).startswith(f"{name}[0, 0")
 
@@ -140,5 +140,5 @@ def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_has_an
     rest = todo[[check.name for check in todo].index("gather") :]
     assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
     rest = rest[1:]
-    assert rest[0].what == "restore"
+    assert rest[0].name == "restore"
     assert list(in_process(rest, CPU, 1.0, ends_or_hangs)) == [(rest[0], "no answer in 1 s")]

@@ -7,7 +7,6 @@ kernels interpreted on CPU tensors.
 
 import importlib.util
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import INTERPRETED
+from helpers.selection import mark_other_combinations_slow
 
 from cropr_kernels.ops.cuda import FILES  # importing the package registers the ops
 
@@ -28,7 +29,6 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("cropr")
 
 torch.backends.cudnn.allow_tf32 = False  # or convolutions of a GPU differ enough that near-ties flip
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SEED = int(os.environ.get("CROPR_SEED", 0))  # of what tests draw: every seed must do
 
 
@@ -125,43 +125,6 @@ def data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set CROPR_DATA to its folder")
     return Path(folder)
-
-
-def each_choice(combinations: list[dict[str, Any]]) -> set[int]:
-    """Indices of few combinations in which every value of every parameter occurs (each-choice coverage)."""
-    parameters = [{(name, repr(value)) for name, value in values.items()} for values in combinations]
-    uses = Counter({value: 0 for values in parameters for value in values})
-    chosen: set[int] = set()
-
-    def gain(index: int) -> tuple[int, int]:
-        counts = [uses[value] for value in parameters[index]]
-        return counts.count(0), -sum(counts)
-
-    while not all(uses.values()):
-        best = max((index for index in range(len(parameters)) if index not in chosen), key=gain)
-        chosen.add(best)
-        uses.update(parameters[best])
-    return chosen
-
-
-def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
-    """Leave the full product of parameters to `make test-all`, where a test is marked `each_choice` or compiles or
-    interprets Triton kernels, whose code has no branch on a pair of parameters."""
-    groups: dict[tuple[str, str], list[pytest.Item]] = {}
-    for item in [item for item in items if hasattr(item, "callspec")]:
-        parameters = item.callspec.params
-        backend = parameters.get("backend", parameters.get("kernels"))
-        if backend in ("compiled", "triton") or item.get_closest_marker("each_choice"):
-            groups.setdefault((item.nodeid.partition("[")[0], str(backend)), []).append(item)
-    for (_, backend), group in groups.items():
-        ignored = {"shape"} if backend == "compiled" else set()  # compilation of a shape takes seconds
-        combinations = [
-            {name: value for name, value in item.callspec.params.items() if name not in ignored} for item in group
-        ]
-        chosen = each_choice(combinations)
-        for index, item in enumerate(group):
-            if index not in chosen:
-                item.add_marker("slow")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k deselect

@@ -2,7 +2,7 @@
 
 import itertools
 
-from conftest import each_choice
+from helpers.selection import each_choice
 
 
 def test_each_choice_holds_every_value_in_as_few_combinations_as_the_longest_parameter_has_values():

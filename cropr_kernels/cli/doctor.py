@@ -1,6 +1,7 @@
 """`cropr doctor`: check ops and small networks on every device of this machine."""
 
 import argparse
+import contextlib
 import ctypes
 import multiprocessing
 import textwrap
@@ -152,6 +153,8 @@ def in_process(
     process.start()
     sender.close()
     try:
+        with contextlib.suppress(EOFError):  # reported with the first check
+            receiver.recv()  # the process has started, however long that takes
         for check in pending:
             if not receiver.poll(seconds):
                 yield check, f"no answer in {seconds:.0f} s"
@@ -172,6 +175,7 @@ def in_process(
 
 def _serve(connection: Connection, pending: list[Check], device: torch.device, perform: Callable[..., str]) -> None:
     torch.backends.cudnn.allow_tf32 = False  # full float32
+    connection.send("started")
     for check in pending:
         failure = perform(check, device)
         usable = True

@@ -197,7 +197,7 @@ def _prune(model: nn.Module, metadata: Metadata, path: str | Path) -> None:
         apply_options(remove(model) if is_pruned(model) else model, options)
     elif not is_pruned(model):
         raise ValueError(
-            f"cropr.load: the model in {path} has custom modules: prune a model with the same make_module, and pass "
+            f"cropr.load: the model in {path} has custom modules: prune a model with the same make_module and pass "
             "it: cropr.load(path, model=...)"
         )
     set_progress(model, metadata.get("share", 1.0))

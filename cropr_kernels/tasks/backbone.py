@@ -1,5 +1,6 @@
 """Types of the networks that tasks are built around."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -14,8 +15,7 @@ class PatchEmbed(Protocol):
 
 
 class Backbone(nn.Module):
-    """The attributes that tasks use, for type checking only: those of timm and of the package's
-    ViT."""
+    """The attributes that tasks use of timm's ViTs and of the package's, for type checking only."""
 
     embed_dim: int
     num_prefix_tokens: int
@@ -23,12 +23,8 @@ class Backbone(nn.Module):
     blocks: nn.Sequential
     norm: nn.Module
     cropr: CroprModules  # of a pruned backbone
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        raise NotImplementedError
+    forward_features: Callable[[Tensor], Tensor]
+    set_grad_checkpointing: Callable[[bool], None]
 
 
 class Task(nn.Module):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.cases import slow_interpreted
 
 import cropr_kernels.cli.doctor
 from cropr_kernels.cli import __main__ as cli
@@ -71,7 +72,7 @@ def test_wrong_writes_to_arguments_are_differences(monkeypatch):
         plant(monkeypatch, op, writes_one_more)
     for op in writes:
         float32_checks = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
-        [check] = [check for check in float32_checks if check.what == op]
+        [check] = [check for check in float32_checks if check.name == op]
         name = "sizes" if op == "merge_" else "x"
         assert perform(check, CPU).startswith(f"{name}[0, 0")
 
@@ -91,6 +92,7 @@ def test_networks_with_wrong_logits_are_named(monkeypatch):
     assert all("logits differ by" in perform(check, CPU) for check in networks)
 
 
+@slow_interpreted
 @pytest.mark.kernels
 @pytest.mark.parametrize("op", NAMES)
 def test_kernels_of_every_backend_pass_the_checks(op, kernels, monkeypatch):
@@ -146,5 +148,5 @@ def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_gets_a
     rest = todo[[check.name for check in todo].index("gather") :]
     assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
     rest = rest[1:]
-    assert rest[0].what == "restore"
+    assert rest[0].name == "restore"
     assert list(in_process(rest, CPU, 1.0, ends_or_hangs)) == [(rest[0], "no answer in 1 s")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import run_forked, running_in_session
+from helpers.processes import left_in_session, run_forked
 
 import cropr_kernels as cropr
 from cropr_command.__main__ import main
@@ -149,8 +149,8 @@ STOPS = {
     "tune": (WRITES["tune"], "cropr_kernels.utils.timing:seconds_of", 3, "nothing was written", 0),
     "bench, writing": (WRITES["bench"] + " --batch 1 2", "cropr_kernels.cli.bench:write_text", 2, ".json", 1),
     "export": (WRITES["export"], "cropr_kernels.exporting:_compare", 1, "named above are complete", 0),
-    "infer": (WRITES["infer"] + " --unit 2", "cropr_kernels.cli.infer:results", 2, "resumes with the files", 2),
-    "infer, writing": (WRITES["infer"], "cropr_kernels.utils.io:publish", 2, "resumes with the files", 1),
+    "infer": (WRITES["infer"] + " --unit 2", "cropr_kernels.cli.infer:results", 2, "resumes with the missing files", 2),
+    "infer, writing": (WRITES["infer"], "cropr_kernels.utils.io:publish", 2, "resumes with the missing files", 1),
     "train": (WRITES["train"], "cropr_kernels.train.loop:Run._step", 2, "resumes from the last checkpoint in", 2),
     "train, writing": (WRITES["train"], "cropr_kernels.train.checkpoint:atomic_write", 1, "last checkpoint in", 2),
     "eval": ("eval I/run", "cropr_kernels.train.evaluate:Top.update", 1, "starts over", 0),
@@ -176,7 +176,7 @@ def test_a_stopped_command_says_one_sentence_and_leaves_no_temporary_file(case, 
     left = [path for path in left_in(out) if Path(path).name != ".lock"]
     assert len(left) == files and not [path for path in left if Path(path).name.startswith(".")], left
     assert not left_in(scratch)
-    assert not running_in_session(ended.pid)
+    assert not left_in_session(ended.pid)
 
 
 def test_a_command_stopped_during_imports_prints_one_sentence():

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,8 +12,11 @@ from cropr_kernels.ops.sample_inputs import DTYPES as DTYPES
 from cropr_kernels.ops.sample_inputs import SIZES, legal_call
 from cropr_kernels.ops.validation import OPS, Input
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Kernel tests that are slow in Triton's interpreter: make test leaves them to make test-all.
+slow_interpreted = pytest.mark.slow if INTERPRETED else pytest.mark.kernels
 # Triton's interpreter multiplies bfloat16 matrices as integers.
-MATRIX_DTYPES = [dtype for dtype in DTYPES if dtype != torch.bfloat16 or os.environ.get("TRITON_INTERPRET") != "1"]
+MATRIX_DTYPES = [dtype for dtype in DTYPES if not (INTERPRETED and dtype == torch.bfloat16)]
 # (B, N, D, K, P)
 SHAPES = [
     (1, 1, 1, 1, 0),

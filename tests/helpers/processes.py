@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +42,23 @@ def run_forked(code: str, arguments: list[str], folder: Path, **environment: str
     return Ended(process.pid, process.exitcode, *printed)
 
 
-def running_in_session(session: int) -> list[str]:
-    """Names of the processes of a session that have not ended; one whose parent has not asked yet has."""
-    running = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def left_in_session(session: int, patience: float = 60) -> list[str]:
+    """Command lines of processes that outlive their session; those that are killed already may take their time."""
+    for _ in range(int(10 * patience)):
+        commands = [*_commands_of(session)]
+        if not commands:
+            break
+        time.sleep(0.1)
+    return commands
+
+
+def _commands_of(session: int) -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ends just now
-            name, _, fields = path.read_text().rpartition(")")
-            state, _, _, own_session, *_ = fields.split()
-            if int(own_session) == session and state not in "ZX":
-                running.append(name)
-    return running
+            _, _, fields = (path / "stat").read_text().rpartition(")")
+            command = (path / "cmdline").read_text()  # empty while a process exits, and after it
+            if command and int(fields.split()[3]) == session:
+                yield command
 
 
 def _execute(code: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:

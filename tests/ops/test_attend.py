@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import DTYPES, odd_layouts, tokens
+from helpers.cases import DTYPES, odd_layouts, slow_interpreted, tokens
 
 from cropr_kernels.ops import reference
 
@@ -100,6 +100,7 @@ def test_every_layout_gives_the_same_values(kernels, count):
     torch.testing.assert_close(strided, expected[0])
 
 
+@slow_interpreted
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_run_gives_the_same_bits(kernels, count):
     x, queries, grad, scale = make((4, count, 150, 40), torch.float32, kernels.device)

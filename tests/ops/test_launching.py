@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import INTERPRETED, legal_call
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from conftest import INTERPRETED
 
 if INTERPRETED or torch.cuda.is_available():
     pytest.skip("needs a process without a GPU that compiles kernels", allow_module_level=True)
 
-from helpers.cases import legal_call
 
 from benchmarks.kernels.mock_driver import mock_cuda
 from cropr_kernels.ops.extension import NAMES, replayed

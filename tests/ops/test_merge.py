@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import MATRIX_DTYPES, odd_layouts, same_bits, tokens
+from helpers.cases import MATRIX_DTYPES, odd_layouts, same_bits, slow_interpreted, tokens
 
 from cropr_kernels.ops import reference
 
@@ -90,6 +90,7 @@ def test_the_candidates_most_like_a_target_are_merged_into_it(backend, shape, dt
             assert best[is_pruned].min() + 1e-5 >= best[~is_pruned].max()
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_cost_scale_weighs_the_distance_to_the_nearest_target(backend, shape, dtype):
@@ -230,6 +231,7 @@ def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     assert pruned(3) == [2, 3, 5, 6, 7, 8] and pruned(2) == list(range(2, 9))
 
 
+@slow_interpreted
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -289,6 +291,7 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     assert torch.equal(parent[here], identity[here])
 
 
+@slow_interpreted
 def test_every_run_gives_the_same_bits(kernels):
     x, *rest, keep, prefix = problem((4, 197, 64, 80, 100, 1), torch.float32, kernels.device)
     first = kernels.merge(x, *rest, keep, prefix)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import MATRIX_DTYPES, SHAPES, odd_layouts, same_bits, tokens
+from helpers.cases import MATRIX_DTYPES, SHAPES, odd_layouts, same_bits, slow_interpreted, tokens
 
 from cropr_kernels.ops import reference
 
@@ -66,6 +66,7 @@ def test_ties_go_to_the_lowest_parent_and_nan_is_like_none(backend):
     assert parents() == [2] * 20
 
 
+@slow_interpreted
 @pytest.mark.parametrize("shape", [(2, 600, 16, 488, 1), (1, 2300, 16, 1240, 3)])
 def test_long_lists_match_the_definition(kernels, shape):
     x, kept_idx, pruned_idx, prefix = problem(shape, torch.float32, kernels.device)
@@ -159,6 +160,7 @@ def test_a_parent_that_was_pruned_later_is_restored_first(backend, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_merging_leaves_offsets_from_the_means_on_request(backend, dtype):
     x = tokens(2, 90, 48, dtype, backend.device)
@@ -178,6 +180,7 @@ def test_merging_leaves_offsets_from_the_means_on_request(backend, dtype):
     assert same_bits(reference.gather(buffer, pruned_idx), expected.to(dtype))
 
 
+@slow_interpreted
 def test_every_run_gives_the_same_bits(kernels):
     x, *lists = problem((2, 90, 32, 40, 1), torch.float32, kernels.device)
     parent = chains(2, 90, kernels.device)

@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import INTERPRETED
-from helpers.cases import same_bits
+from helpers.cases import INTERPRETED, same_bits, slow_interpreted
 
 from cropr_kernels.ops import reference
 
@@ -16,7 +15,7 @@ if not INTERPRETED:
 import triton  # noqa: E402
 from helpers.interleaved import counting_loads, interleaved  # noqa: E402
 
-SEEDS = int(os.environ.get("CROPR_SEEDS", 10))
+SEEDS = [2, pytest.param(int(os.environ.get("CROPR_SEEDS", 10)), marks=pytest.mark.slow)]  # how many
 
 
 def integers(*shape, low=-2, high=3):
@@ -65,10 +64,11 @@ def offsets_in_place(backend):
 CALLS = [prune, prune_by_priority, add_select, add_select_by_size, merge, merge_in_place, offsets_in_place]
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_no_order_of_programs_changes_a_result(backend, call):
+def test_no_order_of_programs_changes_a_result(backend, call, seeds):
     expected = call(backend)
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         torch.manual_seed(0)
         with interleaved(seed):
             got = call(backend)
@@ -97,6 +97,7 @@ def merge_of(backend, n):
     backend.merge(integers(1, n, 4), target_idx, candidate_idx, torch.ones(1, n), n * 4 // 5, 1)
 
 
+@slow_interpreted
 @pytest.mark.parametrize(("call", "n"), [(select_of, 8192), (add_select_of, 4096), (merge_of, 400)])
 def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
     single, double, quadruple = (longest(call, backend, count) for count in (n, 2 * n, 4 * n))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import DTYPES, SHAPES, odd_layouts, same_bits, tokens
+from helpers.cases import DTYPES, SHAPES, odd_layouts, same_bits, slow_interpreted, tokens
 
 from cropr_kernels.ops import reference
 
@@ -147,6 +147,7 @@ def test_more_than_two_billion_elements_are_addressed(kernels):
         assert torch.equal(a, b)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_split_is_prune_with_known_scores(backend, shape, dtype):
@@ -159,6 +160,7 @@ def test_split_is_prune_with_known_scores(backend, shape, dtype):
             assert same_bits(a, b) if a.is_floating_point() else torch.equal(a, b)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1030, 8, 700, 1)])
 def test_prune_and_split_heed_priority(backend, shape, dtype):

@@ -41,10 +41,10 @@ def test_deploy_captures_small_batches_and_one_argument_switches_it_off():
     model = cropr.apply(reference_vit(), rate=8)
     fast = cropr.deploy(model)
     assert (fast.cropr.graphs.capacity, fast.cropr.graphs.patience) == (CAPACITY, PATIENCE)
-    assert GraphedForward.of(fast).patches == PATCHES
+    assert GraphedForward.of(fast).max_patches == PATCHES
     asked = cropr.deploy(fast, cuda_graphs=3)  # a copy of a copy is captured anew
     assert (asked.cropr.graphs.capacity, asked.cropr.graphs.patience) == (3, 0)
-    assert GraphedForward.of(asked).model is asked and GraphedForward.of(asked).patches == float("inf")
+    assert GraphedForward.of(asked).model is asked and GraphedForward.of(asked).max_patches == float("inf")
     for plain in (cropr.deploy(fast, cuda_graphs=0), deployed_copy(model)):
         assert plain.cropr.graphs is None and "forward" not in vars(plain)
     with pytest.raises(ValueError, match="cuda_graphs must be >= 0, got -1"):
@@ -194,8 +194,8 @@ def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
 
 def test_large_batches_are_not_captured(monkeypatch):
     model, graphs = deployed(monkeypatch)
-    assert GraphedForward.of(model).patches == PATCHES
-    GraphedForward.of(model).patches = 2 * 64
+    assert GraphedForward.of(model).max_patches == PATCHES
+    GraphedForward.of(model).max_patches = 2 * 64
     model(photos(3))
     assert graphs.captures == 0
     model(photos(2))

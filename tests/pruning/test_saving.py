@@ -89,7 +89,7 @@ def test_unknown_architectures_load_into_a_model_of_the_caller(tmp_path):
         return timm_eva(scale_attn_inner=True)
 
     model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
-    with pytest.warns(UserWarning, match=r"cropr.load will need one: cropr.load\(path, model=\.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"cropr.load will need a model: cropr.load\(path, model=\.\.\.\)"):
         cropr.save(model, tmp_path)
     with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("):
         cropr.load(tmp_path)
@@ -115,7 +115,7 @@ def test_custom_modules_load_into_a_model_that_has_them(tmp_path):
 
     model = make()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module, and pass it"):
+    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module and pass it"):
         cropr.load(tmp_path)
     assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
 
@@ -129,7 +129,7 @@ class Reversed(cropr.Cropr):
 def test_subclassed_and_configured_modules_count_as_custom(make_module, tmp_path):
     model = cropr.apply(randomize(reference_vit()), rate=8, make_module=make_module).eval()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="prune a model with the same make_module and give it"):
+    with pytest.raises(ValueError, match="prune a model with the same make_module and pass it"):
         cropr.load(tmp_path)
     other = cropr.apply(reference_vit(), rate=8, make_module=make_module).eval()
     assert torch.equal(cropr.load(tmp_path, other)(IMAGES), model(IMAGES))

@@ -98,7 +98,7 @@ def test_the_demo_finds_weights_in_timms_cache_and_does_without_internet(example
     assert demo.find_weights() is None
 
 
-def test_the_demo_refuses_a_missing_weight_file(examples, monkeypatch, capsys):
+def test_the_demo_names_a_missing_weight_file(examples, monkeypatch, capsys):
     demo, _ = examples
     monkeypatch.setattr(sys, "argv", ["demo.py", "--weights", "nowhere.safetensors"])
     with pytest.raises(SystemExit):

@@ -72,7 +72,7 @@ def answer(call):
         return None, str(error)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it repairs
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of files that it repairs
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 def test_a_damaged_photo_is_read_or_raises(file_format):
     for content in cases(encoded(file_format)):

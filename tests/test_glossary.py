@@ -48,7 +48,7 @@ def test_a_replaced_word_is_reported_at_its_line(name, text, words, tmp_path, ca
     assert glossary.main([str(tmp_path)]) == 1 and f"{len(reported)} problems" in capsys.readouterr().out
 
 
-def test_the_report_says_what_to_use(tmp_path):
+def test_the_report_names_the_replacement(tmp_path):
     path = tmp_path / "a.py"
     path.write_text("parent_idx = 0\n")
     assert glossary.problems(path) == [f"{path}:1: parent_idx: use parent_idx"]

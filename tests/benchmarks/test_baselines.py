@@ -14,7 +14,7 @@ from benchmarks.baselines.selection import EViT
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_prefix_tokens_stay_first_and_as_they_are(name):
+def test_prefix_tokens_stay_first_and_unchanged(name):
     x = torch.randn(3, TOKENS, DIM)
     for prefix in (1, 3):
         reducer, context = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix).eval(), context_of(x, prefix)

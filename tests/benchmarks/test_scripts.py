@@ -35,7 +35,7 @@ def import_or_skip(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_imports_and_every_script_says_how_to_use_it(module, monkeypatch, capsys):
+def test_every_module_imports_and_every_script_prints_its_usage(module, monkeypatch, capsys):
     imported = import_or_skip(module)
     if module in SCRIPTS:
         monkeypatch.setattr(sys, "argv", [module, "--help"])

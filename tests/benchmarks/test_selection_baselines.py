@@ -127,7 +127,7 @@ def test_evit_merges_between_attention_and_mlp():
 
 
 @pytest.mark.parametrize("prefix", [1, 3])
-def test_pomt_keeps_what_patches_attend_to_and_what_has_large_values(prefix):
+def test_pomt_keeps_tokens_with_much_attention_or_large_values(prefix):
     x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
     context = context_of(x, prefix)
     tokens = POMT()(x, context, KEEP, prefix).tokens

@@ -67,7 +67,7 @@ class _Grid:
 
     def __init__(self, kernel: Any, turns: _Turns):
         self.kernel, self.turns, self.programs = kernel, turns, []
-        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__  # what the interpreter looks at
+        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__  # read by the interpreter
         self.__signature__ = inspect.signature(kernel)
 
     def __call__(self, **args: Any) -> None:

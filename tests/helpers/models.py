@@ -1,4 +1,4 @@
-"""Small models of every family, for the tests that run whole networks."""
+"""Small models of every family, for the tests that run full networks."""
 
 import pytest
 import torch

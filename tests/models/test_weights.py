@@ -77,7 +77,7 @@ def test_position_embeddings_of_a_preset_are_resized_as_in_its_forward(vit, tmp_
     assert larger.pos_embed.shape == (1, 37, 192) and torch.equal(larger(images), vit(images))
 
 
-def test_the_state_of_a_pruned_model_loads_without_its_queries_and_says_so(vit, tmp_path):
+def test_the_state_of_a_pruned_model_loads_without_its_queries_and_warns(vit, tmp_path):
     pruned = cropr.apply(cropr.create_vit(NAME, num_classes=7), rate=8, num_outputs=0)
     torch.save(pruned.state_dict(), tmp_path / "weights.pth")
     with pytest.warns(UserWarning, match=r"is of a pruned model, and its queries are left out; cropr.save writes"):
@@ -143,7 +143,7 @@ def test_options_that_a_model_does_not_take_are_named():
         create_model("vit_tiny_patch16_224.augreg_in21k", colour=1)
 
 
-def test_load_weights_takes_another_head_and_says_what_does_not_fit(tmp_path):
+def test_load_weights_takes_another_head_and_counts_tensors_that_do_not_fit(tmp_path):
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded, _ = load_weights(tmp_path / "weights.pt", num_classes=3, drop_path_rate=0.1)

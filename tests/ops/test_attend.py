@@ -29,7 +29,7 @@ def exact(x, queries, grad, scale):
 
 
 def pytorch(x, queries, grad, scale):
-    """PyTorch's own attention and gradient, in the dtype of the inputs."""
+    """Return PyTorch's own attention and gradient, in the dtype of the inputs."""
     queries = queries.detach().requires_grad_()
     out = torch.softmax(scale * (queries @ x.transpose(1, 2)), -1) @ x
     out.backward(grad)

@@ -202,7 +202,7 @@ IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))
 
 
 @pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm"])
-def test_ops_without_a_gradient_refuse_tensors_that_require_one(name):
+def test_ops_without_a_gradient_reject_tensors_that_require_one(name):
     args = legal_call(name)
     for argument, value in args.items():
         if torch.is_tensor(value) and value.is_floating_point():
@@ -267,7 +267,7 @@ def test_lists_of_positions_must_ascend(name, which):
         getattr(ops, name)(*args.values())
 
 
-def both_sentences(kernels, name, args):
+def both_errors(kernels, name, args):
     """Return the first line of the errors that the kernel and the fake raise."""
     args = [arg.to(kernels.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
     with pytest.raises(RuntimeError) as real:
@@ -279,15 +279,15 @@ def both_sentences(kernels, name, args):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", NAMES)
-def test_every_argument_is_refused_in_the_same_sentence_everywhere(kernels, name):
+def test_kernel_and_fake_raise_the_same_error_for_every_argument(kernels, name):
     for args, argument in illegal_calls(name):
-        real, fake = both_sentences(kernels, name, args.values())
+        real, fake = both_errors(kernels, name, args.values())
         assert real == fake
         assert real.startswith(f"{name}: {argument} must "), real
         assert ", got " in real, real
 
 
-def sentences():
+def error_cases():
     """Return an illegal call and its error for each check: of the table of ops, and beyond it."""
 
     def call(name, **changes):
@@ -351,12 +351,12 @@ def sentences():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize(("name", "args", "message"), sentences())
+@pytest.mark.parametrize(("name", "args", "message"), error_cases())
 def test_an_error_says_what_was_allowed_and_what_came(kernels, name, args, message):
-    assert both_sentences(kernels, name, args) == [message, message]
+    assert both_errors(kernels, name, args) == [message, message]
 
 
-def test_positions_that_do_not_exist_or_repeat_are_refused():
+def test_positions_that_do_not_exist_or_repeat_raise():
     x, parts = split_inputs()
     kept, kept_idx, pruned, pruned_idx = parts
     with pytest.raises(RuntimeError, match=r"gather: idx must hold positions in \[0, 9\), got 9"):
@@ -379,7 +379,7 @@ def test_positions_that_do_not_exist_or_repeat_are_refused():
         ops.merge(x, twice, pruned_idx, torch.ones(2, 9), 6)
 
 
-def test_tensors_on_different_devices_are_refused():
+def test_tensors_on_different_devices_raise():
     x, query = torch.zeros(2, 9, 6), torch.zeros(6)
     with pytest.raises(RuntimeError, match="query must be on the same device as the other tensors, meta, got cpu"):
         ops.prune(x.to("meta"), query, 4)
@@ -387,7 +387,7 @@ def test_tensors_on_different_devices_are_refused():
         ops.attend(x.to("meta"), query.unsqueeze(0), 1.0)
 
 
-def test_wrong_argument_types_are_refused_by_the_dispatcher():
+def test_the_dispatcher_rejects_wrong_argument_types():
     with pytest.raises((TypeError, RuntimeError), match="num_keep"):
         ops.prune(torch.zeros(1, 3, 2), torch.zeros(2), 1.5)
     with pytest.raises((TypeError, RuntimeError), match="num_keep"):

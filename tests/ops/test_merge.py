@@ -217,7 +217,7 @@ def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     def pruned(keep):
         return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, cost_scale)[2][0].tolist()
 
-    assert pruned(8) == [3] and pruned(7) == [2, 3]  # what equals a target costs nothing
+    assert pruned(8) == [3] and pruned(7) == [2, 3]  # a token equal to a target costs nothing
     cost_scale[0, 3] = 1e30
     assert pruned(8) == [3] and pruned(7) == [2, 3]
     cost_scale[0, 5], cost_scale[0, 7] = 0.5, 1e-30

@@ -141,7 +141,7 @@ def test_a_parent_that_was_pruned_later_is_restored_first(backend, dtype):
     parent = torch.arange(n, device=buffer.device).repeat(batch, 1)
     idx, departures = parent.clone(), []
     for keep in (31, 22, 13, 6):
-        step = tokens(batch, idx.shape[1], dim, dtype, backend.device)  # what a block does to the active tokens
+        step = tokens(batch, idx.shape[1], dim, dtype, backend.device)  # a block's update of the active tokens
         buffer.scatter_(1, idx.unsqueeze(-1).expand_as(step), reference.gather(buffer, idx) + step)
         kept, pruned = reference.select(torch.randn(batch, idx.shape[1], device=buffer.device), keep, prefix)
         kept, pruned = idx.gather(1, kept), idx.gather(1, pruned)

@@ -19,7 +19,7 @@ SEEDS = [2, pytest.param(int(os.environ.get("CROPR_SEEDS", 10)), marks=pytest.ma
 
 
 def integers(*shape, low=-2, high=3):
-    """Small numbers, so that scores are exact and tie."""
+    """Return small numbers, whose scores are exact and tie."""
     return torch.randint(low, high, shape).float()
 
 
@@ -105,7 +105,7 @@ def test_loads_of_a_program_grow_no_faster_than_the_tokens(backend, call, n):
 
 
 def test_no_order_of_images_changes_a_result(backend, monkeypatch):
-    """Whether or not kernels that read rows again begin with the last image."""
+    """Kernels that read rows again may begin with the first image or with the last."""
     x, query, update = integers(3, 37, 48), integers(48), integers(3, 20, 48)
 
     def results():

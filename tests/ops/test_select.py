@@ -122,7 +122,7 @@ def test_no_priority_is_priority_zero(kernels):
         assert all(torch.equal(a, b) for a, b in zip(got, kernels.select(scores, 51, 1)))
 
 
-def test_scores_stay_as_they_were(kernels):
+def test_select_does_not_change_the_scores(kernels):
     scores = torch.tensor([[-0.0, NAN, 1.0]], device=kernels.device)
     before = scores.clone()
     kernels.select(scores, 2, 1)

@@ -1,4 +1,4 @@
-"""With two threads libraries take other paths than with one, as most tests have."""
+"""Two threads, with which libraries take other paths than with the single one of most tests."""
 
 import pytest
 import torch

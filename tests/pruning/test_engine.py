@@ -30,7 +30,7 @@ BLOCK_OPS = ("add_norm_", "add_select_")
 
 
 def both(name, dtype=torch.float64, **schedule):
-    """The same model on the functional ops and on the engine."""
+    """Return the same model on the functional ops and on the engine."""
     model = cropr.apply(randomize(ENGINE_MODELS[name]()).eval().to(dtype), **schedule)
     functional, engine = cropr.deploy(model, engine=False), cropr.deploy(model)
     assert engine.cropr.engine is not None, engine.cropr.engine_reason
@@ -38,7 +38,7 @@ def both(name, dtype=torch.float64, **schedule):
 
 
 def called_ops(function):
-    """Names of the ops of this package that a call dispatches, in order."""
+    """Return the names of the ops of this package that a call dispatches, in order."""
     names = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):

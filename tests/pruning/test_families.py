@@ -283,7 +283,7 @@ def test_the_content_of_padding_changes_nothing(name, llf, images):
 @pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)
 @pytest.mark.parametrize("name", BLOCK_RUNNERS)
 @torch.no_grad()
-def test_the_engine_gives_what_the_functional_ops_give(name, options, images):
+def test_the_engine_equals_the_functional_ops(name, options, images):
     model = randomize(BLOCK_RUNNERS[name]()).double().eval()
     images = images.double()
     cropr.apply(model, rate=8, num_outputs=0, **options)

@@ -37,7 +37,7 @@ def photos(batch=2):
     return torch.randn(batch, 3, 64, 64)
 
 
-def test_deploy_captures_small_batches_and_one_argument_switches_it_off():
+def test_deploy_captures_small_batches_unless_cuda_graphs_is_0():
     model = cropr.apply(reference_vit(), rate=8)
     fast = cropr.deploy(model)
     assert (fast.cropr.graphs.capacity, fast.cropr.graphs.patience) == (CAPACITY, PATIENCE)
@@ -155,7 +155,7 @@ def test_hooks_see_every_call_and_get_no_graph(where, monkeypatch):
     handle.remove()
     model(images)
     assert len(seen) == 3 and graphs.replays == 2
-    around = model.register_forward_hook(lambda *args: seen.append("model"))  # not inside of what is captured
+    around = model.register_forward_hook(lambda *args: seen.append("model"))  # outside of the captured forward
     captures = graphs.captures
     model(images)
     assert seen[3:] == ["model"] and graphs.captures == captures
@@ -163,7 +163,7 @@ def test_hooks_see_every_call_and_get_no_graph(where, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
-def test_nothing_is_captured_where_a_replay_would_be_wrong(monkeypatch):
+def test_nothing_is_captured_if_a_replay_would_be_wrong(monkeypatch):
     model, graphs = deployed(monkeypatch)
     images = photos()
     expected = model(images)
@@ -211,7 +211,7 @@ def test_shapes_that_alternate_do_not_evict_each_other(monkeypatch):
     assert graphs.captures == 2
 
 
-def test_a_model_that_cannot_be_captured_says_so_once_and_runs(monkeypatch):
+def test_a_model_that_cannot_be_captured_warns_once_and_runs(monkeypatch):
     model, graphs = deployed(monkeypatch)
     graphs.cannot_capture, images = True, photos()
     with pytest.warns(UserWarning, match="without CUDA graphs, as it cannot be captured: an operation waits"):

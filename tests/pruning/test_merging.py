@@ -103,7 +103,7 @@ def test_logits_are_those_of_a_slow_merge(options, merge):
 @pytest.mark.parametrize("llf", [False, "as_pruned", "track_parent"])
 @pytest.mark.parametrize("merge", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_engine_computes_what_the_functional_ops_do(name, merge, llf):
+def test_the_engine_equals_the_functional_ops(name, merge, llf):
     model = randomize(MODELS[name]()).double().eval()
     keys = set(model.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)

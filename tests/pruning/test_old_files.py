@@ -15,14 +15,14 @@ RESTORES = {"left": "as_pruned", "host": "track_parent"}
 
 @pytest.mark.parametrize(("written", "restore"), RESTORES.items())
 @pytest.mark.parametrize("form", ["fields", "word"])
-def test_options_of_a_saved_model_prune_as_they_did(written, restore, form):
+def test_options_of_earlier_models_load_with_the_same_fusion(written, restore, form):
     llf = {"restore": written, "blocks": 1} if form == "fields" else written
     model = apply_options(reference_vit(), {"rate": 8, "llf": llf, "num_outputs": 0})
     assert model.cropr.config.llf == cropr.Fusion(restore)
 
 
 @pytest.mark.parametrize(("written", "restore"), RESTORES.items())
-def test_queries_bring_the_fusion_they_were_saved_with(written, restore, tmp_path):
+def test_earlier_queries_load_with_the_same_fusion(written, restore, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model = cropr.apply(randomize(reference_vit()), rate=8, llf=True, num_outputs=0).eval()
     cropr.calibration.save_queries(model, tmp_path / "queries.safetensors", {"llf": {"restore": written, "blocks": 1}})

@@ -224,7 +224,7 @@ def test_choices_of_arguments_are_those_of_the_package():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --out x --lr 3", "unknown argument '--lr'; options of the configuration are given as name=value"),
+        ("train --out x --lr 3", "unknown argument '--lr'; options of the configuration must be name=value"),
         ("tune x --speedup 2 --round 3 --batchs 4", "unknown argument '--batchs'; is --batch meant?"),
         ("bench x y", "unknown argument 'y'"),
     ],

@@ -32,17 +32,11 @@ from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217, whose keys do not.
 KNOWN = [
-    ("bfloat16", 768, 24),
-    *(
-        pytest.param(*known, marks=pytest.mark.slow)
-        for known in [
-            *(("bfloat16", width, 24) for width in WIDTHS if width != 768),
-            *(("float32", width, 24) for width in (192, 1024)),
-            ("float16", 768, 24),
-            ("float64", 768, 24),
-            ("bfloat16", 768, 96),
-        ]
-    ),
+    *(("bfloat16", width, 24) for width in WIDTHS),
+    *(("float32", width, 24) for width in (192, 1024)),
+    ("float16", 768, 24),
+    ("float64", 768, 24),
+    ("bfloat16", 768, 96),
 ]
 
 # Tolerated bytes of stack a thread, by kernel and architecture.
@@ -65,6 +59,7 @@ def test_every_kernel_is_among_the_launches():
     assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "width", "side"), KNOWN)
 def test_kernels_of_known_widths_pass_the_lint_and_keep_all_in_registers(dtype, width, side):
     verify(dtype, width, side, 90)
@@ -135,7 +130,7 @@ def is_rows(value):
     return isinstance(value, torch.Tensor) and value.ndim == 3
 
 
-@pytest.mark.each_choice
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [96, 100, 1024])
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def model(request):
     return randomize(FAMILIES[request.param]()).eval()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_many_threads_get_the_serial_results(model, way):

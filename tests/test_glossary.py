@@ -8,8 +8,8 @@ from tools import glossary
 
 PYTHON = '''
 def offsets(x, host):  # 2
-    """The own parent_offsets of x are found."""
-    own = ops.parent_offsets(x, target_idx=x)  # 4
+    """The own host_offsets of x are found."""
+    own = ops.host_offsets(x, safe_idx=x)  # 4
     return [one for one in own]  # 5
 
 class Slot:  # 7
@@ -18,15 +18,15 @@ class Slot:  # 7
 '''
 CPP = """
 // the own host is found
-fail("parent_idx must be int64, as the host");  /* its own
+fail("host_idx must be int64, as the host");  /* its own
 host */ auto found = table.find(key);  // 4
-const Tensor& parent_idx = state.parent_idx;  // 5
+const Tensor& host_idx = state.host_idx;  // 5
 """
 MARKDOWN = """
-The host of a token, found by `ops.parent_offsets`.
+The host of a token, found by `ops.host_offsets`.
 ```python
 idx = merged.idx
-own, parent_idx = offsets(x)
+own, host_idx = offsets(x)
 ```
 """
 
@@ -34,10 +34,10 @@ own, parent_idx = offsets(x)
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.py", PYTHON, "2:host 4:parent_offsets 4:own 4:target_idx 5:one 7:Slot 9:whole"),
-        ("a.cpp", CPP, "4:found 5:parent_idx"),
-        ("a.h", CPP, "4:found 5:parent_idx"),
-        ("a.md", "`add_parents`\n" + MARKDOWN, "1:add_parents 6:parent_idx"),
+        ("a.py", PYTHON, "2:host 4:host_offsets 4:own 4:safe_idx 5:one 7:Slot 9:whole"),
+        ("a.cpp", CPP, "4:found 5:host_idx"),
+        ("a.h", CPP, "4:found 5:host_idx"),
+        ("a.md", "`add_hosts`\n" + MARKDOWN, "1:add_hosts 6:host_idx"),
     ],
 )
 def test_a_replaced_word_is_reported_at_its_line(name, text, words, tmp_path, capsys):
@@ -50,8 +50,8 @@ def test_a_replaced_word_is_reported_at_its_line(name, text, words, tmp_path, ca
 
 def test_the_report_names_the_replacement(tmp_path):
     path = tmp_path / "a.py"
-    path.write_text("parent_idx = 0\n")
-    assert glossary.problems(path) == [f"{path}:1: parent_idx: use parent_idx"]
+    path.write_text("host_idx = 0\n")
+    assert glossary.problems(path) == [f"{path}:1: host_idx: use parent_idx"]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_report_names_the_replacement(tmp_path):
             "enum class Kind { kNumber } kind;\nfill(costs, 0);\nstream << std::left << options.host << row->own;\n",
         ),
         ("a.md", "A host is found; `--plan FILE` and `kind` say how.\n"),
-        ("a.json", "parent_idx"),
+        ("a.json", "host_idx"),
     ],
 )
 def test_a_legitimate_use_passes(name, text, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import randomise, reference_vit
 from helpers.processes import left_in_session, run_forked
 
 import cropr_kernels as cropr
@@ -23,7 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 PHOTOS = str(ROOT / "examples" / "photos")
 COMMANDS = ("info", "doctor", "calibrate", "map", "tune", "bench", "export", "infer", "train", "eval")
-TRAIN = ("epochs=1", "batch_size=2", "img_size=64,64", "model=vit_tiny_patch16_224", "rate=1", "workers=1")
+TRAIN = (
+    "epochs=1",
+    "batch_size=2",
+    "img_size=64,64",
+    "model_options=depth=3,embed_dim=64,num_heads=2",
+    "rate=1",
+    "workers=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +41,9 @@ def inputs(tmp_path_factory):
     for library in ("PIL", "matplotlib", "pyarrow", "safetensors", "timm", "torchvision", "torchmetrics"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     folder = tmp_path_factory.mktemp("inputs")
-    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
-    torch.save(model.state_dict(), folder / "tiny.pt")
-    cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), folder / "queries.safetensors")
+    model = cropr.apply(randomise(reference_vit()), rate=8, num_outputs=0)
+    cropr.save(model, folder / "model")
+    cropr.save_queries(model, folder / "queries.safetensors")
     for index, photo in enumerate(sorted(Path(PHOTOS).glob("*.jpg"))[:4]):
         for part in ("train", "val"):
             class_folder = folder / "classes" / part / f"class{index % 2}"
@@ -44,7 +52,7 @@ def inputs(tmp_path_factory):
     data = ["--data", str(folder / "classes")]
     assert main(["train", *data, "--out", str(folder / "run"), "--quiet", *TRAIN]) == 0
     (folder / "file").write_text("a file")
-    return {"M": str(folder / "tiny.pt"), "Q": str(folder / "queries.safetensors"), "P": PHOTOS, "I": str(folder)}
+    return {"M": str(folder / "model"), "Q": str(folder / "queries.safetensors"), "P": PHOTOS, "I": str(folder)}
 
 
 def filled(command, inputs, out):

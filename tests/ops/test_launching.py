@@ -170,6 +170,7 @@ def test_an_error_of_the_driver_is_raised(cuda):
         cuda.library.mock_set_error(0)
 
 
+@pytest.mark.slow
 def test_the_cost_of_launching_is_measured(tmp_path):
     """Run in a separate process, as the driver does; times depend on the machine, and are only printed."""
     out = tmp_path / "cost.json"

@@ -52,6 +52,7 @@ def called_ops(function):
     return names
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True, "track_parent"])
 @pytest.mark.parametrize("name", ENGINE_MODELS)
 def test_engine_equals_the_functional_ops(name, llf):

@@ -88,6 +88,7 @@ def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
     assert (left - unpruned).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
 def test_gradients_reach_tokens_and_their_parents(images, options):
     model = pruned(llf="track_parent", **options)

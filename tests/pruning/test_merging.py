@@ -100,6 +100,7 @@ def test_logits_are_those_of_a_slow_merge(options, merge):
         torch.testing.assert_close(cropr.deploy(model)(images), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, "as_pruned", "track_parent"])
 @pytest.mark.parametrize("merge", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", MODELS)

@@ -165,6 +165,7 @@ def slow_cropr(image, state, queries, config, fusion):
     return linear(pooled, state, "head"), kept_positions
 
 
+@pytest.mark.each_choice
 @torch.no_grad()
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize(

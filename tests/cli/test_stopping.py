@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import randomise, reference_vit
+from helpers.models import randomize, reference_vit
 from helpers.processes import left_in_session, run_forked
 
 import cropr_kernels as cropr
@@ -41,7 +41,7 @@ def inputs(tmp_path_factory):
     for library in ("PIL", "matplotlib", "pyarrow", "safetensors", "timm", "torchvision", "torchmetrics"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     folder = tmp_path_factory.mktemp("inputs")
-    model = cropr.apply(randomise(reference_vit()), rate=8, num_outputs=0)
+    model = cropr.apply(randomize(reference_vit()), rate=8, num_outputs=0)
     cropr.save(model, folder / "model")
     cropr.save_queries(model, folder / "queries.safetensors")
     for index, photo in enumerate(sorted(Path(PHOTOS).glob("*.jpg"))[:4]):

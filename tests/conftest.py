@@ -68,7 +68,7 @@ def make_backend(name: str) -> Backend:
 
 
 def _twice(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Through Triton on copies, and then from the plan that this leaves, which is what models run."""
+    """Through Triton on copies, and then from the launches that this records, which is what models run."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         op(*map(_copy, args), **{name: _copy(value) for name, value in kwargs.items()})

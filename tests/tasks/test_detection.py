@@ -73,6 +73,7 @@ def test_detection_trains_every_head_and_finds_boxes_in_photos_of_any_size(masks
         assert not masks or detection["masks"].shape[1:] == (1, height, width)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_under_autocast_heads_run_in_16_bits_and_predictions_in_32():
     task, outputs = detector(masks=True), {}

@@ -64,7 +64,8 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_hard_scores_keep_exactly_the_top(backend, name):
     scores = torch.tensor([HARD[name], HARD[name][::-1]])
-    for num_keep in range(scores.shape[1] + 1):
+    n = scores.shape[1]
+    for num_keep in {1, n // 2, n - 1} if backend.interpreted else range(n + 1):
         for num_prefix in range(min(num_keep, 2) + 1):
             check(backend, scores, num_keep, num_prefix)
 
@@ -99,7 +100,7 @@ def test_priority_comes_before_any_score(backend, name):
     n = scores.shape[1]
     some = torch.randint(-1, 2, scores.shape, dtype=torch.int8)
     crowd = torch.where(torch.arange(n) % 3 == 0, -1, 5).to(torch.int8).expand(3, -1)
-    for num_keep in {0, 1, 2, n // 2, n - 2, n - 1, n}:
+    for num_keep in {1, n // 2} if backend.interpreted else {0, 1, 2, n // 2, n - 2, n - 1, n}:
         for num_prefix in {0, min(num_keep, 2)}:
             for priority in (some, crowd) if num_prefix else (some, crowd, some > 0):
                 check(backend, scores, num_keep, num_prefix, priority)

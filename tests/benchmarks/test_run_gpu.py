@@ -120,11 +120,9 @@ def test_all_steps_run_in_order_and_their_commands_parse(tree, monkeypatch):
 def test_every_selection_of_tests_is_not_empty(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed
-    selections = {call.partition(" -m pytest ")[2] for call in calls if "-m pytest" in call}
-    assert len(selections) >= 4
+    selections = {call.partition(" ")[2] for call in calls if "pytest" in call}  # after the number of the share
     for selection in selections:
-        arguments = [*shlex.split(selection), "--collect-only"]
-        command = [sys.executable, "-m", "pytest", *arguments]
+        command = [sys.executable, *shlex.split(selection), "--collect-only"]
         collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert collected.returncode == 0 and "::" in collected.stdout, selection
 

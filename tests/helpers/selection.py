@@ -36,7 +36,8 @@ def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
         shapes = [*dict.fromkeys(str(item.callspec.params.get("shape")) for item in group)]
         if backend in ("compiled", "triton") and len(shapes) > 4:  # each of them takes seconds
             shapes = shapes[1::3]
-        candidates = [item for item in group if str(item.callspec.params.get("shape")) in shapes]
+        quick = [item for item in group if not item.get_closest_marker("slow")]
+        candidates = [item for item in quick if str(item.callspec.params.get("shape")) in shapes]
         chosen = [candidates[index] for index in each_choice([item.callspec.params for item in candidates])]
         for item in group:
             if item not in chosen:

@@ -48,9 +48,10 @@ def verify(x, split, composed, counts, merged):
     assert torch.equal(composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0]))
 
 
-def test_random_calls_with_ties_are_exact():
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])
+def test_random_calls_with_ties_are_exact(count):
     generator = random.Random(0)
-    for _ in range(40):
+    for _ in range(count):
         verify(*launch(generator, "cpu"))
 
 

@@ -185,6 +185,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         side = config.patch_size
         grid = config.img_size // side
+        self.img_size = (config.img_size, config.img_size)
         self.patch_size = (side, side)
         self.grid_size = (grid, grid)
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, side, side)

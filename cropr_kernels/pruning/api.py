@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..models.adapters import EngineRefusal, ModelSpec, engine_parts, find_spec
+from ..models.adapters import EngineRefusal, ModelSpec, Submodule, engine_parts, find_spec
 from ..schedule import Schedule, num_modules
 from .block_wrapper import unwrap, wrap
 from .config import PruningConfig
@@ -20,9 +20,11 @@ from .merging import Merge
 from .model import (
     CroprModules,
     ReplacedAttribute,
+    after_encoder,
     after_forward,
+    after_norm,
+    before_encoder,
     before_forward,
-    fill_padding,
     forward_intermediates,
     is_pruned,
     keep_grid,
@@ -51,6 +53,7 @@ def apply(
     num_queries: int = 1,
     num_outputs: int | None = None,
     make_module: Callable[[int, nn.Module], Scorer] | None = None,
+    spec: ModelSpec | None = None,
 ) -> Model:
     """Put Cropr modules between the blocks of a model, in place.
 
@@ -65,8 +68,8 @@ def apply(
     With `llf` the tokens after the last block are all tokens in their original order, without it those kept.
 
     Args:
-        model: `cropr_kernels.ViT`; timm VisionTransformer or Eva; Hugging Face ViT, ViT-MAE, DINOv2 (with registers),
-            DINOv3, SigLIP or CLIP vision; torchvision VisionTransformer.
+        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other whose blocks are
+            called one after the other with the tokens (B, N, D): `find_spec` finds out.
         rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens are restored before the last block; "as_pruned", as published, or
@@ -84,12 +87,13 @@ def apply(
             the optimizer, or DDP: an optimizer that holds the queries but not their heads raises at its first step.
         make_module: called as make_module(layer, block) for the module after each pruned block, in place of `Cropr`:
             any module with the methods of `Scorer`.
+        spec: the specification of a model; default `find_spec(model)`.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: the model's family is not known.
+        TypeError: the model cannot be pruned; the message is the reason.
         ValueError: the model is pruned already, the schedule does not fit it, modules for merging have no query, or
             windows come without llf, with merge, or for a model that returns tokens only through its head.
     """
@@ -97,7 +101,7 @@ def apply(
         raise ValueError(
             "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
         )
-    spec = find_spec(model)
+    spec = find_spec(model) if spec is None else spec
     if windows is not None and merge:
         raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
@@ -129,10 +133,17 @@ def apply(
     modules.hooks = [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
-        spec.projection.register_forward_hook(partial(keep_grid, modules)),
     ]
-    if spec.pooling == "average":
-        modules.hooks.append(spec.norm.register_forward_hook(partial(fill_padding, modules)))
+    if spec.encoder is not model:
+        modules.hooks += [
+            spec.encoder.register_forward_pre_hook(partial(before_encoder, modules), with_kwargs=True),
+            spec.encoder.register_forward_hook(partial(after_encoder, modules), always_call=True),
+        ]
+    if spec.projection is not None:
+        modules.hooks.append(spec.projection.register_forward_hook(partial(keep_grid, modules)))
+    if spec.norm is not None:
+        modules.hooks.append(spec.norm.register_forward_hook(partial(after_norm, modules)))
+    modules.links = _links_to(spec.blocks, model)
     wrap(spec.blocks, modules)
     write_to_config(model)
     return model
@@ -160,6 +171,19 @@ def apply_options(model: Model, options: dict[str, Any]) -> Model:
         "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
     }
     return apply(model, **options | values)
+
+
+def _links_to(blocks: list[nn.Module], model: nn.Module) -> list[Submodule]:
+    """Every module on the way from a model to its blocks, with its name in its owner."""
+    paths = {module: path for path, module in model.named_modules()}
+    links: dict[tuple[nn.Module, str], Submodule] = {}
+    for block in blocks:
+        owner = model
+        for name in paths[block].split("."):
+            module = owner.get_submodule(name)
+            links[owner, name] = Submodule(owner, name, module)
+            owner = module
+    return list(links.values())
 
 
 def _replace_attributes(model: nn.Module, modules: CroprModules) -> None:

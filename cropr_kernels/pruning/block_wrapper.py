@@ -5,21 +5,32 @@ parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
-from typing import Any, SupportsIndex, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..models.adapters.structure import ROTARY_TABLES
 from ..models.blocks import Rotary, SizeWeightedAttention
+from ..models.probing import TOKEN_ARGUMENTS
 from .engine import run_engine
+from .masks import level_padding
 from .state import PruningModules, PruningOptions, PruningState
 
 _wrapped_classes: dict[type, type] = {}
-_TABLES = ("rope", "position_embeddings")  # rotary tables: of timm and this package's ViT, and of Hugging Face
 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
+
+
+class BlockInputs(NamedTuple):
+    """What a block is given beside its own arguments."""
+
+    log_sizes: Tensor | None  # (B, K), for its attention
+    tokens: Tensor | None  # (B, K, D), in place of the map that the model carries
+    full_map: Callable[[Tensor], Tensor] | None  # of its output, for who reads it
 
 
 class WrappedBlock:
@@ -28,29 +39,41 @@ class WrappedBlock:
     cropr_layer: tuple[PruningModules, int]  # the Cropr modules of the model, and the index of this block
     cropr_base: type  # the block's class
 
-    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if args:
+            x, *others = args
+        else:
+            x, others = kwargs.pop(next(name for name in TOKEN_ARGUMENTS if name in kwargs)), []
         if isinstance(x, torch.fx.Proxy):  # to symbolic tracing a block is one call, as those of torch.nn are
-            return _trace_call(cast(nn.Module, self), x, args, kwargs)
-        return run_block(*self.cropr_layer, super().__call__, x, args, kwargs)  # type: ignore[misc]
+            return _trace_call(cast(nn.Module, self), x, tuple(others), kwargs)
+        return run_block(*self.cropr_layer, super().__call__, cast(Tensor, x), tuple(others), kwargs)  # type: ignore[misc]
 
-    def forward(self, *args: object, cropr_log_sizes: Tensor | None = None, **kwargs: object) -> object:
-        """Run the block's own forward, with sizes in its attention: recomputation in backward passes here again."""
-        if cropr_log_sizes is None:
+    def forward(self, *args: object, cropr_inputs: BlockInputs | None = None, **kwargs: object) -> object:
+        """Run the block's own forward on the active tokens: recomputation in backward passes here again."""
+        if cropr_inputs is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if cropr_inputs.tokens is not None:
+            args = (cropr_inputs.tokens, *args[1:])
         attention_calls: list[bool] = []
-        with SizeWeightedAttention(cropr_log_sizes, attention_calls):
+        with _attention_of(cropr_inputs.log_sizes, attention_calls):
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not attention_calls:
+        if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
                 f"cropr: merging and padding need attention that calls scaled_dot_product_attention, and "
                 f"{self.cropr_base.__name__} does not (timm: fused attention; transformers: "
                 "attn_implementation='sdpa')"
             )
-        return output
+        if cropr_inputs.full_map is None:
+            return output
+        return _with_tokens(output, cropr_inputs.full_map(_tokens_of(output)))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return _rebuild, (self.cropr_base,), *reduced[2:]
+
+
+def _attention_of(log_sizes: Tensor | None, calls: list[bool]) -> AbstractContextManager[object]:
+    return nullcontext() if log_sizes is None else SizeWeightedAttention(log_sizes, calls)
 
 
 def _trace_call(block: nn.Module, x: torch.fx.Proxy, args: Args, kwargs: Kwargs) -> object:
@@ -100,6 +123,7 @@ def run_block(
         options.observe(layer, _tokens_of(output))
         return output
     if layer == 0:
+        modules.require_same_blocks()
         context.state = PruningState(context.modules or modules, x, options, context.grid)
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
@@ -115,9 +139,19 @@ def run_block(
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
+            if modules.spec.norm is None:
+                output = _with_tokens(output, fill_padding(modules, _tokens_of(output)))
         if context.options is None:  # nobody reads the state
             context.state = None
     return output
+
+
+def fill_padding(modules: PruningModules, x: Tensor) -> Tensor:
+    """Replace padding by the mean of the image's patches, for heads that average over patches x (B, K, D)."""
+    context = modules.context
+    padding = context.padding
+    context.padding = None
+    return x if padding is None else level_padding(x, padding, modules.spec.num_prefix)
 
 
 def _run_and_prune(
@@ -129,17 +163,29 @@ def _run_and_prune(
     args: Args,
     kwargs: Kwargs,
 ) -> object:
-    x = state.before_block(layer, x)
     args, kwargs = _select_active(state, layer, args, kwargs)
     log_sizes = state.log_sizes()
-    if log_sizes is not None:
-        kwargs["cropr_log_sizes"] = log_sizes
+    tokens = state.active  # x is the map that the model carries, or that of the block before
+    if tokens is None:
+        x = state.before_block(layer, x)
+    is_read = layer in state.options.maps
+    if log_sizes is not None or tokens is not None or is_read:
+        kwargs["cropr_inputs"] = BlockInputs(log_sizes, tokens, state.full_map if is_read else None)
     if modules.recompute and modules.training:
         output: object = checkpoint(block, x, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
     else:
         output = block(x, *args, **kwargs)
-    x = state.after_block(layer, _tokens_of(output))
-    return (x, *output[1:]) if isinstance(output, tuple) else x
+    if not state.options.maps:
+        return _with_tokens(output, state.after_block(layer, _tokens_of(output)))
+    active = _tokens_of(output)
+    if is_read and state.positions is not None:
+        active = torch.ops.cropr.gather(active, state.positions)
+    state.active = state.after_block(layer, active)
+    return _with_tokens(output, state.active) if layer == state.last_layer or not is_read else output
+
+
+def _with_tokens(output: object, tokens: Tensor) -> object:
+    return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
 def _tokens_of(output: object) -> Tensor:
@@ -149,13 +195,16 @@ def _tokens_of(output: object) -> Tensor:
 def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> bool:
     """Tell whether the engine may run this forward, and supports the arguments of its blocks."""
     modules = state.modules
-    if modules.engine is None or modules.training or state.predicts or state.options.collect or _exporting():
+    options = state.options
+    if modules.engine is None or modules.training or state.predicts or options.collect or _exporting():
+        return False
+    if options.maps or options.restore:
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
-    arguments = [*args, *(value for name, value in kwargs.items() if name not in _TABLES)]
+    arguments = [*args, *(value for name, value in kwargs.items() if name not in ROTARY_TABLES)]
     return not any(isinstance(value, Tensor) for value in arguments) and modules.engine_is_clear()
 
 
@@ -166,7 +215,7 @@ def _exporting() -> bool:
 
 
 def _rotary(state: PruningState, kwargs: Kwargs) -> Rotary | None:
-    table = next((kwargs[name] for name in _TABLES if kwargs.get(name) is not None), None)
+    table = next((kwargs[name] for name in ROTARY_TABLES if kwargs.get(name) is not None), None)
     return None if table is None else Rotary(table, None, state.num_prefix)
 
 
@@ -176,9 +225,9 @@ def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) 
         return args, dict(kwargs)
     selected: Kwargs = {}
     for name, value in kwargs.items():
-        if name in _TABLES and isinstance(value, tuple):
+        if name in ROTARY_TABLES and isinstance(value, tuple):
             selected[name] = tuple(state.rotary_rows(layer, table) for table in value)
-        elif name in _TABLES and isinstance(value, Tensor):
+        elif name in ROTARY_TABLES and isinstance(value, Tensor):
             selected[name] = state.rotary_rows(layer, value)
         else:
             selected[name] = _mask_at(value, state.positions)

@@ -78,7 +78,8 @@ def _run_blocks(
     count = x.shape[1]
     strategy = None
     if counts[-1] < count:
-        strategy = make_strategy(state.config, state.num_prefix, state.choose_priorities(x, masks))
+        priorities = state.choose_priorities(x, masks)
+        strategy = make_strategy(state.config, state.num_prefix, priorities, state.config.tracks_parents)
         strategy.prepare_(x)
     log_sizes = attention_log_sizes(masks, strategy, idx)
     h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))

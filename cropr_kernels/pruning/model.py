@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..models.adapters import BlockParts, ModelSpec, Submodule, is_hooked
+from ..models.adapters import BlockParts, ModelSpec, Submodule, find_spec, is_hooked
 from ..models.pixels import Pixels
 from ..schedule import num_modules
+from .block_wrapper import fill_padding
 from .config import PruningConfig
 from .graphs import Graphs
-from .masks import level_padding
 from .module import Cropr, Scorer
 from .state import ForwardContext, ForwardContexts, PruningOptions, PruningState
 
 T = TypeVar("T")
+Kwargs = Mapping[str, object]
 
 
 class ReplacedAttribute(NamedTuple):
@@ -61,6 +62,7 @@ class CroprModules(nn.ModuleList):
         # Undone by `remove`.
         self.hooks: list[RemovableHandle] = []
         self.replaced: list[ReplacedAttribute] = []
+        self.links: list[Submodule] = []  # from the model to its blocks
         # Set by `deploy`: the blocks as the engine runs them, or the reason why it does not; graphs, if any.
         self.engine: list[BlockParts] | None = None
         self.watched: list[Submodule] = []
@@ -116,6 +118,22 @@ class CroprModules(nn.ModuleList):
                 return False
         return not any(is_hooked(parts.block) for parts in self.engine or ())
 
+    def require_same_blocks(self) -> None:
+        """Raise RuntimeError if the model does not run the blocks that it had in `apply`."""
+        if torch.compiler.is_compiling():
+            return
+        for owner, name, module in self.links:
+            if owner._modules.get(name) is not module:
+                raise RuntimeError(
+                    "cropr: the blocks of the model are not those of cropr.apply: a list of them was cut or replaced; "
+                    "change them before cropr.apply, or call cropr.remove first"
+                )
+
+    def follow_head(self, model: nn.Module) -> None:
+        """Specify the model anew if its head has changed since `apply`."""
+        if any(getattr(model, name, None) != value for name, value in self.spec.head):
+            self.spec = find_spec(model)
+
     def __repr__(self) -> str:
         engine = f"off ({self.engine_reason})" if self.engine is None else "on"
         return super().__repr__().replace("(", f"({self.config}, engine {engine}", 1)
@@ -158,7 +176,9 @@ def require_pruned(model: nn.Module, caller: str) -> CroprModules:
     """Return the modules of a pruned model; raise TypeError, which names the caller, for any other."""
     if not is_pruned(model):
         raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
-    return modules_of(model)
+    modules = modules_of(model)
+    modules.follow_head(model)
+    return modules
 
 
 def warn_of_random_queries(model: nn.Module, caller: str, stacklevel: int = 3) -> None:
@@ -242,7 +262,9 @@ def before_forward(
         return args, kwargs
     if modules.config.windows is not None:
         raise RuntimeError("with window attention a model gives features only: model.forward_features(images)")
-    options = PruningOptions(protect, padding, engine=_takes_engine(model, kwargs), full=modules.spec.returns_tokens)
+    modules.follow_head(model)
+    maps = _maps_asked_for(modules, model, kwargs)
+    options = PruningOptions(protect, padding, engine=not maps, full=modules.spec.returns_tokens, maps=maps)
     _check_masks(model, options)
     context.options = options
     context.opened_by_hook = True
@@ -250,6 +272,24 @@ def before_forward(
     context.model = model
     context.modules = modules
     return args, kwargs
+
+
+def before_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], kwargs: Kwargs) -> None:
+    """See what is asked of the encoder where it is called, by whatever module around it."""
+    context = modules.context
+    options = context.options
+    if options is None:  # called by others than the model's own forward
+        context.opened_by_encoder = True
+        options = PruningOptions(engine=True)
+    maps = options.maps | _maps_asked_for(modules, encoder, kwargs)
+    context.options = options._replace(engine=options.engine and not maps, maps=maps)
+
+
+def after_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], output: object) -> None:
+    """Close the context if `before_encoder` opened it."""
+    context = modules.context
+    if context.opened_by_encoder:
+        context.clear()
 
 
 def after_forward(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> object:
@@ -277,41 +317,21 @@ def mean_over_queries(prediction: Tensor) -> Tensor:
 
 
 def forward_intermediates(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> object:
-    """Run timm's forward_intermediates on a pruned model: maps of the last blocks, which see all tokens."""
+    """Run timm's forward_intermediates on a pruned model: the maps of all blocks have all tokens."""
     modules = modules_of(model)
     base_forward: Callable[..., object] = type(model).forward_intermediates  # type: ignore[attr-defined]
-    _require_full_maps(modules, args[0] if args else kwargs.get("indices"))
+    if modules.config.windows is not None:
+        raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
     context = modules.context
-    if context.options is not None:  # the model's own forward calls it
-        context.options = context.options._replace(engine=False)
-        return base_forward(model, x, *args, **kwargs)
+    outer = context.options
+    maps = frozenset(range(len(modules.spec.blocks)))
+    context.options = (outer or PruningOptions())._replace(engine=False, maps=maps, restore=True)
     try:
         return base_forward(model, x, *args, **kwargs)
     finally:
-        context.clear()
-
-
-def _require_full_maps(modules: CroprModules, indices: int | Sequence[int] | None) -> None:
-    """Raise ValueError if one of the maps that timm's `indices` name lacks pruned tokens; timm checks the indices."""
-    config = modules.config
-    depth = len(modules.spec.blocks)
-    if config.windows is not None:
-        raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
-    if config.schedule.rate == 0:
-        return
-    first_full = depth if config.llf is None and config.merge is None else depth - 1 - config.full_blocks
-    if indices is None or isinstance(indices, int):
-        count = depth if indices is None else indices
-        layers = list(range(max(depth - count, 0), depth))
-    else:
-        layers = [index + depth if index < 0 else index for index in indices]
-    incomplete = [str(layer) for layer in layers if 0 <= layer < first_full]
-    if incomplete:
-        full = f"they are in those from {first_full} on" if first_full < depth else "they are in none"
-        raise ValueError(
-            f"cropr: pruned tokens are not in the maps of blocks {', '.join(incomplete)} (from 0), {full}; "
-            "cropr.set_llf(model, cropr.Fusion(blocks=...)) restores them before more blocks"
-        )
+        context.options = outer
+        if outer is None:  # else the model's own forward calls it
+            context.clear()
 
 
 def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Tensor) -> None:
@@ -320,21 +340,18 @@ def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output
     modules.context.grid = height, width
 
 
-def fill_padding(modules: CroprModules, norm: nn.Module, args: object, output: Tensor) -> Tensor:
-    """Replace padding by the mean of the image's patches, for heads that average over patches."""
-    context = modules.context
-    padding = context.padding
-    context.padding = None
-    return output if padding is None else level_padding(output, padding, modules.spec.num_prefix)
+def after_norm(modules: CroprModules, norm: nn.Module, args: object, output: Tensor) -> Tensor:
+    """Fill in padding after the last norm."""
+    return fill_padding(modules, output)
 
 
-def _takes_engine(model: nn.Module, kwargs: Mapping[str, object]) -> bool:
-    """Tell whether the caller asks for nothing from between the blocks."""
-    outputs = ("output_hidden_states", "output_attentions")
+def _maps_asked_for(modules: CroprModules, model: nn.Module, kwargs: Kwargs) -> frozenset[int]:
+    """The blocks whose output somebody reads: by the arguments or the configuration of a model, or by its nature."""
     config = getattr(model, "config", None)
-    if getattr(model, "_is_replica", False) or any(kwargs.get(name) for name in outputs):
-        return False
-    return not any(getattr(config, name, False) for name in outputs)
+    names = ("output_hidden_states", "output_attentions")
+    if any(kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)) for name in names):
+        return frozenset(range(len(modules.spec.blocks)))
+    return frozenset(modules.spec.map_layers)
 
 
 def _check_masks(model: nn.Module, options: PruningOptions) -> None:

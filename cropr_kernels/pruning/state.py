@@ -38,6 +38,8 @@ class PruningModules(Protocol):
 
     def engine_is_clear(self) -> bool: ...
 
+    def require_same_blocks(self) -> None: ...
+
 
 class PruningOptions(NamedTuple):
     """The options of one forward."""
@@ -49,6 +51,8 @@ class PruningOptions(NamedTuple):
     collect: bool = False  # keep the pruned tokens, and those after the last block
     engine: bool = False  # the engine may run the blocks: the caller looks at nothing between them
     full: bool = True  # copy each merged token to all positions that it stands for
+    maps: frozenset[int] = frozenset()  # blocks whose output someone reads: it has all tokens
+    restore: bool = False  # the tokens after the last block are all tokens too
 
 
 class ForwardContext:
@@ -57,6 +61,7 @@ class ForwardContext:
     def __init__(self) -> None:
         self.options: PruningOptions | None = None  # of the forward under way, or about to begin
         self.opened_by_hook = False  # on the model's own forward; else by `run`, whose caller reads the state
+        self.opened_by_encoder = False  # by the hook on the encoder, which others than the model call
         self.model: nn.Module | None = None  # a replica's own, if there are several
         self.modules: PruningModules | None = None
         self.grid: Grid | None = None  # of the images that were just embedded
@@ -66,6 +71,7 @@ class ForwardContext:
     def clear(self) -> None:
         self.options = None
         self.opened_by_hook = False
+        self.opened_by_encoder = False
         self.model = None
         self.modules = None
         self.state = None
@@ -113,9 +119,11 @@ class PruningState:
         self.masks = make_masks(options.protect, options.padding, x.shape[0], num_patches, prefix)
         if config.windows is not None:
             self._split_windows(config.windows)
+        self.tracks_parents = config.tracks_parents or bool(options.maps) or options.restore
         self.keeps_pruned = options.collect or (config.llf is not None and not config.tracks_parents)
         self.next_layer = 0
         self.done = False  # the engine has run all blocks
+        self.active: Tensor | None = None  # (B, K, D), if the model carries maps between its blocks
         self.positions: Tensor | None = None  # (B, K), of the active tokens; None: all, in order
         self.strategy: PruningStrategy | None = None  # from the first pruning on
         self.aux: list[Tensor] = []
@@ -164,7 +172,8 @@ class PruningState:
         if layer < len(self.counts):
             x = self._prune(layer, x)
         if layer == self.fused_after and self.positions is not None:
-            x = self._restore(x, self.positions)
+            x = self._restored(x, self.positions, tracks_parents=self.config.tracks_parents)
+            self.positions = None
         return self._finish(x) if layer == self.last_layer else x
 
     def rotary_rows(self, layer: int, table: Tensor) -> Tensor:
@@ -232,7 +241,8 @@ class PruningState:
         if num_keep == x.shape[1]:
             return x
         if self.strategy is None:
-            self.strategy = make_strategy(self.config, self.num_prefix, self.choose_priorities(x, self.masks))
+            priorities = self.choose_priorities(x, self.masks)
+            self.strategy = make_strategy(self.config, self.num_prefix, priorities, self.tracks_parents)
         reduction = self.strategy.reduce(module, x, self.positions, num_keep, scores, self.keeps_pruned)
         self.positions = reduction.kept_idx
         self._record(layer, reduction)
@@ -247,16 +257,18 @@ class PruningState:
         if reduction.pruned is not None and self.keeps_pruned:
             self.pruned_tokens.append(reduction.pruned)
 
-    def _restore(self, x: Tensor, positions: Tensor) -> Tensor:
+    def full_map(self, x: Tensor) -> Tensor:
+        """All tokens (B, N, D) at block output x (B, K, D): pruned ones with the change of their parents since."""
+        return x if self.positions is None else self._restored(x, self.positions, tracks_parents=bool(self.offsets))
+
+    def _restored(self, x: Tensor, positions: Tensor, *, tracks_parents: bool) -> Tensor:
         """Put the active tokens x (B, K, D) and the pruned ones at their positions."""
-        tracks_parents = bool(self.offsets)
         pruned_idx = torch.cat([idx for _, idx in self.pruned_idx], 1)
         pruned = torch.cat(self.offsets if tracks_parents else self.pruned_tokens, 1)
         x = torch.ops.cropr.restore(x, positions, pruned, pruned_idx)
         if tracks_parents:
             parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
             x = torch.ops.cropr.add_parents(x, parent.scatter(1, pruned_idx, torch.cat(self.parent_idx, 1)))
-        self.positions = None
         return x
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -264,7 +276,10 @@ class PruningState:
         if self.options.collect:
             self.tokens = x
         row_idx = self.row_idx
-        if row_idx is not None and self.positions is not None and self.options.full:
+        if self.options.restore:
+            x = self.full_map(x)
+            self.positions = None
+        elif row_idx is not None and self.positions is not None and self.options.full:
             x = torch.ops.cropr.gather(x, row_idx)
         windows = self.config.windows
         if windows is not None:

@@ -42,18 +42,18 @@ class PruningStrategy(ABC):
     """Reduction of the active tokens, module after module.
 
     Args:
-        config: of the model.
         num_prefix: P, first tokens that are always kept.
         priorities: of the batch.
+        tracks_parents: note the parent of each pruned token.
     """
 
     parent: Tensor  # (B, N) positions, in place: where a merged token is, or the parent of a pruned one
     row_idx: Tensor | None = None  # (B, N): the row of the kept tokens that each token merged into
 
-    def __init__(self, config: PruningConfig, num_prefix: int, priorities: Priorities):
+    def __init__(self, num_prefix: int, priorities: Priorities, tracks_parents: bool):
         self.num_prefix = num_prefix
         self.priorities = priorities
-        self.tracks_parents = config.tracks_parents
+        self.tracks_parents = tracks_parents
         self.num_reductions = 0
 
     def reduce(
@@ -156,8 +156,8 @@ class DropStrategy(PruningStrategy):
 class MergeStrategy(PruningStrategy):
     """Pruned tokens merge into kept ones, which grow."""
 
-    def __init__(self, config: PruningConfig, merge: Merge, num_prefix: int, priorities: Priorities):
-        super().__init__(config, num_prefix, priorities)
+    def __init__(self, merge: Merge, num_prefix: int, priorities: Priorities, tracks_parents: bool):
+        super().__init__(num_prefix, priorities, tracks_parents)
         self.merge = merge
         self.sizes: Tensor | None = None  # (B, K) float32, of the active tokens; None: all are 1
 
@@ -227,11 +227,13 @@ class MergeStrategy(PruningStrategy):
         return resolve_parents(self.parent, self.num_reductions)
 
 
-def make_strategy(config: PruningConfig, num_prefix: int, priorities: Priorities) -> PruningStrategy:
+def make_strategy(
+    config: PruningConfig, num_prefix: int, priorities: Priorities, tracks_parents: bool
+) -> PruningStrategy:
     """Make the strategy that a model's configuration asks for."""
     if config.merge is None:
-        return DropStrategy(config, num_prefix, priorities)
-    return MergeStrategy(config, config.merge, num_prefix, priorities)
+        return DropStrategy(num_prefix, priorities, tracks_parents)
+    return MergeStrategy(config.merge, num_prefix, priorities, tracks_parents)
 
 
 def _positions_of(x: Tensor) -> Tensor:

@@ -232,13 +232,11 @@ def test_unsupported_models_and_calls_out_of_order_raise(images):
     x = find_spec(model).blocks[0](torch.randn(2, 65, 64))
     with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
         find_spec(model).blocks[3](x)
-    with pytest.raises(TypeError, match="has 2 vision towers"):
+    with pytest.raises(TypeError, match=r"ModuleDict is a module around a model; .* at \.vision_a, ViTForImageClass"):
         cropr.apply(
             torch.nn.ModuleDict({"vision_a": BLOCK_RUNNERS["ViT"](), "vision_b": BLOCK_RUNNERS["ViT"]()}), rate=8
         )
-    with pytest.raises(
-        TypeError, match=r"no adapter for .*Linear.*supported are .*transformers.*needs a list of blocks"
-    ):
+    with pytest.raises(TypeError, match=r"Linear cannot be pruned: a forward of an image \(1, 3, 224, 224\) fails"):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
     with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"):
         cropr.agreement(cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8), images, [4])
@@ -249,7 +247,9 @@ def test_protected_patches_stay(name, model, images):
     protect = torch.zeros(2, 8, 8, dtype=torch.bool)
     protect[0, 2:4, 1:6] = protect[1, 7] = True
     if name == "ViT-MAE":
-        with pytest.raises(ValueError, match="protect is not supported for ViTMAEModel: it shuffles patches"):
+        with pytest.raises(
+            ValueError, match="protect is not supported for ViTMAEModel: its patches do not stand in the order"
+        ):
             model(images, protect=protect)
         return
     left = cropr.pruning_map(model, images, protect=protect)

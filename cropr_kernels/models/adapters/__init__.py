@@ -1,22 +1,23 @@
-"""Model families, one file each: an `Adapter`."""
+"""Model families: an `Adapter` each for those whose attributes tell all, and probing for all others."""
 
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..probing import ProbeError
 from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
 from .base import EngineRefusal as EngineRefusal
 from .base import ModelSpec as ModelSpec
 from .base import Submodule as Submodule
 from .base import is_hooked as is_hooked
-from .base import require_plain
+from .base import pair, require_plain
+from .structure import probe
 
 
 class Adapter(Protocol):
     """A module for one family."""
-
-    SUPPORTED: str  # the family's name in the error for unknown models
 
     def find(self, model: nn.Module) -> ModelSpec | None:
         """Specify a model of the family; None for any other."""
@@ -25,31 +26,53 @@ class Adapter(Protocol):
         """Name the parts of a block of the family; raise `EngineRefusal` if the engine cannot run it."""
 
 
-ADAPTERS: tuple[Adapter, ...] = (reference, timm, transformers, torchvision)
+ADAPTERS: tuple[Adapter, ...] = (reference, timm, torchvision)
 
 
-def find_spec(model: nn.Module) -> ModelSpec:
-    """Specify a model for pruning.
+def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
+    """Specify a model for pruning, by its attributes if its family is known, else by a few forwards of a random image.
+
+    Args:
+        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other that calls its
+            blocks one after the other with the tokens (B, N, D). Hugging Face models with text may be given whole.
+        example: (B, C, H, W), images as the model takes them, for one that is not known; default: of the size that its
+            attributes or its configuration name.
 
     Raises:
-        TypeError: no adapter knows its family; the message says what one would need.
+        TypeError: it cannot be pruned; the message is the reason.
         ValueError: the family is known, and this model of it cannot be pruned.
     """
     for adapter in ADAPTERS:
         spec = adapter.find(model)
         if spec is not None:
             return spec
+    pruned = getattr(getattr(model, "cropr", None), "spec", None)
+    if isinstance(pruned, ModelSpec):
+        return pruned
+    if transformers.is_model(model):
+        return transformers.find(model, example)
     for path, module in model.named_modules():
-        if path and any(adapter.find(module) is not None for adapter in ADAPTERS):
+        if path and (transformers.is_model(module) or any(adapter.find(module) is not None for adapter in ADAPTERS)):
             raise TypeError(
                 f"cropr.apply: {type(model).__name__} is a module around a model; give cropr.apply the one at .{path}, "
                 f"{type(module).__name__}"
             )
-    raise TypeError(
-        f"cropr.apply: no adapter for {type(model).__module__}.{type(model).__name__}; supported are "
-        f"{', '.join(adapter.SUPPORTED for adapter in ADAPTERS)}. An adapter needs a list of blocks, each called with "
-        "the tokens (B, N, D), and to know how many of the first tokens are no patches"
-    )
+    try:
+        return probe(model, model, model, _example(model) if example is None else example[:1])
+    except ProbeError as error:
+        raise TypeError(
+            f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {error}; for images of "
+            "another size give it cropr.apply(model, spec=cropr.find_spec(model, images))"
+        ) from error
+
+
+def _example(model: nn.Module) -> Tensor:
+    """Make images (1, 3, H, W) of the size that a model names, else of 224 px."""
+    names = ("img_size", "image_size", "input_resolution")
+    sizes = (getattr(module, name, None) for module in model.modules() for name in names)
+    height, width = pair(next((size for size in sizes if isinstance(size, int | tuple | list)), 224))
+    parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
 
 
 def engine_parts(spec: ModelSpec) -> list[BlockParts]:
@@ -58,10 +81,12 @@ def engine_parts(spec: ModelSpec) -> list[BlockParts]:
     Raises:
         EngineRefusal: it cannot run one; the message has the first, and the reason.
     """
+    if spec.engine_refusal:
+        raise EngineRefusal(spec.engine_refusal)
     blocks: list[BlockParts] = []
     for layer, block in enumerate(spec.blocks):
         try:
-            parts = _parts_of(block)
+            parts = _parts_of(block) if spec.engine is None else spec.engine[layer]
             require_plain(parts)
         except EngineRefusal as refusal:
             raise EngineRefusal(f"block {layer}: {refusal}") from None

@@ -3,32 +3,46 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..blocks import Rotary
+from ..probing import Pooling
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Vision Transformer as pruning sees it. Its own forward calls the blocks one after the other."""
+    """A Vision Transformer as pruning sees it. Its own forward calls the blocks one after the other.
+
+    Blocks take the tokens (B, N, D) first, and return them, alone or as the first of a tuple. `find_spec` makes one;
+    of a model that it does not know, `apply` takes one of yours.
+    """
 
     blocks: list[nn.Module]
-    projection: nn.Module  # its output (B, D, grid height, grid width) is the patch grid
-    norm: nn.Module  # the last norm of the tokens
-    tower: nn.Module  # called with the images
+    tower: nn.Module  # called with the images alone; it runs the blocks
     num_prefix: int  # P, first tokens that are no patches
     dim: int
     num_heads: int
-    patch_size: tuple[int, int]
+    patch_size: tuple[int, int]  # pixels of a patch
     grid: tuple[int, int]  # patches in height and width at the model's own image size
-    num_classes: int  # 0: it has no classifier
-    class_token: bool  # the head looks at the class token; else at the patches
-    pooling: Literal["token", "average", "other"]  # of the tokens, in the head
-    returns_tokens: bool  # the output also holds the tokens, or the head reads the patches
+    num_classes: int = 0  # 0: it has no classifier
+    class_token: bool = True  # the head looks at the class token; else at the patches
+    pooling: Pooling = "token"  # of the tokens, in the head
+    returns_tokens: bool = True  # the output also holds the tokens, or the head reads the patches
     needs_map: bool = False  # the head puts all patches back to where they were
+    map_layers: tuple[int, ...] = ()  # blocks whose output the model reads past the next block
+    projection: nn.Module | None = None  # its output (B, D, grid height, grid width) is the patch grid
+    norm: nn.Module | None = None  # the last norm of the tokens
+    inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
+    head: tuple[tuple[str, object], ...] = ()  # attributes of the model that decide on its head, and their values
+    engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
+    engine_refusal: str = ""
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.tower if self.inner is None else self.inner
 
 
 class Submodule(NamedTuple):

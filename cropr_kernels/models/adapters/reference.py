@@ -15,8 +15,6 @@ from ..blocks import (
 from ..vit import Block, ViT
 from .base import BlockParts, ModelSpec, base_class
 
-SUPPORTED = "cropr_kernels.ViT"
-
 
 def find(model: nn.Module) -> ModelSpec | None:
     return spec_of(model) if isinstance(model, ViT) else None
@@ -24,7 +22,7 @@ def find(model: nn.Module) -> ModelSpec | None:
 
 class _PatchEmbed(Protocol):
     proj: nn.Module
-    patch_size: tuple[int, int]
+    img_size: tuple[int, int]
     grid_size: tuple[int, int]
 
 
@@ -45,22 +43,24 @@ def spec_of(model: nn.Module) -> ModelSpec:
     timm_model: _TimmModel = model  # type: ignore[assignment]
     blocks = list(timm_model.blocks)
     attn: TimmAttention = blocks[0].attn  # type: ignore[assignment]
+    embed = timm_model.patch_embed
     pool = timm_model.global_pool
     averages = pool in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
     return ModelSpec(
         blocks=blocks,
-        projection=timm_model.patch_embed.proj,
+        projection=embed.proj,
         norm=timm_model.norm,
         tower=model,
         num_prefix=timm_model.num_prefix_tokens,
         dim=timm_model.embed_dim,
         num_heads=attn.num_heads,
-        patch_size=timm_model.patch_embed.patch_size,
-        grid=timm_model.patch_embed.grid_size,
+        patch_size=(embed.img_size[0] // embed.grid_size[0], embed.img_size[1] // embed.grid_size[1]),
+        grid=embed.grid_size,
         num_classes=timm_model.num_classes,
         class_token=getattr(model, "cls_token", None) is not None and pool in ("token", ""),
         pooling="token" if pool == "token" else "average" if averages else "other",
         returns_tokens=pool != "token",
+        head=(("global_pool", pool), ("num_classes", timm_model.num_classes)),
     )
 
 

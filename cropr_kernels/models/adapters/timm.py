@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from .base import BlockParts, EngineRefusal, ModelSpec, Scales, base_class, known_classes
 from .reference import attend, scales, spec_of
 
-SUPPORTED = "timm VisionTransformer and Eva"
 _VIT = "timm.models.vision_transformer"
 _EVA = "timm.models.eva"
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from ..blocks import Rotary, SizeWeightedAttention
 from .base import BlockParts, ModelSpec, base_class, known_classes
 
-SUPPORTED = "torchvision VisionTransformer"
 _MODULE = "torchvision.models.vision_transformer"
 
 

@@ -1,0 +1,183 @@
+"""Models by their structure: a specification by probing, and blocks for the engine by the roles of their modules."""
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Rotary, SizeWeightedAttention
+from ..probing import (
+    BlockCall,
+    Forward,
+    find_blocks,
+    find_layout,
+    pixels_entered,
+    probing,
+    read_head,
+)
+from .base import BlockParts, EngineRefusal, ModelSpec, base_class
+
+ROTARY_TABLES = ("rope", "position_embeddings")  # of timm and this package's ViT, and of Hugging Face
+_TOLERANCE = 1e-3  # of the largest update, between a block and its parts
+
+
+def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) -> ModelSpec:
+    """Specify a model by a few forwards of a random image.
+
+    Args:
+        model: as it was given to `apply`.
+        tower: the part of it that takes images alone.
+        forward: runs the tower.
+        images: (1, C, H, W), an example.
+
+    Raises:
+        ProbeError: it is not one that can be pruned.
+    """
+    with probing(model):
+        images = torch.randn_like(images)
+        calls = find_blocks(tower, forward, images)
+        layout = find_layout(calls[0].block, forward, images)
+        head = read_head(tower, forward, images, calls, layout)
+        encoder, projection = pixels_entered(tower, forward, images, calls[0].block, layout)
+        engine, refusal = _check_parts(calls, layout.num_prefix)
+        height, width = images.shape[-2:]
+        return ModelSpec(
+            blocks=[call.block for call in calls],
+            projection=projection,
+            norm=head.norm,
+            tower=tower,
+            inner=encoder,
+            num_prefix=layout.num_prefix,
+            dim=calls[0].x.shape[2],
+            num_heads=_num_heads(calls[0]),
+            patch_size=(height // layout.grid[0], width // layout.grid[1]),
+            grid=layout.grid,
+            num_classes=head.num_classes,
+            class_token=head.class_token,
+            pooling=head.pooling,
+            returns_tokens=head.returns_tokens,
+            needs_map=head.needs_map,
+            map_layers=head.map_layers,
+            refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",
+            engine=engine,
+            engine_refusal=refusal,
+        )
+
+
+def _num_heads(call: BlockCall) -> int:
+    for module in call.block.modules():
+        for name in ("num_heads", "num_attention_heads", "n_heads", "heads"):
+            value = getattr(module, name, None)
+            if isinstance(value, int):
+                return value
+    return 1
+
+
+def _check_parts(calls: list[BlockCall], num_prefix: int) -> tuple[list[BlockParts] | None, str]:
+    """Return the parts of all blocks if each computes what its block does; else None, and the reason."""
+    blocks: list[BlockParts] = []
+    for layer, call in enumerate(calls):
+        try:
+            parts = parts_of(call.block)
+            others = [value for value in call.args if isinstance(value, Tensor)]
+            others += [value for name, value in call.kwargs.items() if _is_mask(name, value)]
+            if others:
+                raise EngineRefusal("its blocks take a mask")
+            if not _computes(parts, call, num_prefix):
+                raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
+        except EngineRefusal as refusal:
+            return None, f"block {layer}: {refusal}"
+        blocks.append(parts)
+    return blocks, ""
+
+
+def _is_mask(name: str, value: object) -> bool:
+    return name not in ROTARY_TABLES and isinstance(value, Tensor)
+
+
+def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
+    """Tell whether parts compute what a block did."""
+    block = parts.block
+    table = next((call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None)
+    rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
+    gamma1, gamma2 = parts.scales(block)
+    try:
+        update = parts.attend(getattr(block, parts.attn), getattr(block, parts.norm1)(call.x), rotary, None)
+        x = call.x + (update if gamma1 is None else update * gamma1)
+        update = getattr(block, parts.mlp)(getattr(block, parts.norm2)(x))
+        x = x + (update if gamma2 is None else update * gamma2)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # modules of other roles than their names say
+        return False
+    if x.shape != call.tokens.shape:
+        return False
+    difference = (x - call.tokens).float().abs().max()
+    tolerance = _TOLERANCE if x.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
+    return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
+
+
+def parts_of(block: nn.Module) -> BlockParts:
+    """Name the parts of a pre-norm block: two norms, an attention, an MLP, two factors of LayerScale or none.
+
+    Raises:
+        EngineRefusal: it has others.
+    """
+    children = dict(block.named_children())
+    norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
+    attentions = [name for name, child in children.items() if "attention" in type(child).__name__.lower()]
+    mlps = [name for name, child in children.items() if name in ("mlp", "ffn", "feed_forward", "feedforward")]
+    if len(norms) != 2 or len(attentions) != 1 or len(mlps) != 1:
+        raise EngineRefusal(
+            f"{base_class(block).__name__} has {len(norms)} norms, {len(attentions)} attentions and {len(mlps)} MLPs, "
+            "not 2, 1 and 1"
+        )
+    known = {*norms, *attentions, *mlps}
+    factors = [name for name, _ in block.named_parameters() if name.partition(".")[0] not in known]
+    if len(factors) not in (0, 2):
+        raise EngineRefusal(f"{base_class(block).__name__} has {len(factors)} parameters of its own, not 2 or none")
+    attend: Attend | AttendMultihead = AttendMultihead()
+    attention = children[attentions[0]]
+    if not isinstance(attention, nn.MultiheadAttention):
+        parameters = inspect.signature(attention.forward).parameters
+        takes_mask = "attention_mask" in parameters
+        attend = Attend(takes_mask)
+    return BlockParts(
+        block,
+        norms[0],
+        norms[1],
+        attentions[0],
+        attend,
+        partial(_factors_at, tuple(factors)),
+        mlp=mlps[0],
+    )
+
+
+def _factors_at(names: tuple[str, ...], block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    if not names:
+        return None, None
+    return block.get_parameter(names[0]), block.get_parameter(names[1])
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The call of an attention with its own forward; rotary tables as `position_embeddings`."""
+
+    takes_mask: bool
+
+    def __call__(self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+        kwargs: dict[str, object] = {"attention_mask": None} if self.takes_mask else {}
+        if rotary is not None:
+            kwargs["position_embeddings"] = rotary.rows()
+        with SizeWeightedAttention.maybe(log_sizes):
+            output = attn(h, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class AttendMultihead:
+    """The call of an nn.MultiheadAttention with the batch first."""
+
+    def __call__(self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+        with SizeWeightedAttention.maybe(log_sizes):
+            return attn(h, h, h, need_weights=False)[0]

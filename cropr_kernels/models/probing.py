@@ -1,0 +1,424 @@
+"""A specification by probing: what a few forwards of an unknown model show, without a list of names.
+
+One forward finds the blocks: modules of one class, each called with the tokens (B, N, D) that the one before returned.
+A second one stops before them: tokens that are the same for two images are no patches, and the corners of an image tell
+the grid. In the last ones the blocks return chosen tokens: whatever changes the output is what the head reads.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
+Forward = Callable[[Tensor], object]  # images -> output of the model
+Pooling = Literal["token", "average", "other"]
+
+
+class ProbeError(ValueError):
+    """A model is not one that can be pruned; the message is the reason."""
+
+
+class BlockCall(NamedTuple):
+    """One call of a block."""
+
+    block: nn.Module
+    x: Tensor  # (B, N, D), its tokens
+    args: Args  # the other arguments
+    kwargs: Kwargs
+    output: object
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens that it returned."""
+        return tokens_of(self.output)
+
+    def with_tokens(self, tokens: Tensor) -> object:
+        """Return the output with other tokens."""
+        return (tokens, *self.output[1:]) if isinstance(self.output, tuple) else tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens that enter the first block."""
+
+    num_prefix: int  # P, first tokens that are no patches
+    grid: tuple[int, int]  # patches in height and width
+    in_order: bool  # patches stand in the order of the rows of the image
+
+
+@dataclass(frozen=True)
+class HeadReads:
+    """The tokens after the last block that the output of a model depends on."""
+
+    class_token: bool  # the pooled output reads the first token
+    pooling: Pooling  # of the patches
+    returns_tokens: bool  # some output depends on the patches
+    needs_map: bool  # it fails without all patches
+    norm: nn.Module | None  # the module that reads the tokens after the last block and returns (B, N, D)
+    map_layers: tuple[int, ...]  # blocks whose output it reads past the next block
+    num_classes: int
+
+
+def tokens_of(output: object) -> Tensor:
+    """Return the tokens in the output of a block."""
+    tokens = output[0] if isinstance(output, tuple) else output
+    if not isinstance(tokens, Tensor):
+        raise ProbeError(f"a block returns {type(output).__name__}")
+    return tokens
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, without gradient, and leave the generators of random numbers as they were."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+    """Return the calls of the blocks of a model in one forward.
+
+    Raises:
+        ProbeError: no two modules of a class are called one after the other, or others of their list are not.
+    """
+    calls = _record_calls(model, forward, images)
+    chain: list[BlockCall] = []
+    for start in range(len(calls)):
+        chain = _chain_from(calls, start)
+        if len(chain) > 1:
+            break
+    else:
+        raise ProbeError(
+            "no two blocks are called one after the other, each with the tokens (B, N, D) that the one before returned"
+        )
+    blocks = [call.block for call in chain]
+    for container in model.modules():
+        children = list(container.children())
+        if isinstance(container, nn.ModuleList | nn.Sequential) and any(child in blocks for child in children):
+            others = [child for child in children if type(child) is type(blocks[0]) and child not in blocks]
+            if others:
+                raise ProbeError(
+                    f"something else than the tokens of the block before goes into block {len(blocks)} of "
+                    f"{len(blocks) + len(others)}"
+                )
+    return chain
+
+
+def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+    """Record the calls of all modules that are larger than a layer and return tokens of the shape of their input."""
+    calls: list[tuple[int, BlockCall]] = []
+    started: dict[nn.Module, list[int]] = {}
+    count = 0
+
+    def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        nonlocal count
+        count += 1
+        started.setdefault(module, []).append(count)
+
+    def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
+        start = started[module].pop()
+        x, args, kwargs = split_tokens(args, kwargs)
+        tokens = output[0] if isinstance(output, tuple) and output else output
+        if x is not None and isinstance(tokens, Tensor) and tokens.shape == x.shape:
+            calls.append((start, BlockCall(module, x, args, kwargs, output)))
+
+    handles = []
+    for module in model.modules():
+        if next(module.children(), None) is not None:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        forward(images)
+    except Exception as error:
+        raise ProbeError(f"a forward of an image {tuple(images.shape)} fails: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [call for _, call in sorted(calls, key=lambda item: item[0])]
+
+
+TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
+
+
+def split_tokens(args: Args, kwargs: Kwargs) -> tuple[Tensor | None, Args, Kwargs]:
+    """Return the tokens (B, N, D) among the arguments of a block, if any, and the other arguments."""
+    if args:
+        first = args[0]
+        return (first, args[1:], kwargs) if isinstance(first, Tensor) and first.ndim == 3 else (None, args, kwargs)
+    for name in TOKEN_ARGUMENTS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.ndim == 3:
+            return value, args, {key: kwargs[key] for key in kwargs if key != name}
+    return None, args, kwargs
+
+
+def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
+    """Return the calls from `start` on of modules of its class, each with the tokens that the last one returned."""
+    chain = [calls[start]]
+    for call in calls[start + 1 :]:
+        if type(call.block) is type(chain[0].block) and _is_same(call.x, chain[-1].tokens):
+            chain.append(call)
+    return chain
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Tell whether two tensors that are alive at once are one."""
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
+
+
+class _Stop(Exception):
+    """The first block was reached."""
+
+
+def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
+    """Find prefix and grid of the tokens that enter the first block, for images (1, C, H, W).
+
+    Raises:
+        ProbeError: the tokens that are no patches do not stand first, or the patches form no grid.
+    """
+    x = _first_tokens(block, forward, torch.cat([images, torch.randn_like(images)]))
+    is_patch = (x[0] != x[1]).any(-1)
+    num_patches = int(is_patch.sum())
+    num_prefix = len(is_patch) - num_patches
+    if not num_patches:
+        raise ProbeError("no token that enters the first block depends on the image")
+    if not is_patch[num_prefix:].all():
+        raise ProbeError(f"{num_prefix} of {len(is_patch)} tokens are no patches, and do not all stand before these")
+    height, width = images.shape[-2:]
+    side = max(int(math.sqrt(height * width / num_patches)), 1)
+    corners = images.repeat(4, *[1] * (images.ndim - 1))
+    corners[1, ..., :side, :side].normal_(std=3)
+    corners[2, ..., :side, -side:].normal_(std=3)
+    corners[3, ..., -side:, -side:].normal_(std=3)
+    x = _first_tokens(block, forward, corners)[:, num_prefix:].float()
+    first, right, last = (x[1:] - x[:1]).norm(dim=-1).argmax(1).tolist()
+    num_columns = right + 1
+    in_order = first == 0 and last == num_patches - 1 and num_patches % num_columns == 0
+    if in_order:
+        return Layout(num_prefix, (num_patches // num_columns, num_columns), True)
+    num_columns = max(round(math.sqrt(num_patches * width / height)), 1)
+    if num_patches % num_columns:
+        raise ProbeError(f"{num_patches} patches form no grid for an image of {height} x {width} px")
+    return Layout(num_prefix, (num_patches // num_columns, num_columns), False)
+
+
+def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:
+    """Return the tokens (B, N, D) that enter the first block."""
+    entered: list[Tensor] = []
+
+    def stop(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        x, _, _ = split_tokens(args, kwargs)
+        if x is not None:
+            entered.append(x)
+        raise _Stop
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    state = torch.random.get_rng_state()
+    try:
+        forward(images)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+        torch.random.set_rng_state(state)
+    return entered[0]
+
+
+@contextmanager
+def _returning(calls: list[BlockCall], outputs: list[Tensor]) -> Iterator[None]:
+    """Let each block return chosen tokens, whatever enters it."""
+    own = [vars(call.block).get("forward") for call in calls]
+    try:
+        for call, tokens in zip(calls, outputs):
+            output = call.with_tokens(tokens)
+            call.block.forward = partial(_constant, output)  # type: ignore[method-assign]
+        yield
+    finally:
+        for call, forward in zip(calls, own):
+            del call.block.forward
+            if forward is not None:
+                call.block.forward = forward  # type: ignore[method-assign]
+
+
+def _constant(value: object, *args: object, **kwargs: object) -> object:
+    return value
+
+
+def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall], layout: Layout) -> HeadReads:
+    """Find what the head reads: which tokens, and of which blocks, change the output of the model.
+
+    Args:
+        model: runs the blocks.
+        forward: runs it.
+        images: (1, C, H, W).
+        calls: of its blocks.
+        layout: of its tokens.
+    """
+    prefix = layout.num_prefix
+    depth = len(calls)
+    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, those from 4 on in the output of one earlier
+    # block.
+    count = depth + 3
+    outputs = [call.tokens[:1].repeat(count, 1, 1) for call in calls]
+    outputs[-1][2, 0] = outputs[-1][2, 0].roll(1)
+    outputs[-1][3, -1] = outputs[-1][3, -1].roll(1)
+    for layer in range(depth - 1):
+        outputs[layer][4 + layer] = outputs[layer][4 + layer].roll(1, -1)
+    with _returning(calls, outputs):
+        output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
+    pooled = pooled_output(output)
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)]
+    leaves = [leaf for leaf in leaves if not _differs(leaf, 1)]  # others are random
+    reads_patches = pooled is not None and _differs(pooled, 3)
+    returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
+    class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
+    map_layers = [layer for layer in range(depth - 1) if any(_differs(leaf, 4 + layer) for leaf in leaves)]
+    norm = _module_after(model, forward, images, calls)
+    pooling: Pooling = "token"
+    needs_map = False
+    half = prefix + (calls[0].x.shape[1] - prefix + 1) // 2
+    fewer = [call.tokens[:1, :half] for call in calls]
+    try:
+        with _returning(calls, fewer):
+            without = pooled_output(forward(images))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        needs_map = True
+        without = None
+    if reads_patches and not needs_map:
+        pooling = "average" if _averages(norm, forward, images, calls, (prefix, half), without) else "other"
+    elif reads_patches:
+        pooling = "other"
+    return HeadReads(
+        class_token,
+        pooling,
+        returns_tokens,
+        needs_map,
+        norm,
+        tuple(map_layers),
+        _num_classes(model, output),
+    )
+
+
+def pooled_output(output: object) -> Tensor | None:
+    """Return the logits (B, classes) or pooled features (B, D) of an output, if it has any."""
+    if isinstance(output, Tensor):
+        return output if output.ndim == 2 else None
+    for name in ("logits", "image_embeds", "pooler_output"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value if value.ndim == 2 else None
+    return None
+
+
+def _num_classes(model: nn.Module, output: object) -> int:
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim == 2:
+        return logits.shape[1]
+    return getattr(model, "num_classes", 0) if isinstance(output, Tensor) else 0
+
+
+def _differs(batch: Tensor, i: int) -> bool:
+    """Tell whether image i of a batch differs from the first one by more than rounding."""
+    if not batch.is_floating_point():
+        return not torch.equal(batch[i], batch[0])
+    scale = batch[0].abs().max() + batch[i].abs().max()
+    return bool((batch[i] - batch[0]).abs().max() > 4 * torch.finfo(batch.dtype).eps * scale)
+
+
+def _module_after(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall]) -> nn.Module | None:
+    """Return the module that reads the tokens after the last block, and returns as many, if there is one."""
+    tokens = calls[-1].tokens[:1].clone()
+    found: list[nn.Module] = []
+
+    def after(module: nn.Module, args: Args, output: object) -> None:
+        if args and args[0] is tokens and isinstance(output, Tensor) and output.shape == tokens.shape:
+            found.append(module)
+
+    blocks = {id(module) for call in calls for module in call.block.modules()}
+    candidates = [module for module in model.modules() if id(module) not in blocks]
+    handles = [module.register_forward_hook(after) for module in candidates]
+    try:
+        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
+            forward(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _averages(
+    norm: nn.Module | None,
+    forward: Forward,
+    images: Tensor,
+    calls: list[BlockCall],
+    patches: tuple[int, int],
+    without: Tensor | None,
+) -> bool:
+    """Tell whether tokens that are the mean of the patches before them count as none."""
+    tokens = calls[-1].tokens[:1].clone()
+
+    def level(module: nn.Module | None, args: Args, output: Tensor) -> Tensor:
+        start, stop = patches
+        mean = output[:, start:stop].mean(1, keepdim=True)
+        return torch.cat([output[:, :stop], mean.expand(-1, output.shape[1] - stop, -1)], 1)
+
+    handle = None
+    if norm is None:
+        tokens = level(norm, (), tokens)
+    else:
+        handle = norm.register_forward_hook(level)
+    try:
+        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
+            pooled = pooled_output(forward(images))
+    finally:
+        if handle is not None:
+            handle.remove()
+    if pooled is None or without is None or pooled.shape != without.shape:
+        return False
+    tolerance = 20 * torch.finfo(pooled.dtype).eps
+    return bool((pooled - without).abs().max() <= tolerance * without.abs().max())
+
+
+def pixels_entered(
+    tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module, layout: Layout
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return the innermost module that takes the images and runs the blocks, and the projection to patches, if any.
+
+    The output of the projection is the patch grid, (B, D, height, width) or (B, D, frames, height, width).
+    """
+    owners = [module for module in tower.modules() if any(child is block for child in module.modules())]
+    inner = [tower]
+    projections: list[nn.Module] = []
+
+    def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        if any(isinstance(value, Tensor) and value.shape == images.shape for value in (*args, *kwargs.values())):
+            inner.append(module)
+
+    def after(module: nn.Module, args: Args, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-1] == layout.grid[1]:
+            is_grid = math.prod(output.shape[2:]) == math.prod(layout.grid)
+            projections.extend([module] if is_grid else [])
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in owners]
+    handles += [module.register_forward_hook(after) for module in tower.modules()]
+    try:
+        _first_tokens(block, forward, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inner[-1], projections[0] if projections else None

@@ -90,6 +90,22 @@ def probing(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model takes images on, where its weights may be elsewhere (accelerate).
+
+    Raises:
+        ProbeError: its weights are nowhere.
+    """
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ProbeError("its parameters are on the meta device; load them first")
+    return device
+
+
 def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
     """Return the calls of the blocks of a model in one forward.
 

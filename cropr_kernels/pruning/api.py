@@ -106,9 +106,7 @@ def apply(
         raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
         raise ValueError(f"cropr.apply: windows are for timm models and cropr_kernels.ViT, got {type(model).__name__}")
-    fusion = Fusion.of(llf)
-    if fusion is not None and merge:
-        fusion = fusion.with_default("track_parent")
+    fusion = _fusion_of(llf, spec, "track_parent" if merge else None)
     config = PruningConfig(
         Schedule(rate, keep, ratio, const),
         fusion,
@@ -116,7 +114,7 @@ def apply(
         windows,
         spec.grid if img_size is None else (img_size[0] // spec.patch_size[0], img_size[1] // spec.patch_size[1]),
     )
-    _require_full_map(config, model, spec, "cropr.apply")
+    _require_fusion_of_windows(config, "cropr.apply")
     _check_schedule(config, spec)
     pending_head_dim = spec.num_classes if num_outputs is None and make_module is None else 0
     if make_module is None:
@@ -129,7 +127,7 @@ def apply(
         raise ValueError(f"cropr.apply: merge selects by queries, and {type(modules[0]).__name__} does not")
     _match_parameters(modules, spec.blocks[0])
     model.cropr = modules.train(model.training)
-    _replace_attributes(model, modules)
+    _replace_attributes(modules)
     modules.hooks = [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
@@ -186,7 +184,7 @@ def _links_to(blocks: list[nn.Module], model: nn.Module) -> list[Submodule]:
     return list(links.values())
 
 
-def _replace_attributes(model: nn.Module, modules: CroprModules) -> None:
+def _replace_attributes(modules: CroprModules) -> None:
     """Replace attributes of the model that pruning changes."""
     _keep_last_blocks(modules)
     if modules.config.windows is not None:
@@ -195,12 +193,13 @@ def _replace_attributes(model: nn.Module, modules: CroprModules) -> None:
             for name in ("num_prefix", "num_prefix_tokens"):
                 if hasattr(attn, name):
                     _replace(modules, attn, name, 0)
-    if hasattr(model, "set_grad_checkpointing"):  # around the block alone: pruning decides once
-        modules.recompute = bool(model.grad_checkpointing)
-        _replace(modules, model, "grad_checkpointing", False)
-        _replace(modules, model, "set_grad_checkpointing", partial(_set_recompute, modules))
-    if hasattr(model, "forward_intermediates"):
-        _replace(modules, model, "forward_intermediates", partial(forward_intermediates, model))
+    encoder = modules.spec.encoder
+    if hasattr(encoder, "grad_checkpointing"):  # of timm; around the block alone: pruning decides once
+        modules.recompute = bool(encoder.grad_checkpointing)
+        _replace(modules, encoder, "grad_checkpointing", False)
+        _replace(modules, encoder, "set_grad_checkpointing", partial(_set_recompute, modules))
+    if hasattr(encoder, "forward_intermediates"):
+        _replace(modules, encoder, "forward_intermediates", partial(forward_intermediates, modules, encoder))
 
 
 def _keep_last_blocks(modules: CroprModules) -> None:
@@ -212,11 +211,17 @@ def _keep_last_blocks(modules: CroprModules) -> None:
                 _replace(modules, module, "drop_prob", 0.0)
 
 
-def _require_full_map(config: PruningConfig, model: nn.Module, spec: ModelSpec, caller: str) -> None:
+def _fusion_of(llf: bool | Restore | Fusion, spec: ModelSpec, restore: Restore | None) -> Fusion | None:
+    """Return the fusion that `llf` stands for; without one, a model that needs all patches gets them after the end."""
+    fusion = Fusion.of(llf)
+    if fusion is None:
+        return Fusion(blocks=0) if spec.needs_map or spec.map_layers else None
+    return fusion if restore is None else fusion.with_default(restore)
+
+
+def _require_fusion_of_windows(config: PruningConfig, caller: str) -> None:
     if config.windows is not None and config.llf is None:
         raise ValueError(f"{caller}: windows need llf=True, so that the map is full again")
-    if spec.needs_map and config.llf is None and config.merge is None:
-        raise ValueError(f"{caller}: {type(model).__name__} needs the full map: cropr.apply(..., llf=True)")
 
 
 def _set_recompute(modules: CroprModules, enable: bool = True) -> None:
@@ -249,8 +254,9 @@ def remove(model: Model) -> Model:
             delattr(module, name)
         else:
             setattr(module, name, value)
-    if hasattr(model, "set_grad_checkpointing"):
-        model.grad_checkpointing = modules.recompute  # type: ignore[assignment]
+    encoder = modules.spec.encoder
+    if hasattr(encoder, "grad_checkpointing"):
+        encoder.grad_checkpointing = modules.recompute  # type: ignore[assignment]
     if GraphedForward.of(model) is not None:
         del model.forward
     for hook in modules.hooks:
@@ -290,16 +296,13 @@ def set_llf(model: Model, llf: bool | Restore | Fusion) -> Model:
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: it has too few modules, as one that was pruned with fusion over more blocks; or it needs the full
-            map.
+        ValueError: it has too few modules, as one that was pruned with fusion over more blocks.
     """
     modules = require_pruned(model, "cropr.set_llf")
-    fusion = Fusion.of(llf)
-    if fusion is not None:
-        tracks = modules.config.merge is not None or modules.calibrated
-        fusion = fusion.with_default("track_parent" if tracks else "as_pruned")
+    tracks = modules.config.merge is not None or modules.calibrated
+    fusion = _fusion_of(llf, modules.spec, "track_parent" if tracks else "as_pruned")
     config = replace(modules.config, llf=fusion)
-    _require_full_map(config, model, modules.spec, "cropr.set_llf")
+    _require_fusion_of_windows(config, "cropr.set_llf")
     needed = num_modules(len(modules.spec.blocks), config.full_blocks)
     if needed > len(modules):
         raise ValueError(

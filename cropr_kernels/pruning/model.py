@@ -316,10 +316,9 @@ def mean_over_queries(prediction: Tensor) -> Tensor:
     return prediction if prediction.ndim == 2 else prediction.mean(1)
 
 
-def forward_intermediates(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> object:
+def forward_intermediates(modules: CroprModules, encoder: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> object:
     """Run timm's forward_intermediates on a pruned model: the maps of all blocks have all tokens."""
-    modules = modules_of(model)
-    base_forward: Callable[..., object] = type(model).forward_intermediates  # type: ignore[attr-defined]
+    base_forward: Callable[..., object] = type(encoder).forward_intermediates  # type: ignore[attr-defined]
     if modules.config.windows is not None:
         raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
     context = modules.context
@@ -327,7 +326,7 @@ def forward_intermediates(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any
     maps = frozenset(range(len(modules.spec.blocks)))
     context.options = (outer or PruningOptions())._replace(engine=False, maps=maps, restore=True)
     try:
-        return base_forward(model, x, *args, **kwargs)
+        return base_forward(encoder, x, *args, **kwargs)
     finally:
         context.options = outer
         if outer is None:  # else the model's own forward calls it
@@ -351,7 +350,8 @@ def _maps_asked_for(modules: CroprModules, model: nn.Module, kwargs: Kwargs) -> 
     names = ("output_hidden_states", "output_attentions")
     if any(kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)) for name in names):
         return frozenset(range(len(modules.spec.blocks)))
-    return frozenset(modules.spec.map_layers)
+    layers = modules.spec.map_layers
+    return frozenset((*layers, len(modules.spec.blocks) - 1)) if layers else frozenset()
 
 
 def _check_masks(model: nn.Module, options: PruningOptions) -> None:

@@ -172,13 +172,13 @@ def test_without_auxiliary_outputs_the_queries_are_fixed():
 
 
 @torch.no_grad()
-def test_hidden_states_have_the_tokens_kept_so_far():
+def test_hidden_states_have_all_tokens():
     images = torch.randn(2, 3, 64, 64)
     for name in ("ViT, features", "SigLIP", "CLIP"):
         model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=8, llf=True, num_outputs=0)
         for runner in (model, cropr.deploy(model)):
             states = runner(images, output_hidden_states=True).hidden_states
-            assert len(states) == 5 and states[1].shape[1] > states[3].shape[1], name
+            assert len(states) == 5 and len({state.shape for state in states}) == 1, name
         assert torch.equal(states[-1], model(images, output_hidden_states=True).hidden_states[-1])
 
 
@@ -221,12 +221,23 @@ def test_vision_towers_of_larger_models_are_run_alone():
         assert 0 < row.agreement <= 1
 
 
-def test_backbones_with_maps_of_several_blocks_are_rejected():
+@torch.no_grad()
+def test_a_backbone_returns_maps_of_all_patches():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from helpers.models import HF
 
-    with pytest.raises(ValueError, match="Dinov2Backbone returns maps of several blocks"):
-        cropr.apply(transformers.Dinov2Backbone(transformers.Dinov2Config(**HF)), rate=4)
+    images = torch.randn(2, 3, 64, 64)
+    config = transformers.Dinov2Config(**HF, out_features=["stage1", "stage2", "stage4"])
+    model = randomize(transformers.Dinov2Backbone(config)).eval()
+    plain = model(images).feature_maps
+    cropr.apply(model, rate=0, num_outputs=0)
+    assert all(torch.equal(*pair) for pair in zip(model(images).feature_maps, plain, strict=True))
+    cropr.set_rate(model, 8)
+    for runner in (model, cropr.deploy(model)):
+        maps = runner(images).feature_maps
+        assert [block_map.shape for block_map in maps] == [block_map.shape for block_map in plain]
+        assert torch.equal(maps[0], plain[0])  # nothing is pruned before it
+        assert not torch.equal(maps[1], plain[1])
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "torchvision"])
@@ -244,5 +255,5 @@ def test_wrapped_models_are_rejected_with_the_path_to_the_model(name):
 def test_no_map_is_drawn_of_shuffled_patches():
     model = cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8, merge=True)
     for draw in (cropr.pruning_map, cropr.merge_map):
-        with pytest.raises(ValueError, match="maps of this model are not supported: it shuffles patches"):
+        with pytest.raises(ValueError, match="maps of this model are not supported: its patches do not stand"):
             draw(model, torch.randn(1, 3, 64, 64))

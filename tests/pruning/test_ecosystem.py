@@ -242,7 +242,7 @@ def test_pipelines_and_output_attentions_take_a_pruned_model(images):
 
 
 @HF_MODELS
-def test_heads_that_need_the_full_map_need_llf(images):
+def test_heads_that_need_the_full_map_get_it(images):
     t = transformers()
     for class_name, config, mask in (
         (
@@ -253,17 +253,20 @@ def test_heads_that_need_the_full_map_need_llf(images):
         ("ViTMAEForPreTraining", t.ViTMAEConfig(**HF), {}),
     ):
         model = getattr(t, class_name)(config).eval()
-        with pytest.raises(ValueError, match=rf"{class_name} needs the full map: cropr.apply\(..., llf=True\)"):
-            cropr.apply(model, rate=2)
-        cropr.apply(model, rate=2, llf=True)
-        assert model(images, **mask)[0].isfinite().all()
+        shape = model(images, **mask)[0].shape
+        for options in ({}, {"llf": True}, {"merge": True}):
+            cropr.apply(model, rate=2, num_outputs=0, **options)
+            for runner in (model, cropr.deploy(model)):
+                output = runner(images, **mask)[0]
+                assert output.shape == shape and output.isfinite().all()
+            cropr.remove(model)
 
 
 # Wrappers and subclasses
 
 
 @HF_MODELS
-def test_wrappers_name_the_model_inside(images):
+def test_wrappers_name_the_model_inside_or_are_pruned(images):
     compiled = torch.compile(timm_vit(), backend="eager")
     with pytest.raises(TypeError, match=r"OptimizedModule is a module around a model; .* at \._orig_mod, VisionTransf"):
         cropr.apply(compiled, rate=8)
@@ -271,10 +274,12 @@ def test_wrappers_name_the_model_inside(images):
     settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
     config = t.TimmWrapperConfig.from_dict(settings)
     wrapper = t.TimmWrapperForImageClassification(config).eval()
-    with pytest.raises(TypeError, match=r"TimmWrapperForImageClassification is .* at \.timm_model, VisionTransformer"):
-        cropr.apply(wrapper, rate=8)
-    cropr.apply(wrapper.timm_model, rate=8, num_outputs=0)
     photo = torch.randn(1, 3, 224, 224)
+    plain = wrapper(photo).logits
+    assert torch.equal(cropr.apply(wrapper, rate=0)(photo).logits, plain)
+    assert cropr.deploy(cropr.set_rate(wrapper, 8)).cropr.engine is not None
+    cropr.remove(wrapper)
+    cropr.apply(wrapper.timm_model, rate=8, num_outputs=0)
     assert wrapper(photo).logits.shape == wrapper.train()(photo).logits.shape
 
 

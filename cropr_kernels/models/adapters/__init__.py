@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..probing import ProbeError
@@ -12,8 +11,8 @@ from .base import EngineRefusal as EngineRefusal
 from .base import ModelSpec as ModelSpec
 from .base import Submodule as Submodule
 from .base import is_hooked as is_hooked
-from .base import pair, require_plain
-from .structure import probe
+from .base import require_plain
+from .structure import example_of, probe
 
 
 class Adapter(Protocol):
@@ -58,21 +57,12 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
                 f"{type(module).__name__}"
             )
     try:
-        return probe(model, model, model, _example(model) if example is None else example[:1])
+        return probe(model, model, model, example_of(model) if example is None else example[:1])
     except ProbeError as error:
         raise TypeError(
             f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {error}; for images of "
             "another size give it cropr.apply(model, spec=cropr.find_spec(model, images))"
         ) from error
-
-
-def _example(model: nn.Module) -> Tensor:
-    """Make images (1, 3, H, W) of the size that a model names, else of 224 px."""
-    names = ("img_size", "image_size", "input_resolution")
-    sizes = (getattr(module, name, None) for module in model.modules() for name in names)
-    height, width = pair(next((size for size in sizes if isinstance(size, int | tuple | list)), 224))
-    parameter = next((value for value in model.parameters() if value.is_floating_point()), torch.empty(0))
-    return torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
 
 
 def engine_parts(spec: ModelSpec) -> list[BlockParts]:

@@ -11,15 +11,17 @@ from ..blocks import Rotary, SizeWeightedAttention
 from ..probing import (
     BlockCall,
     Forward,
+    device_of,
     find_blocks,
     find_layout,
     pixels_entered,
     probing,
     read_head,
 )
-from .base import BlockParts, EngineRefusal, ModelSpec, base_class
+from .base import BlockParts, EngineRefusal, ModelSpec, base_class, pair
 
 ROTARY_TABLES = ("rope", "position_embeddings")  # of timm and this package's ViT, and of Hugging Face
+_IMAGE_SIZES = ("img_size", "image_size", "input_resolution")  # attributes of models
 _TOLERANCE = 1e-3  # of the largest update, between a block and its parts
 
 
@@ -64,6 +66,23 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             engine=engine,
             engine_refusal=refusal,
         )
+
+
+def example_of(model: nn.Module) -> Tensor:
+    """Make images (1, C, H, W) of the size that the configuration or an attribute of a model names, else of 224 px.
+
+    Raises:
+        ProbeError: its weights are nowhere.
+    """
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if size is None:
+        values = (getattr(module, name, None) for module in model.modules() for name in _IMAGE_SIZES)
+        size = next((value for value in values if isinstance(value, int | tuple | list)), 224)
+    height, width = (size["height"], size["width"]) if isinstance(size, dict) else pair(size)
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), None)
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device_of(model), dtype=dtype)
 
 
 def _num_heads(call: BlockCall) -> int:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..probing import ProbeError
-from .base import ModelSpec, known_classes, pair
-from .structure import probe
+from .base import ModelSpec, known_classes
+from .structure import example_of, probe
 
 _INPUTS = ("pixel_values", "input_values")  # names of images, and of spectrograms
 
@@ -66,17 +65,4 @@ def _probe(model: nn.Module, tower: nn.Module, example: Tensor | None) -> ModelS
     def forward(images: Tensor) -> object:
         return tower(**{name: images})
 
-    return probe(model, tower, forward, _example(tower) if example is None else example[:1])
-
-
-def _example(tower: nn.Module) -> Tensor:
-    """Make images (1, C, H, W) of the size that the configuration of a tower names."""
-    hf_tower: Any = tower
-    config = getattr(hf_tower.config, "vision_config", hf_tower.config)
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise ProbeError("its configuration has no image_size; give cropr.apply an example")
-    height, width = (size["height"], size["width"]) if isinstance(size, dict) else pair(size)
-    parameter = next(value for value in tower.parameters() if value.is_floating_point())
-    channels = getattr(config, "num_channels", 3)
-    return torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    return probe(model, tower, forward, example_of(tower) if example is None else example[:1])

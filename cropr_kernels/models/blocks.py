@@ -60,6 +60,12 @@ def rope_at(rope: Tensor, positions: Tensor, num_prefix: int) -> Tensor:
     return rope[rows].unsqueeze(1)
 
 
+def rotary_at(rope: Tensor, positions: Tensor, num_prefix: int, num_tokens: int) -> Tensor:
+    """`rope_at` for a table that may have rows for the prefix too."""
+    has_prefix = rope.shape[-2] == num_tokens
+    return rope_at(rope, positions, 0 if has_prefix else num_prefix)
+
+
 def takes_extra_dimension(width: int, dtype: torch.dtype) -> bool:
     """Tell whether FlashAttention takes heads of this width with log(size): 16-bit, and at most 248 wide."""
     return dtype in (torch.float16, torch.bfloat16) and width + _EXTRA <= _LARGEST_HEAD
@@ -160,16 +166,28 @@ def project_heads(attn: TimmAttention, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     return attn.q_norm(q), attn.k_norm(k), v
 
 
+def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
+    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K)."""
+    mask = mask.expand(positions.shape[0], -1, -1, -1)
+    if mask.shape[2] != 1:
+        mask = mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask.gather(3, positions[:, None, None].expand(-1, *mask.shape[1:3], -1))
+
+
 class SizeWeightedAttention(TorchFunctionMode):
     """A mode in which scaled_dot_product_attention and nn.MultiheadAttention add log_sizes (B, K) to their logits.
 
-    So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention.
+    So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention. With the
+    positions (B, K) of the active tokens, a bias that a block makes for all N tokens is reduced to these.
     """
 
-    def __init__(self, log_sizes: Tensor, calls: list[bool] | None = None):
+    def __init__(
+        self, log_sizes: Tensor | None, calls: list[bool] | None = None, positions: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.log_sizes = log_sizes
         self.calls = [] if calls is None else calls
+        self.positions = positions
 
     @classmethod
     def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[object]:
@@ -187,7 +205,7 @@ class SizeWeightedAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.calls.append(True)
             return self._attend(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and self.log_sizes is not None:
             self.calls.append(True)
             mask = self.log_sizes.to(args[0].dtype)
             if kwargs.get("key_padding_mask") is not None:
@@ -206,6 +224,12 @@ class SizeWeightedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if attn_mask is not None and self.positions is not None and attn_mask.shape[-1] != key.shape[2]:
+            attn_mask = mask_at(attn_mask, self.positions)
+        if self.log_sizes is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if is_causal or enable_gqa:
             raise ValueError("cropr: causal attention and shared keys cannot weigh tokens by their size")
         if attn_mask is None:

@@ -50,7 +50,8 @@ class Layout:
     """The tokens that enter the first block."""
 
     num_prefix: int  # P, first tokens that are no patches
-    grid: tuple[int, int]  # patches in height and width
+    grid: tuple[int, int]  # patches in height and width; of a video, those of its frames below each other
+    frames: int
     in_order: bool  # patches stand in the order of the rows of the image
 
 
@@ -202,12 +203,19 @@ class _Stop(Exception):
 
 
 def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
-    """Find prefix and grid of the tokens that enter the first block, for images (1, C, H, W).
+    """Find prefix and grid of the tokens that enter the first block.
+
+    Args:
+        block: the first one.
+        forward: runs the model.
+        images: (1, ..., H, W): images (1, C, H, W), videos (1, frames, C, H, W) or spectrograms (1, H, W).
 
     Raises:
         ProbeError: the tokens that are no patches do not stand first, or the patches form no grid.
     """
     x = _first_tokens(block, forward, torch.cat([images, torch.randn_like(images)]))
+    if len(x) != 2:
+        raise ProbeError(f"a batch of 2 images becomes {tuple(x.shape)} tokens: images are packed, or split into tiles")
     is_patch = (x[0] != x[1]).any(-1)
     num_patches = int(is_patch.sum())
     num_prefix = len(is_patch) - num_patches
@@ -215,22 +223,37 @@ def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
         raise ProbeError("no token that enters the first block depends on the image")
     if not is_patch[num_prefix:].all():
         raise ProbeError(f"{num_prefix} of {len(is_patch)} tokens are no patches, and do not all stand before these")
+    first, right, below, last = _corner_tokens(block, forward, images, num_prefix, num_patches)
+    for columns, rows in ((right + 1, below), (below + 1, right)):  # rows of the image, or its columns
+        per_frame = rows + columns
+        if first == 0 and last == num_patches - 1 and rows % columns == 0 and num_patches % per_frame == 0:
+            return Layout(num_prefix, (num_patches // columns, columns), num_patches // per_frame, True)
     height, width = images.shape[-2:]
-    side = max(int(math.sqrt(height * width / num_patches)), 1)
-    corners = images.repeat(4, *[1] * (images.ndim - 1))
-    corners[1, ..., :side, :side].normal_(std=3)
-    corners[2, ..., :side, -side:].normal_(std=3)
-    corners[3, ..., -side:, -side:].normal_(std=3)
-    x = _first_tokens(block, forward, corners)[:, num_prefix:].float()
-    first, right, last = (x[1:] - x[:1]).norm(dim=-1).argmax(1).tolist()
-    num_columns = right + 1
-    in_order = first == 0 and last == num_patches - 1 and num_patches % num_columns == 0
-    if in_order:
-        return Layout(num_prefix, (num_patches // num_columns, num_columns), True)
-    num_columns = max(round(math.sqrt(num_patches * width / height)), 1)
-    if num_patches % num_columns:
+    columns = max(round(math.sqrt(num_patches * width / height)), 1)
+    if num_patches % columns:
         raise ProbeError(f"{num_patches} patches form no grid for an image of {height} x {width} px")
-    return Layout(num_prefix, (num_patches // num_columns, num_columns), False)
+    return Layout(num_prefix, (num_patches // columns, columns), 1, False)
+
+
+def _corner_tokens(
+    block: nn.Module, forward: Forward, images: Tensor, num_prefix: int, num_patches: int
+) -> tuple[int, int, int, int]:
+    """Return the patches that change most with the corners: top left, right and below, and the last of the last frame.
+
+    The first three are of the first frame.
+    """
+    side = max(int(math.sqrt(math.prod(images.shape[-2:]) / num_patches)), 1)
+    corners = images.repeat(5, *[1] * (images.ndim - 1))
+    start = slice(None, side)
+    end = slice(-side, None)
+    for i, (rows, columns) in enumerate(((start, start), (start, end), (end, start), (end, end)), 1):
+        frames = corners[i]
+        if images.ndim == 5:
+            frames = frames[-1] if i == 4 else frames[0]
+        frames[..., rows, columns].normal_(std=3)
+    x = _first_tokens(block, forward, corners)[:, num_prefix:].float()
+    first, right, below, last = (x[1:] - x[:1]).norm(dim=-1).argmax(1).tolist()
+    return first, right, below, last
 
 
 def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def apply(
         fusion,
         (merge if isinstance(merge, Merge) else Merge()) if merge else None,
         windows,
-        spec.grid if img_size is None else (img_size[0] // spec.patch_size[0], img_size[1] // spec.patch_size[1]),
+        spec.grid if img_size is None else spec.grid_of(img_size),
     )
     _require_fusion_of_windows(config, "cropr.apply")
     _check_schedule(config, spec)

@@ -5,14 +5,14 @@ parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.adapters.structure import ROTARY_TABLES
+from ..models.adapters.structure import ROTARY_TABLES, select_arguments
 from ..models.blocks import Rotary, SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
 from .engine import run_engine
@@ -29,6 +29,7 @@ class BlockInputs(NamedTuple):
     """What a block is given beside its own arguments."""
 
     log_sizes: Tensor | None  # (B, K), for its attention
+    positions: Tensor | None  # (B, K), at which its attention has a bias
     tokens: Tensor | None  # (B, K, D), in place of the map that the model carries
     full_map: Callable[[Tensor], Tensor] | None  # of its output, for who reads it
 
@@ -55,7 +56,7 @@ class WrappedBlock:
         if cropr_inputs.tokens is not None:
             args = (cropr_inputs.tokens, *args[1:])
         attention_calls: list[bool] = []
-        with _attention_of(cropr_inputs.log_sizes, attention_calls):
+        with SizeWeightedAttention(cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions):
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
@@ -70,10 +71,6 @@ class WrappedBlock:
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return _rebuild, (self.cropr_base,), *reduced[2:]
-
-
-def _attention_of(log_sizes: Tensor | None, calls: list[bool]) -> AbstractContextManager[object]:
-    return nullcontext() if log_sizes is None else SizeWeightedAttention(log_sizes, calls)
 
 
 def _trace_call(block: nn.Module, x: torch.fx.Proxy, args: Args, kwargs: Kwargs) -> object:
@@ -169,8 +166,9 @@ def _run_and_prune(
     if tokens is None:
         x = state.before_block(layer, x)
     is_read = layer in state.options.maps
-    if log_sizes is not None or tokens is not None or is_read:
-        kwargs["cropr_inputs"] = BlockInputs(log_sizes, tokens, state.full_map if is_read else None)
+    positions = state.positions if modules.spec.has_bias else None
+    if is_read or any(value is not None for value in (log_sizes, positions, tokens)):
+        kwargs["cropr_inputs"] = BlockInputs(log_sizes, positions, tokens, state.full_map if is_read else None)
     if modules.recompute and modules.training:
         output: object = checkpoint(block, x, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
     else:
@@ -223,27 +221,4 @@ def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) 
     """Reduce rotary tables and masks among a block's arguments to the rows of the active tokens."""
     if state.positions is None and state.config.windows is None:
         return args, dict(kwargs)
-    selected: Kwargs = {}
-    for name, value in kwargs.items():
-        if name in ROTARY_TABLES and isinstance(value, tuple):
-            selected[name] = tuple(state.rotary_rows(layer, table) for table in value)
-        elif name in ROTARY_TABLES and isinstance(value, Tensor):
-            selected[name] = state.rotary_rows(layer, value)
-        else:
-            selected[name] = _mask_at(value, state.positions)
-    return tuple(_mask_at(value, state.positions) for value in args), selected
-
-
-def _mask_at(value: object, positions: Tensor | None) -> object:
-    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); other values pass."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if value.ndim != 4 or positions is None:
-        raise ValueError(
-            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
-            "(B, 1, N, N), without window attention"
-        )
-    value = value.expand(positions.shape[0], -1, -1, -1)
-    if value.shape[2] != 1:
-        value = value.gather(2, positions[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
-    return value.gather(3, positions[:, None, None].expand(-1, *value.shape[1:3], -1))
+    return select_arguments(args, kwargs, state.positions, partial(state.rotary_rows, layer))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapters import BlockParts, ModelSpec
-from ..models.blocks import rope_at
+from ..models.blocks import rope_at, rotary_at
 from .config import PruningConfig
 from .masks import Masks, make_masks
 from .merging import checkerboard
@@ -180,7 +180,9 @@ class PruningState:
         """Rows of a rotary table (patches, C) for the active tokens, (B, 1, K, C); the table if all are active."""
         windows = self.config.windows
         if windows is None:
-            return table if self.positions is None else rope_at(table, self.positions, self.num_prefix)
+            if self.positions is None:
+                return table
+            return rotary_at(table, self.positions, self.num_prefix, self.num_tokens)
         rows = windows.rope(table, self.grid or (0, 0), self.num_images)
         rows = rows.unsqueeze(1) if self.positions is None else rope_at(rows, self.positions, 0)
         return rows.reshape(self.num_images, 1, -1, rows.shape[-1]) if layer in windows.global_blocks else rows

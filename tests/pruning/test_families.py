@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_spec
-from cropr_kernels.pruning.block_wrapper import WrappedBlock, _mask_at
+from cropr_kernels.models.adapters.structure import _argument_at
+from cropr_kernels.pruning.block_wrapper import WrappedBlock
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -212,13 +213,13 @@ def test_the_vision_tower_of_clip_is_found():
 def test_masks_follow_the_tokens():
     alive = torch.tensor([[0, 2, 3], [1, 2, 4]])
     mask = torch.randn(2, 1, 5, 5)
-    got = _mask_at(mask, alive)
+    got = _argument_at(mask, alive)
     for b in range(2):
         assert torch.equal(got[b, 0], mask[b, 0][alive[b]][:, alive[b]])
-    assert torch.equal(_mask_at(mask[:1, :, :1], alive)[1, 0, 0], mask[0, 0, 0][alive[1]])
-    assert _mask_at(None, alive) is None
+    assert torch.equal(_argument_at(mask[:1, :, :1], alive)[1, 0, 0], mask[0, 0, 0][alive[1]])
+    assert _argument_at(None, alive) is None
     with pytest.raises(ValueError, match=r"called with a tensor of shape \(2, 5\)"):
-        _mask_at(mask[:, 0, 0], alive)
+        _argument_at(mask[:, 0, 0], alive)
 
 
 def test_unsupported_models_and_calls_out_of_order_raise(images):

@@ -35,10 +35,16 @@ class ModelSpec:
     projection: nn.Module | None = None  # its output (B, D, grid height, grid width) is the patch grid
     norm: nn.Module | None = None  # the last norm of the tokens
     inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
+    has_bias: bool = False  # its attention adds a bias that it makes for all tokens
+    frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     head: tuple[tuple[str, object], ...] = ()  # attributes of the model that decide on its head, and their values
     engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
     engine_refusal: str = ""
+
+    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The patches in height and width of images of this height and width in pixels."""
+        return self.frames * (img_size[0] // self.patch_size[0]), img_size[1] // self.patch_size[1]
 
     @property
     def encoder(self) -> nn.Module:

@@ -1,22 +1,27 @@
 """Models by their structure: a specification by probing, and blocks for the engine by the roles of their modules."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, SizeWeightedAttention
+from ..blocks import Rotary, SizeWeightedAttention, mask_at, rotary_at
 from ..probing import (
+    Args,
     BlockCall,
     Forward,
+    Kwargs,
+    ProbeError,
     device_of,
     find_blocks,
     find_layout,
     pixels_entered,
     probing,
     read_head,
+    tokens_of,
 )
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class, pair
 
@@ -54,7 +59,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             num_prefix=layout.num_prefix,
             dim=calls[0].x.shape[2],
             num_heads=_num_heads(calls[0]),
-            patch_size=(height // layout.grid[0], width // layout.grid[1]),
+            patch_size=(height * layout.frames // layout.grid[0], width // layout.grid[1]),
             grid=layout.grid,
             num_classes=head.num_classes,
             class_token=head.class_token,
@@ -62,6 +67,8 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             returns_tokens=head.returns_tokens,
             needs_map=head.needs_map,
             map_layers=head.map_layers,
+            has_bias=_find_bias(calls, layout.num_prefix),
+            frames=layout.frames,
             refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",
             engine=engine,
             engine_refusal=refusal,
@@ -92,6 +99,83 @@ def _num_heads(call: BlockCall) -> int:
             if isinstance(value, int):
                 return value
     return 1
+
+
+def select_arguments(
+    args: Args, kwargs: Kwargs, positions: Tensor | None, rows: Callable[[Tensor], Tensor]
+) -> tuple[Args, dict[str, object]]:
+    """Reduce masks among the arguments of a block to positions (B, K), and rotary tables by `rows`.
+
+    Raises:
+        ValueError: another tensor is among them.
+    """
+    selected: dict[str, object] = {}
+    for name, value in kwargs.items():
+        if name in ROTARY_TABLES and isinstance(value, tuple):
+            selected[name] = tuple(map(rows, value))
+        elif name in ROTARY_TABLES and isinstance(value, Tensor):
+            selected[name] = rows(value)
+        else:
+            selected[name] = _argument_at(value, positions)
+    return tuple(_argument_at(value, positions) for value in args), selected
+
+
+def _argument_at(value: object, positions: Tensor | None) -> object:
+    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); other values pass."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if value.ndim != 4 or positions is None:
+        raise ValueError(
+            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
+            "(B, 1, N, N), without window attention"
+        )
+    return mask_at(value, positions)
+
+
+def _find_bias(calls: list[BlockCall], num_prefix: int) -> bool:
+    """Tell whether the attention of a block adds a bias that it makes for all tokens.
+
+    Raises:
+        ProbeError: with tokens in another order, or with fewer, a block computes something else.
+    """
+    for has_bias in (False, True):
+        try:
+            for layer, call in enumerate(calls):
+                _require_sets(layer, call, num_prefix, has_bias)
+        except ProbeError:
+            if has_bias:
+                raise
+        else:
+            return has_bias
+    return False
+
+
+def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) -> None:
+    """Raise ProbeError unless a block takes its tokens as a set: in any order, and any part of them."""
+    num_tokens = call.x.shape[1]
+    order = torch.cat([torch.arange(num_prefix), num_prefix + torch.randperm(num_tokens - num_prefix)])
+    kept = order[: num_prefix + (num_tokens - num_prefix) // 2]
+    for positions in (order, kept):
+        positions = positions.to(call.x.device).unsqueeze(0)
+        rows = partial(rotary_at, positions=positions, num_prefix=num_prefix, num_tokens=num_tokens)
+        try:
+            args, kwargs = select_arguments(call.args, call.kwargs, positions, rows)
+            with SizeWeightedAttention(None, positions=positions if has_bias else None):
+                output = tokens_of(call.block(call.x[:, positions[0]], *args, **kwargs))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ProbeError(f"block {layer} does not take a part of its tokens: {error}") from error
+        expected = call.tokens[:, positions[0]]
+        if output.shape != expected.shape:
+            raise ProbeError(f"block {layer} returns {tuple(output.shape)} for tokens {tuple(expected.shape)}")
+        if positions.shape[1] == num_tokens and not _is_close(output, expected, call):
+            raise ProbeError(f"block {layer} reads positions from the order of its tokens")
+
+
+def _is_close(output: Tensor, expected: Tensor, call: BlockCall) -> bool:
+    """Tell whether outputs of a block differ by no more than rounding, beside what the block adds."""
+    tolerance = _TOLERANCE if output.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
+    difference = (output - expected).float().abs().max()
+    return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
 
 
 def _check_parts(calls: list[BlockCall], num_prefix: int) -> tuple[list[BlockParts] | None, str]:
@@ -131,9 +215,7 @@ def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
         return False
     if x.shape != call.tokens.shape:
         return False
-    difference = (x - call.tokens).float().abs().max()
-    tolerance = _TOLERANCE if x.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
-    return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
+    return _is_close(x, call.tokens, call)
 
 
 def parts_of(block: nn.Module) -> BlockParts:

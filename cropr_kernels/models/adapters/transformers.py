@@ -1,5 +1,6 @@
 """Hugging Face vision models, with or without their heads, by probing: no list of names."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +9,8 @@ from ..probing import ProbeError
 from .base import ModelSpec, known_classes
 from .structure import example_of, probe
 
-_INPUTS = ("pixel_values", "input_values")  # names of images, and of spectrograms
+# Names of images, videos and spectrograms.
+_INPUTS = ("pixel_values", "pixel_values_videos", "input_values")
 
 
 def is_model(module: nn.Module) -> bool:
@@ -52,17 +54,32 @@ def _towers_of(model: nn.Module) -> list[nn.Module]:
 
 def _takes_images(module: nn.Module) -> bool:
     """Tell whether a Hugging Face model takes images, and no text."""
-    if getattr(module, "main_input_name", None) not in _INPUTS or not hasattr(module, "config"):
-        return False
-    modalities = getattr(type(module), "input_modalities", None)
-    return not (isinstance(modalities, tuple | list) and "text" in modalities)
+    return is_model(module) and _input_of(module) is not None
+
+
+def _input_of(module: nn.Module) -> str | None:
+    """Return the name of the images of a model that takes no text."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(name.endswith(("input_ids", "inputs_embeds")) for name in parameters):
+        return None
+    return next((name for name in _INPUTS if name in parameters), None)
 
 
 def _probe(model: nn.Module, tower: nn.Module, example: Tensor | None) -> ModelSpec:
-    hf_tower: Any = tower
-    name: str = hf_tower.main_input_name
+    name = _input_of(tower) or ""
+    images = _example_of(tower) if example is None else example[:1]
 
     def forward(images: Tensor) -> object:
         return tower(**{name: images})
 
-    return probe(model, tower, forward, example_of(tower) if example is None else example[:1])
+    return probe(model, tower, forward, images)
+
+
+def _example_of(tower: nn.Module) -> Tensor:
+    """Make an image, a video or a spectrogram of the size in the configuration of a tower."""
+    images = example_of(tower)
+    config: Any = tower.config
+    if hasattr(config, "num_mel_bins"):  # (1, time, frequencies)
+        return images.new_zeros(1, config.max_length, config.num_mel_bins)
+    frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", None))
+    return images if frames is None else images.unsqueeze(1).repeat(1, frames, 1, 1, 1)

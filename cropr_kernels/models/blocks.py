@@ -178,7 +178,7 @@ class SizeWeightedAttention(TorchFunctionMode):
     """A mode in which scaled_dot_product_attention and nn.MultiheadAttention add log_sizes (B, K) to their logits.
 
     So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention. With the
-    positions (B, K) of the active tokens, a bias that a block makes for all N tokens is reduced to these.
+    positions (B, K) of the active tokens, the mask or bias of an attention is one for all N tokens.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class SizeWeightedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if attn_mask is not None and self.positions is not None and attn_mask.shape[-1] != key.shape[2]:
+        if attn_mask is not None and self.positions is not None:
             attn_mask = mask_at(attn_mask, self.positions)
         if self.log_sizes is None:
             return F.scaled_dot_product_attention(

@@ -219,6 +219,6 @@ def _rotary(state: PruningState, kwargs: Kwargs) -> Rotary | None:
 
 def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Reduce rotary tables and masks among a block's arguments to the rows of the active tokens."""
-    if state.positions is None and state.config.windows is None:
+    if state.modules.spec.has_bias or (state.positions is None and state.config.windows is None):
         return args, dict(kwargs)
     return select_arguments(args, kwargs, state.positions, partial(state.rotary_rows, layer))

@@ -159,7 +159,9 @@ def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) 
         positions = positions.to(call.x.device).unsqueeze(0)
         rows = partial(rotary_at, positions=positions, num_prefix=num_prefix, num_tokens=num_tokens)
         try:
-            args, kwargs = select_arguments(call.args, call.kwargs, positions, rows)
+            args, kwargs = call.args, call.kwargs
+            if not has_bias:
+                args, kwargs = select_arguments(args, kwargs, positions, rows)
             with SizeWeightedAttention(None, positions=positions if has_bias else None):
                 output = tokens_of(call.block(call.x[:, positions[0]], *args, **kwargs))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -36,6 +36,7 @@ class ModelSpec:
     norm: nn.Module | None = None  # the last norm of the tokens
     inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
+    shape: tuple[int, ...] = ()  # of one image, if it is none of 3 channels: of a video (frames, 3, H, W)
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     head: tuple[tuple[str, object], ...] = ()  # attributes of the model that decide on its head, and their values
@@ -45,6 +46,12 @@ class ModelSpec:
     def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """The patches in height and width of images of this height and width in pixels."""
         return self.frames * (img_size[0] // self.patch_size[0]), img_size[1] // self.patch_size[1]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image of the model's own size, (3, H, W)."""
+        height = self.grid[0] * self.patch_size[0] // self.frames
+        return self.shape or (3, height, self.grid[1] * self.patch_size[1])
 
     @property
     def encoder(self) -> nn.Module:

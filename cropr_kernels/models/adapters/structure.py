@@ -68,6 +68,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             needs_map=head.needs_map,
             map_layers=head.map_layers,
             has_bias=_find_bias(calls, layout.num_prefix),
+            shape=tuple(images.shape[1:]),
             frames=layout.frames,
             refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",
             engine=engine,

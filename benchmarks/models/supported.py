@@ -1,0 +1,170 @@
+"""Try to prune every Vision Transformer of timm and every vision architecture of transformers, small and random.
+
+python -m benchmarks.models.supported [--only TEXT] [--results FILE]
+
+A model is supported if rate 0 gives the outputs of the unpruned model bit for bit, a higher rate runs, and a deployed
+model gives the outputs of the functional ops. Whether it merges, calibrates and runs on the engine is noted beside.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import cropr_kernels as cropr
+from benchmarks.models.towers import TOWERS
+from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.utils.progress import each
+
+# Modules of timm with transformers of one resolution, or what looks like one.
+TIMM_MODULES = ["beit", "cait", "convit", "crossvit", "deepseek_vit", "deit", "eva", "gemma4_vit", "hiera", "mlp_mixer", "naflexvit", "pit", "qwen3_vit", "tnt", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit"]
+# Options that make a model of timm small, from the smallest on: constructors take some of them.
+_SMALL = (
+    {"depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 5},
+    {"depth": 4, "embed_dim": 64, "num_heads": 2},
+    {"depth": 4, "num_classes": 5},
+    {"depth": 4},
+    {},
+)
+
+
+class Verdict(NamedTuple):
+    """What pruning does to one model."""
+
+    supported: bool
+    reason: str  # why not
+    engine: str = ""  # "yes", or why not
+    merges: str = ""
+    calibrates: str = ""
+
+
+@torch.no_grad()
+def check(model: nn.Module, spec: cropr.ModelSpec | None = None) -> Verdict:
+    """Try all that pruning does to a model in eval mode; it is left unpruned."""
+    try:
+        spec = cropr.find_spec(model) if spec is None else spec
+    except (TypeError, ValueError) as error:
+        return Verdict(False, _sentence(error))
+    images = _images_of(spec)
+    plain = _outputs(spec.tower, images)
+    cropr.apply(model, rate=0, num_outputs=0, spec=spec)
+    try:
+        unpruned = _outputs(spec.tower, images)
+        if not all(map(torch.equal, unpruned, plain)):
+            return Verdict(False, "rate 0 gives other outputs than the unpruned model")
+        cropr.set_rate(model, _rate(spec))
+        expected = _outputs(spec.tower, images)
+        if not all(output.isfinite().all() for output in expected if output.is_floating_point()):
+            return Verdict(False, "pruned outputs are not finite")
+        deployed = cropr.deploy(model)
+        if not all(map(_is_close, _outputs(deployed.cropr.spec.tower, images), expected)):
+            return Verdict(False, "a deployed model gives other outputs")
+        calibrates = _reason(lambda: cropr.calibrate(model, images))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return Verdict(False, _sentence(error))
+    finally:
+        cropr.remove(model)
+    return Verdict(
+        True, "", deployed.cropr.engine_reason or "yes", _reason(lambda: _merge(model, spec, images)), calibrates
+    )
+
+
+def _merge(model: nn.Module, spec: cropr.ModelSpec, images: Tensor) -> None:
+    cropr.apply(model, rate=_rate(spec), merge=True, num_outputs=0, spec=spec)
+    try:
+        _outputs(spec.tower, images)
+    finally:
+        cropr.remove(model)
+
+
+def _rate(spec: cropr.ModelSpec) -> int:
+    return max(spec.grid[0] * spec.grid[1] // (2 * len(spec.blocks)), 1)
+
+
+def _images_of(spec: cropr.ModelSpec) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, *spec.image_shape)
+
+
+def _outputs(tower: nn.Module, images: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [leaf for leaf in tree_leaves(tower(images)) if isinstance(leaf, Tensor)]
+
+
+def _is_close(output: Tensor, expected: Tensor) -> bool:
+    return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3, atol=1e-3)
+
+
+def _reason(function: Callable[[], object]) -> str:
+    """Return "yes" if a function runs, else its error."""
+    try:
+        function()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return _sentence(error)
+    return "yes"
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].removeprefix("cropr.apply: ").removeprefix("cropr: ")
+
+
+def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Names of timm's Vision Transformers, and functions that make them."""
+    import timm
+
+    for name in timm.list_models():
+        if timm.models._registry._model_to_module[name] in TIMM_MODULES:
+            yield name, lambda name=name: _small_timm_model(name)
+
+
+def _small_timm_model(name: str) -> nn.Module:
+    import timm
+
+    patch = 32 if "patch32" in name or "_s32_" in name else 16
+    for options in _SMALL:
+        for size in ({"img_size": 8 * patch}, {"img_size": 14 * 8}, {}):
+            try:
+                return timm.create_model(name, **options, **size).eval()
+            except Exception as error:  # a constructor that takes no such option raises whatever it likes
+                last = error
+    raise TypeError(f"timm cannot make a small {name}: {last}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="names that contain it")
+    parser.add_argument("--results", type=Path, default=RESULTS / "supported_models.json")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    models: list[tuple[str, str, Callable[[], nn.Module]]] = [("timm", *pair) for pair in timm_models()]
+    models += [("transformers", tower.architecture.partition("/")[0], tower.make) for tower in TOWERS]
+    results = Results(options.results, environment("cpu"), keys=("library", "name"))
+    makers: dict[tuple[str, str], Any] = {
+        (library, name): make for library, name, make in models if options.only in name
+    }
+    for library, name in each(list(results.remaining(makers)), "models"):
+        torch.manual_seed(0)
+        try:
+            verdict = check(_randomized(makers[library, name]()))
+        except TypeError as error:
+            verdict = Verdict(False, _sentence(error))
+        results.add({"library": library, "name": name, **verdict._asdict()})
+
+
+@torch.no_grad()
+def _randomized(model: nn.Module) -> nn.Module:
+    """Add noise to every parameter, so that none is at its neutral value."""
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+if __name__ == "__main__":
+    main()

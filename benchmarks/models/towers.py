@@ -1,0 +1,203 @@
+"""Small models of every architecture of transformers that takes images, videos or spectrograms, random weights."""
+
+import importlib
+from typing import Any, NamedTuple
+
+from torch import nn
+
+WIDTH = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+SMALL = {**WIDTH, "image_size": 64, "patch_size": 8}
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+class Tower(NamedTuple):
+    """A model class of transformers, and the options of its configuration beside `SMALL`."""
+
+    architecture: str  # its module in transformers.models
+    model: str
+    config: str
+    options: dict[str, Any] = {}
+    nested: dict[str, tuple[str, str, dict[str, Any]]] = {}  # options that are configurations: module, class, options
+    small: bool = True  # the configuration takes `SMALL`
+
+    def make(self) -> nn.Module:
+        """Make the model in eval mode."""
+        options = {**(SMALL if self.small else {}), **self.options}
+        for name, (module, config, values) in self.nested.items():
+            options[name] = _class_of(module, "configuration", config)(**values)
+        config = _class_of(self.architecture, "configuration", self.config)(**options)
+        return _class_of(self.architecture, "modeling", self.model)(config).eval()
+
+
+def _class_of(architecture: str, kind: str, name: str) -> Any:
+    folder, _, module = architecture.partition("/")
+    return getattr(importlib.import_module(f"transformers.models.{folder}.{kind}_{module or folder}"), name)
+
+
+def _vision(architecture: str, prefix: str, model: str = "VisionModel", **options: Any) -> Tower:
+    """A tower whose classes are named by a prefix."""
+    return Tower(architecture, prefix + model, prefix + "VisionConfig", options)
+
+
+def _plain(architecture: str, prefix: str, model: str = "Model", **options: Any) -> Tower:
+    """A model whose classes are named by a prefix."""
+    return Tower(architecture, prefix + model, prefix + "Config", options)
+
+
+_DINOV2 = {"backbone_config": ("dinov2", "Dinov2Config", {**SMALL, "out_features": _STAGES})}
+_DENSE = {
+    "backbone_config": ("dinov2", "Dinov2Config", {**SMALL, "out_features": _STAGES, "reshape_hidden_states": False})
+}
+_HEAD = {"neck_hidden_sizes": [16] * 4, "fusion_hidden_size": 16}
+_SAM = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+
+TOWERS = (
+    _plain("vit", "ViT", "ForImageClassification"),
+    _plain("vit_mae", "ViTMAE", mask_ratio=0.0),
+    _plain("dinov2", "Dinov2", "ForImageClassification"),
+    _plain("dinov2_with_registers", "Dinov2WithRegisters"),
+    _plain("dinov3_vit", "DINOv3ViT", num_register_tokens=3),
+    _vision("siglip", "Siglip"),
+    _vision("clip", "CLIP"),
+    _plain("deit", "DeiT", "ForImageClassificationWithTeacher"),
+    _plain("ijepa", "IJepa"),
+    _plain("vit_msn", "ViTMSN", "ForImageClassification"),
+    _vision("metaclip_2", "MetaClip2"),
+    _vision("altclip", "AltCLIP"),
+    _vision("chinese_clip", "ChineseCLIP"),
+    _vision("clipseg", "CLIPSeg"),
+    _vision("kosmos2", "Kosmos2"),
+    _vision("owlvit", "OwlViT"),
+    _vision("owlv2", "Owlv2"),
+    _vision("idefics2", "Idefics2", "VisionTransformer"),
+    _vision("idefics3", "Idefics3", "VisionTransformer"),
+    _vision("smolvlm", "SmolVLM", "VisionTransformer"),
+    _vision("tipsv2", "Tipsv2"),
+    _plain("radio", "Radio"),
+    _plain("pixio", "Pixio"),
+    _plain("vivit", "Vivit", "ForVideoClassification", num_frames=4, tubelet_size=[2, 8, 8]),
+    Tower(
+        "audio_spectrogram_transformer",
+        "ASTForAudioClassification",
+        "ASTConfig",
+        {"num_mel_bins": 32, "max_length": 64},
+    ),
+    _vision("siglip2", "Siglip2", num_patches=64),
+    _vision("blip_2", "Blip2"),
+    _vision("instructblip", "InstructBlip"),
+    _vision("instructblipvideo", "InstructBlipVideo"),
+    _vision("internvl", "InternVL"),
+    _vision("qianfan_ocr", "QianfanOCR"),
+    _vision("janus", "Janus"),
+    _vision("aimv2", "Aimv2"),
+    _vision("ovis2", "Ovis2"),
+    _plain("videomae", "VideoMAE", "ForVideoClassification", num_frames=4),
+    _plain("dpt", "DPT", "ForDepthEstimation", backbone_out_indices=[0, 1, 2, 3], **_HEAD),
+    Tower(
+        "depth_anything",
+        "DepthAnythingForDepthEstimation",
+        "DepthAnythingConfig",
+        {"patch_size": 8, "reassemble_hidden_size": 64, **_HEAD},
+        _DENSE,
+        False,
+    ),
+    Tower(
+        "upernet",
+        "UperNetForSemanticSegmentation",
+        "UperNetConfig",
+        {"hidden_size": 16, "pool_scales": [1, 2], "auxiliary_in_channels": 64, "num_labels": 5},
+        _DINOV2,
+        False,
+    ),
+    Tower(
+        "vitpose_backbone", "VitPoseBackbone", "VitPoseBackboneConfig", {"image_size": [64, 64], "patch_size": [8, 8]}
+    ),
+    _plain("beit", "Beit", "ForImageClassification", use_relative_position_bias=True),
+    _plain("data2vec/data2vec_vision", "Data2VecVision", use_relative_position_bias=True),
+    _vision("blip", "Blip"),
+    _vision("git", "Git"),
+    Tower("flava", "FlavaImageModel", "FlavaImageConfig"),
+    Tower(
+        "mgp_str",
+        "MgpstrForSceneTextRecognition",
+        "MgpstrConfig",
+        {
+            **WIDTH,
+            "image_size": [32, 64],
+            "patch_size": 8,
+            "max_token_length": 5,
+            "num_character_labels": 10,
+            "num_bpe_labels": 10,
+            "num_wordpiece_labels": 10,
+        },
+        {},
+        False,
+    ),
+    _plain("yolos", "Yolos", "ForObjectDetection", image_size=[64, 64], num_detection_tokens=5),
+    _vision("mlcd", "MLCD", num_key_value_groups=1),
+    Tower(
+        "vjepa2",
+        "VJEPA2Model",
+        "VJEPA2Config",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "crop_size": 64,
+            "patch_size": 8,
+            "frames_per_clip": 4,
+            "pred_hidden_size": 48,
+            "pred_num_hidden_layers": 2,
+            "pred_num_attention_heads": 2,
+        },
+        {},
+        False,
+    ),
+    _vision(
+        "llama4", "Llama4", intermediate_size=256, vision_output_dim=64, projector_input_dim=64, projector_output_dim=64
+    ),
+    _plain("eomt", "Eomt", "ForUniversalSegmentation", num_blocks=1, num_queries=5, num_labels=3),
+    Tower(
+        "sam",
+        "SamVisionModel",
+        "SamVisionConfig",
+        {**_SAM, "output_channels": 16, "window_size": 4, "global_attn_indexes": [1, 3], "mlp_dim": 128},
+        {},
+        False,
+    ),
+    Tower(
+        "vitdet", "VitDetModel", "VitDetConfig", {**_SAM, "window_size": 4, "window_block_indices": [0, 2]}, {}, False
+    ),
+    _vision("pixtral", "Pixtral"),
+    _plain("timesformer", "Timesformer", num_frames=2),
+    Tower(
+        "swin",
+        "SwinModel",
+        "SwinConfig",
+        {
+            "image_size": 64,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1, 2, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": 2,
+        },
+        {},
+        False,
+    ),
+    Tower(
+        "hiera",
+        "HieraModel",
+        "HieraConfig",
+        {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+        {},
+        False,
+    ),
+    Tower(
+        "groupvit",
+        "GroupViTVisionModel",
+        "GroupViTVisionConfig",
+        {"depths": [2, 2], "num_group_tokens": [8, 0], "num_output_groups": [8, 8]},
+    ),
+)

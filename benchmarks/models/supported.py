@@ -23,7 +23,29 @@ from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.utils.progress import each
 
 # Modules of timm with transformers of one resolution, or what looks like one.
-TIMM_MODULES = ["beit", "cait", "convit", "crossvit", "deepseek_vit", "deit", "eva", "gemma4_vit", "hiera", "mlp_mixer", "naflexvit", "pit", "qwen3_vit", "tnt", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit"]
+TIMM_MODULES = [
+    "beit",
+    "cait",
+    "convit",
+    "crossvit",
+    "deepseek_vit",
+    "deit",
+    "eva",
+    "gemma4_vit",
+    "hiera",
+    "mlp_mixer",
+    "naflexvit",
+    "pit",
+    "qwen3_vit",
+    "tnt",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+    "vitamin",
+    "volo",
+    "xcit",
+]
 # Options that make a model of timm small, from the smallest on: constructors take some of them.
 _SMALL = (
     {"depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 5},

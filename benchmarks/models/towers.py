@@ -1,7 +1,8 @@
 """Small models of every architecture of transformers that takes images, videos or spectrograms, random weights."""
 
 import importlib
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -11,14 +12,15 @@ TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-class Tower(NamedTuple):
+@dataclass(frozen=True)
+class Tower:
     """A model class of transformers, and the options of its configuration beside `SMALL`."""
 
     architecture: str  # its module in transformers.models
     model: str
     config: str
-    options: dict[str, Any] = {}
-    nested: dict[str, tuple[str, str, dict[str, Any]]] = {}  # options that are configurations: module, class, options
+    options: dict[str, Any] = field(default_factory=dict)
+    nested: dict[str, tuple[str, str, dict[str, Any]]] = field(default_factory=dict)  # module, class, options of each
     small: bool = True  # the configuration takes `SMALL`
 
     def make(self) -> nn.Module:

@@ -62,7 +62,7 @@ def pixels_of(model: nn.Module, name: str) -> Pixels:
     `Pixels`. Raises TypeError if the family is not known.
     """
     spec = find_spec(model)
-    pixels = Pixels((spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1]), *_HALF)
+    pixels = Pixels(spec.img_size, *_HALF)
     purpose = f"model {name!r}"
     if getattr(model, "pretrained_cfg", None):
         return _pixels_of_timm(model, pixels, purpose)

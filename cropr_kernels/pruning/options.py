@@ -15,7 +15,6 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
     if not isinstance(first, Cropr | FoldedCropr) or type(first) not in (Cropr, FoldedCropr):
         return None
     config = modules.config
-    patch_size = modules.spec.patch_size
     head = first.aggregator if isinstance(first, Cropr) else None
     if head is not None and (head.mlp is None or head.mlp[0].out_features != 4 * modules.spec.dim):
         return None
@@ -26,7 +25,7 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
         "llf": asdict(config.llf) if config.llf else False,
         "merge": config.merge and asdict(config.merge),
         "windows": config.windows and asdict(config.windows),
-        "img_size": [config.grid[0] * patch_size[0], config.grid[1] * patch_size[1]],
+        "img_size": list(modules.spec.img_size_of(config.grid)),
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
         "num_outputs": None if modules.pending_head_dim else head.head.out_features if head is not None else 0,
     }

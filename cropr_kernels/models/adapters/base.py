@@ -24,8 +24,9 @@ class ModelSpec:
     num_prefix: int  # P, first tokens that are no patches
     dim: int
     num_heads: int
-    patch_size: tuple[int, int]  # pixels of a patch
-    grid: tuple[int, int]  # patches in height and width at the model's own image size
+    image_shape: tuple[int, ...]  # of one image of the model's own size, (C, H, W); of a video (frames, C, H, W)
+    patch_size: tuple[int, int]  # pixels from one patch to the next
+    grid: tuple[int, int]  # patches in height and width of such an image
     num_classes: int = 0  # 0: it has no classifier
     class_token: bool = True  # the head looks at the class token; else at the patches
     pooling: Pooling = "token"  # of the tokens, in the head
@@ -36,22 +37,28 @@ class ModelSpec:
     norm: nn.Module | None = None  # the last norm of the tokens
     inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
-    shape: tuple[int, ...] = ()  # of one image, if it is none of 3 channels: of a video (frames, 3, H, W)
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     head: tuple[tuple[str, object], ...] = ()  # attributes of the model that decide on its head, and their values
     engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
     engine_refusal: str = ""
 
+    def img_size_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The height and width in pixels of images of such a patch grid."""
+        if tuple(grid) == self.grid:
+            return self.img_size
+        return grid[0] * self.patch_size[0] // self.frames, grid[1] * self.patch_size[1]
+
     def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """The patches in height and width of images of this height and width in pixels."""
+        if tuple(img_size) == self.img_size:
+            return self.grid
         return self.frames * (img_size[0] // self.patch_size[0]), img_size[1] // self.patch_size[1]
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """The shape of one image of the model's own size, (3, H, W)."""
-        height = self.grid[0] * self.patch_size[0] // self.frames
-        return self.shape or (3, height, self.grid[1] * self.patch_size[1])
+    def img_size(self) -> tuple[int, int]:
+        """The height and width of the model's own images in pixels."""
+        return self.image_shape[-2], self.image_shape[-1]
 
     @property
     def encoder(self) -> nn.Module:

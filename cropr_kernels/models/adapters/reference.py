@@ -44,6 +44,8 @@ def spec_of(model: nn.Module) -> ModelSpec:
     blocks = list(timm_model.blocks)
     attn: TimmAttention = blocks[0].attn  # type: ignore[assignment]
     embed = timm_model.patch_embed
+    height, width = embed.img_size
+    channels: int = getattr(model, "in_chans", getattr(embed.proj, "in_channels", 3))
     pool = timm_model.global_pool
     averages = pool in ("avg", "avgmax", "max") and not getattr(model, "pool_include_prefix", False)
     return ModelSpec(
@@ -54,7 +56,8 @@ def spec_of(model: nn.Module) -> ModelSpec:
         num_prefix=timm_model.num_prefix_tokens,
         dim=timm_model.embed_dim,
         num_heads=attn.num_heads,
-        patch_size=(embed.img_size[0] // embed.grid_size[0], embed.img_size[1] // embed.grid_size[1]),
+        image_shape=(channels, height, width),
+        patch_size=(height // embed.grid_size[0], width // embed.grid_size[1]),
         grid=embed.grid_size,
         num_classes=timm_model.num_classes,
         class_token=getattr(model, "cls_token", None) is not None and pool in ("token", ""),

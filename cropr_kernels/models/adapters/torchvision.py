@@ -39,6 +39,7 @@ def find(model: nn.Module) -> ModelSpec | None:
         num_prefix=1,
         dim=vit.hidden_dim,
         num_heads=num_heads,
+        image_shape=(3, vit.image_size, vit.image_size),
         patch_size=(vit.patch_size, vit.patch_size),
         grid=(side, side),
         num_classes=vit.num_classes,

@@ -162,7 +162,10 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
     try:
         forward(images)
     except Exception as error:
-        raise ProbeError(f"a forward of an image {tuple(images.shape)} fails: {error}") from error
+        raise ProbeError(
+            f"a forward of {tuple(images.shape)} fails: {error}; for other images give it "
+            "cropr.apply(model, spec=cropr.find_spec(model, images))"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

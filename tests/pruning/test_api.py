@@ -218,7 +218,7 @@ def test_cuda_gives_the_cpu_result(images):
 
 
 def test_models_that_cannot_be_pruned_raise():
-    with pytest.raises(TypeError, match=r"torch.nn.modules.linear.Linear cannot be pruned: a forward of an image"):
+    with pytest.raises(TypeError, match=r"torch.nn.modules.linear.Linear cannot be pruned: a forward of "):
         cropr.apply(nn.Linear(2, 2), rate=8)
     model = cropr.apply(reference_vit(), rate=8)
     with pytest.raises(ValueError, match=r"the model is pruned already; cropr.set_rate changes the rate"):

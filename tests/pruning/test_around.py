@@ -153,7 +153,7 @@ def test_a_model_of_ones_own_is_pruned_by_its_structure(images):
 
     model = Tutorial().eval()
     plain = model(images)
-    with pytest.raises(TypeError, match=r"Tutorial cannot be pruned: a forward of an image \(1, 3, 224, 224\) fails"):
+    with pytest.raises(TypeError, match=r"Tutorial cannot be pruned: a forward of \(1, 3, 224, 224\) fails"):
         cropr.apply(model, rate=8)
     spec = cropr.find_spec(model, images)
     assert (spec.num_prefix, spec.grid, spec.patch_size, spec.class_token) == (1, (8, 8), (8, 8), True)

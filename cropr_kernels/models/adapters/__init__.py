@@ -60,8 +60,7 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
         return probe(model, model, model, example_of(model) if example is None else example[:1])
     except ProbeError as error:
         raise TypeError(
-            f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {error}; for images of "
-            "another size give it cropr.apply(model, spec=cropr.find_spec(model, images))"
+            f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {error}"
         ) from error
 
 

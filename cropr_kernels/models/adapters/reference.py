@@ -14,6 +14,7 @@ from ..blocks import (
 )
 from ..vit import Block, ViT
 from .base import BlockParts, ModelSpec, base_class
+from .structure import num_heads_of
 
 
 def find(model: nn.Module) -> ModelSpec | None:
@@ -31,7 +32,6 @@ class _TimmModel(Protocol):
 
     blocks: nn.ModuleList
     patch_embed: _PatchEmbed
-    norm: nn.Module
     num_prefix_tokens: int
     embed_dim: int
     num_classes: int
@@ -42,7 +42,6 @@ def spec_of(model: nn.Module) -> ModelSpec:
     """Specify a model with timm's attributes."""
     timm_model: _TimmModel = model  # type: ignore[assignment]
     blocks = list(timm_model.blocks)
-    attn: TimmAttention = blocks[0].attn  # type: ignore[assignment]
     embed = timm_model.patch_embed
     height, width = embed.img_size
     channels: int = getattr(model, "in_chans", getattr(embed.proj, "in_channels", 3))
@@ -51,11 +50,11 @@ def spec_of(model: nn.Module) -> ModelSpec:
     return ModelSpec(
         blocks=blocks,
         projection=embed.proj,
-        norm=timm_model.norm,
+        norm=getattr(model, "norm", None),
         tower=model,
         num_prefix=timm_model.num_prefix_tokens,
         dim=timm_model.embed_dim,
-        num_heads=attn.num_heads,
+        num_heads=num_heads_of(blocks[0]),
         image_shape=(channels, height, width),
         patch_size=(height // embed.grid_size[0], width // embed.grid_size[1]),
         grid=embed.grid_size,

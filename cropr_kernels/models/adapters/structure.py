@@ -48,7 +48,8 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
         layout = find_layout(calls[0].block, forward, images)
         head = read_head(tower, forward, images, calls, layout)
         encoder, projection = pixels_entered(tower, forward, images, calls[0].block, layout)
-        engine, refusal = _check_parts(calls, layout.num_prefix)
+        has_bias = _find_bias(calls, layout.num_prefix)
+        engine, refusal = _check_parts(calls, layout.num_prefix, has_bias)
         height, width = images.shape[-2:]
         return ModelSpec(
             blocks=[call.block for call in calls],
@@ -58,7 +59,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             inner=encoder,
             num_prefix=layout.num_prefix,
             dim=calls[0].x.shape[2],
-            num_heads=_num_heads(calls[0]),
+            num_heads=num_heads_of(calls[0].block),
             image_shape=tuple(images.shape[1:]),
             patch_size=(height * layout.frames // layout.grid[0], width // layout.grid[1]),
             grid=layout.grid,
@@ -68,7 +69,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             returns_tokens=head.returns_tokens,
             needs_map=head.needs_map,
             map_layers=head.map_layers,
-            has_bias=_find_bias(calls, layout.num_prefix),
+            has_bias=has_bias,
             frames=layout.frames,
             refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",
             engine=engine,
@@ -83,7 +84,8 @@ def example_of(model: nn.Module) -> Tensor:
         ProbeError: its weights are nowhere.
     """
     config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
+    for name in ("vision_config", "backbone_config"):
+        config = getattr(config, name, None) or config
     size = getattr(config, "image_size", None)
     if size is None:
         values = (getattr(module, name, None) for module in model.modules() for name in _IMAGE_SIZES)
@@ -93,8 +95,9 @@ def example_of(model: nn.Module) -> Tensor:
     return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device_of(model), dtype=dtype)
 
 
-def _num_heads(call: BlockCall) -> int:
-    for module in call.block.modules():
+def num_heads_of(block: nn.Module) -> int:
+    """The number of heads that a block or one of its modules names; 1 if none does."""
+    for module in block.modules():
         for name in ("num_heads", "num_attention_heads", "n_heads", "heads"):
             value = getattr(module, name, None)
             if isinstance(value, int):
@@ -181,8 +184,10 @@ def _is_close(output: Tensor, expected: Tensor, call: BlockCall) -> bool:
     return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
 
 
-def _check_parts(calls: list[BlockCall], num_prefix: int) -> tuple[list[BlockParts] | None, str]:
+def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tuple[list[BlockParts] | None, str]:
     """Return the parts of all blocks if each computes what its block does; else None, and the reason."""
+    if has_bias:
+        return None, "attention adds a bias that it makes for all tokens"
     blocks: list[BlockParts] = []
     for layer, call in enumerate(calls):
         try:

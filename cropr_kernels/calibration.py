@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .models.blocks import is_attention_softmax
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
 from .pruning.fusion import Fusion, Restore
@@ -37,12 +38,20 @@ _METADATA = "about"  # key in the header of a file of queries
 Images = Tensor | Iterable[Tensor | Sequence[Any]]  # (images, C, H, W), or batches, or tuples that start with one
 
 
+class AttentionInput(NamedTuple):
+    """What tells the probabilities of one attention."""
+
+    query: Tensor  # (B, heads, N, C)
+    key: Tensor
+    bias: Tensor | None = None  # of the logits, (B or 1, heads or 1, N or 1, N)
+
+
 class _AttentionInputs(TorchFunctionMode):
-    """Records the queries and keys (B, heads, N, C) of every scaled_dot_product_attention and nn.MultiheadAttention."""
+    """Records every attention: scaled_dot_product_attention, nn.MultiheadAttention, a softmax over (B, heads, N, N)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs: list[tuple[Tensor, Tensor]] = []
+        self.inputs: list[AttentionInput | Tensor] = []  # of one that is written out its logits
 
     def __torch_function__(
         self,
@@ -52,30 +61,46 @@ class _AttentionInputs(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         if func is F.scaled_dot_product_attention:
-            arguments = dict(zip(("query", "key"), args)) | dict(kwargs or {})
-            self.inputs.append((arguments["query"], arguments["key"]))
+            arguments = dict(zip(("query", "key", "value", "attn_mask"), args)) | dict(kwargs or {})
+            mask = arguments.get("attn_mask")
+            bias = None if mask is None or mask.dtype == torch.bool else mask
+            self.inputs.append(AttentionInput(arguments["query"], arguments["key"], bias))
         elif func is F.multi_head_attention_forward:  # a mode does not see its calls
             query, key, _, dim, num_heads, weight, bias = args[:7]  # (N, B, D)
             q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
             q = F.linear(query, weight[:dim], q_bias).unflatten(2, (num_heads, -1))
             k = F.linear(key, weight[dim : 2 * dim], k_bias).unflatten(2, (num_heads, -1))
-            self.inputs.append((q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3)))
+            self.inputs.append(AttentionInput(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3)))
+        elif is_attention_softmax(func, args):
+            self.inputs.append(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def importance(query: Tensor, key: Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
+def importance(attention: AttentionInput | Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
     """Compute the attention of the output to each patch: (B, patches) float32, each row sums to one.
 
     Attention probabilities, averaged over heads and over the tokens that the head pools: the first with a class token,
-    else all patches, those after the P = num_prefix first tokens. Query and key are (B, heads, N, C), as they enter
-    the attention, rotary positions applied.
+    else all patches, those after the P = num_prefix first tokens. Query and key are as they enter the attention, rotary
+    positions applied; logits (B, heads, N, N) stand for both.
     """
-    pooled = query[:, :, :1] if class_token else query[:, :, num_prefix:]
-    scale = query.shape[-1] ** -0.5
-    # An image at a time: for the queries of all patches this is the full attention matrix.
-    images = zip(pooled.float(), key.float().transpose(-2, -1))
-    attention = torch.stack([(q @ k * scale).softmax(-1).mean((0, 1)) for q, k in images])[:, num_prefix:]
-    return attention / attention.sum(1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+    rows = slice(None, 1) if class_token else slice(num_prefix, None)
+    if isinstance(attention, Tensor):
+        probabilities = attention[:, :, rows].float().softmax(-1).mean((1, 2))[:, num_prefix:]
+    else:
+        scale = attention.query.shape[-1] ** -0.5
+        pooled = attention.query[:, :, rows].float()
+        bias = [None] * len(pooled) if attention.bias is None else _rows_of(attention.bias, rows, len(pooled))
+        # An image at a time: for the queries of all patches this is the full attention matrix.
+        images = zip(pooled, attention.key.float().transpose(-2, -1), bias)
+        logits = (q @ k * scale if b is None else q @ k * scale + b for q, k, b in images)
+        probabilities = torch.stack([values.softmax(-1).mean((0, 1)) for values in logits])[:, num_prefix:]
+    return probabilities / probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _rows_of(bias: Tensor, rows: slice, num_images: int) -> Tensor:
+    """The rows of a bias (B or 1, heads or 1, N or 1, N), one entry an image."""
+    bias = bias if bias.shape[2] == 1 else bias[:, :, rows]
+    return bias.float().expand(num_images, -1, -1, -1)
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -87,10 +112,10 @@ def _ranks(values: Tensor) -> Tensor:
 def _observe(
     model: nn.Module,
     images: Tensor,
-    record: Callable[[Tensor, Tensor, Tensor], None],
+    record: Callable[[Tensor, AttentionInput | Tensor], None],
     kwargs: Mapping[str, object],
 ) -> None:
-    """Run the unpruned model; after each block call record(tokens (B, N, D), query, key of its attention)."""
+    """Run the unpruned model; after each block call record(tokens (B, N, D), its attention)."""
     spec = modules_of(model).spec
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with _AttentionInputs() as attention:
@@ -98,11 +123,11 @@ def _observe(
         def observe(layer: int, x: Tensor) -> None:
             if len(attention.inputs) != 1:
                 raise ValueError(
-                    f"cropr.calibrate: block {layer} must call scaled_dot_product_attention once, called it "
-                    f"{len(attention.inputs)} times (timm: set fused attention; transformers: "
-                    "attn_implementation='sdpa')"
+                    f"cropr.calibrate: block {layer} must attend once (scaled_dot_product_attention, or a softmax over "
+                    f"(B, heads, N, N)), attended {len(attention.inputs)} times"
                 )
-            record(x, *attention.inputs.pop())
+            record(x, attention.inputs[0])
+            attention.inputs.clear()  # a softmax of `importance` may be among them
 
         handle = spec.blocks[0].register_forward_pre_hook(lambda block, args: attention.inputs.clear())
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
@@ -128,7 +153,7 @@ def calibrate(model: Model, images: Images, *, ridge: float = 1e-2, batch_size: 
     calibrated model serves all rates.
 
     Args:
-        model: pruned by `apply`, with attention through scaled_dot_product_attention; its backbone is only read.
+        model: pruned by `apply`; its backbone is only read.
         images: (images, C, H, W), preprocessed as for inference, or an iterable of such batches, or of tuples that
             start with one (a DataLoader). A few hundred are enough.
         ridge: regularization, as a share of the mean squared channel.
@@ -178,9 +203,9 @@ class _NormalEquations:
         tokens: list[Tensor] = []
         importances: list[Tensor] = []
 
-        def record(x: Tensor, query: Tensor, key: Tensor) -> None:
+        def record(x: Tensor, attention: AttentionInput | Tensor) -> None:
             tokens.append(x[:, spec.num_prefix :])
-            importances.append(importance(query, key, spec.num_prefix, class_token=spec.class_token))
+            importances.append(importance(attention, spec.num_prefix, class_token=spec.class_token))
 
         _observe(model, images.to(self.gram.device), record, kwargs)
         for layer in range(len(self.gram)):

@@ -9,7 +9,7 @@ from helpers.models import MODELS, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import calibration
-from cropr_kernels.calibration import importance
+from cropr_kernels.calibration import AttentionInput, importance
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.models.blocks import project_heads
 from cropr_kernels.utils import io
@@ -106,9 +106,25 @@ def test_calibration_is_deterministic_and_keeps_the_spread_of_several_queries():
 def test_importance_is_the_share_of_attention():
     query, key = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
     for class_token, rows in ((True, slice(0, 1)), (False, slice(2, None))):
-        share = importance(query, key, 2, class_token=class_token)
-        full = (query @ key.transpose(-2, -1) / 8**0.5).softmax(-1)[:, :, rows].mean((1, 2))[:, 2:]
-        torch.testing.assert_close(share, full / full.sum(1, keepdim=True))
+        for bias in (None, torch.randn(1, 3, 10, 10), torch.randn(2, 1, 1, 10)):
+            logits = query @ key.transpose(-2, -1) / 8**0.5
+            logits = logits if bias is None else logits + bias
+            full = logits.softmax(-1)[:, :, rows].mean((1, 2))[:, 2:]
+            for attention in (AttentionInput(query, key, bias), logits):
+                share = importance(attention, 2, class_token=class_token)
+                torch.testing.assert_close(share, full / full.sum(1, keepdim=True))
+
+
+def test_attention_that_is_written_out_gives_the_same_queries():
+    queries = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = cropr.apply(randomize(timm_vit()).eval(), rate=8)
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        cropr.calibrate(model, torch.randn(4, 3, 64, 64))
+        queries.append(torch.stack([module.query() for module in model.cropr]))
+    torch.testing.assert_close(*queries, rtol=1e-3, atol=1e-4)
 
 
 def test_unsupported_models_and_illegal_options_raise():
@@ -125,12 +141,11 @@ def test_unsupported_models_and_illegal_options_raise():
     windows = cropr.apply(reference_vit(), rate=1, llf=True, windows=cropr.Windows(4))
     with pytest.raises(ValueError, match="window attention are not supported"):
         cropr.calibrate(windows, torch.randn(1, 3, 64, 64))
-    unfused = cropr.apply(timm_vit(), rate=8)
-    for block in unfused.blocks:
-        block.attn.fused_attn = False
-    with pytest.raises(ValueError, match="block 0 must call scaled_dot_product_attention once, called it 0 times"):
-        cropr.calibrate(unfused, torch.randn(1, 3, 64, 64))
-    assert unfused.training
+    mute = cropr.apply(timm_vit(), rate=8)
+    mute.blocks[0].attn.forward = torch.nn.Identity().forward
+    with pytest.raises(ValueError, match=r"block 0 must attend once .*, attended 0 times"):
+        cropr.calibrate(mute, torch.randn(1, 3, 64, 64))
+    assert mute.training
 
 
 def test_agreement_is_that_of_the_deployed_model():

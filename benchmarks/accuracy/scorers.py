@@ -25,7 +25,7 @@ from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.selection import variance_scores
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, Row, environment
-from cropr_kernels.calibration import importance
+from cropr_kernels.calibration import AttentionInput, importance
 from cropr_kernels.models.blocks import project_heads
 from cropr_kernels.models.vit import ViT
 
@@ -69,7 +69,7 @@ def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[di
     x, _ = base.embed(images)
     for layer, block in enumerate(base.blocks):
         q, k, _ = project_heads(block.attn, block.norm1(x))
-        attended.append(importance(q, k, 1, class_token=True))
+        attended.append(importance(AttentionInput(q, k), 1, class_token=True))
         class_row = attention_of(q[:, :, :1], k, Context())[:, :, 0].mean(1)
         x = block(x)
         if layer < len(queries):

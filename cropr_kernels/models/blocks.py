@@ -174,8 +174,18 @@ def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
     return mask.gather(3, positions[:, None, None].expand(-1, *mask.shape[1:3], -1))
 
 
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def is_attention_softmax(func: object, args: Sequence[Any]) -> bool:
+    """Tell whether a call is the softmax of an attention that is written out, over logits (B, heads, N, N)."""
+    return func in SOFTMAX and bool(args) and args[0].ndim == 4 and args[0].shape[2] == args[0].shape[3]
+
+
 class SizeWeightedAttention(TorchFunctionMode):
-    """A mode in which scaled_dot_product_attention and nn.MultiheadAttention add log_sizes (B, K) to their logits.
+    """A mode in which attention adds log_sizes (B, K) to its logits.
+
+    Attention is scaled_dot_product_attention, nn.MultiheadAttention, or a softmax over (B, heads, K, K).
 
     So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention. With the
     positions (B, K) of the active tokens, the mask or bias of an attention is one for all N tokens.
@@ -211,6 +221,9 @@ class SizeWeightedAttention(TorchFunctionMode):
             if kwargs.get("key_padding_mask") is not None:
                 mask = mask + kwargs["key_padding_mask"]
             kwargs["key_padding_mask"] = mask
+        if self.log_sizes is not None and is_attention_softmax(func, args):
+            self.calls.append(True)
+            args = (args[0] + self.log_sizes.to(args[0].dtype)[:, None, None], *args[1:])
         return func(*args, **kwargs)
 
     def _attend(

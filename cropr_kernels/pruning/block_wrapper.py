@@ -60,9 +60,8 @@ class WrappedBlock:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
-                f"cropr: merging and padding need attention that calls scaled_dot_product_attention, and "
-                f"{self.cropr_base.__name__} does not (timm: fused attention; transformers: "
-                "attn_implementation='sdpa')"
+                f"cropr: merging and padding need attention by scaled_dot_product_attention or by a softmax over "
+                f"(B, heads, N, N), and {self.cropr_base.__name__} has none"
             )
         if cropr_inputs.full_map is None:
             return output

@@ -275,12 +275,20 @@ def test_options_out_of_range_raise():
 
 def test_blocks_that_cannot_weigh_tokens_raise():
     model = timm_vit()
-    model.blocks[1].attn.fused_attn = False
+    model.blocks[1].attn.forward = torch.nn.Identity().forward
     cropr.apply(model, rate=8, merge=True)
-    with pytest.raises(
-        ValueError, match=r"merging and padding need attention that calls scaled_dot_product_attention, and Block does"
-    ):
+    with pytest.raises(ValueError, match=r"merging and padding need attention by scaled_.*, and Block has none"):
         model(torch.randn(1, 3, 64, 64))
+
+
+@torch.no_grad()
+def test_attention_that_is_written_out_weighs_tokens_too():
+    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, merge=True)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_eva_attention_with_a_gate_raises():

@@ -275,7 +275,7 @@ def test_options_out_of_range_raise():
 
 def test_blocks_that_cannot_weigh_tokens_raise():
     model = timm_vit()
-    model.blocks[1].attn.forward = torch.nn.Identity().forward
+    model.blocks[1].attn.forward = lambda x, **kwargs: x
     cropr.apply(model, rate=8, merge=True)
     with pytest.raises(ValueError, match=r"merging and padding need attention by scaled_.*, and Block has none"):
         model(torch.randn(1, 3, 64, 64))

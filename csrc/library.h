@@ -82,11 +82,11 @@ constexpr Op kOps[] = {
      {{"num_prefix", "0", "K"}}},
     {"add_parents(Tensor x, Tensor parent) -> Tensor", {kX, {"parent", Types::kInt64, "BN"}}},
     // Ops of the engine: x is the residual buffer and changes in place, idx holds the active positions (None: all).
-    {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps, bool rms=False) -> Tensor",
      {kX, kIdx, kWeight, kBias}},
     {"add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", {kInPlace, kIdx, kUpdate, kGamma}},
     {"add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? bias,"
-     " float eps) -> Tensor",
+     " float eps, bool rms=False) -> Tensor",
      {kInPlace, kIdx, kUpdate, kGamma, kWeight, kBias}},
     {"add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, SymInt num_keep,"
      " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, Tensor(b!)? "

@@ -95,7 +95,8 @@ void with_update_types(const Residual& residual, const Tensor& update, const Bod
 }
 
 Returned gather_norm(
-    const Tensor& x, const OptionalTensor& idx, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+    const Tensor& x, const OptionalTensor& idx, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+    bool rms) {
   constexpr const Op& op = op_named("gather_norm");
   const Residual residual(op, check(op, {&x, ptr_or_null(idx), ptr_or_null(weight), ptr_or_null(bias)}), x, idx);
   const Tensor dense = with_dense_rows(x);
@@ -104,15 +105,14 @@ Returned gather_norm(
     using T = decltype(tag);
     const Rows<T> rows(dense);
     Channels<acc_t<T>> scale(weight), shift(bias);
-    const auto *scales = scale.data(), *shifts = shift.data();
+    const Norm<acc_t<T>> norm{scale.data(), shift.data(), eps, rms};
     T* out_rows = out.data<T>();
     parallel_for(0, residual.batch * residual.count, row_grain(2 * residual.dim), [&](int64_t begin, int64_t end) {
       Scratch<acc_t<T>> wide(residual.dim);
       for_each_image_range(begin, end, residual.count, [&](int64_t b, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           widen_row<T>(rows.image(b) + residual.position(b, i) * rows.stride_n, residual.dim, wide.data());
-          norm_row<T>(
-              wide.data(), scales, shifts, eps, residual.dim, out_rows + (b * residual.count + i) * residual.dim);
+          norm_row<T>(wide.data(), norm, residual.dim, out_rows + (b * residual.count + i) * residual.dim);
         }
       });
     });
@@ -130,7 +130,7 @@ void add_(Tensor x, const OptionalTensor& idx, const Tensor& update, const Optio
 
 Returned add_norm_(
     Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
   constexpr const Op& op = op_named("add_norm_");
   const Dims dims =
       check(op, {&x, ptr_or_null(idx), &update, ptr_or_null(gamma), ptr_or_null(weight), ptr_or_null(bias)});
@@ -139,11 +139,11 @@ Returned add_norm_(
   with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
     using T = decltype(tag);
     Channels<acc_t<T>> scale(weight), shift(bias);
-    const auto *scales = scale.data(), *shifts = shift.data();
+    const Norm<acc_t<T>> norm{scale.data(), shift.data(), eps, rms};
     T* out_rows = out.data<T>();
     const int64_t count = residual.count, dim = residual.dim;
     add_rows<T, decltype(update_tag)>(residual, updates, gamma, [&](int64_t b, int64_t i, const acc_t<T>* wide) {
-      norm_row<T>(wide, scales, shifts, eps, dim, out_rows + (b * count + i) * dim);
+      norm_row<T>(wide, norm, dim, out_rows + (b * count + i) * dim);
     });
   });
   return out.release();

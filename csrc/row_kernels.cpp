@@ -187,12 +187,12 @@ CROPR_INLINE A sum_of(const A* row, int64_t dim, const F& f) {
 }
 
 template <typename T>
-CROPR_INLINE void norm_body(
-    const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {
+CROPR_INLINE void norm_body(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {
   using A = acc_t<T>;
-  const A mean = sum_of(row, dim, [](auto v) { return v; }) / static_cast<A>(dim);
+  const A *weight = norm.weight, *bias = norm.bias;
+  const A mean = norm.rms ? A(0) : sum_of(row, dim, [](auto v) { return v; }) / static_cast<A>(dim);
   const A variance = sum_of(row, dim, [mean](auto v) { return (v - mean) * (v - mean); }) / static_cast<A>(dim);
-  const A scale = A(1) / std::sqrt(variance + static_cast<A>(eps));
+  const A scale = A(1) / std::sqrt(variance + static_cast<A>(norm.eps));
   if (weight != nullptr && bias != nullptr) {
     for (int64_t d = 0; d < dim; ++d) store_one(out + d, (row[d] - mean) * scale * weight[d] + bias[d]);
   } else {
@@ -225,9 +225,8 @@ CROPR_INLINE void norm_body(
       T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                              \
     add_body<T>(x, update, gamma, dim, wide);                                                                          \
   }                                                                                                                    \
-  CROPR_CLONES void norm_row_##suffix(                                                                                 \
-      const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {            \
-    norm_body<T>(row, weight, bias, eps, dim, out);                                                                    \
+  CROPR_CLONES void norm_row_##suffix(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {          \
+    norm_body<T>(row, norm, dim, out);                                                                                 \
   }                                                                                                                    \
   CROPR_CLONES void widen_row_##suffix(const T* row, int64_t dim, acc_t<T>* wide) {                                    \
     widen_body<T>(row, dim, wide);                                                                                     \
@@ -237,9 +236,8 @@ CROPR_INLINE void norm_body(
     add_row_##suffix(x, update, gamma, dim, wide);                                                                     \
   }                                                                                                                    \
   template <>                                                                                                          \
-  void norm_row<T>(                                                                                                    \
-      const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out) {            \
-    norm_row_##suffix(row, weight, bias, eps, dim, out);                                                               \
+  void norm_row<T>(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {                             \
+    norm_row_##suffix(row, norm, dim, out);                                                                            \
   }                                                                                                                    \
   template <>                                                                                                          \
   void widen_row<T>(const T* row, int64_t dim, acc_t<T>* wide) {                                                       \

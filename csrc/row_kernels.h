@@ -174,14 +174,21 @@ void dot_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t
 template <typename T>
 void weighted_sum(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out);
 
-// One row of the residual buffer, dim elements; gamma, weight and bias may be null.
+// One row of the residual buffer, dim elements; gamma may be null.
 // x += gamma * update, rounded once; wide receives the new row.
 template <typename T>
 void add_row(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide);
 
-// out = (row - mean) / sqrt(variance + eps) * weight + bias
+// A LayerNorm, out = (row - mean) / sqrt(variance + eps) * weight + bias, or an RMSNorm, the same with a mean of 0;
+// null for a weight of 1 or a bias of 0.
+template <typename A>
+struct Norm {
+  const A *weight, *bias;
+  double eps;
+  bool rms;
+};
 template <typename T>
-void norm_row(const acc_t<T>* row, const acc_t<T>* weight, const acc_t<T>* bias, double eps, int64_t dim, T* out);
+void norm_row(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out);
 
 // wide = row, in the accumulation type
 template <typename T>

@@ -24,11 +24,16 @@ WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of Vision Transf
 SIDES = [14, 24, 32, 96]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
 # Blocks that call the ops with other arguments: LayerScale and sizes of tokens; rotary positions;
-# fusion.
-_MODELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {}),
-    ({"init_values": 1e-5}, {"merge": True, "llf": "track_parent"}),
-    ({"rope": True, "swiglu": True, "qkv": "joint_eva", "global_pool": "avg"}, {"llf": "track_parent"}),
+# fusion; RMSNorm without and with LayerScale.
+_MODELS: list[tuple[dict[str, Any], type[torch.nn.Module], dict[str, Any]]] = [
+    ({}, torch.nn.LayerNorm, {}),
+    ({"init_values": 1e-5}, torch.nn.LayerNorm, {"merge": True, "llf": "track_parent"}),
+    (
+        {"rope": True, "swiglu": True, "qkv": "joint_eva", "global_pool": "avg"},
+        torch.nn.RMSNorm,
+        {"llf": "track_parent"},
+    ),
+    ({"init_values": 1e-5}, torch.nn.RMSNorm, {}),
 ]
 
 
@@ -96,10 +101,12 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
     with torch.device("meta"), torch.no_grad():
         images = torch.empty(2, 3, 16 * side, 16 * side, dtype=dtype)
         protect, padding = (torch.empty(2, side, side, dtype=torch.bool) for _ in range(2))
-        for architecture, pruning in _MODELS:
+        for architecture, norm, pruning in _MODELS:
             sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 3}
-            model = ViT(ViTConfig(num_classes=10, **sizes, **architecture)).to(dtype)
-            model = deployed_copy(cropr.apply(model, ratio=0.2, **pruning))
+            model = ViT(ViTConfig(num_classes=10, **sizes, **architecture))
+            for block in model.blocks:
+                block.norm1, block.norm2 = norm(width), norm(width)
+            model = deployed_copy(cropr.apply(model.to(dtype), ratio=0.2, **pruning))
             with _Launching():
                 model(images)
                 model(images, protect=protect)

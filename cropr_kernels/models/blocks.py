@@ -29,6 +29,25 @@ class TimmAttention(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
+class NormParameters(NamedTuple):
+    """The last arguments of `gather_norm` and `add_norm_`."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+
+def norm_parameters(norm: nn.LayerNorm | nn.RMSNorm, dtype: torch.dtype) -> NormParameters:
+    """Return the parameters of a norm over the width, PyTorch's or timm's, for tokens of this dtype."""
+    if isinstance(norm, nn.LayerNorm):
+        return NormParameters(norm.weight, norm.bias, norm.eps, rms=False)
+    eps = norm.eps
+    if eps is None:  # PyTorch takes that of the dtype it computes in
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return NormParameters(norm.weight, None, eps, rms=True)
+
+
 class Rotary(NamedTuple):
     """Rotary positions of the active tokens, by position: timm's table (patches, 2 C), or Hugging Face's pair."""
 

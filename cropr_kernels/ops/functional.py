@@ -212,9 +212,11 @@ def add_parents(x: Tensor, parent: Tensor) -> Tensor:
     return torch.ops.cropr.add_parents(x, parent)
 
 
-def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm of the rows at idx, (B, K, D); weight and bias are (D,) or None."""
-    return torch.ops.cropr.gather_norm(x, idx, weight, bias, eps)
+def gather_norm(
+    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> Tensor:
+    """LayerNorm of the rows at idx, (B, K, D), with rms their RMSNorm; weight and bias are (D,) or None."""
+    return torch.ops.cropr.gather_norm(x, idx, weight, bias, eps, rms)
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
@@ -235,9 +237,10 @@ def add_norm_(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    rms: bool = False,
 ) -> Tensor:
     """`add_`, then `gather_norm` of the rows it wrote: (B, K, D)."""
-    return torch.ops.cropr.add_norm_(x, idx, update, gamma, weight, bias, eps)
+    return torch.ops.cropr.add_norm_(x, idx, update, gamma, weight, bias, eps, rms)
 
 
 def add_select_(

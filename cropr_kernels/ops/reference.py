@@ -237,11 +237,16 @@ def _rows(x: Tensor, idx: Tensor | None) -> Tensor:
     return (x if idx is None else gather(x, idx)).to(accumulation_dtype(x.dtype))
 
 
-def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm of x[b, idx[b, i]]."""
+def gather_norm(
+    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> Tensor:
+    """LayerNorm of x[b, idx[b, i]], or with rms RMSNorm."""
     rows = _rows(x, idx)
-    affine = [None if vector is None else vector.to(rows.dtype) for vector in (weight, bias)]
-    return torch.nn.functional.layer_norm(rows, rows.shape[-1:], affine[0], affine[1], eps).to(x.dtype)
+    scale, shift = (None if vector is None else vector.to(rows.dtype) for vector in (weight, bias))
+    if not rms:
+        return torch.nn.functional.layer_norm(rows, rows.shape[-1:], scale, shift, eps).to(x.dtype)
+    normed = torch.nn.functional.rms_norm(rows, rows.shape[-1:], scale, eps)
+    return (normed if shift is None else normed + shift).to(x.dtype)
 
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
@@ -262,10 +267,11 @@ def add_norm_(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    rms: bool = False,
 ) -> Tensor:
     """add_, then gather_norm of the rows it wrote."""
     add_(x, idx, update, gamma)
-    return gather_norm(x, idx, weight, bias, eps)
+    return gather_norm(x, idx, weight, bias, eps, rms)
 
 
 def add_select_(

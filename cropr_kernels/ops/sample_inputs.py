@@ -7,9 +7,10 @@ import torch
 from .validation import OPS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Sizes by their letters in the table, and numbers that have no range.
+# Sizes by their letters in the table, numbers that have no range, and options.
 SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "T": 4, "C": 5, "F": 7, "P": 8, "H": 3}
-NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.5, "half": False, "offsets": False}
+NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.5}
+OPTIONS = {"half": False, "offsets": False, "rms": False}
 
 
 def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
     spec = OPS[op]
     sizes = SIZES | ({"C": 6} if op == "rotate_" else {}) | sizes
     args: dict[str, Any] = dict.fromkeys(spec.arguments)
-    args |= {name: value for name, value in NUMBERS.items() if name in args}
+    args |= {name: value for name, value in (NUMBERS | OPTIONS).items() if name in args}
     num_listed = 0
     order = torch.stack([torch.randperm(sizes["N"]) for _ in range(sizes["B"])])
     for input in spec.inputs:
@@ -40,7 +41,8 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
 
 
 def bare_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
-    """Return valid arguments without optional tensors; ops without positions act on all tokens."""
+    """Return valid arguments without optional tensors, all options on; ops without positions act on all tokens."""
     optional = OPS[op].optional
     sizes_of_all = {"K": (SIZES | sizes)["N"]} if "idx" in optional else {}
-    return legal_call(op, dtype, **sizes | sizes_of_all) | dict.fromkeys(optional)
+    args = legal_call(op, dtype, **sizes | sizes_of_all)
+    return args | dict.fromkeys(optional) | dict.fromkeys(OPTIONS.keys() & args, True)

@@ -13,10 +13,10 @@ functional form of the same.
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import Rotary
+from ..models.blocks import Rotary, norm_parameters
 from .masks import Masks
 from .state import PruningState, attention_log_sizes
 from .strategies import MergeStrategy, make_strategy
@@ -82,19 +82,19 @@ def _run_blocks(
         strategy = make_strategy(state.config, state.num_prefix, priorities, state.config.tracks_parents)
         strategy.prepare_(x)
     log_sizes = attention_log_sizes(masks, strategy, idx)
-    h = _norm(x, None, getattr(blocks[0].block, blocks[0].norm1))
+    h = ops.gather_norm(x, None, *norm_parameters(getattr(blocks[0].block, blocks[0].norm1), x.dtype))
     for layer, parts in enumerate(blocks):
         block = parts.block
         gamma1, gamma2 = parts.scales(block)
-        norm2 = getattr(block, parts.norm2)
+        norm2 = norm_parameters(getattr(block, parts.norm2), x.dtype)
         active_rotary = None if rotary is None else rotary._replace(idx=idx)
         update = parts.attend(getattr(block, parts.attn), h, active_rotary, log_sizes)
-        h = ops.add_norm_(x, idx, update, gamma1, norm2.weight, norm2.bias, norm2.eps)
+        h = ops.add_norm_(x, idx, update, gamma1, *norm2)
         update = getattr(block, parts.mlp)(h)
         if layer == state.last_layer:
             ops.add_(x, idx, update, gamma2)
             break
-        next_norm = getattr(blocks[layer + 1].block, blocks[layer + 1].norm1)
+        next_norm = norm_parameters(getattr(blocks[layer + 1].block, blocks[layer + 1].norm1), x.dtype)
         if strategy is not None and layer < len(counts) and counts[layer] < count:
             count = counts[layer]
             idx = strategy.reduce_(x, idx, update, gamma2, state.modules.scorer(layer).query(), count)
@@ -104,10 +104,10 @@ def _run_blocks(
             idx = None
             strategy = None
         else:
-            h = ops.add_norm_(x, idx, update, gamma2, next_norm.weight, next_norm.bias, next_norm.eps)
+            h = ops.add_norm_(x, idx, update, gamma2, *next_norm)
             continue
         log_sizes = attention_log_sizes(masks, strategy, idx)
-        h = _norm(x, idx, next_norm)
+        h = ops.gather_norm(x, idx, *next_norm)
     if strategy is not None and strategy.tracks_parents:  # no block sees the tokens that are restored
         return ops.add_parents(x, strategy.parent), None
     if idx is None:
@@ -115,7 +115,3 @@ def _run_blocks(
     if isinstance(strategy, MergeStrategy) and state.options.full:
         return ops.gather(x, strategy.final_positions()), idx
     return ops.gather(x, idx), idx
-
-
-def _norm(x: Tensor, idx: Tensor | None, norm: nn.LayerNorm) -> Tensor:
-    return ops.gather_norm(x, idx, norm.weight, norm.bias, norm.eps)

@@ -9,10 +9,7 @@ from .backbone import Backbone
 def token_norm(backbone: Backbone) -> nn.Module:
     """Return the last norm of the tokens; models that average over patches have it after the
     average."""
-    fc_norm = getattr(backbone, "fc_norm", None)
-    if isinstance(fc_norm, nn.LayerNorm) and not isinstance(backbone.norm, nn.LayerNorm):
-        return fc_norm
-    return backbone.norm
+    return getattr(backbone, "fc_norm", backbone.norm) if isinstance(backbone.norm, nn.Identity) else backbone.norm
 
 
 def patch_features(backbone: Backbone, images: Tensor, *, predict: bool) -> tuple[Tensor, list[Tensor]]:

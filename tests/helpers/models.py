@@ -17,6 +17,14 @@ def timm_vit(**options):
     return timm.models.vision_transformer.VisionTransformer(**{**SMALL, **options})
 
 
+def timm_model(name):
+    """Return a model of timm's registry, small."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    if not timm.is_model(name):
+        pytest.skip(f"not in timm {timm.__version__}: {name}")
+    return timm.create_model(name, **SMALL)
+
+
 def timm_eva(**options):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     eva = dict(use_rot_pos_emb=True, swiglu_mlp=True, mlp_ratio=2.0, ref_feat_shape=(4, 4))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import INTERPRETED, legal_call
+from helpers.cases import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -18,6 +18,7 @@ if INTERPRETED or torch.cuda.is_available():
 
 from benchmarks.kernels.mock_driver import mock_cuda
 from cropr_kernels.ops.extension import NAMES, replayed
+from cropr_kernels.ops.sample_inputs import bare_call, legal_call
 from cropr_kernels.ops.validation import OPS
 
 SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "T": 29, "C": 8, "P": 40}
@@ -37,11 +38,7 @@ def cases():
 
 
 def call_of(op, dtype, bare=False):
-    args = legal_call(op, dtype, **SIZES)
-    if bare:
-        args |= dict.fromkeys(OPS[op].optional)
-    if bare and "update" in args:
-        args["update"] = torch.randn(2, 37, 48).to(dtype)
+    args = (bare_call if bare else legal_call)(op, dtype, **SIZES)
     if "query" in args:
         args["query"] = args["query"][0].float()  # as a deployed module holds it: folded
     return args
@@ -101,6 +98,19 @@ def test_calls_that_differ_have_recorded_launches_of_their_own(cuda):
     met = [[cuda.ops.prune(*args) is not None and replayed() for args in calls] for _ in range(2)]
     assert met[0] == [False] * 8 + [True, False]  # the last but one is like the first
     assert met[1] == [True] * 9 + [False]  # PyTorch copies the last, so that its rows are aligned
+
+
+def test_norms_that_differ_have_recorded_launches_of_their_own(cuda):
+    x, update, weight = torch.randn(2, 9, 48), torch.randn(2, 9, 48), torch.randn(48)
+    kernels = []
+    for rms in (False, True) * 2:
+        with cuda.recording() as launched:
+            cuda.ops.gather_norm(x, None, weight, None, 1e-6, rms)
+            cuda.ops.add_norm_(x, None, update, None, weight, None, 1e-6, rms)
+        kernels.append([launch.function for launch in launched])
+    assert replayed()
+    assert kernels[0] == kernels[2] and kernels[1] == kernels[3]
+    assert not {*kernels[0]} & {*kernels[1]}
 
 
 def test_aliased_arguments_are_told_apart(cuda):

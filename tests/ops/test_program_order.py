@@ -112,7 +112,8 @@ def test_no_order_of_images_changes_a_result(backend, monkeypatch):
         kept, idx, *rest = backend.prune(x, query, 20, 1)
         buffer = x.clone()
         split = backend.add_select_(buffer, idx, update, None, query, 12, 1)
-        return [kept, idx, *rest, backend.gather_norm(x, idx, None, None, 1e-6), buffer, *split]
+        norms = [backend.gather_norm(x, idx, None, None, 1e-6, rms) for rms in (False, True)]
+        return [kept, idx, *rest, *norms, buffer, *split]
 
     expected = results()
     for module in ("utils", "residual"):

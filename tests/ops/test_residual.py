@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.cases import DTYPES, odd_layouts, same_bits, tokens
+from torch.nn.functional import rms_norm
 
 from cropr_kernels.ops import reference
 
@@ -59,12 +60,34 @@ def test_gather_norm_is_layer_norm_of_the_rows(backend, shape, dtype):
         torch.testing.assert_close(got, reference.gather_norm(x, idx, *parts, 1e-6), **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_with_rms_are_rms_norm_of_the_rows(backend, shape, scaled, dtype):
+    x, idx, update, gamma, weight, bias = problem(shape, dtype, backend.device)
+    gamma = gamma if scaled else None
+    added = x.clone()
+    backend.add_(added, idx, update, gamma)
+    rows = (added if idx is None else reference.gather(added, idx)).double()
+    for scale, shift in ((weight, None), (None, None), (weight, bias), (None, bias)):
+        expected = rms_norm(rows, rows.shape[-1:], None if scale is None else scale.double(), 1e-6)
+        expected = (expected if shift is None else expected + shift.double()).to(dtype)
+        changed = x.clone()
+        got = backend.add_norm_(changed, idx, update, gamma, scale, shift, 1e-6, True)
+        assert same_bits(changed, added)
+        for normed in (got, backend.gather_norm(added, idx, scale, shift, 1e-6, True)):
+            assert normed.dtype == dtype and normed.is_contiguous()
+            torch.testing.assert_close(normed, expected, **TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("layout", ["transposed", "batch inside", "every other column", "odd storage offset"])
 def test_gather_norm_takes_any_layout(backend, layout):
     x, idx, *_ = problem((2, 50, 96, 20), torch.float32, backend.device)
     odd = odd_layouts(x)[layout]
     flipped = idx.t().contiguous().t()
-    assert same_bits(backend.gather_norm(odd, flipped, None, None, 1e-6), backend.gather_norm(x, idx, None, None, 1e-6))
+    for rms in (False, True):
+        args = None, None, 1e-6, rms
+        assert same_bits(backend.gather_norm(odd, flipped, *args), backend.gather_norm(x, idx, *args))
 
 
 def test_the_norm_of_large_and_constant_rows_is_accurate(backend):
@@ -74,6 +97,10 @@ def test_the_norm_of_large_and_constant_rows_is_accurate(backend):
     got = backend.gather_norm(x, None, None, None, 1e-6)
     assert (got[0, 0] == 0).all() and got[0, 2].isnan().all()
     torch.testing.assert_close(got[0, 1], reference.gather_norm(x.double(), None, None, None, 1e-6)[0, 1].float())
+    x[0, 1] = 0
+    got = backend.gather_norm(x, None, None, None, 1e-6, True)
+    torch.testing.assert_close(got[0, 0], torch.ones_like(got[0, 0]))
+    assert (got[0, 1] == 0).all() and got[0, 2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -150,11 +150,12 @@ def is_rows(value):
     ],
 )
 def test_every_layout_is_summed_in_one_order(op, width, dtype):
-    call = legal_call(op, dtype, N=50, D=width, K=30, T=30, C=20, M=1)
-    plain = orders(op, call)
-    assert any(plain.values())
-    for name, view in views_of(call, op.endswith("_")):
-        assert orders(op, view) == plain, name
+    plain_call = legal_call(op, dtype, N=50, D=width, K=30, T=30, C=20, M=1)
+    for call in (plain_call, plain_call | {"rms": True}) if "rms" in plain_call else (plain_call,):
+        plain = orders(op, call)
+        assert any(plain.values())
+        for name, view in views_of(call, op.endswith("_")):
+            assert orders(op, view) == plain, name
 
 
 @pytest.mark.parametrize(("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")])

@@ -6,13 +6,21 @@ import re
 
 import pytest
 import torch
-from helpers.models import MODELS, randomize, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_eva, timm_model, timm_vit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
 
 pytestmark = pytest.mark.usefixtures("two_threads")
+
+
+def vit_with_rms_norms():
+    model = reference_vit(init_values=0.5)
+    for block in model.blocks:
+        block.norm1, block.norm2 = nn.RMSNorm(64), nn.RMSNorm(64, eps=1e-5, elementwise_affine=False)
+    return model
+
 
 ENGINE_MODELS = {
     **MODELS,
@@ -25,6 +33,10 @@ ENGINE_MODELS = {
     "timm EVA-02, half rotation": lambda: timm_eva(rope_rotate_half=True),
     "timm EVA-02, rope attention": lambda: timm_eva(attn_type="rope"),
     "timm EVA-02, registers": lambda: timm_eva(num_reg_tokens=3),
+    "reference, RMSNorm": vit_with_rms_norms,
+    "timm test_vit4, RmsNorm": lambda: timm_model("test_vit4"),
+    "timm AIMv2, RmsNorm": lambda: timm_model("aimv2_large_patch14_224"),
+    "timm EVA-02, RMSNorm": lambda: timm_eva(norm_layer=nn.RMSNorm, init_values=0.5, attn_only_layer_scale=True),
 }
 BLOCK_OPS = ("add_norm_", "add_select_")
 
@@ -74,7 +86,17 @@ def test_engine_unpruned_equals_the_model_itself(name):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT, registers", "timm EVA-02"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reference",
+        "reference, rotary",
+        "reference, RMSNorm",
+        "timm ViT, registers",
+        "timm AIMv2, RmsNorm",
+        "timm EVA-02",
+    ],
+)
 def test_the_engine_in_lower_precision_is_within_its_rounding(name, dtype, tolerance):
     # Unpruned, so that scores within rounding of each other cannot change the selection.
     fused = [{"rate": 8, "llf": "as_pruned"}, {"rate": 8, "llf": "track_parent"}] if dtype == torch.float32 else []
@@ -203,7 +225,7 @@ def test_unsupported_blocks_run_on_the_functional_ops_and_name_the_reason():
 
     for make, reason in (
         (hooked, "block 2: forward hooks on Block"),
-        (norm_replaced, "block 1: norm2 is Odd, not LayerNorm over the width"),
+        (norm_replaced, "block 1: norm2 is Odd, not LayerNorm or RMSNorm over the width"),
         (block_replaced, "block 3: torch.nn.modules.transformer.TransformerEncoderLayer is not a block it knows"),
         (lambda: timm_eva(use_post_norm=True), "block 0: timm.models.eva.EvaBlockPostNorm is not a block it knows"),
     ):
@@ -233,7 +255,14 @@ def test_engine_counts_the_flops_of_the_functional_ops():
 
 
 @pytest.mark.parametrize(
-    "name", ["timm ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference, rotary", "timm EVA-02"))]
+    "name",
+    [
+        "timm ViT",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("reference, rotary", "reference, RMSNorm", "timm EVA-02")
+        ),
+    ],
 )
 def test_the_engine_compiles_to_one_graph_and_copies_no_residual_buffer(name):
     torch._dynamo.reset()

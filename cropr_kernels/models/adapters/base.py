@@ -124,10 +124,11 @@ class EngineRefusal(Exception):
 
 def require_plain(parts: BlockParts) -> None:
     """Raise EngineRefusal if a block has other layers, hooks or parametrizations than its library gave it."""
+    norms = (nn.LayerNorm, nn.RMSNorm, *known_classes("timm.layers.norm", "LayerNorm", "RmsNorm"))
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
-        if type(norm).__name__ != "LayerNorm" or not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
-            raise EngineRefusal(f"{name} is {type(norm).__name__}, not LayerNorm over the width")
+        if type(norm) not in norms or len(norm.normalized_shape) != 1:
+            raise EngineRefusal(f"{name} is {type(norm).__name__}, not LayerNorm or RMSNorm over the width")
     for name in parts.opened:
         layer = getattr(getattr(parts.block, parts.attn), name, None)
         if layer is not None and type(layer) not in (nn.Linear, nn.LayerNorm, nn.Identity):

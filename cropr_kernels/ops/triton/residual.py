@@ -1,7 +1,7 @@
 """The residual buffer of the engine on CUDA: rows are read and written in place, in one pass each.
 
 A program holds a tile of full rows in registers: it adds the update, stores the rows, and computes
-the LayerNorm or the scores of the stored values. The last program of an image selects the kept
+the norm or the scores of the stored values. The last program of an image selects the kept
 tokens. A width is split into two powers of two, 768 = 512 + 256, so that no lane is idle.
 """
 
@@ -35,7 +35,7 @@ class Update(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm: weight and bias, (D,) or None, and eps."""
+    """A LayerNorm or RMSNorm: weight and bias, (D,) or None, and eps."""
 
     weight: Any
     bias: Any
@@ -92,9 +92,9 @@ def squares(value, mean, cols, dim):
 
 
 @triton.jit(do_not_specialize=["n", "count"])
-def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr):
-    """x[idx] += gamma * update (B, K, D), if given; out (B, K, D) = LayerNorm of x[idx], if
-    given."""
+def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr, RMS: tl.constexpr):
+    """x[idx] += gamma * update (B, K, D), if given; out (B, K, D) = LayerNorm of x[idx], or with
+    RMS its RMSNorm, if given."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, update.ptr is None)
@@ -105,10 +105,12 @@ def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.cons
         rest_cols = BLOCKS.first + tl.arange(0, BLOCKS.rest)
         rest = load_rows(x_ptr, update, flat, rest_cols, valid, dim, ACC)
     if out_ptr is not None:
-        total = tl.sum(value, axis=1)
-        if BLOCKS.rest > 0:
-            total += tl.sum(rest, axis=1)
-        mean = total / dim
+        mean = tl.zeros((BLOCKS.rows,), ACC)
+        if not RMS:
+            total = tl.sum(value, axis=1)
+            if BLOCKS.rest > 0:
+                total += tl.sum(rest, axis=1)
+            mean = total / dim
         spread = squares(value, mean, cols, dim)
         if BLOCKS.rest > 0:
             spread += squares(rest, mean, rest_cols, dim)
@@ -148,7 +150,7 @@ def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _launch_add_norm(x, idx, update, norm, out):
+def _launch_add_norm(x, idx, update, norm, out, rms=False):
     batch, n, dim = x.shape
     count = n if idx is None else idx.shape[1]
     if not (batch and count and dim):
@@ -156,16 +158,18 @@ def _launch_add_norm(x, idx, update, norm, out):
     blocks = row_blocks(dim, x.dtype)
     launch(
         add_norm_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), _dense(idx), update, norm, out, n, count, blocks, **STREAM,
+        rows_of(x), _dense(idx), update, norm, out, n, count, blocks, rms, **STREAM,
     )  # fmt: skip
 
 
-def gather_norm(x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def gather_norm(
+    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> Tensor:
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read
     nothing."""
-    dims = check("gather_norm", x, idx, weight, bias, eps)
+    dims = check("gather_norm", x, idx, weight, bias, eps, rms)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
-    _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out)
+    _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out, rms)
     return out
 
 
@@ -176,12 +180,12 @@ def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) ->
     _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
 
 
-def add_norm_(x, idx, update, gamma, weight, bias, eps):
+def add_norm_(x, idx, update, gamma, weight, bias, eps, rms=False):
     """Launch cropr::add_norm_; positions as in add_."""
-    check("add_norm_", x, idx, update, gamma, weight, bias, eps)
+    check("add_norm_", x, idx, update, gamma, weight, bias, eps, rms)
     out = x.new_empty(update.shape)
     parts = Update(aligned_rows(update.contiguous()), _dense(gamma)), Norm(_dense(weight), _dense(bias), eps)
-    _launch_add_norm(x, idx, *parts, out)
+    _launch_add_norm(x, idx, *parts, out, rms)
     return out
 
 

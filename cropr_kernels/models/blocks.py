@@ -38,14 +38,14 @@ class NormParameters(NamedTuple):
     rms: bool
 
 
-def norm_parameters(norm: nn.LayerNorm | nn.RMSNorm, dtype: torch.dtype) -> NormParameters:
-    """Return the parameters of a norm over the width, PyTorch's or timm's, for tokens of this dtype."""
+def norm_parameters(norm: nn.Module, dtype: torch.dtype) -> NormParameters:
+    """Return the parameters of a norm over the width, a LayerNorm or any RMSNorm, for tokens of this dtype."""
     if isinstance(norm, nn.LayerNorm):
         return NormParameters(norm.weight, norm.bias, norm.eps, rms=False)
-    eps = norm.eps
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if eps is None:  # PyTorch takes that of the dtype it computes in
         eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return NormParameters(norm.weight, None, eps, rms=True)
+    return NormParameters(getattr(norm, "weight", None), None, eps, rms=True)
 
 
 class Rotary(NamedTuple):

@@ -92,6 +92,7 @@ class BlockParts:
     attn: str
     attend: Attend
     scales: Scales
+    norm_classes: tuple[type, ...] = ()  # classes of norms that probing has seen to be LayerNorm or RMSNorm
     opened: tuple[str, ...] = ()  # modules of the attention that `attend` uses without their forward
     mlp: str = "mlp"
 
@@ -124,10 +125,10 @@ class EngineRefusal(Exception):
 
 def require_plain(parts: BlockParts) -> None:
     """Raise EngineRefusal if a block has other layers, hooks or parametrizations than its library gave it."""
-    norms = (nn.LayerNorm, nn.RMSNorm, *known_classes("timm.layers.norm", "LayerNorm", "RmsNorm"))
+    norms = (nn.LayerNorm, nn.RMSNorm, *known_classes("timm.layers.norm", "LayerNorm", "RmsNorm"), *parts.norm_classes)
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
-        if type(norm) not in norms or len(norm.normalized_shape) != 1:
+        if type(norm) not in norms or len(getattr(norm, "normalized_shape", (0,))) != 1:
             raise EngineRefusal(f"{name} is {type(norm).__name__}, not LayerNorm or RMSNorm over the width")
     for name in parts.opened:
         layer = getattr(getattr(parts.block, parts.attn), name, None)

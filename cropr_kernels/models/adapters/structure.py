@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, SizeWeightedAttention, mask_at, rotary_at
+from ..blocks import Rotary, SizeWeightedAttention, mask_at, norm_parameters, rotary_at
 from ..probing import (
     Args,
     BlockCall,
@@ -215,15 +215,21 @@ def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
     gamma1, gamma2 = parts.scales(block)
     try:
-        update = parts.attend(getattr(block, parts.attn), getattr(block, parts.norm1)(call.x), rotary, None)
+        h = _normalize(call.x, getattr(block, parts.norm1))
+        update = parts.attend(getattr(block, parts.attn), h, rotary, None)
         x = call.x + (update if gamma1 is None else update * gamma1)
-        update = getattr(block, parts.mlp)(getattr(block, parts.norm2)(x))
+        update = getattr(block, parts.mlp)(_normalize(x, getattr(block, parts.norm2)))
         x = x + (update if gamma2 is None else update * gamma2)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # modules of other roles than their names say
         return False
     if x.shape != call.tokens.shape:
         return False
     return _is_close(x, call.tokens, call)
+
+
+def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """Normalize x (B, N, D) as the engine does."""
+    return torch.ops.cropr.gather_norm(x, None, *norm_parameters(norm, x.dtype))
 
 
 def parts_of(block: nn.Module) -> BlockParts:
@@ -258,6 +264,7 @@ def parts_of(block: nn.Module) -> BlockParts:
         attentions[0],
         attend,
         partial(_factors_at, tuple(factors)),
+        norm_classes=(type(children[norms[0]]), type(children[norms[1]])),
         mlp=mlps[0],
     )
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..utils.optional import import_optional
-from .adapters import find_spec
 from .vit import PRESETS, create_vit
 from .weights import (
     TORCHVISION,
@@ -70,7 +69,6 @@ def create_model(name: str, *, pretrained: bool = False, arch: str = "", **optio
     Raises:
         ValueError: the name or an option is not known, or a file cannot be read.
         FileNotFoundError: there is no such file.
-        TypeError: it is not a model that can be pruned, and does not take the options.
         ImportError: the library of the model is not installed.
     """
     source = model_source(name, pretrained=pretrained)
@@ -93,8 +91,6 @@ def create_model(name: str, *, pretrained: bool = False, arch: str = "", **optio
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
-        with torch.device("meta"):
-            find_spec(create())  # raises if it is no Vision Transformer
         raise ValueError(f"{purpose} takes no such option: {error}") from error
 
 

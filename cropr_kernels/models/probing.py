@@ -1,25 +1,22 @@
-"""A specification by probing: what a few forwards of an unknown model show, without a list of names.
+"""Blocks and patch grid of an unknown model, from a few of its forwards.
 
 One forward finds the blocks: modules of one class, each called with the tokens (B, N, D) that the one before returned.
-A second one stops before them: tokens that are the same for two images are no patches, and the corners of an image tell
-the grid. In the last ones the blocks return chosen tokens: whatever changes the output is what the head reads.
+Others stop before them: tokens that are the same for two images are no patches, and the corners of an image tell the
+grid.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 Forward = Callable[[Tensor], object]  # images -> output of the model
-Pooling = Literal["token", "average", "other"]
 
 
 class ProbeError(ValueError):
@@ -53,19 +50,6 @@ class Layout:
     grid: tuple[int, int]  # patches in height and width; of a video, those of its frames below each other
     frames: int
     in_order: bool  # patches stand in the order of the rows of the image
-
-
-@dataclass(frozen=True)
-class HeadReads:
-    """The tokens after the last block that the output of a model depends on."""
-
-    class_token: bool  # the pooled output reads the first token
-    pooling: Pooling  # of the patches
-    returns_tokens: bool  # some output depends on the patches
-    needs_map: bool  # it fails without all patches
-    norm: nn.Module | None  # the module that reads the tokens after the last block and returns (B, N, D)
-    map_layers: tuple[int, ...]  # blocks whose output it reads past the next block
-    num_classes: int
 
 
 def tokens_of(output: object) -> Tensor:
@@ -279,161 +263,6 @@ def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:
         handle.remove()
         torch.random.set_rng_state(state)
     return entered[0]
-
-
-@contextmanager
-def _returning(calls: list[BlockCall], outputs: list[Tensor]) -> Iterator[None]:
-    """Let each block return chosen tokens, whatever enters it."""
-    own = [vars(call.block).get("forward") for call in calls]
-    try:
-        for call, tokens in zip(calls, outputs):
-            output = call.with_tokens(tokens)
-            call.block.forward = partial(_constant, output)  # type: ignore[method-assign]
-        yield
-    finally:
-        for call, forward in zip(calls, own):
-            del call.block.forward
-            if forward is not None:
-                call.block.forward = forward  # type: ignore[method-assign]
-
-
-def _constant(value: object, *args: object, **kwargs: object) -> object:
-    return value
-
-
-def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall], layout: Layout) -> HeadReads:
-    """Find what the head reads: which tokens, and of which blocks, change the output of the model.
-
-    Args:
-        model: runs the blocks.
-        forward: runs it.
-        images: (1, C, H, W).
-        calls: of its blocks.
-        layout: of its tokens.
-    """
-    prefix = layout.num_prefix
-    depth = len(calls)
-    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, those from 4 on in the output of one earlier
-    # block.
-    count = depth + 3
-    outputs = [call.tokens[:1].repeat(count, 1, 1) for call in calls]
-    outputs[-1][2, 0] = outputs[-1][2, 0].roll(1)
-    outputs[-1][3, -1] = outputs[-1][3, -1].roll(1)
-    for layer in range(depth - 1):
-        outputs[layer][4 + layer] = outputs[layer][4 + layer].roll(1, -1)
-    with _returning(calls, outputs):
-        output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
-    pooled = pooled_output(output)
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)]
-    leaves = [leaf for leaf in leaves if not _differs(leaf, 1)]  # others are random
-    reads_patches = pooled is not None and _differs(pooled, 3)
-    returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
-    class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
-    map_layers = [layer for layer in range(depth - 1) if any(_differs(leaf, 4 + layer) for leaf in leaves)]
-    norm = _module_after(model, forward, images, calls)
-    pooling: Pooling = "token"
-    needs_map = False
-    half = prefix + (calls[0].x.shape[1] - prefix + 1) // 2
-    fewer = [call.tokens[:1, :half] for call in calls]
-    try:
-        with _returning(calls, fewer):
-            without = pooled_output(forward(images))
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        needs_map = True
-        without = None
-    if reads_patches and not needs_map:
-        pooling = "average" if _averages(norm, forward, images, calls, (prefix, half), without) else "other"
-    elif reads_patches:
-        pooling = "other"
-    return HeadReads(
-        class_token,
-        pooling,
-        returns_tokens,
-        needs_map,
-        norm,
-        tuple(map_layers),
-        _num_classes(model, output),
-    )
-
-
-def pooled_output(output: object) -> Tensor | None:
-    """Return the logits (B, classes) or pooled features (B, D) of an output, if it has any."""
-    if isinstance(output, Tensor):
-        return output if output.ndim == 2 else None
-    for name in ("logits", "image_embeds", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value if value.ndim == 2 else None
-    return None
-
-
-def _num_classes(model: nn.Module, output: object) -> int:
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.ndim == 2:
-        return logits.shape[1]
-    return getattr(model, "num_classes", 0) if isinstance(output, Tensor) else 0
-
-
-def _differs(batch: Tensor, i: int) -> bool:
-    """Tell whether image i of a batch differs from the first one by more than rounding."""
-    if not batch.is_floating_point():
-        return not torch.equal(batch[i], batch[0])
-    scale = batch[0].abs().max() + batch[i].abs().max()
-    return bool((batch[i] - batch[0]).abs().max() > 4 * torch.finfo(batch.dtype).eps * scale)
-
-
-def _module_after(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall]) -> nn.Module | None:
-    """Return the module that reads the tokens after the last block, and returns as many, if there is one."""
-    tokens = calls[-1].tokens[:1].clone()
-    found: list[nn.Module] = []
-
-    def after(module: nn.Module, args: Args, output: object) -> None:
-        if args and args[0] is tokens and isinstance(output, Tensor) and output.shape == tokens.shape:
-            found.append(module)
-
-    blocks = {id(module) for call in calls for module in call.block.modules()}
-    candidates = [module for module in model.modules() if id(module) not in blocks]
-    handles = [module.register_forward_hook(after) for module in candidates]
-    try:
-        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
-            forward(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def _averages(
-    norm: nn.Module | None,
-    forward: Forward,
-    images: Tensor,
-    calls: list[BlockCall],
-    patches: tuple[int, int],
-    without: Tensor | None,
-) -> bool:
-    """Tell whether tokens that are the mean of the patches before them count as none."""
-    tokens = calls[-1].tokens[:1].clone()
-
-    def level(module: nn.Module | None, args: Args, output: Tensor) -> Tensor:
-        start, stop = patches
-        mean = output[:, start:stop].mean(1, keepdim=True)
-        return torch.cat([output[:, :stop], mean.expand(-1, output.shape[1] - stop, -1)], 1)
-
-    handle = None
-    if norm is None:
-        tokens = level(norm, (), tokens)
-    else:
-        handle = norm.register_forward_hook(level)
-    try:
-        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
-            pooled = pooled_output(forward(images))
-    finally:
-        if handle is not None:
-            handle.remove()
-    if pooled is None or without is None or pooled.shape != without.shape:
-        return False
-    tolerance = 20 * torch.finfo(pooled.dtype).eps
-    return bool((pooled - without).abs().max() <= tolerance * without.abs().max())
 
 
 def pixels_entered(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..blocks import Rotary
-from ..probing import Pooling
+from ..head_probing import Pooling
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
 def parts(block: nn.Module) -> BlockParts | None:
     if base_class(block) is not Block:
         return None
-    return BlockParts(block, "norm1", "norm2", "attn", attend, scales, ("qkv",))
+    return BlockParts(block, "norm1", "norm2", "attn", attend, scales, opened=("qkv",))
 
 
 def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Rotary, SizeWeightedAttention, mask_at, norm_parameters, rotary_at
+from ..head_probing import read_head
 from ..probing import (
     Args,
     BlockCall,
@@ -20,7 +21,6 @@ from ..probing import (
     find_layout,
     pixels_entered,
     probing,
-    read_head,
     tokens_of,
 )
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class, pair
@@ -192,9 +192,8 @@ def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tup
     for layer, call in enumerate(calls):
         try:
             parts = parts_of(call.block)
-            others = [value for value in call.args if isinstance(value, Tensor)]
-            others += [value for name, value in call.kwargs.items() if _is_mask(name, value)]
-            if others:
+            others = [value for name, value in call.kwargs.items() if name not in ROTARY_TABLES]
+            if any(isinstance(value, Tensor) for value in (*call.args, *others)):
                 raise EngineRefusal("its blocks take a mask")
             if not _computes(parts, call, num_prefix):
                 raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
@@ -202,10 +201,6 @@ def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tup
             return None, f"block {layer}: {refusal}"
         blocks.append(parts)
     return blocks, ""
-
-
-def _is_mask(name: str, value: object) -> bool:
-    return name not in ROTARY_TABLES and isinstance(value, Tensor)
 
 
 def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:

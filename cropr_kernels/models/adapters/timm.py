@@ -38,7 +38,7 @@ def parts(block: nn.Module) -> BlockParts | None:
         raise EngineRefusal("attention shares keys between heads")
     if not getattr(attn, "fused_attn", True):
         raise EngineRefusal("attention does not call scaled_dot_product_attention")
-    return BlockParts(block, "norm1", "norm2", "attn", attend, block_scales, ("qkv",))
+    return BlockParts(block, "norm1", "norm2", "attn", attend, block_scales, opened=("qkv",))
 
 
 def _eva_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:

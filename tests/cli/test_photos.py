@@ -232,11 +232,26 @@ def write_shard(path, members):
 def test_names_of_a_shard_are_kept_apart(model, tmp_path):
     shards, photo = tmp_path / "shards", PHOTO.read_bytes()
     shards.mkdir()
-    members = [("a.1.jpg", photo), ("a.2.jpg", b"no photo"), ("b.jpg", photo), ("b.jpg", photo), ("b.png", b""), ("c.cls", b"3")]
+    members = [
+        ("a.1.jpg", photo),
+        ("a.2.jpg", b"no photo"),
+        ("b.jpg", photo),
+        ("b.jpg", photo),
+        ("b.png", b""),
+        ("c.cls", b"3"),
+    ]
     write_shard(shards / "0.tar", [*members, ("../../evil.jpg", photo), (".hidden.jpg", photo), ("README", b"")])
     assert cli.main(infer(model, shards, tmp_path / "out")) == 0
     rows = rows_of(tmp_path / "out")
-    assert sorted(row["name"] for row in rows) == ["../../evil.jpg", "a.1.jpg", "a.2.jpg", "b.jpg", "b.jpg", "b.png", "c"]
+    assert sorted(row["name"] for row in rows) == [
+        "../../evil.jpg",
+        "a.1.jpg",
+        "a.2.jpg",
+        "b.jpg",
+        "b.jpg",
+        "b.png",
+        "c",
+    ]
     assert {row["name"] for row in rows if row["error"]} == {"a.2.jpg", "b.png", "c"}
 
 

@@ -139,7 +139,8 @@ def test_a_photo_is_read_as_timm_reads_it():
         for path in PHOTOS.glob("*.jpg"):
             with Image.open(path) as photo:
                 expected = transform(photo.convert("RGB"))
-            assert torch.equal(images.load_photo(path, size, **options, squash=mode == "squash"), expected)
+            photo = images.load_photo(path, size, **options, squash=mode == "squash")
+            assert torch.equal(photo, expected) and photo.is_contiguous()
 
 
 def test_infer_equals_the_transform_and_model_of_timm(tmp_path):

@@ -67,28 +67,24 @@ def test_schedules_that_do_not_fit_raise(call, message):
 
 
 NUMBERS = {  # of every option that is one
-    "schedule: rate": (lambda value: Schedule(rate=value), int),
-    "schedule: keep[1]": (lambda value: Schedule(keep=[100, value]), int),
-    "schedule: const[0]": (lambda value: Schedule(const=(value, 100)), int),
-    "schedule: const[1]": (lambda value: Schedule(const=(1, value)), int),
-    "schedule: ratio": (lambda value: Schedule(ratio=value), float),
-    "schedule: share": (lambda value: Schedule(rate=8, share=value), float),
-    "Merge: candidates": (lambda value: Merge(candidates=value), float),
-    "Merge: size_weight": (lambda value: Merge(size_weight=value), float),
-    "Fusion: blocks": (lambda value: Fusion(blocks=value), int),
-    "Windows: size": (lambda value: Windows(value), int),
-    "Windows: global_blocks[0]": (lambda value: Windows(4, (value,)), int),
+    "schedule: rate must be an integer >= 0": (lambda value: Schedule(rate=value), int),
+    "schedule: keep must be integers >= 1": (lambda value: Schedule(keep=[100, value]), int),
+    "schedule: const must be integers >= 1": (lambda value: Schedule(const=(value, 100)), int),
+    "schedule: ratio must be a number in (0, 1]": (lambda value: Schedule(ratio=value), float),
+    "schedule: share must be a number in [0, 1]": (lambda value: Schedule(rate=8, share=value), float),
+    "Merge: candidates must be a number that is finite and >= 1": (lambda value: Merge(candidates=value), float),
+    "Merge: size_weight must be a number that is finite and >= 0": (lambda value: Merge(size_weight=value), float),
+    "Fusion: blocks must be an integer >= 0": (lambda value: Fusion(blocks=value), int),
+    "Windows: size must be an integer >= 1": (lambda value: Windows(value), int),
+    "Windows: global_blocks must be integers >= 0": (lambda value: Windows(4, (value,)), int),
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_other_values_than_numbers_are_named(name):
     make, kind = NUMBERS[name]
-    illegal = [True, "8", 1j, [8], float("nan"), np.bool_(1), *([3.5, 8.0, np.float64(8)] if kind is int else [])]
-    for value in illegal:
-        with pytest.raises(
-            ValueError, match=rf"^{re.escape(name)} must be an? (integer|number) .*, got {re.escape(repr(value))}$"
-        ):
+    for value in (True, "8", 1j, [8], float("nan"), np.bool_(1), *([3.5, 8.0, np.float64(8)] if kind is int else [])):
+        with pytest.raises(ValueError, match="^" + re.escape(f"{name}, got {value!r}")):
             make(value)
 
 
@@ -106,8 +102,8 @@ def test_numbers_of_numpy_become_those_of_python(name):
 def test_lists_of_other_values_are_named_also_in_files(value, tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps({"keep": value}))
-    with pytest.raises(ValueError, match=rf"schedule: keep in {path}(\[\d\])? must be an? .*integers? >= 1, got "):
+    with pytest.raises(ValueError, match=rf"schedule: keep in {path} must be integers >= 1, got "):
         Schedule(keep=path)
     for make in (lambda: Schedule(const=value), lambda: Windows(4, value)):
-        with pytest.raises(ValueError, match=r"must be an? .*integer|give exactly one of .* got none"):
+        with pytest.raises(ValueError, match=r"must be integers >= [01], got |give exactly one of .* got none"):
             make()

@@ -2,20 +2,29 @@
 
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def _is_integer(value: object, minimum: int) -> TypeGuard[Integral]:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def integer(name: str, value: object, minimum: int) -> int:
     """Return an integer; raises ValueError, with the name, for any other value, such as 3.5, True or "8"."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+    if not _is_integer(value, minimum):
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return int(value)
 
 
 def integers(name: str, values: object, minimum: int) -> tuple[int, ...]:
-    """Return several integers; raises the error of `integer` for one that is none, and for a value alone."""
+    """Return several integers; raises ValueError, with the name, for any other value, and for one alone."""
     if not isinstance(values, Iterable) or isinstance(values, str):
-        raise ValueError(f"{name} must be a list of integers >= {minimum}, got {values!r}")
-    return tuple(integer(f"{name}[{index}]", value, minimum) for index, value in enumerate(values))
+        raise ValueError(f"{name} must be integers >= {minimum}, got {values!r}")
+    listed = [*values]
+    for index, value in enumerate(listed):
+        if not _is_integer(value, minimum):
+            raise ValueError(f"{name} must be integers >= {minimum}, got {value!r} at index {index}")
+    return tuple(map(int, listed))
 
 
 def number(name: str, value: object, allowed: str, holds: Callable[[float], bool]) -> float:

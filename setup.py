@@ -11,6 +11,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def is_foreign(cache: Path, source: Path) -> bool:
+    """Tell whether CMake would refuse its cache: of another tree, as in a copy, or of tools that are gone."""
+    values = dict(line.partition("=")[::2] for line in cache.read_text().splitlines())
+    folders = {"CMAKE_HOME_DIRECTORY:INTERNAL": source, "CMAKE_CACHEFILE_DIR:INTERNAL": cache.parent}
+    tools = ("CMAKE_MAKE_PROGRAM:FILEPATH", "CMAKE_CXX_COMPILER:FILEPATH")
+    return any(values.get(name) != folder.as_posix() for name, folder in folders.items()) or not all(
+        Path(values.get(tool, "")).exists() for tool in tools
+    )
+
+
 class CMakeBuild(build_ext):
     """Configure, build and install one CMake project into setuptools' build folder."""
 
@@ -27,6 +37,9 @@ class CMakeBuild(build_ext):
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and is_foreign(cache, source):
+            shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
         # cmake and ninja from this environment come first, also where it is not activated.
         environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")}

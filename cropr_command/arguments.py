@@ -134,6 +134,7 @@ def _add_map(commands: Commands) -> None:
     add_arguments(parser, "--queries", "--rate", "--llf", "--merge", "--quiet")
     add_pixels(parser)
     parser.add_argument("images", type=Path, nargs="+", help="photos, or folders of them")
+    parser.add_argument("--limit", type=count, default=16, help="photos to draw, at most (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("maps"), help="folder to write to (default: maps)")
     parser.set_defaults(run="map.run", after_stop="the pictures named above are complete; the same command starts over")
 

@@ -99,6 +99,7 @@ def export(
         raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
     warn_of_random_queries(model, "cropr.export")
     wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
+    images = images.contiguous()  # AOTInductor compiles for these strides
     example = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
     dynamic_shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None
     program = torch.export.export(wrapped, (example,), dynamic_shapes=dynamic_shapes)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .utils.numbers import integer, integers, number
+
 SCHEDULES = ("rate", "keep", "ratio", "const")  # alternatives
 
 
@@ -42,7 +44,8 @@ class Schedule:
         share: in [0, 1], of the pruned tokens that are pruned; of the rate, if there is one.
 
     Raises:
-        ValueError: not exactly one is given, it is out of range, or the file holds no schedule.
+        ValueError: not exactly one is given, it is out of range or no number of its kind, or the file holds no
+            schedule.
         FileNotFoundError: there is no such file.
     """
 
@@ -58,17 +61,19 @@ class Schedule:
             raise ValueError(
                 f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(names) or 'none'}"
             )
-        if self.rate is not None and self.rate < 0:
-            raise ValueError(f"schedule: rate must be >= 0, got {self.rate}")
-        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
-            raise ValueError(f"schedule: ratio must be in (0, 1], got {self.ratio}")
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"schedule: share must be in [0, 1], got {self.share}")
-        for name in ("keep", "const"):  # as tuples, which can be hashed
-            counts = getattr(self, name)
-            if counts is not None:
-                counts = _read_counts(Path(counts)) if isinstance(counts, str | Path) else counts
-                object.__setattr__(self, name, tuple(counts))
+        values: dict[str, object] = {"share": number("schedule: share", self.share, "in [0, 1]", lambda x: 0 <= x <= 1)}
+        if self.rate is not None:
+            values["rate"] = integer("schedule: rate", self.rate, 0)
+        if self.ratio is not None:
+            values["ratio"] = number("schedule: ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
+        if isinstance(self.keep, str | Path):
+            values["keep"] = integers(f"schedule: keep in {self.keep}", _read_counts(Path(self.keep)), 1)
+        elif self.keep is not None:
+            values["keep"] = integers("schedule: keep", self.keep, 1)
+        if self.const is not None:
+            values["const"] = integers("schedule: const", self.const, 1)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int = 1, llf: int = 0) -> list[int]:
         """Kept tokens after each module, prefix included.
@@ -133,11 +138,8 @@ class Schedule:
         return schedule + ("" if self.share == 1.0 else f", {self.share:.0%} of it")
 
 
-def _read_counts(path: Path) -> list[int]:
+def _read_counts(path: Path) -> object:
     try:
-        counts = json.loads(path.read_text())["keep"]
+        return json.loads(path.read_text())["keep"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"schedule: {path} holds no schedule: {error}") from error
-    if not (isinstance(counts, list) and all(isinstance(count, int) for count in counts)):
-        raise ValueError(f"schedule: keep in {path} must be a list of integers, got {counts}")
-    return counts

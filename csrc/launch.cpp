@@ -233,13 +233,16 @@ bool replayed() {
 }
 
 void load_driver(const std::string& path) {
-  void* cuda = dlopen(path.c_str(), RTLD_LAZY);
-  if (cuda == nullptr) fail("cropr: the CUDA driver does not load: ", dlerror());
-  look_up(driver.launch, cuda, "cuLaunchKernel");
-  look_up(driver.fill, cuda, "cuMemsetD8Async");
-  look_up(driver.describe, cuda, "cuGetErrorString");
-  void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (torch != nullptr) look_up(driver.stream, torch, "aoti_torch_get_current_cuda_stream");
+  static std::once_flag loaded;  // later calls change nothing that other threads read
+  std::call_once(loaded, [&path] {
+    void* cuda = dlopen(path.c_str(), RTLD_LAZY);
+    if (cuda == nullptr) fail("cropr: the CUDA driver does not load: ", dlerror());
+    look_up(driver.launch, cuda, "cuLaunchKernel");
+    look_up(driver.fill, cuda, "cuMemsetD8Async");
+    look_up(driver.describe, cuda, "cuGetErrorString");
+    void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (torch != nullptr) look_up(driver.stream, torch, "aoti_torch_get_current_cuda_stream");
+  });
 }
 
 STABLE_TORCH_LIBRARY(cropr_replay, library) {

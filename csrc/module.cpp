@@ -33,7 +33,8 @@ std::string instruction_set() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Without the GIL, too: kernels have no state, and launch.cpp locks what threads share.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "CPU kernels of cropr_kernels; importing this module registers them with the PyTorch dispatcher.";
   // (schema, ((name, dtypes, shape, layout), ...), ((name, low, high), ...)) of every op.
   pybind11::list ops;

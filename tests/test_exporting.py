@@ -1,6 +1,7 @@
 """Exported models: the plain PyTorch form of the ops, every format against the model, fresh processes, C++."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -174,6 +175,30 @@ def test_programs_and_packages_run_in_a_fresh_process(packages, op_set):
     assert done.stdout.strip() == str(op_set == "cropr")
 
 
+STRIDED = """
+import sys, torch, torch._inductor.codecache
+import cropr_kernels
+images, expected = torch.load({sample!r})
+call = torch._inductor.aoti_load_package({package!r})
+torch.testing.assert_close(call(images)[0], expected, rtol=1e-4, atol=1e-5)
+for other in (images.to(memory_format=torch.channels_last), images[:, :1].expand(-1, 3, -1, -1)):
+    try:
+        call(other)
+    except RuntimeError:
+        print("refused")
+    assert call(other.contiguous())[0].isfinite().all()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op_set", ["cropr", "aten"])
+def test_packages_that_check_their_inputs_refuse_other_strides(packages, op_set):
+    code = STRIDED.format(sample=str(packages / "sample.pt"), package=str(packages / f"aoti_{op_set}.pt2"))
+    environment = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and done.stdout.split() == ["refused"] * 2, done.stderr
+
+
 @pytest.mark.slow
 def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
     library = ops.cpp_library()
@@ -207,6 +232,13 @@ def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
     path.write_bytes(intact.replace(b"P6\n", b"P6\n# a comment, as some tools write one\n", 1))
     done = subprocess.run([tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True)
     assert done.returncode == 0 and set(re.findall(r"class (\d+)", done.stdout)) == set("01234")
+
+
+def test_files_are_made_for_contiguous_images_whatever_the_example(tmp_path):
+    example = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    cropr.export(pruned(rate=9), example, tmp_path / "model.pt2", format="torch")
+    (images,), _ = torch.export.load(tmp_path / "model.pt2").example_inputs
+    assert images.is_contiguous() and torch.equal(images, example)
 
 
 def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):

@@ -3,11 +3,15 @@
 import ast
 import graphlib
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import cropr_kernels
@@ -123,6 +127,50 @@ def test_wheel_works_away_from_the_source_tree(tmp_path):
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "torch.Size([1, 1000])" in done.stdout
+
+
+def test_a_tree_that_is_copied_with_its_build_folder_configures_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: "-S" in command and run(command, **options))
+
+    def configure(tree):
+        """Configure as setup.py does, without building; return the lines of the cache of CMake."""
+        make = runpy.run_path(str(tree / "setup.py"))["CMakeBuild"]
+        extension = setuptools.Extension("cropr_kernels._C", [])
+        command = make(setuptools.Distribution({"ext_modules": [extension]}))
+        command.build_temp, command.build_lib = str(tree / "build" / "temp"), str(tree / "build" / "lib")
+        command.ensure_finalized()
+        command.build_extension(extension)
+        return (tree / "build" / "temp" / "CMakeCache.txt").read_text().splitlines()
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for name in ("setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, first)
+    shutil.copytree(ROOT / "csrc", first / "csrc")
+    configure(first)
+    (first / "build" / "temp" / "kept").touch()
+    configure(first)
+    assert (first / "build" / "temp" / "kept").exists()
+    shutil.copytree(first, second)
+    cache = configure(second)
+    assert f"CMAKE_HOME_DIRECTORY:INTERNAL={second}" in cache and not (second / "build" / "temp" / "kept").exists()
+    gone = "\n".join(cache).replace(f"={ninja_of(cache)}\n", "=/gone/ninja\n")
+    (second / "build" / "temp" / "CMakeCache.txt").write_text(gone)
+    assert ninja_of(configure(second)) == ninja_of(cache)
+
+
+def ninja_of(cache):
+    [path] = [line.partition("=")[2] for line in cache if line.startswith("CMAKE_MAKE_PROGRAM:FILEPATH=")]
+    return path
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
+def test_the_extension_does_not_switch_the_gil_on():
+    code = "import torch, cropr_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "cropr_kernels._C" not in done.stderr  # Python warns of the first module that needs it
 
 
 def test_missing_extension_names_the_command_that_builds_it():

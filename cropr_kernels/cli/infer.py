@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -39,61 +39,59 @@ _SETTINGS = "_settings.json"
 
 
 _Content = Path | IO[bytes] | None  # of a sample; None without a photo
-Read = tuple[dict[str, Any], Tensor | None]  # a row with name and error, and the pixels if there is no error
+Read = tuple[dict[str, Any], Tensor | None]  # a row with source, name and error, and the pixels if there is no error
 
 
 class Unit(NamedTuple):
     """Photos whose results make one file: some of a folder, or those in a shard."""
 
-    name: str
-    photos: tuple[Path, ...]  # empty for a shard
-    root: Path  # folder of the photos, or the shard
+    source: Path  # folder of the photos, or the shard
+    photos: tuple[Path, ...] = ()  # of the folder
 
 
 def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:
-    """Find the units of folders and shards, in an order that depends on their names only.
+    """Find the units of folders and shards, each once, in an order that depends on their names only.
 
     Raises FileNotFoundError or ValueError for a source that is neither.
     """
     units: list[Unit] = []
     for source in sources:
         if source.is_dir():
-            units += [Unit(str(shard.relative_to(source)), (), shard) for shard in sorted(source.rglob("*.tar"))]
+            units += [Unit(shard) for shard in sorted(source.rglob("*.tar"))]
             photos = find_photos(source, skipped)
             for first in range(0, len(photos), unit):
-                units.append(Unit(f"{source.name}/{first}", tuple(photos[first : first + unit]), source))
+                units.append(Unit(source, tuple(photos[first : first + unit])))
         elif not source.exists():
             raise FileNotFoundError(f"there is no folder or shard {source}")
         elif source.suffix == ".tar":
-            units.append(Unit(source.name, (), source))
+            units.append(Unit(source))
         else:
             raise ValueError(f"a source must be a folder or a WebDataset shard (.tar), got {source}")
     if not units:
         raise ValueError(f"no photos and no shards in {', '.join(map(str, sources))}")
-    return units
+    return list(dict.fromkeys(units))
 
 
 def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
     """Yield name and content of each photo of a unit: a path, a file, or None for a sample without
     photo.
 
-    Names in a shard are those of its members without suffix, unchecked as paths. Raises ValueError
-    if a shard does not end like a tar file: photos after the damage would be lost.
+    Names in a shard are those of its members, unchecked as paths. Raises ValueError if a shard does
+    not end like a tar file: photos after the damage would be lost.
     """
     if unit.photos:
-        yield from ((printable(path.relative_to(unit.root)), path) for path in unit.photos)
+        yield from ((printable(path.relative_to(unit.source)), path) for path in unit.photos)
         return
     has_photo: dict[str, bool] = {}  # by key of the sample
-    with open(unit.root, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
+    with open(unit.source, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as shard:
         for member in shard:
             folder, slash, base = printable(member.name).rpartition("/")
             key, dot, _ = base.partition(".")
             if member.isfile() and key and dot:
-                stem, suffix = os.path.splitext(base)
-                is_photo = suffix.lower() in PHOTO_SUFFIXES
+                is_photo = os.path.splitext(base)[1].lower() in PHOTO_SUFFIXES
                 has_photo[folder + slash + key] = has_photo.get(folder + slash + key, False) or is_photo
                 if is_photo:
-                    yield folder + slash + stem, io.BytesIO(shard.extractfile(member).read())  # type: ignore[union-attr]
+                    yield folder + slash + base, io.BytesIO(shard.extractfile(member).read())  # type: ignore[union-attr]
         stream.seek(shard.offset)  # tarfile takes a damaged header for the end
         tail = stream.read(1024)
         if tail != bytes(1024) or any(chunk.strip(b"\0") for chunk in iter(lambda: stream.read(1 << 20), b"")):
@@ -101,21 +99,23 @@ def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
     yield from ((key, None) for key, is_photo in has_photo.items() if not is_photo)
 
 
-def _read(name: str, content: _Content, pixels: Pixels) -> Read:
+def _read(source: str, name: str, content: _Content, pixels: Pixels) -> Read:
+    row = {"source": source, "name": name, "error": None}
     try:
         if content is None:
             raise OSError("no image in this sample")
-        return {"name": name, "error": None}, pixels.load(content)
+        return row, pixels.load(content)
     except OSError as error:
-        return {"name": name, "error": str(error)}, None
+        return row | {"error": str(error)}, None
 
 
 def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
     """Yield photos of a unit in order, in batches; the next batch is read ahead."""
-    source = samples(unit)
+    source = printable(unit.source)
+    pending = samples(unit)
 
     def start() -> list[Future[Read]]:
-        return [threads.submit(_read, *sample, pixels) for sample in islice(source, batch)]
+        return [threads.submit(_read, source, *sample, pixels) for sample in islice(pending, batch)]
 
     next_batch = start()
     while next_batch:
@@ -128,7 +128,7 @@ def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor)
 def results(
     model: nn.Module, pixels: Pixels, reads: list[Read], top: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Return a row per photo: name, error, and top classes with probabilities, or features for top
+    """Return a row per photo: source, name, error, and top classes with probabilities, or features for top
     0."""
     rows = [row for row, _ in reads]
     photos = [photo for _, photo in reads if photo is not None]
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     fast = deploy(model.to(device, dtype), engine=prunes)
     if rank == 0:
         print(f"photos: {pixels}{describe_skipped(skipped)}")
-    settings = {"model": options.model, **_settings(model.cropr, units)}
+    settings = {"model": options.model, **_settings(model, units)}
     settings |= {"pixels": str(tuple(pixels)), "top": top, "dtype": str(dtype)}
     _claim_folder(options.out / _SETTINGS, settings)
     parts = [options.out / f"part-{index:05d}.parquet" for index in range(len(units))]
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     parent = os.getppid()
     texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
     columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
-    schema = pyarrow.schema({"name": texts, "error": texts} | columns)
+    schema = pyarrow.schema({"source": texts, "name": texts, "error": texts} | columns)
     num_photos = 0
     unreadable = 0
     damaged: list[str] = []
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
                     rows += results(fast, pixels, reads, top, device, dtype)
                     progress.update(len(reads))
             except (OSError, ValueError, tarfile.TarError) as error:
-                damaged.append(f"{printable(unit.root)}: {error}")
+                damaged.append(f"{printable(unit.source)}: {error}")
                 continue
             with atomic_write(part) as temporary:
                 parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary)
@@ -208,21 +208,28 @@ def run(options: argparse.Namespace) -> None:
         print(f"{prefix}all {len(parts)} units are there: {options.out}")
 
 
-def _settings(modules: CroprModules, units: Sequence[Unit]) -> dict[str, Any]:
-    """Settings of pruning and photos that the content of the files depends on."""
+def _settings(model: nn.Module, units: Sequence[Unit]) -> dict[str, Any]:
+    """Settings of weights, pruning and photos that the content of the files depends on."""
+    modules: CroprModules = model.cropr  # type: ignore[assignment]
     prunes = modules.config.schedule.rate != 0
-    queries = torch.empty(0)
-    if prunes:
-        queries = torch.stack([module.query().float().cpu() for module in modules])  # type: ignore[operator]
-    names = "\n".join(f"{unit.name} {list(map(str, unit.photos)) or unit.root.stat().st_size}" for unit in units)
+    weights = [value for name, value in model.state_dict().items() if not name.startswith("cropr.")]
+    names = "\n".join(f"{unit.source} {list(map(str, unit.photos)) or unit.source.stat().st_size}" for unit in units)
     return {
+        "weights": _digest(weights),
         "schedule": str(modules.config.schedule),
         "llf": str(modules.config.llf),
         "merge": str(modules.config.merge),
-        "queries": hashlib.sha256(queries.numpy().tobytes()).hexdigest()[:16],
+        "queries": _digest(modules.scorer(layer).query() for layer in range(len(modules) if prunes else 0)),
         "units": len(units),
         "names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
     }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _claim_folder(path: Path, settings: dict[str, object]) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ..utils.numbers import integer
+
 Restore = Literal["as_pruned", "track_parent"]
 # Values in files written before they had these names.
 SAVED_RESTORE: dict[object, Restore] = {"left": "as_pruned", "host": "track_parent"}
@@ -32,8 +34,7 @@ class Fusion:
     def __post_init__(self) -> None:
         if self.restore not in (None, *get_args(Restore)):
             raise ValueError(f"Fusion: restore must be 'as_pruned' or 'track_parent', got {self.restore!r}")
-        if not isinstance(self.blocks, int) or self.blocks < 0:
-            raise ValueError(f"Fusion: blocks must be an integer >= 0, got {self.blocks!r}")
+        object.__setattr__(self, "blocks", integer("Fusion: blocks", self.blocks, 0))
         if self.blocks == 0 and self.restore == "as_pruned":
             raise ValueError(
                 "Fusion: restore='as_pruned' needs a block that sees the tokens: blocks must be >= 1, got 0"

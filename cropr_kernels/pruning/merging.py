@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..utils.numbers import number
+
 SIZE_EXPONENT = 0.9  # attention weighs a token by this power of its size; measured: docs/benchmarks.md
 COST_WEIGHT = 0.25  # candidates cost exp(COST_WEIGHT * standardised score); measured: docs/benchmarks.md
 
@@ -29,17 +31,19 @@ class Merge:
             absorbed others tends to be kept.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is no number, or out of range.
     """
 
     candidates: float = 3.0
     size_weight: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("candidates", 1), ("size_weight", 0)):
-            value = getattr(self, name)
-            if not minimum <= value < math.inf:
-                raise ValueError(f"Merge: {name} must be finite and >= {minimum}, got {value}")
+        candidates = number(
+            "Merge: candidates", self.candidates, "that is finite and >= 1", lambda x: 1 <= x < math.inf
+        )
+        weight = number("Merge: size_weight", self.size_weight, "that is finite and >= 0", lambda x: 0 <= x < math.inf)
+        object.__setattr__(self, "candidates", candidates)
+        object.__setattr__(self, "size_weight", weight)
 
     def num_targets(self, num_tokens: int, num_keep: int, num_prefix: int) -> int:
         """Targets, tokens sure to be kept, if num_keep of num_tokens are: at least one patch, and half of them.

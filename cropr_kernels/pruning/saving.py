@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..models.architecture import architecture_of, build, versions_of
@@ -23,6 +24,7 @@ from .options import options_of
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
+_SHARDS = "model-*-of-*.safetensors"  # that save_pretrained writes of a large model, with an index
 _NO_OPTIONS = {"share", "pixels", "versions", "class", "architecture", "sha256"}  # not for `apply`
 
 Metadata = dict[str, Any]  # the entry "cropr" of config.json
@@ -42,11 +44,18 @@ def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) ->
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: the path is a file.
+        ValueError: the path is a file, or a tensor of the model is quantized, sparse or wraps others.
         OSError: the folder cannot be written.
         ImportError: safetensors is not installed.
     """
     modules = require_pruned(model, "cropr.save")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"cropr.save: tensors must be dense and hold their values, got a quantized or wrapped {name} of type "
+                f"{type(value).__name__}; save the model first, and quantize it after cropr.load"
+            )
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"cropr.save: the path must be a folder, {path} is a file")
@@ -78,13 +87,20 @@ def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) ->
             config = json.loads((files / _CONFIG).read_text())
         else:
             write = import_optional("safetensors.torch", "demo", "cropr.save").save_file
-            write({name: value.detach().clone() for name, value in model.state_dict().items()}, files / _WEIGHTS)
+            write({name: value.detach().clone() for name, value in state.items()}, files / _WEIGHTS)
         config["cropr"] = metadata | {"sha256": _checksum(files, metadata)}
         (files / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        for stale in folder.glob("model*.safetensors*"):  # such as the shards of a larger model
-            stale.unlink()
+        for stale in (folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json", *folder.glob(_SHARDS)):
+            stale.unlink(missing_ok=True)
         for file in sorted(files.iterdir(), key=lambda file: file.name == _CONFIG):  # the configuration last
             publish(file, folder / file.name)
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether this is a tensor whose values are in its own memory, one after another or strided."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+        return False
+    return value.data_ptr() != 0 or value.numel() == 0
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Any:
@@ -204,13 +220,18 @@ def _prune(model: nn.Module, metadata: Metadata, path: str | Path) -> None:
     modules_of(model).pixels = Pixels.of(metadata["pixels"]) if metadata.get("pixels") else None
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """List the files of weights that `save` or save_pretrained wrote into a folder; others may be there."""
+    return [*folder.glob(_WEIGHTS)] or sorted(folder.glob(_SHARDS))
+
+
 def _saved_state(folder: Path, name_part: str = "") -> dict[str, Tensor]:
     """Read the tensors in a folder whose names contain `name_part`.
 
     They are copied, as those of a file are not aligned, for which kernels round in another way.
     """
     state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         tensors, _ = load_safetensors(path, name_part)
         state |= {name: value.clone() for name, value in tensors.items()}
     return state
@@ -228,7 +249,7 @@ def _check(folder: Path, metadata: Metadata) -> None:
 
 def _checksum(folder: Path, metadata: Metadata) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)

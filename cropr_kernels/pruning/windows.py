@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..utils.numbers import integer, integers
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -19,15 +21,15 @@ class Windows:
         global_blocks: the blocks that attend over all windows; the others stay within one.
 
     Raises:
-        ValueError: size is below 1.
+        ValueError: size is no integer or below 1, or a block is no integer or negative.
     """
 
     size: int
     global_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Windows: size must be >= 1, got {self.size}")
+        object.__setattr__(self, "size", integer("Windows: size", self.size, 1))
+        object.__setattr__(self, "global_blocks", integers("Windows: global_blocks", self.global_blocks, 0))
 
     def count(self, grid: tuple[int, int]) -> int:
         """Number of windows of a patch grid; ValueError if its sides are no multiples of the window's."""

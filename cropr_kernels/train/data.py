@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..utils.images import describe_skipped, find_photos, open_photo
 from ..utils.optional import import_optional
+from .coco import read_coco
 from .config import Config
 
 TRIES = 16  # samples tried, from one that cannot be read on
@@ -94,7 +95,7 @@ class Samples(Dataset[Sample]):
                 return Sample(image, target, skipped)
             except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files and other formats
                 cause = error
-        raise RuntimeError(f"{TRIES} samples in a row from {index} on cannot be read; the last one: {cause}") from cause
+        raise RuntimeError(f"{TRIES} samples in a row from {index} on cannot be used; the last one: {cause}") from cause
 
 
 class Batches:
@@ -216,20 +217,18 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
     return training, create(is_training=False, crop_pct=0.875)
 
 
-def _read(path: Path, *, photo: bool) -> Tensor:
-    """Read a photo (3, H, W) without rotation, as annotations are, or a label map (channels, H,
-    W)."""
-    to_tensor = import_optional("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor
-    if photo:
-        return to_tensor(open_photo(path, upright=False))
-    with import_optional("PIL.Image", "train", "cropr train").open(path) as image:
-        return to_tensor(image)
+def _to_tensor(image: Any) -> Tensor:
+    return import_optional("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor(image)
+
+
+_LABEL_MODES = ("1", "L", "P", "I", "I;16")
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     """Photos and label maps of the same names: (3, H, W) and (H, W) int64.
 
-    Randomly resized, cropped, flipped and jittered in training; unchanged in evaluation.
+    Randomly resized, cropped, flipped and jittered in training; unchanged in evaluation. A training
+    photo without a labelled pixel counts as one that cannot be read.
     """
 
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
@@ -242,23 +241,46 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
         self.config, self.train = config, train
         self.classes = [str(index) for index in range(config.num_classes)]
+        if not any(self._is_labelled(path) for _, path in self.pairs):
+            raise ValueError(
+                f"segmentation: a label map in {labels} must have a pixel of another label than "
+                f"ignore_index={config.ignore_index}, none has"
+            )
+
+    def _is_labelled(self, path: Path) -> bool:
+        with contextlib.suppress(OSError, SyntaxError):  # counted when it is a sample
+            return bool((self._labels(path) != self.config.ignore_index).any())
+        return False
+
+    def _labels(self, path: Path) -> Tensor:
+        """Read a label map: (1, H, W) int64."""
+        with import_optional("PIL.Image", "train", "cropr train").open(path) as image:
+            if image.mode not in _LABEL_MODES:
+                raise ValueError(
+                    f"segmentation: {path} must have one channel of integers or a palette (modes of Pillow: "
+                    f"{', '.join(_LABEL_MODES)}), got mode {image.mode}"
+                )
+            classes = _to_tensor(image).long()
+        if self.config.reduce_zero_label:
+            classes = torch.where(classes == 0, self.config.ignore_index, classes - 1)
+        return classes
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         config, (photo_path, label_path) = self.config, self.pairs[index]
-        pixels, classes = _read(photo_path, photo=True), _read(label_path, photo=False)[:1].long()
+        pixels, classes = _to_tensor(open_photo(photo_path, upright=False)), self._labels(label_path)
         if pixels.shape[1:] != classes.shape[1:]:
             raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
-        if config.reduce_zero_label:
-            classes = torch.where(classes == 0, config.ignore_index, classes - 1)
         highest = classes.where(classes != config.ignore_index, -1).max()
         if highest >= config.num_classes:
             raise ValueError(
                 f"{label_path} has label {int(highest)}; labels must be below num_classes={config.num_classes} or "
                 f"ignore_index={config.ignore_index}"
             )
+        if self.train and highest < 0:
+            raise OSError(f"{label_path} has no labelled pixel, all are ignore_index={config.ignore_index}")
         v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
         tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
@@ -285,14 +307,10 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        coco = import_optional("faster_coco_eval", "train", "cropr train").COCO
-        self.root, self.config, self.train = images, config, train
-        self.coco = coco(str(annotations), print_function=lambda *_: None)
+        self.root, self.annotations, self.config, self.train = images, annotations, config, train
+        self.coco = read_coco(annotations, masks=config.masks)
         self.ids = sorted(self.coco.getImgIds())
         self.categories = sorted(self.coco.getCatIds())
-        if not self.ids or not self.categories:
-            counts = f"{len(self.ids)} images and {len(self.categories)} categories"
-            raise ValueError(f"detection: {annotations} must hold images and categories, holds {counts}")
         self.classes = [category["name"] for category in self.coco.loadCats(self.categories)]
 
     def __len__(self) -> int:
@@ -302,7 +320,7 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
         tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         record = self.coco.loadImgs([self.ids[index]])[0]
-        pixels = tv_tensors.Image(_read(self.root / record["file_name"], photo=True))
+        pixels = tv_tensors.Image(_to_tensor(open_photo(self.root / record["file_name"], upright=False)))
         size = tuple(pixels.shape[1:])
         annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["id"]]))
         objects = [entry for entry in annotations if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0]
@@ -314,7 +332,10 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
             "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if self.config.masks:
-            masks = [torch.from_numpy(self.coco.annToMask(entry)) for entry in objects]
+            if size != (record["height"], record["width"]):
+                described = record["height"], record["width"]
+                raise OSError(f"{record['file_name']} is {size}, in {self.annotations} it is {described}")
+            masks = [self._mask(entry) for entry in objects]
             target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
         if self.train:
             pixels, target = v2.Compose(
@@ -328,6 +349,12 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
             )(pixels, target)
         tensors = {name: value.as_subclass(Tensor) for name, value in target.items()}
         return (pixels.float() / 255).as_subclass(Tensor), {**tensors, "image_id": self.ids[index]}
+
+    def _mask(self, entry: dict[str, Any]) -> Tensor:
+        try:
+            return torch.from_numpy(self.coco.annToMask(entry))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"detection: {self.annotations}, annotation {entry['id']}: {error}") from error
 
 
 def mixing(config: Config, classes: int) -> Any:

@@ -108,7 +108,7 @@ def load_photo(
     interpolation: str = "bicubic",
     squash: bool = False,
 ) -> Tensor:
-    """Read a photo for evaluation: (3, height, width) float32 in [0, 1].
+    """Read a photo for evaluation: (3, height, width) float32 in [0, 1], contiguous.
 
     Resizes it so that its shorter side is size / crop_pct, and crops the center, bit for bit as
     timm does; photos more than 8 times as long as wide are cropped first. Raises the errors of
@@ -136,7 +136,7 @@ def load_photo(
         image = image.resize((width, height), resampling)
     image = _crop_center(image, *sides)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*sides, 3)
-    return pixels.permute(2, 0, 1).float() / 255
+    return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
 def _crop_center(image: Any, height: int, width: int) -> Any:

@@ -104,7 +104,7 @@ def save_pruning_frames(
     for block in range(depth):
         frame_pixels = (torch.where(blocks <= block, gray, pixels) * 255).round().to(torch.uint8)
         frame = Image.new("RGB", (width, height + CAPTION), "white")
-        frame.paste(Image.frombytes("RGB", (width, height), bytes(frame_pixels.flatten().tolist())), (0, CAPTION))
+        frame.paste(Image.frombytes("RGB", (width, height), frame_pixels.numpy().tobytes()), (0, CAPTION))
         text = f"block {block + 1}: {int((pruned_after > block).sum())} patches"
         ImageDraw.Draw(frame).text((3, 2), text, "black")
         frames.append(frame)

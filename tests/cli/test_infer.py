@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,11 +82,47 @@ def test_shards_give_the_results_of_their_photos(model, photos, tmp_path):
     assert cli.main(["infer", *arguments, str(shards), "--out", str(tmp_path / "a")]) == 0
     assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "b")]) == 0
     ours, theirs = results(tmp_path / "a"), results(tmp_path / "b")
-    assert ours["lonely"]["error"] == "no image in this sample" and "cannot identify" in ours["bad"]["error"]
+    assert ours["lonely"]["error"] == "no image in this sample" and "cannot identify" in ours["bad.jpg"]["error"]
     for path in PHOTOS:
-        shard_row, photo_row = ours[path.stem], theirs[f"below/{path.name}"]
+        shard_row, photo_row = ours[path.name], theirs[f"below/{path.name}"]
         assert shard_row["classes"] == photo_row["classes"]
         assert shard_row["probabilities"] == pytest.approx(photo_row["probabilities"], abs=1e-4)
+
+
+def test_photos_of_one_name_are_told_apart_by_their_source_and_a_source_counts_once(model, photos, tmp_path):
+    arguments, _ = model
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, photo in zip(folders, PHOTOS):
+        folder.mkdir()
+        shutil.copy(photo, folder / "000.jpg")
+        write_shard(folder / "0.tar", [("000.jpg", photo)])
+    sources = list(map(str, [*folders, folders[0], folders[1] / "0.tar"]))
+    assert cli.main(["infer", *arguments, *sources, "--out", str(tmp_path / "out")]) == 0
+    rows = dataset.dataset(tmp_path / "out", format="parquet").to_table().to_pylist()
+    answers = {(row["source"], row["name"]): row["probabilities"] for row in rows}
+    expected = {(str(path), "000.jpg") for folder in folders for path in (folder, folder / "0.tar")}
+    assert len(rows) == len(answers) == 4 and answers.keys() == expected
+    first, second = (answers[str(folder), "000.jpg"] for folder in folders)
+    assert first != second and answers[sources[-1], "000.jpg"] == pytest.approx(second)
+
+
+@pytest.mark.parametrize("prunes", [True, False], ids=["pruned", "unpruned"])
+def test_a_changed_model_of_the_same_name_is_refused(prunes, photos, tmp_path, capsys):
+    torch.manual_seed(0)
+    folder, out = tmp_path / "model", tmp_path / "out"
+    plain = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", num_classes=5), rate=8, num_outputs=0)
+    cropr.save(plain, folder)
+    command = ["infer", str(folder), str(photos), *["--rate", "0"][: 0 if prunes else 2], "--quiet", "--out", str(out)]
+    for more in ([], ["--features"]):  # features do not depend on the head
+        cropr.save(plain, folder)
+        assert cli.main([*command, *more]) == 0
+        next(out.glob("*.parquet")).unlink()
+        with torch.no_grad():
+            plain.head.weight[0, 0] += 1
+        cropr.save(plain, folder)
+        assert cli.main([*command, *more]) == (0 if more else 1)
+        assert more or re.search(r"holds the results of another run: weights was \w+, is \w+$", capsys.readouterr().err)
+        shutil.rmtree(out)
 
 
 def test_features_are_written_instead_of_classes(model, photos, tmp_path):

@@ -1,5 +1,7 @@
 """`cropr map`: pictures of the patches dropped from photos."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from helpers.models import reference_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.cli.map import distinct_names
 from cropr_kernels.utils import viz
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
@@ -54,6 +57,33 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
     assert cli.main(["map", str(weights), photos[0], "--queries", str(queries), "--out", str(out)]) == 0
     assert not (out / "merged.png").exists()  # the queries say that tokens are dropped
     assert "calibrated" not in capsys.readouterr().out
+
+
+def test_names_of_pictures_cannot_meet():
+    paths = ["img.jpg", "img_2.jpg", "sub/img.jpg", "sub/img.png", "sub/IMG.jpg", "img_2_2.jpg", "sub/img_2.jpg"]
+    names = distinct_names([*map(Path, paths)])
+    assert names == ["img", "img_2", "img_3", "img_4", "IMG_5", "img_2_2", "img_2_3"]
+    for order in itertools.permutations(paths):
+        names = distinct_names([*map(Path, order)])
+        assert len({name.lower() for name in names}) == len(paths)
+        assert {"img_2_2", "img_2"} <= {*names}  # photos keep a name that is theirs alone
+
+
+def test_the_first_photos_are_drawn_and_one_line_says_how_to_draw_all(weights, tmp_path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "maps"
+    for name in ("b", "c", "sub/a", "sub/b"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PHOTOS / "coffee.jpg", folder / f"{name}.jpg")
+    (folder / "a.jpg").write_bytes(b"no photo")
+    command = ["map", str(weights), str(folder), "--rate", "2", "--quiet", "--out", str(out)]
+    assert cli.main([*command, "--limit", "3"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("the first 3 of 5 photos: --limit 5 draws all\n") == 1 and "calibrated on these 3 photos" in text
+    assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif"}
+    assert cli.main([*command, "--limit", "5"]) == 0
+    text = capsys.readouterr().out
+    assert "draws all" not in text and f"b_2_blocks.png: 173 of 196 patches are kept of {folder}/sub/b.jpg" in text
+    assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif", "b_2.gif"}
 
 
 def test_unreadable_photos_and_illegal_rates_are_named(weights, tmp_path, capsys):

@@ -139,7 +139,8 @@ def test_a_photo_is_read_as_timm_reads_it():
         for path in PHOTOS.glob("*.jpg"):
             with Image.open(path) as photo:
                 expected = transform(photo.convert("RGB"))
-            assert torch.equal(images.load_photo(path, size, **options, squash=mode == "squash"), expected)
+            photo = images.load_photo(path, size, **options, squash=mode == "squash")
+            assert torch.equal(photo, expected) and photo.is_contiguous()
 
 
 def test_infer_equals_the_transform_and_model_of_timm(tmp_path):
@@ -232,12 +233,27 @@ def write_shard(path, members):
 def test_names_of_a_shard_are_kept_apart(model, tmp_path):
     shards, photo = tmp_path / "shards", PHOTO.read_bytes()
     shards.mkdir()
-    members = [("a.1.jpg", photo), ("a.2.jpg", b"no photo"), ("b.jpg", photo), ("b.jpg", photo), ("c.cls", b"3")]
+    members = [
+        ("a.1.jpg", photo),
+        ("a.2.jpg", b"no photo"),
+        ("b.jpg", photo),
+        ("b.jpg", photo),
+        ("b.png", b""),
+        ("c.cls", b"3"),
+    ]
     write_shard(shards / "0.tar", [*members, ("../../evil.jpg", photo), (".hidden.jpg", photo), ("README", b"")])
     assert cli.main(infer(model, shards, tmp_path / "out")) == 0
     rows = rows_of(tmp_path / "out")
-    assert sorted(row["name"] for row in rows) == ["../../evil", "a.1", "a.2", "b", "b", "c"]
-    assert {row["name"] for row in rows if row["error"]} == {"a.2", "c"}
+    assert sorted(row["name"] for row in rows) == [
+        "../../evil.jpg",
+        "a.1.jpg",
+        "a.2.jpg",
+        "b.jpg",
+        "b.jpg",
+        "b.png",
+        "c",
+    ]
+    assert {row["name"] for row in rows if row["error"]} == {"a.2.jpg", "b.png", "c"}
 
 
 def test_a_damaged_shard_is_named_and_the_others_are_done(model, tmp_path, capsys):

@@ -265,11 +265,11 @@ def test_enough_tokens_are_candidates_and_at_least_one_is_a_target():
 
 
 def test_options_out_of_range_raise():
-    with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got 0.5"):
         cropr.Merge(candidates=0.5)
-    with pytest.raises(ValueError, match=r"Merge: size_weight must be finite and >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"Merge: size_weight must be a number that is finite and >= 0, got -1"):
         cropr.Merge(size_weight=-1)
-    with pytest.raises(ValueError, match=r"Merge: candidates must be finite and >= 1, got nan"):
+    with pytest.raises(ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got nan"):
         cropr.Merge(candidates=float("nan"))
 
 

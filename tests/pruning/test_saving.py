@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partialmethod
 
 import pytest
 import torch
@@ -150,6 +151,7 @@ def test_damaged_files_raise(family, tmp_path):
     cropr.save(cropr.apply(FAMILIES[family](), rate=2, num_outputs=0), tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     intact = weights.read_bytes(), config.read_text()
+    (tmp_path / "a.safetensors").write_bytes(intact[0])  # of another model
     for index in (len(intact[0]) // 2, len(intact[0]) - 1):
         weights.write_bytes(intact[0][:index] + bytes([intact[0][index] ^ 1]) + intact[0][index + 1 :])
         with pytest.raises(ValueError, match=r"is damaged, or not all of it was written: .*; save it again"):
@@ -162,6 +164,63 @@ def test_damaged_files_raise(family, tmp_path):
         cropr.load(tmp_path)
     config.write_text(intact[1])
     assert cropr.load(tmp_path).cropr.config.schedule.rate == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shard_size", [None, "50KB"])
+@pytest.mark.parametrize("family", ["reference", "transformers"])
+def test_other_files_of_tensors_in_the_folder_are_ignored_and_stay(family, shard_size, tmp_path, monkeypatch):
+    if shard_size and family == "transformers":
+        base = pytest.importorskip("transformers").PreTrainedModel
+        monkeypatch.setattr(base, "save_pretrained", partialmethod(base.save_pretrained, max_shard_size=shard_size))
+    model = cropr.apply(randomize(FAMILIES[family]()), rate=2, num_outputs=0).eval()
+    cropr.save_queries(model, tmp_path / "queries.safetensors")
+    (tmp_path / "model_old.safetensors").write_bytes(b"not ours")
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "queries.safetensors").read_bytes())
+    for _ in range(2):
+        cropr.save(model, tmp_path)
+        files = {path.name for path in tmp_path.iterdir()}
+        assert {"queries.safetensors", "model_old.safetensors", "a.safetensors"} < files
+        assert ("model.safetensors" in files) != bool(shard_size and family == "transformers")
+        assert torch.equal(outputs_of(cropr.load(tmp_path)(IMAGES)), outputs_of(model(IMAGES)))
+    monkeypatch.undo()
+    cropr.save(model, tmp_path)
+    assert not list(tmp_path.glob("model-*")) and torch.equal(
+        outputs_of(cropr.load(tmp_path)(IMAGES)), outputs_of(model(IMAGES))
+    )
+
+
+class Wrapping(torch.Tensor):
+    """A tensor without storage that holds another, as quantized ones of torchao are."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        result = function(*(arg.values if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+@pytest.mark.parametrize("family", ["reference", "transformers"])
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapping, torch.Tensor.to_sparse, lambda x: torch.empty_like(x, device="meta")],
+    ids=["wrapped", "sparse", "meta"],
+)
+def test_tensors_that_hold_no_values_of_their_own_raise_and_nothing_is_written(wrap, family, tmp_path):
+    model = cropr.apply(FAMILIES[family](), rate=2, num_outputs=0)
+    name, linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    linear.weight = torch.nn.Parameter(wrap(linear.weight.detach()), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=rf"got a quantized or wrapped {name}.weight of type \w+; save the model first"
+    ):
+        cropr.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_paths_without_a_saved_model_raise(tmp_path):

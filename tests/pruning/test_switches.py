@@ -48,7 +48,7 @@ def test_a_single_reduction_prunes_once():
         (lambda: Cropr(24, 5, mlp_ratio=-1), "mlp_ratio >= 0"),
         (lambda: cropr.Schedule(const=(12, 99)).counts(197, 12), r"after in \[1, 11\] for 12 blocks"),
         (lambda: cropr.Schedule(const=(4,)).counts(197, 12), r"const must be \(after, count\)"),
-        (lambda: cropr.Schedule(rate=8, share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (lambda: cropr.Schedule(rate=8, share=1.5), r"share must be a number in \[0, 1\], got 1.5"),
         (lambda: cropr.set_progress(reference_vit(), 0.5), "cropr.set_progress: the model is not pruned"),
     ],
 )

@@ -115,7 +115,7 @@ def test_schedules_and_grids_that_do_not_fit_raise():
         cropr.apply(model, rate=1, windows=windows)
     with pytest.raises(ValueError, match="rate must be at most 7 for 16 tokens"):
         cropr.apply(model, rate=8, llf=True, windows=windows)
-    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):
         cropr.Windows(0)
     cropr.apply(model, rate=1, llf=True, windows=windows)
     with pytest.raises(RuntimeError, match="gives features only"):

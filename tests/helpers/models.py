@@ -68,6 +68,11 @@ def siglip_classifier():
     return t.SiglipForImageClassification(t.SiglipConfig(vision_config=HF, text_config=TEXT, num_labels=5))
 
 
+def clip_classifier():
+    t = transformers()
+    return t.CLIPForImageClassification(t.CLIPConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+
+
 def torchvision_vit():
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
     return torchvision.models.VisionTransformer(64, 8, 4, 2, 64, 128, num_classes=5)
@@ -88,10 +93,23 @@ BLOCK_RUNNERS = {
     "SigLIP": lambda: hf("SiglipVisionModel", "SiglipVisionConfig"),
     "SigLIP, classifier": siglip_classifier,
     "CLIP": lambda: hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=16),
+    "CLIP, classifier": clip_classifier,
+    "DeiT": lambda: hf("DeiTForImageClassification", "DeiTConfig", num_labels=5),
+    "RADIO": lambda: hf("RadioModel", "RadioConfig"),  # a linear embedding
+    "AIMv2": lambda: hf("Aimv2VisionModel", "Aimv2VisionConfig", use_head=False),  # RMSNorm
+    "BEiT": lambda: hf("BeitForImageClassification", "BeitConfig", num_labels=5, use_relative_position_bias=True),
     "torchvision": torchvision_vit,
 }
-PREFIX = {"DINOv2 with registers": 5, "DINOv3": 4, "SigLIP": 0, "SigLIP, classifier": 0}
-CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision")
+PREFIX = {
+    "DINOv2 with registers": 5,
+    "DINOv3": 4,
+    "SigLIP": 0,
+    "SigLIP, classifier": 0,
+    "DeiT": 2,
+    "RADIO": 10,
+    "AIMv2": 0,
+}
+CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision", "CLIP, classifier", "DeiT", "BEiT")
 
 
 def randomize(model):

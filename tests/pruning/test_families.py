@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_spec
 from cropr_kernels.models.adapters.structure import _argument_at
+from cropr_kernels.models.blocks import SizeWeightedAttention
 from cropr_kernels.pruning.block_wrapper import WrappedBlock
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -111,9 +112,45 @@ def slow(model, images, queries, counts, prefix, llf):
     return torch.stack(results)
 
 
+@torch.no_grad()
+def test_dropping_a_token_is_masking_it_in_every_later_block(name, model, images):
+    if name == "ViT-MAE":
+        pytest.skip("it shuffles patches")
+    plain = copy.deepcopy(model)
+    cropr.apply(model, rate=9, num_outputs=0)
+    lives = cropr.pruning_map(model, images).flatten(1)  # blocks that each patch goes through
+    prefix = find_spec(model).num_prefix
+    seen = []
+    find_spec(model).blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    run(model, images)
+    blocks = find_spec(plain).blocks
+    for layer, block in enumerate(blocks):
+        mask = torch.nn.functional.pad((lives <= layer).float() * -1e4, (prefix, 0))
+        block.forward = masked(block.forward, mask)
+    blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    run(plain, images)
+    got, expected = (output[0] if isinstance(output, tuple) else output for output in seen)
+    for b in range(2):
+        kept = [*range(prefix), *(prefix + (lives[b] == 4).nonzero().flatten())]
+        torch.testing.assert_close(got[b], expected[b, kept], rtol=1e-4, atol=1e-4)
+
+
+def masked(forward, log_sizes):
+    def call(*args, **kwargs):
+        with SizeWeightedAttention(log_sizes):
+            return forward(*args, **kwargs)
+
+    return call
+
+
+IN_FLOAT32 = ("AIMv2",)  # its norm computes in it whatever the dtype
+
+
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
 def test_tokens_equal_a_slow_implementation(name, model, images, llf):
+    if name == "BEiT":
+        pytest.skip("its blocks take all tokens")
     model, images = model.double(), images.double()
     plain = copy.deepcopy(model)
     cropr.apply(model, rate=8, llf=llf)
@@ -123,7 +160,9 @@ def test_tokens_equal_a_slow_implementation(name, model, images, llf):
     known.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
     run(model, images)
     got = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    torch.testing.assert_close(got, slow(plain, images, queries, counts, known.num_prefix, llf), rtol=1e-9, atol=1e-9)
+    tolerance = 1e-5 if name in IN_FLOAT32 else 1e-9
+    expected = slow(plain, images, queries, counts, known.num_prefix, llf)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
@@ -261,7 +300,7 @@ def test_protected_patches_stay(name, model, images):
 
 
 EVERY = {**MODELS, **BLOCK_RUNNERS}
-PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP")]
+PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP", "RADIO", "AIMv2")]
 
 
 @pytest.mark.parametrize("name", PADDABLE)
@@ -287,9 +326,12 @@ def test_the_engine_equals_the_functional_ops(name, options, images):
     images = images.double()
     cropr.apply(model, rate=8, num_outputs=0, **options)
     fast, functional = cropr.deploy(model), cropr.deploy(model, engine=False)
-    why = fast.cropr.engine_reason
-    assert fast.cropr.engine is not None or "transformers version has another structure" in why, why
-    assert_equal(run(fast, images), run(functional, images), rtol=1e-9, atol=1e-9)
+    if name == "BEiT":
+        assert fast.cropr.engine_reason == "attention adds a bias that it makes for all tokens"
+    else:
+        assert fast.cropr.engine is not None, fast.cropr.engine_reason
+    tolerance = 1e-5 if name in IN_FLOAT32 else 1e-9
+    assert_equal(run(fast, images), run(functional, images), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("llf", [False, True])

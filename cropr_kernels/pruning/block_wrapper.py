@@ -123,7 +123,7 @@ def run_block(
         context.state = PruningState(context.modules or modules, x, options, context.grid)
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
-            return run_engine(context.state, x, _rotary(context.state, kwargs))
+            return _engine_output(modules, run_engine(context.state, x, _rotary(context.state, kwargs)))
     state = context.state
     if state is None or layer != state.next_layer:
         raise RuntimeError(
@@ -131,7 +131,10 @@ def run_block(
             "switched on by model.set_grad_checkpointing() after cropr.apply)"
         )
     state.next_layer += 1
-    output = x if state.done else _run_and_prune(modules, state, layer, block, x, args, kwargs)
+    if state.done:
+        output = _engine_output(modules, x)
+    else:
+        output = _run_and_prune(modules, state, layer, block, x, args, kwargs)
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
@@ -140,6 +143,12 @@ def run_block(
         if context.options is None:  # nobody reads the state
             context.state = None
     return output
+
+
+def _engine_output(modules: PruningModules, x: Tensor) -> object:
+    """Return the tokens as the blocks do."""
+    count = modules.spec.block_outputs
+    return (x, *[None] * (count - 1)) if count else x
 
 
 def fill_padding(modules: PruningModules, x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             returns_tokens=head.returns_tokens,
             needs_map=head.needs_map,
             map_layers=head.map_layers,
+            block_outputs=len(calls[0].output) if isinstance(calls[0].output, tuple) else 0,
             has_bias=has_bias,
             frames=layout.frames,
             refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",

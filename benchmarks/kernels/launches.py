@@ -99,7 +99,7 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
         for architecture, pruning in _MODELS:
             sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 3}
             model = ViT(ViTConfig(num_classes=10, **sizes, **architecture)).to(dtype)
-            model = deployed_copy(cropr.apply(model, ratio=0.2, **pruning))
+            model = deployed_copy(cropr.apply(model, ratio=0.2, num_outputs=0, **pruning))
             with _Launching():
                 model(images)
                 model(images, protect=protect)

@@ -28,7 +28,7 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
         "windows": config.windows and asdict(config.windows),
         "img_size": [config.grid[0] * patch_size[0], config.grid[1] * patch_size[1]],
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
-        "num_outputs": None if modules.pending_head_dim else head.head.out_features if head is not None else 0,
+        "num_outputs": head.head.out_features if head is not None else 0,
     }
 
 

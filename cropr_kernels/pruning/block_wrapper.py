@@ -101,6 +101,7 @@ def run_block(
         return output
     if layer == 0:
         context.state = PruningState(context.modules or modules, x, options, context.grid)
+        context.grid = None  # while an export traces, of symbols that nothing may keep
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
             return run_engine(context.state, x, _rotary(context.state, kwargs))

@@ -46,8 +46,9 @@ class Merge:
 
         The half only bounds the choice; if more than half must go, all kept tokens are targets.
         """
-        non_candidates = num_tokens - int(self.candidates * (num_tokens - num_keep))
-        return min(num_keep, max(non_candidates, num_prefix + (num_tokens - num_prefix + 1) // 2))
+        non_candidates = num_tokens - math.floor(self.candidates * (num_tokens - num_keep))
+        half = num_prefix + (num_tokens - num_prefix + 1) // 2
+        return torch.sym_min(num_keep, torch.sym_max(non_candidates, half))
 
 
 def checkerboard(x: Tensor, grid: tuple[int, int], num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -235,7 +235,7 @@ def _require_full_maps(modules: CroprModules, indices: int | Sequence[int] | Non
     depth = len(modules.spec.blocks)
     if config.windows is not None:
         raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
-    if config.schedule.rate == 0:
+    if config.schedule.symbolic_rate == 0:
         return
     first_full = depth if config.llf is None and config.merge is None else depth - 1 - config.full_blocks
     if indices is None or isinstance(indices, int):

@@ -7,6 +7,7 @@ may be pruned have neighbors to merge into. The defaults are measured: docs/benc
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Merge:
         """
         non_candidates = num_tokens - math.floor(self.candidates * (num_tokens - num_keep))
         half = num_prefix + (num_tokens - num_prefix + 1) // 2
-        return torch.sym_min(num_keep, torch.sym_max(non_candidates, half))
+        return cast(int, torch.sym_min(num_keep, torch.sym_max(non_candidates, half)))
 
 
 def checkerboard(x: Tensor, grid: tuple[int, int], num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -146,8 +146,8 @@ def test_a_classifier_of_another_width_than_the_heads_raises_in_training(make, c
             output = model.train()(IMAGES, **arguments)
             aux = output[-1] if isinstance(output, tuple) else output.aux
             assert [prediction.shape for prediction in aux] == [(2, classes)] * 3
-    own = cropr.apply(make(), rate=8, num_outputs=classes).train()  # chosen beside a classifier of 5
-    assert output_and_aux(own(IMAGES))[1][0].shape == (2, classes)
+    chosen = cropr.apply(make(), rate=8, num_outputs=classes).train()  # beside a classifier of 5
+    assert output_and_aux(chosen(IMAGES))[1][0].shape == (2, classes)
 
 
 def test_frozen_models_stay_frozen():

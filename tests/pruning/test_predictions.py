@@ -47,19 +47,19 @@ def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
 @pytest.mark.parametrize("name", [name for name in BLOCK_RUNNERS if name != "torchvision"])
 def test_the_output_keeps_its_class_and_holds_the_predictions(name, labels, images):
     model = randomize(BLOCK_RUNNERS[name]()).eval()
-    given = {} if labels is None or not hasattr(model, "classifier") else {"labels": labels}
-    plain = model(images, **given)
+    arguments = {} if labels is None or not hasattr(model, "classifier") else {"labels": labels}
+    plain = model(images, **arguments)
     cropr.apply(model, rate=8, num_outputs=5).train()
     torch.manual_seed(0)
-    output = model(images, **given)
+    output = model(images, **arguments)
     assert isinstance(output, type(plain)) and list(output) == [*plain, "aux"]
     assert {value.shape for value in output.aux} == {(2, 5)} and len(output.aux) == len(model.cropr)
     torch.manual_seed(0)
-    values = model(images, **given, return_dict=False)
+    values = model(images, **arguments, return_dict=False)
     assert type(values) is tuple and len(values) == len(output)
     for value, expected in zip(pytree.tree_leaves(values), pytree.tree_leaves(output)):
         assert torch.equal(value, expected)
-    assert type(model.eval()(images, **given)) is type(plain)
+    assert type(model.eval()(images, **arguments)) is type(plain)
 
 
 def test_losses_of_models_without_labels_stay(images):

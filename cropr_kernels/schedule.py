@@ -8,7 +8,7 @@ sees all tokens.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .utils.numbers import integer, integers, number
@@ -54,6 +54,8 @@ class Schedule:
     ratio: float | None = None
     const: Sequence[int] | None = None
     share: float = 1.0
+    # The rate for torch.compile, which takes integers of a module for constants, and floats that change for symbols.
+    symbolic_rate: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [name for name in SCHEDULES if getattr(self, name) is not None]
@@ -74,6 +76,7 @@ class Schedule:
             values["const"] = integers("schedule: const", self.const, 1)
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "symbolic_rate", None if self.rate is None else float(self.rate))
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int = 1, llf: int = 0) -> list[int]:
         """Kept tokens after each module, prefix included.
@@ -89,8 +92,8 @@ class Schedule:
                 keep less than one patch or more tokens than there are.
         """
         modules = num_modules(depth, llf)
-        if self.rate is not None:
-            rate = round(self.share * self.rate)  # keeps counts at multiples of 4 more often than a share of them
+        if self.symbolic_rate is not None:
+            rate = round(self.share * self.symbolic_rate)  # more often a multiple of 4 than a share of the counts
             first = num_tokens - rate - (num_prefix % 4 if rate else 0)
             counts = [first - rate * module for module in range(modules)]
             if counts[-1] <= num_prefix:
@@ -122,7 +125,7 @@ class Schedule:
                 )
             counts = [num_tokens] * (const[0] - 1) + [const[1]] * (modules - const[0] + 1)
         counts = self._checked(counts, num_tokens, num_prefix)
-        return [num_tokens - int(self.share * (num_tokens - count)) for count in counts]
+        return [num_tokens - math.floor(self.share * (num_tokens - count)) for count in counts]
 
     def _checked(self, counts: list[int], num_tokens: int, num_prefix: int) -> list[int]:
         for module, (before, count) in enumerate(zip([num_tokens, *counts], counts)):

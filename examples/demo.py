@@ -157,7 +157,7 @@ def show(subject: Subject, out: Path, device: torch.device) -> None:
     """Calibrate, compare and time the model, print one table, and draw merged patches."""
     rate = subject.rates[1]
     model = subject.model.to(device)
-    cropr.calibrate(cropr.apply(model, rate=rate, merge=True), subject.calibration)
+    cropr.calibrate(cropr.apply(model, rate=rate, merge=True, num_outputs=0), subject.calibration)
     print_table(subject, measure_rates(subject, model, device), device)
     fast = cropr.set_rate(cropr.deploy(model), rate)
     inputs = subject.inputs.to(device)

@@ -106,7 +106,7 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
             model = ViT(ViTConfig(num_classes=10, **sizes, **architecture))
             for block in model.blocks:
                 block.norm1, block.norm2 = norm(width), norm(width)
-            model = deployed_copy(cropr.apply(model.to(dtype), ratio=0.2, **pruning))
+            model = deployed_copy(cropr.apply(model.to(dtype), ratio=0.2, num_outputs=0, **pruning))
             with _Launching():
                 model(images)
                 model(images, protect=protect)

@@ -41,7 +41,7 @@ def variants(model: nn.Module, rate: int = RATE) -> dict[str, nn.Module]:
     """Return the model, and deployed copies with Cropr, without and with Last Layer Fusion."""
     models = {"no pruning": model}
     for name, llf in ((f"Cropr, R = {rate}", False), (f"Cropr, R = {rate}, LLF", True)):
-        cropr.apply(model, rate=rate, llf=llf)
+        cropr.apply(model, rate=rate, llf=llf, num_outputs=0)
         models[name] = deployed_copy(model)
         cropr.remove(model)
     return models
@@ -87,7 +87,7 @@ def compare(names: list[str], images: Tensor, repeats: int = 5) -> list[Row]:
         base = cropr.create_vit(name).eval().to(device)
         methods = variants(base)
         expected = base(pixels[:1])
-        cropr.apply(base, rate=0)
+        cropr.apply(base, rate=0, num_outputs=0)
         if not torch.equal(base(pixels[:1]), expected):
             raise RuntimeError(f"{name}: at rate 0 the pruned model differs from the unpruned one")
         cropr.remove(base)

@@ -119,7 +119,7 @@ def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Pa
     schedule = _schedule_of(requested) or _schedule_of(saved) or default
     options = {name: value for name, value in (saved | requested).items() if name not in SCHEDULES}
     options.setdefault("merge", True)  # better than dropping without training
-    apply(model, **schedule, **options)
+    apply(model, **schedule, **options, num_outputs=0)
     if queries is not None and os.environ.get("RANK", "0") == "0":
         overrides = f" (as asked: {', '.join(requested)})" if requested else ""
         modules: CroprModules = model.cropr  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import project_heads
@@ -250,7 +251,7 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def _resized_pos_embed(self, height: int, width: int) -> Tensor:
-        if (height, width) == (self.grid, self.grid):
+        if statically_known_true(height == self.grid) and statically_known_true(width == self.grid):
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.grid**2
         return resize_positions(self.pos_embed, prefix, (self.grid, self.grid), (height, width))

@@ -121,6 +121,7 @@ def run_block(
     if layer == 0:
         modules.require_same_blocks()
         context.state = PruningState(context.modules or modules, x, options, context.grid)
+        context.grid = None  # while an export traces, of symbols that nothing may keep
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
             return _engine_output(modules, run_engine(context.state, x, _rotary(context.state, kwargs)))
@@ -131,10 +132,7 @@ def run_block(
             "switched on by model.set_grad_checkpointing() after cropr.apply)"
         )
     state.next_layer += 1
-    if state.done:
-        output = _engine_output(modules, x)
-    else:
-        output = _run_and_prune(modules, state, layer, block, x, args, kwargs)
+    output = _engine_output(modules, x) if state.done else _run_and_prune(state, layer, block, x, args, kwargs)
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
@@ -160,7 +158,6 @@ def fill_padding(modules: PruningModules, x: Tensor) -> Tensor:
 
 
 def _run_and_prune(
-    modules: PruningModules,
     state: PruningState,
     layer: int,
     block: Callable[..., object],
@@ -168,6 +165,7 @@ def _run_and_prune(
     args: Args,
     kwargs: Kwargs,
 ) -> object:
+    modules = state.modules
     args, kwargs = _select_active(state, layer, args, kwargs)
     log_sizes = state.log_sizes()
     tokens = state.active  # x is the map that the model carries, or that of the block before

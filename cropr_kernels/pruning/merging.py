@@ -7,6 +7,7 @@ may be pruned have neighbors to merge into. The defaults are measured: docs/benc
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,8 +51,9 @@ class Merge:
 
         The half only bounds the choice; if more than half must go, all kept tokens are targets.
         """
-        non_candidates = num_tokens - int(self.candidates * (num_tokens - num_keep))
-        return min(num_keep, max(non_candidates, num_prefix + (num_tokens - num_prefix + 1) // 2))
+        non_candidates = num_tokens - math.floor(self.candidates * (num_tokens - num_keep))
+        half = num_prefix + (num_tokens - num_prefix + 1) // 2
+        return cast(int, torch.sym_min(num_keep, torch.sym_max(non_candidates, half)))
 
 
 def checkerboard(x: Tensor, grid: tuple[int, int], num_prefix: int) -> tuple[Tensor, Tensor]:

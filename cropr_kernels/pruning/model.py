@@ -1,15 +1,12 @@
 """A pruned model: `model.cropr`, and the hooks before and after its own forward."""
 
-import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..models.adapters import BlockParts, ModelSpec, Submodule, find_spec, is_hooked
@@ -18,7 +15,8 @@ from ..schedule import num_modules
 from .block_wrapper import fill_padding
 from .config import PruningConfig
 from .graphs import Graphs
-from .module import Cropr, Scorer
+from .module import Scorer
+from .predictions import add_predictions
 from .state import ForwardContext, ForwardContexts, PruningOptions, PruningState
 
 T = TypeVar("T")
@@ -40,22 +38,12 @@ class CroprModules(nn.ModuleList):
         modules: one per pruned block.
         config: how they prune.
         spec: of the model.
-        pending_head_dim: outputs of the auxiliary heads that training will need; 0: none, or they are there.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        config: PruningConfig,
-        spec: ModelSpec,
-        pending_head_dim: int = 0,
-    ):
+    def __init__(self, modules: Sequence[nn.Module], config: PruningConfig, spec: ModelSpec):
         super().__init__(modules)
         self.config = config
         self.spec = spec
-        self.pending_head_dim = pending_head_dim
-        if pending_head_dim:
-            self.requires_grad_(True)
         self.contexts = ForwardContexts()
         self.traced_context = ForwardContext()
         self.recompute = False  # run blocks again in backward instead of keeping their activations
@@ -72,32 +60,17 @@ class CroprModules(nn.ModuleList):
         self.calibrated = False  # in closed form, or loaded from a file of such queries
         self.pixels: Pixels | None = None  # the preparation of images, if `load` knows it
 
-    def train(self, mode: bool = True) -> "CroprModules":
-        if mode:
-            self._make_heads()
-        return super().train(mode)
-
     def scorer(self, layer: int) -> Scorer:
         """The module after block `layer`."""
         return cast(Scorer, self._modules[str(layer)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Make the heads of a trained model, and leave out modules that fusion over more blocks does not use."""
+        """Leave out modules that fusion over more blocks does not use."""
         for name in [name for name in state_dict if name.startswith(prefix)]:
             module = name[len(prefix) :].partition(".")[0]
             if self.config.llf is not None and module.isdecimal() and int(module) >= len(self):
                 del state_dict[name]
-        if any(name.startswith(prefix) and ".aggregator." in name for name in state_dict):
-            self._make_heads()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _make_heads(self) -> None:
-        if not self.pending_head_dim:
-            return
-        for module in self:
-            cast(Cropr, module).add_head(self.pending_head_dim)
-        self.pending_head_dim = 0
-        _watch_optimizers(self)
 
     @property
     def num_used(self) -> int:
@@ -130,36 +103,13 @@ class CroprModules(nn.ModuleList):
                 )
 
     def follow_head(self, model: nn.Module) -> None:
-        """Specify the model anew if its head has changed since `apply`."""
+        """Specify the model anew if its head has changed since `apply`; the auxiliary heads stay as they are."""
         if any(getattr(model, name, None) != value for name, value in self.spec.head):
-            self.spec = find_spec(model)
+            self.spec = replace(find_spec(model), num_classes=self.spec.num_classes)
 
     def __repr__(self) -> str:
         engine = f"off ({self.engine_reason})" if self.engine is None else "on"
         return super().__repr__().replace("(", f"({self.config}, engine {engine}", 1)
-
-
-def _watch_optimizers(modules: CroprModules) -> None:
-    """Raise at the first step of an optimizer that was made before these heads."""
-    first_module = weakref.ref(cast(Cropr, modules.scorer(0)))
-    checked = False
-
-    def check(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        nonlocal checked
-        module = first_module()
-        if checked or module is None or module.aggregator is None:
-            return
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if id(module.queries) not in trained:
-            return
-        if not any(id(parameter) in trained for parameter in module.aggregator.parameters()):
-            raise RuntimeError(
-                "cropr: the optimizer was made before model.train() made the auxiliary heads, and does not train them; "
-                "make it after model.train(), or give num_outputs to cropr.apply"
-            )
-        checked = True
-
-    weakref.finalize(modules, register_optimizer_step_pre_hook(check).remove)
 
 
 def is_pruned(model: nn.Module) -> bool:
@@ -293,27 +243,16 @@ def after_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object,
 
 
 def after_forward(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> object:
-    """In training, return the auxiliary predictions beside the output, or add their losses to a Hugging Face loss."""
-    context = modules_of(model).context
+    """In training, return the auxiliary predictions beside the output; a Hugging Face model returns them in it."""
+    modules = modules_of(model)
+    context = modules.context
     if not context.opened_by_hook:
         return output
     aux = [] if context.state is None else context.state.aux
     context.clear()
     if output is None or not aux:
         return output
-    if getattr(output, "loss", None) is None:
-        return output, aux
-    hf_model: Any = model
-    arguments = inspect.signature(hf_model.forward).bind(*args, **kwargs).arguments
-    options = arguments.get("kwargs", {})
-    criterion = partial(hf_model.loss_function, arguments["labels"], config=hf_model.config, **options)
-    output["loss"] = sum(map(criterion, map(mean_over_queries, aux)), output.loss)
-    return output
-
-
-def mean_over_queries(prediction: Tensor) -> Tensor:
-    """Average predictions (B, M, outputs) over several queries; (B, outputs) of one query stays."""
-    return prediction if prediction.ndim == 2 else prediction.mean(1)
+    return add_predictions(model, args, kwargs, output, aux, modules.spec.num_classes)
 
 
 def forward_intermediates(modules: CroprModules, encoder: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> object:

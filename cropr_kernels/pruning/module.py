@@ -118,11 +118,6 @@ class Cropr(Scorer):
         self.aggregator = Aggregator(dim, num_outputs, mlp_ratio) if num_outputs else None
         self.register_load_state_dict_pre_hook(_translate_state)
 
-    def add_head(self, num_outputs: int) -> None:
-        """Add the training path, on the device of the queries, and frozen if they are."""
-        head = Aggregator(self.queries.shape[1], num_outputs)
-        self.aggregator = head.to(self.queries).requires_grad_(self.queries.requires_grad)
-
     def query(self) -> Tensor:
         """The folded query (D,), float32, without gradient."""
         return fold_queries(self.queries.detach()).float()
@@ -165,16 +160,20 @@ class FoldedCropr(Scorer):
 
 
 def _translate_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
-    """Let trained and deployed modules load each other's state; without a training path its tensors are left out."""
+    """Let modules with and without a training path load each other's state: a module leaves out or keeps its own."""
     queries = f"{prefix}queries"
     folded = f"{prefix}folded"
     if isinstance(module, FoldedCropr) and queries in state:
         state[folded] = fold_queries(state.pop(queries)).float()
     elif isinstance(module, Cropr) and len(module.queries) == 1 and folded in state:
         state[queries] = state.pop(folded).unsqueeze(0)
-    if getattr(module, "aggregator", None) is None:
-        for name in [name for name in state if name.startswith(f"{prefix}aggregator.")]:
+    saved = [name for name in state if name.startswith(f"{prefix}aggregator.")]
+    aggregator = getattr(module, "aggregator", None)
+    if aggregator is None:
+        for name in saved:
             del state[name]
+    elif not saved and queries in state:
+        state.update(aggregator.state_dict(prefix=f"{prefix}aggregator."))
 
 
 def loss(criterion: Callable[..., Tensor], output: Any, aux: list[Tensor], target: object) -> Tensor:

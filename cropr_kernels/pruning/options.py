@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..schedule import SCHEDULES
 from .model import CroprModules, modules_of
 from .module import Cropr, FoldedCropr
 
@@ -18,16 +19,15 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
     head = first.aggregator if isinstance(first, Cropr) else None
     if head is not None and (head.mlp is None or head.mlp[0].out_features != 4 * modules.spec.dim):
         return None
-    schedule = {name: value for name, value in asdict(config.schedule).items() if value is not None}
-    del schedule["share"]
+    schedule = {name: getattr(config.schedule, name) for name in SCHEDULES}
     return {
-        **schedule,
+        **{name: value for name, value in schedule.items() if value is not None},
         "llf": asdict(config.llf) if config.llf else False,
         "merge": config.merge and asdict(config.merge),
         "windows": config.windows and asdict(config.windows),
         "img_size": list(modules.spec.img_size_of(config.grid)),
         "num_queries": len(first.queries) if isinstance(first, Cropr) else 1,
-        "num_outputs": None if modules.pending_head_dim else head.head.out_features if head is not None else 0,
+        "num_outputs": head.head.out_features if head is not None else 0,
     }
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.outputs import outputs_of
-from ..pruning.model import is_pruned, mean_over_queries, run
+from ..pruning.model import is_pruned, run
+from ..pruning.predictions import mean_over_queries
 from ..pruning.state import PruningOptions
 from .backbone import Task
 

@@ -129,6 +129,11 @@ def embed(model, images):
     return model.norm_pre(x), rope
 
 
+def output_and_aux(output):
+    """Return the output of a model in training, and its auxiliary predictions, if it has any."""
+    return output if isinstance(output, tuple) else (output, getattr(output, "aux", []))
+
+
 def outputs_of(output):
     """Return the output for a full image: logits, embeddings or pooled features."""
     if isinstance(output, torch.Tensor):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import BLOCK_RUNNERS, MODELS, outputs_of, randomize, reference_vit, timm_vit
+from helpers.models import BLOCK_RUNNERS, MODELS, output_and_aux, outputs_of, randomize, reference_vit, timm_vit
 from torch import nn
 
 import cropr_kernels as cropr
@@ -159,7 +159,7 @@ def test_quantized_linears_are_called(name):
 def test_the_modules_follow_the_precision_of_the_blocks(model):
     model.bfloat16()
     cropr.apply(model, rate=8, num_outputs=5).train()
-    _, aux = model(torch.randn(2, 3, 64, 64).bfloat16())
+    _, aux = output_and_aux(model(torch.randn(2, 3, 64, 64).bfloat16()))
     sum(prediction.float().square().sum() for prediction in aux).backward()
     assert {parameter.dtype for parameter in model.cropr.parameters()} == {torch.bfloat16}
     assert all(parameter.grad is not None for parameter in model.cropr.parameters())

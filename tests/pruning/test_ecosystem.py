@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers.models import (
     HF,
+    output_and_aux,
     outputs_of,
     randomize,
     reference_vit,
@@ -35,7 +36,7 @@ def vit(**options):
 
 
 def loss_of(output):
-    output, aux = output if isinstance(output, tuple) else (output, [])
+    output, aux = output_and_aux(output)
     return outputs_of(output).square().sum() + sum(prediction.square().sum() for prediction in aux)
 
 
@@ -169,39 +170,6 @@ def test_the_features_of_a_block_are_extracted(images):
 
 
 # transformers
-
-
-@HF_MODELS
-def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
-    model, labels = cropr.apply(vit(), rate=8, num_queries=2).train(), torch.tensor([1, 4])
-    plain, aux = model(images)
-    output = model(images, labels=labels)
-    expected = cross_entropy(plain.logits, labels)
-    expected = expected + sum(cross_entropy(prediction.mean(1), labels) for prediction in aux)
-    assert type(output) is type(plain)
-    torch.testing.assert_close(output.loss, expected)
-    torch.testing.assert_close(output[0], expected)
-    output.loss.backward()
-    assert all(module.queries.grad.abs().sum() > 0 for module in model.cropr)
-    torch.testing.assert_close(model.eval()(images, labels=labels).loss, cross_entropy(plain.logits, labels))
-    output, aux = model.train()(images, labels=labels, return_dict=False)
-    assert len(output) == 2 and len(aux) == 3
-
-
-@HF_MODELS
-def test_the_trainer_trains(tmp_path):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    t = transformers()
-    model = cropr.apply(vit(), rate=8)
-    before = model.cropr[0].queries.detach().clone()
-    data = [{"pixel_values": torch.randn(3, 64, 64), "labels": i % 5} for i in range(8)]
-    arguments = t.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, report_to=[],
-        use_cpu=True, disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
-    trainer = t.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
-    assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
-    assert not torch.equal(model.cropr[0].queries, before)
 
 
 @HF_MODELS

@@ -11,6 +11,7 @@ from helpers.models import (
     MODELS,
     PREFIX,
     TEXT,
+    output_and_aux,
     outputs_of,
     randomize,
     torchvision_vit,
@@ -175,7 +176,7 @@ def test_with_llf_the_last_hidden_state_has_all_tokens(name, model, images):
 @pytest.mark.parametrize("llf", [False, True])
 def test_training_gives_predictions_and_stops_their_gradient(model, images, llf):
     cropr.apply(model, rate=8, llf=llf, num_outputs=5).train()
-    output, aux = model(images)
+    output, aux = output_and_aux(model(images))
     assert len(aux) == len(model.cropr) and all(prediction.shape == (2, 5) for prediction in aux)
     sum(cross_entropy(prediction, torch.tensor([0, 3])) for prediction in aux).backward()
     for key, parameter in model.named_parameters():
@@ -193,8 +194,8 @@ def test_recomputation_gives_the_same_gradients(images):
         model = cropr.apply(BLOCK_RUNNERS["ViT"](), rate=8, llf=True)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        output, aux = model.train()(images)
-        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
+        output = model.train()(images)
+        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in output.aux)).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
     assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))
 
@@ -359,7 +360,7 @@ def test_merging_trains_through_recomputation(images):
         model = cropr.apply(randomize(BLOCK_RUNNERS["ViT"]()), rate=8, merge=True)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        output, aux = model.train()(images)
-        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in aux)).backward()
+        output = model.train()(images)
+        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in output.aux)).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
     assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))

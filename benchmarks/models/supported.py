@@ -7,6 +7,7 @@ model gives the outputs of the functional ops. Whether it merges, calibrates and
 """
 
 import argparse
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,6 @@ TIMM_MODULES = [
     "eva",
     "gemma4_vit",
     "hiera",
-    "mlp_mixer",
     "naflexvit",
     "pit",
     "qwen3_vit",
@@ -54,6 +54,9 @@ _SMALL = (
     {"depth": 4},
     {},
 )
+
+
+_LARGEST = 300_000_000  # parameters
 
 
 class Verdict(NamedTuple):
@@ -146,16 +149,23 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 def _small_timm_model(name: str) -> nn.Module:
+    """Make the smallest model of a name that its constructor takes the options for."""
     import timm
 
     patch = 32 if "patch32" in name or "_s32_" in name else 16
+    reason = ""
     for options in _SMALL:
-        for size in ({"img_size": 8 * patch}, {"img_size": 14 * 8}, {}):
+        for size in ({"img_size": 8 * patch}, {"img_size": 8 * 14}, {}):
             try:
-                return timm.create_model(name, **options, **size).eval()
+                with torch.device("meta"):
+                    parameters = timm.create_model(name, **options, **size).parameters()
+                    count = sum(parameter.numel() for parameter in parameters)
+                if count < _LARGEST:
+                    return timm.create_model(name, **options, **size).eval()
+                reason = f"{count / 1e6:.0f} million parameters"
             except Exception as error:  # a constructor that takes no such option raises whatever it likes
-                last = error
-    raise TypeError(f"timm cannot make a small {name}: {last}")
+                reason = str(error)
+    raise TypeError(f"no small {name} can be made: {reason}")
 
 
 def main() -> None:
@@ -167,7 +177,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     models: list[tuple[str, str, Callable[[], nn.Module]]] = [("timm", *pair) for pair in timm_models()]
     models += [("transformers", tower.architecture.partition("/")[0], tower.make) for tower in TOWERS]
-    results = Results(options.results, environment("cpu"), keys=("library", "name"))
+    versions = {name: importlib.metadata.version(name) for name in ("timm", "transformers")}
+    results = Results(options.results, environment("cpu") | versions, keys=("library", "name"))
     makers: dict[tuple[str, str], Any] = {
         (library, name): make for library, name, make in models if options.only in name
     }

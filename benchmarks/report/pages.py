@@ -9,6 +9,7 @@ from benchmarks.report import (
     restoring,
     saliency,
     schedules,
+    supported,
     training,
 )
 from benchmarks.report.render import Files
@@ -20,8 +21,9 @@ PAGES = {
     DOCS / "training-results.md": training.SECTIONS,
     DOCS / "comparison.md": comparison.SECTIONS | off_the_shelf.SECTIONS | saliency.SECTIONS | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
+    DOCS / "supported-models.md": supported.SECTIONS,
 }
-MODULES = (comparison, off_the_shelf, saliency, schedules, measured, restoring, training, features)
+MODULES = (comparison, off_the_shelf, saliency, schedules, measured, restoring, training, features, supported)
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 
 

@@ -59,6 +59,8 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
         layout: of its tokens.
     """
     prefix = layout.num_prefix
+    if images.is_meta:  # nothing to compare
+        return HeadReads(prefix > 0, "token", True, False, None, (), _num_classes(model, forward(images)))
     depth = len(calls)
     # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, those from 4 on in the output of one earlier
     # block.

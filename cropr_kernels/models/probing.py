@@ -76,19 +76,12 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that a model takes images on, where its weights may be elsewhere (accelerate).
-
-    Raises:
-        ProbeError: its weights are nowhere.
-    """
+    """The device that a model takes images on, where its weights may be elsewhere (accelerate)."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        raise ProbeError("its parameters are on the meta device; load them first")
-    return device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
@@ -182,7 +175,8 @@ def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Tell whether two tensors that are alive at once are one."""
-    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
+    same = not x.is_meta and x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+    return x is y or same
 
 
 class _Stop(Exception):
@@ -220,6 +214,29 @@ def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
     if num_patches % columns:
         raise ProbeError(f"{num_patches} patches form no grid for an image of {height} x {width} px")
     return Layout(num_prefix, (num_patches // columns, columns), 1, False)
+
+
+def layout_of_shapes(tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module) -> Layout:
+    """The layout of tokens without values (meta device): the prefix is what the grid of a convolution leaves.
+
+    Raises:
+        ProbeError: there is no convolution.
+    """
+    grids: list[torch.Size] = []
+    convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    handles = [
+        module.register_forward_hook(lambda module, args, output: grids.append(output.shape[2:]))
+        for module in convolutions
+    ]
+    try:
+        num_tokens = _first_tokens(block, forward, images).shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not grids:
+        raise ProbeError("its parameters are on the meta device, and no convolution shows its grid")
+    rows, columns = math.prod(grids[-1][:-1]), grids[-1][-1]
+    return Layout(num_tokens - rows * columns, (rows, columns), rows // grids[-1][-2], True)
 
 
 def _corner_tokens(

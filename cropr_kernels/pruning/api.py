@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..models.adapters import EngineRefusal, ModelSpec, Submodule, engine_parts, find_spec
+from ..models.adapters import EngineRefusal, ModelSpec, engine_parts, find_spec
 from ..models.outputs import num_classes_of
 from ..schedule import Schedule, num_modules
-from .block_wrapper import unwrap, wrap
+from .block_wrapper import links_to, unwrap, wrap
 from .config import PruningConfig
 from .fusion import Fusion, Restore
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
@@ -142,7 +142,7 @@ def apply(
         modules.hooks.append(spec.projection.register_forward_hook(partial(keep_grid, modules)))
     if spec.norm is not None:
         modules.hooks.append(spec.norm.register_forward_hook(partial(after_norm, modules)))
-    modules.links = _links_to(spec.blocks, model)
+    modules.links = links_to(spec.blocks, model)
     wrap(spec.blocks, modules)
     write_to_config(model)
     return model
@@ -170,19 +170,6 @@ def apply_options(model: Model, options: dict[str, Any]) -> Model:
         "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
     }
     return apply(model, **options | values)
-
-
-def _links_to(blocks: list[nn.Module], model: nn.Module) -> list[Submodule]:
-    """Every module on the way from a model to its blocks, with its name in its owner."""
-    paths = {module: path for path, module in model.named_modules()}
-    links: dict[tuple[nn.Module, str], Submodule] = {}
-    for block in blocks:
-        owner = model
-        for name in paths[block].split("."):
-            module = owner.get_submodule(name)
-            links[owner, name] = Submodule(owner, name, module)
-            owner = module
-    return list(links.values())
 
 
 def _replace_attributes(modules: CroprModules) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..models.adapters import Submodule
 from ..models.adapters.structure import ROTARY_TABLES, select_arguments
 from ..models.blocks import Rotary, SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
@@ -106,6 +107,19 @@ def unwrap(blocks: list[nn.Module]) -> None:
     for block in blocks:
         block.__class__ = type(block).cropr_base  # type: ignore[attr-defined]
         del block.cropr_layer
+
+
+def links_to(blocks: list[nn.Module], model: nn.Module) -> list[Submodule]:
+    """Every module on the way from a model to its blocks, with its name in its owner."""
+    paths = {module: path for path, module in model.named_modules()}
+    links: dict[tuple[nn.Module, str], Submodule] = {}
+    for block in blocks:
+        owner = model
+        for name in paths[block].split("."):
+            module = owner.get_submodule(name)
+            links[owner, name] = Submodule(owner, name, module)
+            owner = module
+    return list(links.values())
 
 
 def run_block(

@@ -19,6 +19,7 @@ from ..probing import (
     device_of,
     find_blocks,
     find_layout,
+    layout_of_shapes,
     pixels_entered,
     probing,
     tokens_of,
@@ -45,10 +46,14 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
     with probing(model):
         images = torch.randn_like(images)
         calls = find_blocks(tower, forward, images)
-        layout = find_layout(calls[0].block, forward, images)
+        block = calls[0].block
+        if images.is_meta:
+            layout = layout_of_shapes(tower, forward, images, block)
+        else:
+            layout = find_layout(block, forward, images)
         head = read_head(tower, forward, images, calls, layout)
-        encoder, projection = pixels_entered(tower, forward, images, calls[0].block, layout)
-        has_bias = _find_bias(calls, layout.num_prefix)
+        encoder, projection = pixels_entered(tower, forward, images, block, layout)
+        has_bias = not images.is_meta and _find_bias(calls, layout.num_prefix)
         engine, refusal = _check_parts(calls, layout.num_prefix, has_bias)
         height, width = images.shape[-2:]
         return ModelSpec(
@@ -59,7 +64,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             inner=encoder,
             num_prefix=layout.num_prefix,
             dim=calls[0].x.shape[2],
-            num_heads=num_heads_of(calls[0].block),
+            num_heads=num_heads_of(block),
             image_shape=tuple(images.shape[1:]),
             patch_size=(height * layout.frames // layout.grid[0], width // layout.grid[1]),
             grid=layout.grid,
@@ -79,11 +84,7 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
 
 
 def example_of(model: nn.Module) -> Tensor:
-    """Make images (1, C, H, W) of the size that the configuration or an attribute of a model names, else of 224 px.
-
-    Raises:
-        ProbeError: its weights are nowhere.
-    """
+    """Make images (1, C, H, W) of the size that the configuration or an attribute of a model names, else of 224 px."""
     config = getattr(model, "config", None)
     for name in ("vision_config", "backbone_config"):
         config = getattr(config, name, None) or config
@@ -187,6 +188,8 @@ def _is_close(output: Tensor, expected: Tensor, call: BlockCall) -> bool:
 
 def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tuple[list[BlockParts] | None, str]:
     """Return the parts of all blocks if each computes what its block does; else None, and the reason."""
+    if calls[0].x.is_meta:
+        return None, "the model was specified on the meta device"
     if has_bias:
         return None, "attention adds a bias that it makes for all tokens"
     blocks: list[BlockParts] = []

@@ -1,0 +1,72 @@
+"""The section and CSV file of docs/supported-models.md: every Vision Transformer that was tried."""
+
+import re
+
+from benchmarks.report.render import NOT_MEASURED, Cell, Files, Sections, Table, link, load, unique, where
+
+# Reasons against a model, in the order in which they are looked for, as the page says them.
+_REASONS = {
+    "no two blocks": "windows, stages or other tokens between the blocks",
+    "something else than the tokens": "windows, stages or other tokens between the blocks",
+    "reads positions": "positions are read from the order of the tokens",
+    "do not all stand before": "tokens that are no patches stand after them",
+    "take a part": "blocks take all tokens only",
+    "packed": "images of a batch are packed or cut into tiles",
+    "form no grid": "patches form no grid",
+    "fails": "a trial forward needs other inputs",
+}
+
+
+def table() -> Table | None:
+    """Every model, what works, and why others do not."""
+    measured = load("supported_models")
+    if measured is None:
+        return None
+    head = ["library", "model", "pruned", "engine", "merging", "calibration", "reason"]
+    rows: list[list[Cell]] = []
+    for row in measured[1]:
+        pruned = "yes" if row["supported"] else "no"
+        cells = (row["engine"], row["merges"], row["calibrates"], row["reason"])
+        rows.append([row["library"], row["name"], pruned, *map(_short, cells)])
+    return Table(head, rows)
+
+
+def _short(text: str) -> str:
+    """A reason without the names of classes in front of it."""
+    return re.sub(r"^\S+ cannot be pruned: (\w+: )?", "", text)[:160]
+
+
+def supported_models() -> str:
+    """Counts by library, and the reasons against the others."""
+    measured, full = load("supported_models"), table()
+    if measured is None or full is None:
+        return NOT_MEASURED
+    env, rows = measured
+    body: list[list[Cell]] = []
+    for library in unique(rows, "library"):
+        tried = where(rows, library=library)
+        pruned = where(tried, supported=True)
+        counts = [len(where(pruned, **{column: "yes"})) for column in ("engine", "merges", "calibrates")]
+        body.append([library, *map(str, (len(tried), len(pruned), *counts))])
+    counts = Table(["library", "tried", "pruned", "on the engine", "merging", "calibration"], body)
+    refused = [row for row in rows if not row["supported"]]
+    reasons: dict[str, list[str]] = {}
+    for row in refused:
+        found = (reason for part, reason in _REASONS.items() if part in row["reason"])
+        reasons.setdefault(next(found, "other"), []).append(row["name"])
+    lines = [f"- {reason} ({len(names)}): {', '.join(_families(names))}" for reason, names in reasons.items()]
+    note = (
+        f"Small models of every name with random weights: {link('supported_models', full)}. Pruned: rate 0 equals the "
+        f"unpruned model bit for bit, and a deployed model the functional ops. timm {env['timm']}, transformers "
+        f"{env['transformers']}, torch {env['torch']}. Not supported:"
+    )
+    return "\n".join([counts.markdown(), "", note, "", *lines])
+
+
+def _families(names: list[str]) -> list[str]:
+    """The first words of names, each once."""
+    return list(dict.fromkeys(re.split(r"[_\d]", name)[0] or name for name in names))
+
+
+SECTIONS: Sections = {"supported_models": supported_models}
+FILES: Files = {"supported_models": table}

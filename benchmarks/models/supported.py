@@ -9,6 +9,7 @@ model gives the outputs of the functional ops. Whether it merges, calibrates and
 import argparse
 import importlib.metadata
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,17 +146,18 @@ def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
     for name in timm.list_models():
         if timm.models._registry._model_to_module[name] in TIMM_MODULES:
-            yield name, lambda name=name: _small_timm_model(name)
+            yield name, lambda name=name: small_timm_model(name)
 
 
-def _small_timm_model(name: str) -> nn.Module:
+def small_timm_model(name: str) -> nn.Module:
     """Make the smallest model of a name that its constructor takes the options for."""
     import timm
 
-    patch = 32 if "patch32" in name or "_s32_" in name else 16
+    stride = re.search(r"(?:patch|_s|_p)(\d+)", name)
+    side = 8 * int(stride.group(1)) if stride else 128
     reason = ""
     for options in _SMALL:
-        for size in ({"img_size": 8 * patch}, {"img_size": 8 * 14}, {}):
+        for size in ({"img_size": side}, {}):
             try:
                 with torch.device("meta"):
                     parameters = timm.create_model(name, **options, **size).parameters()

@@ -12,7 +12,7 @@ from .base import ModelSpec as ModelSpec
 from .base import Submodule as Submodule
 from .base import is_hooked as is_hooked
 from .base import require_plain
-from .structure import example_of, probe
+from .structure import examples_of, probe
 
 
 class Adapter(Protocol):
@@ -56,12 +56,13 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
                 f"cropr.apply: {type(model).__name__} is a module around a model; give cropr.apply the one at .{path}, "
                 f"{type(module).__name__}"
             )
-    try:
-        return probe(model, model, model, example_of(model) if example is None else example[:1])
-    except ProbeError as error:
-        raise TypeError(
-            f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {error}"
-        ) from error
+    reason = ""
+    for images in examples_of(model) if example is None else [example[:1]]:
+        try:
+            return probe(model, model, model, images)
+        except ProbeError as error:
+            reason = str(error)
+    raise TypeError(f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {reason}")
 
 
 def engine_parts(spec: ModelSpec) -> list[BlockParts]:

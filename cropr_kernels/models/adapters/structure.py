@@ -24,7 +24,7 @@ from ..probing import (
     probing,
     tokens_of,
 )
-from .base import BlockParts, EngineRefusal, ModelSpec, base_class, pair
+from .base import BlockParts, EngineRefusal, ModelSpec, base_class
 
 ROTARY_TABLES = ("rope", "position_embeddings")  # of timm and this package's ViT, and of Hugging Face
 _IMAGE_SIZES = ("img_size", "image_size", "input_resolution")  # attributes of models
@@ -83,18 +83,30 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
         )
 
 
-def example_of(model: nn.Module) -> Tensor:
-    """Make images (1, C, H, W) of the size that the configuration or an attribute of a model names, else of 224 px."""
+def examples_of(model: nn.Module) -> list[Tensor]:
+    """Make images (1, C, H, W) of every size that a model names, else of 224 px."""
     config = getattr(model, "config", None)
     for name in ("vision_config", "backbone_config"):
         config = getattr(config, name, None) or config
-    size = getattr(config, "image_size", None)
-    if size is None:
-        values = (getattr(module, name, None) for module in model.modules() for name in _IMAGE_SIZES)
-        size = next((value for value in values if isinstance(value, int | tuple | list)), 224)
-    height, width = (size["height"], size["width"]) if isinstance(size, dict) else pair(size)
+    values = [getattr(config, "image_size", None)]
+    values += [getattr(module, name, None) for module in model.modules() for name in _IMAGE_SIZES]
+    values.append((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
+    sizes = dict.fromkeys(size for value in values if (size := _height_and_width(value)) is not None)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), None)
-    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device_of(model), dtype=dtype)
+    channels = getattr(config, "num_channels", 3)
+    return [torch.zeros(1, channels, *size, device=device_of(model), dtype=dtype) for size in sizes or [(224, 224)]]
+
+
+def _height_and_width(value: object) -> tuple[int, int] | None:
+    """The height and width of images in an attribute: a number, two, three with the channels, or a dictionary."""
+    if isinstance(value, dict):
+        value = (value.get("height"), value.get("width"))
+    if isinstance(value, int):
+        value = (value, value)
+    if not isinstance(value, tuple | list) or len(value) not in (2, 3):
+        return None
+    height, width = value[-2:]
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def num_heads_of(block: nn.Module) -> int:

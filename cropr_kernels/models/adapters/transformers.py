@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..probing import ProbeError
 from .base import ModelSpec, known_classes
-from .structure import example_of, probe
+from .structure import examples_of, probe
 
 # Names of images, videos and spectrograms.
 _INPUTS = ("pixel_values", "pixel_values_videos", "input_values")
@@ -77,7 +77,7 @@ def _probe(model: nn.Module, tower: nn.Module, example: Tensor | None) -> ModelS
 
 def _example_of(tower: nn.Module) -> Tensor:
     """Make an image, a video or a spectrogram of the size in the configuration of a tower."""
-    images = example_of(tower)
+    images = examples_of(tower)[0]
     config: Any = tower.config
     if hasattr(config, "num_mel_bins"):  # (1, time, frequencies)
         return images.new_zeros(1, config.max_length, config.num_mel_bins)

@@ -119,12 +119,15 @@ def test_aliased_arguments_are_told_apart(cuda):
 
 
 def test_a_replay_rejects_shared_memory(cuda):
-    x, rows = torch.randn(2, 9, 48), torch.randn(2, 9, 48)
+    both, rows = torch.randn(3, 9, 48), torch.randn(2, 9, 48)
+    x = both[:2]
     for _ in range(2):
         cuda.ops.add_(x, None, rows, None)
     assert replayed()
-    with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
-        cuda.ops.add_(x, None, x.view(2, 9, 48), None)
+    for update, is_replay in ((x.view(2, 9, 48), False), (both[1:], True)):  # a second tensor at one address is new
+        with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
+            cuda.ops.add_(x, None, update, None)
+        assert replayed() == is_replay
 
 
 def test_a_replay_rejects_illegal_arguments(cuda):

@@ -128,7 +128,10 @@ def test_schedules_and_grids_that_do_not_fit_raise():
 
 
 def test_patches_that_form_no_known_grid_have_no_windows_and_no_map():
-    plain, windowed = (cropr.apply(build("class token")[0], rate=1, **options) for options in ({}, dict(llf=True, windows=cropr.Windows(SIZE))))
+    plain, windowed = (
+        cropr.apply(build("class token")[0], rate=1, **options)
+        for options in ({}, dict(llf=True, windows=cropr.Windows(SIZE)))
+    )
     tokens = torch.zeros(2, 1 + 15, 64)
     with pytest.raises(ValueError, match="cannot tell height and width of 15 patches, which windows need"):
         PruningState(windowed.cropr, tokens, PruningOptions(), None)

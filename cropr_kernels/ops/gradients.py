@@ -49,8 +49,6 @@ def _prune_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor,
 
 
 def _prune_backward(ctx: Context, grad_kept: Tensor, _: object, grad_pruned: Tensor, __: object) -> _Gradients:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 5
     kept_idx, pruned_idx = ctx.saved_tensors
     return torch.ops.cropr.restore(grad_kept, kept_idx, grad_pruned, pruned_idx), *(None,) * 4
 
@@ -95,8 +93,6 @@ def _merge_setup(ctx: Context, inputs: _MergeInputs, output: tuple[Tensor, ...])
 
 
 def _merge_backward(ctx: Context, grad: Tensor, *_: object) -> _Gradients:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * len(ctx.needs_input_grad)
     x, sizes, kept_idx, kept_sizes, dest = ctx.saved_tensors
     acc_dtype = reference.accumulation_dtype(x.dtype)
     rows = x.to(acc_dtype)
@@ -118,18 +114,13 @@ def _merge_backward(ctx: Context, grad: Tensor, *_: object) -> _Gradients:
 
 def _offsets_setup(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
     x, _, pruned_idx, _ = inputs
-    offset, parent_idx = output
-    if ctx.needs_input_grad[0]:
-        ctx.num_tokens = x.shape[1]
-        ctx.save_for_backward(pruned_idx, parent_idx)
-        ctx.mark_non_differentiable(parent_idx)
-    else:
-        ctx.mark_non_differentiable(offset, parent_idx)
+    _, parent_idx = output
+    ctx.num_tokens = x.shape[1]
+    ctx.save_for_backward(pruned_idx, parent_idx)
+    ctx.mark_non_differentiable(parent_idx)
 
 
 def _offsets_backward(ctx: Context, grad: Tensor, _: object) -> _Gradients:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 4
     pruned_idx, parent_idx = (idx.unsqueeze(-1).expand_as(grad) for idx in ctx.saved_tensors)
     zeros = grad.new_zeros((grad.shape[0], ctx.num_tokens, grad.shape[2]))
     return zeros.scatter(1, pruned_idx, grad).scatter_add(1, parent_idx, -grad), None, None, None
@@ -158,9 +149,7 @@ def _attend_setup(ctx: Context, inputs: tuple[Tensor, Tensor, float], output: Te
         ctx.mark_non_differentiable(out, *scores)
 
 
-def _attend_backward(ctx: Context, grad: Tensor, *_: object) -> tuple[None, Tensor | None, None]:
-    if not ctx.needs_input_grad[1]:
-        return None, None, None
+def _attend_backward(ctx: Context, grad: Tensor, *_: object) -> tuple[None, Tensor, None]:
     x, queries = ctx.saved_tensors
     return None, torch.ops.cropr.attend_backward(grad, x, queries, ctx.scale), None
 

@@ -219,11 +219,7 @@ class PruningState:
         masked = None if masks is None else masks.priority
         if self.config.merge is None:
             return masked, masked
-        windows = self.config.windows
-        if windows is not None:
-            grid = (windows.size, windows.size)
-        else:
-            grid = self.grid or (1, self.num_tokens - self.num_prefix)
+        grid = self.grid or (1, self.num_tokens - self.num_prefix)
         dark, light = checkerboard(x, grid, self.num_prefix)
         if masked is None:
             return dark, light

@@ -68,9 +68,18 @@ def test_attend_scores_are_those_of_prune(backend, shape, dtype):
         torch.testing.assert_close(raw, backend.scores(x, queries), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_query_attends_in_every_dtype(kernels, dtype):
+    x, queries, grad, scale = make((2, 1, 11, 24), dtype, kernels.device)
+    got = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
+    for value, true in zip(got, exact(x, queries, grad, scale)):
+        torch.testing.assert_close(value, true.to(dtype))
+
+
 def test_huge_logits_do_not_overflow(backend):
     x = 100 * tokens(1, 20, 64, torch.float32, backend.device)
     queries = torch.randn(3, 64, device=backend.device)
+    queries[0] = x[0, 0]  # the highest logit is the first
     for q in (queries, queries[:1]):
         torch.testing.assert_close(backend.attend(x, q, 1.0), reference.attend(x.double(), q, 1.0).float())
 

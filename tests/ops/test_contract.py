@@ -112,6 +112,12 @@ def test_outputs_without_gradient_do_not_ask_for_it():
     assert not ops.prune(x, query, 3)[0].requires_grad
     assert not ops.scores(x.requires_grad_(), query).requires_grad
     assert not ops.attend(x, query.detach().unsqueeze(0), 1.0).requires_grad
+    for queries, asks in ((query.detach(), False), (query, True)):
+        results = ops.attend_scores(x, queries.unsqueeze(0), 1.0)
+        assert [result.requires_grad for result in results] == [asks, False]
+    targets, candidates = ops.select(torch.randn(2, 7), 4)
+    sizes = torch.ones(2, 7, requires_grad=True)
+    assert not any(result.requires_grad for result in ops.merge(x.detach(), targets, candidates, sizes, 5))
 
 
 def test_attend_reads_tokens_as_detached():

@@ -19,6 +19,8 @@ if INTERPRETED or torch.cuda.is_available():
 from benchmarks.kernels.mock_driver import mock_cuda
 from cropr_kernels.ops.extension import NAMES, replayed
 from cropr_kernels.ops.sample_inputs import bare_call, legal_call
+from cropr_kernels.ops.triton import launching
+from cropr_kernels.ops.triton.scores import scores
 from cropr_kernels.ops.validation import OPS
 
 SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "T": 29, "C": 8, "P": 40}
@@ -127,12 +129,15 @@ def test_aliased_arguments_are_told_apart(cuda):
 
 
 def test_a_replay_rejects_shared_memory(cuda):
-    x, rows = torch.randn(2, 9, 48), torch.randn(2, 9, 48)
+    both, rows = torch.randn(3, 9, 48), torch.randn(2, 9, 48)
+    x = both[:2]
     for _ in range(2):
         cuda.ops.add_(x, None, rows, None)
     assert replayed()
-    with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
-        cuda.ops.add_(x, None, x.view(2, 9, 48), None)
+    for update, is_replay in ((x.view(2, 9, 48), False), (both[1:], True)):  # a second tensor at one address is new
+        with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
+            cuda.ops.add_(x, None, update, None)
+        assert replayed() == is_replay
 
 
 def test_a_replay_rejects_illegal_arguments(cuda):
@@ -167,6 +172,23 @@ def test_a_replay_keeps_no_tensor_alive(cuda):
     for _ in range(3):
         kept, *_ = cuda.ops.prune(x, q, 5)
     assert [tensor._use_count() for tensor in (x, q, kept)] == [1, 1, 1]
+
+
+def test_a_launcher_is_not_recorded_that_returns_an_argument_or_reads_another_tensor(cuda, monkeypatch):
+    x, q, other = torch.randn(2, 9, 48), torch.randn(48), torch.randn(2, 9, 48)
+    recorded = []
+    monkeypatch.setattr(launching, "keep_launches", lambda *recording: recorded.append(recording))
+    assert launching.record(lambda x, q: x, (x, q)) is x and not recorded
+    launching.record(lambda x, q: scores(other, q), (x, q))
+    assert not recorded
+    launching.record(scores, (x, q))
+    assert len(recorded) == 1
+
+
+def test_without_triton_an_op_on_cuda_tensors_says_so(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cropr_kernels.ops.triton.launching", None)
+    with pytest.raises(ImportError, match=r"cropr::scores: CUDA tensors need triton: pip install triton \("):
+        cuda.ops.scores(torch.randn(2, 11, 48), torch.randn(48))
 
 
 def test_an_error_of_the_driver_is_raised(cuda):

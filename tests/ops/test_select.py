@@ -154,3 +154,11 @@ def test_selection_is_exact_for_random_shapes_and_values(backend, data):
     priority = torch.tensor([data.draw(st.lists(st.integers(-128, 127), min_size=n, max_size=n))], dtype=torch.int8)
     check(backend, scores, num_keep, num_prefix)
     check(backend, scores, num_keep, num_prefix, priority)
+
+
+def test_on_cuda_the_number_of_tokens_has_a_limit():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from cropr_kernels.ops.triton.select import key_blocks
+
+    with pytest.raises(RuntimeError, match="select: N must be at most 2097151 on CUDA, got 2097152"):
+        key_blocks(2**21)

@@ -196,6 +196,15 @@ def test_a_saved_model_comes_back_pruned(options, deployed, images, tmp_path):
 
 
 @HF_MODELS
+def test_a_model_of_the_hub_is_loaded_from_its_snapshot(tmp_path, monkeypatch):
+    transformers()
+    cropr.apply(vit(), rate=3).save_pretrained(tmp_path)
+    snapshots = {"someone/pruned-vit": str(tmp_path)}
+    monkeypatch.setattr("transformers.utils.hub.snapshot_download", snapshots.__getitem__)
+    assert cropr.from_pretrained("someone/pruned-vit").cropr.config.schedule == cropr.Schedule(rate=3)
+
+
+@HF_MODELS
 def test_pipelines_and_output_attentions_take_a_pruned_model(images):
     t = transformers()
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")

@@ -5,6 +5,7 @@ import torch
 from helpers.models import embed, randomize, reference_vit, timm_eva
 
 import cropr_kernels as cropr
+from cropr_kernels.pruning.state import PruningOptions, PruningState
 
 IMAGES = dict(size=(2, 3, 64, 96))  # 8 x 12 patches: 2 x 3 windows of 4 x 4
 GRID, SIZE = (8, 12), 4
@@ -113,6 +114,8 @@ def test_schedules_and_grids_that_do_not_fit_raise():
     windows = cropr.Windows(SIZE)
     with pytest.raises(ValueError, match="windows need llf=True"):
         cropr.apply(model, rate=1, windows=windows)
+    with pytest.raises(ValueError, match=r"cropr.apply: windows do not merge"):
+        cropr.apply(model, rate=1, llf=True, merge=True, windows=windows)
     with pytest.raises(ValueError, match="rate must be at most 7 for 16 tokens"):
         cropr.apply(model, rate=8, llf=True, windows=windows)
     with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):
@@ -122,3 +125,16 @@ def test_schedules_and_grids_that_do_not_fit_raise():
         model(images)
     with pytest.raises(ValueError, match="grid of 8 x 7 patches must be a multiple of 4"):
         model.forward_features(images[:, :, :, :56])
+
+
+def test_patches_that_form_no_known_grid_have_no_windows_and_no_map():
+    plain, windowed = (
+        cropr.apply(build("class token")[0], rate=1, **options)
+        for options in ({}, dict(llf=True, windows=cropr.Windows(SIZE)))
+    )
+    tokens = torch.zeros(2, 1 + 15, 64)
+    with pytest.raises(ValueError, match="cannot tell height and width of 15 patches, which windows need"):
+        PruningState(windowed.cropr, tokens, PruningOptions(), None)
+    state = PruningState(plain.cropr, tokens, PruningOptions(), None)
+    with pytest.raises(ValueError, match="cannot tell height and width of 15 patches"):
+        state.require_grid()

@@ -9,8 +9,8 @@ from helpers.models import MODELS, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels import calibration
-from cropr_kernels.calibration import AttentionInput, importance
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.importance import AttentionInput, importance
 from cropr_kernels.models.blocks import project_heads
 from cropr_kernels.utils import io
 

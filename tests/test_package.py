@@ -23,7 +23,20 @@ from cropr_kernels.utils import flops
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cropr_kernels"
 # A file imports from its own package and from those to its left.
-ORDER = ["_C", "utils", "schedule", "ops", "models", "pruning", "calibration", "tuning", "exporting", "tasks", "train"]
+ORDER = [
+    "_C",
+    "utils",
+    "schedule",
+    "ops",
+    "models",
+    "importance",
+    "pruning",
+    "calibration",
+    "tuning",
+    "exporting",
+    "tasks",
+    "train",
+]
 ORDER += ["cli"]
 
 

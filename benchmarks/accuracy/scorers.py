@@ -25,7 +25,7 @@ from benchmarks.baselines.network import Context, attention_of
 from benchmarks.baselines.selection import variance_scores
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, Row, environment
-from cropr_kernels.calibration import AttentionInput, importance
+from cropr_kernels.importance import AttentionInput, importance
 from cropr_kernels.models.blocks import project_heads
 from cropr_kernels.models.vit import ViT
 

@@ -50,6 +50,7 @@ TIMM_MODULES = [
 # Options that make a model of timm small, from the smallest on: constructors take some of them.
 _SMALL = (
     {"depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 5},
+    {"depth": 4, "embed_dim": 64, "num_heads": 2, "num_kv_heads": 1},
     {"depth": 4, "embed_dim": 64, "num_heads": 2},
     {"depth": 4, "num_classes": 5},
     {"depth": 4},
@@ -162,9 +163,15 @@ def small_timm_model(name: str) -> nn.Module:
                 with torch.device("meta"):
                     parameters = timm.create_model(name, **options, **size).parameters()
                     count = sum(parameter.numel() for parameter in parameters)
-                if count < _LARGEST:
-                    return timm.create_model(name, **options, **size).eval()
-                reason = f"{count / 1e6:.0f} million parameters"
+                if count > _LARGEST:
+                    reason = f"{count / 1e6:.0f} million parameters"
+                    continue
+                model = timm.create_model(name, **options, **size).eval()
+                height = size.get("img_size", model.pretrained_cfg["input_size"][-1])
+                model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, height, height)}
+                with torch.no_grad():  # some take options that do not go together
+                    model(torch.zeros(1, 3, height, height))
+                return model
             except Exception as error:  # a constructor that takes no such option raises whatever it likes
                 reason = str(error)
     raise TypeError(f"no small {name} can be made: {reason}")

@@ -6,6 +6,7 @@ from benchmarks.report.render import NOT_MEASURED, Cell, Files, Sections, Table,
 
 # Reasons against a model, in the order in which they are looked for, as the page says them.
 _REASONS = {
+    "run apart": "windows, stages or other tokens between the blocks",
     "no two blocks": "windows, stages or other tokens between the blocks",
     "something else than the tokens": "windows, stages or other tokens between the blocks",
     "reads positions": "positions are read from the order of the tokens",
@@ -13,7 +14,7 @@ _REASONS = {
     "take a part": "blocks take all tokens only",
     "packed": "images of a batch are packed or cut into tiles",
     "form no grid": "patches form no grid",
-    "fails": "a trial forward needs other inputs",
+    "fails": "a forward takes other inputs than images of one size",
 }
 
 

@@ -101,6 +101,10 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
             "no two blocks are called one after the other, each with the tokens (B, N, D) that the one before returned"
         )
     blocks = [call.block for call in chain]
+    width = chain[0].x.shape[2]
+    apart = [call for call in calls if type(call.block) is type(blocks[0]) and call.block not in blocks]
+    if any(call.x.shape[2] == width for call in apart):
+        raise ProbeError(f"{len(apart)} blocks run apart from a list of {len(blocks)}, as in stages or branches")
     for container in model.modules():
         children = list(container.children())
         if isinstance(container, nn.ModuleList | nn.Sequential) and any(child in blocks for child in children):
@@ -128,7 +132,9 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
         start = started[module].pop()
         x, args, kwargs = split_tokens(args, kwargs)
         tokens = output[0] if isinstance(output, tuple) and output else output
-        if x is not None and isinstance(tokens, Tensor) and tokens.shape == x.shape:
+        if x is None or not isinstance(tokens, Tensor) or tokens.shape != x.shape:
+            return
+        if x.is_meta or not torch.equal(tokens[:, -1], x[:, -1]):  # else it changes the class token only
             calls.append((start, BlockCall(module, x, args, kwargs, output)))
 
     handles = []

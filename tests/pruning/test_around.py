@@ -161,3 +161,13 @@ def test_a_model_of_ones_own_is_pruned_by_its_structure(images):
     pruned = cropr.calibrate(cropr.set_rate(model, 8), images)(images)
     assert pruned.shape == plain.shape and not torch.equal(pruned, plain)
     torch.testing.assert_close(cropr.deploy(model)(images), pruned, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_that_is_written_out_weighs_tokens_too():
+    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, merge=True)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)

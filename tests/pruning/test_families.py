@@ -113,26 +113,44 @@ def slow(model, images, queries, counts, prefix, llf):
     return torch.stack(results)
 
 
+def timm_model(name):
+    return lambda: pytest.importorskip("timm", reason="timm is not installed").create_model(
+        name, depth=4, embed_dim=64, num_heads=2, img_size=128
+    )
+
+
+ORACLE = {
+    **BLOCK_RUNNERS,
+    "timm EVA-02": MODELS["timm EVA-02"],
+    "timm, rotary tables of heads": timm_model("vit_small_patch16_rope_mixed_224"),
+    "timm, relative positions": timm_model("vit_relpos_small_patch16_224"),
+    "timm BEiT": timm_model("beit_base_patch16_224"),
+    "timm, parallel blocks": timm_model("vit_small_patch16_18x2_224"),
+}
+del ORACLE["ViT-MAE"]  # it shuffles patches
+
+
+@pytest.mark.parametrize("name", ORACLE)
 @torch.no_grad()
-def test_dropping_a_token_is_masking_it_in_every_later_block(name, model, images):
-    if name == "ViT-MAE":
-        pytest.skip("it shuffles patches")
+def test_dropping_a_token_is_masking_it_in_every_later_block(name):
+    torch.manual_seed(0)
+    model = randomize(ORACLE[name]()).eval()
     plain = copy.deepcopy(model)
+    spec = find_spec(plain)
+    images = torch.randn(2, *spec.image_shape)
     cropr.apply(model, rate=9, num_outputs=0)
     lives = cropr.pruning_map(model, images).flatten(1)  # blocks that each patch goes through
-    prefix = find_spec(model).num_prefix
     seen = []
     find_spec(model).blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
     run(model, images)
-    blocks = find_spec(plain).blocks
-    for layer, block in enumerate(blocks):
-        mask = torch.nn.functional.pad((lives <= layer).float() * -1e4, (prefix, 0))
+    for layer, block in enumerate(spec.blocks):
+        mask = torch.nn.functional.pad((lives <= layer).float() * -1e4, (spec.num_prefix, 0))
         block.forward = masked(block.forward, mask)
-    blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    spec.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
     run(plain, images)
     got, expected = (output[0] if isinstance(output, tuple) else output for output in seen)
     for b in range(2):
-        kept = [*range(prefix), *(prefix + (lives[b] == 4).nonzero().flatten())]
+        kept = [*range(spec.num_prefix), *(spec.num_prefix + (lives[b] == 4).nonzero().flatten())]
         torch.testing.assert_close(got[b], expected[b, kept], rtol=1e-4, atol=1e-4)
 
 

@@ -281,16 +281,6 @@ def test_blocks_that_cannot_weigh_tokens_raise():
         model(torch.randn(1, 3, 64, 64))
 
 
-@torch.no_grad()
-def test_attention_that_is_written_out_weighs_tokens_too():
-    model = cropr.apply(randomize(timm_vit()).eval(), rate=8, merge=True)
-    images = torch.randn(2, 3, 64, 64)
-    expected = model(images)
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_eva_attention_with_a_gate_raises():
     pytest.importorskip("timm", reason="timm is not installed")
     try:

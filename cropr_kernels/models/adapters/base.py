@@ -37,6 +37,7 @@ class ModelSpec:
     norm: nn.Module | None = None  # the last norm of the tokens
     inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
     block_outputs: int = 0  # values in the tuple that a block returns; 0: the tokens alone
+    rotary_heads: bool = False  # its rotary tables are (heads, patches, C)
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image

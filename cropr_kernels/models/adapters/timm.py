@@ -1,5 +1,7 @@
 """timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP towers) and Eva (EVA, EVA-02, DINOv3, rotary ViTs)."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from .base import BlockParts, EngineRefusal, ModelSpec, Scales, base_class, known_classes
@@ -14,9 +16,10 @@ def find(model: nn.Module) -> ModelSpec | None:
         return None
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         raise ValueError("cropr.apply: the model already drops patches; create it with patch_drop_rate=0")
+    spec = spec_of(model)
     if getattr(model, "rope_mixed", False):
-        raise ValueError("cropr.apply: models with a learned rotary table per block (rope_mixed) are not supported")
-    return spec_of(model)
+        return replace(spec, rotary_heads=True, engine_refusal="a rotary table for each block and head")
+    return spec
 
 
 def parts(block: nn.Module) -> BlockParts | None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import project_heads
@@ -203,6 +202,15 @@ def resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tupl
     return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
+def _is_known(condition: bool) -> bool:
+    """Tell whether a condition on sizes holds whatever sizes are symbols; torch.jit has tensors in place of these."""
+    if isinstance(condition, bool | Tensor):
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(condition)
+
+
 class ViT(nn.Module):
     """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the patch size.
 
@@ -251,7 +259,7 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def _resized_pos_embed(self, height: int, width: int) -> Tensor:
-        if statically_known_true(height == self.grid) and statically_known_true(width == self.grid):
+        if _is_known(height == self.grid) and _is_known(width == self.grid):
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.grid**2
         return resize_positions(self.pos_embed, prefix, (self.grid, self.grid), (height, width))

@@ -6,7 +6,6 @@ from dataclasses import make_dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _classes_with_aux: dict[type, type] = {}
@@ -57,7 +56,6 @@ def _check_width(logits: object, aux: list[Tensor], classes: int) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def _class_with_aux(base: type) -> Any:
     """Return a Hugging Face output class with a field `aux`, so that DDP, as all of pytree, can rebuild its outputs."""
     if base not in _classes_with_aux:
@@ -66,6 +64,10 @@ def _class_with_aux(base: type) -> Any:
             base.__name__, [("aux", object, None)], bases=(base,), namespace=namespace
         )
     return _classes_with_aux[base]
+
+
+# torch.compiler.assume_constant_result would load the compiler with the package.
+_class_with_aux._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _reduce(output: Mapping[str, object]) -> tuple[object, ...]:

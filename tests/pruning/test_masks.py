@@ -211,10 +211,10 @@ def test_masks_that_do_not_fit_the_images_or_the_model_raise():
     pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=9, num_outputs=0).double().eval()
     with pytest.raises(ValueError, match="padding needs a head that takes the class token or averages"):
         pooling(images, padding=padding)
-    unfused = timm_eva()
-    unfused.blocks[1].attn.fused_attn = False
-    with pytest.raises(ValueError, match=r"need attention that calls scaled_dot_product_attention, and EvaBlock does"):
-        cropr.apply(unfused, rate=9, num_outputs=0).double()(images, padding=padding)
+    mute = timm_eva()
+    mute.blocks[1].attn.forward = lambda x, **kwargs: x
+    with pytest.raises(ValueError, match=r"merging and padding need attention by scaled_.*, and EvaBlock has none"):
+        cropr.apply(mute, rate=9, num_outputs=0).double()(images, padding=padding)
     with pytest.raises(ValueError, match=r"protect_boxes: boxes must have shape \(n, 4\), got \(4,\)"):
         cropr.protect_boxes([torch.zeros(4)], GRID)
     with pytest.raises(ValueError, match="pad_images: needs at least one image"):

@@ -1,11 +1,14 @@
 """A pruned tower inside another model: whoever calls it, and whatever happens to it after apply."""
 
+from dataclasses import fields
+
 import pytest
 import torch
-from helpers.models import BLOCK_RUNNERS, HF, TEXT, randomize, timm_vit, transformers
+from helpers.models import BLOCK_RUNNERS, HF, MODELS, TEXT, randomize, timm_vit, transformers
 from torch import nn
 
 import cropr_kernels as cropr
+from cropr_kernels.models.adapters.structure import probe
 
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -171,3 +174,34 @@ def test_attention_that_is_written_out_weighs_tokens_too():
     for block in model.blocks:
         block.attn.fused_attn = False
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "torchvision"])
+@torch.no_grad()
+def test_a_trial_forward_shows_what_the_attributes_of_known_families_say(name):
+    model = randomize({**MODELS, **BLOCK_RUNNERS}[name]()).eval()
+    named = cropr.find_spec(model)
+    probed = probe(model, model, model, torch.zeros(1, 3, 64, 64))
+    own = ("inner", "head", "engine", "engine_refusal")  # of one way or the other
+    for field in fields(named):
+        if field.name not in own:
+            assert getattr(probed, field.name) == getattr(named, field.name), field.name
+
+
+@pytest.mark.parametrize("name", ["vit_base_r50_s16_224", "vit_base_mci_224", "vitamin_small_224"])
+def test_the_image_size_is_that_of_the_model_not_of_a_feature_map(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        model = cropr.apply(timm.create_model(name), rate=8, img_size=(224, 224), num_outputs=0)
+    assert model.cropr.spec.img_size == (224, 224) and model.cropr.config.grid == (14, 14)
+    assert model.cropr.spec.patch_size == (16, 16)
+
+
+@torch.no_grad()
+def test_a_model_without_values_is_specified_by_its_shapes():
+    t = transformers()
+    with torch.device("meta"):
+        model = cropr.apply(t.CLIPVisionModel(t.CLIPVisionConfig(**HF)), rate=8, num_outputs=0)
+        num_kept = model.cropr.config.counts(65, 4, 1)[-1]
+        assert model(torch.empty(2, 3, 64, 64)).last_hidden_state.shape == (2, num_kept, 64)
+    assert model.cropr.spec.num_prefix == 1 and model.cropr.spec.grid == (8, 8)

@@ -307,3 +307,19 @@ def test_a_tower_with_missing_tokens_raises():
     cropr.apply(model.eval().model.vision_tower, rate=8, num_outputs=0)
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**asked)
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "PaliGemma, merging"])
+@torch.no_grad()
+def test_a_vision_language_model_may_be_given_whole(name):
+    make, options = AROUND[name]
+    model, num_tokens = make()
+    asked = asked_of(name, num_tokens)
+    plain = randomize(model).eval()(**asked).logits
+    cropr.apply(model, rate=0, num_outputs=0, **options)
+    assert torch.equal(model(**asked).logits, plain)
+    torch.testing.assert_close(cropr.deploy(model)(**asked).logits, plain, rtol=1e-4, atol=1e-4)
+    cropr.set_rate(model, 8)
+    pruned = model(**asked).logits
+    assert pruned.shape == plain.shape and not torch.allclose(pruned, plain)
+    torch.testing.assert_close(cropr.deploy(model)(**asked).logits, pruned, rtol=1e-4, atol=1e-4)

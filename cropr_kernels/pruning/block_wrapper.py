@@ -241,4 +241,5 @@ def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) 
     """Reduce rotary tables and masks among a block's arguments to the rows of the active tokens."""
     if state.modules.spec.has_bias or (state.positions is None and state.config.windows is None):
         return args, dict(kwargs)
-    return select_arguments(args, kwargs, state.positions, partial(state.rotary_rows, layer))
+    block = state.modules.spec.blocks[layer]
+    return select_arguments(block, args, kwargs, state.positions, partial(state.rotary_rows, layer))

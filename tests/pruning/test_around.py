@@ -205,3 +205,11 @@ def test_a_model_without_values_is_specified_by_its_shapes():
         num_kept = model.cropr.config.counts(65, 4, 1)[-1]
         assert model(torch.empty(2, 3, 64, 64)).last_hidden_state.shape == (2, num_kept, 64)
     assert model.cropr.spec.num_prefix == 1 and model.cropr.spec.grid == (8, 8)
+
+
+@torch.no_grad()
+def test_a_keyword_that_blocks_do_not_name_passes(images):
+    model = cropr.apply(randomize(BLOCK_RUNNERS["SigLIP"]()).eval(), rate=8, num_outputs=0)
+    expected = model(images).last_hidden_state
+    mask = torch.ones(2, 8, 8, dtype=torch.bool)  # ModernVBERT's, which nothing reads
+    assert torch.equal(model(images, patch_attention_mask=mask).last_hidden_state, expected)

@@ -120,9 +120,11 @@ def num_heads_of(block: nn.Module) -> int:
 
 
 def select_arguments(
-    args: Args, kwargs: Kwargs, positions: Tensor | None, rows: Callable[[Tensor], Tensor]
+    block: nn.Module, args: Args, kwargs: Kwargs, positions: Tensor | None, rows: Callable[[Tensor], Tensor]
 ) -> tuple[Args, dict[str, object]]:
     """Reduce masks among the arguments of a block to positions (B, K), and rotary tables by `rows`.
+
+    Keywords that the block's forward does not name pass: they are for others.
 
     Raises:
         ValueError: another tensor is among them.
@@ -133,9 +135,18 @@ def select_arguments(
             selected[name] = tuple(map(rows, value))
         elif name in ROTARY_TABLES and isinstance(value, Tensor):
             selected[name] = rows(value)
+        elif _is_for_others(block, name, value):
+            selected[name] = value
         else:
             selected[name] = _argument_at(value, positions)
     return tuple(_argument_at(value, positions) for value in args), selected
+
+
+def _is_for_others(block: nn.Module, name: str, value: object) -> bool:
+    """Tell whether a keyword is a tensor of another shape than a mask, which the block's forward does not name."""
+    if not isinstance(value, Tensor) or value.ndim == 4:
+        return False
+    return name not in inspect.signature(base_class(block).forward).parameters
 
 
 def _argument_at(value: object, positions: Tensor | None) -> object:
@@ -179,7 +190,7 @@ def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) 
         try:
             args, kwargs = call.args, call.kwargs
             if not has_bias:
-                args, kwargs = select_arguments(args, kwargs, positions, rows)
+                args, kwargs = select_arguments(call.block, args, kwargs, positions, rows)
             with SizeWeightedAttention(None, positions=positions if has_bias else None):
                 output = tokens_of(call.block(call.x[:, positions[0]], *args, **kwargs))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -61,24 +61,21 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
     prefix = layout.num_prefix
     if images.is_meta:  # nothing to compare
         return HeadReads(prefix > 0, "token", True, False, None, (), _num_classes(model, forward(images)))
-    depth = len(calls)
-    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, those from 4 on in the output of one earlier
-    # block.
-    count = depth + 3
-    outputs = [call.tokens[:1].repeat(count, 1, 1) for call in calls]
-    outputs[-1][2, 0] = outputs[-1][2, 0].roll(1)
-    outputs[-1][3, -1] = outputs[-1][3, -1].roll(1)
-    for layer in range(depth - 1):
-        outputs[layer][4 + layer] = outputs[layer][4 + layer].roll(1, -1)
-    with _returning(calls, outputs):
+    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, 4 in what all earlier blocks return.
+    count = 5
+    last = calls[-1].tokens[:1].repeat(count, 1, 1)
+    last[2, 0] = last[2, 0].roll(1)
+    last[3, -1] = last[3, -1].roll(1)
+    with _returning(calls, [*(_varied(call, count, 4) for call in calls[:-1]), last]):
         output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
     pooled = pooled_output(output)
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)]
-    leaves = [leaf for leaf in leaves if not _differs(leaf, 1)]  # others are random
+    leaves = _leaves(output, count)
     reads_patches = pooled is not None and _differs(pooled, 3)
     returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
     class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
-    map_layers = [layer for layer in range(depth - 1) if any(_differs(leaf, 4 + layer) for leaf in leaves)]
+    map_layers: list[int] = []
+    if any(_differs(leaf, 4) for leaf in leaves):
+        map_layers = [layer for layer in range(len(calls) - 1) if _reads_map(layer, forward, images, calls)]
     norm = _module_after(model, forward, images, calls)
     pooling: Pooling = "token"
     needs_map = False
@@ -103,6 +100,28 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
         tuple(map_layers),
         _num_classes(model, output),
     )
+
+
+def _varied(call: BlockCall, count: int, row: int) -> Tensor:
+    """The tokens that a block returned for image 0, count times, and others in one row."""
+    tokens = call.tokens[:1].repeat(count, 1, 1)
+    tokens[row] = tokens[row].roll(1, -1)
+    return tokens
+
+
+def _leaves(output: object, count: int) -> list[Tensor]:
+    """The tensors (count, ...) of an output, without those that are random: image 1 is as image 0."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)]
+    return [leaf for leaf in leaves if not _differs(leaf, 1)]
+
+
+def _reads_map(layer: int, forward: Forward, images: Tensor, calls: list[BlockCall]) -> bool:
+    """Tell whether the output depends on what one block returns, whatever the last one does."""
+    outputs = [call.tokens[:1].expand(3, -1, -1) for call in calls]
+    outputs[layer] = _varied(calls[layer], 3, 2)
+    with _returning(calls, outputs):
+        output = forward(images.repeat(3, *[1] * (images.ndim - 1)))
+    return any(_differs(leaf, 2) for leaf in _leaves(output, 3))
 
 
 def pooled_output(output: object) -> Tensor | None:

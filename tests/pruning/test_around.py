@@ -213,3 +213,19 @@ def test_a_keyword_that_blocks_do_not_name_passes(images):
     expected = model(images).last_hidden_state
     mask = torch.ones(2, 8, 8, dtype=torch.bool)  # ModernVBERT's, which nothing reads
     assert torch.equal(model(images, patch_attention_mask=mask).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_a_depth_model_reads_full_maps_of_its_backbone(images):
+    t = transformers()
+    backbone = t.Dinov2Config(**HF, out_features=[f"stage{i}" for i in (1, 2, 3, 4)], reshape_hidden_states=False)
+    sizes = dict(neck_hidden_sizes=[16] * 4, fusion_hidden_size=16, hidden_size=64, patch_size=8)
+    config = t.DPTConfig(backbone_config=backbone, reassemble_factors=[4, 2, 1, 0.5], **sizes)
+    model = randomize(t.DPTForDepthEstimation(config)).eval()
+    plain = model(images).predicted_depth
+    cropr.apply(model, rate=0, num_outputs=0)
+    assert model.cropr.spec.grid == (8, 8) and model.cropr.spec.map_layers == (0, 1, 2)
+    assert torch.equal(model(images).predicted_depth, plain)
+    torch.testing.assert_close(cropr.deploy(model)(images).predicted_depth, plain, rtol=1e-4, atol=1e-4)
+    pruned = cropr.set_rate(model, 8)(images).predicted_depth
+    assert pruned.shape == plain.shape and not torch.equal(pruned, plain)

@@ -274,7 +274,7 @@ def test_queries_do_not_depend_on_the_number_of_threads():
 
 
 def test_a_ridge_that_is_too_weak_is_raised_with_a_warning():
-    model = cropr.apply(reference_vit(embed_dim=64), rate=8, num_outputs=0).eval()
+    model = cropr.apply(reference_vit(embed_dim=192), rate=8, num_outputs=0).eval()
     with pytest.warns(UserWarning, match=r"cropr.calibrate: block \d needed a ridge of 1e-"):
         cropr.calibrate(model, torch.randn(1, 3, 64, 64)[:, :, :16, :16].repeat(1, 1, 4, 4), ridge=1e-24)
     assert all(module.query().isfinite().all() for module in model.cropr)

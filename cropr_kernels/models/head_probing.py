@@ -74,7 +74,9 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
     returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
     class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
     map_layers: list[int] = []
-    if any(_differs(leaf, 4) for leaf in leaves):
+    if not any(_differs(leaf, row) for leaf in leaves for row in (2, 3, 4)):  # as after a ReLU: it may read all
+        map_layers = list(range(len(calls) - 1))
+    elif any(_differs(leaf, 4) for leaf in leaves):
         map_layers = [layer for layer in range(len(calls) - 1) if _reads_map(layer, forward, images, calls)]
     norm = _module_after(model, forward, images, calls)
     pooling: Pooling = "token"

@@ -234,7 +234,11 @@ def _exporting() -> bool:
 
 def _rotary(state: PruningState, kwargs: Kwargs) -> Rotary | None:
     table = next((kwargs[name] for name in ROTARY_TABLES if kwargs.get(name) is not None), None)
-    return None if table is None else Rotary(table, None, state.num_prefix)
+    if table is None:
+        return None
+    rows: Any = table[0] if isinstance(table, tuple) else table
+    has_prefix = rows.shape[-2] == state.num_tokens  # as in `rotary_at`
+    return Rotary(table, None, 0 if has_prefix else state.num_prefix)
 
 
 def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -12,13 +12,17 @@ from setuptools.command.build_ext import build_ext
 
 
 def is_foreign(cache: Path, source: Path) -> bool:
-    """Tell whether CMake would refuse its cache: of another tree, as in a copy, or of tools that are gone."""
+    """Tell whether CMake would refuse its cache: of another tree, as in a copy, or of tools that
+    are gone."""
     values = dict(line.partition("=")[::2] for line in cache.read_text().splitlines())
-    folders = {"CMAKE_HOME_DIRECTORY:INTERNAL": source, "CMAKE_CACHEFILE_DIR:INTERNAL": cache.parent}
+    folders = {
+        "CMAKE_HOME_DIRECTORY:INTERNAL": source,
+        "CMAKE_CACHEFILE_DIR:INTERNAL": cache.parent,
+    }
     tools = ("CMAKE_MAKE_PROGRAM:FILEPATH", "CMAKE_CXX_COMPILER:FILEPATH")
-    return any(values.get(name) != folder.as_posix() for name, folder in folders.items()) or not all(
-        Path(values.get(tool, "")).exists() for tool in tools
-    )
+    return any(
+        values.get(name) != folder.as_posix() for name, folder in folders.items()
+    ) or not all(Path(values.get(tool, "")).exists() for tool in tools)
 
 
 class CMakeBuild(build_ext):
@@ -30,7 +34,8 @@ class CMakeBuild(build_ext):
             import torch
         except ImportError as error:
             raise SystemExit(
-                f"building cropr_kernels needs {error.name}: install torch (2.10 or newer), pybind11, cmake and "
+                f"building cropr_kernels needs {error.name}: install torch (2.10 or newer), "
+                "pybind11, cmake and "
                 "ninja, then run 'pip install --no-build-isolation .'"
             ) from error
 
@@ -42,7 +47,10 @@ class CMakeBuild(build_ext):
             shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
         # cmake and ninja from this environment come first, also where it is not activated.
-        environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")}
+        environment = {
+            **os.environ,
+            "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", ""),
+        }
         subprocess.run(
             [
                 "cmake",

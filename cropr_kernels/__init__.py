@@ -1,12 +1,13 @@
 """Token Cropr for PyTorch: Vision Transformers that drop the tokens their task does not need.
 
-Importing the package registers ``torch.ops.cropr.{scores,select,prune,gather,restore,attend,merge,...}``.
+Importing the package registers
+``torch.ops.cropr.{scores,select,prune,gather,restore,attend,merge,...}``.
 
     import cropr_kernels as cropr
 
-    cropr.apply(model, rate=8, llf=True)      # in place; training returns (output, auxiliary predictions)
-    loss = cropr.loss(criterion, *model(images), target)
-    fast = cropr.deploy(model)                # a copy for inference
+    cropr.apply(model, rate=8, llf=True)  # in place
+    loss = cropr.loss(criterion, *model(images), target)  # (output, auxiliary predictions)
+    fast = cropr.deploy(model)  # a copy for inference
 """
 
 from . import ops as ops

@@ -1,8 +1,8 @@
 """Queries in closed form: prune a pretrained model without labels and without training.
 
-The score is linear in the token, so the query that best predicts the attention of later blocks to a token is the
-solution of one ridge regression per block. Only its normal equations are kept, (D, D) and (D,) per block, for any
-number of images.
+The score is linear in the token, so the query that best predicts the attention of later blocks to a
+token is the solution of one ridge regression per block. Only its normal equations are kept, (D, D)
+and (D,) per block, for any number of images.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ from .utils.optional import import_optional
 
 Model = TypeVar("Model", bound=nn.Module)
 _METADATA = "about"  # key in the header of a file of queries
-Images = Tensor | Iterable[Tensor | Sequence[Any]]  # (images, C, H, W), or batches, or tuples that start with one
+# (images, C, H, W), or batches, or tuples that start with one
+Images = Tensor | Iterable[Tensor | Sequence[Any]]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -57,13 +58,16 @@ def _observe(
         def observe(layer: int, x: Tensor) -> None:
             if len(attention.inputs) != 1:
                 raise ValueError(
-                    f"cropr.calibrate: block {layer} must attend once (scaled_dot_product_attention, or a softmax over "
+                    f"cropr.calibrate: block {layer} must attend once "
+                    "(scaled_dot_product_attention, or a softmax over "
                     f"(B, heads, N, N)), attended {len(attention.inputs)} times"
                 )
             record(x, attention.inputs[0])
             attention.inputs.clear()  # a softmax of `importance` may be among them
 
-        handle = spec.blocks[0].register_forward_pre_hook(lambda block, args: attention.inputs.clear())
+        handle = spec.blocks[0].register_forward_pre_hook(
+            lambda block, args: attention.inputs.clear()
+        )
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
             run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=observe))
@@ -78,18 +82,22 @@ def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def calibrate(model: Model, images: Images, *, ridge: float = 1e-2, batch_size: int = 32, **kwargs: object) -> Model:
-    """Set the queries of a pruned model in closed form, from unlabelled images and without training.
+def calibrate(
+    model: Model, images: Images, *, ridge: float = 1e-2, batch_size: int = 32, **kwargs: object
+) -> Model:
+    """Set the queries of a pruned model in closed form, from unlabelled images and without
+    training.
 
-    For the module after block l: least squares from the patch tokens that leave block l of the unpruned model, centered
-    per image, to the attention of the later blocks to them (`importance`, averaged over those blocks, as a rank).
-    Deterministic: the same images in the same order result in the same bits. The folded queries have norm 1; one
-    calibrated model serves all rates.
+    For the module after block l: least squares from the patch tokens that leave block l of the
+    unpruned model, centered per image, to the attention of the later blocks to them (`importance`,
+    averaged over those blocks, as a rank).
+    Deterministic: the same images in the same order result in the same bits. The folded queries
+    have norm 1; one calibrated model serves all rates.
 
     Args:
         model: pruned by `apply`; its backbone is only read.
-        images: (images, C, H, W), preprocessed as for inference, or an iterable of such batches, or of tuples that
-            start with one (a DataLoader). A few hundred are enough.
+        images: (images, C, H, W), preprocessed as for inference, or an iterable of such batches, or
+            of tuples that start with one (a DataLoader). A few hundred are enough.
         ridge: regularization, as a share of the mean squared channel.
         batch_size: images at a time if `images` is one tensor.
         kwargs: further arguments of the model.
@@ -99,13 +107,16 @@ def calibrate(model: Model, images: Images, *, ridge: float = 1e-2, batch_size: 
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: there are no images, ridge is not positive, or a block does not call attention once.
+        ValueError: there are no images, ridge is not positive, or a block does not call attention
+            once.
     """
     modules = require_pruned(model, "cropr.calibrate")
     if modules.config.windows is not None:
         raise ValueError("cropr.calibrate: models with window attention are not supported")
     if not all(isinstance(module, Cropr | FoldedCropr) for module in modules):
-        raise ValueError(f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}")
+        raise ValueError(
+            f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}"
+        )
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
     equations = _NormalEquations(len(modules), modules.spec.dim, next(model.parameters()).device)
@@ -152,18 +163,22 @@ class _NormalEquations:
 
     def solve(self, ridge: float) -> Tensor:
         """Queries (modules, D)."""
-        return torch.stack([_solve(layer, *pair, ridge) for layer, pair in enumerate(zip(self.gram, self.moment))])
+        return torch.stack(
+            [_solve(layer, *pair, ridge) for layer, pair in enumerate(zip(self.gram, self.moment))]
+        )
 
 
 def _mark_calibrated(modules: CroprModules, restore: Restore) -> None:
-    """Note that queries are calibrated, and choose the restoration if it is open: the network never saw old tokens."""
+    """Note that queries are calibrated, and choose the restoration if it is open: the network never
+    saw old tokens."""
     modules.calibrated = True
     if modules.config.llf is not None:
         modules.config = replace(modules.config, llf=modules.config.llf.with_default(restore))
 
 
 def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
-    """Solve (gram + ridge * its mean diagonal) q = moment by Cholesky; warn if float64 needs a stronger ridge."""
+    """Solve (gram + ridge * its mean diagonal) q = moment by Cholesky; warn if float64 needs a
+    stronger ridge."""
     mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for stronger in (ridge * 10**power for power in range(12)):
         matrix = gram + stronger * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -171,7 +186,9 @@ def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
         query = torch.cholesky_solve(moment.unsqueeze(1), factor).squeeze(1)
         if not info and (matrix @ query - moment).norm() <= 1e-6 * moment.norm():
             if stronger > ridge:
-                warnings.warn(f"cropr.calibrate: block {layer} needed a ridge of {stronger:g}", stacklevel=3)
+                warnings.warn(
+                    f"cropr.calibrate: block {layer} needed a ridge of {stronger:g}", stacklevel=3
+                )
             return query
     raise ValueError(f"cropr.calibrate: the tokens after block {layer} are not finite")
 
@@ -186,14 +203,19 @@ def _set_queries(modules: CroprModules, queries: Tensor) -> None:
         if module.queries.shape[0] == 1:
             module.queries.copy_(query)
         else:
-            # Several queries stay different, as their auxiliary predictions need it; their sum scores.
+            # Several queries stay different, as their auxiliary predictions need it; their sum
+            # scores.
             module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))
 
 
-def save_queries(model: nn.Module, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
-    """Write the folded queries of a pruned model, (modules, D) float32, and its pruning options: safetensors.
+def save_queries(
+    model: nn.Module, path: str | Path, metadata: Mapping[str, object] | None = None
+) -> None:
+    """Write the folded queries of a pruned model, (modules, D) float32, and its pruning options:
+    safetensors.
 
-    The commands prune with the schedule, merging and fusion in the file. `metadata` adds to these, or replaces them.
+    The commands prune with the schedule, merging and fusion in the file. `metadata` adds to these,
+    or replaces them.
 
     Raises:
         TypeError: the model is not pruned.
@@ -207,7 +229,9 @@ def save_queries(model: nn.Module, path: str | Path, metadata: Mapping[str, obje
     text = json.dumps(saved | dict(metadata or {}), sort_keys=True)
     queries = torch.stack([modules.scorer(layer).query().cpu() for layer in range(len(modules))])
     with atomic_write(path) as temporary:
-        write({"queries": queries}, temporary, {_METADATA: text, "sha256": _checksum(queries, text)})
+        write(
+            {"queries": queries}, temporary, {_METADATA: text, "sha256": _checksum(queries, text)}
+        )
 
 
 def _checksum(queries: Tensor, metadata: str) -> str:
@@ -215,9 +239,13 @@ def _checksum(queries: Tensor, metadata: str) -> str:
 
 
 def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read the queries (modules, D) in a file, and their metadata; errors are those of `load_queries`."""
+    """Read the queries (modules, D) in a file, and their metadata; errors are those of
+    `load_queries`."""
     if Path(path).is_dir():
-        raise ValueError(f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or cropr.save_queries")
+        raise ValueError(
+            f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or "
+            "cropr.save_queries"
+        )
     try:
         tensors, header = load_safetensors(path)
         complete = "queries" in tensors and _METADATA in header
@@ -226,16 +254,21 @@ def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
         reason = "it is no safetensors file, or damaged"
     if reason:
         raise ValueError(
-            f"cropr.load_queries: {path} holds no queries: {reason}; choose a file of cropr calibrate or "
+            f"cropr.load_queries: {path} holds no queries: {reason}; choose a file of cropr "
+            "calibrate or "
             "cropr.save_queries"
         )
     queries = tensors["queries"]
     metadata = header[_METADATA]
     if header.get("sha256") != _checksum(queries, metadata):
-        raise ValueError(f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or copy again")
+        raise ValueError(
+            f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or "
+            "copy again"
+        )
     if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
         raise ValueError(
-            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds {queries.dtype} "
+            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds "
+            f"{queries.dtype} "
             f"{tuple(queries.shape)}"
         )
     return queries, json.loads(metadata)
@@ -243,10 +276,11 @@ def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 @torch.no_grad()
 def load_queries(model: Model, path: str | Path) -> Model:
-    """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in place.
+    """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in
+    place.
 
-    A model with Last Layer Fusion has one module fewer, and takes the first ones. The pruning options stay; if llf=True
-    left it open, tokens are restored as in the file.
+    A model with Last Layer Fusion has one module fewer, and takes the first ones. The pruning
+    options stay; if llf=True left it open, tokens are restored as in the file.
 
     Returns:
         The same model.
@@ -262,12 +296,15 @@ def load_queries(model: Model, path: str | Path) -> Model:
     dim = len(modules.scorer(0).query())
     if len(queries) < len(modules) or queries.shape[1] != dim:
         raise ValueError(
-            f"cropr.load_queries: the model has {len(modules)} modules of width {dim}, {path} queries of shape "
+            f"cropr.load_queries: the model has {len(modules)} modules of width {dim}, {path} "
+            "queries of shape "
             f"{tuple(queries.shape)}; calibrate this model"
         )
     _set_queries(modules, queries.to(next(model.parameters()).device))
     saved_fusion = Fusion.from_saved(metadata.get("llf"))
-    restore: Restore = "track_parent" if saved_fusion is None else saved_fusion.restore or "as_pruned"
+    restore: Restore = (
+        "track_parent" if saved_fusion is None else saved_fusion.restore or "as_pruned"
+    )
     _mark_calibrated(modules, restore)
     return model
 
@@ -277,19 +314,25 @@ class Agreement(NamedTuple):
 
     rate: int
     agreement: float  # share of images with the same top class; of features the mean cosine
-    divergence: float  # mean KL divergence from the unpruned model's probabilities; NaN for features
+    # Mean KL divergence from the unpruned model's probabilities; NaN for features
+    divergence: float
     flops: float  # times fewer than unpruned
 
 
 @torch.inference_mode()
 def agreement(
-    model: nn.Module, images: Images, rates: Iterable[int], *, batch_size: int = 32, **kwargs: object
+    model: nn.Module,
+    images: Images,
+    rates: Iterable[int],
+    *,
+    batch_size: int = 32,
+    **kwargs: object,
 ) -> list[Agreement]:
     """Compare a pruned model at several rates with the same model unpruned, without labels.
 
     Args:
-        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output, or a Hugging Face output
-            that holds them; it is read only.
+        model: pruned by `apply`, with logits (B, classes) or features (B, D) as its output, or a
+            Hugging Face output that holds them; it is read only.
         images: as in `calibrate`; others than it was calibrated on.
         rates: tokens dropped per module.
         batch_size: images at a time if `images` is one tensor.
@@ -318,7 +361,9 @@ def agreement(
         raise ValueError("cropr.agreement: needs at least one image, got none")
     unpruned = torch.cat(outputs[0])
     return [
-        Agreement(rate, *_compare(torch.cat(outputs[rate]), unpruned, classifies), flops[0] / flops[rate])
+        Agreement(
+            rate, *_compare(torch.cat(outputs[rate]), unpruned, classifies), flops[0] / flops[rate]
+        )
         for rate in rates
     ]
 
@@ -327,10 +372,14 @@ def _compare(pruned: Tensor, unpruned: Tensor, classifies: bool) -> tuple[float,
     """Agreement and divergence of outputs (B, classes) or (B, D)."""
     if not classifies:
         return F.cosine_similarity(unpruned, pruned).mean().item(), math.nan
-    divergence = F.kl_div(pruned.log_softmax(1), unpruned.log_softmax(1), reduction="batchmean", log_target=True)
+    divergence = F.kl_div(
+        pruned.log_softmax(1), unpruned.log_softmax(1), reduction="batchmean", log_target=True
+    )
     return (unpruned.argmax(1) == pruned.argmax(1)).double().mean().item(), divergence.item()
 
 
 def recommend(rows: Iterable[Agreement], minimum: float = 0.95) -> Agreement | None:
     """Return the highest rate with at least this agreement, or None."""
-    return max((row for row in rows if row.agreement >= minimum), key=lambda row: row.rate, default=None)
+    return max(
+        (row for row in rows if row.agreement >= minimum), key=lambda row: row.rate, default=None
+    )

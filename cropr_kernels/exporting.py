@@ -1,4 +1,5 @@
-"""Export of a pruned model to torch.export, AOTInductor and ONNX; each file is compared with the model."""
+"""Export of a pruned model to torch.export, AOTInductor and ONNX; each file is compared with the
+model."""
 
 import importlib
 import tempfile
@@ -19,7 +20,8 @@ from .utils.io import disk_errors, publish
 from .utils.optional import import_optional
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest output; float64 scores are float32
+# Of the largest output; float64 scores are float32
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 5e-2  # a near-tie may prune another token
 
 
@@ -29,7 +31,8 @@ class Exported(NamedTuple):
     path: Path
     ops: str  # "cropr", or "aten": independent of this package
     difference: float  # the largest of any output, over the largest output
-    same_map: bool | None  # the same patches are pruned after the same blocks; None without with_map
+    # The same patches are pruned after the same blocks; None without with_map
+    same_map: bool | None
 
 
 class _Outputs(nn.Module):
@@ -41,8 +44,14 @@ class _Outputs(nn.Module):
         self.with_map = with_map
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output, state = run(self.model, lambda: modules_of(self.model).spec.tower(images), PruningOptions())
-        return (*_tensors(output), state.pruning_map(images.device)) if self.with_map else _tensors(output)
+        output, state = run(
+            self.model, lambda: modules_of(self.model).spec.tower(images), PruningOptions()
+        )
+        return (
+            (*_tensors(output), state.pruning_map(images.device))
+            if self.with_map
+            else _tensors(output)
+        )
 
 
 def _tensors(output: object) -> tuple[Tensor, ...]:
@@ -62,21 +71,23 @@ def export(
 ) -> Exported:
     """Write a pruned model, at its present schedule and image size, as a file that runs without it.
 
-    The file is loaded again and compared with the model on `images` before it gets its name, so that no file computes
-    something else.
+    The file is loaded again and compared with the model on `images` before it gets its name, so
+    that no file computes something else.
 
     Args:
         model: pruned by `apply`; it is read only. Auxiliary heads are left out, queries folded.
         images: (B, C, H, W), an example input; its batch size is fixed unless dynamic_batch.
         path: file to write, .pt2 or .onnx.
-        format: "onnx"; "torch", a program of torch.export; "aoti", a package that AOTInductor compiled for this kind of
-            machine, for `torch._inductor.aoti_load_package` or C++ (examples/cpp).
-        ops: "cropr", the ops of this package, which the process that loads the file must have (Python: import
-            cropr_kernels; C++: libcropr_ops); or "aten", TopK and gathers alone, which need nothing. Default: "aten"
-            for ONNX and on CUDA, else "cropr". Without the ops, the runtime decides between equal scores.
+        format: "onnx"; "torch", a program of torch.export; "aoti", a package that AOTInductor
+            compiled for this kind of machine, for `torch._inductor.aoti_load_package` or C++
+            (examples/cpp).
+        ops: "cropr", the ops of this package, which the process that loads the file must have
+            (Python: import cropr_kernels; C++: libcropr_ops); or "aten", TopK and gathers alone,
+            which need nothing. Default: "aten" for ONNX and on CUDA, else "cropr". Without the ops,
+            the runtime decides between equal scores.
         dynamic_batch: the file takes batches of any size.
-        with_map: add, as the last output, the pruning map (B, grid height, grid width) int64: the number of blocks that
-            each patch went through.
+        with_map: add, as the last output, the pruning map (B, grid height, grid width) int64: the
+            number of blocks that each patch went through.
 
     Raises:
         TypeError: the model is not pruned.
@@ -88,10 +99,14 @@ def export(
     path = Path(path)
     if format not in FORMATS or ops not in (None, "cropr", "aten"):
         raise ValueError(
-            f"cropr.export: format must be one of {', '.join(FORMATS)} and ops cropr or aten, got {format!r}, {ops!r}"
+            f"cropr.export: format must be one of {', '.join(FORMATS)} and ops cropr or aten, got "
+            f"{format!r}, {ops!r}"
         )
     if path.suffix != FORMATS[format]:
-        raise ValueError(f"cropr.export: a file of format {format} must end in {FORMATS[format]}, got {path.name}")
+        raise ValueError(
+            f"cropr.export: a file of format {format} must end in {FORMATS[format]}, got "
+            f"{path.name}"
+        )
     if ops is None:
         ops = "aten" if format == "onnx" or (format == "aoti" and images.is_cuda) else "cropr"
     need_libraries(format)
@@ -107,18 +122,25 @@ def export(
         program = program.run_decompositions(decompositions())
     expected = wrapped(images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder, disk_errors(path):
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder,
+        disk_errors(path),
+    ):
         file = Path(folder) / path.name
         _write(program, file, format)
-        difference, same_map = _compare(list(load_exported(file, format)(images)), list(expected), with_map)
+        difference, same_map = _compare(
+            list(load_exported(file, format)(images)), list(expected), with_map
+        )
         tolerance = _TOLERANCE.get(images.dtype, _TOLERANCE_16_BIT)
         if difference > tolerance or same_map is False:
             patches = ", and other patches are pruned" if same_map is False else ""
             raise RuntimeError(
-                f"cropr.export: {path.name} computes something else than the model: outputs differ by {difference:.2g} "
+                f"cropr.export: {path.name} computes something else than the model: outputs "
+                f"differ by {difference:.2g} "
                 f"of the largest, allowed are {tolerance:g}{patches}; it was not kept"
             )
-        for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # itself last
+        # Itself last
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             publish(written, path.parent / written.name)
     return Exported(path, ops, difference, same_map)
 
@@ -148,7 +170,8 @@ def _write(program: ExportedProgram, file: Path, format: str) -> None:
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Load a file of `export` as a function of images; ONNX runs on the CPU or CUDA provider of onnxruntime."""
+    """Load a file of `export` as a function of images; ONNX runs on the CPU or CUDA provider of
+    onnxruntime."""
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aoti":
@@ -160,7 +183,9 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
     # Its threads would go on spinning after a call, and slow down whatever the process does next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     available = onnxruntime.get_available_providers()
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    providers = [
+        name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available
+    ]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
@@ -170,12 +195,16 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
     return run
 
 
-def _compare(outputs: list[Tensor], expected: list[Tensor], with_map: bool) -> tuple[float, bool | None]:
+def _compare(
+    outputs: list[Tensor], expected: list[Tensor], with_map: bool
+) -> tuple[float, bool | None]:
     """Return the largest relative difference, and whether the maps, the last outputs, are equal."""
     same_map = torch.equal(outputs.pop().cpu(), expected.pop().cpu()) if with_map else None
     if [output.shape for output in outputs] != [output.shape for output in expected]:
         return float("inf"), same_map
-    differences = [_difference(a, b) for a, b in zip(outputs, expected) if b.is_floating_point() and b.numel()]
+    differences = [
+        _difference(a, b) for a, b in zip(outputs, expected) if b.is_floating_point() and b.numel()
+    ]
     return max(differences, default=0.0), same_map
 
 

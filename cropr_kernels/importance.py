@@ -20,7 +20,8 @@ class AttentionInput(NamedTuple):
 
 
 class AttentionInputs(TorchFunctionMode):
-    """Records every attention: scaled_dot_product_attention, nn.MultiheadAttention, a softmax over (B, heads, N, N)."""
+    """Records every attention: scaled_dot_product_attention, nn.MultiheadAttention, a softmax over
+    (B, heads, N, N)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +51,13 @@ class AttentionInputs(TorchFunctionMode):
 
 
 def importance(attention: AttentionInput | Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
-    """Compute the attention of the output to each patch: (B, patches) float32, each row sums to one.
+    """Compute the attention of the output to each patch: (B, patches) float32, each row sums to
+    one.
 
-    Attention probabilities, averaged over heads and over the tokens that the head pools: the first with a class token,
-    else all patches, those after the P = num_prefix first tokens. Query and key are as they enter the attention, rotary
-    positions applied; logits (B, heads, N, N) stand for both.
+    Attention probabilities, averaged over heads and over the tokens that the head pools: the first
+    with a class token, else all patches, those after the P = num_prefix first tokens. Query and key
+    are as they enter the attention, rotary positions applied; logits (B, heads, N, N) stand for
+    both.
     """
     rows = slice(None, 1) if class_token else slice(num_prefix, None)
     if isinstance(attention, Tensor):
@@ -62,12 +65,20 @@ def importance(attention: AttentionInput | Tensor, num_prefix: int, *, class_tok
     else:
         scale = attention.query.shape[-1] ** -0.5
         pooled = attention.query[:, :, rows].float()
-        bias = [None] * len(pooled) if attention.bias is None else _rows_of(attention.bias, rows, len(pooled))
+        bias = (
+            [None] * len(pooled)
+            if attention.bias is None
+            else _rows_of(attention.bias, rows, len(pooled))
+        )
         # An image at a time: for the queries of all patches this is the full attention matrix.
         images = zip(pooled, attention.key.float().transpose(-2, -1), bias)
         logits = (q @ k * scale if b is None else q @ k * scale + b for q, k, b in images)
-        probabilities = torch.stack([values.softmax(-1).mean((0, 1)) for values in logits])[:, num_prefix:]
-    return probabilities / probabilities.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        probabilities = torch.stack([values.softmax(-1).mean((0, 1)) for values in logits])[
+            :, num_prefix:
+        ]
+    return probabilities / probabilities.sum(1, keepdim=True).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
 def _rows_of(bias: Tensor, rows: slice, num_images: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Pruning schedules: how many tokens are kept after each block.
 
-Modules are after every block but the last; with Last Layer Fusion after every block but the last two, since tokens that
-the module before the last block dropped would return at once (paper section 3.2); one fewer for each further block that
-sees all tokens.
+Modules are after every block but the last; with Last Layer Fusion after every block but the last
+two, since tokens that the module before the last block dropped would return at once (paper section
+3.2); one fewer for each further block that sees all tokens.
 """
 
 import json
@@ -17,13 +17,16 @@ SCHEDULES = ("rate", "keep", "ratio", "const")  # alternatives
 
 
 def num_modules(depth: int, llf: int) -> int:
-    """Count the Cropr modules of a network of `depth` blocks, of which the last `llf` see all tokens by fusion.
+    """Count the Cropr modules of a network of `depth` blocks, of which the last `llf` see all
+    tokens by fusion.
 
     Raises ValueError if it is too shallow for one.
     """
     last = 1 + llf
     if depth <= last:
-        raise ValueError(f"schedule: depth must be at least {last + 1} {_describe_llf(llf)}, got {depth}")
+        raise ValueError(
+            f"schedule: depth must be at least {last + 1} {_describe_llf(llf)}, got {depth}"
+        )
     return depth - last
 
 
@@ -36,16 +39,19 @@ class Schedule:
     """The number of tokens kept after each block: exactly one of rate, keep, ratio and const.
 
     Args:
-        rate: R >= 0, tokens dropped in every module, and P mod 4 more in the first, so that counts stay multiples of 4:
-            ViT-L/16 at 224 px with rate 8: 197 -> 188, 180, ..., 20. 0 drops nothing.
-        keep: the counts themselves, one per module, never rising; or a file that `cropr tune` wrote.
+        rate: R >= 0, tokens dropped in every module, and P mod 4 more in the first, so that counts
+            stay multiples of 4: ViT-L/16 at 224 px with rate 8: 197 -> 188, 180, ..., 20. 0 drops
+            nothing.
+        keep: the counts themselves, one per module, never rising; or a file that `cropr tune`
+            wrote.
         ratio: the share, in (0, 1], of the patches each module receives that it keeps, rounded up.
-        const: (after, count), to prune once: `count` tokens are kept after the first `after` blocks, and from then on.
+        const: (after, count), to prune once: `count` tokens are kept after the first `after`
+            blocks, and from then on.
         share: in [0, 1], of the pruned tokens that are pruned; of the rate, if there is one.
 
     Raises:
-        ValueError: not exactly one is given, it is out of range or no number of its kind, or the file holds no
-            schedule.
+        ValueError: not exactly one is given, it is out of range or no number of its kind, or the
+            file holds no schedule.
         FileNotFoundError: there is no such file.
     """
 
@@ -54,22 +60,30 @@ class Schedule:
     ratio: float | None = None
     const: Sequence[int] | None = None
     share: float = 1.0
-    # The rate for torch.compile, which takes integers of a module for constants, and floats that change for symbols.
+    # The rate for torch.compile, which takes integers of a module for constants, and floats that
+    # change for symbols.
     symbolic_rate: float | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [name for name in SCHEDULES if getattr(self, name) is not None]
         if len(names) != 1:
             raise ValueError(
-                f"schedule: give exactly one of rate, keep, ratio and const, got {', '.join(names) or 'none'}"
+                "schedule: give exactly one of rate, keep, ratio and const, got "
+                f"{', '.join(names) or 'none'}"
             )
-        values: dict[str, object] = {"share": number("schedule: share", self.share, "in [0, 1]", lambda x: 0 <= x <= 1)}
+        values: dict[str, object] = {
+            "share": number("schedule: share", self.share, "in [0, 1]", lambda x: 0 <= x <= 1)
+        }
         if self.rate is not None:
             values["rate"] = integer("schedule: rate", self.rate, 0)
         if self.ratio is not None:
-            values["ratio"] = number("schedule: ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
+            values["ratio"] = number(
+                "schedule: ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1
+            )
         if isinstance(self.keep, str | Path):
-            values["keep"] = integers(f"schedule: keep in {self.keep}", _read_counts(Path(self.keep)), 1)
+            values["keep"] = integers(
+                f"schedule: keep in {self.keep}", _read_counts(Path(self.keep)), 1
+            )
         elif self.keep is not None:
             values["keep"] = integers("schedule: keep", self.keep, 1)
         if self.const is not None:
@@ -88,18 +102,20 @@ class Schedule:
             llf: number of last blocks that see all tokens by Last Layer Fusion; True is 1.
 
         Raises:
-            ValueError: the network is too shallow, the schedule is for another number of modules, or a module would
-                keep less than one patch or more tokens than there are.
+            ValueError: the network is too shallow, the schedule is for another number of modules,
+                or a module would keep less than one patch or more tokens than there are.
         """
         modules = num_modules(depth, llf)
         if self.symbolic_rate is not None:
-            rate = round(self.share * self.symbolic_rate)  # more often a multiple of 4 than a share of the counts
+            # More often a multiple of 4 than a share of the counts
+            rate = round(self.share * self.symbolic_rate)
             first = num_tokens - rate - (num_prefix % 4 if rate else 0)
             counts = [first - rate * module for module in range(modules)]
             if counts[-1] <= num_prefix:
                 highest = max(num_tokens - num_prefix - 1 - num_prefix % 4, 0) // modules
                 raise ValueError(
-                    f"schedule: rate must be at most {highest} for {num_tokens} tokens and {modules} modules, so that "
+                    f"schedule: rate must be at most {highest} for {num_tokens} tokens and "
+                    f"{modules} modules, so that "
                     f"one patch is left beside the {num_prefix} prefix tokens, got {rate}"
                 )
             return self._checked(counts, num_tokens, num_prefix)
@@ -107,7 +123,8 @@ class Schedule:
             counts = list(self.keep)
             if len(counts) != modules:
                 raise ValueError(
-                    f"schedule: keep must list {modules} counts for {depth} blocks {_describe_llf(llf)}, got "
+                    f"schedule: keep must list {modules} counts for {depth} blocks "
+                    f"{_describe_llf(llf)}, got "
                     f"{len(counts)}"
                 )
         elif self.ratio is not None:
@@ -120,7 +137,8 @@ class Schedule:
             const = self.const or ()
             if len(const) != 2 or not 1 <= const[0] <= modules:
                 raise ValueError(
-                    f"schedule: const must be (after, count), after in [1, {modules}] for {depth} blocks "
+                    f"schedule: const must be (after, count), after in [1, {modules}] for {depth} "
+                    "blocks "
                     f"{_describe_llf(llf)}, got {const}"
                 )
             counts = [num_tokens] * (const[0] - 1) + [const[1]] * (modules - const[0] + 1)
@@ -131,13 +149,16 @@ class Schedule:
         for module, (before, count) in enumerate(zip([num_tokens, *counts], counts)):
             if not num_prefix + 1 <= count <= before:
                 raise ValueError(
-                    f"schedule: {self} keeps {count} of {before} tokens in module {module}; keep at least one patch "
+                    f"schedule: {self} keeps {count} of {before} tokens in module {module}; keep "
+                    "at least one patch "
                     f"beside the {num_prefix} prefix tokens and at most the {before} there are"
                 )
         return counts
 
     def __str__(self) -> str:
-        [schedule] = [f"{name}={getattr(self, name)}" for name in SCHEDULES if getattr(self, name) is not None]
+        [schedule] = [
+            f"{name}={getattr(self, name)}" for name in SCHEDULES if getattr(self, name) is not None
+        ]
         return schedule + ("" if self.share == 1.0 else f", {self.share:.0%} of it")
 
 

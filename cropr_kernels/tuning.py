@@ -1,10 +1,11 @@
-"""A schedule for a latency, from the latency curve of a model on this device: time against the number of tokens.
+"""A schedule for a latency, from the latency curve of a model on this device: time against the
+number of tokens.
 
-Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer can be slower. A
-count is efficient if no larger one is as fast. The schedule prunes at a constant rate, the lowest that meets the goal,
-with every count raised to the next efficient one: more tokens, and never slower. The curve is measured at as many
-counts as there is time for, made monotone (isotonic regression), which pools noise and keeps steps, and linear in
-between.
+Matrix kernels work in tiles, so time falls with the number of tokens in steps, and one token fewer
+can be slower. A count is efficient if no larger one is as fast. The schedule prunes at a constant
+rate, the lowest that meets the goal, with every count raised to the next efficient one: more
+tokens, and never slower. The curve is measured at as many counts as there is time for, made
+monotone (isotonic regression), which pools noise and keeps steps, and linear in between.
 """
 
 import itertools
@@ -42,8 +43,10 @@ class Tuned(NamedTuple):
     measured: float  # the same, measured afterwards
     unpruned_ms: float  # a forward, measured in turns with the pruned one
     pruned_ms: float
-    latency_curve: dict[int, float]  # tokens -> milliseconds of a block with pruning, minus that of one with all tokens
-    flop_ratio: float  # times fewer FLOPs than the unpruned model; more speed than that has other reasons
+    # Tokens -> milliseconds of a block with pruning, minus that of one with all tokens
+    latency_curve: dict[int, float]
+    # Times fewer FLOPs than the unpruned model; more speed than that has other reasons
+    flop_ratio: float
     spread: float  # the larger of the two interquartile ranges of the measurements, over its median
 
 
@@ -74,17 +77,25 @@ def constant_rate_counts(
     latencies: Mapping[int, float], rate: float, num_tokens: int, num_modules: int, num_prefix: int
 ) -> list[int]:
     """Kept tokens after each module at a constant rate, raised to the next efficient count."""
-    targets = [max(num_tokens - rate * (module + 1), num_prefix + 1) for module in range(num_modules)]
+    targets = [
+        max(num_tokens - rate * (module + 1), num_prefix + 1) for module in range(num_modules)
+    ]
     counts = efficient(latencies)
     return [next(count for count in counts if count >= target) for target in targets]
 
 
 def solve(
-    latencies: Mapping[int, float], saving: float, num_tokens: int, num_modules: int, num_prefix: int
+    latencies: Mapping[int, float],
+    saving: float,
+    num_tokens: int,
+    num_modules: int,
+    num_prefix: int,
 ) -> list[int] | None:
-    """Find the lowest rate that saves `saving` seconds: kept tokens after each module, or None if none does.
+    """Find the lowest rate that saves `saving` seconds: kept tokens after each module, or None if
+    none does.
 
-    `latencies` are the seconds of a block, and of the pruning before it, by its tokens; num_tokens is among them.
+    `latencies` are the seconds of a block, and of the pruning before it, by its tokens; num_tokens
+    is among them.
     """
     for quarter in range(int(4 * highest_rate(num_tokens, num_modules, num_prefix)) + 1):
         keep = constant_rate_counts(latencies, quarter / 4, num_tokens, num_modules, num_prefix)
@@ -139,7 +150,9 @@ def measurement_budget(forward: float, rounds: int | None) -> MeasurementBudget:
     check_rounds = 2 * (rounds or ROUNDS)
     if rounds is None:
         rounds = fitting(average * num_counts)
-        check_rounds = min(max(int(SECONDS / (_TRIALS * _PAIR * forward)) - 1, LEAST_ROUNDS), check_rounds)
+        check_rounds = min(
+            max(int(SECONDS / (_TRIALS * _PAIR * forward)) - 1, LEAST_ROUNDS), check_rounds
+        )
     return MeasurementBudget(num_counts, rounds, check_rounds)
 
 
@@ -157,12 +170,15 @@ class _Goal:
             self.latency_ms is not None and not self.latency_ms > 0
         ):
             raise ValueError(
-                f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {self.speedup}, {self.latency_ms}"
+                f"cropr.tune: speedup must be >= 1 and latency_ms > 0, got {self.speedup}, "
+                f"{self.latency_ms}"
             )
 
     def seconds(self, unpruned: float) -> float:
         """The time of a pruned forward, if an unpruned one takes `unpruned` seconds."""
-        return unpruned / self.speedup if self.speedup is not None else (self.latency_ms or 0.0) / 1e3
+        return (
+            unpruned / self.speedup if self.speedup is not None else (self.latency_ms or 0.0) / 1e3
+        )
 
 
 class _TunedModel:
@@ -176,7 +192,9 @@ class _TunedModel:
         self.depth = len(modules.spec.blocks)
         self.num_modules = modules.num_used
         self.num_prefix = modules.spec.num_prefix
-        self.num_tokens = run(self.model, lambda: self.model(images), PruningOptions())[1].num_tokens
+        self.num_tokens = run(self.model, lambda: self.model(images), PruningOptions())[
+            1
+        ].num_tokens
 
     @property
     def unpruned(self) -> list[int]:
@@ -212,7 +230,8 @@ class _TunedModel:
 
 class _LatencyCurve(NamedTuple):
     unpruned: float  # seconds of a forward without pruning
-    latencies: dict[int, float]  # tokens -> seconds of a block with pruning, minus that of one with all tokens
+    # Tokens -> seconds of a block with pruning, minus that of one with all tokens
+    latencies: dict[int, float]
 
 
 class _Trial(NamedTuple):
@@ -245,17 +264,19 @@ def tune(
     rounds: int | None = None,
     show: bool = False,
 ) -> Tuned:
-    """Choose the number of tokens kept after each block, for a speed on this device, and measure it.
+    """Choose the number of tokens kept after each block, for a speed on this device, and measure
+    it.
 
-    The model is timed with several numbers of tokens after its first block, which gives the latency curve of all blocks
-    together. `solve` chooses a schedule, which is timed against no pruning; if it falls short, it chooses again.
+    The model is timed with several numbers of tokens after its first block, which gives the latency
+    curve of all blocks together. `solve` chooses a schedule, which is timed against no pruning; if
+    it falls short, it chooses again.
 
     Args:
         model: pruned by `apply`, on the device and in the precision to tune for; it is not changed.
         images: (B, C, H, W), a batch of the size to tune for.
         speedup, latency_ms: the goal; exactly one. Latency is that of a forward of the batch.
-        rounds: timings of every count; the median is used. Default 3 to 9, and fewer counts of a slow model: about a
-            minute in all.
+        rounds: timings of every count; the median is used. Default 3 to 9, and fewer counts of a
+            slow model: about a minute in all.
         show: print the expected duration, and the progress.
 
     Raises:
@@ -276,17 +297,24 @@ def tune(
     reached = trials[-1].reaches(goal)
     best = trials[-1] if reached else max(trials, key=lambda trial: trial.speedup)
     if best.keep[-1] < tuned_model.num_tokens and best.speedup < 1.05:
-        warnings.warn(f"cropr.tune: pruning will not pay {tuned_model}: {best.speedup:.2f} times as fast", stacklevel=2)
+        warnings.warn(
+            f"cropr.tune: pruning will not pay {tuned_model}: {best.speedup:.2f} times as fast",
+            stacklevel=2,
+        )
     elif not reached:
         warnings.warn(
-            f"cropr.tune: the goal was not reached {tuned_model}: {best.speedup:.2f} times as fast, "
-            f"{1e3 * best.pruned:.3g} ms. On a shared device times are noisy: try again, or with more rounds",
+            f"cropr.tune: the goal was not reached {tuned_model}: {best.speedup:.2f} times as "
+            "fast, "
+            f"{1e3 * best.pruned:.3g} ms. On a shared device times are noisy: try again, or with "
+            "more rounds",
             stacklevel=2,
         )
     return _report(tuned_model, curve, latencies, best)
 
 
-def _measure_curve(tuned_model: _TunedModel, budget: MeasurementBudget, forward: float, show: bool) -> _LatencyCurve:
+def _measure_curve(
+    tuned_model: _TunedModel, budget: MeasurementBudget, forward: float, show: bool
+) -> _LatencyCurve:
     """Time the model at several token counts, and fit a monotone curve."""
     tokens = tuned_model.num_tokens
     num_modules = tuned_model.num_modules
@@ -295,36 +323,57 @@ def _measure_curve(tuned_model: _TunedModel, budget: MeasurementBudget, forward:
     if show:
         curve_forwards = _AVERAGE * (len(counts) + 2) * (budget.rounds + 1)
         trial_forwards = _TRIALS * _PAIR * (budget.check_rounds + 1)
-        work = f"{len(counts) + 2} schedules, {budget.rounds} rounds, and the chosen one up to {_TRIALS} times"
+        work = (
+            f"{len(counts) + 2} schedules, {budget.rounds} rounds, and the chosen one up to "
+            f"{_TRIALS} times"
+        )
         announce("tune", work, forward * (curve_forwards + trial_forwards))
     hold_graphs(tuned_model.model, len(counts) + 2 + 2 * _TRIALS)
-    one_less = tuned_model.unpruned  # one token after each module: all the work of pruning, and no less of the blocks
+    # One token after each module: all the work of pruning, and no less of the blocks
+    one_less = tuned_model.unpruned
     if tokens > num_modules + tuned_model.num_prefix:
         one_less = [tokens - module - 1 for module in range(num_modules)]
     calls: dict[int | str, Callable[[], object]] = {
         count: tuned_model.call([count] * num_modules) for count in [*counts, tokens]
     }
     calls["one less"] = tuned_model.call(one_less)
-    timings = time_interleaved(calls, tuned_model.images.device, budget.rounds, show=show, label="latency curve")
+    timings = time_interleaved(
+        calls, tuned_model.images.device, budget.rounds, show=show, label="latency curve"
+    )
     seconds = {count: timing.seconds for count, timing in timings.items()}
     unpruned = seconds[tokens]
-    overhead = max((seconds["one less"] - unpruned) / num_modules, 0.0)  # of pruning, a module; every count has one
-    saved = {count: (seconds[count] - unpruned + (num_modules - 1) * overhead) / num_modules for count in counts}
+    # Of pruning, a module; every count has one
+    overhead = max((seconds["one less"] - unpruned) / num_modules, 0.0)
+    saved = {
+        count: (seconds[count] - unpruned + (num_modules - 1) * overhead) / num_modules
+        for count in counts
+    }
     return _LatencyCurve(unpruned, monotone(saved | {tokens: 0.0}))
 
 
 def _try_schedules(
-    tuned_model: _TunedModel, goal: _Goal, unpruned: float, latencies: Mapping[int, float], rounds: int, show: bool
+    tuned_model: _TunedModel,
+    goal: _Goal,
+    unpruned: float,
+    latencies: Mapping[int, float],
+    rounds: int,
+    show: bool,
 ) -> list[_Trial]:
-    """Choose schedules and time them until one reaches the goal: each measurement corrects the curve."""
+    """Choose schedules and time them until one reaches the goal: each measurement corrects the
+    curve."""
     saving = unpruned - goal.seconds(unpruned)
     trials: list[_Trial] = []
     for _ in range(_TRIALS):
         keep = solve(latencies, saving, *tuned_model.sizes)
         if keep is None:
             break
-        calls = {"unpruned": tuned_model.call(tuned_model.unpruned), "pruned": tuned_model.call(keep)}
-        timings = time_interleaved(calls, tuned_model.images.device, rounds, show=show, label="chosen schedule")
+        calls = {
+            "unpruned": tuned_model.call(tuned_model.unpruned),
+            "pruned": tuned_model.call(keep),
+        }
+        timings = time_interleaved(
+            calls, tuned_model.images.device, rounds, show=show, label="chosen schedule"
+        )
         spread = max(timing.spread for timing in timings.values())
         trials.append(_Trial(keep, timings["unpruned"].seconds, timings["pruned"].seconds, spread))
         if trials[-1].reaches(goal):
@@ -333,17 +382,24 @@ def _try_schedules(
     return trials
 
 
-def _unreachable(tuned_model: _TunedModel, goal: _Goal, unpruned: float, latencies: Mapping[int, float]) -> ValueError:
+def _unreachable(
+    tuned_model: _TunedModel, goal: _Goal, unpruned: float, latencies: Mapping[int, float]
+) -> ValueError:
     keep = constant_rate_counts(latencies, highest_rate(*tuned_model.sizes), *tuned_model.sizes)
     speedup = unpruned / (unpruned - seconds_saved(latencies, keep, tuned_model.num_tokens))
     return ValueError(
-        f"cropr.tune: no schedule takes {1e3 * goal.seconds(unpruned):.3g} ms {tuned_model}: unpruned takes "
+        f"cropr.tune: no schedule takes {1e3 * goal.seconds(unpruned):.3g} ms {tuned_model}: "
+        "unpruned takes "
         f"{1e3 * unpruned:.3g} ms, and the highest rate is about {speedup:.2f} times as fast"
     )
 
 
-def _report(tuned_model: _TunedModel, curve: _LatencyCurve, latencies: Mapping[int, float], trial: _Trial) -> Tuned:
-    predicted = curve.unpruned / (curve.unpruned - seconds_saved(latencies, trial.keep, tuned_model.num_tokens))
+def _report(
+    tuned_model: _TunedModel, curve: _LatencyCurve, latencies: Mapping[int, float], trial: _Trial
+) -> Tuned:
+    predicted = curve.unpruned / (
+        curve.unpruned - seconds_saved(latencies, trial.keep, tuned_model.num_tokens)
+    )
     offset = curve.latencies[tuned_model.num_tokens]
     return Tuned(
         keep=trial.keep,
@@ -351,12 +407,16 @@ def _report(tuned_model: _TunedModel, curve: _LatencyCurve, latencies: Mapping[i
         measured=trial.speedup,
         unpruned_ms=1e3 * trial.unpruned,
         pruned_ms=1e3 * trial.pruned,
-        latency_curve={count: 1e3 * (curve.latencies[count] - offset) for count in sorted(curve.latencies)},
+        latency_curve={
+            count: 1e3 * (curve.latencies[count] - offset) for count in sorted(curve.latencies)
+        },
         flop_ratio=tuned_model.flops(tuned_model.unpruned) / tuned_model.flops(trial.keep),
         spread=trial.spread,
     )
 
 
-def save_tuned(path: str | Path, tuned: Tuned, metadata: Mapping[str, object] | None = None) -> None:
+def save_tuned(
+    path: str | Path, tuned: Tuned, metadata: Mapping[str, object] | None = None
+) -> None:
     """Write a schedule as JSON: `apply` takes the path as its `keep`."""
     write_text(path, json.dumps({**(metadata or {}), **tuned._asdict()}, indent=1) + "\n")

@@ -1,7 +1,7 @@
 // CPU kernels of cropr::attend and its gradient for the queries.
 //
-// One query reads the tokens once. Many queries are matrix products by aten::mm, one image at a time, so that nothing
-// larger than (M, N) is allocated.
+// One query reads the tokens once. Many queries are matrix products by aten::mm, one image at a
+// time, so that nothing larger than (M, N) is allocated.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -19,7 +19,8 @@ namespace {
 using torch::stable::parallel_for;
 
 void check_attend(const Op& op, const Tensor& x, std::initializer_list<const Tensor*> tensors) {
-  if (check(op, tensors)['N'] == 0) fail(name_of(op), ": x must have at least one token, got shape ", shape_of(x));
+  if (check(op, tensors)['N'] == 0)
+    fail(name_of(op), ": x must have at least one token, got shape ", shape_of(x));
 }
 
 template <typename A>
@@ -55,11 +56,12 @@ void scale_by(const A* values, A factor, int64_t count, A* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = values[i] * factor;
 }
 
-// weight (N,) = softmax(scale * query . x), for one image and one query; raw, if not null, receives the products.
+// weight (N,) = softmax(scale * query . x), for one image and one query; raw, if not null, receives
+// the products.
 template <typename T>
 void attention_row(
-    const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T> scale, acc_t<T>* weight,
-    float* raw) {
+    const T* x, int64_t stride, int64_t n, int64_t dim, const acc_t<T>* query, acc_t<T> scale,
+    acc_t<T>* weight, float* raw) {
   dot_rows<T>(x, stride, n, dim, query, weight);
   if (raw != nullptr) std::copy_n(weight, n, raw);
   const auto [low, high] = std::minmax_element(weight, weight + n);
@@ -70,14 +72,16 @@ void attention_row(
 }
 
 template <typename T>
-void attend_one(const Tensor& x, const acc_t<T>* query, acc_t<T> scale, const Tensor& out, float* raw) {
+void attend_one(
+    const Tensor& x, const acc_t<T>* query, acc_t<T> scale, const Tensor& out, float* raw) {
   using A = acc_t<T>;
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
   parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> weight(n), sum(dim);
     for (int64_t b = begin; b < end; ++b) {
       const T* image = data<T>(x) + b * x.stride(0);
-      attention_row<T>(image, stride, n, dim, query, scale, weight.data(), raw ? raw + b * n : nullptr);
+      attention_row<T>(
+          image, stride, n, dim, query, scale, weight.data(), raw ? raw + b * n : nullptr);
       std::fill(sum.begin(), sum.end(), A(0));
       weighted_sum<T>(image, stride, n, dim, weight.data(), sum.data());
       T* row = mutable_data<T>(out) + b * dim;
@@ -90,13 +94,15 @@ Tensor transposed(const Tensor& t) {
   return torch::stable::transpose(t, 0, 1);
 }
 
-// a b, in the dtype of both. Written to an allocated tensor, as autocast would change the dtype of aten::mm.
+// a b, in the dtype of both. Written to an allocated tensor, as autocast would change the dtype of
+// aten::mm.
 template <typename A>
 Tensor product(const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   const Tensor out = empty({a.size(0), b.size(1)}, acc_dtype<A>);
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -159,10 +165,12 @@ std::tuple<Tensor, Tensor> attend_scores(const Tensor& x, const Tensor& queries,
 // With p = softmax(scale q.x): dq = scale * sum_n p_n (g.x_n - g.out) x_n, and out = sum_n p_n x_n.
 template <typename T>
 void attend_one_backward(
-    const Tensor& x, const acc_t<T>* query, const acc_t<T>* grad, double scale, acc_t<T>* grad_query) {
+    const Tensor& x, const acc_t<T>* query, const acc_t<T>* grad, double scale,
+    acc_t<T>* grad_query) {
   using A = acc_t<T>;
   const int64_t batch = x.size(0), n = x.size(1), dim = x.size(2), stride = x.stride(1);
-  std::vector<A> per_image(batch * dim, A(0));  // summed in order afterwards: the same bits on any thread count
+  std::vector<A> per_image(
+      batch * dim, A(0));  // summed in order afterwards: the same bits on any thread count
   parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> weight(n), slope(n);
     for (int64_t b = begin; b < end; ++b) {
@@ -180,7 +188,8 @@ void attend_one_backward(
   scale_by<A>(grad_query, static_cast<A>(scale), dim, grad_query);
 }
 
-Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& queries, double scale) {
+Tensor attend_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& queries, double scale) {
   check_attend(op_named("attend_backward"), x, {&x, &queries, &grad_out});
   const int64_t batch = x.size(0), n = x.size(1), count = queries.size(0), dim = x.size(2);
   const Tensor dense = with_dense_rows(x);
@@ -206,7 +215,8 @@ Tensor attend_backward(const Tensor& grad_out, const Tensor& x, const Tensor& qu
         for (int64_t m = begin; m < end; ++m) {
           A mean = 0;
           for (int64_t i = 0; i < n; ++i) mean += p[m * n + i] * s[m * n + i];
-          for (int64_t i = 0; i < n; ++i) p[m * n + i] *= static_cast<A>(scale) * (s[m * n + i] - mean);
+          for (int64_t i = 0; i < n; ++i)
+            p[m * n + i] *= static_cast<A>(scale) * (s[m * n + i] - mean);
         }
       });
       const Tensor part = product<A>(weight, tokens);

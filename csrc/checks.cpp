@@ -76,34 +76,43 @@ std::string strides_of(const Tensor& t) {
   return text.str();
 }
 
-void check_input(const Op& op, const Input& input, const Tensor& tensor, ScalarType first, Dims& dims) {
-  if (!tensor.is_cpu()) fail(name_of(op), ": ", input.name, " must be on the matches device as the other tensors, cpu");
+void check_input(
+    const Op& op, const Input& input, const Tensor& tensor, ScalarType first, Dims& dims) {
+  if (!tensor.is_cpu())
+    fail(name_of(op), ": ", input.name, " must be on the matches device as the other tensors, cpu");
   const ScalarType type = tensor.scalar_type();
   if (!allows(input.types, type, first))
     fail(
         name_of(op), ": ", input.name, " must be ", kTypeNames[static_cast<int>(input.types)],
-        input.types == Types::kOfFirst ? std::string(", ") + dtype_name(first) : "", ", got ", dtype_name(type));
+        input.types == Types::kOfFirst ? std::string(", ") + dtype_name(first) : "", ", got ",
+        dtype_name(type));
   int64_t* sizes;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));  // one call into libtorch for all
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_sizes(tensor.get(), &sizes));  // one call into libtorch for all
   const int64_t rank = tensor.dim();
   bool fits_shape = false;
-  for (const char* shape = input.shape; shape != nullptr && !fits_shape; shape = next_alternative(shape))
+  for (const char* shape = input.shape; shape != nullptr && !fits_shape;
+       shape = next_alternative(shape))
     fits_shape = fits(shape, sizes, rank, dims);
   if (!fits_shape)
-    fail(name_of(op), ": ", input.name, " must have shape ", expected(input.shape, dims), ", got ", shape_of(tensor));
+    fail(
+        name_of(op), ": ", input.name, " must have shape ", expected(input.shape, dims), ", got ",
+        shape_of(tensor));
   if (input.layout == Layout::kContiguous && !tensor.is_contiguous())
     fail(
-        name_of(op), ": ", input.name, " must be contiguous, as it changes in place, got strides ", strides_of(tensor));
+        name_of(op), ": ", input.name, " must be contiguous, as it changes in place, got strides ",
+        strides_of(tensor));
   if (input.layout == Layout::kDenseRows && sizes[rank - 1] > 1 && tensor.stride(rank - 1) != 1)
     fail(
         name_of(op), ": ", input.name,
-        " must have a stride of 1 in the last dimension, as it changes in place, got strides ", strides_of(tensor));
+        " must have a stride of 1 in the last dimension, as it changes in place, got strides ",
+        strides_of(tensor));
   if (input.layout == Layout::kDenseRows)
     for (int64_t i = 0; i < rank; ++i)
       if (sizes[i] > 1 && tensor.stride(i) == 0)
         fail(
-            name_of(op), ": ", input.name, " must not be expanded, as it changes in place, got strides ",
-            strides_of(tensor));
+            name_of(op), ": ", input.name,
+            " must not be expanded, as it changes in place, got strides ", strides_of(tensor));
 }
 
 // The memory range of a tensor, in bytes.
@@ -155,7 +164,9 @@ void check_overlap(const Op& op, std::span<const Tensor* const> tensors) {
   }
 }
 
-Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> numbers) {
+Dims check(
+    const Op& op, std::initializer_list<const Tensor*> tensors,
+    std::initializer_list<int64_t> numbers) {
   Dims dims;
   const Input* input = op.inputs;
   const ScalarType first = (*tensors.begin())->scalar_type();
@@ -171,11 +182,12 @@ Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::init
   int64_t previous = 0;
   const Range* range = op.ranges;
   for (const int64_t value : numbers) {
-    const int64_t low = bound(range->low, dims, previous), high = bound(range->high, dims, previous);
+    const int64_t low = bound(range->low, dims, previous),
+                  high = bound(range->high, dims, previous);
     if (value < low || value > high)
       fail(
-          name_of(op), ": ", range->name, " must be in [", range->low, ", ", range->high, "] = [", low, ", ", high,
-          "], got ", value);
+          name_of(op), ": ", range->name, " must be in [", range->low, ", ", range->high, "] = [",
+          low, ", ", high, "], got ", value);
     previous = value;
     ++range;
   }
@@ -185,20 +197,23 @@ Dims check(const Op& op, std::initializer_list<const Tensor*> tensors, std::init
 
 void check_positions(const Op& op, const char* name, const int64_t* idx, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; ++i)
-    if (idx[i] < 0 || idx[i] >= n) fail(name_of(op), ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
+    if (idx[i] < 0 || idx[i] >= n)
+      fail(name_of(op), ": ", name, " must hold positions in [0, ", n, "), got ", idx[i]);
 }
 
 void check_positions_once(
-    const Op& op, const char* names, const int64_t* first, int64_t num_first, const int64_t* second, int64_t num_second,
-    int64_t batch, int64_t n) {
+    const Op& op, const char* names, const int64_t* first, int64_t num_first, const int64_t* second,
+    int64_t num_second, int64_t batch, int64_t n) {
   std::vector<int64_t> last_image(n, -1);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < num_first + num_second; ++i) {
-      const int64_t position = i < num_first ? first[b * num_first + i] : second[b * num_second + i - num_first];
+      const int64_t position =
+          i < num_first ? first[b * num_first + i] : second[b * num_second + i - num_first];
       if (position < 0 || position >= n || last_image[position] == b)
         fail(
-            name_of(op), ": ", names, " must together hold each position in [0, ", n, ") once, got ", position,
-            position < 0 || position >= n ? "" : " twice", " in image ", b);
+            name_of(op), ": ", names, " must together hold each position in [0, ", n,
+            ") once, got ", position, position < 0 || position >= n ? "" : " twice", " in image ",
+            b);
       last_image[position] = b;
     }
   }

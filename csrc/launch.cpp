@@ -1,5 +1,5 @@
-// cropr_replay::OP repeats what op OP did on CUDA for arguments of the same dtypes, sizes, strides and alignments, if
-// Python has recorded it; `replayed` tells whether it had.
+// cropr_replay::OP repeats what op OP did on CUDA for arguments of the same dtypes, sizes, strides
+// and alignments, if Python has recorded it; `replayed` tells whether it had.
 #include "launch.h"
 
 #include <dlfcn.h>
@@ -24,7 +24,9 @@ constexpr size_t kMaxArguments = 12, kMaxParameters = 48, kMaxRecordings = 4096;
 
 // Functions of the CUDA driver and of libtorch_cuda, looked up by load_driver.
 struct Driver {
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*launch)(
+      void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+      void**);
   int (*fill)(void*, unsigned char, size_t, void*);
   int (*describe)(int, const char**);
   AOTITorchError (*stream)(int32_t, void**);
@@ -53,10 +55,11 @@ void append(std::string& key, const T* values, size_t count) {
   key.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-// Appends every property of a tensor that decides which kernels run and how: not its address, but the first argument
-// that has the same one.
+// Appends every property of a tensor that decides which kernels run and how: not its address, but
+// the first argument that has the same one.
 void append_tensor(
-    std::string& key, AtenTensorHandle tensor, std::array<void*, kMaxArguments>& addresses, size_t index) {
+    std::string& key, AtenTensorHandle tensor, std::array<void*, kMaxArguments>& addresses,
+    size_t index) {
   int32_t dtype, device;
   int64_t rank, *sizes, *strides;
   void* address;
@@ -67,9 +70,11 @@ void append_tensor(
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
   addresses[index] = address;
-  const auto first_same = std::find(addresses.begin(), addresses.end(), address) - addresses.begin();
+  const auto first_same =
+      std::find(addresses.begin(), addresses.end(), address) - addresses.begin();
   const auto alignment = static_cast<int32_t>(std::bit_cast<uintptr_t>(address) % 16);
-  const int32_t properties[] = {dtype, device, static_cast<int32_t>(rank), alignment, static_cast<int32_t>(first_same)};
+  const int32_t properties[] = {
+      dtype, device, static_cast<int32_t>(rank), alignment, static_cast<int32_t>(first_same)};
   append(key, properties, std::size(properties));
   append(key, sizes, rank);
   append(key, strides, rank);
@@ -87,7 +92,8 @@ struct Arguments {
     std::string_view rest = schema.substr(schema.find('(') + 1);
     rest = rest.substr(0, rest.find(") ->"));
     while (!rest.empty()) {
-      if (count == kMaxArguments) fail("cropr: an op takes more than ", kMaxArguments, " arguments");
+      if (count == kMaxArguments)
+        fail("cropr: an op takes more than ", kMaxArguments, " arguments");
       const size_t comma = std::min(rest.find(", "), rest.size()), space = rest.find(' ');
       const std::string_view type = rest.substr(0, space);
       names[count] = rest.substr(space + 1, rest.find_first_of(",=)", space) - space - 1);
@@ -125,8 +131,8 @@ using Tensors = std::array<OptionalTensor, kMaxArguments>;
 
 // Repeats the recorded allocations and launches for these arguments; results go to the stack.
 void replay(
-    const RecordedLaunches& recorded, const Op& op, const Arguments& arguments, const Tensors& tensors,
-    StableIValue* stack) {
+    const RecordedLaunches& recorded, const Op& op, const Arguments& arguments,
+    const Tensors& tensors, StableIValue* stack) {
   std::array<const Tensor*, std::size(Op{}.inputs)> inputs{};
   for (size_t i = 0; i < inputs.size() && op.inputs[i].name != nullptr; ++i)
     for (size_t j = 0; j < arguments.count; ++j)
@@ -146,7 +152,8 @@ void replay(
   allocated.reserve(recorded.allocations.size());
   for (const Allocation& allocation : recorded.allocations) {
     const Output& output = allocated.emplace_back(allocation.sizes, allocation.dtype, type, device);
-    if (allocation.zero_bytes) succeed(driver.fill(output.data<char>(), 0, allocation.zero_bytes, stream), "a memset");
+    if (allocation.zero_bytes)
+      succeed(driver.fill(output.data<char>(), 0, allocation.zero_bytes, stream), "a memset");
   }
   for (const Launch& launch : recorded.launches) {
     std::array<uint64_t, kMaxParameters> values;
@@ -156,16 +163,18 @@ void replay(
       const char* base = nullptr;
       if (parameter.kind == Parameter::kArgument) base = data<char>(*tensors[parameter.index]);
       if (parameter.kind == Parameter::kAllocation) base = allocated[parameter.index].data<char>();
-      values[i] = std::bit_cast<uint64_t>(base) + parameter.value;  // of a number of four bytes the first four
+      values[i] = std::bit_cast<uint64_t>(base) +
+                  parameter.value;  // of a number of four bytes the first four
       pointers[i] = &values[i];
     }
     succeed(
         driver.launch(
-            std::bit_cast<void*>(launch.function), launch.grid, 1, 1, launch.threads, 1, 1, launch.shared, stream,
-            pointers.data(), nullptr),
+            std::bit_cast<void*>(launch.function), launch.grid, 1, 1, launch.threads, 1, 1,
+            launch.shared, stream, pointers.data(), nullptr),
         "a launch");
   }
-  for (size_t i = 0; i < recorded.outputs.size(); ++i) stack[i] = allocated[recorded.outputs[i]].release();
+  for (size_t i = 0; i < recorded.outputs.size(); ++i)
+    stack[i] = allocated[recorded.outputs[i]].release();
 }
 
 template <size_t kOp>
@@ -220,7 +229,8 @@ void keep_launches(RecordedLaunches recorded) {
   if (missed.empty()) return;
   const std::unique_lock lock(mutex);
   if (recordings.size() >= kMaxRecordings) recordings.clear();
-  recordings[std::exchange(missed, {})] = std::make_shared<const RecordedLaunches>(std::move(recorded));
+  recordings[std::exchange(missed, {})] =
+      std::make_shared<const RecordedLaunches>(std::move(recorded));
 }
 
 void forget_launches() {

@@ -26,7 +26,8 @@ struct Launch {
   std::vector<Parameter> parameters;
 };
 
-// What an op allocated, launched and returned, for arguments of the same dtypes, sizes, strides and alignments.
+// What an op allocated, launched and returned, for arguments of the same dtypes, sizes, strides and
+// alignments.
 struct RecordedLaunches {
   std::vector<Allocation> allocations;
   std::vector<Launch> launches;

@@ -1,4 +1,5 @@
-// Defines the ops in a process that has no Python: part of libcropr_ops alone, as Python defines them itself.
+// Defines the ops in a process that has no Python: part of libcropr_ops alone, as Python defines
+// them itself.
 #include "library.h"
 
 #include <torch/csrc/stable/library.h>

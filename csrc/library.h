@@ -1,6 +1,6 @@
-// The table of ops: schemas, and the dtypes, shapes and ranges of their arguments. Python defines the ops and checks
-// their arguments from this table (`_C.ops`), C++ programs define them by loading libcropr_ops, and the CPU kernels
-// check their arguments against it (checks.h).
+// The table of ops: schemas, and the dtypes, shapes and ranges of their arguments. Python defines
+// the ops and checks their arguments from this table (`_C.ops`), C++ programs define them by
+// loading libcropr_ops, and the CPU kernels check their arguments against it (checks.h).
 #pragma once
 
 #include <stdexcept>
@@ -12,12 +12,13 @@ enum class Types { kFloat, kFloat32, kInt64, kPriority, kOfFirst };
 
 // Text of Types in error messages; Python parses the dtypes from it.
 constexpr const char* kTypeNames[] = {
-    "float32, float64, bfloat16 or float16", "float32", "int64", "int8 or bool", "the dtype of the first tensor"};
+    "float32, float64, bfloat16 or float16", "float32", "int64", "int8 or bool",
+    "the dtype of the first tensor"};
 
 enum class Layout { kAny, kContiguous, kDenseRows };
 
-// A tensor. Each letter of its shape, B to T, is one size throughout an op; 2C is twice C, and '|' separates
-// alternatives. If an optional tensor is absent, letters that only it has equal N.
+// A tensor. Each letter of its shape, B to T, is one size throughout an op; 2C is twice C, and '|'
+// separates alternatives. If an optional tensor is absent, letters that only it has equal N.
 struct Input {
   const char* name = nullptr;
   Types types = Types::kFloat;
@@ -44,8 +45,10 @@ constexpr Input kIdx{"idx", Types::kInt64, "BK"};
 constexpr Input kUpdate{"update", Types::kFloat, "BKD"};
 constexpr Input kGamma{"gamma", Types::kFloat, "D"}, kWeight{"weight", Types::kFloat, "D"};
 constexpr Input kBias{"bias", Types::kFloat, "D"};
-constexpr Input kTargets{"target_idx", Types::kInt64, "BT"}, kCandidates{"candidate_idx", Types::kInt64, "BC"};
-constexpr Input kSizes{"sizes", Types::kFloat32, "BN"}, kPriorities{"priority", Types::kPriority, "BN"};
+constexpr Input kTargets{"target_idx", Types::kInt64, "BT"},
+    kCandidates{"candidate_idx", Types::kInt64, "BC"};
+constexpr Input kSizes{"sizes", Types::kFloat32, "BN"},
+    kPriorities{"priority", Types::kPriority, "BN"};
 constexpr Input kCostScale{"cost_scale", Types::kFloat32, "BN"};
 constexpr Input kKept{"kept_idx", Types::kInt64, "BK"}, kPruned{"pruned_idx", Types::kInt64, "BR"};
 constexpr Input kParent{"parent", Types::kInt64, "BN", Layout::kContiguous};
@@ -68,7 +71,8 @@ constexpr Op kOps[] = {
     {"restore(Tensor kept, Tensor kept_idx, Tensor pruned, Tensor pruned_idx) -> Tensor",
      {{"kept", Types::kFloat, "BKD"}, kKept, {"pruned", Types::kOfFirst, "BRD"}, kPruned}},
     {"attend(Tensor x, Tensor queries, float scale) -> Tensor", {kX, kQueries}},
-    {"attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)", {kX, kQueries}},
+    {"attend_scores(Tensor x, Tensor queries, float scale) -> (Tensor out, Tensor scores)",
+     {kX, kQueries}},
     {"attend_backward(Tensor grad_out, Tensor x, Tensor queries, float scale) -> Tensor",
      {kX, kQueries, {"grad_out", Types::kFloat, "BMD"}}},
     {"merge(Tensor x, Tensor target_idx, Tensor candidate_idx, Tensor sizes, SymInt num_keep,"
@@ -81,15 +85,21 @@ constexpr Op kOps[] = {
      {kX, kKept, kPruned},
      {{"num_prefix", "0", "K"}}},
     {"add_parents(Tensor x, Tensor parent) -> Tensor", {kX, {"parent", Types::kInt64, "BN"}}},
-    // Ops of the engine: x is the residual buffer and changes in place, idx holds the active positions (None: all).
-    {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps, bool rms=False) -> Tensor",
+    // Ops of the engine: x is the residual buffer and changes in place, idx holds the active
+    // positions (None: all).
+    {"gather_norm(Tensor x, Tensor? idx, Tensor? weight, Tensor? bias, float eps, bool rms=False) "
+     "-> Tensor",
      {kX, kIdx, kWeight, kBias}},
-    {"add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()", {kInPlace, kIdx, kUpdate, kGamma}},
-    {"add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? bias,"
+    {"add_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma) -> ()",
+     {kInPlace, kIdx, kUpdate, kGamma}},
+    {"add_norm_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor? weight, Tensor? "
+     "bias,"
      " float eps, bool rms=False) -> Tensor",
      {kInPlace, kIdx, kUpdate, kGamma, kWeight, kBias}},
-    {"add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, SymInt num_keep,"
-     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, Tensor(b!)? "
+    {"add_select_(Tensor(a!) x, Tensor? idx, Tensor update, Tensor? gamma, Tensor query, SymInt "
+     "num_keep,"
+     " SymInt num_prefix=0, Tensor? sizes=None, float size_weight=0.0, Tensor? priority=None, "
+     "Tensor(b!)? "
      "cost_scale=None,"
      " float cost_weight=0.0)"
      " -> (Tensor kept_idx, Tensor pruned_idx)",
@@ -102,12 +112,19 @@ constexpr Op kOps[] = {
       kPriorities,
       {"cost_scale", Types::kFloat32, "BN", Layout::kContiguous}},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
-    {"merge_(Tensor(a!) x, Tensor target_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) parent,"
+    {"merge_(Tensor(a!) x, Tensor target_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) "
+     "parent,"
      " SymInt num_keep, SymInt num_prefix=0, bool offsets=False, Tensor? cost_scale=None)"
      " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-     {kInPlace, kTargets, kCandidates, {"sizes", Types::kFloat32, "BN", Layout::kContiguous}, kParent, kCostScale},
+     {kInPlace,
+      kTargets,
+      kCandidates,
+      {"sizes", Types::kFloat32, "BN", Layout::kContiguous},
+      kParent,
+      kCostScale},
      {{"num_prefix", "0", "T"}, {"num_keep", "T", "T + C"}}},
-    {"parent_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt num_prefix=0) -> ()",
+    {"parent_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt "
+     "num_prefix=0) -> ()",
      {kInPlace, kKept, kPruned, kParent},
      {{"num_prefix", "0", "K"}}},
     {"rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",

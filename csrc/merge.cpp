@@ -20,8 +20,8 @@ struct Partition : MatchedLists {
   int64_t num_keep, num_prune;
 
   Partition(
-      const Op& op, const Dims& dims, const Tensor& target_idx, const Tensor& candidate_idx, int64_t keep,
-      int64_t prefix)
+      const Op& op, const Dims& dims, const Tensor& target_idx, const Tensor& candidate_idx,
+      int64_t keep, int64_t prefix)
       : MatchedLists(op, dims, target_idx, candidate_idx, prefix),
         num_keep(keep),
         num_prune(num_targets + num_candidates - keep) {
@@ -37,7 +37,9 @@ struct Assignment {
 };
 
 // Prunes the candidates of lowest cost (B, C); of equal costs the higher position.
-void choose_targets(const Partition& partition, const int64_t* nearest, const double* costs, Assignment& assignment) {
+void choose_targets(
+    const Partition& partition, const int64_t* nearest, const double* costs,
+    Assignment& assignment) {
   assignment.rows.resize(partition.batch * partition.num_prune);
   std::vector<int64_t> order(partition.num_candidates), row_of_position(partition.n);
   std::vector<bool> is_pruned(partition.num_candidates);
@@ -51,10 +53,12 @@ void choose_targets(const Partition& partition, const int64_t* nearest, const do
     });
     is_pruned.assign(partition.num_candidates, false);
     for (int64_t r = 0; r < partition.num_prune; ++r) is_pruned[order[r]] = true;
-    int64_t *kept = assignment.kept + b * partition.num_keep, *pruned = assignment.pruned + b * partition.num_prune;
+    int64_t *kept = assignment.kept + b * partition.num_keep,
+            *pruned = assignment.pruned + b * partition.num_prune;
     for (int64_t i = 0, c = 0, row = 0; row < partition.num_keep;) {
       while (c < partition.num_candidates && is_pruned[c]) ++c;
-      const bool is_target = c == partition.num_candidates || (i < partition.num_targets && targets[i] < candidates[c]);
+      const bool is_target = c == partition.num_candidates ||
+                             (i < partition.num_targets && targets[i] < candidates[c]);
       kept[row] = is_target ? targets[i++] : candidates[c++];
       row_of_position[kept[row]] = row;
       ++row;
@@ -68,20 +72,24 @@ void choose_targets(const Partition& partition, const int64_t* nearest, const do
   }
 }
 
-// Replaces similarities (B, C) by costs max(1 - similarity, 0) * cost_scale (B, N), a scale of 1 if absent; NaN becomes
-// the highest cost.
+// Replaces similarities (B, C) by costs max(1 - similarity, 0) * cost_scale (B, N), a scale of 1 if
+// absent; NaN becomes the highest cost.
 template <typename A>
-void similarities_to_costs(const Partition& partition, const OptionalTensor& cost_scale, double* similarities) {
+void similarities_to_costs(
+    const Partition& partition, const OptionalTensor& cost_scale, double* similarities) {
   const Tensor dense = cost_scale ? torch::stable::contiguous(*cost_scale) : partition.candidates;
   const float* scale = cost_scale ? data<float>(dense) : nullptr;
   for (int64_t i = 0; i < partition.batch * partition.num_candidates; ++i) {
     A cost = std::max(A(1) - static_cast<A>(similarities[i]), A(0));
-    if (scale != nullptr) cost *= scale[i / partition.num_candidates * partition.n + partition.candidate_pos[i]];
+    if (scale != nullptr)
+      cost *= scale[i / partition.num_candidates * partition.n + partition.candidate_pos[i]];
     similarities[i] = std::isnan(cost) ? std::numeric_limits<double>::infinity() : cost;
   }
 }
 
-void assign(const Tensor& x, const Partition& partition, const OptionalTensor& cost_scale, Assignment& assignment) {
+void assign(
+    const Tensor& x, const Partition& partition, const OptionalTensor& cost_scale,
+    Assignment& assignment) {
   const Tensor dense = with_dense_rows(x);
   std::vector<int64_t> nearest(partition.batch * partition.num_candidates, partition.num_prefix);
   std::vector<double> similarities(nearest.size());
@@ -93,8 +101,8 @@ void assign(const Tensor& x, const Partition& partition, const OptionalTensor& c
   choose_targets(partition, nearest.data(), similarities.data(), assignment);
 }
 
-// sqrt(target) / sqrt(mean), of sums of squares: the factor that gives a mean the norm of its target. 1 if the mean has
-// no norm or the factor overflows.
+// sqrt(target) / sqrt(mean), of sums of squares: the factor that gives a mean the norm of its
+// target. 1 if the mean has no norm or the factor overflows.
 template <typename A>
 A norm_factor(A target, A mean) {
   constexpr A infinity = std::numeric_limits<A>::infinity();
@@ -102,12 +110,13 @@ A norm_factor(A target, A mean) {
   return mean > 0 && mean < infinity && factor < infinity ? factor : A(1);
 }
 
-// mean = (size * x + sum of those merged into it) / (size + sum of their sizes), and kept[row] = mean * |x| / |mean|,
-// rounded once, for every kept row that a pruned token is merged into. output_row(b, row) is where it is written.
+// mean = (size * x + sum of those merged into it) / (size + sum of their sizes), and kept[row] =
+// mean * |x| / |mean|, rounded once, for every kept row that a pruned token is merged into.
+// output_row(b, row) is where it is written.
 template <typename T, typename OutputRow>
 void combine(
-    const Rows<T>& x, const Partition& partition, const Assignment& assignment, const float* sizes, float* kept_sizes,
-    const OutputRow& output_row) {
+    const Rows<T>& x, const Partition& partition, const Assignment& assignment, const float* sizes,
+    float* kept_sizes, const OutputRow& output_row) {
   using A = acc_t<T>;
   parallel_for(0, partition.batch, 1, [&](int64_t begin, int64_t end) {
     Scratch<A> sum(x.dim), target(x.dim);
@@ -131,7 +140,8 @@ void combine(
         std::fill_n(sum.data(), x.dim, A(0));
         const auto add = [&](int64_t position) {
           const A weight = size[position];
-          weighted_sum<T>(x.image(b) + position * x.stride_n, x.stride_n, 1, x.dim, &weight, sum.data());
+          weighted_sum<T>(
+              x.image(b) + position * x.stride_n, x.stride_n, 1, x.dim, &weight, sum.data());
         };
         add(kept[row]);
         for (int64_t s = r; s < partition.num_prune; ++s) {
@@ -153,27 +163,30 @@ void combine(
 // Subtracts from each pruned row of x (B, N, D) the row it is merged into.
 template <typename T>
 void subtract_merged(T* x, int64_t dim, const Partition& partition, const Assignment& assignment) {
-  parallel_for(0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {
-    Scratch<acc_t<T>> scratch(2 * dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / partition.num_prune;
-      T* image = x + b * partition.n * dim;
-      const T* merged = image + assignment.kept[b * partition.num_keep + assignment.rows[i]] * dim;
-      subtract_row<T>(image + assignment.pruned[i] * dim, merged, dim, scratch.data());
-    }
-  });
+  parallel_for(
+      0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {
+        Scratch<acc_t<T>> scratch(2 * dim);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t b = i / partition.num_prune;
+          T* image = x + b * partition.n * dim;
+          const T* merged =
+              image + assignment.kept[b * partition.num_keep + assignment.rows[i]] * dim;
+          subtract_row<T>(image + assignment.pruned[i] * dim, merged, dim, scratch.data());
+        }
+      });
 }
 
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
-    const Tensor& x, const Tensor& target_idx, const Tensor& candidate_idx, const Tensor& sizes, int64_t num_keep,
-    int64_t num_prefix, const OptionalTensor& cost_scale) {
+    const Tensor& x, const Tensor& target_idx, const Tensor& candidate_idx, const Tensor& sizes,
+    int64_t num_keep, int64_t num_prefix, const OptionalTensor& cost_scale) {
   constexpr const Op& op = op_named("merge");
-  const Dims dims =
-      check(op, {&x, &target_idx, &candidate_idx, &sizes, ptr_or_null(cost_scale)}, {num_prefix, num_keep});
+  const Dims dims = check(
+      op, {&x, &target_idx, &candidate_idx, &sizes, ptr_or_null(cost_scale)},
+      {num_prefix, num_keep});
   if (dims['T'] + dims['C'] != dims['N'])
     fail(
-        "merge: target_idx and candidate_idx must together hold N = ", dims['N'], " positions, got ", dims['T'], " + ",
-        dims['C']);
+        "merge: target_idx and candidate_idx must together hold N = ", dims['N'],
+        " positions, got ", dims['T'], " + ", dims['C']);
   const Partition partition(op, dims, target_idx, candidate_idx, num_keep, num_prefix);
   const int64_t dim = x.size(2), num_prune = partition.num_prune;
   const Tensor dense = with_dense_rows(x), weights = torch::stable::contiguous(sizes);
@@ -186,9 +199,11 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
   assign(x, partition, cost_scale, assignment);
   int64_t* row_of = dest.data<int64_t>();
   for (int64_t b = 0; b < partition.batch; ++b) {
-    for (int64_t i = 0; i < num_keep; ++i) row_of[b * partition.n + assignment.kept[b * num_keep + i]] = i;
+    for (int64_t i = 0; i < num_keep; ++i)
+      row_of[b * partition.n + assignment.kept[b * num_keep + i]] = i;
     for (int64_t r = 0; r < num_prune; ++r)
-      row_of[b * partition.n + assignment.pruned[b * num_prune + r]] = assignment.rows[b * num_prune + r];
+      row_of[b * partition.n + assignment.pruned[b * num_prune + r]] =
+          assignment.rows[b * num_prune + r];
   }
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -197,23 +212,27 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     parallel_for(0, partition.batch * num_keep, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, num_keep, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
-            rows.image(b), rows.stride_n, dim, assignment.kept + b * num_keep, first, last, out + b * num_keep * dim,
+            rows.image(b), rows.stride_n, dim, assignment.kept + b * num_keep, first, last,
+            out + b * num_keep * dim,
             RowCopy(0));  // the merged rows are overwritten next
       });
     });
-    combine(rows, partition, assignment, data<float>(weights), kept_sizes.data<float>(), [&](int64_t b, int64_t row) {
-      return out + (b * num_keep + row) * dim;
-    });
+    combine(
+        rows, partition, assignment, data<float>(weights), kept_sizes.data<float>(),
+        [&](int64_t b, int64_t row) { return out + (b * num_keep + row) * dim; });
   });
-  return {kept.release(), kept_idx.release(), pruned_idx.release(), kept_sizes.release(), dest.release()};
+  return {
+      kept.release(), kept_idx.release(), pruned_idx.release(), kept_sizes.release(),
+      dest.release()};
 }
 
 std::tuple<Returned, Returned, Returned> merge_(
-    Tensor x, const Tensor& target_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent, int64_t num_keep,
-    int64_t num_prefix, bool offsets, const OptionalTensor& cost_scale) {
+    Tensor x, const Tensor& target_idx, const Tensor& candidate_idx, Tensor sizes, Tensor parent,
+    int64_t num_keep, int64_t num_prefix, bool offsets, const OptionalTensor& cost_scale) {
   constexpr const Op& op = op_named("merge_");
-  const Dims dims =
-      check(op, {&x, &target_idx, &candidate_idx, &sizes, &parent, ptr_or_null(cost_scale)}, {num_prefix, num_keep});
+  const Dims dims = check(
+      op, {&x, &target_idx, &candidate_idx, &sizes, &parent, ptr_or_null(cost_scale)},
+      {num_prefix, num_keep});
   const Partition partition(op, dims, target_idx, candidate_idx, num_keep, num_prefix);
   Output kept_idx({partition.batch, num_keep}, ScalarType::Long);
   Output pruned_idx({partition.batch, partition.num_prune}, ScalarType::Long);
@@ -232,7 +251,8 @@ std::tuple<Returned, Returned, Returned> merge_(
   int64_t* parents = mutable_data<int64_t>(parent);
   for (int64_t b = 0; b < partition.batch; ++b) {
     const int64_t* kept = assignment.kept + b * num_keep;
-    for (int64_t i = 0; i < num_keep; ++i) size[b * partition.n + kept[i]] = total[b * num_keep + i];
+    for (int64_t i = 0; i < num_keep; ++i)
+      size[b * partition.n + kept[i]] = total[b * num_keep + i];
     for (int64_t r = 0; r < partition.num_prune; ++r)
       parents[b * partition.n + assignment.pruned[b * partition.num_prune + r]] =
           kept[assignment.rows[b * partition.num_prune + r]];

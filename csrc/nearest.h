@@ -11,7 +11,8 @@
 
 namespace cropr {
 
-// Targets, which are kept, and candidates, each of which is matched to a target: ascending positions of x (B, N, D).
+// Targets, which are kept, and candidates, each of which is matched to a target: ascending
+// positions of x (B, N, D).
 struct MatchedLists {
   const char *target_name, *candidate_name;
   Tensor targets, candidates;  // contiguous
@@ -19,7 +20,9 @@ struct MatchedLists {
   int64_t batch, n, num_targets, num_candidates, num_prefix;
 
   // The two lists are the second and the third input of the op.
-  MatchedLists(const Op& op, const Dims& dims, const Tensor& target_idx, const Tensor& candidate_idx, int64_t prefix)
+  MatchedLists(
+      const Op& op, const Dims& dims, const Tensor& target_idx, const Tensor& candidate_idx,
+      int64_t prefix)
       : target_name(op.inputs[1].name),
         candidate_name(op.inputs[2].name),
         targets(torch::stable::contiguous(target_idx)),
@@ -32,7 +35,8 @@ struct MatchedLists {
         num_candidates(candidate_idx.size(1)),
         num_prefix(prefix) {
     const std::string names = std::string(target_name) + " and " + candidate_name;
-    check_positions_once(op, names.c_str(), target_pos, num_targets, candidate_pos, num_candidates, batch, n);
+    check_positions_once(
+        op, names.c_str(), target_pos, num_targets, candidate_pos, num_candidates, batch, n);
     check_ascending(op, target_name, target_pos, num_targets);
     check_ascending(op, candidate_name, candidate_pos, num_candidates);
   }
@@ -41,25 +45,27 @@ struct MatchedLists {
   void require_target(const Op& op) const {
     if (num_targets == num_prefix)
       fail(
-          name_of(op), ": ", target_name, " must hold a token after the prefix, got ", op.inputs[1].shape[1],
-          " = num_prefix = ", num_prefix);
+          name_of(op), ": ", target_name, " must hold a token after the prefix, got ",
+          op.inputs[1].shape[1], " = num_prefix = ", num_prefix);
   }
 
  private:
-  void check_ascending(const Op& op, const char* name, const int64_t* positions, int64_t count) const {
+  void check_ascending(
+      const Op& op, const char* name, const int64_t* positions, int64_t count) const {
     for (int64_t b = 0; b < batch; ++b, positions += count)
       for (int64_t i = 1; i < count; ++i)
         if (positions[i - 1] > positions[i])
           fail(
-              name_of(op), ": ", name, " must be ascending, got ", positions[i - 1], " before ", positions[i],
-              " in image ", b);
+              name_of(op), ": ", name, " must be ascending, got ", positions[i - 1], " before ",
+              positions[i], " in image ", b);
   }
 };
 
-// The most similar target of each candidate after the prefix, by cosine, as its index in the list, and that similarity.
-// Of equal targets the lower position wins; NaN is the lowest similarity.
+// The most similar target of each candidate after the prefix, by cosine, as its index in the list,
+// and that similarity. Of equal targets the lower position wins; NaN is the lowest similarity.
 template <typename T>
-void find_nearest(const Rows<T>& features, const MatchedLists& lists, int64_t* nearest, double* similarities) {
+void find_nearest(
+    const Rows<T>& features, const MatchedLists& lists, int64_t* nearest, double* similarities) {
   using A = acc_t<T>;
   constexpr int64_t kBatch = 16;  // candidates that share one pass over the targets
   const int64_t dim = features.dim, groups = (lists.num_candidates + kBatch - 1) / kBatch;

@@ -1,5 +1,5 @@
-// CPU kernels of cropr::parent_offsets, parent_offsets_ and add_parents: restoring pruned tokens with the change of
-// their parents.
+// CPU kernels of cropr::parent_offsets, parent_offsets_ and add_parents: restoring pruned tokens
+// with the change of their parents.
 #include <vector>
 
 #include "nearest.h"
@@ -12,13 +12,16 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Finds the parent of each pruned token, as a position, and writes its row less the parent's to output_row(b, i).
+// Finds the parent of each pruned token, as a position, and writes its row less the parent's to
+// output_row(b, i).
 template <typename T, typename OutputRow>
-void subtract_parents(const Rows<T>& x, const MatchedLists& lists, int64_t* parent_idx, const OutputRow& output_row) {
+void subtract_parents(
+    const Rows<T>& x, const MatchedLists& lists, int64_t* parent_idx, const OutputRow& output_row) {
   const int64_t count = lists.num_candidates;
   std::vector<double> similarities(lists.batch * count);
   find_nearest(x, lists, parent_idx, similarities.data());
-  // In place no thread reads a row that another writes: parents are kept, and kept rows do not change.
+  // In place no thread reads a row that another writes: parents are kept, and kept rows do not
+  // change.
   parallel_for(0, lists.batch * count, row_grain(x.dim), [&](int64_t begin, int64_t end) {
     Scratch<acc_t<T>> scratch(2 * x.dim);
     for (int64_t i = begin; i < end; ++i) {
@@ -44,13 +47,15 @@ std::tuple<Returned, Returned> parent_offsets(
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     T* out = offset.data<T>();
-    subtract_parents(
-        Rows<T>(dense), lists, parent_idx.data<int64_t>(), [&](int64_t, int64_t i) { return out + i * dims['D']; });
+    subtract_parents(Rows<T>(dense), lists, parent_idx.data<int64_t>(), [&](int64_t, int64_t i) {
+      return out + i * dims['D'];
+    });
   });
   return {offset.release(), parent_idx.release()};
 }
 
-void parent_offsets_(Tensor x, const Tensor& kept_idx, const Tensor& pruned_idx, Tensor parent, int64_t num_prefix) {
+void parent_offsets_(
+    Tensor x, const Tensor& kept_idx, const Tensor& pruned_idx, Tensor parent, int64_t num_prefix) {
   constexpr const Op& op = op_named("parent_offsets_");
   const Dims dims = check(op, {&x, &kept_idx, &pruned_idx, &parent}, {num_prefix});
   const MatchedLists lists(op, dims, kept_idx, pruned_idx, num_prefix);
@@ -79,8 +84,8 @@ void check_no_cycles(const int64_t* parent, int64_t batch, int64_t n) {
         if (parent[position] == position) break;
         if (reached_from[position] == first)
           fail(
-              "add_parents: parent must lead to a token that is its own parent, got a cycle at ", position,
-              " in image ", b);
+              "add_parents: parent must lead to a token that is its own parent, got a cycle at ",
+              position, " in image ", b);
         reached_from[position] = first;
       }
   }

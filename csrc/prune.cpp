@@ -15,8 +15,8 @@ using torch::stable::parallel_for;
 // out[idx[i]] = x[i] for i in [first, last)
 template <typename T>
 void scatter_rows(
-    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out,
-    const RowCopy& copy) {
+    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last,
+    T* out, const RowCopy& copy) {
   for (int64_t i = first; i < last;) {
     const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
     copy(x + i * stride_n, rows * dim, out + idx[i] * dim);
@@ -47,7 +47,8 @@ Returned scores(const Tensor& x, const Tensor& query) {
 
 std::tuple<Returned, Returned> select(
     const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("select"), {&scores, ptr_or_null(priority)}, {num_prefix, num_keep});
+  const Dims dims =
+      check(op_named("select"), {&scores, ptr_or_null(priority)}, {num_prefix, num_keep});
   const int64_t batch = dims['B'], n = dims['N'];
   const Priority ranks(priority, n);
   const Tensor dense = with_dense_rows(scores);
@@ -63,8 +64,8 @@ std::tuple<Returned, Returned> select(
       Scratch<select_key_t<T>> keys(n);
       for (int64_t b = begin; b < end; ++b)
         select_image(
-            values + b * stride, ranks.image(b), n, num_keep, num_prefix, keys.data(), kept + b * num_keep,
-            pruned + b * (n - num_keep));
+            values + b * stride, ranks.image(b), n, num_keep, num_prefix, keys.data(),
+            kept + b * num_keep, pruned + b * (n - num_keep));
     });
   });
   return {kept_idx.release(), pruned_idx.release()};
@@ -72,10 +73,11 @@ std::tuple<Returned, Returned> select(
 
 using SplitOutputs = std::tuple<Returned, Returned, Returned, Returned>;
 
-// Kept and pruned rows with their positions, by the scores of the query or, if it is null, by known scores (B, N).
+// Kept and pruned rows with their positions, by the scores of the query or, if it is null, by known
+// scores (B, N).
 SplitOutputs split_rows(
-    const Dims& dims, const Tensor& x, const Tensor* query, const float* known_scores, int64_t num_keep,
-    int64_t num_prefix, const OptionalTensor& priorities) {
+    const Dims& dims, const Tensor& x, const Tensor* query, const float* known_scores,
+    int64_t num_keep, int64_t num_prefix, const OptionalTensor& priorities) {
   const int64_t batch = dims['B'], n = dims['N'], dim = dims['D'], num_prune = n - num_keep;
   const Priority priority(priorities, n);
   const Tensor dense = with_dense_rows(x);
@@ -98,8 +100,8 @@ SplitOutputs split_rows(
       split_range(first, last, num_keep, [&](bool kept_side, int64_t begin, int64_t end) {
         const int64_t count = kept_side ? num_keep : num_prune;
         gather_rows(
-            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count, begin, end,
-            (kept_side ? kept_out : pruned_out) + b * count * dim, copy_row);
+            rows.image(b), rows.stride_n, dim, (kept_side ? kept_pos : pruned_pos) + b * count,
+            begin, end, (kept_side ? kept_out : pruned_out) + b * count * dim, copy_row);
       });
     };
     const auto select_from = [&](int64_t b, const float* values, select_key_t<float>* keys) {
@@ -114,7 +116,8 @@ SplitOutputs split_rows(
         Scratch<float> values(n);
         Scratch<select_key_t<float>> keys(n);
         for (int64_t b = begin; b < end; ++b) {
-          if (query != nullptr) score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
+          if (query != nullptr)
+            score_rows<T>(rows.image(b), rows.stride_n, n, dim, folded.data(), values.data());
           select_from(b, query != nullptr ? values.data() : known_scores + b * n, keys.data());
           copy(b, 0, n);
         }
@@ -125,22 +128,27 @@ SplitOutputs split_rows(
       if (query != nullptr) score_batch(rows, folded.data(), values.data());
       const float* scores = query != nullptr ? values.data() : known_scores;
       for (int64_t b = 0; b < batch; ++b) select_from(b, scores + b * n, keys.data());
-      parallel_for(
-          0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) { for_each_image_range(begin, end, n, copy); });
+      parallel_for(0, batch * n, row_grain(dim), [&](int64_t begin, int64_t end) {
+        for_each_image_range(begin, end, n, copy);
+      });
     }
   });
   return {kept.release(), kept_idx.release(), pruned.release(), pruned_idx.release()};
 }
 
 SplitOutputs prune(
-    const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("prune"), {&x, &query, ptr_or_null(priority)}, {num_prefix, num_keep});
+    const Tensor& x, const Tensor& query, int64_t num_keep, int64_t num_prefix,
+    const OptionalTensor& priority) {
+  const Dims dims =
+      check(op_named("prune"), {&x, &query, ptr_or_null(priority)}, {num_prefix, num_keep});
   return split_rows(dims, x, &query, nullptr, num_keep, num_prefix, priority);
 }
 
 SplitOutputs split(
-    const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix, const OptionalTensor& priority) {
-  const Dims dims = check(op_named("split"), {&x, &scores, ptr_or_null(priority)}, {num_prefix, num_keep});
+    const Tensor& x, const Tensor& scores, int64_t num_keep, int64_t num_prefix,
+    const OptionalTensor& priority) {
+  const Dims dims =
+      check(op_named("split"), {&x, &scores, ptr_or_null(priority)}, {num_prefix, num_keep});
   const Tensor dense = torch::stable::contiguous(scores);
   return split_rows(dims, x, nullptr, data<float>(dense), num_keep, num_prefix, priority);
 }
@@ -168,15 +176,18 @@ Returned gather(const Tensor& x, const Tensor& idx) {
   return out.release();
 }
 
-Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
+Returned restore(
+    const Tensor& kept, const Tensor& kept_idx, const Tensor& pruned, const Tensor& pruned_idx) {
   constexpr const Op& op = op_named("restore");
   const Dims dims = check(op, {&kept, &kept_idx, &pruned, &pruned_idx});
   const int64_t batch = dims['B'], num_keep = dims['K'], num_prune = dims['R'], dim = dims['D'];
   const int64_t n = num_keep + num_prune;
   const Tensor kept_rows = with_dense_rows(kept), pruned_rows = with_dense_rows(pruned);
-  const Tensor kept_pos = torch::stable::contiguous(kept_idx), pruned_pos = torch::stable::contiguous(pruned_idx);
+  const Tensor kept_pos = torch::stable::contiguous(kept_idx),
+               pruned_pos = torch::stable::contiguous(pruned_idx);
   check_positions_once(
-      op, "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos), num_prune, batch, n);
+      op, "kept_idx and pruned_idx", data<int64_t>(kept_pos), num_keep, data<int64_t>(pruned_pos),
+      num_prune, batch, n);
   Output out({batch, n, dim}, kept.scalar_type());
   with_float_type(kept.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -188,7 +199,8 @@ Returned restore(const Tensor& kept, const Tensor& kept_idx, const Tensor& prune
         split_range(first, last, num_keep, [&](bool kept_side, int64_t begin, int64_t end) {
           const Rows<T>& rows = kept_side ? kept_in : pruned_in;
           const int64_t* idx = data<int64_t>(kept_side ? kept_pos : pruned_pos) + b * rows.count;
-          scatter_rows(rows.image(b), rows.stride_n, dim, idx, begin, end, out_rows + b * n * dim, copy_row);
+          scatter_rows(
+              rows.image(b), rows.stride_n, dim, idx, begin, end, out_rows + b * n * dim, copy_row);
         });
       });
     });

@@ -6,7 +6,8 @@
 namespace cropr {
 namespace {
 
-// Reorders a row as load_group does: for 16-bit types the even elements of each full group come before the odd ones.
+// Reorders a row as load_group does: for 16-bit types the even elements of each full group come
+// before the odd ones.
 template <typename T>
 CROPR_INLINE void pack_row(const acc_t<T>* row, int64_t dim, acc_t<T>* packed) {
   constexpr int group = kGroup<T>, half = group / 2;
@@ -30,7 +31,8 @@ CROPR_INLINE void add_unpacked(const acc_t<T>* packed, int64_t dim, acc_t<T>* ro
   for (; d < dim; ++d) row[d] += packed[d];
 }
 
-// Sum over lanes as a tree of shuffles: a chain of scalar additions would cost more than a short row's products.
+// Sum over lanes as a tree of shuffles: a chain of scalar additions would cost more than a short
+// row's products.
 template <typename A, typename V>
 CROPR_INLINE A horizontal_sum(V v) {
   if constexpr (kLanes<A> == 8) {
@@ -46,7 +48,8 @@ CROPR_INLINE A horizontal_sum(V v) {
   return v[0];
 }
 
-// One row at a time: memory then sees one forward stream, which the hardware prefetcher follows across rows.
+// One row at a time: memory then sees one forward stream, which the hardware prefetcher follows
+// across rows.
 template <typename T>
 CROPR_INLINE acc_t<T> dot_row(const T* x, int64_t dim, const acc_t<T>* query) {
   using A = acc_t<T>;
@@ -75,11 +78,12 @@ CROPR_INLINE acc_t<T> dot_row(const T* x, int64_t dim, const acc_t<T>* query) {
   return sum;
 }
 
-// For 16-bit types, which are bound by arithmetic: `rows` neighboring rows share each load of the query. The hardware
-// prefetcher loses track of so many streams, so each step prefetches its share of the next block, in memory order. The
-// order of a row's sum does not depend on `rows`.
+// For 16-bit types, which are bound by arithmetic: `rows` neighboring rows share each load of the
+// query. The hardware prefetcher loses track of so many streams, so each step prefetches its share
+// of the next block, in memory order. The order of a row's sum does not depend on `rows`.
 template <typename T, int rows>
-CROPR_INLINE void dot_block(const T* x, int64_t stride, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {
+CROPR_INLINE void dot_block(
+    const T* x, int64_t stride, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {
   using A = acc_t<T>;
   using V = typename Pack<A>::type;
   constexpr int lanes = kLanes<A>;
@@ -89,7 +93,8 @@ CROPR_INLINE void dot_block(const T* x, int64_t stride, int64_t dim, const acc_t
   int64_t d = 0;
   for (; d + kGroup<T> <= dim; d += kGroup<T>) {
     const V query_first = load_pack(query + d), query_second = load_pack(query + d + lanes);
-    for (int64_t line = 0; line < rows * step_bytes; line += 64) __builtin_prefetch(next_block + line);
+    for (int64_t line = 0; line < rows * step_bytes; line += 64)
+      __builtin_prefetch(next_block + line);
     next_block += rows * step_bytes;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -114,7 +119,8 @@ CROPR_INLINE void dot_rows_body(
   if constexpr (kInterleaved<T>) {
     Scratch<acc_t<T>> packed(dim);
     pack_row<T>(query, dim, packed.data());
-    for (; i + 4 <= rows; i += 4) dot_block<T, 4>(x + i * stride, stride, dim, packed.data(), out + i);
+    for (; i + 4 <= rows; i += 4)
+      dot_block<T, 4>(x + i * stride, stride, dim, packed.data(), out + i);
     for (; i < rows; ++i) dot_block<T, 1>(x + i * stride, stride, dim, packed.data(), out + i);
   } else {
     for (; i < rows; ++i) out[i] = dot_row(x + i * stride, dim, query);
@@ -146,7 +152,8 @@ CROPR_INLINE void weighted_sum_body(
         sums[3] += weight[i] * second;
       }
     }
-    for (int u = 0; u < 2 * strip; ++u) std::memcpy(packed.data() + d + u * lanes, &sums[u], sizeof(V));
+    for (int u = 0; u < 2 * strip; ++u)
+      std::memcpy(packed.data() + d + u * lanes, &sums[u], sizeof(V));
     d += strip * kGroup<T>;
   }
   for (; d < dim; ++d)
@@ -160,7 +167,8 @@ CROPR_INLINE void widen_body(const T* row, int64_t dim, acc_t<T>* wide) {
 }
 
 template <typename T>
-CROPR_INLINE void add_body(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {
+CROPR_INLINE void add_body(
+    T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {
   if (gamma == nullptr) {
     for (int64_t d = 0; d < dim; ++d) wide[d] = load_one(x + d) + update[d];
   } else {
@@ -191,57 +199,69 @@ CROPR_INLINE void norm_body(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int
   using A = acc_t<T>;
   const A *weight = norm.weight, *bias = norm.bias;
   const A mean = norm.rms ? A(0) : sum_of(row, dim, [](auto v) { return v; }) / static_cast<A>(dim);
-  const A variance = sum_of(row, dim, [mean](auto v) { return (v - mean) * (v - mean); }) / static_cast<A>(dim);
+  const A variance =
+      sum_of(row, dim, [mean](auto v) { return (v - mean) * (v - mean); }) / static_cast<A>(dim);
   const A scale = A(1) / std::sqrt(variance + static_cast<A>(norm.eps));
   if (weight != nullptr && bias != nullptr) {
-    for (int64_t d = 0; d < dim; ++d) store_one(out + d, (row[d] - mean) * scale * weight[d] + bias[d]);
+    for (int64_t d = 0; d < dim; ++d)
+      store_one(out + d, (row[d] - mean) * scale * weight[d] + bias[d]);
   } else {
     for (int64_t d = 0; d < dim; ++d)
-      store_one(out + d, (row[d] - mean) * scale * (weight ? weight[d] : A(1)) + (bias ? bias[d] : A(0)));
+      store_one(
+          out + d, (row[d] - mean) * scale * (weight ? weight[d] : A(1)) + (bias ? bias[d] : A(0)));
   }
 }
 
 }  // namespace
 
-// target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
-#define CROPR_ROW_KERNELS(T, suffix)                                                                                   \
-  CROPR_CLONES void dot_rows_##suffix(                                                                                 \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {                   \
-    dot_rows_body<T>(x, stride, rows, dim, query, out);                                                                \
-  }                                                                                                                    \
-  CROPR_CLONES void weighted_sum_##suffix(                                                                             \
-      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) {                  \
-    weighted_sum_body<T>(x, stride, rows, dim, weight, out);                                                           \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  void dot_rows<T>(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out) {      \
-    dot_rows_##suffix(x, stride, rows, dim, query, out);                                                               \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  void weighted_sum<T>(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out) { \
-    weighted_sum_##suffix(x, stride, rows, dim, weight, out);                                                          \
-  }                                                                                                                    \
-  CROPR_CLONES void add_row_##suffix(                                                                                  \
-      T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                              \
-    add_body<T>(x, update, gamma, dim, wide);                                                                          \
-  }                                                                                                                    \
-  CROPR_CLONES void norm_row_##suffix(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {          \
-    norm_body<T>(row, norm, dim, out);                                                                                 \
-  }                                                                                                                    \
-  CROPR_CLONES void widen_row_##suffix(const T* row, int64_t dim, acc_t<T>* wide) {                                    \
-    widen_body<T>(row, dim, wide);                                                                                     \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  void add_row<T>(T * x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {                 \
-    add_row_##suffix(x, update, gamma, dim, wide);                                                                     \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  void norm_row<T>(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {                             \
-    norm_row_##suffix(row, norm, dim, out);                                                                            \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  void widen_row<T>(const T* row, int64_t dim, acc_t<T>* wide) {                                                       \
-    widen_row_##suffix(row, dim, wide);                                                                                \
+// target_clones cannot be put on a template, so each type gets a plain function around the inlined
+// body.
+#define CROPR_ROW_KERNELS(T, suffix)                                                       \
+  CROPR_CLONES void dot_rows_##suffix(                                                     \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query,        \
+      acc_t<T>* out) {                                                                     \
+    dot_rows_body<T>(x, stride, rows, dim, query, out);                                    \
+  }                                                                                        \
+  CROPR_CLONES void weighted_sum_##suffix(                                                 \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight,       \
+      acc_t<T>* out) {                                                                     \
+    weighted_sum_body<T>(x, stride, rows, dim, weight, out);                               \
+  }                                                                                        \
+  template <>                                                                              \
+  void dot_rows<T>(                                                                        \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query,        \
+      acc_t<T>* out) {                                                                     \
+    dot_rows_##suffix(x, stride, rows, dim, query, out);                                   \
+  }                                                                                        \
+  template <>                                                                              \
+  void weighted_sum<T>(                                                                    \
+      const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight,       \
+      acc_t<T>* out) {                                                                     \
+    weighted_sum_##suffix(x, stride, rows, dim, weight, out);                              \
+  }                                                                                        \
+  CROPR_CLONES void add_row_##suffix(                                                      \
+      T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) {  \
+    add_body<T>(x, update, gamma, dim, wide);                                              \
+  }                                                                                        \
+  CROPR_CLONES void norm_row_##suffix(                                                     \
+      const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) {              \
+    norm_body<T>(row, norm, dim, out);                                                     \
+  }                                                                                        \
+  CROPR_CLONES void widen_row_##suffix(const T* row, int64_t dim, acc_t<T>* wide) {        \
+    widen_body<T>(row, dim, wide);                                                         \
+  }                                                                                        \
+  template <>                                                                              \
+  void add_row<T>(                                                                         \
+      T * x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide) { \
+    add_row_##suffix(x, update, gamma, dim, wide);                                         \
+  }                                                                                        \
+  template <>                                                                              \
+  void norm_row<T>(const acc_t<T>* row, const Norm<acc_t<T>>& norm, int64_t dim, T* out) { \
+    norm_row_##suffix(row, norm, dim, out);                                                \
+  }                                                                                        \
+  template <>                                                                              \
+  void widen_row<T>(const T* row, int64_t dim, acc_t<T>* wide) {                           \
+    widen_row_##suffix(row, dim, wide);                                                    \
   }
 
 CROPR_ROW_KERNELS(float, f32)

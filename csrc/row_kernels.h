@@ -9,8 +9,8 @@
 
 #define CROPR_INLINE inline __attribute__((always_inline))
 
-// One binary, several instruction sets: the loader picks the best clone for the machine. ThreadSanitizer is not ready
-// when the loader asks.
+// One binary, several instruction sets: the loader picks the best clone for the machine.
+// ThreadSanitizer is not ready when the loader asks.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__)
 #define CROPR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -31,8 +31,8 @@ struct float16 {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Uninitialized working memory, on the stack if it is small: in a call for one image, allocating on the heap would take
-// as long as several rows.
+// Uninitialized working memory, on the stack if it is small: in a call for one image, allocating on
+// the heap would take as long as several rows.
 template <typename T>
 class Scratch {
  public:
@@ -63,8 +63,8 @@ struct Pack {
 typedef uint32_t PackU32 __attribute__((vector_size(kPackBytes)));
 typedef PackU32 UnalignedPackU32 __attribute__((aligned(1), may_alias));
 
-// Half bits in the low 16 of each 32-bit lane, as float bits: the multiplication rebiases the exponent, which
-// also normalizes subnormals; infinity and NaN get their exponent back.
+// Half bits in the low 16 of each 32-bit lane, as float bits: the multiplication rebiases the
+// exponent, which also normalizes subnormals; infinity and NaN get their exponent back.
 template <typename U, typename F>
 CROPR_INLINE F half_to_float(U bits) {
   U wide = ((bits & 0x8000) << 16) | ((bits & 0x7fff) << 13);
@@ -110,9 +110,11 @@ template <typename T>
 constexpr bool kInterleaved = sizeof(T) == 2;
 
 template <typename T>
-CROPR_INLINE void load_group(const T* p, typename Pack<acc_t<T>>::type& first, typename Pack<acc_t<T>>::type& second) {
+CROPR_INLINE void load_group(
+    const T* p, typename Pack<acc_t<T>>::type& first, typename Pack<acc_t<T>>::type& second) {
   if constexpr (kInterleaved<T>) {
-    // volatile: one load. Folded into the shift and again into the mask it would be two, and loads are the limit.
+    // volatile: one load. Folded into the shift and again into the mask it would be two, and loads
+    // are the limit.
     const PackU32 raw = *reinterpret_cast<const volatile UnalignedPackU32*>(p);
     if constexpr (std::is_same_v<T, bfloat16>) {
       const PackU32 even = raw << 16, odd = raw & 0xffff0000;
@@ -168,19 +170,21 @@ CROPR_INLINE void store_one(T* p, acc_t<T> value) {
 
 // out[i] = x[i * stride : i * stride + dim] . query, for i < rows.
 template <typename T>
-void dot_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out);
+void dot_rows(
+    const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, acc_t<T>* out);
 
 // out[d] += sum_i weight[i] * x[i * stride + d]
 template <typename T>
-void weighted_sum(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out);
+void weighted_sum(
+    const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* weight, acc_t<T>* out);
 
 // One row of the residual buffer, dim elements; gamma may be null.
 // x += gamma * update, rounded once; wide receives the new row.
 template <typename T>
 void add_row(T* x, const acc_t<T>* update, const acc_t<T>* gamma, int64_t dim, acc_t<T>* wide);
 
-// A LayerNorm, out = (row - mean) / sqrt(variance + eps) * weight + bias, or an RMSNorm, the same with a mean of 0;
-// null for a weight of 1 or a bias of 0.
+// A LayerNorm, out = (row - mean) / sqrt(variance + eps) * weight + bias, or an RMSNorm, the same
+// with a mean of 0; null for a weight of 1 or a bias of 0.
 template <typename A>
 struct Norm {
   const A *weight, *bias;

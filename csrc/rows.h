@@ -64,7 +64,8 @@ void fold_query(const Tensor& query, A* folded) {
 
 // Scores are float32 for every input: in bfloat16 they would tie often.
 template <typename T>
-void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
+void score_rows(
+    const T* x, int64_t stride, int64_t rows, int64_t dim, const acc_t<T>* query, float* out) {
   if constexpr (std::is_same_v<acc_t<T>, float>) {
     dot_rows<T>(x, stride, rows, dim, query, out);
   } else {
@@ -74,7 +75,8 @@ void score_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, const acc
   }
 }
 
-// Calls body(b, first, last) so that flat rows [begin, end) of (B, rows_per_image) are each visited once.
+// Calls body(b, first, last) so that flat rows [begin, end) of (B, rows_per_image) are each visited
+// once.
 template <typename Body>
 void for_each_image_range(int64_t begin, int64_t end, int64_t rows_per_image, const Body& body) {
   while (begin < end) {
@@ -87,17 +89,19 @@ void for_each_image_range(int64_t begin, int64_t end, int64_t rows_per_image, co
 
 template <typename T>
 void score_batch(const Rows<T>& x, const acc_t<T>* query, float* out) {
-  torch::stable::parallel_for(0, x.batch * x.count, row_grain(x.dim), [&](int64_t begin, int64_t end) {
-    for_each_image_range(begin, end, x.count, [&](int64_t b, int64_t first, int64_t last) {
-      const T* rows = x.image(b) + first * x.stride_n;
-      score_rows<T>(rows, x.stride_n, last - first, x.dim, query, out + b * x.count + first);
-    });
-  });
+  torch::stable::parallel_for(
+      0, x.batch * x.count, row_grain(x.dim), [&](int64_t begin, int64_t end) {
+        for_each_image_range(begin, end, x.count, [&](int64_t b, int64_t first, int64_t last) {
+          const T* rows = x.image(b) + first * x.stride_n;
+          score_rows<T>(rows, x.stride_n, last - first, x.dim, query, out + b * x.count + first);
+        });
+      });
 }
 
-// Outputs of at least this size are written with non-temporal stores: the first rows would be evicted before they are
-// read, and the lines need not be fetched first. Smaller outputs stay in a cache for their reader. Measured with a
-// LayerNorm after prune: 5 to 11 % less time for both at 8 to 50 MB, 2 to 3 % more at 5 to 6 MB.
+// Outputs of at least this size are written with non-temporal stores: the first rows would be
+// evicted before they are read, and the lines need not be fetched first. Smaller outputs stay in a
+// cache for their reader. Measured with a LayerNorm after prune: 5 to 11 % less time for both at 8
+// to 50 MB, 2 to 3 % more at 5 to 6 MB.
 constexpr int64_t kPastCachesBytes = 8 << 20;
 
 inline void copy_past_caches(const char* from, int64_t bytes, char* to) {
@@ -109,15 +113,16 @@ inline void copy_past_caches(const char* from, int64_t bytes, char* to) {
   for (; i + line <= bytes; i += line)
     for (int64_t part = i; part < i + line; part += 16)
       _mm_stream_si128(
-          reinterpret_cast<__m128i*>(to + part), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
+          reinterpret_cast<__m128i*>(to + part),
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
   std::memcpy(to + i, from + i, bytes - i);
 #else
   std::memcpy(to, from, bytes);
 #endif
 }
 
-// Copies the rows of one call, past the caches if the output is large. Each thread calls finish() after its last copy,
-// before another thread reads.
+// Copies the rows of one call, past the caches if the output is large. Each thread calls finish()
+// after its last copy, before another thread reads.
 class RowCopy {
  public:
   explicit RowCopy(int64_t bytes) : past_caches_(bytes >= kPastCachesBytes) {}
@@ -125,7 +130,8 @@ class RowCopy {
   template <typename T>
   void operator()(const T* from, int64_t count, T* to) const {
     if (past_caches_)
-      copy_past_caches(reinterpret_cast<const char*>(from), count * sizeof(T), reinterpret_cast<char*>(to));
+      copy_past_caches(
+          reinterpret_cast<const char*>(from), count * sizeof(T), reinterpret_cast<char*>(to));
     else
       std::copy_n(from, count, to);
   }
@@ -149,8 +155,8 @@ inline int64_t run_length(const int64_t* idx, int64_t i, int64_t count) {
 // out[i] = x[idx[i]] for i in [first, last)
 template <typename T>
 void gather_rows(
-    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last, T* out,
-    const RowCopy& copy) {
+    const T* x, int64_t stride_n, int64_t dim, const int64_t* idx, int64_t first, int64_t last,
+    T* out, const RowCopy& copy) {
   for (int64_t i = first; i < last;) {
     const int64_t rows = stride_n == dim ? run_length(idx, i, last) : 1;
     copy(x + idx[i] * stride_n, rows * dim, out + i * dim);
@@ -167,8 +173,8 @@ void subtract_row(T* row, const T* subtrahend, int64_t dim, acc_t<T>* scratch) {
   add_row<T>(row, scratch, nullptr, dim, scratch + dim);
 }
 
-// Priorities of tokens (B, N), int8 or bool: positive ones are kept, negative ones pruned before scores count. Null if
-// absent.
+// Priorities of tokens (B, N), int8 or bool: positive ones are kept, negative ones pruned before
+// scores count. Null if absent.
 class Priority {
  public:
   Priority(const OptionalTensor& priority, int64_t n) : n_(n) {

@@ -6,7 +6,8 @@
 namespace cropr {
 namespace {
 
-// -0.0 equals +0.0; every NaN is the second largest key, as the largest is reserved for tokens of priority.
+// -0.0 equals +0.0; every NaN is the second largest key, as the largest is reserved for tokens of
+// priority.
 template <typename F>
 CROPR_INLINE select_key_t<F> ordered_bits(F value) {
   using U = select_key_t<F>;
@@ -15,7 +16,8 @@ CROPR_INLINE select_key_t<F> ordered_bits(F value) {
   value += F(0);  // -0.0 + 0.0 = +0.0
   U bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  bits ^= U(-(bits >> (8 * sizeof(U) - 1))) | sign;  // negative: all bits flip; positive: only the sign
+  bits ^=
+      U(-(bits >> (8 * sizeof(U) - 1))) | sign;  // negative: all bits flip; positive: only the sign
   return is_nan ? ~U(0) - 1 : bits;
 }
 
@@ -25,9 +27,10 @@ struct Threshold {
   int64_t ties;  // number of kept keys that equal it, lowest positions first
 };
 
-// The count-th largest of n keys, 0 < count <= n, bit by bit from the top: each pass counts the keys that a larger
-// threshold would keep. The counting has no branch and runs in vectors, where a partition would guess each comparison
-// wrong half of the time. A threshold that keeps exactly count keys needs no further bits.
+// The count-th largest of n keys, 0 < count <= n, bit by bit from the top: each pass counts the
+// keys that a larger threshold would keep. The counting has no branch and runs in vectors, where a
+// partition would guess each comparison wrong half of the time. A threshold that keeps exactly
+// count keys needs no further bits.
 template <typename U>
 CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t count) {
   U threshold = 0;
@@ -44,8 +47,8 @@ CROPR_INLINE Threshold<U> find_threshold(const U* keys, int64_t n, int64_t count
   return {threshold, count - static_cast<int64_t>(above)};
 }
 
-// Puts priority before the score. If more tokens have priority than may be kept, their scores decide, and no other
-// token is kept.
+// Puts priority before the score. If more tokens have priority than may be kept, their scores
+// decide, and no other token is kept.
 template <typename U>
 CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t count) {
   int64_t num_preferred = 0;
@@ -59,13 +62,15 @@ CROPR_INLINE void prefer(U* keys, const int8_t* priority, int64_t n, int64_t cou
 }
 
 template <typename T, typename U>
-CROPR_INLINE Threshold<U> order_body(const T* scores, const int8_t* priority, int64_t n, int64_t count, U* keys) {
+CROPR_INLINE Threshold<U> order_body(
+    const T* scores, const int8_t* priority, int64_t n, int64_t count, U* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = ordered_bits(load_one(scores + i));
   if (priority != nullptr) prefer(keys, priority, n, count);
   return find_threshold(keys, n, count);
 }
 
-// target_clones cannot be put on a template, so each type gets a plain function around the inlined body.
+// target_clones cannot be put on a template, so each type gets a plain function around the inlined
+// body.
 #define CROPR_ORDER(T)                                                                            \
   CROPR_CLONES Threshold<select_key_t<T>> order(                                                  \
       const T* scores, const int8_t* priority, int64_t n, int64_t count, select_key_t<T>* keys) { \
@@ -80,8 +85,8 @@ CROPR_ORDER(float16)
 
 template <typename T>
 void select_image(
-    const T* scores, const int8_t* priority, int64_t n, int64_t num_keep, int64_t num_prefix, select_key_t<T>* keys,
-    int64_t* kept, int64_t* pruned) {
+    const T* scores, const int8_t* priority, int64_t n, int64_t num_keep, int64_t num_prefix,
+    select_key_t<T>* keys, int64_t* kept, int64_t* pruned) {
   const int64_t count = num_keep - num_prefix, candidates = n - num_prefix;
   std::iota(kept, kept + num_prefix, int64_t(0));
   kept += num_prefix;

@@ -86,14 +86,15 @@ inline bool is_float(ScalarType type) {
 // A returned tensor in the form that the dispatcher's stack holds.
 using Returned = StableIValue;
 
-// A new contiguous tensor. release() passes its handle to the dispatcher; returning a Tensor would allocate a second
-// handle, a good part of the time of a small op.
+// A new contiguous tensor. release() passes its handle to the dispatcher; returning a Tensor would
+// allocate a second handle, a good part of the time of a small op.
 class Output {
  public:
   // A tensor on the CPU.
   Output(std::initializer_list<int64_t> sizes, ScalarType type)
       : Output(
-            {sizes.begin(), sizes.size()}, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+            {sizes.begin(), sizes.size()},
+            torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
             aoti_torch_device_type_cpu(), 0) {}
   // A tensor of a dtype and a device as libtorch numbers them.
   Output(std::span<const int64_t> sizes, int32_t dtype, int32_t device_type, int32_t device_index) {
@@ -104,8 +105,8 @@ class Output {
       strides[i] = step;
       step *= std::max<int64_t>(sizes[i], 1);
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dim, sizes.data(), strides, dtype, device_type, device_index, &handle_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dim, sizes.data(), strides, dtype, device_type, device_index, &handle_));
   }
   Output(Output&& moved) noexcept : handle_(std::exchange(moved.handle_, nullptr)) {}
   Output(const Output&) = delete;

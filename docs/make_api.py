@@ -15,28 +15,41 @@ from cropr_kernels.ops import functional
 PAGE = Path(__file__).parent / "api.md"
 HEAD = """# API reference
 
-Written by `python docs/make_api.py` from the docstrings, without the errors they list (`help(cropr.apply)` shows them).
-`import cropr_kernels as cropr` imports the first section. Each function of `cropr.ops` calls the op of its name,
-`torch.ops.cropr.*`; names that end in an underscore work in place, on the engine's residual buffer. Unless said
-otherwise `model` is pruned by `apply`, `images` are (B, C, H, W), and `kwargs` are passed to the model.
+Written by `python docs/make_api.py` from the docstrings, without the errors they list
+(`help(cropr.apply)` shows them). `import cropr_kernels as cropr` imports the first section. Each
+function of `cropr.ops` calls the op of its name, `torch.ops.cropr.*`; names that end in an
+underscore work in place, on the engine's residual buffer. Unless said otherwise `model` is pruned
+by `apply`, `images` are (B, C, H, W), and `kwargs` are passed to the model.
 """
 COMMON = (  # lines that the head says once
     "    model: pruned by `apply`.",
     "    images: (B, C, H, W).",
     "    kwargs: what else the model is called with.",
 )
-MODULES = ("torch.nn.modules.module.", "torch._tensor.", "torch.", "collections.abc.", "typing.", "pathlib.")
+MODULES = (
+    "torch.nn.modules.module.",
+    "torch._tensor.",
+    "torch.",
+    "collections.abc.",
+    "typing.",
+    "pathlib.",
+)
 ENGINE = ("gather_norm", "add_", "add_norm_", "add_select_", "merge_", "parent_offsets_", "rotate_")
 
 
 def signature(name: str, member: Any) -> str:
-    """name(arguments) -> result as in the source, without module names, `-> None`, and argument types of ops."""
+    """name(arguments) -> result as in the source, without module names, `-> None`, and argument
+    types of ops."""
     try:
         arguments = inspect.signature(member)
     except (TypeError, ValueError):
         return name
-    if name.startswith("cropr.ops.") and inspect.isfunction(member):  # the docstrings give shapes and dtypes
-        untyped = [parameter.replace(annotation=parameter.empty) for parameter in arguments.parameters.values()]
+    # The docstrings give shapes and dtypes
+    if name.startswith("cropr.ops.") and inspect.isfunction(member):
+        untyped = [
+            parameter.replace(annotation=parameter.empty)
+            for parameter in arguments.parameters.values()
+        ]
         arguments = arguments.replace(parameters=untyped)
     text = f"{name}{arguments}"
     for module in MODULES:
@@ -66,9 +79,19 @@ def public(module: Any, names: list[str] | None = None) -> list[tuple[str, Any]]
     if names is not None:
         members = [(name, getattr(module, name)) for name in names]
     else:
-        members = [(name, member) for name, member in vars(module).items() if not name.startswith("_")]
-        members = [(name, member) for name, member in members if getattr(member, "__module__", "") == module.__name__]
-    return [(name, member) for name, member in members if inspect.isfunction(member) or inspect.isclass(member)]
+        members = [
+            (name, member) for name, member in vars(module).items() if not name.startswith("_")
+        ]
+        members = [
+            (name, member)
+            for name, member in members
+            if getattr(member, "__module__", "") == module.__name__
+        ]
+    return [
+        (name, member)
+        for name, member in members
+        if inspect.isfunction(member) or inspect.isclass(member)
+    ]
 
 
 def page() -> str:
@@ -86,7 +109,11 @@ def page() -> str:
     text = HEAD
     described: set[int] = set()
     for title, (prefix, members) in sections.items():
-        entries = [entry(f"{prefix}{name}", member) for name, member in members if id(member) not in described]
+        entries = [
+            entry(f"{prefix}{name}", member)
+            for name, member in members
+            if id(member) not in described
+        ]
         described |= {id(member) for _, member in members}
         text += f"\n## {title}\n\n" + "\n".join(entries)
     return text

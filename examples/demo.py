@@ -1,7 +1,8 @@
 """Make a trained Vision Transformer faster without labels and training: agreement and speed.
 
-python -m examples.demo                   timm's ViT-Ti, from timm's cache or the internet; with neither a ViT of digits
-python -m examples.demo --weights FILE    a Vision Transformer of yours: .safetensors, or a state dict of PyTorch
+python -m examples.demo                   timm's ViT-Ti, from timm's cache or the internet; with
+neither a ViT of digits python -m examples.demo --weights FILE    a Vision Transformer of yours:
+.safetensors, or a state dict of PyTorch
 """
 
 import argparse
@@ -24,12 +25,15 @@ from examples import digits
 
 WEIGHTS = ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
 PHOTOS = Path(__file__).parent / "photos"
-CALIBRATION_PHOTOS = ("coffee", "flower", "rocket")  # the other photos are for comparison and pictures
+# The other photos are for comparison and pictures
+CALIBRATION_PHOTOS = ("coffee", "flower", "rocket")
 CROPS = 128
 INTRODUCTION = """Takes a minute or two on two cores, and 1 MB of disk for pictures.
-Pruning is lossy: tokens are merged, and some answers change. Agreement is how often the class stays the same."""
-NO_WEIGHTS = """No pretrained weights: none in timm's cache, and no internet to download them from (23 MB). Name your
-file with make demo ARGS="--weights FILE", or run this once with internet. Until then: a ViT trained on digits."""
+Pruning is lossy: tokens are merged, and some answers change. Agreement is how often the class
+stays the same."""
+NO_WEIGHTS = """No pretrained weights: none in timm's cache, and no internet to download them from
+(23 MB). Name your file with make demo ARGS="--weights FILE", or run this once with internet. Until
+then: a ViT trained on digits."""
 
 
 class Subject(NamedTuple):
@@ -70,7 +74,10 @@ def pretrained_subject(weights: str) -> Subject:
         photos = [larger.load(path) for path in paths]
         batch = []
         for i in range(CROPS):
-            top, left = (int(torch.randint(side // 3 + 1, (), generator=generator)) for side in (height, width))
+            top, left = (
+                int(torch.randint(side // 3 + 1, (), generator=generator))
+                for side in (height, width)
+            )
             crop = photos[i % len(photos)][:, top : top + height, left : left + width]
             batch.append(crop.flip(2) if i // len(photos) % 2 else crop)
         return pixels.normalize(torch.stack(batch))
@@ -123,26 +130,41 @@ def measure_rates(subject: Subject, model: nn.Module, device: torch.device) -> l
     rates = [0, *subject.rates]
     images = subject.images.to(device)
     agreements = cropr.agreement(model, images, rates)
-    timings = measure(model, images[: subject.batch], rates, graphs=False, rounds=None, show=True)  # checks outputs too
+    # Checks outputs too
+    timings = measure(model, images[: subject.batch], rates, graphs=False, rounds=None, show=True)
     fast = cropr.deploy(model)
     rows = []
     for result, times in zip(agreements, timings):
         row = {"rate": result.rate, "agreement": 100 * result.agreement} | times
         if subject.labels is not None:
-            row["accuracy"] = digits.accuracy(cropr.set_rate(fast, result.rate), images, subject.labels.to(device))
+            row["accuracy"] = digits.accuracy(
+                cropr.set_rate(fast, result.rate), images, subject.labels.to(device)
+            )
         rows.append(row)
     return rows
 
 
 def print_table(subject: Subject, rows: list[dict[str, Any]], device: torch.device) -> None:
     accuracy = ["accuracy, %"] if subject.labels is not None else []
-    head = ["merged per block", "agreement, %", *accuracy, "images/s", "speed-up", "FLOP ratio", "spread"]
+    head = [
+        "merged per block",
+        "agreement, %",
+        *accuracy,
+        "images/s",
+        "speed-up",
+        "FLOP ratio",
+        "spread",
+    ]
     lines = []
     for row in rows:
         cells = [f"{row['rate']}" if row["rate"] else "unpruned", f"{row['agreement']:.1f}"]
         if "accuracy" in row:
             cells.append(f"{row['accuracy']:.1f}")
-        cells += [f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x", f"{row['flop_ratio']:.2f}x"]
+        cells += [
+            f"{row['images_per_second']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['flop_ratio']:.2f}x",
+        ]
         lines.append([*cells, f"{row['spread']:.0%}"])
     hardware = f"CPU, {torch.get_num_threads()} thread(s)"
     if device.type == "cuda":
@@ -166,13 +188,20 @@ def show(subject: Subject, out: Path, device: torch.device) -> None:
     depth = len(fast.cropr.spec.blocks)
     save_pruning_maps(pruned, subject.pictures, cropr.pruning_map(fast, inputs), depth=depth)
     save_merge_maps(merged, subject.pictures, cropr.merge_map(fast, inputs))
-    print(f"At {rate}, after which block each patch is merged: {pruned}; which are one token in the end: {merged}")
+    print(
+        f"At {rate}, after which block each patch is merged: {pruned}; which are one token in the "
+        f"end: {merged}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", metavar="FILE", help="weights of a ViT of yours")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)"
+    )
     options = parser.parse_args()
     if options.weights is not None and not Path(options.weights).is_file():
         parser.error(f"--weights: no file at {options.weights}")

@@ -17,7 +17,16 @@ EPOCHS = 20
 BATCH = 64
 RATE = 20
 TEST = 360  # images
-MODEL = dict(img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, mlp_ratio=2.0)
+MODEL = dict(
+    img_size=16,
+    patch_size=2,
+    in_chans=1,
+    num_classes=10,
+    embed_dim=48,
+    depth=4,
+    num_heads=4,
+    mlp_ratio=2.0,
+)
 
 
 @dataclass
@@ -56,7 +65,9 @@ def train(seed: int, rate: int, epochs: int = EPOCHS, show: bool = True) -> Resu
         share = sum([65, *kept]) / (65 * MODEL["depth"])
     batches = len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches, pct_start=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=epochs * batches, pct_start=0.2
+    )
     with Progress("training on digits", epochs * batches, show=show) as progress:
         for epoch in range(epochs):
             if rate:

@@ -1,8 +1,8 @@
 """Backends, data and devices the tests run on.
 
-Every op test runs once per backend: the plain PyTorch definition, the C++ kernels, these while the Triton kernels are
-compiled for a GPU and looked at, CUDA where there is a GPU, and in a process of its own (TRITON_INTERPRET=1) the Triton
-kernels interpreted on CPU tensors.
+Every op test runs once per backend: the plain PyTorch definition, the C++ kernels, these while the
+Triton kernels are compiled for a GPU and looked at, CUDA where there is a GPU, and in a process of
+its own (TRITON_INTERPRET=1) the Triton kernels interpreted on CPU tensors.
 """
 
 import importlib.util
@@ -22,13 +22,18 @@ from cropr_kernels.ops.cuda import FILES  # importing the package registers the 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
-    # No verdict depends on how busy the machine is, or on what is drawn first; in CI the same cases run every time.
+    # No verdict depends on how busy the machine is, or on what is drawn first; in CI the same cases
+    # run every time.
     settings.register_profile(
-        "cropr", deadline=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck)
+        "cropr",
+        deadline=None,
+        derandomize="CI" in os.environ,
+        suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("cropr")
 
-torch.backends.cudnn.allow_tf32 = False  # or convolutions of a GPU differ enough that near-ties flip
+# Or convolutions of a GPU differ enough that near-ties flip
+torch.backends.cudnn.allow_tf32 = False
 SEED = int(os.environ.get("CROPR_SEED", 0))  # of what tests draw: every seed must do
 
 
@@ -54,7 +59,10 @@ def make_backend(name: str) -> Backend:
         module = importlib.import_module("cropr_kernels.ops.reference")
         return Backend(name, "cpu", {op: getattr(module, op) for op in FILES})
     if name == "triton":
-        modules = {file: importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in FILES.values()}
+        modules = {
+            file: importlib.import_module(f"cropr_kernels.ops.triton.{file}")
+            for file in FILES.values()
+        }
         return Backend(name, "cpu", {op: getattr(modules[file], op) for op, file in FILES.items()})
     if name == "compiled":
         pytest.importorskip("triton", reason="Triton is not installed")
@@ -68,7 +76,8 @@ def make_backend(name: str) -> Backend:
 
 
 def _twice(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Through Triton on copies, and then from the launches that this records, which is what models run."""
+    """Through Triton on copies, and then from the launches that this records, which is what models
+    run."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         op(*map(_copy, args), **{name: _copy(value) for name, value in kwargs.items()})
@@ -82,7 +91,9 @@ def _copy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     empty = torch.empty(0, dtype=value.dtype, device=value.device)
-    return empty.set_(value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride())
+    return empty.set_(
+        value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride()
+    )
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp", "compiled", "cuda"])
@@ -103,12 +114,15 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what launchers allocate with NaN (or an impossible index), so that an unwritten element shows."""
+    """Fill what launchers allocate with NaN (or an impossible index), so that an unwritten element
+    shows."""
     plain = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = plain(self, *args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min // 2)
+        return out.fill_(
+            float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min // 2
+        )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
@@ -129,7 +143,8 @@ def data() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k deselect
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")  # of several processes that share the tests
+    # Of several processes that share the tests
+    shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")
     items[:] = items[int(shard) :: int(shards)]
     mark_other_combinations_slow(items)
     if not torch.cuda.is_available():

@@ -16,7 +16,8 @@ from cropr_kernels.utils import io
 
 
 def slow_queries(model, images, ridge):
-    """Return the queries from all tokens at once, with attention matrices recorded by hooks on the reference ViT."""
+    """Return the queries from all tokens at once, with attention matrices recorded by hooks on the
+    reference ViT."""
     outputs, attention = [], []
 
     def record(block, args, output):
@@ -25,7 +26,11 @@ def slow_queries(model, images, ridge):
     def look(module, args, kwargs, output):
         q, k, _ = project_heads(module, args[0])
         shares = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
-        rows = shares[:, :1] if model.config.global_pool == "token" else shares[:, model.num_prefix_tokens :]
+        rows = (
+            shares[:, :1]
+            if model.config.global_pool == "token"
+            else shares[:, model.num_prefix_tokens :]
+        )
         patches = rows.mean(1)[:, model.num_prefix_tokens :]
         attention.append(patches / patches.sum(1, keepdim=True))
 
@@ -37,7 +42,9 @@ def slow_queries(model, images, ridge):
     queries = []
     for layer in range(len(model.blocks) - 1):
         target = sum(attention[layer + 1 :]) / len(attention[layer + 1 :])
-        ranks = torch.stack([torch.searchsorted(row.sort().values, row) / (row.numel() - 1) for row in target]).double()
+        ranks = torch.stack(
+            [torch.searchsorted(row.sort().values, row) / (row.numel() - 1) for row in target]
+        ).double()
         x = outputs[layer] - outputs[layer].mean(1, keepdim=True)
         x, t = x.flatten(0, 1), (ranks - ranks.mean(1, keepdim=True)).flatten()
         a = x.T @ x
@@ -71,7 +78,9 @@ def test_queries_solve_the_ridge_regression(options):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_calibrates_and_keeps_its_backbone(name):
     model = cropr.apply(randomize(MODELS[name]()), rate=8, llf=True, num_queries=3).train()
-    before = {key: p.clone() for key, p in model.state_dict().items() if not key.endswith("queries")}
+    before = {
+        key: p.clone() for key, p in model.state_dict().items() if not key.endswith("queries")
+    }
     images = torch.randn(4, 3, 64, 64)
     assert cropr.calibrate(model, images) is model and model.training
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
@@ -133,9 +142,13 @@ def test_unsupported_models_and_illegal_options_raise():
         cropr.calibrate(model, [])
     with pytest.raises(ValueError, match="ridge must be positive, got 0"):
         cropr.calibrate(model, torch.randn(1, 3, 64, 64), ridge=0)
-    with pytest.raises(TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"):
+    with pytest.raises(
+        TypeError, match=r"cropr.calibrate: the model is not pruned; call cropr.apply"
+    ):
         cropr.calibrate(reference_vit(), torch.randn(1, 3, 64, 64))
-    other = cropr.apply(reference_vit(), rate=8, make_module=lambda layer, block: torch.nn.Identity())
+    other = cropr.apply(
+        reference_vit(), rate=8, make_module=lambda layer, block: torch.nn.Identity()
+    )
     with pytest.raises(ValueError, match="sets the queries of Cropr modules, got Identity"):
         cropr.calibrate(other, torch.randn(1, 3, 64, 64))
     windows = cropr.apply(reference_vit(), rate=1, llf=True, windows=cropr.Windows(4))
@@ -152,11 +165,17 @@ def test_agreement_is_that_of_the_deployed_model():
     model = cropr.apply(randomize(reference_vit()), rate=8)
     images = torch.randn(10, 3, 64, 64)
     rows = cropr.agreement(model, images, [0, 5, 18], batch_size=4)
-    assert [row.rate for row in rows] == [0, 5, 18] and rows[0][1:] == (1.0, pytest.approx(0, abs=1e-9), 1.0)
+    assert [row.rate for row in rows] == [0, 5, 18] and rows[0][1:] == (
+        1.0,
+        pytest.approx(0, abs=1e-9),
+        1.0,
+    )
     fast = cropr.deploy(model)
     logits = {rate: cropr.set_rate(fast, rate)(images).double().log_softmax(1) for rate in (0, 18)}
     assert rows[2].agreement == (logits[0].argmax(1) == logits[18].argmax(1)).double().mean()
-    expected = torch.nn.functional.kl_div(logits[18], logits[0], log_target=True, reduction="batchmean")
+    expected = torch.nn.functional.kl_div(
+        logits[18], logits[0], log_target=True, reduction="batchmean"
+    )
     assert rows[2].divergence == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     assert rows[2].flops > rows[1].flops > 1
     features = cropr.apply(randomize(reference_vit(num_classes=0)), rate=8, num_outputs=0)
@@ -164,7 +183,10 @@ def test_agreement_is_that_of_the_deployed_model():
     assert 0 < row.agreement < 1 and row.divergence != row.divergence
     row = cropr.calibration.Agreement
     some = [row(4, 0.99, 0.0, 1.1), row(8, 0.96, 0.1, 1.2), row(12, 0.9, 0.2, 1.4)]
-    assert cropr.calibration.recommend(some).rate == 8 and cropr.calibration.recommend(some, 0.999) is None
+    assert (
+        cropr.calibration.recommend(some).rate == 8
+        and cropr.calibration.recommend(some, 0.999) is None
+    )
     with pytest.raises(ValueError, match="agreement: needs at least one image"):
         cropr.agreement(model, [], [4])
 
@@ -173,7 +195,10 @@ def test_saved_queries_load_and_damaged_files_raise(tmp_path):
     model = cropr.calibrate(cropr.apply(reference_vit(), rate=8), torch.randn(4, 3, 64, 64))
     path = tmp_path / "queries.safetensors"
     cropr.save_queries(model, path, {"rate": 8})
-    for other in (cropr.apply(reference_vit(), rate=3, llf=True), cropr.deploy(cropr.apply(reference_vit(), rate=8))):
+    for other in (
+        cropr.apply(reference_vit(), rate=3, llf=True),
+        cropr.deploy(cropr.apply(reference_vit(), rate=8)),
+    ):
         assert cropr.load_queries(other, path) is other
         for saved_module, module in zip(model.cropr, other.cropr):
             torch.testing.assert_close(module.query(), saved_module.query())
@@ -182,15 +207,24 @@ def test_saved_queries_load_and_damaged_files_raise(tmp_path):
         cropr.load_queries(narrow, path)
     intact = path.read_bytes()
     for position in range(0, len(intact), 7):
-        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1 << position % 8]) + intact[position + 1 :])
+        path.write_bytes(
+            intact[:position]
+            + bytes([intact[position] ^ 1 << position % 8])
+            + intact[position + 1 :]
+        )
         try:
             cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), path)
         except ValueError:
             continue
         changed = io.load_safetensors(path)  # a bit without effect, as in an unused name
-        assert torch.equal(changed[0]["queries"], torch.stack([module.query() for module in model.cropr]))
+        assert torch.equal(
+            changed[0]["queries"], torch.stack([module.query() for module in model.cropr])
+        )
     for queries, message in (
-        (torch.full((3, 64), float("nan")), r"must be finite, float32 and \(modules, D\), .* torch.float32 \(3, 64\)"),
+        (
+            torch.full((3, 64), float("nan")),
+            r"must be finite, float32 and \(modules, D\), .* torch.float32 \(3, 64\)",
+        ),
         (torch.ones(3, 64, dtype=torch.int64), "holds torch.int64"),
         (torch.ones(64), r"holds torch.float32 \(64,\)"),
     ):
@@ -208,7 +242,9 @@ def test_saved_queries_load_and_damaged_files_raise(tmp_path):
 def test_saved_queries_load_bit_for_bit(tmp_path):
     model = cropr.apply(reference_vit(), rate=8, num_outputs=0)
     cropr.save_queries(model, tmp_path / "queries.safetensors")
-    other = cropr.load_queries(cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.safetensors")
+    other = cropr.load_queries(
+        cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.safetensors"
+    )
     assert all(torch.equal(a.query(), b.query()) for a, b in zip(model.cropr, other.cropr))
 
 
@@ -223,18 +259,38 @@ def test_the_command_calibrates_a_folder_and_recommends(tmp_path, capsys):
         image.fromarray(pixels.numpy()).save(photos / f"{i}.jpg")
     (photos / "broken.jpg").write_bytes(b"no picture")
     out = tmp_path / "queries.safetensors"
-    arguments = ["calibrate", str(weights), str(tmp_path), "--out", str(out), "--quiet", "--rates", "1", "17"]
+    arguments = [
+        "calibrate",
+        str(weights),
+        str(tmp_path),
+        "--out",
+        str(out),
+        "--quiet",
+        "--rates",
+        "1",
+        "17",
+    ]
     assert cli.main([*arguments, "--least", "0"]) == 0
     text = capsys.readouterr().out
     assert "recommended: rate 17" in text and "1 unreadable" in text
     tensors, metadata = io.load_safetensors(out)
     stored = json.loads(metadata["about"])
-    assert tensors["queries"].shape == (11, 192) and stored["rate"] == 17 and len(stored["report"]) == 2
-    assert cli.main([*arguments, "--least", "100.1"]) == 0 and "no rate agrees" in capsys.readouterr().out
+    assert (
+        tensors["queries"].shape == (11, 192)
+        and stored["rate"] == 17
+        and len(stored["report"]) == 2
+    )
+    assert (
+        cli.main([*arguments, "--least", "100.1"]) == 0
+        and "no rate agrees" in capsys.readouterr().out
+    )
     cropr.load_queries(cropr.apply(model, rate=stored["rate"]), out)
     for bad, message in [
         (["calibrate", str(weights), str(tmp_path / "nowhere")], "must hold at least 2 photos"),
-        (["calibrate", "no_model", str(tmp_path)], "a model must be a preset of cropr_kernels, a model of timm"),
+        (
+            ["calibrate", "no_model", str(tmp_path)],
+            "a model must be a preset of cropr_kernels, a model of timm",
+        ),
         (["calibrate", str(tmp_path / "no.pt"), str(tmp_path)], "no weight file at"),
     ]:
         assert cli.main(bad) == 1 and message in capsys.readouterr().err
@@ -253,7 +309,10 @@ def test_calibrated_model_agrees_more_with_the_unpruned_one_on_real_photos(data)
     calibrated = cropr.calibrate(cropr.apply(copy.deepcopy(model), rate=12), images[:50])
     arbitrary = cropr.apply(model, rate=12)
     with torch.inference_mode():
-        agreement = [(cropr.deploy(m)(images[50:]).argmax(1) == expected).sum().item() for m in (calibrated, arbitrary)]
+        agreement = [
+            (cropr.deploy(m)(images[50:]).argmax(1) == expected).sum().item()
+            for m in (calibrated, arbitrary)
+        ]
     assert agreement[0] > agreement[1] + 3 and agreement[0] >= 35
 
 
@@ -266,7 +325,11 @@ def test_queries_do_not_depend_on_the_number_of_threads():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            queries.append(torch.stack([module.query() for module in cropr.calibrate(model, images).cropr]).clone())
+            queries.append(
+                torch.stack(
+                    [module.query() for module in cropr.calibrate(model, images).cropr]
+                ).clone()
+            )
     finally:
         torch.set_num_threads(threads)
     for other in queries[1:]:
@@ -276,7 +339,9 @@ def test_queries_do_not_depend_on_the_number_of_threads():
 def test_a_ridge_that_is_too_weak_is_raised_with_a_warning():
     model = cropr.apply(reference_vit(embed_dim=192), rate=8, num_outputs=0).eval()
     with pytest.warns(UserWarning, match=r"cropr.calibrate: block \d needed a ridge of 1e-"):
-        cropr.calibrate(model, torch.randn(1, 3, 64, 64)[:, :, :16, :16].repeat(1, 1, 4, 4), ridge=1e-24)
+        cropr.calibrate(
+            model, torch.randn(1, 3, 64, 64)[:, :, :16, :16].repeat(1, 1, 4, 4), ridge=1e-24
+        )
     assert all(module.query().isfinite().all() for module in model.cropr)
     with pytest.raises(ValueError, match="the tokens after block 0 are not finite"):
         cropr.calibrate(model, torch.full((1, 3, 64, 64), float("nan")))

@@ -33,7 +33,8 @@ def examples():
 
 @pytest.mark.slow
 def test_pruned_digits_are_read_as_well_as_unpruned_ones(examples):
-    """A real model, trained end to end: half the tokens, the same digits. Three seeds: benchmarks/accuracy/digits."""
+    """A real model, trained end to end: half the tokens, the same digits. Three seeds:
+    benchmarks/accuracy/digits."""
     _, digits = examples
     plain = digits.train(seed=0, rate=0, show=False)
     pruned = digits.train(seed=0, rate=digits.RATE, show=False)
@@ -63,7 +64,9 @@ def run_demo(demo, monkeypatch, capsys, *arguments):
     return text, [line for line in lines if line and (line[0] == "unpruned" or line[0].isdigit())]
 
 
-def test_without_weights_the_demo_trains_on_digits_and_names_the_option(examples, tmp_path, monkeypatch, capsys):
+def test_without_weights_the_demo_trains_on_digits_and_names_the_option(
+    examples, tmp_path, monkeypatch, capsys
+):
     demo, digits = examples
     monkeypatch.setattr(demo, "find_weights", lambda: None)
     monkeypatch.setattr(digits, "EPOCHS", 4)
@@ -76,20 +79,31 @@ def test_without_weights_the_demo_trains_on_digits_and_names_the_option(examples
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_demo_measures_a_weight_file_on_photos_it_was_not_calibrated_on(examples, tmp_path, monkeypatch, capsys):
+def test_the_demo_measures_a_weight_file_on_photos_it_was_not_calibrated_on(
+    examples, tmp_path, monkeypatch, capsys
+):
     demo, _ = examples
     model = cropr.create_vit("vit_tiny_patch16_224", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    text, rows = run_demo(demo, monkeypatch, capsys, "--weights", tmp_path / "weights.pth", "--out", tmp_path)
+    text, rows = run_demo(
+        demo, monkeypatch, capsys, "--weights", tmp_path / "weights.pth", "--out", tmp_path
+    )
     assert "No pretrained weights" not in text and "accuracy, %" not in text
     assert [row[0] for row in rows] == ["unpruned", "4", "8", "12"] and rows[0][1] == "100.0"
-    assert (tmp_path / "pruned.png").stat().st_size > 10_000 and (tmp_path / "merged.png").stat().st_size > 10_000
+    assert (tmp_path / "pruned.png").stat().st_size > 10_000 and (
+        tmp_path / "merged.png"
+    ).stat().st_size > 10_000
     subject = demo.pretrained_subject(str(tmp_path / "weights.pth"))
-    assert subject.calibration.shape == subject.images.shape == (4, 3, 224, 224) and len(subject.pictures) == 4
+    assert (
+        subject.calibration.shape == subject.images.shape == (4, 3, 224, 224)
+        and len(subject.pictures) == 4
+    )
     assert {path.stem for path in demo.PHOTOS.glob("*.jpg")} > set(demo.CALIBRATION_PHOTOS)
 
 
-def test_the_demo_finds_weights_in_timms_cache_and_does_without_internet(examples, tmp_path, monkeypatch):
+def test_the_demo_finds_weights_in_timms_cache_and_does_without_internet(
+    examples, tmp_path, monkeypatch
+):
     demo, _ = examples
     monkeypatch.setattr(demo, "try_to_load_from_cache", lambda *_: "cached.safetensors")
     assert demo.find_weights() == "cached.safetensors"
@@ -115,12 +129,16 @@ def test_every_photo_has_a_credit():
 
 def test_pruning_maps_need_one_map_per_image(tmp_path):
     with pytest.raises(ValueError, match="must have one batch size, got 2, 1"):
-        viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
+        viz.save_pruning_maps(
+            tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2), depth=3
+        )
 
 
 def test_merge_maps_are_drawn_and_need_one_map_per_image(tmp_path):
     with pytest.raises(ValueError, match="must have one batch size, got 2, 1"):
-        viz.save_merge_maps(tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2, dtype=torch.int64))
+        viz.save_merge_maps(
+            tmp_path / "a.png", torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2, dtype=torch.int64)
+        )
     maps = torch.tensor([[[0, 0, 1], [2, 1, 1]]])
     viz.save_merge_maps(tmp_path / "a.png", torch.rand(1, 3, 16, 24), maps, titles=["one"])
     assert (tmp_path / "a.png").stat().st_size > 1_000
@@ -130,7 +148,9 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install matplotlib \(or the extra \[viz\]"):
-        viz.save_pruning_maps(tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3)
+        viz.save_pruning_maps(
+            tmp_path / "a.png", torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 2), depth=3
+        )
 
 
 def test_tables_of_the_pages_are_those_of_the_results():
@@ -155,12 +175,16 @@ def test_the_documentation_is_short_and_its_index_names_every_page():
     pages = sorted((ROOT / "docs").glob("*.md"))
     assert sum(len(page.read_text().split()) for page in pages) <= 20_000
     index = (ROOT / "docs" / "README.md").read_text()
-    assert [page.name for page in pages if f"({page.name})" not in index and page.name != "README.md"] == []
+    assert [
+        page.name for page in pages if f"({page.name})" not in index and page.name != "README.md"
+    ] == []
 
 
 def test_messages_that_troubleshooting_quotes_are_those_of_the_source():
     quoted = re.findall(
-        r"^\| `([^`]+?)(?: \.\.\.)?` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE
+        r"^\| `([^`]+?)(?: \.\.\.)?` \|",
+        (ROOT / "docs" / "troubleshooting.md").read_text(),
+        flags=re.MULTILINE,
     )
     files = [ROOT / "setup.py", *(ROOT / "cropr_kernels").rglob("*.py")]
     source = "".join(path.read_text() for path in files)
@@ -169,10 +193,15 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_source():
 
 def test_disk_sizes_on_the_pages_are_those_measured():
     _, rows = load("newcomer")
-    measured = {"+cpu" in row["installed"]: int(row["disk"].removesuffix("MB")) / 1000 for row in rows}
+    measured = {
+        "+cpu" in row["installed"]: int(row["disk"].removesuffix("MB")) / 1000 for row in rows
+    }
     for name in ("README.md", "Makefile"):
         with_cuda, without = map(float, re.findall(r"([\d.]+) GB", (ROOT / name).read_text()))
-        assert 0.9 * with_cuda < measured[False] < 1.05 * with_cuda and 0.9 * without < measured[True] < 1.05 * without
+        assert (
+            0.9 * with_cuda < measured[False] < 1.05 * with_cuda
+            and 0.9 * without < measured[True] < 1.05 * without
+        )
 
 
 def snippets():
@@ -190,8 +219,11 @@ def test_snippets_run_and_print_their_text_blocks(source, printed, tmp_path, mon
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
     monkeypatch.chdir(tmp_path)
     warnings.filterwarnings("error", "cropr.* the queries are random")
-    exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})  # no internet in tests
-    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[torch.onnx]")]
+    # No internet in tests
+    exec(compile(source.replace("pretrained=True", "pretrained=False"), "snippet", "exec"), {})
+    shown = [
+        line for line in capsys.readouterr().out.splitlines() if not line.startswith("[torch.onnx]")
+    ]
     assert shown == printed.splitlines()
 
 
@@ -238,7 +270,11 @@ def test_commands_of_the_pages_parse(words, tmp_path, monkeypatch):
 def test_the_api_reference_is_generated_from_the_docstrings():
     page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
     assert page == (ROOT / "docs" / "api.md").read_text(), "run python docs/make_api.py"
-    names = [name for name in vars(cropr) if isinstance(getattr(cropr, name), type) or callable(getattr(cropr, name))]
+    names = [
+        name
+        for name in vars(cropr)
+        if isinstance(getattr(cropr, name), type) or callable(getattr(cropr, name))
+    ]
     assert all(f"### cropr.{name}\n" in page for name in names)
 
 
@@ -251,7 +287,10 @@ def test_the_notebook_runs(monkeypatch):
     notebook = nbformat.read(ROOT / "examples" / "cropr.ipynb", 4)
     stored = [len(cell.get("outputs", [])) for cell in notebook.cells]
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT / "examples"}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": ROOT / "examples"}},
     ).execute()
     assert [len(cell.get("outputs", [])) for cell in notebook.cells] == stored
     assert "same patches leave: True" in str(notebook.cells)
@@ -272,7 +311,9 @@ def test_links_between_pages_lead_somewhere(page):
         assert not anchor or anchor in headings(target), f"{page.name} links to {path}#{anchor}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
 def test_files_that_pages_name_exist(page):
     package = ROOT / "cropr_kernels"
     folders = {path.name for path in (*ROOT.iterdir(), *package.iterdir()) if path.is_dir()}

@@ -1,4 +1,5 @@
-"""Exported models: the plain PyTorch form of the ops, every format against the model, fresh processes, C++."""
+"""Exported models: the plain PyTorch form of the ops, every format against the model, fresh
+processes, C++."""
 
 import itertools
 import os
@@ -37,7 +38,11 @@ def pruned(name="reference", **options):
 def test_plain_operators_select_and_move_rows_like_the_ops(shape):
     batch, n, dim, num_keep, prefix = shape
     x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
-    for priority in (None, torch.randint(-1, 2, (batch, n)).to(torch.int8), torch.rand(batch, n) < 0.5):
+    for priority in (
+        None,
+        torch.randint(-1, 2, (batch, n)).to(torch.int8),
+        torch.rand(batch, n) < 0.5,
+    ):
         expected = reference.prune(x, query, num_keep, prefix, priority)
         got = portable.prune(x, query, num_keep, prefix, priority)
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
@@ -93,7 +98,9 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(name, options, tm
     import onnx
 
     model = pruned(name, rate=9, **options)
-    done = cropr.export(model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True, dynamic_batch=True)
+    done = cropr.export(
+        model, torch.randn(2, 3, 64, 64), tmp_path / "model.onnx", with_map=True, dynamic_batch=True
+    )
     assert done.ops == "aten" and done.difference < 1e-5 and done.same_map is True
     run = exporting.load_exported(done.path, "onnx")
     for batch in (1, 3):
@@ -106,7 +113,8 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(name, options, tm
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     constants = {value.name for value in graph.initializer}
     tops = [node for node in graph.node if node.op_type == "TopK"]
-    assert tops and all(node.input[1] in constants for node in tops)  # TensorRT needs a constant count
+    # TensorRT needs a constant count
+    assert tops and all(node.input[1] in constants for node in tops)
     assert not any(node.op_type in ("NonZero", "Loop", "If", "Unique") for node in graph.node)
 
 
@@ -122,7 +130,14 @@ def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DINOv2 with registers", "torchvision"))]
+    "name",
+    [
+        "ViT",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("DINOv2 with registers", "torchvision")
+        ),
+    ],
 )
 def test_models_that_run_their_blocks_become_onnx_with_all_their_outputs(name, tmp_path):
     model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=9, llf=True, num_outputs=0)
@@ -146,7 +161,8 @@ print("cropr_kernels" in sys.modules)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Return a folder: one model in both formats and op sets, a preprocessed photo, and its logits."""
+    """Return a folder: one model in both formats and op sets, a preprocessed photo, and its
+    logits."""
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     folder, photo = tmp_path_factory.mktemp("packages"), ROOT / "examples" / "photos" / "china.jpg"
     image.open(photo).save(folder / "photo.ppm")
@@ -154,7 +170,13 @@ def packages(tmp_path_factory):
     model, images = pruned(rate=9, llf=True), pixels.normalize(pixels.load(photo))[None]
     for file_format in ("torch", "aoti"):
         for op_set in ("cropr", "aten"):
-            done = cropr.export(model, images, folder / f"{file_format}_{op_set}.pt2", format=file_format, ops=op_set)
+            done = cropr.export(
+                model,
+                images,
+                folder / f"{file_format}_{op_set}.pt2",
+                format=file_format,
+                ops=op_set,
+            )
             assert done.difference < 1e-5
     with torch.no_grad():
         torch.save((images, model(images)), folder / "sample.pt")
@@ -193,9 +215,13 @@ for other in (images.to(memory_format=torch.channels_last), images[:, :1].expand
 @pytest.mark.slow
 @pytest.mark.parametrize("op_set", ["cropr", "aten"])
 def test_packages_that_check_their_inputs_refuse_other_strides(packages, op_set):
-    code = STRIDED.format(sample=str(packages / "sample.pt"), package=str(packages / f"aoti_{op_set}.pt2"))
+    code = STRIDED.format(
+        sample=str(packages / "sample.pt"), package=str(packages / f"aoti_{op_set}.pt2")
+    )
     environment = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0 and done.stdout.split() == ["refused"] * 2, done.stderr
 
 
@@ -209,28 +235,51 @@ def test_a_program_in_cpp_runs_the_package(packages, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     expected = torch.load(packages / "sample.pt")[1][0]
-    functional = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not installed")
+    functional = pytest.importorskip(
+        "torchvision.transforms.functional", reason="torchvision is not installed"
+    )
     # Pixels resized by PyTorch differ from Pillow's by up to two levels.
-    photo = functional.pil_to_tensor(pytest.importorskip("PIL.Image").open(packages / "photo.ppm"))[None]
+    photo = functional.pil_to_tensor(pytest.importorskip("PIL.Image").open(packages / "photo.ppm"))[
+        None
+    ]
     height, width = (int(size * 73 / min(photo.shape[2:]) + 1e-6) for size in photo.shape[2:])
     small = torch.ops.aten._upsample_bicubic2d_aa(photo, [height, width], False)
     top, left = (round((size - 64) / 2) for size in (height, width))
     image = (small[:, :, top : top + 64, left : left + 64] / 255 - 0.5) / 0.5
     [[resized]] = torch.export.load(packages / "torch_aten.pt2").module()(image)
     for op_set in ("cropr", "aten"):
-        arguments = [tmp_path / "classify", packages / f"aoti_{op_set}.pt2", packages / "photo.ppm", "64"]
+        arguments = [
+            tmp_path / "classify",
+            packages / f"aoti_{op_set}.pt2",
+            packages / "photo.ppm",
+            "64",
+        ]
         done = subprocess.run(arguments, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        probabilities = {int(c): float(v) for c, v in re.findall(r"class (\d+)  (\S+)", done.stdout)}
-        assert len(probabilities) == 5 and list(probabilities) == expected.argsort(descending=True).tolist()
-        torch.testing.assert_close(torch.tensor([probabilities[c] for c in range(5)]), resized, rtol=1e-4, atol=1e-4)
+        probabilities = {
+            int(c): float(v) for c, v in re.findall(r"class (\d+)  (\S+)", done.stdout)
+        }
+        assert (
+            len(probabilities) == 5
+            and list(probabilities) == expected.argsort(descending=True).tolist()
+        )
+        torch.testing.assert_close(
+            torch.tensor([probabilities[c] for c in range(5)]), resized, rtol=1e-4, atol=1e-4
+        )
     intact, path = (packages / "photo.ppm").read_bytes(), tmp_path / "photo.ppm"
-    for bad, message in ((intact[:-1], "bytes of pixels, holds"), (b"P5" + intact[2:], "must be a binary PPM")):
+    for bad, message in (
+        (intact[:-1], "bytes of pixels, holds"),
+        (b"P5" + intact[2:], "must be a binary PPM"),
+    ):
         path.write_bytes(bad)
-        done = subprocess.run([tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True)
+        done = subprocess.run(
+            [tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True
+        )
         assert done.returncode == 1 and message in done.stderr
     path.write_bytes(intact.replace(b"P6\n", b"P6\n# a comment, as some tools write one\n", 1))
-    done = subprocess.run([tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True)
+    done = subprocess.run(
+        [tmp_path / "classify", arguments[1], path, "64"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and set(re.findall(r"class (\d+)", done.stdout)) == set("01234")
 
 
@@ -244,8 +293,13 @@ def test_files_are_made_for_contiguous_images_whatever_the_example(tmp_path):
 def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
     model, images, path = pruned(rate=9), torch.randn(1, 3, 64, 64), tmp_path / "model.pt2"
     load = exporting.load_exported
-    monkeypatch.setattr(exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)])
-    with pytest.raises(RuntimeError, match=r"model.pt2 computes something else .* differ by 0.01 .*; it was not kept"):
+    monkeypatch.setattr(
+        exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)]
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"model.pt2 computes something else .* differ by 0.01 .*; it was not kept",
+    ):
         cropr.export(model, images, path, format="torch")
     assert not any(tmp_path.iterdir())
 
@@ -262,21 +316,29 @@ def test_export_does_not_change_the_model(tmp_path):
     model, images = pruned(rate=9).train(), torch.randn(1, 3, 64, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cropr.export(model, images, tmp_path / "model.pt2", format="torch")
-    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_illegal_formats_models_and_missing_libraries_raise(tmp_path, monkeypatch):
     model, images = pruned(rate=9), torch.randn(1, 3, 64, 64)
     with pytest.raises(TypeError, match=r"cropr.export: the model is not pruned"):
         cropr.export(reference_vit(), images, tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match="format must be one of torch, aoti, onnx and ops cropr or aten, got 'tflite'"):
+    with pytest.raises(
+        ValueError,
+        match="format must be one of torch, aoti, onnx and ops cropr or aten, got 'tflite'",
+    ):
         cropr.export(model, images, tmp_path / "a.onnx", format="tflite")
     with pytest.raises(ValueError, match=r"a file of format onnx must end in .onnx, got a.pt2"):
         cropr.export(model, images, tmp_path / "a.pt2")
     with pytest.raises(ValueError, match="ONNX has none of the cropr ops"):
         cropr.export(model, images, tmp_path / "a.onnx", ops="cropr")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"ONNX needs onnxruntime: pip install onnxruntime \(or the extra \[export\]"):
+    with pytest.raises(
+        ImportError,
+        match=r"ONNX needs onnxruntime: pip install onnxruntime \(or the extra \[export\]",
+    ):
         cropr.export(model, images, tmp_path / "a.onnx")
 
 
@@ -287,7 +349,16 @@ def test_the_command_writes_compares_and_times(tmp_path, capsys):
     assert cli.main(["export", str(weights), "--out", str(tmp_path)]) == 1
     assert "without queries tokens would be pruned at random" in capsys.readouterr().err
     cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), queries)
-    common = ["export", str(weights), "--queries", str(queries), "--rounds", "1", "--out", str(tmp_path / "out")]
+    common = [
+        "export",
+        str(weights),
+        "--queries",
+        str(queries),
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     photos = str(ROOT / "examples" / "photos")
     assert cli.main([*common, "--rate", "9", "--format", "onnx", "--map", "--images", photos]) == 0
     printed = capsys.readouterr().out

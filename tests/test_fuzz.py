@@ -26,7 +26,8 @@ SEED = 0 if "FUZZ_SECONDS" not in os.environ else time.time_ns()
 
 
 def mutated(content, rng):
-    """Return the content with bits flipped, a piece cut out, doubled or overwritten, or the end lost."""
+    """Return the content with bits flipped, a piece cut out, doubled or overwritten, or the end
+    lost."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(content) + 1)
@@ -60,7 +61,9 @@ def encoded(file_format):
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0].astype("uint16") if file_format == "PNG" else pixels).save(file, format=file_format)
+    Image.fromarray(pixels[..., 0].astype("uint16") if file_format == "PNG" else pixels).save(
+        file, format=file_format
+    )
     return file.getvalue()
 
 
@@ -78,7 +81,9 @@ def test_a_damaged_photo_is_read_or_raises(file_format):
     for content in cases(encoded(file_format)):
         photo, message = answer(lambda content=content: images.load_photo(io.BytesIO(content), 32))
         assert photo is not None or message
-        assert photo is None or (photo.shape == (3, 32, 32) and 0 <= photo.min() <= photo.max() <= 1)
+        assert photo is None or (
+            photo.shape == (3, 32, 32) and 0 <= photo.min() <= photo.max() <= 1
+        )
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar to compare with")
@@ -102,7 +107,10 @@ def test_a_damaged_shard_gives_the_names_that_tar_lists_or_raises(tmp_path):
 
 def test_damaged_queries_load_unchanged_or_raise(tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    model, path = cropr.apply(reference_vit(), rate=8, num_outputs=0), tmp_path / "queries.safetensors"
+    model, path = (
+        cropr.apply(reference_vit(), rate=8, num_outputs=0),
+        tmp_path / "queries.safetensors",
+    )
     cropr.save_queries(model, path, {"rate": 8})
     expected, intact = [module.query().clone() for module in model.cropr], path.read_bytes()
     other = cropr.apply(reference_vit(), rate=8, num_outputs=0)
@@ -110,18 +118,25 @@ def test_damaged_queries_load_unchanged_or_raise(tmp_path):
         path.write_bytes(content)
         loaded, message = answer(lambda: cropr.load_queries(other, path))
         assert loaded is not None or str(path) in message
-        assert loaded is None or all(torch.equal(module.query(), query) for module, query in zip(other.cropr, expected))
+        assert loaded is None or all(
+            torch.equal(module.query(), query) for module, query in zip(other.cropr, expected)
+        )
 
 
 def test_damaged_checkpoints_load_unchanged_or_raise(tmp_path):
-    path, state = tmp_path / "last.pt", {"model": {"weight": torch.randn(50, 40)}, "step": 7, "config": "{}"}
+    path, state = (
+        tmp_path / "last.pt",
+        {"model": {"weight": torch.randn(50, 40)}, "step": 7, "config": "{}"},
+    )
     torch.save(state, path)
     for content in cases(path.read_bytes()):
         path.write_bytes(content)
         loaded, message = answer(lambda: load_tensors(path))
         assert loaded is not None or str(path) in message
         if loaded is not None:
-            assert loaded["step"] == 7 and torch.equal(loaded["model"]["weight"], state["model"]["weight"])
+            assert loaded["step"] == 7 and torch.equal(
+                loaded["model"]["weight"], state["model"]["weight"]
+            )
 
 
 def test_damaged_schedules_load_as_written_or_raise(tmp_path):

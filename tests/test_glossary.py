@@ -43,9 +43,15 @@ own, host_idx = offsets(x)
 def test_a_replaced_word_is_reported_at_its_line(name, text, words, tmp_path, capsys):
     path = tmp_path / name
     path.write_text(text)
-    reported = [line.removeprefix(f"{path}:").split(": use ")[0].replace(": ", ":") for line in glossary.problems(path)]
+    reported = [
+        line.removeprefix(f"{path}:").split(": use ")[0].replace(": ", ":")
+        for line in glossary.problems(path)
+    ]
     assert reported == words.split()
-    assert glossary.main([str(tmp_path)]) == 1 and f"{len(reported)} problems" in capsys.readouterr().out
+    assert (
+        glossary.main([str(tmp_path)]) == 1
+        and f"{len(reported)} problems" in capsys.readouterr().out
+    )
 
 
 def test_the_report_names_the_replacement(tmp_path):
@@ -59,12 +65,14 @@ def test_the_report_names_the_replacement(tmp_path):
     [
         (
             "a.py",
-            "y = sort(x, kind=1) + x.whole + plan(how)\non_host = in_place = parent_offsets = url.hostname\nones = 1\n",
+            "y = sort(x, kind=1) + x.whole + plan(how)\non_host = in_place = parent_offsets = "
+            "url.hostname\nones = 1\n",
         ),
         ("a.py", "layout = {'host': 'own'}  # the host, found\n"),
         (
             "a.cpp",
-            "enum class Kind { kNumber } kind;\nfill(costs, 0);\nstream << std::left << options.host << row->own;\n",
+            "enum class Kind { kNumber } kind;\nfill(costs, 0);\nstream << std::left << "
+            "options.host << row->own;\n",
         ),
         ("a.md", "A host is found; `--plan FILE` and `kind` say how.\n"),
         ("a.json", "host_idx"),

@@ -18,7 +18,11 @@ def test_each_choice_holds_every_value_in_as_few_combinations_as_the_longest_par
 
 
 def test_values_that_occur_with_few_others_are_chosen_too():
-    combinations = [dict(op="add", dtype="half"), dict(op="add", dtype="float"), dict(op="rotate", dtype="float")]
+    combinations = [
+        dict(op="add", dtype="half"),
+        dict(op="add", dtype="float"),
+        dict(op="rotate", dtype="float"),
+    ]
     chosen = [combinations[index] for index in each_choice(combinations)]
     assert {combination["op"] for combination in chosen} == {"add", "rotate"}
     assert {combination["dtype"] for combination in chosen} == {"half", "float"}

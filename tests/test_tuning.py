@@ -54,7 +54,9 @@ def test_the_measurement_budget_is_less_than_two_minutes(forward):
 
 
 def test_a_fast_model_is_measured_at_every_count_and_a_slow_one_at_few():
-    assert tuning.measurement_budget(1e-3, None) == (50, 9, 18) and tuning.measurement_budget(60.0, None) == (8, 3, 3)
+    assert tuning.measurement_budget(1e-3, None) == (50, 9, 18) and tuning.measurement_budget(
+        60.0, None
+    ) == (8, 3, 3)
 
 
 def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
@@ -64,7 +66,8 @@ def test_a_schedule_prunes_steadily_and_keeps_efficient_counts():
     assert keep == sorted(keep, reverse=True) and Schedule(keep=keep).counts(200, 12) == keep
     gentler = tuning.solve(STAIRS, 29.0, 200, 11, 1)
     assert sum(gentler) >= sum(keep)
-    assert tuning.solve(STAIRS, 30.0, 200, 11, 1) == keep  # the same measurements, the same schedule
+    # The same measurements, the same schedule
+    assert tuning.solve(STAIRS, 30.0, 200, 11, 1) == keep
 
 
 def test_unreachable_savings_have_no_schedule():
@@ -76,14 +79,17 @@ def test_unreachable_savings_have_no_schedule():
 @given(st.integers(1, 8), st.integers(0, 4), st.floats(0, 60), st.data())
 def test_every_schedule_is_legal(modules, prefix, saving, data):
     tokens = data.draw(st.integers(prefix + modules + 8, 120))
-    latencies = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {tokens: 10.0}
+    latencies = {count: data.draw(st.floats(0, 10)) for count in range(prefix + 1, tokens, 3)} | {
+        tokens: 10.0
+    }
     keep = tuning.solve(tuning.monotone(latencies), saving, tokens, modules, prefix)
     if keep is not None:
         assert Schedule(keep=keep).counts(tokens, modules + 1, prefix) == keep
 
 
 class Clock:
-    """A simulated device: a forward takes 2^-10 s a tile of 16 tokens and block, and `prune` of that a pruning."""
+    """A simulated device: a forward takes 2^-10 s a tile of 16 tokens and block, and `prune` of
+    that a pruning."""
 
     def __init__(self, prune=2**-7):
         self.prune, self.now = prune, 0.0
@@ -103,7 +109,9 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     forward = ViT.forward
-    monkeypatch.setattr(ViT, "forward", lambda model, images: clock.of(model, images, forward(model, images)))
+    monkeypatch.setattr(
+        ViT, "forward", lambda model, images: clock.of(model, images, forward(model, images))
+    )
     return clock
 
 
@@ -111,7 +119,9 @@ def clock(monkeypatch):
 def test_predictions_equal_the_measurements_of_a_quiet_device(clock, llf):
     model = cropr.apply(reference_vit(depth=6), rate=0, llf=llf, num_outputs=0)
     tuned = cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
-    assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(tuned.measured, rel=0.05)
+    assert tuned.measured >= 1.3 * 0.98 and tuned.predicted == pytest.approx(
+        tuned.measured, rel=0.05
+    )
     assert set(tuned.keep) <= {65, 64, 48, 32, 16} and len(tuned.keep) == model.cropr.num_used
     assert tuned.flop_ratio > 1.05 and tuned.spread == 0
     assert tuned == cropr.tune(model, torch.zeros(2, 3, 64, 64), speedup=1.3, rounds=1)
@@ -124,7 +134,8 @@ def test_pruning_that_does_not_pay_raises_or_warns(clock):
     clock.prune = 2.0
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
     with pytest.raises(
-        ValueError, match=r"no schedule takes .* at batch 1 on cpu: unpruned takes .* about 1\.\d+ times"
+        ValueError,
+        match=r"no schedule takes .* at batch 1 on cpu: unpruned takes .* about 1\.\d+ times",
     ):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=3.0, rounds=1)
     clock.prune = 0.9
@@ -143,15 +154,27 @@ def test_a_missed_goal_warns(clock, monkeypatch):
 
     monkeypatch.setattr(tuning, "time_interleaved", noisy)
     model = cropr.apply(reference_vit(depth=6), rate=0, num_outputs=0)
-    with pytest.warns(UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"):
+    with pytest.warns(
+        UserWarning, match=r"the goal was not reached at batch 1 on cpu: 1\.\d+ times as fast"
+    ):
         cropr.tune(model, torch.zeros(1, 3, 64, 64), speedup=1.6, rounds=1)
 
 
 def test_speedups_beyond_the_flops_are_reported(clock, tmp_path, capsys):
-    arguments = ["tune", "vit_tiny_patch16_224", "--speedup", "1.2", "--rounds", "1", "--out", str(tmp_path / "a.json")]
+    arguments = [
+        "tune",
+        "vit_tiny_patch16_224",
+        "--speedup",
+        "1.2",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path / "a.json"),
+    ]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
-    assert "not less arithmetic" in printed.out and "times fewer FLOPs" in printed.out  # the clock knows no MLP
+    # The clock knows no MLP
+    assert "not less arithmetic" in printed.out and "times fewer FLOPs" in printed.out
     assert "tune: 51 schedules, 1 rounds, and the chosen one up to 4 times, about" in printed.err
 
 
@@ -169,10 +192,16 @@ def test_illegal_goals_raise():
 
 def test_apply_takes_a_schedule_file(tmp_path):
     path = tmp_path / "schedule.json"
-    tuning.save_tuned(path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}, 1.6, 0.02), {"model": "x"})
+    tuning.save_tuned(
+        path, tuning.Tuned([50, 40, 30], 1.5, 1.4, 2.0, 1.4, {30: -0.1}, 1.6, 0.02), {"model": "x"}
+    )
     model = cropr.apply(timm_vit(), keep=path)
     assert model.cropr.config.counts(65, 4, 1) == [50, 40, 30]
-    assert cropr.apply(reference_vit(), keep=str(path)).cropr.config.counts(65, 4, 1) == [50, 40, 30]
+    assert cropr.apply(reference_vit(), keep=str(path)).cropr.config.counts(65, 4, 1) == [
+        50,
+        40,
+        30,
+    ]
     with pytest.raises(ValueError, match=r"keep must list 2 counts for 4 blocks with LLF, got 3"):
         cropr.apply(reference_vit(), keep=path, llf=True)
     with pytest.raises(FileNotFoundError):
@@ -189,11 +218,21 @@ def test_the_command_measures_and_writes(clock, tmp_path, capsys):
     assert cli.main([*arguments, "--speedup", "1.2", "--llf"]) == 0
     text, tuned = capsys.readouterr().out, json.loads(out.read_text())
     assert (
-        "measured" in text and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='track_parent', blocks=1))" in text
+        "measured" in text
+        and f"keep='{out}', merge=True, llf=cropr.Fusion(restore='track_parent', blocks=1))" in text
     )
-    assert tuned["model"] == "vit_tiny_patch16_224" and tuned["batch"] == 1 and tuned["llf"] == "track_parent"
-    assert tuned["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10) and tuned["measured"] >= 1.2 * 0.98
-    assert len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
+    assert (
+        tuned["model"] == "vit_tiny_patch16_224"
+        and tuned["batch"] == 1
+        and tuned["llf"] == "track_parent"
+    )
+    assert (
+        tuned["unpruned_ms"] == pytest.approx((3 + 12 * 13) * 1e3 / 2**10)
+        and tuned["measured"] >= 1.2 * 0.98
+    )
+    assert (
+        len(cropr.apply(cropr.create_vit("vit_tiny_patch16_224"), keep=out, llf=True).cropr) == 10
+    )
     assert cli.main([*arguments, "--latency-ms", "0.001"]) == 1
     assert "no schedule takes 0.001 ms" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -38,7 +38,8 @@ VAGUE = {
     "the noun it holds": "found given gone kind kinds made one own said those told wanted what",
 }
 CPP_NAMES = {"costs", "kind", "kinds"}  # legitimate in csrc: costs of pairs, kinds of an enum
-IDENTIFIER = re.compile(r"(?<![\w.])(?<!->)(?<!::)[A-Za-z_]\w*")  # a member is reported where it is declared
+# A member is reported where it is declared
+IDENTIFIER = re.compile(r"(?<![\w.])(?<!->)(?<!::)[A-Za-z_]\w*")
 CPP_TEXT = re.compile(r'(//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*")', re.DOTALL)
 MARKDOWN_CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 
@@ -55,7 +56,11 @@ def python_identifiers(text: str) -> Iterator[tuple[int, str, bool]]:
                 yield node.lineno, name, isinstance(context, ast.Store)
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
                 yield node.lineno, name, True
-            case ast.alias(asname=str(name)) | ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+            case (
+                ast.alias(asname=str(name))
+                | ast.ExceptHandler(name=str(name))
+                | ast.MatchAs(name=str(name))
+            ):
                 yield node.lineno, name, True
             case ast.alias(name=name) | ast.keyword(arg=str(name)):
                 yield node.lineno, name.rpartition(".")[2], False
@@ -70,7 +75,8 @@ def identifiers(path: Path) -> Iterator[tuple[int, str, bool]]:
         return
     line = 1
     for i, part in enumerate((MARKDOWN_CODE if markdown else CPP_TEXT).split(text)):
-        for match in IDENTIFIER.finditer(part) if i % 2 == markdown else ():  # odd parts are what the pattern matched
+        # Odd parts are what the pattern matched
+        for match in IDENTIFIER.finditer(part) if i % 2 == markdown else ():
             if match[0].lower() not in CPP_NAMES:
                 yield line + part.count("\n", 0, match.start()), match[0], not markdown
         line += part.count("\n")
@@ -92,7 +98,12 @@ def problems(path: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     folders = [file for argument in arguments for file in Path(argument).rglob("*")]
     files = [*filter(Path.is_file, map(Path, arguments)), *sorted(folders)]
-    lines = [line for file in files if file.suffix in (".py", ".cpp", ".h", ".md") for line in problems(file)]
+    lines = [
+        line
+        for file in files
+        if file.suffix in (".py", ".cpp", ".h", ".md")
+        for line in problems(file)
+    ]
     print(*lines, f"glossary: {len(lines)} problems", sep="\n")
     return bool(lines)
 

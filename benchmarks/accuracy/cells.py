@@ -17,7 +17,10 @@ def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -
         return sum(count * (6 * width + count) for count in [total, *counts])
 
     def counts_of(scale: float) -> list[int]:
-        return [max(2, round(total - scale * ((layer + 1) / modules) ** power)) for layer in range(modules)]
+        return [
+            max(2, round(total - scale * ((layer + 1) / modules) ** power))
+            for layer in range(modules)
+        ]
 
     goal = flops(cropr.Schedule(rate=14).counts(total, modules + 1))
     candidates = (counts_of(scale / 4) for scale in range(4 * total))
@@ -27,11 +30,23 @@ def curve(power: float, total: int = 197, width: int = 192, modules: int = 11) -
 # 1.7 times fewer FLOPs than no pruning: fewer tokens after each block, or once; LLF: all tokens in
 # the last block.
 SCHEDULED = {name: options | {"llf": "LLF" in name} for name, options in SCHEDULES[12].items()}
-DEC, DEC_LLF, CONST, CONST_LLF = (SCHEDULED[name] for name in ("dec", "dec, LLF", "const", "const, LLF"))
+DEC, DEC_LLF, CONST, CONST_LLF = (
+    SCHEDULED[name] for name in ("dec", "dec, LLF", "const", "const, LLF")
+)
 # The same for other factors. With all tokens in four blocks, dropping once reaches at most 2.
 FACTORS: dict[str, list[dict[str, Any]]] = {
-    "1.5x": [dict(rate=11), dict(rate=14, llf=True), dict(const=(4, 103)), dict(const=(4, 88), llf=True)],
-    "2x": [dict(ratio=0.863), dict(ratio=0.826, llf=True), dict(const=(4, 51)), dict(const=(4, 27), llf=True)],
+    "1.5x": [
+        dict(rate=11),
+        dict(rate=14, llf=True),
+        dict(const=(4, 103)),
+        dict(const=(4, 88), llf=True),
+    ],
+    "2x": [
+        dict(ratio=0.863),
+        dict(ratio=0.826, llf=True),
+        dict(const=(4, 51)),
+        dict(const=(4, 27), llf=True),
+    ],
     "3x": [dict(ratio=0.756), dict(ratio=0.656, llf=True)],
     "4x": [dict(ratio=0.65), dict(ratio=0.44, llf=True)],
 }
@@ -53,7 +68,9 @@ MAIN: dict[str, dict[str, Any]] = {
 TRAINED: dict[str, dict[str, Any]] = {}
 for baseline in BASELINES:
     for schedule in baseline.trained:
-        TRAINED[f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name] = SCHEDULED[schedule]
+        TRAINED[f"{baseline.name}, LLF" if "LLF" in schedule else baseline.name] = SCHEDULED[
+            schedule
+        ]
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "baselines": {
@@ -71,7 +88,9 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "last block": {
         "Cropr, LLF": DEC_LLF | CALIBRATED,
         "Cropr, LLF, host": DEC_LLF | CALIBRATED | dict(restore="track_parent"),
-        "Cropr, merging, LLF, host": DEC_LLF | CALIBRATED | dict(restore="track_parent", merge=True),
+        "Cropr, merging, LLF, host": DEC_LLF
+        | CALIBRATED
+        | dict(restore="track_parent", merge=True),
         "Cropr, LLF, last block 10x as fast": DEC_LLF | CALIBRATED | dict(last_block_lr_scale=10.0),
         "no pruning, last block 10x as fast": dict(last_block_lr_scale=10.0),
     },

@@ -1,7 +1,7 @@
 """Accuracy after fine-tuning a pretrained ViT-Ti on Tiny-ImageNet, one recipe for every method.
 
-python -m benchmarks.accuracy.classification --data FOLDER [--photos 1600] [--compare 1000] [--epochs 1]
-    [--seeds 2 3 4] [--cells main 2x ablations ...] [--device cpu] [--out FILE]
+python -m benchmarks.accuracy.classification --data FOLDER [--photos 1600] [--compare 1000]
+    [--epochs 1] [--seeds 2 3 4] [--cells main 2x ablations ...] [--device cpu] [--out FILE]
 
 FOLDER as in data.py. Each seed draws its photos: for training from the training split, for
 comparison from the validation split; all methods see the same photos in the same order. Methods
@@ -20,7 +20,16 @@ import torch
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.cells import CELLS
-from benchmarks.accuracy.data import DATA, TRAIN, VAL, WEIGHTS, Encoded, Photos, load_model, patches_in
+from benchmarks.accuracy.data import (
+    DATA,
+    TRAIN,
+    VAL,
+    WEIGHTS,
+    Encoded,
+    Photos,
+    load_model,
+    patches_in,
+)
 from benchmarks.baselines.learned import ReducedClassifier
 from benchmarks.baselines.modules import MODULES, replace_modules
 from benchmarks.baselines.network import Reduced
@@ -104,7 +113,10 @@ def run_cell(config: Config, name: str, data: Data) -> dict[str, Any]:
         metrics = train(config, folder, data=data, task=task)
     task = task.to("cpu").eval().requires_grad_(False)
     row = {"top-1": metrics["top-1"]} | ({"aux": metrics["aux"]} if "aux" in metrics else {})
-    return row | {"GFLOPs": count_gflops(task, data.val[0][0][None]), "in box": share_in_box(task, data.val)}
+    return row | {
+        "GFLOPs": count_gflops(task, data.val[0][0][None]),
+        "in box": share_in_box(task, data.val),
+    }
 
 
 def cells_of(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
@@ -116,7 +128,9 @@ def cells_of(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=1600)
     parser.add_argument("--compare", type=int, default=1000)
@@ -138,14 +152,23 @@ def main() -> None:
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
     env |= {name: getattr(options, name) for name in ("photos", "compare", "epochs", "batch", "lr")}
     results = Results(options.out, env, keys=("group", "seed", "method"))
-    for seed, seed_cells in itertools.groupby(results.remaining(cells_of(options)), key=lambda cell: cell[1]):
+    for seed, seed_cells in itertools.groupby(
+        results.remaining(cells_of(options)), key=lambda cell: cell[1]
+    ):
         path = options.data / DATA["Tiny-ImageNet"]
-        encoded = [Encoded(path, TRAIN, options.photos, seed), Encoded(path, VAL, options.compare, seed)]
+        encoded = [
+            Encoded(path, TRAIN, options.photos, seed),
+            Encoded(path, VAL, options.compare, seed),
+        ]
         for group, _, name in seed_cells:
             config = recipe(options, seed, CELLS[group][name])
             transforms = classification_transforms(config)
-            photos = [Photos(split, classes, transform) for split, transform in zip(encoded, transforms)]
-            row = {"group": group, "seed": seed, "method": name} | run_cell(config, name, Data(*photos, classes))
+            photos = [
+                Photos(split, classes, transform) for split, transform in zip(encoded, transforms)
+            ]
+            row = {"group": group, "seed": seed, "method": name} | run_cell(
+                config, name, Data(*photos, classes)
+            )
             results.add(row)
             print(row, flush=True)
 

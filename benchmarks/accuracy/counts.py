@@ -42,7 +42,9 @@ def rising_rate(layer: int) -> float:
     return sum(float(block**1.3) for block in range(1, layer + 1))
 
 
-def fitted(profile: Profile, goal: float, tokens: int, dim: int, modules: int, prefix: int = 1) -> list[int]:
+def fitted(
+    profile: Profile, goal: float, tokens: int, dim: int, modules: int, prefix: int = 1
+) -> list[int]:
     """Counts that fall by a multiple of `profile`, fitted to `goal` multiply-adds of all blocks.
 
     The first block sees all tokens. At least one patch stays.
@@ -52,16 +54,24 @@ def fitted(profile: Profile, goal: float, tokens: int, dim: int, modules: int, p
     """
 
     def counts(scale: float) -> list[int]:
-        return [max(round(tokens - scale * profile(layer + 1)), prefix + 1) for layer in range(modules)]
+        return [
+            max(round(tokens - scale * profile(layer + 1)), prefix + 1) for layer in range(modules)
+        ]
 
     low = 0.0
     high = float(tokens) / profile(1)
     if block_flops([tokens, *counts(high)], dim) > goal:
-        raise ValueError(f"fitted: {modules} modules cannot lower {tokens} tokens to {goal:.3g} multiply-adds")
+        raise ValueError(
+            f"fitted: {modules} modules cannot lower {tokens} tokens to {goal:.3g} multiply-adds"
+        )
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if block_flops([tokens, *counts(middle)], dim) > goal else (low, middle)
-    return min(counts(low), counts(high), key=lambda fit: abs(block_flops([tokens, *fit], dim) - goal))
+        low, high = (
+            (middle, high) if block_flops([tokens, *counts(middle)], dim) > goal else (low, middle)
+        )
+    return min(
+        counts(low), counts(high), key=lambda fit: abs(block_flops([tokens, *fit], dim) - goal)
+    )
 
 
 def reduce_once(block: int, kept: int, tokens: int, modules: int) -> list[int]:
@@ -69,13 +79,19 @@ def reduce_once(block: int, kept: int, tokens: int, modules: int) -> list[int]:
     return [tokens] * (block - 1) + [kept] * (modules - block + 1)
 
 
-def fitted_once(block: int, goal: float, tokens: int, dim: int, modules: int, prefix: int = 1) -> list[int]:
+def fitted_once(
+    block: int, goal: float, tokens: int, dim: int, modules: int, prefix: int = 1
+) -> list[int]:
     """Counts of `reduce_once` whose multiply-adds are nearest to the goal."""
-    candidates = (reduce_once(block, kept, tokens, modules) for kept in range(prefix + 1, tokens + 1))
+    candidates = (
+        reduce_once(block, kept, tokens, modules) for kept in range(prefix + 1, tokens + 1)
+    )
     return min(candidates, key=lambda counts: abs(block_flops([tokens, *counts], dim) - goal))
 
 
-def utilities(latency: Mapping[int, float], accuracy: Mapping[int, float], alpha: float = 0.5) -> dict[int, float]:
+def utilities(
+    latency: Mapping[int, float], accuracy: Mapping[int, float], alpha: float = 0.5
+) -> dict[int, float]:
     """Utility by number of tokens: alpha * latency saved + (1 - alpha) * accuracy.
 
     Both are relative to their maximum over all numbers. This is the utility of Pruning One More
@@ -83,10 +99,14 @@ def utilities(latency: Mapping[int, float], accuracy: Mapping[int, float], alpha
     """
     slowest = max(latency.values())
     best = max(accuracy.values())
-    return {n: alpha * (1 - latency[n] / slowest) + (1 - alpha) * accuracy[n] / best for n in latency}
+    return {
+        n: alpha * (1 - latency[n] / slowest) + (1 - alpha) * accuracy[n] / best for n in latency
+    }
 
 
-def one_more_token(latency: Mapping[int, float], accuracy: Mapping[int, float], alpha: float = 0.5) -> int:
+def one_more_token(
+    latency: Mapping[int, float], accuracy: Mapping[int, float], alpha: float = 0.5
+) -> int:
     """Number of tokens with the highest utility; the largest of several."""
     utility = utilities(latency, accuracy, alpha)
     return max(sorted(utility, reverse=True), key=utility.__getitem__)

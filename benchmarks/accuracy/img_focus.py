@@ -67,7 +67,9 @@ class SaliencyNet(nn.Module):
         grid = self.backbone.grid
         prefix = self.backbone.num_prefix_tokens
         low = self.head(tokens[:, prefix:].transpose(1, 2).unflatten(2, (grid, grid)))
-        return F.interpolate(low, size=[self.backbone.config.img_size] * 2, mode="bilinear")[:, 0].sigmoid()
+        return F.interpolate(low, size=[self.backbone.config.img_size] * 2, mode="bilinear")[
+            :, 0
+        ].sigmoid()
 
 
 def read_onnx(wheel: Path) -> bytes:
@@ -79,7 +81,9 @@ def read_onnx(wheel: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".onnx")]
         if len(names) != 1:
-            raise ValueError(f"read_onnx: {wheel} must hold one .onnx file, got {', '.join(names) or 'none'}")
+            raise ValueError(
+                f"read_onnx: {wheel} must hold one .onnx file, got {', '.join(names) or 'none'}"
+            )
         return archive.read(names[0])
 
 
@@ -87,17 +91,31 @@ def load_network(file: bytes) -> SaliencyNet:
     """Build the network of an ONNX file of this form, in eval mode, for the file's image size."""
     graph = import_optional("onnx", "export", REQUIRED_FOR).load_from_string(file).graph
     tensors = tensors_of(graph)
-    state = {name.removeprefix("decoder."): tensors.pop(name) for name in [*tensors] if name.startswith("decoder.")}
+    state = {
+        name.removeprefix("decoder."): tensors.pop(name)
+        for name in [*tensors]
+        if name.startswith("decoder.")
+    }
     depth = sum(name.startswith("upconv") and name.endswith("bias") for name in state)
-    head = Head([len(state["upconv1.weight"]), *(len(state[f"upconv{step}.bias"]) for step in range(1, depth + 1))])
+    head = Head(
+        [
+            len(state["upconv1.weight"]),
+            *(len(state[f"upconv{step}.bias"]) for step in range(1, depth + 1)),
+        ]
+    )
     head.load_state_dict(state)
-    return SaliencyNet(backbone_of(tensors, graph.input[0].type.tensor_type.shape.dim[2].dim_value), head).eval()
+    return SaliencyNet(
+        backbone_of(tensors, graph.input[0].type.tensor_type.shape.dim[2].dim_value), head
+    ).eval()
 
 
 def tensors_of(graph: Any) -> dict[str, Tensor]:
     """Initializers of a graph by name; linear layers get PyTorch's weight (out, in) and bias."""
     to_array = import_optional("onnx.numpy_helper", "export", REQUIRED_FOR).to_array
-    tensors = {initializer.name: torch.from_numpy(to_array(initializer).copy()) for initializer in graph.initializer}
+    tensors = {
+        initializer.name: torch.from_numpy(to_array(initializer).copy())
+        for initializer in graph.initializer
+    }
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         weight = next((products[name] for name in node.input if name in products), None)
@@ -115,7 +133,10 @@ def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
     state = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
     anonymous = [value for name, value in tensors.items() if name not in state]
     if sorted(value.ndim for value in anonymous) != [3, 3]:
-        raise ValueError(f"backbone_of: two tensors of positions must be without a name, got {len(anonymous)} tensors")
+        raise ValueError(
+            f"backbone_of: two tensors of positions must be without a name, got {len(anonymous)} "
+            "tensors"
+        )
     class_position, patch_positions = sorted(anonymous, key=lambda value: value.shape[1])
     state = {name.removeprefix("backbone."): value for name, value in state.items()}
     for pattern, vit_name in NAMES.items():
@@ -136,7 +157,8 @@ def backbone_of(tensors: dict[str, Tensor], side: int) -> ViT:
         num_heads=dim // 64,
         mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / dim,
         init_values=1.0,
-        global_pool="avg",  # the network has no pooling: queries are calibrated to the attention of all patches
+        # The network has no pooling: queries are calibrated to the attention of all patches
+        global_pool="avg",
         fc_norm=False,
     )
     vit = ViT(config)
@@ -166,7 +188,9 @@ def read_square(image: Any, side: int) -> Tensor:
     """Centre square of a Pillow image, (3, side, side) in [0, 1]: borders are easy to prune."""
     shorter = min(image.size)
     left, top = ((length - shorter) // 2 for length in image.size)
-    image = image.convert("RGB").resize((side, side), 3, box=(left, top, left + shorter, top + shorter))
+    image = image.convert("RGB").resize(
+        (side, side), 3, box=(left, top, left + shorter, top + shorter)
+    )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 

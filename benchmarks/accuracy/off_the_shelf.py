@@ -1,6 +1,7 @@
 """Token reduction without labels and training: agreement with the pretrained model, and speed.
 
-python -m benchmarks.accuracy.off_the_shelf --data FOLDER [--photos 400] [--seeds 5 6 7] [--rates 4 8 12 15] [--speed]
+python -m benchmarks.accuracy.off_the_shelf --data FOLDER [--photos 400] [--seeds 5 6 7] [--rates 4
+8 12 15] [--speed]
 
 FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as
 many for comparison from the validation split. --speed times every method instead (on an otherwise
@@ -18,7 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import agreement, calibrated, outputs, percent_equal, relative_error
+from benchmarks.accuracy.agreement import (
+    agreement,
+    calibrated,
+    outputs,
+    percent_equal,
+    relative_error,
+)
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.baselines.matching import CroprMerge
 from benchmarks.baselines.network import Reduced
@@ -35,7 +42,12 @@ MERGES = {
     "merge, sizes do not protect": cropr.Merge(size_weight=0),
 }
 # Cropr's merge step by step, with parts of it left out or replaced; slower than the engine.
-PLAIN: dict[str, Any] = {"checkerboard": False, "cost_weight": 0.0, "keep_norms": False, "size_exponent": 1.0}
+PLAIN: dict[str, Any] = {
+    "checkerboard": False,
+    "cost_weight": 0.0,
+    "keep_norms": False,
+    "size_exponent": 1.0,
+}
 EXPERIMENTS: dict[str, tuple[cropr.Merge, dict[str, Any]]] = {
     "merge, no checkerboard": (cropr.Merge(), {"checkerboard": False}),
     "merge, candidates by similarity alone": (cropr.Merge(), {"cost_weight": 0.0}),
@@ -75,22 +87,31 @@ def compare(options: argparse.Namespace, base: ViT, classes: list[str]) -> None:
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
     cells = itertools.product(DATA, options.seeds, options.rates, options.methods)
-    for (data, seed), seed_cells in itertools.groupby(results.remaining(cells), key=lambda cell: cell[:2]):
+    for (data, seed), seed_cells in itertools.groupby(
+        results.remaining(cells), key=lambda cell: cell[:2]
+    ):
         torch.manual_seed(seed)
         calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
         images, names = read_photos(options.data / DATA[data], VAL, options.photos, seed)
         target = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
-        has_labels = bool((target >= 0).all())  # the model's head knows the classes of Tiny-ImageNet alone
+        # The model's head knows the classes of Tiny-ImageNet alone
+        has_labels = bool((target >= 0).all())
         expected, expected_tokens = outputs(base, images)
         model = calibrated(base, calibration)
         for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
             _, _, rate, name = cell
             log_probs, tokens = outputs(build(base, model, name, rate), images)
             percent_agreed, divergence = agreement(log_probs, expected)
-            row = dict(zip(results.keys, cell)) | {"agreement": round(percent_agreed, 2), "KL": round(divergence, 4)}
-            if tokens is not None and expected_tokens is not None:  # the method covers all positions
+            row = dict(zip(results.keys, cell)) | {
+                "agreement": round(percent_agreed, 2),
+                "KL": round(divergence, 4),
+            }
+            # The method covers all positions
+            if tokens is not None and expected_tokens is not None:
                 prefix = base.num_prefix_tokens
-                row["features"] = round(relative_error(tokens[:, prefix:], expected_tokens[:, prefix:]), 4)
+                row["features"] = round(
+                    relative_error(tokens[:, prefix:], expected_tokens[:, prefix:]), 4
+                )
             if has_labels:
                 row["top-1"] = round(percent_equal(log_probs.argmax(1), target), 2)
                 row["top-1 unpruned"] = round(percent_equal(expected.argmax(1), target), 2)
@@ -100,22 +121,32 @@ def compare(options: argparse.Namespace, base: ViT, classes: list[str]) -> None:
 def speed(options: argparse.Namespace, base: ViT) -> None:
     """Time every method at every rate, interleaved, against the unpruned model on the engine."""
     model = calibrated(base, torch.randn(8, 3, 224, 224))
-    env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
+    env = environment("cpu") | {
+        "batch": options.batch,
+        "model": "vit_tiny_patch16_224",
+        "rounds": options.rounds,
+    }
     pairs = itertools.product(options.rates, options.methods)
     models = {(rate, name): build(base, model, name, rate) for rate, name in pairs}
     models[0, "unpruned"] = unpruned(base)
     times = timed(models, torch.randn(options.batch, 3, 224, 224), options.rounds)
     unpruned_times = times[0, "unpruned"]
-    rows = [{"rate": rate, "method": name, **speed_up(unpruned_times, times[rate, name])} for rate, name in times]
+    rows = [
+        {"rate": rate, "method": name, **speed_up(unpruned_times, times[rate, name])}
+        for rate, name in times
+    ]
     Results(options.out, env).replace(rows)
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])  # options were chosen on 0 to 4
+    # Options were chosen on 0 to 4
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
     parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--speed", action="store_true", help="measure time instead of agreement")

@@ -1,6 +1,7 @@
 """Restoring pruned tokens without training: variants of Last Layer Fusion off the shelf.
 
-python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12 14 15 17] [--speed]
+python -m benchmarks.accuracy.restoring --data FOLDER [--photos 300] [--seeds 2 3 4] [--rates 4 8 12
+14 15 17] [--speed]
 
 FOLDER as in data.py. Each seed draws its photos: for calibration from the training split, and as
 many for comparison from the validation split. Tokens are dropped or merged, by calibrated queries.
@@ -53,7 +54,9 @@ METHODS = {
     "2 hosts' change": Method(partial(restores.parent_changed, count=2)),
     "4 hosts' change": Method(partial(restores.parent_changed, count=4)),
     "host's change, host by keys": Method(partial(restores.parent_changed, keys=True)),
-    "host's change, host chosen anew at the last pruning": Method(lambda trunk: restores.parent_rechosen(trunk, -1)),
+    "host's change, host chosen anew at the last pruning": Method(
+        lambda trunk: restores.parent_rechosen(trunk, -1)
+    ),
     "host's change, host chosen anew at each pruning": Method(restores.parent_rechosen),
     "host's change, two last blocks": Method(restores.parent_changed, 2),
     "host's change, behind the last block": Method(restores.parent_changed, 0),
@@ -91,7 +94,9 @@ def read_seed(base: ViT, options: argparse.Namespace, data: str, seed: int) -> P
     images, _ = read_photos(path, VAL, options.photos, seed)
     queries = [module.query() for module in calibrated(base, calibration).cropr]
     tokens = torch.cat([base.forward_features(batch) for batch in images.split(BATCH)])
-    return Photos(calibration[:FITTED], images, base.forward_head(tokens), tokens[:, prefix:], queries)
+    return Photos(
+        calibration[:FITTED], images, base.forward_head(tokens), tokens[:, prefix:], queries
+    )
 
 
 def solve(base: ViT, photos: Photos, counts: list[int], merge: cropr.Merge | None) -> Tensor:
@@ -108,7 +113,9 @@ def solve(base: ViT, photos: Photos, counts: list[int], merge: cropr.Merge | Non
     return restores.channel_factors(trunks, expected)
 
 
-def run_method(base: ViT, departures: list[Departure], method: Method) -> tuple[Tensor, Tensor | None]:
+def run_method(
+    base: ViT, departures: list[Departure], method: Method
+) -> tuple[Tensor, Tensor | None]:
     """Logits, and the patch tokens after the last norm; None if some are missing."""
     prefix = base.num_prefix_tokens
     if method.restore is None:
@@ -140,7 +147,9 @@ def measure(
                 errors[name].append((features - expected).square().sum().item())
     variance = (photos.features - photos.features.mean((0, 1))).square().sum().item()
     for name, method in methods.items():
-        percent_agreed, divergence = agreement(torch.cat(logits[name]).log_softmax(1), photos.logits.log_softmax(1))
+        percent_agreed, divergence = agreement(
+            torch.cat(logits[name]).log_softmax(1), photos.logits.log_softmax(1)
+        )
         row = {"method": name, "agreement": round(percent_agreed, 2), "KL": round(divergence, 4)}
         if errors[name]:
             row["features"] = round(sum(errors[name]) / variance, 4)
@@ -163,16 +172,23 @@ def speed(options: argparse.Namespace, base: ViT) -> None:
         ratios = [a / b for a, b in zip(seconds, times[rate, tokens, "left"])]  # of the same round
         row = {"rate": rate, "tokens": tokens, "method": llf, **speed_up(plain, seconds)}
         rows.append(row | {"times left": round(quantile(ratios, 0.5), 4)})
-    env = environment("cpu") | {"batch": options.batch, "model": "vit_tiny_patch16_224", "rounds": options.rounds}
+    env = environment("cpu") | {
+        "batch": options.batch,
+        "model": "vit_tiny_patch16_224",
+        "rounds": options.rounds,
+    }
     Results(options.out, env).replace(rows)
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])  # options were chosen on 0 and 1
+    # Options were chosen on 0 and 1
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 14, 15, 17])
     parser.add_argument("--speed", action="store_true", help="measure time instead")
     parser.add_argument("--batch", type=int, default=8)
@@ -185,15 +201,20 @@ def main() -> None:
         return speed(options, base)
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "tokens", "method"))
-    candidates = METHODS | {SCALED: Method(restores.parent_changed)}  # measure() replaces the restore of SCALED
-    cells = results.remaining(itertools.product(DATA, options.seeds, options.rates, MERGES, candidates))
+    # measure() replaces the restore of SCALED
+    candidates = METHODS | {SCALED: Method(restores.parent_changed)}
+    cells = results.remaining(
+        itertools.product(DATA, options.seeds, options.rates, MERGES, candidates)
+    )
     for (data, seed), seed_cells in itertools.groupby(cells, key=lambda cell: cell[:2]):
         photos = read_seed(base, options, data, seed)
         groups = itertools.groupby(seed_cells, key=lambda cell: cell[2:4])
         for (rate, tokens), group in tqdm(groups, desc=f"{data}, seed {seed}", mininterval=5):
             methods = {name: candidates[name] for *_, name in group}
             cell = {"data": data, "seed": seed, "rate": rate, "tokens": tokens}
-            results.add(*(cell | row for row in measure(base, photos, rate, MERGES[tokens], methods)))
+            results.add(
+                *(cell | row for row in measure(base, photos, rate, MERGES[tokens], methods))
+            )
 
 
 if __name__ == "__main__":

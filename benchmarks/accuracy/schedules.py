@@ -1,7 +1,7 @@
 """Schedules at equal FLOPs or equal speed, without labels and training.
 
-python -m benchmarks.accuracy.schedules --data FOLDER --plan      first: chooses them, with latency measured here
-python -m benchmarks.accuracy.schedules --data FOLDER [--photos 400] [--seeds 5 6 7]
+python -m benchmarks.accuracy.schedules --data FOLDER --plan      first: chooses them, with latency
+measured here python -m benchmarks.accuracy.schedules --data FOLDER [--photos 400] [--seeds 5 6 7]
 python -m benchmarks.accuracy.schedules --data FOLDER --speed
 
 FOLDER as in data.py. --plan and --speed need an otherwise idle machine. The plan holds the counts
@@ -11,10 +11,13 @@ from the training split, and as many for comparison from the validation split. A
 resumes.
 
 Groups and schedules:
-  R = ...          at the FLOPs of a constant rate: constant, once (after block 4), tokens lost after block l as l^1.3,
-                   R_l as l^1.3; and tuned: `cropr.tune` for the speed of the constant rate in the plan's run
-  DiffRate, ...    its published counts, see counts.py, and the constant rate and l^1.3 at their FLOPs. DiffRate
-                   reduces between attention and MLP, in the last block too; Cropr after every block but the last
+  R = ...          at the FLOPs of a constant rate: constant, once (after block 4), tokens lost
+                   after block l as l^1.3, R_l as l^1.3; and tuned: `cropr.tune` for the speed of
+                   the constant rate in the plan's run
+  DiffRate, ...    its published counts, see counts.py, and the constant rate and l^1.3 at their
+  FLOPs. DiffRate
+                   reduces between attention and MLP, in the last block too; Cropr after every block
+                   but the last
   POMT, batch ...  Pruning One More Token, and the constant rate at its FLOPs
 
 From POMT (arXiv 2407.05941) and its code: prune once, in the fourth of twelve blocks; measure the
@@ -73,7 +76,9 @@ class Network:
 
     def fitted(self, profile: counting.Profile, keep: Sequence[int]) -> list[int]:
         """Counts with a loss profile, at the FLOPs of `keep`."""
-        return counting.fitted(profile, self.flops(keep), self.tokens, self.dim, self.modules, self.prefix)
+        return counting.fitted(
+            profile, self.flops(keep), self.tokens, self.dim, self.modules, self.prefix
+        )
 
     def constant(self, rate: int) -> list[int]:
         return cropr.Schedule(rate=rate).counts(self.tokens, self.depth, self.prefix)
@@ -89,16 +94,34 @@ def fixed_schedules(network: Network) -> Iterator[Row]:
         keep = network.constant(rate)
         goal = network.flops(keep)
         yield {"group": group, "schedule": "constant", "keep": keep}
-        counts = counting.fitted_once(ONCE_AFTER, goal, network.tokens, network.dim, network.modules, network.prefix)
+        counts = counting.fitted_once(
+            ONCE_AFTER, goal, network.tokens, network.dim, network.modules, network.prefix
+        )
         yield {"group": group, "schedule": "once", "keep": counts}
-        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.rising_total, keep)}
-        yield {"group": group, "schedule": "R_l as l^1.3", "keep": network.fitted(counting.rising_rate, keep)}
+        yield {
+            "group": group,
+            "schedule": "l^1.3",
+            "keep": network.fitted(counting.rising_total, keep),
+        }
+        yield {
+            "group": group,
+            "schedule": "R_l as l^1.3",
+            "keep": network.fitted(counting.rising_rate, keep),
+        }
     for (name, published), published_counts in counting.DIFFRATE.items():
         group = f"DiffRate, {name}, {published} GFLOPs"
         keep = counting.diffrate(published_counts)
         yield {"group": group, "schedule": "DiffRate", "keep": keep}
-        yield {"group": group, "schedule": "constant", "keep": network.fitted(counting.constant_rate, keep)}
-        yield {"group": group, "schedule": "l^1.3", "keep": network.fitted(counting.rising_total, keep)}
+        yield {
+            "group": group,
+            "schedule": "constant",
+            "keep": network.fitted(counting.constant_rate, keep),
+        }
+        yield {
+            "group": group,
+            "schedule": "l^1.3",
+            "keep": network.fitted(counting.rising_total, keep),
+        }
 
 
 def estimated_accuracy(base: ViT, images: Tensor, step: int) -> dict[int, float]:
@@ -109,7 +132,9 @@ def estimated_accuracy(base: ViT, images: Tensor, step: int) -> dict[int, float]
 
     def logits_at(batch: Tensor, n: int) -> Tensor:
         x, _ = base.embed(batch)
-        patches = torch.randperm(network.tokens - network.prefix, generator=generator)[: n - network.prefix]
+        patches = torch.randperm(network.tokens - network.prefix, generator=generator)[
+            : n - network.prefix
+        ]
         x = x[:, torch.cat([torch.arange(network.prefix), patches + network.prefix])]
         for block in base.blocks:
             x = block(x)
@@ -132,20 +157,31 @@ def build(base: ViT, model: Any, keep: Sequence[int], method: str) -> Any:
     return deploy(network, base)
 
 
-def tuned_schedules(options: argparse.Namespace, base: ViT, model: Any, images: Tensor) -> Iterator[Row]:
+def tuned_schedules(
+    options: argparse.Namespace, base: ViT, model: Any, images: Tensor
+) -> Iterator[Row]:
     """Yield `cropr.tune`'s schedule for the speed of each constant rate."""
     network = Network(base)
-    models = {f"R = {rate}": build(base, model, network.constant(rate), "dropping") for rate in RATES}
+    models = {
+        f"R = {rate}": build(base, model, network.constant(rate), "dropping") for rate in RATES
+    }
     times = timed(models | {"unpruned": unpruned(base)}, images, options.rounds)
     batch = len(images)
     for group in models:
         goal = speed_up(times["unpruned"], times[group])["speed-up"]
         tuned = cropr.tune(model, images, speedup=max(goal, 1.0), rounds=options.tune_rounds)
-        row = {"group": group, "schedule": f"tuned, batch {batch}", "keep": tuned.keep, "batch": batch}
+        row = {
+            "group": group,
+            "schedule": f"tuned, batch {batch}",
+            "keep": tuned.keep,
+            "batch": batch,
+        }
         yield row | {"goal": goal, "measured": round(tuned.measured, 3)}
 
 
-def pomt_schedules(seconds: dict[int, float], accuracy: dict[int, float], network: Network, batch: int) -> list[Row]:
+def pomt_schedules(
+    seconds: dict[int, float], accuracy: dict[int, float], network: Network, batch: int
+) -> list[Row]:
     """POMT's schedule by latency and accuracy, and the constant rate at its FLOPs."""
     kept = counting.one_more_token(seconds, accuracy)
     keep = network.reduce_once(kept)
@@ -162,16 +198,26 @@ def choose_schedules(options: argparse.Namespace, base: ViT) -> None:
     network = Network(base)
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     rows = [row | {"batch": None} for row in fixed_schedules(network)]
-    photos, _ = read_photos(options.data / DATA["Tiny-ImageNet"], TRAIN, options.estimate, CHOSEN_ON)
+    photos, _ = read_photos(
+        options.data / DATA["Tiny-ImageNet"], TRAIN, options.estimate, CHOSEN_ON
+    )
     accuracy = interpolate(estimated_accuracy(base, photos, 4), 1)
     token_counts = range(network.tokens, network.prefix, -options.step)
-    models_by_count = {n: build(base, model, [n] * network.modules, "dropping") for n in token_counts}
+    models_by_count = {
+        n: build(base, model, [n] * network.modules, "dropping") for n in token_counts
+    }
     for batch in options.batches:
         images = torch.randn(batch, 3, SIZE, SIZE)
         rows += tuned_schedules(options, base, model, images)
         times = timed(models_by_count, images, options.curve_rounds)
-        rows += pomt_schedules({n: quantile(times[n], 0.5) for n in times}, accuracy, network, batch)
-    env = environment("cpu") | {"model": "vit_tiny_patch16_224", "rounds": options.rounds, "photos": options.estimate}
+        rows += pomt_schedules(
+            {n: quantile(times[n], 0.5) for n in times}, accuracy, network, batch
+        )
+    env = environment("cpu") | {
+        "model": "vit_tiny_patch16_224",
+        "rounds": options.rounds,
+        "photos": options.estimate,
+    }
     groups = list(dict.fromkeys(row["group"] for row in rows))
     rows.sort(key=lambda row: groups.index(row["group"]))
     Results(options.planned, env).replace(rows)
@@ -188,20 +234,30 @@ def planned_cells(path: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
     cells = []
     for row in Results(path, {}, keys=("group", "schedule")).rows:
         rankings = (RANKED,) if row["schedule"] == "POMT" else ()
-        cells += [(row["group"], row["schedule"], tuple(row["keep"]), method) for method in (*MERGES, *rankings)]
+        cells += [
+            (row["group"], row["schedule"], tuple(row["keep"]), method)
+            for method in (*MERGES, *rankings)
+        ]
     return cells
 
 
 def compare(options: argparse.Namespace, base: ViT) -> None:
     """Compare every schedule and method with the unpruned model, on the photos of every seed."""
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
-    results = Results(options.out, env, keys=("data", "seed", "group", "schedule", "keep", "method"))
+    results = Results(
+        options.out, env, keys=("data", "seed", "group", "schedule", "keep", "method")
+    )
     image = torch.randn(1, 3, SIZE, SIZE)
     plan_cells = planned_cells(options.planned)
     unpruned_gflops = gflops(unpruned(base), image)
     flop_ratios: dict[Any, float] = {}
-    cells = ((data, seed, *cell) for data, seed, cell in itertools.product(DATA, options.seeds, plan_cells))
-    for (data, seed), seed_cells in itertools.groupby(results.remaining(cells), key=lambda cell: cell[:2]):
+    cells = (
+        (data, seed, *cell)
+        for data, seed, cell in itertools.product(DATA, options.seeds, plan_cells)
+    )
+    for (data, seed), seed_cells in itertools.groupby(
+        results.remaining(cells), key=lambda cell: cell[:2]
+    ):
         calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
         images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
         expected = log_probabilities(base, images)
@@ -221,7 +277,9 @@ def speed(options: argparse.Namespace, base: ViT) -> None:
     model = calibrated(base, torch.randn(8, 3, SIZE, SIZE))
     plan_cells = planned_cells(options.planned)
     rows = []
-    models: dict[Any, Any] = {cell: build(base, model, *cell[2:]) for cell in plan_cells} | {"unpruned": unpruned(base)}
+    models: dict[Any, Any] = {cell: build(base, model, *cell[2:]) for cell in plan_cells} | {
+        "unpruned": unpruned(base)
+    }
     for batch in options.batches:
         times = timed(models, torch.randn(batch, 3, SIZE, SIZE), options.rounds)
         plain = times.pop("unpruned")
@@ -234,18 +292,28 @@ def speed(options: argparse.Namespace, base: ViT) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--plan", action="store_true", help="choose the schedules")
     parser.add_argument("--speed", action="store_true", help="measure time instead of agreement")
     parser.add_argument("--photos", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of --plan and --speed")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8], help="of --plan and --speed"
+    )
     parser.add_argument("--rounds", type=int, default=50, help="of --plan and --speed")
     parser.add_argument("--tune-rounds", type=int, default=5, help="of --plan: those of cropr.tune")
-    parser.add_argument("--curve-rounds", type=int, default=9, help="of --plan: those of the latency curve")
-    parser.add_argument("--step", type=int, default=1, help="of --plan: between numbers of tokens of that curve")
-    parser.add_argument("--estimate", type=int, default=256, help="of --plan: photos on which accuracy is estimated")
+    parser.add_argument(
+        "--curve-rounds", type=int, default=9, help="of --plan: those of the latency curve"
+    )
+    parser.add_argument(
+        "--step", type=int, default=1, help="of --plan: between numbers of tokens of that curve"
+    )
+    parser.add_argument(
+        "--estimate", type=int, default=256, help="of --plan: photos on which accuracy is estimated"
+    )
     parser.add_argument("--planned", type=Path, default=RESULTS / "schedules_plan.json")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -44,7 +44,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 # The scorer that replaces the query, and the blocks (of 11) after which it does, at R = 14.
 REPLACED: dict[str, tuple[str, list[int]]] = {
     "dec, R = 14, attention top-k": ("attention top-k", [*range(11)]),
-    "dec, R = 14, attention top-k but for blocks 1 and 8": ("attention top-k", [1, 2, 3, 4, 5, 6, 8, 9, 10]),
+    "dec, R = 14, attention top-k but for blocks 1 and 8": (
+        "attention top-k",
+        [1, 2, 3, 4, 5, 6, 8, 9, 10],
+    ),
     "dec, R = 14, variance": ("variance", [*range(11)]),
     "dec, R = 14, variance but for blocks 3 to 8": ("variance", [0, 1, 8, 9, 10]),
     "dec, R = 14, random": ("random", [*range(11)]),
@@ -62,7 +65,9 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(ranks(a), ranks(b), dim=1)
 
 
-def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
+def scores_of(
+    base: Any, queries: list[Tensor], images: Tensor
+) -> list[tuple[dict[str, Tensor], Tensor]]:
     """For each block but the last: scores by scorer, and the attention patches receive later."""
     scores: list[dict[str, Tensor]] = []
     attended: list[Tensor] = []
@@ -77,7 +82,9 @@ def scores_of(base: Any, queries: list[Tensor], images: Tensor) -> list[tuple[di
             by_scorer |= {"variance": variance_scores(x)}
             patch_scores = {name: values[:, 1:] for name, values in by_scorer.items()}
             scores.append(patch_scores | {"random": torch.rand(len(x), 196)})
-    return [(scores[layer], torch.stack(attended[layer + 1 :]).mean(0)) for layer in range(len(scores))]
+    return [
+        (scores[layer], torch.stack(attended[layer + 1 :]).mean(0)) for layer in range(len(scores))
+    ]
 
 
 def measure_scores(base: ViT, model: Any, images: Tensor, inside: Tensor) -> list[Row]:
@@ -88,7 +95,9 @@ def measure_scores(base: ViT, model: Any, images: Tensor, inside: Tensor) -> lis
         for layer, (by_scorer, target) in enumerate(scores_of(base, queries, batch)):
             for name, scores in by_scorer.items():
                 share = box.gather(1, scores.topk(98, 1).indices).double().mean(1)
-                metrics.setdefault((name, layer), []).append(torch.stack([correlation(scores, target), share], 1))
+                metrics.setdefault((name, layer), []).append(
+                    torch.stack([correlation(scores, target), share], 1)
+                )
     rows = []
     for (name, layer), batches in metrics.items():
         rank, share = torch.cat(batches).mean(0).tolist()
@@ -124,7 +133,9 @@ def measure(options: argparse.Namespace, base: ViT, seed: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])

@@ -1,6 +1,7 @@
 """Ways back to a full map, by the same recipe: a pretrained ViT-Ti on street scenes (CamVid), mIoU.
 
-python -m benchmarks.accuracy.segmentation --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods ...] [--out FILE]
+python -m benchmarks.accuracy.segmentation --data FOLDER [--epochs 8] [--seeds 2 3 4] [--methods
+...] [--out FILE]
 
 FOLDER holds camvid/{train,trainannot,val,valannot} and the ViT-Ti of data.py. Photos are resized to
 240 x 180, and the network sees crops of 160 x 160, 100 patches. All methods drop 7 of them after
@@ -48,7 +49,9 @@ def shrink(source: Path, target: Path) -> None:
 
     for part in ("train", "trainannot", "val", "valannot"):
         (target / part).mkdir(parents=True)
-        resampling = Image.Resampling.NEAREST if part.endswith("annot") else Image.Resampling.BICUBIC
+        resampling = (
+            Image.Resampling.NEAREST if part.endswith("annot") else Image.Resampling.BICUBIC
+        )
         for path in sorted((source / part).iterdir()):
             with Image.open(path) as image:
                 image.resize(SIZE, resampling).save(target / part / f"{path.stem}.png")

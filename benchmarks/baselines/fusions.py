@@ -50,7 +50,10 @@ class Confident(Scorer):
         return self.head(self.norm(x))
 
     def query(self) -> Tensor:
-        raise TypeError("Confident: its scores are no product with a query; neither the engine nor merging can take it")
+        raise TypeError(
+            "Confident: its scores are no product with a query; neither the engine nor merging "
+            "can take it"
+        )
 
     def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, N, classes), with prefix, and scores (B, N), low for confident tokens."""
@@ -99,10 +102,18 @@ class Fusion(nn.Module):
     def __init__(self, fusion: str, dim: int, num_heads: int, patches: int):
         super().__init__()
         self.fusion = fusion
-        self.reader = CrossAttention(dim, num_heads, patches) if fusion.startswith("cross_attn") else None
-        self.block = Block(ViTConfig(embed_dim=dim, num_heads=num_heads), 0.0) if fusion == "mhsa_concat" else None
+        self.reader = (
+            CrossAttention(dim, num_heads, patches) if fusion.startswith("cross_attn") else None
+        )
+        self.block = (
+            Block(ViTConfig(embed_dim=dim, num_heads=num_heads), 0.0)
+            if fusion == "mhsa_concat"
+            else None
+        )
 
-    def forward(self, x: Tensor, pruned: PrunedTokens | None, norm: nn.Module, num_prefix: int) -> Tensor:
+    def forward(
+        self, x: Tensor, pruned: PrunedTokens | None, norm: nn.Module, num_prefix: int
+    ) -> Tensor:
         """Normed features (B, patches, D) from x (B, K, D) after the last block."""
         if pruned is not None and self.fusion != "cross_attn":
             x = restore_rows(x, pruned, pruned.tokens)
@@ -129,13 +140,25 @@ class FusedSegmenter(Segmenter):
         ValueError: fusion is unknown, or the backbone has Last Layer Fusion.
     """
 
-    def __init__(self, backbone: Any, num_classes: int, *, grid: tuple[int, int], fusion: str, ignore_index: int = 255):
+    def __init__(
+        self,
+        backbone: Any,
+        num_classes: int,
+        *,
+        grid: tuple[int, int],
+        fusion: str,
+        ignore_index: int = 255,
+    ):
         super().__init__(backbone, num_classes, grid=grid, ignore_index=ignore_index)
         if fusion not in OTHER_FUSIONS:
-            raise ValueError(f"FusedSegmenter: fusion must be one of {', '.join(OTHER_FUSIONS)}, got {fusion!r}")
+            raise ValueError(
+                f"FusedSegmenter: fusion must be one of {', '.join(OTHER_FUSIONS)}, got {fusion!r}"
+            )
         modules = require_pruned(backbone, "FusedSegmenter")
         if modules.config.llf:
-            raise ValueError("FusedSegmenter: the backbone must be pruned with llf=False, got llf=True")
+            raise ValueError(
+                "FusedSegmenter: the backbone must be pruned with llf=False, got llf=True"
+            )
         dim = backbone.embed_dim
         num_heads = backbone.blocks[0].attn.num_heads
         self.fuse = None if fusion == "dtop" else Fusion(fusion, dim, num_heads, grid[0] * grid[1])
@@ -158,7 +181,10 @@ class FusedSegmenter(Segmenter):
         logits = self.head(norm(x))
         if pruned is not None:
             pruned_by_layer = zip(state.pruned_idx, state.pruned_tokens)
-            early = torch.cat([backbone.cropr[layer].classify(tokens) for (layer, _), tokens in pruned_by_layer], 1)
+            early = torch.cat(
+                [backbone.cropr[layer].classify(tokens) for (layer, _), tokens in pruned_by_layer],
+                1,
+            )
             logits = restore_rows(logits, pruned, early.type_as(logits))
         return logits[:, prefix:], predictions_of_patches(state)
 

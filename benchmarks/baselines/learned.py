@@ -93,7 +93,9 @@ class Mixer(Reducer):
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         patches = x[:, num_prefix:]
         weights = self.log_weights(patches).softmax(-1)
-        return Reduction(torch.cat([x[:, :num_prefix], weights.type_as(x) @ patches], 1), weights=weights)
+        return Reduction(
+            torch.cat([x[:, :num_prefix], weights.type_as(x) @ patches], 1), weights=weights
+        )
 
 
 class SiT(Mixer, Distilled):
@@ -110,7 +112,10 @@ class SiT(Mixer, Distilled):
 
         def mlp(outputs: int) -> nn.Sequential:
             return nn.Sequential(
-                nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, outputs)
+                nn.LayerNorm(dim, eps=1e-6),
+                nn.Linear(dim, dim // 2),
+                nn.GELU(),
+                nn.Linear(dim // 2, outputs),
             )
 
         self.mlp = mlp(num_patches)
@@ -174,10 +179,16 @@ class ReducedClassifier(Classifier):
         ValueError: the method is distilled, and there is no teacher.
     """
 
-    def __init__(self, network: Reduced, smoothing: float = 0.0, *, teacher: nn.Module | None = None):
+    def __init__(
+        self, network: Reduced, smoothing: float = 0.0, *, teacher: nn.Module | None = None
+    ):
         super().__init__(network.backbone, smoothing)
         self.reducers = network.reducers
-        self.distilled = [str(layer) for layer, reducer in network.reducers.items() if isinstance(reducer, Distilled)]
+        self.distilled = [
+            str(layer)
+            for layer, reducer in network.reducers.items()
+            if isinstance(reducer, Distilled)
+        ]
         if self.distilled and teacher is None:
             name = type(network.reducers[self.distilled[0]]).__name__
             raise ValueError(f"ReducedClassifier: {name} is distilled, and there is no teacher")
@@ -201,10 +212,15 @@ class ReducedClassifier(Classifier):
                 teacher_log_probs = frozen.forward_head(expected).float().log_softmax(-1)
             last: Any = self.reducers[self.distilled[-1]]
             divergence = F.kl_div(
-                logits.float().log_softmax(-1), teacher_log_probs, reduction="batchmean", log_target=True
+                logits.float().log_softmax(-1),
+                teacher_log_probs,
+                reduction="batchmean",
+                log_target=True,
             )
             aux = aux + last.distillation.logits * divergence
-            aux = aux + last.distillation.tokens * last.token_loss(features, expected, backbone.num_prefix_tokens)
+            aux = aux + last.distillation.tokens * last.token_loss(
+                features, expected, backbone.num_prefix_tokens
+            )
         return {"main": main, "aux": aux}
 
     def predictions(self, images: Tensor) -> list[Tensor]:

@@ -36,12 +36,16 @@ class PiToMe(Reducer):
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         count = x.shape[1] - num_keep
         keys = unit_keys(context, num_prefix)
-        order = energy(keys, self.margin * (1 - context.depth)).argsort(dim=1, descending=True, stable=True)
+        order = energy(keys, self.margin * (1 - context.depth)).argsort(
+            dim=1, descending=True, stable=True
+        )
         may_merge = order.shape[1] if context.depth < 0.5 else 2 * count
         even, odd = order[:, :may_merge:2], order[:, 1:may_merge:2]
         similarity = ops.gather(keys, even) @ ops.gather(keys, odd).transpose(1, 2)
         protected = after_prefix(order[:, may_merge:], num_prefix)
-        return merge_matched(x, context, protected, even + num_prefix, odd + num_prefix, similarity, count)
+        return merge_matched(
+            x, context, protected, even + num_prefix, odd + num_prefix, similarity, count
+        )
 
 
 class ATM(Reducer):
@@ -83,7 +87,9 @@ class ATM(Reducer):
         gain = -ward(sizes.gather(1, source_idx), sizes.gather(1, target_idx)) * (1 - cosine)
         prefix_idx = after_prefix(order[:, :0], num_prefix)
         count = x.shape[1] - num_keep
-        return merge_matched(x, context, prefix_idx, source_idx + num_prefix, target_idx + num_prefix, gain, count)
+        return merge_matched(
+            x, context, prefix_idx, source_idx + num_prefix, target_idx + num_prefix, gain, count
+        )
 
 
 class CroprMerge(Reducer):
@@ -133,7 +139,9 @@ class CroprMerge(Reducer):
         priority = None
         if self.checkerboard:
             priority = checkerboard(x, (self.side, self.side), num_prefix)[self.merges % 2]
-            priority = priority if context.positions is None else priority.gather(1, context.positions)
+            priority = (
+                priority if context.positions is None else priority.gather(1, context.positions)
+            )
         num_targets = self.merge.num_targets(x.shape[1], num_keep, num_prefix)
         target_idx, candidate_idx = ops.select(scores, num_targets, num_prefix, priority)
         prefix_idx = target_idx[:, :num_prefix]
@@ -142,10 +150,19 @@ class CroprMerge(Reducer):
         loss = 1 - ops.gather(unit, candidate_idx) @ ops.gather(unit, target_idx).transpose(1, 2)
         if self.ward:
             loss = ward(sizes.gather(1, candidate_idx), sizes.gather(1, target_idx)) * loss
-        loss = loss * cost_scales(raw, scores, self.cost_weight, num_prefix).gather(1, candidate_idx).unsqueeze(2)
+        loss = loss * cost_scales(raw, scores, self.cost_weight, num_prefix).gather(
+            1, candidate_idx
+        ).unsqueeze(2)
         count = x.shape[1] - num_keep
         return merge_matched(
-            x, context, prefix_idx, candidate_idx, target_idx, -loss, count, keep_norms=self.keep_norms
+            x,
+            context,
+            prefix_idx,
+            candidate_idx,
+            target_idx,
+            -loss,
+            count,
+            keep_norms=self.keep_norms,
         )
 
 
@@ -203,7 +220,10 @@ def merge_matched(
         ValueError: count exceeds A.
     """
     if count > source_idx.shape[1]:
-        raise ValueError(f"of {x.shape[1]} tokens at most {source_idx.shape[1]} can merge into others, not {count}")
+        raise ValueError(
+            f"of {x.shape[1]} tokens at most {source_idx.shape[1]} can merge into others, not "
+            f"{count}"
+        )
     best, partner = similarity.max(2)
     staying, leaving = ops.select(-best.float(), source_idx.shape[1] - count, 0)
     kept = torch.cat([bystanders, source_idx.gather(1, staying), target_idx], 1)
@@ -212,7 +232,13 @@ def merge_matched(
 
 
 def absorb(
-    x: Tensor, context: Context, kept: Tensor, moved: Tensor, target: Tensor, *, keep_norms: bool = False
+    x: Tensor,
+    context: Context,
+    kept: Tensor,
+    moved: Tensor,
+    target: Tensor,
+    *,
+    keep_norms: bool = False,
 ) -> Reduction:
     """Merge tokens at `moved` (B, R) into those at `kept` (B, K), by means weighted with the sizes.
 
@@ -232,7 +258,9 @@ def absorb(
     means = tokens.scatter_add(1, target.unsqueeze(2).expand_as(moved_tokens), change)
     if keep_norms:
         means = means * (tokens.norm(dim=2) / means.norm(dim=2)).unsqueeze(2)
-    return Reduction(means, position_idx=kept, sizes=total, rows=lambda: rows_of(kept, moved, target))
+    return Reduction(
+        means, position_idx=kept, sizes=total, rows=lambda: rows_of(kept, moved, target)
+    )
 
 
 def rows_of(kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:

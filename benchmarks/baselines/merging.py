@@ -36,12 +36,17 @@ class ToMe(Reducer):
         limit = (tokens + 1) // 2 - (num_prefix + 1) // 2  # even patches
         if tokens - num_keep > limit:
             raise ValueError(
-                f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {limit} at most, not {tokens - num_keep}"
+                f"ToMe: {tokens} tokens, {num_prefix} of them prefix, can lose {limit} at most, "
+                f"not {tokens - num_keep}"
             )
-        return merge_pairs(x, context.require("keys").mean(1), context.sizes, tokens - num_keep, num_prefix)
+        return merge_pairs(
+            x, context.require("keys").mean(1), context.sizes, tokens - num_keep, num_prefix
+        )
 
 
-def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int) -> Reduction:
+def merge_pairs(
+    x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num_prefix: int
+) -> Reduction:
     """Merge `count` even tokens of x (B, N, D) into their most similar odd ones.
 
     Returns:
@@ -62,10 +67,14 @@ def merge_pairs(x: Tensor, metric: Tensor, sizes: Tensor | None, count: int, num
     mass = x * sizes.unsqueeze(-1).to(x.dtype)
     even, odd = mass[:, ::2], mass[:, 1::2]
     target = partner.gather(1, leaving)
-    odd = odd.scatter_add(1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), ops.gather(even, leaving))
+    odd = odd.scatter_add(
+        1, target.unsqueeze(-1).expand(-1, -1, x.shape[2]), ops.gather(even, leaving)
+    )
     odd_sizes = sizes[:, 1::2].scatter_add(1, target, sizes[:, ::2].gather(1, leaving))
     merged = torch.cat([mass[:, :num_prefix], ops.gather(even, staying), odd[:, odd_prefix:]], 1)
-    sizes = torch.cat([sizes[:, :num_prefix], sizes[:, ::2].gather(1, staying), odd_sizes[:, odd_prefix:]], 1)
+    sizes = torch.cat(
+        [sizes[:, :num_prefix], sizes[:, ::2].gather(1, staying), odd_sizes[:, odd_prefix:]], 1
+    )
     num_odd = odd.shape[1]
 
     def rows() -> Tensor:  # refers to indices only, so that no tokens stay in memory
@@ -100,8 +109,12 @@ class DPCKNN(Reducer):
         count = num_keep - num_prefix
         cluster = self.clusters(distances(patches) / dim**0.5, count)
         rows = (cluster + count * torch.arange(batch, device=x.device).unsqueeze(1)).flatten()
-        weight = torch.ones_like(patches[..., :1]) if self.score is None else self.score(patches).exp()
-        mass = x.new_zeros(batch * count, dim).index_add(0, rows, (patches * weight).flatten(0, 1).type_as(x))
+        weight = (
+            torch.ones_like(patches[..., :1]) if self.score is None else self.score(patches).exp()
+        )
+        mass = x.new_zeros(batch * count, dim).index_add(
+            0, rows, (patches * weight).flatten(0, 1).type_as(x)
+        )
         total = x.new_zeros(batch * count, 1).index_add(0, rows, weight.flatten(0, 1).type_as(x))
         means = torch.cat([prefix, (mass / total).unflatten(0, (batch, count))], 1)
         return Reduction(means, rows=lambda: after_prefix(cluster, num_prefix))
@@ -109,14 +122,19 @@ class DPCKNN(Reducer):
     def clusters(self, pairwise: Tensor, count: int) -> Tensor:
         """Cluster of each point, (B, N) in [0, count), from distances (B, N, N)."""
         batch, points, _ = pairwise.shape
-        near = pairwise.topk(min(self.neighbours + 1, points), dim=2, largest=False).values[:, :, 1:]  # 0: the point
+        # 0: the point
+        near = pairwise.topk(min(self.neighbours + 1, points), dim=2, largest=False).values[
+            :, :, 1:
+        ]
         density = -near.square().mean(2)  # logarithm: exp would be 0 for tokens far apart
         denser = density.unsqueeze(1) > density.unsqueeze(2)
         delta = pairwise.masked_fill(~denser, torch.inf).amin(2)
         delta = delta.where(delta.isfinite(), pairwise.amax(2))
         centres = (density + delta.log()).topk(count, dim=1).indices.sort(1).values
         cluster = ops.gather(pairwise, centres).argmin(1)
-        return cluster.scatter(1, centres, torch.arange(count, device=pairwise.device).expand(batch, -1))
+        return cluster.scatter(
+            1, centres, torch.arange(count, device=pairwise.device).expand(batch, -1)
+        )
 
 
 class ATC(Reducer):
@@ -143,10 +161,16 @@ class ATC(Reducer):
         cosine = (keys @ keys.transpose(1, 2)).flatten(1).index_select(1, row * patches + column)
         pairwise = (1 - cosine).double().cpu().numpy()
         clusters = [self.clusters(image, patches, x.shape[1] - num_keep) for image in pairwise]
-        kept, moved, target = (torch.from_numpy(np.stack(idx)).to(x.device) for idx in zip(*clusters))
-        return absorb(x, context, after_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix)
+        kept, moved, target = (
+            torch.from_numpy(np.stack(idx)).to(x.device) for idx in zip(*clusters)
+        )
+        return absorb(
+            x, context, after_prefix(kept, num_prefix), moved + num_prefix, target + num_prefix
+        )
 
-    def clusters(self, pairwise: np.ndarray, points: int, merges: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def clusters(
+        self, pairwise: np.ndarray, points: int, merges: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cluster points with distances (pairs,): first members, other members, clusters of the
         others.
 

@@ -30,7 +30,9 @@ class PruningModule(cropr.Scorer):
         return self.folded
 
 
-def replace_modules(model: Any, make: Callable[[Any, Any], nn.Module], layers: Sequence[int] | None = None) -> None:
+def replace_modules(
+    model: Any, make: Callable[[Any, Any], nn.Module], layers: Sequence[int] | None = None
+) -> None:
     """Replace the Cropr modules of `layers` (default: all) by make(module, the block before it)."""
     for layer in range(len(model.cropr)) if layers is None else layers:
         model.cropr[layer] = make(model.cropr[layer], model.blocks[layer])
@@ -100,9 +102,16 @@ class PublishedMultiHead(PruningModule):
         self.register_buffer("q", attention.q_proj(module.queries.detach()).detach())
 
     def forward(self, x: Tensor, num_keep: int, num_prefix: int = 0, *_: Any) -> cropr.Split:
-        q, k = (part.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for part in (self.q, self.k_proj(x)))
+        q, k = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+            for part in (self.q, self.k_proj(x))
+        )
         scores = (q @ k.transpose(2, 3)).sum((1, 2)).float()
         return cropr.Split(*ops.split(x, scores, num_keep, num_prefix))
 
 
-MODULES: dict[str, type[PruningModule]] = {"random": Random, "variance": Variance, "attention top-k": AttentionTopK}
+MODULES: dict[str, type[PruningModule]] = {
+    "random": Random,
+    "variance": Variance,
+    "attention top-k": AttentionTopK,
+}

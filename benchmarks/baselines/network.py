@@ -16,7 +16,8 @@ from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr
 Requirement = Literal["attention", "class row", "keys", "values", "patches", "update"]
-_PADDING_SIZE = 1e-30  # replaces a size of 0, so that its logarithm is finite; the attention weight is 0 all the same
+# Replaces a size of 0, so that its logarithm is finite; the attention weight is 0 all the same
+_PADDING_SIZE = 1e-30
 
 
 class Context(NamedTuple):
@@ -28,9 +29,11 @@ class Context(NamedTuple):
     values: Tensor | None = None  # (B, H, N, C)
     patches: Tensor | None = None  # the result of `Reducer.prepare`
     positions: Tensor | None = None  # (B, N), in the image; None: as in the sequence
-    sizes: Tensor | None = None  # (B, N) float32: number of tokens merged into each, 0 for padding; None: one each
+    # (B, N) float32: number of tokens merged into each, 0 for padding; None: one each
+    sizes: Tensor | None = None
     log_sizes: Tensor | None = None  # (B, N) float32, if attention weighs tokens by their sizes
-    active: Tensor | None = None  # (B, N) of 0 and 1, with gradient, if training masks tokens and drops none
+    # (B, N) of 0 and 1, with gradient, if training masks tokens and drops none
+    active: Tensor | None = None
     update: Tensor | None = None  # (B, N, D), added to the tokens by the MLP
     depth: float = 0.0  # share of all blocks that comes before this one
 
@@ -51,13 +54,16 @@ class Reduction(NamedTuple):
 
     tokens: Tensor  # (B, K, D)
     idx: Tensor | None = None  # (B, K): their input rows, if tokens are not mixed
-    pruned: tuple[Tensor, Tensor] | None = None  # pruned tokens (B, N - K, D) and their rows, if requested
+    # Pruned tokens (B, N - K, D) and their rows, if requested
+    pruned: tuple[Tensor, Tensor] | None = None
     weights: Tensor | None = None  # (B, K - P, N - P) that mixed the patch tokens, if known
     sizes: Tensor | None = None  # (B, K), as in Context
     active: Tensor | None = None  # (B, N), as in Context
     loss: Tensor | None = None  # added to the loss of the network
-    rows: Callable[[], Tensor] | None = None  # lazy (B, N): the output row of each token; None: some have none
-    position_idx: Tensor | None = None  # (B, K): the input rows whose positions mixed tokens take, if known
+    # Lazy (B, N): the output row of each token; None: some have none
+    rows: Callable[[], Tensor] | None = None
+    # (B, K): the input rows whose positions mixed tokens take, if known
+    position_idx: Tensor | None = None
 
 
 class Features(NamedTuple):
@@ -114,7 +120,8 @@ class Selector(Reducer):
         return Reduction(ops.gather(x, kept_idx), kept_idx)
 
 
-Make = Callable[[int, int, int], Reducer]  # width D, patches kept, all patches -> the reducer of one layer
+# Width D, patches kept, all patches -> the reducer of one layer
+Make = Callable[[int, int, int], Reducer]
 
 
 class Reduced(nn.Module):
@@ -135,7 +142,9 @@ class Reduced(nn.Module):
     def __init__(self, backbone: Any, make: Make, counts: Sequence[int], *, llf: bool = False):
         super().__init__()
         if not isinstance(backbone, ViT):
-            raise TypeError(f"Reduced: the backbone must be the reference ViT, got {type(backbone).__name__}")
+            raise TypeError(
+                f"Reduced: the backbone must be the reference ViT, got {type(backbone).__name__}"
+            )
         self.backbone = backbone
         self.counts = list(counts)
         self.llf = llf
@@ -150,7 +159,9 @@ class Reduced(nn.Module):
             if "class row" in reducer.needs and not backbone.config.class_token:
                 raise ValueError(f"{name} needs a class token, and the model has none")
             if llf and not isinstance(reducer, Selector):
-                raise ValueError(f"{name} mixes tokens: they cannot come back for Last Layer Fusion")
+                raise ValueError(
+                    f"{name} mixes tokens: they cannot come back for Last Layer Fusion"
+                )
             if isinstance(reducer, Selector):
                 reducer.returns_pruned = llf
             self.reducers[str(layer)] = reducer
@@ -171,10 +182,14 @@ class Reduced(nn.Module):
         reducers: Any = dict(self.reducers.items())
         patch_users = [reducer for reducer in reducers.values() if "patches" in reducer.needs]
         side = backbone.config.patch_size
-        context = Context(patches=patch_users[0].prepare(patches_of(images, side)) if patch_users else None)
+        context = Context(
+            patches=patch_users[0].prepare(patches_of(images, side)) if patch_users else None
+        )
         for layer, block in enumerate(backbone.blocks):
             if pruned and layer == len(backbone.blocks) - 1:
-                x = ops.restore(x, context.positions, *(torch.cat(parts, 1) for parts in zip(*pruned)))
+                x = ops.restore(
+                    x, context.positions, *(torch.cat(parts, 1) for parts in zip(*pruned))
+                )
                 rope = table
                 context = Context()
                 rows = []
@@ -183,14 +198,18 @@ class Reduced(nn.Module):
                 x = block(x, rope=rope)
                 continue
             context = context._replace(depth=layer / len(backbone.blocks))
-            x, reduction = run_block(block, x, rope, prefix, context, reducer, self.counts[layer] if reducer else 0)
+            x, reduction = run_block(
+                block, x, rope, prefix, context, reducer, self.counts[layer] if reducer else 0
+            )
             if reduction is None:
                 continue
             rows.append(reduction.rows)
             if reduction.loss is not None:
                 losses.append(reduction.loss)
             if reduction.idx is None and table is not None:
-                raise ValueError(f"{type(reducer).__name__} mixes tokens: they have no rotary positions")
+                raise ValueError(
+                    f"{type(reducer).__name__} mixes tokens: they have no rotary positions"
+                )
             if reduction.pruned is not None:
                 tokens, idx = reduction.pruned
                 pruned.append((tokens, positions_at(context.positions, idx)))
@@ -216,8 +235,12 @@ def advance(context: Context, reducer: Reducer, reduction: Reduction) -> Context
     log_sizes = None
     if sizes is not None and reducer.proportional:
         log_sizes = sizes.clamp_min(_PADDING_SIZE).log() * reducer.size_exponent
-    positions = positions_at(context.positions, reduction.position_idx if reduction.idx is None else reduction.idx)
-    return context._replace(positions=positions, sizes=sizes, log_sizes=log_sizes, active=reduction.active)
+    positions = positions_at(
+        context.positions, reduction.position_idx if reduction.idx is None else reduction.idx
+    )
+    return context._replace(
+        positions=positions, sizes=sizes, log_sizes=log_sizes, active=reduction.active
+    )
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:
@@ -240,7 +263,9 @@ def run_block(
         q, k = rotate(q, rope, num_prefix), rotate(k, rope, num_prefix)
     needs = frozenset() if reducer is None else reducer.needs
     reduction = None
-    attention = attention_of(q, k, context) if "attention" in needs or context.active is not None else None
+    attention = (
+        attention_of(q, k, context) if "attention" in needs or context.active is not None else None
+    )
     if reducer is not None:
         row = attention_of(q[:, :, :1], k, context)[:, :, 0] if "class row" in needs else None
         context = context._replace(
@@ -253,9 +278,19 @@ def run_block(
             reduction = reducer(x, context, num_keep, num_prefix)
             x = reduction.tokens
             if reduction.idx is None:
-                raise ValueError(f"{type(reducer).__name__} acts before the attention, and mixes tokens")
-            q = gather_rows(q.transpose(1, 2).flatten(2), reduction.idx).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
-    heads = proportional_attention(q, k, v, context.log_sizes) if attention is None else attention.type_as(v) @ v
+                raise ValueError(
+                    f"{type(reducer).__name__} acts before the attention, and mixes tokens"
+                )
+            q = (
+                gather_rows(q.transpose(1, 2).flatten(2), reduction.idx)
+                .unflatten(2, (q.shape[1], -1))
+                .transpose(1, 2)
+            )
+    heads = (
+        proportional_attention(q, k, v, context.log_sizes)
+        if attention is None
+        else attention.type_as(v) @ v
+    )
     x = x + block.drop_path1(block.ls1(block.attn.proj(heads.transpose(1, 2).flatten(2))))
     if reducer is not None and reducer.insertion_point == "attention":
         reduction = reducer(x, context, num_keep, num_prefix)
@@ -271,7 +306,11 @@ def run_block(
 
 def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
     """Rows of x (B, N, C) at idx (B, K); idx may repeat, unlike for `cropr::gather`'s gradient."""
-    return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[2])) if x.requires_grad else ops.gather(x, idx)
+    return (
+        x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        if x.requires_grad
+        else ops.gather(x, idx)
+    )
 
 
 def attention_of(q: Tensor, k: Tensor, context: Context) -> Tensor:

@@ -75,6 +75,8 @@ def check(x: Tensor, query: Tensor, keep: int) -> None:
     if not bool((lowest + slack >= highest).all()):
         raise RuntimeError("a pruned token scores higher than a kept one")
     for baseline in (published, sort_and_index_select):
-        agreeing = torch.isin(baseline(x.float(), query.float(), keep)[1][0], kept_idx[0]).double().mean()
+        agreeing = (
+            torch.isin(baseline(x.float(), query.float(), keep)[1][0], kept_idx[0]).double().mean()
+        )
         if agreeing < 0.99:
             raise RuntimeError(f"{baseline.__name__} keeps other tokens: only {agreeing:.3f} agree")

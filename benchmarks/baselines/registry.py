@@ -28,10 +28,21 @@ from benchmarks.baselines.selection import (
 Schedule = Literal["dec, LLF", "dec", "const", "const, LLF"]  # in the order of the table
 # By depth. The paper's rate at 24 blocks; at 12 the rates at which the accuracy benchmarks train.
 SCHEDULES: dict[int, dict[Schedule, dict[str, Any]]] = {
-    12: {"dec": {"rate": 14}, "dec, LLF": {"rate": 17}, "const": {"const": (4, 79)}, "const, LLF": {"const": (4, 60)}},
-    24: {"dec": {"rate": 8}, "dec, LLF": {"rate": 8}, "const": {"const": (8, 79)}, "const, LLF": {"const": (8, 79)}},
+    12: {
+        "dec": {"rate": 14},
+        "dec, LLF": {"rate": 17},
+        "const": {"const": (4, 79)},
+        "const, LLF": {"const": (4, 60)},
+    },
+    24: {
+        "dec": {"rate": 8},
+        "dec, LLF": {"rate": 8},
+        "const": {"const": (8, 79)},
+        "const, LLF": {"const": (8, 79)},
+    },
 }
-Figures = tuple[float, float]  # published: accuracy, thousands of images a second (ViT-L, ImageNet-1k)
+# published: accuracy, thousands of images a second (ViT-L, ImageNet-1k)
+Figures = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,12 @@ class Baseline:
     # a single block, mostly with its own parameters
     category: Literal["pruning", "merging", "learned", "once"]
     keeps: str  # description of the kept tokens, for the page
-    timed: dict[Schedule, Figures | None] = field(default_factory=dict)  # schedules to time, with published figures
+    # Schedules to time, with published figures
+    timed: dict[Schedule, Figures | None] = field(default_factory=dict)
     trained: tuple[Schedule, ...] = ()  # schedules to train besides Cropr
     trained_as: str | None = None  # the baseline trained instead
-    on_host: bool = False  # clusters on the CPU: too slow to time on a GPU at the batches that fill one
+    # Clusters on the CPU: too slow to time on a GPU at the batches that fill one
+    on_host: bool = False
     variant: bool = False  # of the baseline before it: neither plotted nor listed by itself
 
 
@@ -96,7 +109,8 @@ BASELINES = (
         "ATS",
         lambda dim, kept, patches: ATS(),
         "pruning",
-        "samples of the cumulated significance (attention of the class token x norm of the value); a different number "
+        "samples of the cumulated significance (attention of the class token x norm of the "
+        "value); a different number "
         "in each image, at most the schedule's",
         timed={"dec": (83.9, 0.49)},
         trained_as="ATS, trimmed",
@@ -186,7 +200,8 @@ BASELINES = (
         "ATM",
         lambda dim, kept, patches: ATM(),
         "merging",
-        "the most similar, smaller ones first, merge in pairs; late in the network small ones into large ones",
+        "the most similar, smaller ones first, merge in pairs; late in the network small ones "
+        "into large ones",
         timed={"dec": None},
         trained=("dec",),
     ),

@@ -56,7 +56,11 @@ def run_block(block: Any, x: Tensor, sizes: Tensor | None = None) -> tuple[Tenso
 
 
 def run_trunk(
-    model: Any, queries: Sequence[Tensor], images: Tensor, counts: Sequence[int], merge: Merge | None = None
+    model: Any,
+    queries: Sequence[Tensor],
+    images: Tensor,
+    counts: Sequence[int],
+    merge: Merge | None = None,
 ) -> list[Departure]:
     """Run all blocks but the last of the reference ViT, keeping counts[l] tokens after block l.
 
@@ -80,14 +84,27 @@ def run_trunk(
         if merge is None:
             kept_idx, idx = (active.gather(1, part) for part in ops.select(scores, count, prefix))
         else:
-            scores = size_adjusted_scores(scores, sizes.gather(1, active), merge.size_weight, prefix)
+            scores = size_adjusted_scores(
+                scores, sizes.gather(1, active), merge.size_weight, prefix
+            )
             priority = colours[len(departures) % 2].gather(1, active)
-            split = ops.select(scores, merge.num_targets(rows.shape[1], count, prefix), prefix, priority)
+            split = ops.select(
+                scores, merge.num_targets(rows.shape[1], count, prefix), prefix, priority
+            )
             target_idx, candidate_idx = (active.gather(1, part) for part in split)
-            cost_scale = torch.ones_like(sizes).scatter(1, active, cost_scales(raw_scores, scores, COST_WEIGHT, prefix))
+            cost_scale = torch.ones_like(sizes).scatter(
+                1, active, cost_scales(raw_scores, scores, COST_WEIGHT, prefix)
+            )
             after = before.clone()
             kept_idx, idx, _ = ops.merge_(
-                after, target_idx, candidate_idx, sizes, parent, count, prefix, cost_scale=cost_scale
+                after,
+                target_idx,
+                candidate_idx,
+                sizes,
+                parent,
+                count,
+                prefix,
+                cost_scale=cost_scale,
             )
             target = parent.gather(1, idx)
         keys = with_rows(keys.new_zeros(batch, tokens, keys.shape[2]), active, keys)
@@ -131,7 +148,11 @@ def run_last(model: Any, departures: list[Departure]) -> Tensor:
     sizes = None
     if last.target is not None:
         rows = roots(departures)
-        sizes = torch.zeros(rows.shape).scatter_add(1, rows, torch.ones(rows.shape)).gather(1, last.kept_idx)
+        sizes = (
+            torch.zeros(rows.shape)
+            .scatter_add(1, rows, torch.ones(rows.shape))
+            .gather(1, last.kept_idx)
+        )
     kept, _ = run_block(model.blocks[-1], ops.gather(last.after, last.kept_idx), sizes)
     return with_rows(last.after, last.kept_idx, kept)
 
@@ -157,7 +178,9 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
 
 
-def parents(departure: Departure, num_prefix: int, count: int = 1, *, keys: bool = False) -> tuple[Tensor, Tensor]:
+def parents(
+    departure: Departure, num_prefix: int, count: int = 1, *, keys: bool = False
+) -> tuple[Tensor, Tensor]:
     """Positions (B, R, count) of the kept patches most similar to each pruned token, and weights.
 
     Similarity is the cosine of the tokens when pruned, or of their keys; weights are its softmax
@@ -223,7 +246,9 @@ def parent_rechosen(trunk: Trunk, first: int = 0) -> Tensor:
     departures = trunk.departures
     prefix = trunk.num_prefix
     start = parent_changed(Trunk(departures[first].before, departures[:first], prefix))
-    absent = torch.cat([departure.idx for departure in departures[:first]] or [departures[0].idx[:, :0]], 1)
+    absent = torch.cat(
+        [departure.idx for departure in departures[:first]] or [departures[0].idx[:, :0]], 1
+    )
     restored = ops.gather(start, absent)
     parent = absent[:, :0]
     chosen_rows = start[:, :0]  # of the parents, when they were chosen
@@ -233,8 +258,12 @@ def parent_rechosen(trunk: Trunk, first: int = 0) -> Tensor:
         absent = torch.cat([absent, departure.idx], 1)
         restored = torch.cat([restored, ops.gather(departure.before, departure.idx)], 1)
         patches = departure.kept_idx[:, prefix:]
-        parent = patches.gather(1, cosines(restored, ops.gather(departure.after, patches)).argmax(2))
+        parent = patches.gather(
+            1, cosines(restored, ops.gather(departure.after, patches)).argmax(2)
+        )
         if departure.target is not None:
-            parent = torch.cat([parent[:, : parent.shape[1] - departure.target.shape[1]], departure.target], 1)
+            parent = torch.cat(
+                [parent[:, : parent.shape[1] - departure.target.shape[1]], departure.target], 1
+            )
         chosen_rows = ops.gather(departure.after, parent)
     return with_rows(trunk.x, absent, restored + ops.gather(trunk.x, parent) - chosen_rows)

@@ -18,7 +18,9 @@ class NonSalientCropr(Cropr):
     def query(self) -> Tensor:
         return -super().query()
 
-    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def predict(
+        self, x: Tensor, log_sizes: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         prediction, scores = super().predict(x, log_sizes)
         return prediction, None if scores is None else -scores
 
@@ -29,7 +31,9 @@ class SamplingCropr(Cropr):
     A token's logit is its mean over the queries. In eval the highest scores are kept.
     """
 
-    def predict(self, x: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def predict(
+        self, x: Tensor, log_sizes: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         prediction, scores = super().predict(x, log_sizes)
         if self.training:  # Gumbel noise makes the top K a sample without replacement
             scores = ops.scores(x.detach(), self.query()) if scores is None else scores
@@ -70,9 +74,15 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attend from queries (M, D) to x (B, N, D), with bias (B, 1, 1, N) on the logits."""
-        projections = (self.q_proj(queries).expand(x.shape[0], -1, -1), self.k_proj(x), self.v_proj(x))
+        projections = (
+            self.q_proj(queries).expand(x.shape[0], -1, -1),
+            self.k_proj(x),
+            self.v_proj(x),
+        )
         q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in projections)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        )
 
     def fold(self, queries: Tensor) -> Tensor:
         """Fold queries into one (D,), float32, for the sum of logits over queries and heads."""
@@ -103,10 +113,19 @@ class MultiHeadCropr(Cropr):
 
     aggregator: MultiHeadAggregator
 
-    def __init__(self, dim: int, num_outputs: int, num_queries: int = 1, mlp_ratio: float = 4.0, *, num_heads: int):
+    def __init__(
+        self,
+        dim: int,
+        num_outputs: int,
+        num_queries: int = 1,
+        mlp_ratio: float = 4.0,
+        *,
+        num_heads: int,
+    ):
         if num_heads < 1 or dim % num_heads or num_outputs < 1:
             raise ValueError(
-                f"MultiHeadCropr: num_heads must divide dim={dim}, and num_outputs be >= 1 so that its projections "
+                f"MultiHeadCropr: num_heads must divide dim={dim}, and num_outputs be >= 1 so "
+                "that its projections "
                 f"learn, got num_heads={num_heads}, num_outputs={num_outputs}"
             )
         super().__init__(dim, num_outputs, num_queries, mlp_ratio)

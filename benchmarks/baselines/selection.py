@@ -93,7 +93,9 @@ class SAINT(Selector):
         similar = cosine >= self.threshold
         count = similar.sum(2)
         mean = (cosine * similar).sum(2) / count.clamp_min(1)
-        redundancy = torch.where(count > 0, count * (10 * (mean - self.threshold)).exp(), cosine.mean(2))
+        redundancy = torch.where(
+            count > 0, count * (10 * (mean - self.threshold)).exp(), cosine.mean(2)
+        )
         scores = torch.full_like(x[..., 0], torch.inf, dtype=torch.float32)
         scores[:, num_prefix::2] = -redundancy.float()
         return scores
@@ -138,8 +140,12 @@ class POMT(Reducer):
     insertion_point = "attention"
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        received = context.require("attention").detach()[:, :, num_prefix:].amax(1).sum(1)[:, num_prefix:]
-        values = context.require("values").detach().float().amax(1).sum(-1).softmax(1)[:, num_prefix:]
+        received = (
+            context.require("attention").detach()[:, :, num_prefix:].amax(1).sum(1)[:, num_prefix:]
+        )
+        values = (
+            context.require("values").detach().float().amax(1).sum(-1).softmax(1)[:, num_prefix:]
+        )
         scores = F.pad(received.float() / received.amax(1, keepdim=True) + values, (num_prefix, 0))
         kept_idx, pruned_idx = ops.select(scores, num_keep - 1, num_prefix)
         mean = ops.gather(x, pruned_idx).mean(1, keepdim=True)
@@ -165,7 +171,9 @@ class ATS(Reducer):
         self.trim = trim
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
-        head = (context.require("class_row") * context.require("values").float().norm(dim=-1))[:, :, num_prefix:]
+        head = (context.require("class_row") * context.require("values").float().norm(dim=-1))[
+            :, :, num_prefix:
+        ]
         score = (head / head.sum(-1, keepdim=True)).sum(1).detach()
         cumulated = score.cumsum(1)
         count = num_keep - num_prefix
@@ -217,11 +225,15 @@ class KMedoids(Reducer):
         cluster_idx = torch.arange(count, device=pairwise.device).expand(batch, -1)
         point_idx = torch.arange(points, device=pairwise.device).expand(batch, -1)
         for _ in range(self.rounds):
-            cluster = ops.gather(pairwise, medoids).argmin(1)  # distances are symmetric: rows are faster to fetch
-            cluster.scatter_(1, medoids, cluster_idx)  # only among equal tokens would it not belong to itself anyway
+            # Distances are symmetric: rows are faster to fetch
+            cluster = ops.gather(pairwise, medoids).argmin(1)
+            # Only among equal tokens would it not belong to itself anyway
+            cluster.scatter_(1, medoids, cluster_idx)
             same_cluster = cluster.unsqueeze(2) == cluster.unsqueeze(1)
             cost = (torch.where(same_cluster, pairwise, 0.0) @ weight.unsqueeze(2)).squeeze(2)
-            least = cost.new_full((batch, count), torch.inf).scatter_reduce(1, cluster, cost, "amin")
+            least = cost.new_full((batch, count), torch.inf).scatter_reduce(
+                1, cluster, cost, "amin"
+            )
             best = point_idx.masked_fill(cost > least.gather(1, cluster), points)
             medoids = torch.full_like(medoids, points).scatter_reduce(1, cluster, best, "amin")
         return medoids

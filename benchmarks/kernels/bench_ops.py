@@ -38,7 +38,9 @@ PRUNE = {
 }
 
 
-@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]}-{'x'.join(map(str, cell[1]))}-{str(cell[2])[6:]}")
+@pytest.fixture(
+    params=CELLS, ids=lambda cell: f"{cell[0]}-{'x'.join(map(str, cell[1]))}-{str(cell[2])[6:]}"
+)
 def cell(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, int]:
     device, shape, dtype = request.param
     if device == "cuda" and not torch.cuda.is_available():
@@ -89,7 +91,8 @@ def test_parts(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], nam
 
 
 @pytest.mark.parametrize(
-    "name", ["merge_", "parent_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"]
+    "name",
+    ["merge_", "parent_offsets_", "gather_norm", "add_", "add_norm_", "add_select_", "rotate_"],
 )
 def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], name: str) -> None:
     x, query, keep = cell
@@ -101,11 +104,20 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         weight = torch.ones_like(x[0, 0])
         bias = torch.zeros_like(x[0, 0])
         table = torch.zeros(n, 128, device=x.device)
-        table[:, 64:] = 1.0  # rotation by zero and update of zero: repeated calls do not change the values
+        # Rotation by zero and update of zero: repeated calls do not change the values
+        table[:, 64:] = 1.0
         sizes = torch.ones(batch, n, device=x.device)
         parent = torch.arange(n, device=x.device).repeat(batch, 1)
         args: dict[str, tuple[Any, ...]] = {
-            "merge_": (x, idx[:, : keep - 16], idx[:, keep - 16 :], sizes, parent, keep - 8, PREFIX),
+            "merge_": (
+                x,
+                idx[:, : keep - 16],
+                idx[:, keep - 16 :],
+                sizes,
+                parent,
+                keep - 8,
+                PREFIX,
+            ),
             "parent_offsets_": (x, idx[:, : keep - 8], idx[:, keep - 8 :], parent, PREFIX),
             "gather_norm": (x, idx, weight, bias, 1e-6),
             "add_": (x, idx, update, None),
@@ -118,7 +130,8 @@ def test_stream(benchmark: Any, cell: tuple[torch.Tensor, torch.Tensor, int], na
         result = getattr(ops, name)(*op_args)
         expected = getattr(reference, name)(*reference_args)
         if name == "parent_offsets_":
-            assert (op_args[3] == reference_args[3]).double().mean() > 0.99  # parents of near-ties may differ
+            # Parents of near-ties may differ
+            assert (op_args[3] == reference_args[3]).double().mean() > 0.99
         elif name == "merge_":
             assert (result[0] == expected[0]).double().mean() > 0.9
             assert torch.equal(result[2].sum(1), expected[2].sum(1))

@@ -1,6 +1,7 @@
 """Speed of selection, the engine's stream, merging and attention on a CUDA GPU.
 
-python -m benchmarks.kernels.kernels_gpu [--out benchmarks/results/gpu_kernels.json] [--device cpu --rounds 3]
+python -m benchmarks.kernels.kernels_gpu [--out benchmarks/results/gpu_kernels.json] [--device cpu
+--rounds 3]
 
 An interrupted run resumes with the same --out.
 
@@ -36,7 +37,9 @@ KEYS = ("kernel", "shape", "dtype", "L2")
 def timed(calls: Calls, inputs: list[Tensor], rounds: int) -> Row:
     """Microseconds of one call of each function: medians with p10 and p90."""
     if inputs[0].is_cuda:
-        times = replay({name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds)
+        times = replay(
+            {name: capture(call, inputs) for name, call in calls.items()}, len(inputs), rounds
+        )
     else:
         times = clocked(calls, inputs, rounds)
     row: Row = {}
@@ -71,7 +74,9 @@ def selection(shape: tuple[int, int], device: str, rounds: int) -> Row:
     return {"kernel": "select", "shape": list(shape)} | timed(calls, [scores] * 4, rounds)
 
 
-def require_same_stream(x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], query: Tensor, keep: int) -> Tensor:
+def require_same_stream(
+    x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], query: Tensor, keep: int
+) -> Tensor:
     """Check add_select_, gather_norm and restore by their definitions; return the kept positions.
 
     Args:
@@ -95,7 +100,9 @@ def require_same_stream(x: Tensor, update: Tensor, norm: tuple[Tensor, Tensor], 
     return idx
 
 
-def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int) -> Row:
+def stream(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: bool, rounds: int
+) -> Row:
     """Time the end of a block with and without pruning, restore, and concatenation."""
     batch, n, dim = shape
     keep = num_keep(n)
@@ -116,7 +123,9 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
     num_targets = cropr.Merge().num_targets(n, keep, 1)
 
     def merging(y: Tensor) -> Tensor:
-        split = ops.add_select_(y, None, update, None, query, num_targets, 1, sizes, 2.0, None, cost_scale, COST_WEIGHT)
+        split = ops.add_select_(
+            y, None, update, None, query, num_targets, 1, sizes, 2.0, None, cost_scale, COST_WEIGHT
+        )
         chosen, _, _ = ops.merge_(y, *split, sizes, parent, keep, 1, False, cost_scale)
         sizes.fill_(1.0)
         return ops.gather_norm(y, chosen, weight, bias, 1e-6)
@@ -129,17 +138,28 @@ def stream(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cold: b
         "add_select_ + gather_norm": pruning,
         "add_select_ + merge_ + gather_norm": merging,
         "fill of sizes": lambda y: sizes.fill_(1.0),
-        "torch add + layer_norm": lambda y: torch.layer_norm(y.add_(update), (dim,), weight, bias, 1e-6),
+        "torch add + layer_norm": lambda y: torch.layer_norm(
+            y.add_(update), (dim,), weight, bias, 1e-6
+        ),
         "copy of x": lambda y: y.clone(),
         "restore": lambda y: ops.restore(*split),
         "concatenation": lambda y: torch.cat([split[0], split[2]], 1),
     }
-    row: Row = {"kernel": "stream", "shape": list(shape), "dtype": name_of(dtype), "L2": "cold" if cold else "hot"}
+    row: Row = {
+        "kernel": "stream",
+        "shape": list(shape),
+        "dtype": name_of(dtype),
+        "L2": "cold" if cold else "hot",
+    }
     row |= timed(calls, copies(x, cold), rounds)
-    row["marginal cost of pruning, us"] = round(row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3)
+    row["marginal cost of pruning, us"] = round(
+        row["add_select_ + gather_norm, us"] - row["add_norm_, us"], 3
+    )
     merging_us = row["add_select_ + merge_ + gather_norm, us"] - row["fill of sizes, us"]
     row["merging over pruning, us"] = round(merging_us - row["add_select_ + gather_norm, us"], 3)
-    row["marginal cost / copy of x"] = round(row["marginal cost of pruning, us"] / row["copy of x, us"], 4)
+    row["marginal cost / copy of x"] = round(
+        row["marginal cost of pruning, us"] / row["copy of x, us"], 4
+    )
     return row
 
 
@@ -151,13 +171,19 @@ def require_same_merge(x: Tensor, query: Tensor, num_targets: int, keep: int) ->
     expected = reference.merge(x.float(), *split, sizes, keep, 1)
     require((merged[1] == expected[1]).double().mean().item() > 0.99, "merge, kept tokens")
     equal_rows = (merged[4] == expected[4]).all(1)
-    require(torch.allclose(merged[0][equal_rows], expected[0][equal_rows], rtol=1e-4, atol=1e-4), "merge, merged rows")
+    require(
+        torch.allclose(merged[0][equal_rows], expected[0][equal_rows], rtol=1e-4, atol=1e-4),
+        "merge, merged rows",
+    )
     kept_norms = ops.gather(x.float(), merged[1]).norm(dim=2)
     require(torch.allclose(merged[0].norm(dim=2), kept_norms, rtol=1e-4), "merge, norms")
 
 
-def sized_attention(batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
-    """Time proportional attention: log(size) as a dimension, a bias, or FlexAttention's score_mod."""
+def sized_attention(
+    batch: int, heads: int, n: int, width: int, dtype: torch.dtype, device: str, rounds: int
+) -> Row:
+    """Time proportional attention: log(size) as a dimension, a bias, or FlexAttention's
+    score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
     qkv = torch.randn(3, batch, heads, n, width, device=device).to(dtype)
@@ -176,15 +202,23 @@ def sized_attention(batch: int, heads: int, n: int, width: int, dtype: torch.dty
         flex = torch.compile(flex_attention)
         calls["flex"] = lambda t: flex(*t.unbind(0), score_mod=add_size)
     for name in set(calls) - {"plain"}:
-        require((calls[name](qkv).double() - exact).abs().max().item() < 0.05, f"attention by {name}")
-    row: Row = {"kernel": "sized attention", "shape": [batch, heads, n, width], "dtype": name_of(dtype)}
+        require(
+            (calls[name](qkv).double() - exact).abs().max().item() < 0.05, f"attention by {name}"
+        )
+    row: Row = {
+        "kernel": "sized attention",
+        "shape": [batch, heads, n, width],
+        "dtype": name_of(dtype),
+    }
     row |= timed(calls, [qkv] * 2, rounds)
     for name in set(calls) - {"plain"}:
         row[f"{name} / plain"] = round(row[f"{name}, us"] / row["plain, us"], 3)
     return row
 
 
-def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
+def attention(
+    batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: str, rounds: int
+) -> Row:
     """Time the training aggregator, forward and backward, and measure its memory for backward."""
     x = torch.randn(batch, n, dim, device=device).to(dtype)
     queries = torch.randn(m, dim, device=device).to(dtype).requires_grad_()
@@ -195,7 +229,9 @@ def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: 
         return torch.softmax(scale * (queries @ tokens.transpose(1, 2)), -1) @ tokens
 
     def sdpa(tokens: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(queries.expand(batch, -1, -1), tokens, tokens)
+        return torch.nn.functional.scaled_dot_product_attention(
+            queries.expand(batch, -1, -1), tokens, tokens
+        )
 
     def cropr_attend(tokens: Tensor) -> Tensor:
         return ops.attend_scores(tokens, queries, scale)[0]
@@ -218,7 +254,9 @@ def attention(batch: int, m: int, n: int, dim: int, dtype: torch.dtype, device: 
         for name, attend in (("attend", cropr_attend), ("torch", torch_attend)):
             allocated = torch.cuda.memory_allocated()
             kept = attend(x)
-            row[f"{name}, saved MiB"] = round((torch.cuda.memory_allocated() - allocated - kept.nbytes) / 2**20, 1)
+            row[f"{name}, saved MiB"] = round(
+                (torch.cuda.memory_allocated() - allocated - kept.nbytes) / 2**20, 1
+            )
             del kept
     return row
 
@@ -238,11 +276,15 @@ def cells_of(device: str, rounds: int) -> list[tuple[Any, ...]]:
     cells: list[tuple[Any, ...]] = []
     for shape in selections:
         cells.append(("select", shape, None, None, partial(selection, shape, device, rounds)))
-    for shape, dtype, level in itertools.product(streams, (half, torch.float16, torch.float32), ("cold", "hot")):
+    for shape, dtype, level in itertools.product(
+        streams, (half, torch.float16, torch.float32), ("cold", "hot")
+    ):
         measure = partial(stream, shape, dtype, device, level == "cold", rounds)
         cells.append(("stream", shape, name_of(dtype), level, measure))
     for shape in attends:
-        cells.append(("attend", shape, half_name, None, partial(attention, *shape, half, device, rounds)))
+        cells.append(
+            ("attend", shape, half_name, None, partial(attention, *shape, half, device, rounds))
+        )
     for shape in heads:
         measure = partial(sized_attention, *shape, half, device, rounds)
         cells.append(("sized attention", shape, half_name, None, measure))
@@ -250,7 +292,9 @@ def cells_of(device: str, rounds: int) -> list[tuple[Any, ...]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.json")
@@ -261,7 +305,9 @@ def main() -> None:
     results = Results(options.out, environment(device), KEYS)
     for *_, measure in results.remaining(cells_of(device, options.rounds)):
         results.add(measure())
-        print({key: value for key, value in results.rows[-1].items() if "p10" not in key}, flush=True)
+        print(
+            {key: value for key, value in results.rows[-1].items() if "p10" not in key}, flush=True
+        )
 
 
 if __name__ == "__main__":

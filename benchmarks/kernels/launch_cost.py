@@ -38,9 +38,15 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return {
         "gather_norm": (residual.gather_norm, (x, idx, weight, bias, 1e-6)),
         "add_norm_": (residual.add_norm_, (x, idx, rows, gamma, weight, bias, 1e-6)),
-        "add_select_": (residual.add_select_, (x, idx, rows, gamma, torch.randn(dim), keep, 1, None, 0.0, None)),
+        "add_select_": (
+            residual.add_select_,
+            (x, idx, rows, gamma, torch.randn(dim), keep, 1, None, 0.0, None),
+        ),
         "merge_": (merge.merge_, (x, target_idx, candidate_idx, sizes, parent, keep, 1)),
-        "parent_offsets_": (parent_offsets.parent_offsets_, (x, target_idx, candidate_idx, parent, 1)),
+        "parent_offsets_": (
+            parent_offsets.parent_offsets_,
+            (x, target_idx, candidate_idx, parent, 1),
+        ),
         "add_parents": (parent_offsets.add_parents, (x, parent)),
         "rotate_": (residual.rotate_, (heads, table, None, 1, False)),
         "prune": (prune.prune, (x, torch.randn(dim), keep, 1, None)),
@@ -55,7 +61,9 @@ def microseconds(call: Callable[..., Any], args: tuple[Any, ...], count: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--calls", type=int, default=100, help="of each op in a round")
     parser.add_argument("--out", type=Path, default=RESULTS / "launch_cost.json")
@@ -65,7 +73,11 @@ def main() -> None:
     norm = torch.nn.functional.layer_norm
     weight = torch.randn(384).bfloat16()
     token = (torch.randn(1, 384).bfloat16(), (384,), weight, weight)
-    with tempfile.TemporaryDirectory() as folder, mock_cuda(Path(folder)) as cuda, torch.inference_mode():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock_cuda(Path(folder)) as cuda,
+        torch.inference_mode(),
+    ):
         for name, (launcher, args) in calls().items():
             op = getattr(cuda.ops, name)
             with cuda.recording() as launched:
@@ -80,10 +92,14 @@ def main() -> None:
             for _ in range(options.rounds):
                 for side, call in sides.items():
                     best[side] = min(best[side], microseconds(*call, options.calls))
-            row = {"op": name} | {side: round(best[side] / best["norm"], 2) for side in ("triton", "plan")}
+            row = {"op": name} | {
+                side: round(best[side] / best["norm"], 2) for side in ("triton", "plan")
+            }
             results.replace([*(row for row in results.rows if row["op"] != name), row])
             print(
-                f"{name:12} through Triton {row['triton']:6.1f}   plan {row['plan']:5.2f}   of a layer_norm", flush=True
+                f"{name:12} through Triton {row['triton']:6.1f}   plan {row['plan']:5.2f}   of a "
+                "layer_norm",
+                flush=True,
             )
 
 

@@ -19,7 +19,8 @@ from cropr_kernels.pruning.api import deployed_copy
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 TYPES = ["float32", "float64", "bfloat16", "float16"]
-WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]  # of Vision Transformers with published weights
+# Of Vision Transformers with published weights
+WIDTHS = [192, 384, 768, 1024, 1152, 1280, 1408, 1536, 1664]
 # Sides of the grid of patches: 197, 577 and 1025 tokens have keys in registers, 9217 do not.
 SIDES = [14, 24, 32, 96]
 _NUMBERS = {"scale": 0.03, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.25}
@@ -48,10 +49,16 @@ class Launch(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """Constants of the kernel by name."""
         values = dict(zip(self.kernel.arg_names, self.args)) | self.options
-        return {parameter.name: values[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr}
+        return {
+            parameter.name: values[parameter.name]
+            for parameter in self.kernel.params
+            if parameter.is_constexpr
+        }
 
     def __str__(self) -> str:
-        return " ".join([self.kernel.__name__, *(f"{name}={value}" for name, value in self.constants.items())])
+        return " ".join(
+            [self.kernel.__name__, *(f"{name}={value}" for name, value in self.constants.items())]
+        )
 
 
 @contextmanager
@@ -102,7 +109,12 @@ def _run_engine(dtype: torch.dtype, width: int, side: int) -> None:
         images = torch.empty(2, 3, 16 * side, 16 * side, dtype=dtype)
         protect, padding = (torch.empty(2, side, side, dtype=torch.bool) for _ in range(2))
         for architecture, norm, pruning in _MODELS:
-            sizes = {"img_size": 16 * side, "embed_dim": width, "num_heads": width // 64, "depth": 3}
+            sizes = {
+                "img_size": 16 * side,
+                "embed_dim": width,
+                "num_heads": width // 64,
+                "depth": 3,
+            }
             model = ViT(ViTConfig(num_classes=10, **sizes, **architecture))
             for block in model.blocks:
                 block.norm1, block.norm2 = norm(width), norm(width)

@@ -48,7 +48,12 @@ def blocks_a_processor(compiled: Any, usage: dict[str, int]) -> int:
     registers = -(-usage["REG"] // 8) * 8 * threads
     memory = (_SHARED_KIB.get(architecture, 99) + 1) << 10
     max_threads = 2048 if architecture in _SHARED_KIB else 1536
-    return min((1 << 16) // registers, max_threads // threads, memory // (compiled.metadata.shared + 1024), 32)
+    return min(
+        (1 << 16) // registers,
+        max_threads // threads,
+        memory // (compiled.metadata.shared + 1024),
+        32,
+    )
 
 
 def problems(launch: Launch, compiled: Any) -> list[str]:
@@ -62,7 +67,9 @@ def problems(launch: Launch, compiled: Any) -> list[str]:
         messages.append("it rounds float32 to TF32")
     limit = _SHARED_KIB.get(compiled.metadata.target.arch, 99)
     if compiled.metadata.shared > limit << 10:
-        messages.append(f"{compiled.metadata.shared} bytes of shared memory, a block may have {limit} KiB")
+        messages.append(
+            f"{compiled.metadata.shared} bytes of shared memory, a block may have {limit} KiB"
+        )
     usage = resources(compiled)
     if usage["REG"] * threads > 1 << 16:
         messages.append(f"{threads} threads of {usage['REG']} registers do not fit a processor")
@@ -71,14 +78,18 @@ def problems(launch: Launch, compiled: Any) -> list[str]:
 
 def _counter_problems(ptx: str) -> list[str]:
     """A counter of finished programs must publish all stores before any thread continues."""
-    events = re.findall(r"\b(bar\.sync|atom\.[\w.:]+|red\.[\w.:]+|(?:ld|st)\.global[\w.:]*|cp\.async\.c[\w.]+)", ptx)
+    events = re.findall(
+        r"\b(bar\.sync|atom\.[\w.:]+|red\.[\w.:]+|(?:ld|st)\.global[\w.:]*|cp\.async\.c[\w.]+)", ptx
+    )
     messages = []
     for i, event in enumerate(events):
         if event.startswith(("atom", "red")) and ".add.u32" in event:
             if event != "atom.global.gpu.acq_rel.add.u32":
                 messages.append(f"a counter without acquire and release for the whole GPU: {event}")
             if events[i - 1 : i + 2 : 2] != ["bar.sync"] * 2:
-                messages.append(f"a counter without a barrier on both sides: {events[max(i - 1, 0) : i + 2]}")
+                messages.append(
+                    f"a counter without a barrier on both sides: {events[max(i - 1, 0) : i + 2]}"
+                )
     return messages
 
 
@@ -102,9 +113,15 @@ def _in_place_problems(launch: Launch, compiled: Any) -> list[str]:
         else:
             in_place |= {memory} & {loaded for loaded, _ in pending}
             if (memory, False) in pending and compiled.metadata.num_warps > 1:
-                messages.append(f"no barrier between a load by several warps and the store through {pointer_type}")
+                messages.append(
+                    "no barrier between a load by several warps and the store through "
+                    f"{pointer_type}"
+                )
     stages = (_accesses(launch, compiled.asm["ttir"]), accesses)
-    before, after = (sum(access == "load" and memory in in_place for access, memory, _ in stage) for stage in stages)
+    before, after = (
+        sum(access == "load" and memory in in_place for access, memory, _ in stage)
+        for stage in stages
+    )
     if before != after:
         messages.append(f"{before} loads of memory that changes in place have become {after}")
     return messages
@@ -123,7 +140,8 @@ def _accesses(launch: Launch, code: str) -> Iterator[tuple[str, Any, str]]:
     }
     for line in code.splitlines():
         for name, origin in re.findall(r"(%[\w.]+) = (?:tt\.\w+ |ttg\.\w+ )?(%[\w.]+)", line):
-            memory[name] = memory.get(origin)  # a pointer derives from the first operand of its definition
+            # A pointer derives from the first operand of its definition
+            memory[name] = memory.get(origin)
         access = re.search(r"tt\.(load|store) (%[\w.]+).* : (.*?)(?: loc|$)", line)
         if access:
             yield access[1], memory[access[2]], access[3]
@@ -144,7 +162,9 @@ def _one_thread_each(type: str, layouts: dict[str, str]) -> bool:
     names = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
     per_thread, lanes, warps = (map(int, parts[name].split(",")) for name in names)
     shape = map(int, tensor[1].split("x"))
-    return all(math.prod(factors) <= size for size, *factors in zip(shape, per_thread, lanes, warps))
+    return all(
+        math.prod(factors) <= size for size, *factors in zip(shape, per_thread, lanes, warps)
+    )
 
 
 def narrow_rows(launch: Launch, compiled: Any) -> list[str]:
@@ -156,19 +176,36 @@ def narrow_rows(launch: Launch, compiled: Any) -> list[str]:
         return []
     missing: Counter[tuple[str, int]] = Counter()
     ptx = compiled.asm["ptx"]
-    tiles = re.findall(r"tt\.(load|store) %.* : tensor<(\d+x\d+)x!tt\.ptr<[a-z]+(\d+)>", compiled.asm["ttgir"])
+    tiles = re.findall(
+        r"tt\.(load|store) %.* : tensor<(\d+x\d+)x!tt\.ptr<[a-z]+(\d+)>", compiled.asm["ttgir"]
+    )
     for access, shape, bits in tiles:
-        size = math.prod(map(int, shape.split("x"))) * int(bits) // 8 // (32 * compiled.metadata.num_warps)
+        size = (
+            math.prod(map(int, shape.split("x")))
+            * int(bits)
+            // 8
+            // (32 * compiled.metadata.num_warps)
+        )
         missing[access, min(size, 16)] += max(size // 16, 1)
     for access, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.c\w)?(?:\.v(\d))?\.b(\d+)", ptx):
         missing[{"ld": "load", "st": "store"}[access], int(vector or 1) * int(bits) // 8] -= 1
-    return [f"{count} times no {access} of {size} bytes" for (access, size), count in missing.items() if count > 0]
+    return [
+        f"{count} times no {access} of {size} bytes"
+        for (access, size), count in missing.items()
+        if count > 0
+    ]
 
 
 def sum_order(compiled: Any) -> list[str]:
     """Layouts of all sums and products of floats: they decide the order of the terms."""
     code = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.M))
-    sums = re.findall(r'"tt\.reduce"\(.*?<\{(.*?)\}>(?:.*\n){2} .*arith\.addf(?:.*\n){2} *\}\) : \((.*?)\) ->', code)
+    sums = re.findall(
+        r'"tt\.reduce"\(.*?<\{(.*?)\}>(?:.*\n){2} .*arith\.addf(?:.*\n){2} *\}\) : \((.*?)\) ->',
+        code,
+    )
     dots = re.findall(r"(tt\.dot|ttng\.warp_group_dot) .* -> (tensor<.*?>)(?: loc|$)", code, re.M)
-    return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), " ".join(names)) for names in sums + dots]
+    return [
+        re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), " ".join(names))
+        for names in sums + dots
+    ]

@@ -33,8 +33,8 @@ static int error = 0;
 void mock_set_hook(Hook value) { hook = value; }
 void mock_set_error(int value) { error = value; }
 struct Config { unsigned grid[3], block[3], shared; };
-int cuLaunchKernel(void* f, unsigned x, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned shared,
-                   void*, void** parameters, void**) {
+int cuLaunchKernel(void* f, unsigned x, unsigned, unsigned, unsigned threads, unsigned, unsigned,
+                   unsigned shared, void*, void** parameters, void**) {
   if (hook) hook(f, x, threads, shared, parameters);
   return error;
 }
@@ -42,8 +42,14 @@ int cuLaunchKernelEx(const Config* c, void* f, void** parameters, void**) {
   if (hook) hook(f, c->grid[0], c->block[0], c->shared, parameters);
   return 0;
 }
-int cuMemsetD8Async(void* to, unsigned char value, size_t bytes, void*) { std::memset(to, value, bytes); return 0; }
-int cuPointerGetAttribute(void* to, int, size_t address) { std::memcpy(to, &address, sizeof address); return 0; }
+int cuMemsetD8Async(void* to, unsigned char value, size_t bytes, void*) {
+  std::memset(to, value, bytes);
+  return 0;
+}
+int cuPointerGetAttribute(void* to, int, size_t address) {
+  std::memcpy(to, &address, sizeof address);
+  return 0;
+}
 int cuModuleGetFunction(size_t* f, void*, const char*) { *f = ++functions; return 0; }
 int cuDeviceGetAttribute(int* value, int, int) { *value = 232448; return 0; }
 int cuFuncGetAttribute(int* value, int, void*) { *value = 1024; return 0; }
@@ -51,8 +57,9 @@ int cuGetErrorString(int, const char** text) { *text = "an error of the mock dri
 """
 # Symbols that Triton's launcher links against and never calls here.
 _UNUSED = """
-    cuInit cuDeviceGet cuDeviceGetCount cuDriverGetVersion cuCtxGetCurrent cuCtxSetCurrent cuCtxGetDevice cuCtxGetLimit
-    cuCtxSetLimit cuDevicePrimaryCtxRetain cuModuleLoadData cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig
+    cuInit cuDeviceGet cuDeviceGetCount cuDriverGetVersion cuCtxGetCurrent cuCtxSetCurrent
+    cuCtxGetDevice cuCtxGetLimit cuCtxSetLimit cuDevicePrimaryCtxRetain cuModuleLoadData
+    cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig
     cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled cuTensorMapEncodeIm2col
 """
 
@@ -71,10 +78,13 @@ def build(folder: Path) -> ctypes.CDLL:
     """Compile the driver, and load it as libcuda.so.1."""
     source = folder / "mock.cpp"
     library = folder / "libcuda.so.1"
-    source.write_text(_SOURCE + "".join(f"int {name}(...) {{ return 0; }}\n" for name in _UNUSED.split()) + "}\n")
+    source.write_text(
+        _SOURCE + "".join(f"int {name}(...) {{ return 0; }}\n" for name in _UNUSED.split()) + "}\n"
+    )
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", "-o", library, source], check=True
+        [compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", "-o", library, source],
+        check=True,
     )
     return ctypes.CDLL(str(library))
 
@@ -96,7 +106,12 @@ class MockCuda:
         self.launched: list[MockLaunch] = []
         self.library = library
         hook_type = ctypes.CFUNCTYPE(
-            None, ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
+            None,
+            ctypes.c_size_t,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.POINTER(ctypes.c_void_p),
         )
         self._hook = hook_type(self._record)
         self._sizes: dict[int, list[int]] = {}
@@ -112,7 +127,9 @@ class MockCuda:
             self.library.mock_set_hook(None)
 
     def _record(self, function: int, grid: int, threads: int, shared: int, parameters: Any) -> None:
-        sizes = self._sizes.get(function) or self._sizes.setdefault(function, _parameter_sizes(function))
+        sizes = self._sizes.get(function) or self._sizes.setdefault(
+            function, _parameter_sizes(function)
+        )
         values = tuple(ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes))
         self.launched.append(MockLaunch(function, grid, threads, shared, values))
 
@@ -120,12 +137,18 @@ class MockCuda:
 def _parameter_sizes(function: int) -> list[int]:
     """Bytes of each parameter of a kernel, as declared in its PTX."""
     for module in {FILES[name] for name in NAMES}:
-        for kernel in vars(__import__(f"cropr_kernels.ops.triton.{module}", fromlist=[module])).values():
-            for cache, *_ in kernel.device_caches.values() if isinstance(kernel, JITFunction) else ():
+        for kernel in vars(
+            __import__(f"cropr_kernels.ops.triton.{module}", fromlist=[module])
+        ).values():
+            for cache, *_ in (
+                kernel.device_caches.values() if isinstance(kernel, JITFunction) else ()
+            ):
                 for compiled in cache.values():
                     if compiled.function == function:
                         declared = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
-                        return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", declared)]
+                        return [
+                            int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", declared)
+                        ]
     raise LookupError(f"no kernel has the function {function}")
 
 

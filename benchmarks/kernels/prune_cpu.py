@@ -1,6 +1,7 @@
 """Prune on the CPU against its baselines, one thread, interleaved: ratios within one run.
 
-python -m benchmarks.kernels.prune_cpu [--seconds 6] [--threads 1] [--compile] [--out benchmarks/results/cpu_ops.json]
+python -m benchmarks.kernels.prune_cpu [--seconds 6] [--threads 1] [--compile] [--out
+benchmarks/results/cpu_ops.json]
 """
 
 import argparse
@@ -66,7 +67,10 @@ class Cell:
         self.keep = num_keep(shape[1])
         functions = dict(PRUNE)
         if with_compile:
-            functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
+            functions |= {
+                f"compiled {name}": compiled(PRUNE[name])
+                for name in ("published", "sort + index_select")
+            }
         self.timer = InterleavedTimer(functions)
 
     def run(self, seconds: float) -> None:
@@ -79,23 +83,35 @@ class Cell:
         back_to_back = self.timer.back_to_back
         first = self.timer.first
         median = {name: quantile(values, 0.5) for name, values in back_to_back.items()}
-        row: Row = {"shape": list(self.shape), "model": CPU_SHAPES[self.shape], "dtype": name_of(self.dtype)}
+        row: Row = {
+            "shape": list(self.shape),
+            "model": CPU_SHAPES[self.shape],
+            "dtype": name_of(self.dtype),
+        }
         row |= {"keep": self.keep, "turns": len(back_to_back["prune"])}
         row["prune / copy of x"] = median["prune"] / median["copy of x"]
         for name in back_to_back:
             if name not in ("prune", "copy of x"):
                 row[f"{name} / prune"] = median[name] / median["prune"]
-        row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(first["copy of x"], 0.5)
-        row["spread of prune (p90 / p10)"] = quantile(back_to_back["prune"], 0.9) / quantile(back_to_back["prune"], 0.1)
+        row["prune / copy of x, first call"] = quantile(first["prune"], 0.5) / quantile(
+            first["copy of x"], 0.5
+        )
+        row["spread of prune (p90 / p10)"] = quantile(back_to_back["prune"], 0.9) / quantile(
+            back_to_back["prune"], 0.1
+        )
         return row
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="time per cell (default: 6)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of both sequences")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time torch.compile of both sequences"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_ops.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -108,10 +124,15 @@ def main() -> None:
         results.replace([cell.row() for cell in cells if cell.timer.back_to_back["prune"]])
     for row in results.rows:
         ratios = "  ".join(
-            f"{name} {value:.2f}" for name, value in row.items() if " / " in name and "spread" not in name
+            f"{name} {value:.2f}"
+            for name, value in row.items()
+            if " / " in name and "spread" not in name
         )
         print(f"{row['dtype']:9}{row['shape']!s:17}{ratios}")
-    print(f"goals: prune / copy of x <= 2.5, published / prune >= 4, sort + index_select / prune >= 1.5\n{options.out}")
+    print(
+        "goals: prune / copy of x <= 2.5, published / prune >= 4, sort + index_select / prune >= "
+        f"1.5\n{options.out}"
+    )
 
 
 if __name__ == "__main__":

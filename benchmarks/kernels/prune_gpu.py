@@ -1,6 +1,7 @@
 """Prune on a CUDA GPU against its baselines: medians of replayed graphs, with cold and hot L2.
 
-python -m benchmarks.kernels.prune_gpu [--minutes 9] [--out benchmarks/results/gpu_ops.json] [--device cpu]
+python -m benchmarks.kernels.prune_gpu [--minutes 9] [--out benchmarks/results/gpu_ops.json]
+[--device cpu]
 
 A run that is out of minutes, or interrupted, resumes with the same --out.
 
@@ -30,8 +31,15 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, col
     check(x, query, keep)
     inputs = cold_copies(x) if cold else [x] * 8
     functions = PRUNE | {"top-k + index_select": topk_and_index_select}
-    functions |= {f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")}
-    row: Row = {"shape": list(shape), "model": GPU_SHAPES.get(shape), "dtype": name_of(dtype), "keep": keep}
+    functions |= {
+        f"compiled {name}": compiled(PRUNE[name]) for name in ("published", "sort + index_select")
+    }
+    row: Row = {
+        "shape": list(shape),
+        "model": GPU_SHAPES.get(shape),
+        "dtype": name_of(dtype),
+        "keep": keep,
+    }
     row["L2"] = "cold" if cold else "hot"
     graphs = {}
     for name, function in functions.items() if x.is_cuda else ():
@@ -42,7 +50,11 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, col
     if x.is_cuda:
         times = replay(graphs, len(inputs))
     else:
-        times = clocked({name: partial(call, query=query, keep=keep) for name, call in functions.items()}, inputs, 3)
+        times = clocked(
+            {name: partial(call, query=query, keep=keep) for name, call in functions.items()},
+            inputs,
+            3,
+        )
     for name, values in times.items():
         row[f"{name}, us"] = round(quantile(values, 0.5), 2)
         row[f"{name}, us p10 p90"] = [round(quantile(values, q), 2) for q in (0.1, 0.9)]
@@ -56,9 +68,13 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, col
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_ops.json")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after this time (default: 9)")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="start no cell after this time (default: 9)"
+    )
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -67,7 +83,8 @@ def main() -> None:
     results = Results(options.out, environment(options.device), keys=("shape", "dtype", "L2"))
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     cells = [
-        (shape, name_of(dtype), level) for dtype, shape, level in itertools.product(dtypes, shapes, ("cold", "hot"))
+        (shape, name_of(dtype), level)
+        for dtype, shape, level in itertools.product(dtypes, shapes, ("cold", "hot"))
     ]
     for shape, dtype, level in results.remaining(cells, options.minutes):
         row = measure(shape, getattr(torch, dtype), options.device, cold=level == "cold")

@@ -7,17 +7,30 @@ python -m benchmarks.kernels.resources [--arch 90] [--dtype bfloat16] [--all]
 import argparse
 import sys
 
-from benchmarks.kernels.launches import ARCHITECTURES, SIDES, TYPES, WIDTHS, compile_launches, launches
+from benchmarks.kernels.launches import (
+    ARCHITECTURES,
+    SIDES,
+    TYPES,
+    WIDTHS,
+    compile_launches,
+    launches,
+)
 from benchmarks.kernels.lint import blocks_a_processor, narrow_rows, problems, resources
 
 SHORT = {"widths": [384, 1024], "sides": [24]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--dtype", choices=TYPES, help="default: all")
-    parser.add_argument("--all", action="store_true", help=f"all widths and grids, not {SHORT} only: most of an hour")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"all widths and grids, not {SHORT} only: most of an hour",
+    )
     options = parser.parse_args()
     chosen = {"widths": WIDTHS, "sides": SIDES} if options.all else SHORT
     failures = []
@@ -35,9 +48,15 @@ def main() -> None:
                     usage["STACK"],
                     blocks_a_processor(compiled, usage),
                 )
-                print("".join(f"{value:>10}" for value in (dtype, architecture, *numbers)), f" {launch}", flush=True)
+                print(
+                    "".join(f"{value:>10}" for value in (dtype, architecture, *numbers)),
+                    f" {launch}",
+                    flush=True,
+                )
                 messages = problems(launch, compiled) + narrow_rows(launch, compiled)
-                failures += [f"{launch} {dtype} sm_{architecture}: {problem}" for problem in messages]
+                failures += [
+                    f"{launch} {dtype} sm_{architecture}: {problem}" for problem in messages
+                ]
     sys.exit("\n".join(failures) or 0)
 
 

@@ -1,6 +1,8 @@
-"""Work of each kernel, the floor that it sets on a GPU, and measured times: writes docs/roofline.md and its CSV file.
+"""Work of each kernel, the floor that it sets on a GPU, and measured times: writes docs/roofline.md
+and its CSV file.
 
-python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200 (HBM3e; bfloat16, dense)
+python -m benchmarks.kernels.roofline [--bandwidth 4.8e12] [--flops 989e12]      defaults: H200
+(HBM3e; bfloat16, dense)
 
 A floor is the larger of bytes / bandwidth and operations / rate. Measured times come from
 benchmarks/results/; missing ones are marked.
@@ -19,35 +21,52 @@ from cropr_kernels.utils.io import write_text
 PAGE = DOCS / "roofline.md"
 INTRO = """# Roofline
 
-For each kernel: the bytes it must move (every input read once, every output written once, bfloat16 tokens, int64
-positions, float32 scores), the operations it must do, and the floor that these set on an H200 ({bandwidth:.1f} TB/s,
-{flops:.0f} bfloat16 TFLOP/s). Times in microseconds, with cold caches; -: not measured. Written by
-`python -m benchmarks.kernels.roofline`. Some shapes; all: [roofline.csv](../benchmarks/results/roofline.csv).
+For each kernel: the bytes it must move (every input read once, every output written once, bfloat16
+tokens, int64 positions, float32 scores), the operations it must do, and the floor that these set on
+an H200 ({bandwidth:.1f} TB/s, {flops:.0f} bfloat16 TFLOP/s). Times in microseconds, with cold
+caches; -: not measured. Written by `python -m benchmarks.kernels.roofline`. Some shapes; all:
+[roofline.csv](../benchmarks/results/roofline.csv).
 
 """
 OUTRO = """
 ## Costs beyond the floors
 
-- **prune** reads x twice, for the scores and for the copy, as no row can move before the last score of its image is
-  known; in the L2 cache the second read is not from memory. Two launches, three above 1,024 tokens.
-- **add_select_ + gather_norm** against **add_norm_**: one more read of the kept rows, and one selection; rows stay in
-  place. Beyond the L2 cache that read is {marginal:.2f} of a copy of x at 256x197x1024, above the goal of 0.15: below
-  it rows would stay on chip until the selection is known (a thread block cluster), which needs a GPU to test. Off until
-  a GPU measures them: `CACHE_BYTES` in pruning/engine.py runs as many images at a time as fit, so that pruning adds
-  {cached:+.2f} of a copy; `RECENT_FIRST` in ops/triton/utils.py begins the second read with the last image.
-- **select** is bound by latency: one program an image, 16 rounds of counting, two prefix sums. In prune and add_select_
-  the last program of an image selects, without a launch, up to 1,024 tokens: more keys would take registers.
-- **merging over pruning** is two more launches: one compares candidates with targets and reads every active row again
-  ({again:.0f} us at 256x197x1024 from memory), one writes the rows that others merge into. The goal of 2 us over
-  pruning holds only in the cache. Attention keys would read a sixteenth; they agree less with the unpruned model.
-- **proportional attention** with one more dimension pads q, k and v by 8 columns before FlashAttention. If one plain
-  matrix projects them it is padded instead: an eighth more operations at 64 channels a head, in place of
-  {copies:.0f} us of copies at 256x197x1024. Else (qk-norm, rotary positions, small batches) they are copied.
-- **attend, M = 1** reads x once in each direction; fewer than 256 images are split into parts of at least 64 tokens.
-- **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them back: three passes over
-  (M, N), of which nothing is kept for backward.
+- **prune** reads x twice, for the scores and for the copy, as no row can move before the last score
+  of its image is known; in the L2 cache the second read is not from memory. Two launches, three
+  above 1,024 tokens.
+- **add_select_ + gather_norm** against **add_norm_**: one more read of the kept rows, and one
+  selection; rows stay in place. Beyond the L2 cache that read is {marginal:.2f} of a copy of x at
+  256x197x1024, above the goal of 0.15: below it rows would stay on chip until the selection is
+  known (a thread block cluster), which needs a GPU to test. Off until a GPU measures them:
+  `CACHE_BYTES` in pruning/engine.py runs as many images at a time as fit, so that pruning adds
+  {cached:+.2f} of a copy; `RECENT_FIRST` in ops/triton/utils.py begins the second read with the
+  last image.
+- **select** is bound by latency: one program an image, 16 rounds of counting, two prefix sums. In
+  prune and add_select_ the last program of an image selects, without a launch, up to 1,024 tokens:
+  more keys would take registers.
+- **merging over pruning** is two more launches: one compares candidates with targets and reads
+  every active row again ({again:.0f} us at 256x197x1024 from memory), one writes the rows that
+  others merge into. The goal of 2 us over pruning holds only in the cache. Attention keys would
+  read a sixteenth; they agree less with the unpruned model.
+- **proportional attention** with one more dimension pads q, k and v by 8 columns before
+  FlashAttention. If one plain matrix projects them it is padded instead: an eighth more operations
+  at 64 channels a head, in place of {copies:.0f} us of copies at 256x197x1024. Else (qk-norm,
+  rotary positions, small batches) they are copied.
+- **attend, M = 1** reads x once in each direction; fewer than 256 images are split into parts of at
+  least 64 tokens.
+- **attend, M > 1** writes logits to a scratch buffer of 64 MB (two in backward) and reads them
+  back: three passes over (M, N), of which nothing is kept for backward.
 """
-HEAD = ("kernel", "shape", "MB", "GFLOP", "floor, us", "bound by", "measured, us", "floor / measured")
+HEAD = (
+    "kernel",
+    "shape",
+    "MB",
+    "GFLOP",
+    "floor, us",
+    "bound by",
+    "measured, us",
+    "floor / measured",
+)
 COLUMNS = (0, 1, 2, 4, 6)  # on the page; the CSV file holds all
 SHOWN = ("256x197x1024", "256x197", "256x1x197x1024", "16x1024x1024x1024")
 
@@ -69,7 +88,11 @@ def result(name: str) -> list[Row]:
 def find(rows: list[Row], key: str, **cell: Any) -> float | None:
     """Return the measured time of a cell; the cold one if there are two."""
     for row in rows:
-        if key in row and row.get("L2", "cold") == "cold" and all(row.get(k) == v for k, v in cell.items()):
+        if (
+            key in row
+            and row.get("L2", "cold") == "cold"
+            and all(row.get(k) == v for k, v in cell.items())
+        ):
             return float(row[key])
     return None
 
@@ -91,7 +114,9 @@ def stream_works(shape: tuple[int, int, int], ops: list[Row], kernels: list[Row]
         Work("prune", text, 3 * x + b * n * 8, 2.0 * b * n * d, measured),
         stream("restore", 2 * x + b * n * 8, 0),
         stream("add_norm_", 4 * x, 8.0 * b * n * d),
-        stream("add_select_ + gather_norm", 3 * x + 2 * kept + b * (8 * n + 16 * k), 10.0 * b * n * d),
+        stream(
+            "add_select_ + gather_norm", 3 * x + 2 * kept + b * (8 * n + 16 * k), 10.0 * b * n * d
+        ),
         stream("merging over pruning", x + 3 * (x - kept) + b * n * 28, 3.0 * b * k * (n - k) * d),
     ]
 
@@ -113,7 +138,9 @@ def works() -> list[Work]:
         # forward 2 products, backward 3 for the queries and the two that recompute the logits and
         # slopes
         flops = 10.0 * b * m * n * d
-        entries.append(Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, flops, measured))
+        entries.append(
+            Work("attend, forward + backward", f"{b}x{m}x{n}x{d}", 2 * x + 2 * out, flops, measured)
+        )
     return entries
 
 
@@ -126,12 +153,21 @@ def table_row(work: Work, bandwidth: float, flops: float) -> tuple[str, ...]:
     measured = ("", "")
     if work.measured is not None:
         measured = (f"{work.measured}", f"{floor / work.measured:.2f}")
-    cells = (work.kernel, work.shape, f"{work.bytes / 1e6:.1f}", f"{work.flops / 1e9:.1f}", f"{floor:.2f}", bound)
+    cells = (
+        work.kernel,
+        work.shape,
+        f"{work.bytes / 1e6:.1f}",
+        f"{work.flops / 1e9:.1f}",
+        f"{floor:.2f}",
+        bound,
+    )
     return (*cells, *measured)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s")
     parser.add_argument("--flops", type=float, default=989e12, help="operations/s")
     options = parser.parse_args()

@@ -28,7 +28,9 @@ def num_keep(n: int) -> int:
     return n - n // 24 - PREFIX
 
 
-def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def make_inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
     return x, torch.randn(1, shape[2], generator=generator, device=device).to(dtype)

@@ -59,7 +59,8 @@ def pruning_share(model: nn.Module, images: Tensor) -> float:
     Measured on the functional ops: ops of the engine include work of an unpruned block, which
     cannot be separated.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
+    # Silences the profiler's start and stop messages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     model = cropr.deploy(model, engine=False)
     on_gpu = images.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -127,12 +128,20 @@ def table(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    return text_table(("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"), lines, left=2)
+    return text_table(
+        ("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"),
+        lines,
+        left=2,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"]
+    )
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

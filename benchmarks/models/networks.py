@@ -32,7 +32,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
     "vit_large_patch16_224": ("vit_large_patch16_224", {}, 8, False),
     "vit_large_patch16_384": ("vit_large_patch16_384", {}, 24, False),
     "eva02_large_patch14_448": ("eva02_large_patch14_448", {}, 40, True),
-    "eva02_large_patch16_512": ("eva02_large_patch14_448", {"patch_size": 16, "img_size": 512}, 40, True),
+    "eva02_large_patch16_512": (
+        "eva02_large_patch14_448",
+        {"patch_size": 16, "img_size": 512},
+        40,
+        True,
+    ),
     "vit_base_patch16_1536": ("vit_base_patch16_224", {"img_size": 1536}, 700, True),
 }
 
@@ -48,7 +53,9 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
     methods |= {"functional": deploy(model, plain, engine=False), "merge": deploy(merging, plain)}
     if not (llf or plain.config.rope):
         tokens = plain.num_prefix_tokens + plain.grid**2
-        counts = cropr.Schedule(rate=rate).counts(tokens, len(plain.blocks), plain.num_prefix_tokens)
+        counts = cropr.Schedule(rate=rate).counts(
+            tokens, len(plain.blocks), plain.num_prefix_tokens
+        )
         methods["ToMe"] = Reduced(plain, SYSTEMS["ToMe"], counts)
     module_types = {"published": Published, "random": Random, "free slice": FreeSlice}
     methods |= {name: with_modules(model, plain, module_types[name]) for name in module_types}
@@ -65,12 +72,18 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
-    parser.add_argument("--modes", nargs="+", choices=["eager", "graph", "compiled"], default=["eager", "graph"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=["eager", "graph", "compiled"], default=["eager", "graph"]
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"]
+    )
     parser.add_argument("--methods", nargs="+", help="only these, besides unpruned (default: all)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=9.0, help="start no cell after this time")
@@ -85,7 +98,11 @@ def main() -> None:
     for (name, dtype), network_cells in itertools.groupby(remaining, key=lambda cell: cell[:2]):
         methods, image = build(name, options.device, getattr(torch, dtype))
         if options.methods:
-            methods = {key: model for key, model in methods.items() if key in ("unpruned", *options.methods)}
+            methods = {
+                key: model
+                for key, model in methods.items()
+                if key in ("unpruned", *options.methods)
+            }
         for cell in network_cells:
             _, _, batch, mode = cell
             row = dict(zip(keys, cell)) | {"rate": MODELS[name][2], "llf": MODELS[name][3]}

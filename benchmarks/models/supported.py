@@ -1,9 +1,11 @@
-"""Try to prune every Vision Transformer of timm and every vision architecture of transformers, small and random.
+"""Try to prune every Vision Transformer of timm and every vision architecture of transformers,
+small and random.
 
 python -m benchmarks.models.supported [--only TEXT] [--results FILE]
 
-A model is supported if rate 0 gives the outputs of the unpruned model bit for bit, a higher rate runs, and a deployed
-model gives the outputs of the functional ops. Whether it merges, calibrates and runs on the engine is noted beside.
+A model is supported if rate 0 gives the outputs of the unpruned model bit for bit, a higher rate
+runs, and a deployed model gives the outputs of the functional ops. Whether it merges, calibrates
+and runs on the engine is noted beside.
 """
 
 import argparse
@@ -98,7 +100,11 @@ def check(model: nn.Module, spec: cropr.ModelSpec | None = None) -> Verdict:
     finally:
         cropr.remove(model)
     return Verdict(
-        True, "", deployed.cropr.engine_reason or "yes", _reason(lambda: _merge(model, spec, images)), calibrates
+        True,
+        "",
+        deployed.cropr.engine_reason or "yes",
+        _reason(lambda: _merge(model, spec, images)),
+        calibrates,
     )
 
 
@@ -172,20 +178,27 @@ def small_timm_model(name: str) -> nn.Module:
                 with torch.no_grad():  # some take options that do not go together
                     model(torch.zeros(1, 3, height, height))
                 return model
-            except Exception as error:  # a constructor that takes no such option raises whatever it likes
+            # A constructor that takes no such option raises whatever it likes
+            except Exception as error:
                 reason = str(error)
     raise TypeError(f"no small {name} can be made: {reason}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="names that contain it")
     parser.add_argument("--results", type=Path, default=RESULTS / "supported_models.json")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    models: list[tuple[str, str, Callable[[], nn.Module]]] = [("timm", *pair) for pair in timm_models()]
-    models += [("transformers", tower.architecture.partition("/")[0], tower.make) for tower in TOWERS]
+    models: list[tuple[str, str, Callable[[], nn.Module]]] = [
+        ("timm", *pair) for pair in timm_models()
+    ]
+    models += [
+        ("transformers", tower.architecture.partition("/")[0], tower.make) for tower in TOWERS
+    ]
     versions = {name: importlib.metadata.version(name) for name in ("timm", "transformers")}
     results = Results(options.results, environment("cpu") | versions, keys=("library", "name"))
     makers: dict[tuple[str, str], Any] = {

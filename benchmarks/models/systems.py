@@ -52,7 +52,9 @@ def architectures(plain: ViT) -> dict[str, Any]:
     simple = scheduled(plain, "dec")
     width = plain.embed_dim
     num_heads = plain.config.num_heads
-    heads = scheduled(plain, "dec", make_module=lambda layer, block: MultiHeadCropr(width, 1, num_heads=num_heads))
+    heads = scheduled(
+        plain, "dec", make_module=lambda layer, block: MultiHeadCropr(width, 1, num_heads=num_heads)
+    )
     return for_inference(
         {
             "unpruned": unpruned(plain),
@@ -88,7 +90,9 @@ def fusions(name: str, size: int, device: str, dtype: torch.dtype) -> dict[str, 
     for fusion in OTHER_FUSIONS:
         backbone = deploy(pruned(plain, rate=rate), plain)
         models[fusion] = FusedSegmenter(backbone, 150, grid=(grid, grid), fusion=fusion)
-    return for_inference({name: PatchLogits(model).to(device, dtype) for name, model in models.items()})
+    return for_inference(
+        {name: PatchLogits(model).to(device, dtype) for name, model in models.items()}
+    )
 
 
 def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list[SDPBackend]]]:
@@ -97,7 +101,10 @@ def precisions(device: str) -> dict[str, tuple[AbstractContextManager[Any], list
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device, dtype=torch.bfloat16)
 
-    flash = [SDPBackend.FLASH_ATTENTION, *([SDPBackend.CUDNN_ATTENTION] if device == "cuda" else [])]
+    flash = [
+        SDPBackend.FLASH_ATTENTION,
+        *([SDPBackend.CUDNN_ATTENTION] if device == "cuda" else []),
+    ]
     return {
         "float32": (nullcontext(), [SDPBackend.MATH]),
         "autocast": (autocast(), [SDPBackend.MATH]),
@@ -130,7 +137,9 @@ def by_precision(name: str, size: int, device: str) -> dict[str, Any]:
     models = {
         "unpruned": unpruned(plain),
         "Cropr": deploy(pruned(plain, rate=rate), plain),
-        "ToMe": Reduced(plain, SYSTEMS["ToMe"], cropr.Schedule(rate=rate).counts(tokens, depth, prefix)).eval(),
+        "ToMe": Reduced(
+            plain, SYSTEMS["ToMe"], cropr.Schedule(rate=rate).counts(tokens, depth, prefix)
+        ).eval(),
     }
     cells = {
         f"{key} | {precision}": WithPrecision(models[key], precision, device)

@@ -34,7 +34,8 @@ def check(methods: dict[str, Any], images: Tensor) -> None:
         error = relative_difference(methods[name](images), methods[expected_name](images))
         if not error < tolerance:
             raise RuntimeError(f"{name} differs from {expected_name} by {error:.1e} of its norm")
-    if "merge" in methods and images.dtype == torch.float32:  # in 16 bits near-ties may select other tokens
+    # In 16 bits near-ties may select other tokens
+    if "merge" in methods and images.dtype == torch.float32:
         functional = cropr.deploy(methods["merge"], engine=False)
         error = relative_difference(methods["merge"](images), functional(images))
         if not error < tolerance:
@@ -82,11 +83,14 @@ def measure(methods: dict[str, Any], images: Tensor, mode: str, rounds: int) -> 
         try:
             ready[name], figures = warm_up(model, images, mode)
             row |= {f"{name}, {key}": value for key, value in figures.items()}
-        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:  # recorded, not hidden
+        # Recorded, not hidden
+        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
             row[f"{name}: error"] = str(error).splitlines()[0][:200]
     slowest = max(seconds_of(method, images) for method in ready.values())
     calls = max(1, min(20, int(0.02 / slowest)))
-    times = interleaved({name: partial(seconds_of, ready[name], images, calls) for name in ready}, rounds)
+    times = interleaved(
+        {name: partial(seconds_of, ready[name], images, calls) for name in ready}, rounds
+    )
     median = {name: quantile(values, 0.5) for name, values in times.items()}
     if images.is_cuda:  # absolute times from a GPU only
         for name, values in times.items():
@@ -114,10 +118,13 @@ def peak_mib(model: Any, images: Tensor) -> float:
         baseline = torch.cuda.memory_allocated()
         model(images)
         return round((torch.cuda.max_memory_allocated() - baseline) / 2**20, 1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's start and stop messages
+    # Silences the profiler's start and stop messages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         model(images)
     allocated = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
@@ -141,8 +148,14 @@ def cell(models: dict[str, Any], image: Tensor, batch: int, mode: str, rounds: i
     figures = measure(models, images, mode, rounds)
     rows = []
     for name, model in models.items():
-        row: Row = {"system": name, "GFLOPs": gflops(model, image), "peak MiB": peak_mib(model, images)}
+        row: Row = {
+            "system": name,
+            "GFLOPs": gflops(model, image),
+            "peak MiB": peak_mib(model, images),
+        }
         keys = {"speed-up": f"unpruned / {name}", "error": f"{name}: error"}
         keys |= {key: f"{name}, {key}" for key in ("ms", "images/s", "kernels")}
-        rows.append(row | {key: figures[column] for key, column in keys.items() if column in figures})
+        rows.append(
+            row | {key: figures[column] for key, column in keys.items() if column in figures}
+        )
     return rows

@@ -1,4 +1,5 @@
-"""Small models of every architecture of transformers that takes images, videos or spectrograms, random weights."""
+"""Small models of every architecture of transformers that takes images, videos or spectrograms,
+random weights."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -6,9 +7,20 @@ from typing import Any
 
 from torch import nn
 
-WIDTH = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+WIDTH = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
 SMALL = {**WIDTH, "image_size": 64, "patch_size": 8}
-TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 50,
+}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -20,7 +32,8 @@ class Tower:
     model: str
     config: str
     options: dict[str, Any] = field(default_factory=dict)
-    nested: dict[str, tuple[str, str, dict[str, Any]]] = field(default_factory=dict)  # module, class, options of each
+    # Module, class, options of each
+    nested: dict[str, tuple[str, str, dict[str, Any]]] = field(default_factory=dict)
     small: bool = True  # the configuration takes `SMALL`
 
     def make(self) -> nn.Module:
@@ -34,7 +47,9 @@ class Tower:
 
 def _class_of(architecture: str, kind: str, name: str) -> Any:
     folder, _, module = architecture.partition("/")
-    return getattr(importlib.import_module(f"transformers.models.{folder}.{kind}_{module or folder}"), name)
+    return getattr(
+        importlib.import_module(f"transformers.models.{folder}.{kind}_{module or folder}"), name
+    )
 
 
 def _vision(architecture: str, prefix: str, model: str = "VisionModel", **options: Any) -> Tower:
@@ -49,10 +64,20 @@ def _plain(architecture: str, prefix: str, model: str = "Model", **options: Any)
 
 _DINOV2 = {"backbone_config": ("dinov2", "Dinov2Config", {**SMALL, "out_features": _STAGES})}
 _DENSE = {
-    "backbone_config": ("dinov2", "Dinov2Config", {**SMALL, "out_features": _STAGES, "reshape_hidden_states": False})
+    "backbone_config": (
+        "dinov2",
+        "Dinov2Config",
+        {**SMALL, "out_features": _STAGES, "reshape_hidden_states": False},
+    )
 }
 _HEAD = {"neck_hidden_sizes": [16] * 4, "fusion_hidden_size": 16}
-_SAM = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+_SAM = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 8,
+}
 
 TOWERS = (
     _plain("vit", "ViT", "ForImageClassification"),
@@ -113,7 +138,10 @@ TOWERS = (
         False,
     ),
     Tower(
-        "vitpose_backbone", "VitPoseBackbone", "VitPoseBackboneConfig", {"image_size": [64, 64], "patch_size": [8, 8]}
+        "vitpose_backbone",
+        "VitPoseBackbone",
+        "VitPoseBackboneConfig",
+        {"image_size": [64, 64], "patch_size": [8, 8]},
     ),
     _plain("beit", "Beit", "ForImageClassification", use_relative_position_bias=True),
     _plain("data2vec/data2vec_vision", "Data2VecVision", use_relative_position_bias=True),
@@ -157,19 +185,35 @@ TOWERS = (
         False,
     ),
     _vision(
-        "llama4", "Llama4", intermediate_size=256, vision_output_dim=64, projector_input_dim=64, projector_output_dim=64
+        "llama4",
+        "Llama4",
+        intermediate_size=256,
+        vision_output_dim=64,
+        projector_input_dim=64,
+        projector_output_dim=64,
     ),
     _plain("eomt", "Eomt", "ForUniversalSegmentation", num_blocks=1, num_queries=5, num_labels=3),
     Tower(
         "sam",
         "SamVisionModel",
         "SamVisionConfig",
-        {**_SAM, "output_channels": 16, "window_size": 4, "global_attn_indexes": [1, 3], "mlp_dim": 128},
+        {
+            **_SAM,
+            "output_channels": 16,
+            "window_size": 4,
+            "global_attn_indexes": [1, 3],
+            "mlp_dim": 128,
+        },
         {},
         False,
     ),
     Tower(
-        "vitdet", "VitDetModel", "VitDetConfig", {**_SAM, "window_size": 4, "window_block_indices": [0, 2]}, {}, False
+        "vitdet",
+        "VitDetModel",
+        "VitDetConfig",
+        {**_SAM, "window_size": 4, "window_block_indices": [0, 2]},
+        {},
+        False,
     ),
     _vision("pixtral", "Pixtral"),
     _plain("timesformer", "Timesformer", num_frames=2),
@@ -192,7 +236,12 @@ TOWERS = (
         "hiera",
         "HieraModel",
         "HieraConfig",
-        {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+        {
+            "image_size": [64, 64],
+            "embed_dim": 16,
+            "depths": [1, 1, 2, 1],
+            "num_heads": [1, 1, 2, 2],
+        },
         {},
         False,
     ),

@@ -1,6 +1,7 @@
 """A training step with Cropr against one without, and the cost of the auxiliary path.
 
-python -m benchmarks.models.training_step [--models vit_large_patch16_224 ...] [--batch 128] [--out FILE]
+python -m benchmarks.models.training_step [--models vit_large_patch16_224 ...] [--batch 128] [--out
+FILE]
 
 Ratios within a run; on a GPU also milliseconds and peak memory. A step is forward, loss and
 backward, under bfloat16 autocast, without the optimizer. An interrupted run resumes.
@@ -26,7 +27,9 @@ def step_of(model: Any, target: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             result = model(images)
             if isinstance(result, tuple):
-                loss = cropr.loss(cross_entropy, result[0].float(), [aux.float() for aux in result[1]], target)
+                loss = cropr.loss(
+                    cross_entropy, result[0].float(), [aux.float() for aux in result[1]], target
+                )
             else:
                 loss = cross_entropy(result.float(), target)
         loss.backward()
@@ -70,9 +73,13 @@ def measure(name: str, batch: int, rate: int, device: str, rounds: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_large_patch16_224"])
+    parser.add_argument(
+        "--models", nargs="+", default=["vit_small_patch16_224", "vit_large_patch16_224"]
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)

@@ -1,6 +1,8 @@
-"""Write the tables and plots of the README and of docs/, and the CSV files of benchmarks/results/, from its JSON.
+"""Write the tables and plots of the README and of docs/, and the CSV files of benchmarks/results/,
+from its JSON.
 
-python -m benchmarks.report [--check]      --check: fail if a page or a file is not what the results say
+python -m benchmarks.report [--check]      --check: fail if a page or a file is not what the results
+say
 """
 
 import argparse
@@ -14,7 +16,9 @@ from cropr_kernels.utils.io import write_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     pages = {page: render(page.read_text(), sections) for page, sections in PAGES.items()}
@@ -22,7 +26,11 @@ def main() -> None:
     if options.check:
         check(outdated=[page.name for page, text in pages.items() if page.read_text() != text])
         stored = stored_csv_files()
-        check(outdated=[name for name in sorted(files | stored) if files.get(name) != stored.get(name)])
+        check(
+            outdated=[
+                name for name in sorted(files | stored) if files.get(name) != stored.get(name)
+            ]
+        )
         return
     for page, text in pages.items():
         write_text(page, text)

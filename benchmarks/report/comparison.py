@@ -1,4 +1,5 @@
-"""The sections, pictures and CSV files of docs/comparison.md: every system of the paper's tables beside Cropr."""
+"""The sections, pictures and CSV files of docs/comparison.md: every system of the paper's tables
+beside Cropr."""
 
 import json
 import statistics
@@ -23,7 +24,11 @@ from benchmarks.utils.results import DOCS, RESULTS
 
 ACCURACY_MODEL = "vit_tiny_patch16_224"  # the one that is trained
 TRAINED_AS = {baseline.name: baseline.trained_as for baseline in BASELINES if baseline.trained_as}
-STAGES = {"block": "after the block", "attention": "before the MLP", "queries": "before the attention"}
+STAGES = {
+    "block": "after the block",
+    "attention": "before the MLP",
+    "queries": "before the attention",
+}
 NEEDS = {
     "attention": "all of the attention",
     "class row": "one row of the attention",
@@ -74,7 +79,8 @@ def trained(system: str, schedule: str) -> list[float]:
 
 
 def timed(group: str) -> tuple[dict[str, Any], dict[tuple[str, int, int], Timed]] | None:
-    """Environment; by model, size and batch the rows of a group by system. A GPU's if there are any."""
+    """Environment; by model, size and batch the rows of a group by system. A GPU's if there are
+    any."""
     for device in ("cuda", "cpu"):
         measured = load(f"{device}_table")
         if measured is None:
@@ -97,19 +103,32 @@ def summary() -> str:
     if timings is None or load("off_the_shelf") is None:
         return NOT_MEASURED
     tables = timings[1]
-    batches = {batch: table for (model, _, batch), table in tables.items() if model == ACCURACY_MODEL}
+    batches = {
+        batch: table for (model, _, batch), table in tables.items() if model == ACCURACY_MODEL
+    }
     body: list[list[Cell]] = []
     for label, (untrained, system) in SUMMARY.items():
-        agreement, speed = off_the_shelf.means(untrained, SUMMARY_RATE) if untrained else ([100.0, 100.0], 1.0)
+        agreement, speed = (
+            off_the_shelf.means(untrained, SUMMARY_RATE) if untrained else ([100.0, 100.0], 1.0)
+        )
         accuracies = trained(label if system == "unpruned" else system, "dec")
-        rows = [table.get(system if system == "unpruned" else f"{system} | dec") for table in batches.values()]
-        line: list[Cell] = [label, *(f"{value:.1f}" for value in agreement), f"{speed:.2f}x" if speed else "-"]
+        rows = [
+            table.get(system if system == "unpruned" else f"{system} | dec")
+            for table in batches.values()
+        ]
+        line: list[Cell] = [
+            label,
+            *(f"{value:.1f}" for value in agreement),
+            f"{speed:.2f}x" if speed else "-",
+        ]
         body.append([*line, Spread(accuracies, 1) if accuracies else "-", *map(ratio, rows)])
     head = ["method", "agreement, %", "Imagenette, %", "speed", "top-1 trained, %"]
     head += [f"speed, batch {batch}" for batch in batches]
     note = (
-        f"*ViT-Ti/16 at 224 px. Columns 2 to 4: no training, R = {SUMMARY_RATE}, agreement on Tiny-ImageNet and on "
-        "Imagenette, speed at batch 8. Columns 5 to 7: 50 steps of training on Tiny-ImageNet at R = 14, 1.7 times "
+        f"*ViT-Ti/16 at 224 px. Columns 2 to 4: no training, R = {SUMMARY_RATE}, agreement on "
+        "Tiny-ImageNet and on "
+        "Imagenette, speed at batch 8. Columns 5 to 7: 50 steps of training on Tiny-ImageNet at R "
+        "= 14, 1.7 times "
         f"fewer FLOPs, mean and range of three seeds. Speed: over no pruning on the engine.*"
     )
     return f"{Table(head, body).markdown()}\n\n{note}"
@@ -136,9 +155,20 @@ def classification() -> Table | None:
             line += [ratio(by_batch.get(batch, {}).get(row["system"])) for batch in batches]
             line += [f"{row['GFLOPs']:.2f}", f"{row['peak MiB']:.0f}"]
             line.append(Spread(accuracies, 1) if accuracies else "-")
-            line += [f"{published[1] / UNPRUNED[1]:.1f}x", f"{published[0]:.1f}"] if published else ["-", "-"]
+            line += (
+                [f"{published[1] / UNPRUNED[1]:.1f}x", f"{published[0]:.1f}"]
+                if published
+                else ["-", "-"]
+            )
             body.append(line)
-    head = ["model", "system", "schedule", *(f"speed-up, batch {batch}" for batch in batches), "GFLOPs", "MiB"]
+    head = [
+        "model",
+        "system",
+        "schedule",
+        *(f"speed-up, batch {batch}" for batch in batches),
+        "GFLOPs",
+        "MiB",
+    ]
     return Table([*head, "top-1, %", "published speed-up", "published top-1, %"], body)
 
 
@@ -149,8 +179,10 @@ def classification_section() -> str:
     environment, _ = timings
     device_table = "cpu_table" if environment["threads"] else "cuda_table"
     return (
-        f"All figures: {link('classification', classification())}. Speed-up over no pruning on the engine, medians of "
-        "calls that take turns in shuffled order; MiB: the most that one forward of the larger batch holds beside "
+        f"All figures: {link('classification', classification())}. Speed-up over no pruning on "
+        "the engine, medians of "
+        "calls that take turns in shuffled order; MiB: the most that one forward of the larger "
+        "batch holds beside "
         f"weights and images; published: ViT-L, ImageNet-1k, by the paper. "
         f"{source(device_table, environment)}, also of the next three sections."
     )
@@ -165,7 +197,11 @@ def fusions() -> Table | None:
     body: list[list[Cell]] = []
     for name, fusion in FUSIONS.items():
         rows = [table[name] for table in tables.values()]
-        trainings = [] if accuracy is None else [row["mIoU"] for row in where(accuracy[1], method=fusion.name)]
+        trainings = (
+            []
+            if accuracy is None
+            else [row["mIoU"] for row in where(accuracy[1], method=fusion.name)]
+        )
         body.append(
             [
                 fusion.name,
@@ -178,7 +214,13 @@ def fusions() -> Table | None:
                 f"{fusion.miou:.1f}",
             ]
         )
-    head = ["fusion", *(f"speed-up, batch {batch}" for _, _, batch in tables), "GFLOPs", "FLOPs fewer", "MiB"]
+    head = [
+        "fusion",
+        *(f"speed-up, batch {batch}" for _, _, batch in tables),
+        "GFLOPs",
+        "FLOPs fewer",
+        "MiB",
+    ]
     return Table([*head, "CamVid mIoU, %", "published FLOPs fewer", "published mIoU, %"], body)
 
 
@@ -188,8 +230,10 @@ def fusions_section() -> str:
         return NOT_MEASURED
     model, size, _ = next(iter(timings[1]))
     return (
-        f"{link('fusions', fusions())}: {model} at {size} px, patches of 16, up to the logits of the patches. mIoU: "
-        "the ViT-Ti of [training results](training-results.md#segmentation), pruned less. Published: EVA-02-L, ADE20k."
+        f"{link('fusions', fusions())}: {model} at {size} px, patches of 16, up to the logits of "
+        "the patches. mIoU: "
+        "the ViT-Ti of [training results](training-results.md#segmentation), pruned less. "
+        "Published: EVA-02-L, ADE20k."
     )
 
 
@@ -200,8 +244,15 @@ def scorer() -> Table | None:
         return None
     body: list[list[Cell]] = []
     for (model, _, batch), table in timings[1].items():
-        for name in ("simple", "simple, as published", "several heads, folded", "several heads, as published"):
-            body.append([model, str(batch), name, f"{table[name]['GFLOPs']:.2f}", ratio(table[name])])
+        for name in (
+            "simple",
+            "simple, as published",
+            "several heads, folded",
+            "several heads, as published",
+        ):
+            body.append(
+                [model, str(batch), name, f"{table[name]['GFLOPs']:.2f}", ratio(table[name])]
+            )
     return Table(["model", "batch", "scorer", "GFLOPs", "speed-up"], body)
 
 
@@ -209,7 +260,8 @@ def scorer_section() -> str:
     if timed("architecture") is None:
         return NOT_MEASURED
     return (
-        f"{link('scorer', scorer())}. Published: several heads 36.8 GFLOPs, 1352 images/s; simple 34.2, 1476 images/s."
+        f"{link('scorer', scorer())}. Published: several heads 36.8 GFLOPs, 1352 images/s; simple "
+        "34.2, 1476 images/s."
     )
 
 
@@ -225,7 +277,9 @@ def precision() -> Table | None:
             system, mode = key.split(" | ")
             name = "no pruning" if system == "unpruned" else system
             body.append([mode, name, *(ratio(table.get(key)) for table in tables.values())])
-    return Table(["precision", "system", *(f"{size} px, batch {batch}" for _, size, batch in tables)], body)
+    return Table(
+        ["precision", "system", *(f"{size} px, batch {batch}" for _, size, batch in tables)], body
+    )
 
 
 def precision_section() -> str:
@@ -233,7 +287,8 @@ def precision_section() -> str:
     if timings is None or table is None:
         return NOT_MEASURED
     return (
-        f"{link('precision', table)}: speed-up of {next(iter(timings[1]))[0]} over no pruning in float32 with the "
+        f"{link('precision', table)}: speed-up of {next(iter(timings[1]))[0]} over no pruning in "
+        "float32 with the "
         "attention's probabilities written out, at that size."
     )
 
@@ -246,7 +301,12 @@ def plot_comparison() -> None:
     plt = pyplot()
     tables = timings[1]
     table = tables[max(key for key in tables if key[0] == ACCURACY_MODEL)]
-    colors = {"dec": "tab:blue", "dec, LLF": "tab:green", "const": "tab:orange", "const, LLF": "tab:red"}
+    colors = {
+        "dec": "tab:blue",
+        "dec, LLF": "tab:green",
+        "const": "tab:orange",
+        "const, LLF": "tab:red",
+    }
     meanings = {
         "dec": "tokens are pruned after each block",
         "dec, LLF": "the same, all restored before the last block (LLF)",
@@ -261,11 +321,15 @@ def plot_comparison() -> None:
             continue
         x, y = row["speed-up"], statistics.mean(accuracies)
         is_cropr = system.startswith("Cropr")
-        axis.scatter(x, y, color=colors[schedule], marker="*" if is_cropr else "o", s=120 if is_cropr else 30)
+        axis.scatter(
+            x, y, color=colors[schedule], marker="*" if is_cropr else "o", s=120 if is_cropr else 30
+        )
         points.append((x, y, system))
     for label, color in colors.items():
         axis.scatter([], [], color=color, label=f"{label}: {meanings[label]}")
-    axis.axhline(statistics.mean(trained("no pruning", "")), color="0.4", linewidth=0.8, label="no pruning")
+    axis.axhline(
+        statistics.mean(trained("no pruning", "")), color="0.4", linewidth=0.8, label="no pruning"
+    )
     axis.set_xlabel("speed-up, measured")
     axis.set_ylabel("top-1 after a short training, %")
     axis.grid(alpha=0.3)

@@ -25,7 +25,9 @@ def table() -> Table | None:
     for rate in unique(rows, "rate"):
         for method in unique(rows, "method"):
             cell = where(rows, rate=rate, method=method)
-            body.append([f"R = {rate}", method, spread(cell, "error", 2), f"{cell[0]['FLOPs']:.2f}x"])
+            body.append(
+                [f"R = {rate}", method, spread(cell, "error", 2), f"{cell[0]['FLOPs']:.2f}x"]
+            )
     return Table(["R", "method", "error", "FLOPs fewer"], body)
 
 
@@ -37,10 +39,14 @@ def dense_features() -> str:
     env, rows = measured
     rates = unique(rows, "rate")
     rate = f"R = {rates[len(rates) // 2]}"
-    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(["method", "error", "FLOPs fewer"])
+    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(
+        ["method", "error", "FLOPs fewer"]
+    )
     note = (
-        f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, {env['patches']} "
-        f"patches; {env['photos']} photos to calibrate on. Error: norm of the difference from the unpruned features "
+        f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, "
+        f"{env['patches']} "
+        f"patches; {env['photos']} photos to calibrate on. Error: norm of the difference from the "
+        "unpruned features "
         "over the norm of these, after the last norm, mean and range over "
         f"{len(unique(rows, 'photo'))} photos. Copies: merging without fusion. {measured_on(env)}."
     )

@@ -1,4 +1,5 @@
-"""The sections, picture and CSV files of docs/benchmarks.md: prune, whole networks, merging, digits."""
+"""The sections, picture and CSV files of docs/benchmarks.md: prune, whole networks, merging,
+digits."""
 
 from collections import Counter
 
@@ -32,7 +33,12 @@ def cpu_ops() -> Table | None:
     rows = measured[1]
     columns = [name for name in rows[0] if " / " in name and "spread" not in name]
     body: list[list[Cell]] = [
-        [row["model"], "x".join(map(str, row["shape"])), row["dtype"], *(f"{row[name]:.2f}" for name in columns)]
+        [
+            row["model"],
+            "x".join(map(str, row["shape"])),
+            row["dtype"],
+            *(f"{row[name]:.2f}" for name in columns),
+        ]
         for row in rows
     ]
     return Table(["model", "x", "dtype", *columns], body)
@@ -45,7 +51,8 @@ def cpu_ops_section() -> str:
     shown = Table(table.head, [row for row in table.rows if "float32" in row])
     shown = shown.select([name for name in table.head if name not in ("model", "dtype")])
     return (
-        f"{shown.markdown()}\n\nfloat32, medians; the baselines take turns of 2 ms in shuffled order. "
+        f"{shown.markdown()}\n\nfloat32, medians; the baselines take turns of 2 ms in shuffled "
+        "order. "
         f"{measured_on(measured[0])}. With bfloat16: {link('cpu_ops', table)}."
     )
 
@@ -88,8 +95,10 @@ def digits() -> str:
     env, rows = measured
     unpruned, pruned = where(rows, method="no pruning"), where(rows, method="Cropr")
     return (
-        f"No pruning {spread(unpruned, 'accuracy', 1)} %, Cropr {spread(pruned, 'accuracy', 1)} % with "
-        f"{100 * pruned[0]['token share']:.0f} % of the tokens per block; {len(pruned)} seeds. {measured_on(env)}."
+        f"No pruning {spread(unpruned, 'accuracy', 1)} %, Cropr {spread(pruned, 'accuracy', 1)} % "
+        "with "
+        f"{100 * pruned[0]['token share']:.0f} % of the tokens per block; {len(pruned)} seeds. "
+        f"{measured_on(env)}."
     )
 
 
@@ -100,11 +109,18 @@ def networks(name: str) -> Table | None:
         return None
     rows = measured[1]
     prefix = "unpruned / "
-    methods = [key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix) and key != f"{prefix}unpruned"]
+    methods = [
+        key.removeprefix(prefix)
+        for key in rows[0]
+        if key.startswith(prefix) and key != f"{prefix}unpruned"
+    ]
     body: list[list[Cell]] = [
         [
             *(str(row[key]) for key in ("model", "batch", "dtype", "mode")),
-            *(f"{row[prefix + method]:.2f}" if prefix + method in row else "-" for method in methods),
+            *(
+                f"{row[prefix + method]:.2f}" if prefix + method in row else "-"
+                for method in methods
+            ),
         ]
         for row in rows
     ]
@@ -125,12 +141,15 @@ def networks_section() -> str:
 
 PARTS = {
     "merge": "**all parts** (3 R candidates)",
-    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, full sizes",
+    "merge, none of these": "1.5 R candidates, no checkerboard, similarity alone, norms of means, "
+    "full "
+    "sizes",
 }
 
 
 def merging_cells() -> Table | None:
-    """Agreement and KL with one part of merging at a time left out or replaced, on the seeds that all parts share."""
+    """Agreement and KL with one part of merging at a time left out or replaced, on the seeds that
+    all parts share."""
     measured = load("off_the_shelf")
     if measured is None:
         return None
@@ -156,13 +175,19 @@ def merging() -> str:
     measured, table = load("off_the_shelf"), merging_cells()
     if measured is None or table is None:
         return NOT_MEASURED
-    shown = table.select([name for name in table.head if "R = 8" not in name and "agreement" not in name])
-    note = f"Mean of three seeds, {measured[0]['photos']} photos each. {source('off_the_shelf', measured[0])}."
+    shown = table.select(
+        [name for name in table.head if "R = 8" not in name and "agreement" not in name]
+    )
+    note = (
+        f"Mean of three seeds, {measured[0]['photos']} photos each. "
+        f"{source('off_the_shelf', measured[0])}."
+    )
     return f"{shown.markdown()}\n\n{note} With R = 8 and agreement: {link('merging_parts', table)}."
 
 
 def calibration_target() -> Table | None:
-    """KL with the largest later attention as the target of calibration, beside that with its mean."""
+    """KL with the largest later attention as the target of calibration, beside that with its
+    mean."""
     measured = load("calibration_target")
     if measured is None:
         return None
@@ -172,7 +197,10 @@ def calibration_target() -> Table | None:
         for data in unique(where(rows, method=method), "data"):
             for rate in sorted(unique(rows, "rate")):
                 cell = where(rows, method=method, data=data, rate=rate)
-                figures = [f"{mean(where(cell, target=target), 'KL'):.3f}" for target in ("mean", "largest")]
+                figures = [
+                    f"{mean(where(cell, target=target), 'KL'):.3f}"
+                    for target in ("mean", "largest")
+                ]
                 body.append([LABELS[method].strip("*"), data, str(rate), *figures])
     return Table(["method", "data", "R", "KL, mean", "KL, largest"], body)
 
@@ -195,9 +223,12 @@ def finetune() -> str:
         figures = [spread(trainings, key, 1) for key in ("top-1 before", "top-1 after")]
         body.append([method, str(trainings[0]["rate"]), *figures])
     note = (
-        f"Top-1 in % on {env['compare']} photos of Tiny-ImageNet, ViT-Ti/16 at 224 px, mean and range over "
-        f"{len(unique(rows, 'seed'))} seeds; one epoch over {env['photos']} others, AdamW, learning rate "
-        f"{env['learning_rate']}, batch {env['batch']}, calibrated queries fixed. {measured_on(env)}."
+        f"Top-1 in % on {env['compare']} photos of Tiny-ImageNet, ViT-Ti/16 at 224 px, mean and "
+        "range over "
+        f"{len(unique(rows, 'seed'))} seeds; one epoch over {env['photos']} others, AdamW, "
+        "learning rate "
+        f"{env['learning_rate']}, batch {env['batch']}, calibrated queries fixed. "
+        f"{measured_on(env)}."
     )
     return f"{Table(['pruned by', 'R', 'before', 'after'], body).markdown()}\n\n{note}"
 
@@ -213,14 +244,17 @@ def gpu_ops() -> str:
         ratios = [f"{row[name]:.2f}" if name in row else "-" for name in columns]
         shape = "x".join(map(str, row["shape"]))
         body.append([row["model"], shape, row["dtype"], row["L2"], f"{row['prune, us']}", *ratios])
-    return f"{Table(['model', 'x', 'dtype', 'L2', 'prune, us', *columns], body).markdown()}\n\n{measured_on(env)}."
+    table = Table(["model", "x", "dtype", "L2", "prune, us", *columns], body)
+    return f"{table.markdown()}\n\n{measured_on(env)}."
 
 
 def launch_cost() -> Table | None:
     measured = load("launch_cost")
     if measured is None:
         return None
-    body: list[list[Cell]] = [[row["op"], f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in measured[1]]
+    body: list[list[Cell]] = [
+        [row["op"], f"{row['triton']:.1f}", f"{row['plan']:.1f}"] for row in measured[1]
+    ]
     return Table(["op", "through Triton", "recorded"], body)
 
 
@@ -231,10 +265,12 @@ def launch_cost_section() -> str:
         return NOT_MEASURED
     env, rows = measured
     ranges = [
-        f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f}" for key in ("triton", "plan")
+        f"{min(row[key] for row in rows):.1f} to {max(row[key] for row in rows):.1f}"
+        for key in ("triton", "plan")
     ]
     return (
-        f"Through Triton {ranges[0]}, recorded {ranges[1]} times as long: {link('launch_cost', launch_cost())}. "
+        f"Through Triton {ranges[0]}, recorded {ranges[1]} times as long: "
+        f"{link('launch_cost', launch_cost())}. "
         f"{measured_on(env)}; the least of 50 rounds."
     )
 

@@ -1,4 +1,5 @@
-"""The section, picture and CSV file of docs/comparison.md about pretrained networks without training."""
+"""The section, picture and CSV file of docs/comparison.md about pretrained networks without
+training."""
 
 import statistics
 from typing import Any
@@ -32,7 +33,9 @@ LABELS = {"calibrated": "Cropr, dropping", "merge": "**Cropr, merging**"}
 def speeds() -> dict[tuple[int, str], float]:
     """Speed-up by rate and method."""
     timed = load("off_the_shelf_speed")
-    return {} if timed is None else {(row["rate"], row["method"]): row["speed-up"] for row in timed[1]}
+    return (
+        {} if timed is None else {(row["rate"], row["method"]): row["speed-up"] for row in timed[1]}
+    )
 
 
 def table() -> Table | None:
@@ -54,11 +57,16 @@ def table() -> Table | None:
                 cell = where(cells, data=name)
                 line += [spread(cell, "agreement", 1), spread(cell, "KL", 3)]
                 if name in labelled:
-                    line.append(f"{mean(cell, 'top-1'):.1f}" if all("top-1" in row for row in cell) else "-")
+                    line.append(
+                        f"{mean(cell, 'top-1'):.1f}" if all("top-1" in row for row in cell) else "-"
+                    )
             body.append([*line, f"{speed[rate, method]:.2f}x" if (rate, method) in speed else "-"])
     head = ["R", "method"]
     for name in data:
-        head += [f"{name}, {figure}" for figure in ("agreement, %", "KL", "top-1, %")[: 3 if name in labelled else 2]]
+        head += [
+            f"{name}, {figure}"
+            for figure in ("agreement, %", "KL", "top-1, %")[: 3 if name in labelled else 2]
+        ]
     return Table([*head, "speed-up"], body)
 
 
@@ -71,24 +79,32 @@ def off_the_shelf() -> str:
     merging = where(rows, method="merge")
     unpruned = mean([row for row in merging if "top-1" in row], "top-1 unpruned")
     note = (
-        f"All figures: {link('off_the_shelf', table())}. ViT-Ti/16 at 224 px, unpruned top-1 {unpruned:.1f} %; "
-        f"{len(unique(merging, 'seed'))} seeds, each with {env['photos']} photos to calibrate on and as many others; "
+        f"All figures: {link('off_the_shelf', table())}. ViT-Ti/16 at 224 px, unpruned top-1 "
+        f"{unpruned:.1f} %; "
+        f"{len(unique(merging, 'seed'))} seeds, each with {env['photos']} photos to calibrate on "
+        "and as many others; "
         f"mean, and range over seeds. {source('off_the_shelf', env)}."
     )
     if timed is not None:
-        note += f" Speed-up over no pruning on the engine: batch {timed[0]['batch']}, float32, {measured_on(timed[0])}."
+        note += (
+            f" Speed-up over no pruning on the engine: batch {timed[0]['batch']}, float32, "
+            f"{measured_on(timed[0])}."
+        )
     return note
 
 
 def plot() -> None:
-    """Agreement against measured speed-up, one panel a data set, one line a method over its rates; dashed: drops."""
+    """Agreement against measured speed-up, one panel a data set, one line a method over its rates;
+    dashed: drops."""
     measured, timed = load("off_the_shelf"), load("off_the_shelf_speed")
     if measured is None or timed is None:
         return
     plt = pyplot()
     rows, speed = measured[1], speeds()
     data = unique(rows, "data")
-    figure, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(data), figsize=(5.2 * len(data), 3.8), layout="constrained", squeeze=False
+    )
     styles = line_styles()
     for axis, name in zip(axes[0], data):
         for method in PLOTTED:
@@ -112,10 +128,16 @@ def plot() -> None:
 
 def line_styles() -> dict[str, dict[str, Any]]:
     """Red for Cropr; dashed for what drops tokens, drawn through for what merges them."""
-    styles: dict[str, dict[str, Any]] = {"calibrated": {"color": "C3", "linestyle": "--", "linewidth": 2.4}}
+    styles: dict[str, dict[str, Any]] = {
+        "calibrated": {"color": "C3", "linestyle": "--", "linewidth": 2.4}
+    }
     styles["merge"] = {"color": "C3", "linewidth": 2.4}
     colors = [f"C{i}" for i in range(10) if i != 3]
-    dropping = [baseline.name for baseline in BASELINES if baseline.category == "pruning" and baseline.name in PLOTTED]
+    dropping = [
+        baseline.name
+        for baseline in BASELINES
+        if baseline.category == "pruning" and baseline.name in PLOTTED
+    ]
     merging = [name for name in PLOTTED if name not in (*dropping, *styles)]
     for names, line in ((dropping, "--"), (merging, "-")):
         styles |= {name: {"color": color, "linestyle": line} for name, color in zip(names, colors)}
@@ -126,7 +148,10 @@ def means(method: str, rate: int) -> tuple[list[float], float | None]:
     """Agreement of a method at a rate, by data set, and its speed-up."""
     measured = load("off_the_shelf")
     rows = [] if measured is None else where(measured[1], rate=rate, method=method)
-    agreement = [statistics.mean(row["agreement"] for row in where(rows, data=name)) for name in unique(rows, "data")]
+    agreement = [
+        statistics.mean(row["agreement"] for row in where(rows, data=name))
+        for name in unique(rows, "data")
+    ]
     return agreement, speeds().get((rate, method))
 
 

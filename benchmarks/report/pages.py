@@ -19,11 +19,24 @@ PAGES = {
     ROOT / "README.md": readme.SECTIONS,
     DOCS / "benchmarks.md": measured.SECTIONS | restoring.SECTIONS,
     DOCS / "training-results.md": training.SECTIONS,
-    DOCS / "comparison.md": comparison.SECTIONS | off_the_shelf.SECTIONS | saliency.SECTIONS | schedules.SECTIONS,
+    DOCS / "comparison.md": comparison.SECTIONS
+    | off_the_shelf.SECTIONS
+    | saliency.SECTIONS
+    | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS,
 }
-MODULES = (comparison, off_the_shelf, saliency, schedules, measured, restoring, training, features, supported)
+MODULES = (
+    comparison,
+    off_the_shelf,
+    saliency,
+    schedules,
+    measured,
+    restoring,
+    training,
+    features,
+    supported,
+)
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 
 
@@ -35,4 +48,6 @@ def csv_files() -> dict[str, str]:
 
 def stored_csv_files() -> dict[str, str]:
     """The CSV files as they are, but for that of benchmarks/kernels/roofline.py."""
-    return {path.name: path.read_text() for path in RESULTS.glob("*.csv") if path.stem != "roofline"}
+    return {
+        path.name: path.read_text() for path in RESULTS.glob("*.csv") if path.stem != "roofline"
+    }

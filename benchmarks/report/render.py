@@ -61,7 +61,11 @@ class Table:
     def means(self) -> "Table":
         """The table without ranges."""
         return Table(
-            self.head, [[cell.columns()[0] if isinstance(cell, Spread) else cell for cell in row] for row in self.rows]
+            self.head,
+            [
+                [cell.columns()[0] if isinstance(cell, Spread) else cell for cell in row]
+                for row in self.rows
+            ],
         )
 
     def select(self, columns: Sequence[str]) -> "Table":
@@ -71,7 +75,9 @@ class Table:
 
     def csv(self) -> str:
         """Plain numbers; a column with ranges becomes three: mean, minimum and maximum."""
-        ranged = [any(isinstance(row[i], Spread) for row in self.rows) for i in range(len(self.head))]
+        ranged = [
+            any(isinstance(row[i], Spread) for row in self.rows) for i in range(len(self.head))
+        ]
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         head: list[str] = []
@@ -90,7 +96,8 @@ class Table:
 
 
 Sections = dict[str, Callable[[], str]]  # marker -> what stands between it and its end
-Files = dict[str, Callable[[], Table | None]]  # name of a CSV file -> its table, None if nothing is measured
+# Name of a CSV file -> its table, None if nothing is measured
+Files = dict[str, Callable[[], Table | None]]
 Result = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
@@ -102,7 +109,8 @@ def plain(cell: str) -> str:
 
 
 def load(name: str) -> Result | None:
-    """Environment and rows of benchmarks/results/<name>.json, with today's names; None if there is no such file."""
+    """Environment and rows of benchmarks/results/<name>.json, with today's names; None if there is
+    no such file."""
     stored = results.load(name)
     if stored is None:
         return None
@@ -133,7 +141,11 @@ def render(text: str, sections: Sections) -> str:
 
 def measured_on(env: dict[str, Any]) -> str:
     """Device, threads, torch, commit and date."""
-    threads = f", {env['threads']} thread{'s' if env['threads'] != 1 else ''}" if env.get("threads") else ""
+    threads = (
+        f", {env['threads']} thread{'s' if env['threads'] != 1 else ''}"
+        if env.get("threads")
+        else ""
+    )
     return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit']}, {env['date']}"
 
 

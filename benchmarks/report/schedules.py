@@ -1,4 +1,5 @@
-"""The section, picture and CSV files of docs/comparison.md about schedules: agreement and speed of each."""
+"""The section, picture and CSV files of docs/comparison.md about schedules: agreement and speed of
+each."""
 
 import statistics
 from typing import Any
@@ -52,14 +53,20 @@ def gain(rows: list[Row], constant: list[Row], data: str) -> Cell:
 
 def table() -> Table | None:
     """A row a schedule and method."""
-    planned_schedules, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    planned_schedules, measured, timed = (
+        load("schedules_plan"),
+        load("schedules"),
+        load("schedules_speed"),
+    )
     if planned_schedules is None or measured is None:
         return None
     rows = measured[1]
     speed_rows = [] if timed is None else timed[1]
     cells = by_key(rows)
     speeds = by_key(speed_rows)
-    constant = {row["group"]: hashable(row["keep"]) for row in where(planned_schedules[1], schedule=PLAIN)}
+    constant = {
+        row["group"]: hashable(row["keep"]) for row in where(planned_schedules[1], schedule=PLAIN)
+    }
     data, batches = unique(rows, "data"), sorted(unique(speed_rows, "batch"))
     body: list[list[Cell]] = []
     for method in unique(rows, "method"):
@@ -68,16 +75,26 @@ def table() -> Table | None:
             if cell is None or keeps_all(planned):
                 continue
             group, schedule, *_ = key_of(planned, method)
-            bases = [cells.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)]
+            bases = [
+                cells.get((group, PLAIN, constant[group], name)) for name in (method, DROPPING)
+            ]
             base = bases[0] or bases[1] or []
             line: list[Cell] = [method, group, schedule, f"{cell[0]['FLOPs']:.2f}x"]
             for name in data:
                 of_data = where(cell, data=name)
                 more = "-" if schedule == PLAIN else gain(cell, base, name)
-                figures = [spread(of_data, "agreement", 1), more, spread(of_data, "KL", 3)] if of_data else ["-"] * 3
+                figures = (
+                    [spread(of_data, "agreement", 1), more, spread(of_data, "KL", 3)]
+                    if of_data
+                    else ["-"] * 3
+                )
                 line += figures
-            fast = {row["batch"]: row["speed-up"] for row in speeds.get(key_of(planned, method), [])}
-            body.append([*line, *(f"{fast[batch]:.2f}x" if batch in fast else "-" for batch in batches)])
+            fast = {
+                row["batch"]: row["speed-up"] for row in speeds.get(key_of(planned, method), [])
+            }
+            body.append(
+                [*line, *(f"{fast[batch]:.2f}x" if batch in fast else "-" for batch in batches)]
+            )
     head = ["method", "group", "schedule", "FLOPs fewer"]
     for name in data:
         head += [f"{name}, agreement, %", f"{name}, more than constant", f"{name}, KL"]
@@ -90,21 +107,30 @@ def counts() -> Table | None:
     if planned_schedules is None:
         return None
     _, rows = planned_schedules
-    body: list[list[Cell]] = [[row["group"], row["schedule"], " ".join(map(str, row["keep"]))] for row in rows]
+    body: list[list[Cell]] = [
+        [row["group"], row["schedule"], " ".join(map(str, row["keep"]))] for row in rows
+    ]
     return Table(["group", "schedule", "tokens kept after block 1, 2, ..."], body)
 
 
 def section() -> str:
     """Links to the figures, and how they were measured."""
-    planned_schedules, measured, timed = load("schedules_plan"), load("schedules"), load("schedules_speed")
+    planned_schedules, measured, timed = (
+        load("schedules_plan"),
+        load("schedules"),
+        load("schedules_speed"),
+    )
     if planned_schedules is None or measured is None:
         return NOT_MEASURED
     env, rows = measured
     seeds = len(unique(rows, "seed"))
     note = (
-        f"All figures: {link('schedules', table())}; tokens kept: {link('schedules_counts', counts())}. ViT-Ti/16 at "
-        f"224 px, calibrated queries, no training; {seeds} seed{'s' if seeds != 1 else ''}, each with {env['photos']} "
-        "photos to calibrate on and as many others. More than constant: points of agreement more than the constant "
+        f"All figures: {link('schedules', table())}; tokens kept: "
+        f"{link('schedules_counts', counts())}. ViT-Ti/16 at "
+        f"224 px, calibrated queries, no training; {seeds} seed{'s' if seeds != 1 else ''}, each "
+        f"with {env['photos']} "
+        "photos to calibrate on and as many others. More than constant: points of agreement more "
+        "than the constant "
         f"rate of the group, by the same method or by dropping. {measured_on(env)}."
     )
     if timed is not None:
@@ -113,7 +139,8 @@ def section() -> str:
 
 
 def plot() -> None:
-    """KL over that of the constant rate at the same FLOPs, mean of data and seeds, one panel a method."""
+    """KL over that of the constant rate at the same FLOPs, mean of data and seeds, one panel a
+    method."""
     planned_schedules, stored = load("schedules_plan"), load("schedules")
     if planned_schedules is None or stored is None:
         return
@@ -122,12 +149,17 @@ def plot() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, method in zip(axes, (DROPPING, "merging")):
         lines: dict[str, list[tuple[float, float]]] = {}
-        constant = {row["group"]: cells[key_of(row, method)] for row in where(planned_schedules[1], schedule=PLAIN)}
+        constant = {
+            row["group"]: cells[key_of(row, method)]
+            for row in where(planned_schedules[1], schedule=PLAIN)
+        }
         for planned in planned_schedules[1]:
             if planned["schedule"] == PLAIN or "tuned" in planned["schedule"] or keeps_all(planned):
                 continue  # tuned ones have FLOPs of their own
             cell, base = cells[key_of(planned, method)], constant[planned["group"]]
-            ratio = statistics.mean(row["KL"] for row in cell) / statistics.mean(row["KL"] for row in base)
+            ratio = statistics.mean(row["KL"] for row in cell) / statistics.mean(
+                row["KL"] for row in base
+            )
             lines.setdefault(planned["schedule"], []).append((cell[0]["FLOPs"], ratio))
         for name, points in lines.items():
             line = "" if name == "DiffRate" else "-"  # its counts are of different networks

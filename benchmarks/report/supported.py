@@ -2,7 +2,17 @@
 
 import re
 
-from benchmarks.report.render import NOT_MEASURED, Cell, Files, Sections, Table, link, load, unique, where
+from benchmarks.report.render import (
+    NOT_MEASURED,
+    Cell,
+    Files,
+    Sections,
+    Table,
+    link,
+    load,
+    unique,
+    where,
+)
 
 # Reasons against a model, in the order in which they are looked for, as the page says them.
 _REASONS = {
@@ -47,7 +57,9 @@ def supported_models() -> str:
     for library in unique(rows, "library"):
         tried = where(rows, library=library)
         pruned = where(tried, supported=True)
-        counts = [len(where(pruned, **{column: "yes"})) for column in ("engine", "merges", "calibrates")]
+        counts = [
+            len(where(pruned, **{column: "yes"})) for column in ("engine", "merges", "calibrates")
+        ]
         body.append([library, *map(str, (len(tried), len(pruned), *counts))])
     counts = Table(["library", "tried", "pruned", "on the engine", "merging", "calibration"], body)
     refused = [row for row in rows if not row["supported"]]
@@ -55,10 +67,15 @@ def supported_models() -> str:
     for row in refused:
         found = (reason for part, reason in _REASONS.items() if part in row["reason"])
         reasons.setdefault(next(found, "other"), []).append(row["name"])
-    lines = [f"- {reason} ({len(names)}): {', '.join(_families(names))}" for reason, names in reasons.items()]
+    lines = [
+        f"- {reason} ({len(names)}): {', '.join(_families(names))}"
+        for reason, names in reasons.items()
+    ]
     note = (
-        f"Small models of every name with random weights: {link('supported_models', full)}. Pruned: rate 0 equals the "
-        f"unpruned model bit for bit, and a deployed model the functional ops. timm {env['timm']}, transformers "
+        f"Small models of every name with random weights: {link('supported_models', full)}. "
+        "Pruned: rate 0 equals the "
+        "unpruned model bit for bit, and a deployed model the functional ops. timm "
+        f"{env['timm']}, transformers "
         f"{env['transformers']}, torch {env['torch']}. Not supported:"
     )
     return "\n".join([counts.markdown(), "", note, "", *lines])

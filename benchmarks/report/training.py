@@ -52,7 +52,11 @@ def grouped(name: str, groups: tuple[str, ...]) -> list[list[Cell]]:
     body: list[list[Cell]] = []
     for method in unique(rows, "method"):
         trainings = where(rows, method=method)
-        figures: list[Cell] = [f"{trainings[0]['GFLOPs']:.2f}", spread(trainings, "top-1", 1), in_box(trainings)]
+        figures: list[Cell] = [
+            f"{trainings[0]['GFLOPs']:.2f}",
+            spread(trainings, "top-1", 1),
+            in_box(trainings),
+        ]
         body.append([method, *figures, str(len(trainings))])
     return body
 
@@ -74,12 +78,18 @@ def accuracy() -> str:
         return NOT_MEASURED
     env = measured[0]
     note = (
-        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; one epoch over {env['photos']} photos, AdamW, learning rate "
-        f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and range over seeds, "
-        "which draw their own photos. In the box: of the patches kept to the end, the share in the object's box. With "
-        f"400 steps, variants, GFLOPs, seeds: {link('trainings', trainings_table())}. {source('accuracy', env)}."
+        f"Tiny-ImageNet, ViT-Ti/16 at 224 px; one epoch over {env['photos']} photos, AdamW, "
+        "learning rate "
+        f"{env['lr']}, batch {env['batch']}, bfloat16; top-1 on {env['compare']} others, mean and "
+        "range over seeds, "
+        "which draw their own photos. In the box: of the patches kept to the end, the share in "
+        "the object's box. With "
+        f"400 steps, variants, GFLOPs, seeds: {link('trainings', trainings_table())}. "
+        f"{source('accuracy', env)}."
     )
-    table = Table(HEAD, grouped(*TRAININGS["50 steps"])).select(["method", "top-1, %", "in the box, %"])
+    table = Table(HEAD, grouped(*TRAININGS["50 steps"])).select(
+        ["method", "top-1, %", "in the box, %"]
+    )
     return f"{table.markdown()}\n\n{note}"
 
 
@@ -99,7 +109,10 @@ def factors() -> Table | None:
     if measured is None:
         return None
     rows = measured[1]
-    groups = sorted({row["group"] for row in rows if row["group"].endswith("x")}, key=lambda name: float(name[:-1]))
+    groups = sorted(
+        {row["group"] for row in rows if row["group"].endswith("x")},
+        key=lambda name: float(name[:-1]),
+    )
     body: list[list[Cell]] = []
     for method in unique([row for row in rows if row["group"] in groups], "method"):
         cells = [where(rows, group=group, method=method) for group in groups]
@@ -113,8 +126,10 @@ def factors_section() -> str:
         return NOT_MEASURED
     env, rows = measured
     note = (
-        f"Top-1 in %; columns: times fewer FLOPs; no pruning {spread(where(rows, method='no pruning'), 'top-1', 1)}; "
-        f"mean of {len(unique(rows, 'seed'))} seeds. With ranges: {link('trainings_factors', table)}. "
+        "Top-1 in %; columns: times fewer FLOPs; no pruning "
+        f"{spread(where(rows, method='no pruning'), 'top-1', 1)}; "
+        f"mean of {len(unique(rows, 'seed'))} seeds. With ranges: "
+        f"{link('trainings_factors', table)}. "
         f"{measured_on(env)}."
     )
     return f"{table.means().markdown()}\n\n{note}"
@@ -127,7 +142,9 @@ def ablations() -> Table | None:
         return None
     rows = measured[1]
     labels = {("3x", "Cropr"): "**all parts**, from calibrated queries"}
-    labels |= {("ablations", method): method for method in unique(where(rows, group="ablations"), "method")}
+    labels |= {
+        ("ablations", method): method for method in unique(where(rows, group="ablations"), "method")
+    }
     body: list[list[Cell]] = []
     for (group, method), label in labels.items():
         trainings = where(rows, group=group, method=method)
@@ -139,7 +156,10 @@ def ablations_section() -> str:
     measured, table = load("accuracy_factors"), ablations()
     if measured is None or table is None:
         return NOT_MEASURED
-    note = f"3 times fewer FLOPs, mean of 3 seeds; ranges: {link('ablations', table)}. {measured_on(measured[0])}."
+    note = (
+        f"3 times fewer FLOPs, mean of 3 seeds; ranges: {link('ablations', table)}. "
+        f"{measured_on(measured[0])}."
+    )
     return f"{table.means().markdown()}\n\n{note}"
 
 
@@ -164,11 +184,16 @@ def scorers_section() -> str:
     if measured is None or table is None:
         return NOT_MEASURED
     env, rows = measured
-    shown = table.means().select(["scores", "block 1", "block 3", "block 7", "block 11", "in the box, %"])
+    shown = table.means().select(
+        ["scores", "block 1", "block 3", "block 7", "block 11", "in the box, %"]
+    )
     note = (
-        "Rank correlation, after a block, with how much the later blocks attend to a patch; in the box: of the better "
-        f"half, all blocks. {env['photos']} photos that no query was calibrated on, {len(unique(rows, 'seed'))} seeds. "
-        f"{measured_on(env)}. All blocks: {link('scorers', table)}; an untrained network under these scores and other "
+        "Rank correlation, after a block, with how much the later blocks attend to a patch; in "
+        "the box: of the better "
+        f"half, all blocks. {env['photos']} photos that no query was calibrated on, "
+        f"{len(unique(rows, 'seed'))} seeds. "
+        f"{measured_on(env)}. All blocks: {link('scorers', table)}; an untrained network under "
+        "these scores and other "
         f"schedules: {link('untrained', untrained())}."
     )
     return f"{shown.markdown()}\n\n{note}"
@@ -193,7 +218,8 @@ def by_method(rows: list[Row], columns: dict[str, int]) -> list[list[Cell]]:
     for method in unique(rows, "method"):
         trainings = where(rows, method=method)
         cells: list[Cell] = [
-            spread(trainings, column, digits) if column in trainings[0] else "-" for column, digits in columns.items()
+            spread(trainings, column, digits) if column in trainings[0] else "-"
+            for column, digits in columns.items()
         ]
         body.append([method, *cells, str(len(trainings))])
     return body
@@ -232,7 +258,10 @@ def segmentation() -> str:
         body.append([method, *(spread(cell, "mIoU", 1) if cell else "-" for cell in cells)])
     notes = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160. "
     notes += f"{recipe('segmentation', measured[0])} {recipe('segmentation_long', longer[0])}"
-    all_figures = f"Ranges, pixels, GFLOPs, a lower learning rate: {link('segmentation', segmentation_table())}."
+    all_figures = (
+        "Ranges, pixels, GFLOPs, a lower learning rate: "
+        f"{link('segmentation', segmentation_table())}."
+    )
     return f"{Table(['method', *by_name], body).means().markdown()}\n\n{notes} {all_figures}"
 
 
@@ -246,7 +275,9 @@ def restored() -> Table | None:
     body: list[list[Cell]] = []
     for method in unique(rows, "method"):
         errors = [row["restored"] for row in where(rows, method=method)]
-        body.append([method, *(Spread([error[str(count)] for error in errors], 2) for count in counts)])
+        body.append(
+            [method, *(Spread([error[str(count)] for error in errors], 2) for count in counts)]
+        )
     return Table(["pruned after block", *map(str, counts[:-1]), "never"], body)
 
 
@@ -256,7 +287,8 @@ def restored_section() -> str:
         return NOT_MEASURED
     shown = table.means().select([table.head[0], *table.head[1:-1:3], table.head[-1]])
     note = (
-        "Squared error of the normed tokens over the variance of those of the same trained network without pruning; "
+        "Squared error of the normed tokens over the variance of those of the same trained "
+        "network without pruning; "
         f"8 epochs, one seed. All blocks: {link('restored', table)}."
     )
     return f"{shown.markdown()}\n\n{note}"
@@ -271,7 +303,8 @@ def detection() -> str:
     if other is not None:
         env = other[0]
         note += (
-            f" With COCO128 ({env['photos']} of its photos, drawn by the seed, all objects of one category; "
+            f" With COCO128 ({env['photos']} of its photos, drawn by the seed, all objects of one "
+            "category; "
             f"{recipe('detection_coco128', env)[:-1]}): {link('detection', detection_table())}."
         )
     table = Table(["method", "AP box", "AP box 50", "seeds"], body).select(["method", "AP box"])
@@ -285,11 +318,15 @@ def training_step() -> str:
         return NOT_MEASURED
     env, rows = measured
     sentences = [
-        f"{row['model']}, batch {row['batch']}, R = {row['rate']}: {row['unpruned / Cropr']:.2f}x the speed of a step "
+        f"{row['model']}, batch {row['batch']}, R = {row['rate']}: {row['unpruned / Cropr']:.2f}x "
+        "the speed of a step "
         f"without pruning; the auxiliary path adds {100 * row['auxiliary path adds']:.0f} %."
         for row in rows
     ]
-    return f"{' '.join(sentences)} Forward, loss and backward, bfloat16 autocast; medians. {measured_on(env)}."
+    return (
+        f"{' '.join(sentences)} Forward, loss and backward, bfloat16 autocast; medians. "
+        f"{measured_on(env)}."
+    )
 
 
 SECTIONS: Sections = {
@@ -322,7 +359,9 @@ def plot() -> None:
         return
     plt = pyplot()
     rows = [row for row in main[1] if row["group"] in ("main", "baselines")]
-    rows += [row for row in others[1] if row["group"] != "ablations" and row["method"] != "no pruning"]
+    rows += [
+        row for row in others[1] if row["group"] != "ablations" and row["method"] != "no pruning"
+    ]
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for method in PLOTTED:
         points: dict[float, list[float]] = {}
@@ -332,8 +371,12 @@ def plot() -> None:
         means = [statistics.mean(points[x]) for x in flops]
         below = [center - min(points[x]) for x, center in zip(flops, means)]
         above = [max(points[x]) - center for x, center in zip(flops, means)]
-        bold = {"linewidth": 2.4} if method.startswith("Cropr") else {"linewidth": 1.2, "alpha": 0.8}
-        axis.errorbar(flops, means, [below, above], marker="o", markersize=4, capsize=2, label=method, **bold)
+        bold = (
+            {"linewidth": 2.4} if method.startswith("Cropr") else {"linewidth": 1.2, "alpha": 0.8}
+        )
+        axis.errorbar(
+            flops, means, [below, above], marker="o", markersize=4, capsize=2, label=method, **bold
+        )
     unpruned = mean(where(rows, method="no pruning"), "top-1")
     axis.axhline(unpruned, color="0.4", linewidth=0.8, label="no pruning")
     axis.set_xlabel("GFLOPs")

@@ -34,9 +34,13 @@ class Results:
         self.path = path
         self.environment = environment
         self.keys = tuple(keys)
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if keys and path.exists() else []
+        self.rows: list[Row] = (
+            json.loads(path.read_text())["rows"] if keys and path.exists() else []
+        )
 
-    def remaining(self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")) -> Iterator[tuple[Any, ...]]:
+    def remaining(
+        self, cells: Iterable[tuple[Any, ...]], minutes: float = float("inf")
+    ) -> Iterator[tuple[Any, ...]]:
         """Yield the cells without a row, until the minutes are over.
 
         A cell is a value for each key, and more may follow. A row without the column of a key has
@@ -59,7 +63,9 @@ class Results:
         """Replace all rows, and write the file."""
         self.rows = rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps({"environment": self.environment, "rows": rows}, indent=1) + "\n")
+        write_text(
+            self.path, json.dumps({"environment": self.environment, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def hashable(value: Any) -> Any:
@@ -86,8 +92,12 @@ def environment(device: str) -> dict[str, Any]:
         triton_version = None
     try:
         git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        state = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        state = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
         revision = commit.stdout.strip() + ("+changes" if state.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         revision = os.environ.get("CROPR_COMMIT", "unknown")

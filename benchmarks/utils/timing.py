@@ -66,7 +66,9 @@ def seconds_of(function: Callable[[Tensor], Any], x: Tensor, calls: int = 1) -> 
     return 1e-3 * first.elapsed_time(last) / calls
 
 
-def timed(methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int) -> dict[Key, list[float]]:
+def timed(
+    methods: dict[Key, Callable[[Tensor], Any]], x: Tensor, rounds: int
+) -> dict[Key, list[float]]:
     """Seconds of each method on x, interleaved call by call, after two rounds of warm-up."""
     with tqdm(total=(rounds + 2) * len(methods), mininterval=5) as bar:
 
@@ -117,7 +119,9 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], *args: Any) -> t
     return graph
 
 
-def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25) -> dict[str, list[float]]:
+def replay(
+    graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25
+) -> dict[str, list[float]]:
     """Microseconds of one call, with the graphs interleaved."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for round_ in range(rounds):
@@ -132,7 +136,9 @@ def replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int = 25
     return times
 
 
-def clocked(functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor], rounds: int) -> dict[str, list[float]]:
+def clocked(
+    functions: dict[str, Callable[[Tensor], Any]], inputs: list[Tensor], rounds: int
+) -> dict[str, list[float]]:
     """Microseconds of one call by the clock, to test a script without a GPU."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):

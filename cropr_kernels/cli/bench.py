@@ -32,7 +32,11 @@ def differing(expected: Tensor, actual: Tensor) -> tuple[Tensor, float]:
     """
     difference = (actual - expected).flatten(1).abs().amax(1) / expected.abs().max()
     allowed = _TOLERANCE.get(expected.dtype)
-    differs = ~(difference <= allowed) if allowed is not None else torch.zeros_like(difference, dtype=torch.bool)
+    differs = (
+        ~(difference <= allowed)
+        if allowed is not None
+        else torch.zeros_like(difference, dtype=torch.bool)
+    )
     return differs, difference.max().item()
 
 
@@ -55,7 +59,13 @@ def _run(model: nn.Module, rate: int, images: Tensor) -> object:
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, images: Tensor, rates: list[int], *, graphs: bool | None, rounds: int | None, show: bool
+    model: nn.Module,
+    images: Tensor,
+    rates: list[int],
+    *,
+    graphs: bool | None,
+    rounds: int | None,
+    show: bool,
 ) -> list[dict[str, float]]:
     """Return a row per rate, 0 first; raises RuntimeError if engine and functional ops differ."""
     fast = deployed_copy(model, cuda_graphs=None if graphs is None else graphs * len(rates))
@@ -70,23 +80,43 @@ def measure(
         actual = outputs_of(set_rate(fast, rate)(images))
         differs, difference = differing(expected, actual)
         if differs.any() and not agrees(model, images[differs], rate):
-            raise RuntimeError(f"at rate {rate} the engine differs from the functional ops: {difference:.2g}")
+            raise RuntimeError(
+                f"at rate {rate} the engine differs from the functional ops: {difference:.2g}"
+            )
         gflops[rate] = counter.get_total_flops() / 2e9 / len(images)
         calls[rate] = partial(_run, fast, rate, images)
     rows = []
-    for rate, timing in time_interleaved(calls, images.device, rounds, show=show, label=label).items():
+    for rate, timing in time_interleaved(
+        calls, images.device, rounds, show=show, label=label
+    ).items():
         row = {"rate": rate, **timing._asdict(), "images_per_second": len(images) / timing.seconds}
-        rows.append(row | {"spread": timing.spread, "gflops": gflops[rate], "flop_ratio": gflops[0] / gflops[rate]})
+        rows.append(
+            row
+            | {
+                "spread": timing.spread,
+                "gflops": gflops[rate],
+                "flop_ratio": gflops[0] / gflops[rate],
+            }
+        )
     return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]
 
 
 def report(rows: list[dict[str, float]]) -> str:
     """Format the rows of a batch size as a table, and note speed-ups above the ratio of FLOPs."""
-    formats = dict(rate="d", images_per_second=".1f", spread=".0%", speedup=".2f", gflops=".3g", flop_ratio=".2f")
+    formats = dict(
+        rate="d",
+        images_per_second=".1f",
+        spread=".0%",
+        speedup=".2f",
+        gflops=".3g",
+        flop_ratio=".2f",
+    )
     cells = [[format(row[name], spec) for name, spec in formats.items()] for row in rows]
     text = table(["rate", "images/s", "spread", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0)
     notable = [str(row["rate"]) for row in rows if above_flops(row["speedup"], row["flop_ratio"])]
-    return f"batch {rows[0]['batch']}\n{text}" + (f"\nrate {', '.join(notable)}: {ABOVE_FLOPS}" if notable else "")
+    return f"batch {rows[0]['batch']}\n{text}" + (
+        f"\nrate {', '.join(notable)}: {ABOVE_FLOPS}" if notable else ""
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -113,11 +143,19 @@ def run(options: argparse.Namespace) -> None:
         "engine": f"off, {reason}" if reason else "zero-copy",
         "cuda_graphs": {None: "of small batches", True: "yes", False: "no"}[options.cuda_graphs],
     }
-    print(f"{device_name}, {dtype_name}, engine {metadata['engine']}; spread: between the quartiles, over the median")
+    print(
+        f"{device_name}, {dtype_name}, engine {metadata['engine']}; spread: between the "
+        "quartiles, over the median"
+    )
     for batch in options.batch:
         images = torch.randn(batch, 3, *pixels.img_size).to(device, dtype)
         measured = measure(
-            model, images, rates, graphs=options.cuda_graphs, rounds=options.rounds, show=not options.quiet
+            model,
+            images,
+            rates,
+            graphs=options.cuda_graphs,
+            rounds=options.rounds,
+            show=not options.quiet,
         )
         batch_rows = [{"batch": batch, **row} for row in measured]
         rows += batch_rows

@@ -22,7 +22,9 @@ from .common import load_model
 from .outputs import check_file, checked_rates
 
 
-def batches(paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]) -> Iterator[Tensor]:
+def batches(
+    paths: list[Path], pixels: Pixels, label: str, show: bool, unreadable: list[str]
+) -> Iterator[Tensor]:
     """Yield photos in batches of 16; collect those that cannot be read."""
     readable = read_photos(each(paths, label, show=show), pixels.load, unreadable)
     photos = (pixels.normalize(photo) for _, photo in readable)
@@ -37,7 +39,9 @@ def run(options: argparse.Namespace) -> None:
     skipped: Counter[str] = Counter()
     paths = find_photos(options.folder, skipped)
     if len(paths) < 2:
-        raise ValueError(f"{options.folder} must hold at least 2 photos, to fit and to compare, got {len(paths)}")
+        raise ValueError(
+            f"{options.folder} must hold at least 2 photos, to fit and to compare, got {len(paths)}"
+        )
     random.Random(options.seed).shuffle(paths)
     num_fit = min(options.photos, max(len(paths) * 2 // 3, 1))
     held_out = paths[num_fit : num_fit + options.held_out]
@@ -46,24 +50,44 @@ def run(options: argparse.Namespace) -> None:
     show = not options.quiet
     print(f"photos: {pixels}{describe_skipped(skipped)}")
     unreadable: tuple[list[str], list[str]] = [], []
-    calibration.calibrate(model, batches(paths[:num_fit], pixels, "calibrating", show, unreadable[0]))
+    calibration.calibrate(
+        model, batches(paths[:num_fit], pixels, "calibrating", show, unreadable[0])
+    )
     metadata: dict[str, object] = {"model": options.model, "rate": None}
-    calibration.save_queries(model, options.out, metadata)  # before the comparison, which may be interrupted
+    # Before the comparison, which may be interrupted
+    calibration.save_queries(model, options.out, metadata)
     compare = batches(held_out, pixels, f"comparing at {len(rates)} rates", show, unreadable[1])
     rows = calibration.agreement(model, compare, rates)
     best = calibration.recommend(rows, options.least / 100)
     classifies = find_spec(model).num_classes > 0
-    cells = [[f"{row.rate}", f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"] for row in rows]
+    cells = [
+        [f"{row.rate}", f"{row.flops:.2f}", f"{100 * row.agreement:.1f}", f"{row.divergence:.3f}"]
+        for row in rows
+    ]
     if not classifies:
         cells = [[*row[:-1], "-"] for row in cells]
-    print(table(["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"], cells, left=0))
+    print(
+        table(
+            ["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"],
+            cells,
+            left=0,
+        )
+    )
     num_used = num_fit - len(unreadable[0])
     num_compared = len(held_out) - len(unreadable[1])
-    print(f"{num_used} photos to fit, {num_compared} to compare, {sum(map(len, unreadable))} unreadable")
+    print(
+        f"{num_used} photos to fit, {num_compared} to compare, {sum(map(len, unreadable))} "
+        "unreadable"
+    )
     print("".join(f"  {line}\n" for line in [*unreadable[0], *unreadable[1]][:5]), end="")
-    metadata |= {"rate": None if best is None else best.rate, "report": [row._asdict() for row in rows]}
+    metadata |= {
+        "rate": None if best is None else best.rate,
+        "report": [row._asdict() for row in rows],
+    }
     calibration.save_queries(model, options.out, metadata)
     recommendation = (
-        f"recommended: rate {best.rate}" if best else f"no rate agrees in {options.least:g} %: try lower --rates"
+        f"recommended: rate {best.rate}"
+        if best
+        else f"no rate agrees in {options.least:g} %: try lower --rates"
     )
     print(f"{recommendation}; wrote {options.out}")

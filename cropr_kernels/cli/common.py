@@ -30,7 +30,9 @@ def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.d
     try:
         device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"--device must be one of torch, such as cpu, cuda or cuda:1, got {options.device}") from error
+        raise ValueError(
+            f"--device must be one of torch, such as cpu, cuda or cuda:1, got {options.device}"
+        ) from error
     if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"--device {options.device}: torch finds {torch.cuda.device_count()} GPUs")
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -47,7 +49,11 @@ class Loaded(NamedTuple):
 
 def is_run_folder(name: str | Path) -> bool:
     """Return true if this is the folder of a run of `cropr train`."""
-    return (Path(name) / "config.json").is_file() and not is_transformers_folder(name) and not was_saved(name)
+    return (
+        (Path(name) / "config.json").is_file()
+        and not is_transformers_folder(name)
+        and not was_saved(name)
+    )
 
 
 def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
@@ -58,10 +64,14 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     """
     name = options.model
     values = {key: value for key, value in vars(options).items() if value is not None}
-    architecture = {key: values[key] for key in ("arch", "img_size", "num_classes") if key in values}
+    architecture = {
+        key: values[key] for key in ("arch", "img_size", "num_classes") if key in values
+    }
     is_run = is_run_folder(name)
     if architecture and (is_run or was_saved(name)):
-        raise ValueError(f"{name} defines the model: leave out --arch, --img-size and --num-classes")
+        raise ValueError(
+            f"{name} defines the model: leave out --arch, --img-size and --num-classes"
+        )
     if is_run:
         task, config, _ = rebuild(name)
         if config.task != "classification":
@@ -78,7 +88,9 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     trained = is_pruned(model)
     requested = _pruning_options(options)
     if not trained:
-        _prune(model, requested, {"rate": 8 if "rate" in vars(options) else 0}, values.get("queries"))
+        _prune(
+            model, requested, {"rate": 8 if "rate" in vars(options) else 0}, values.get("queries")
+        )
     elif requested.keys() - {"rate"}:
         raise ValueError(f"{name} defines the pruning: leave out --llf, --merge and --keep")
     elif requested:
@@ -87,12 +99,18 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
         raise ValueError(f"{name} has weights that are not finite")
     names = ("mean", "std", "crop_pct", "interpolation")
     pixels = pixels._replace(**{name: values[name] for name in names if values.get(name)})
-    if not all(math.isfinite(value) for value in pixels.mean) or not all(0 < value < math.inf for value in pixels.std):
-        raise ValueError(f"--mean must be finite and --std positive, got {pixels.mean}, {pixels.std}")
+    if not all(math.isfinite(value) for value in pixels.mean) or not all(
+        0 < value < math.inf for value in pixels.std
+    ):
+        raise ValueError(
+            f"--mean must be finite and --std positive, got {pixels.mean}, {pixels.std}"
+        )
     if not 0 < pixels.crop_pct <= 1:
         raise ValueError(f"--crop-pct must be in (0, 1], got {pixels.crop_pct}")
     if values.get("max_pixels"):  # Pillow warns from this number on, and raises from twice as many
-        import_optional("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = values["max_pixels"] // 2
+        import_optional("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = (
+            values["max_pixels"] // 2
+        )
     return Loaded(model, pixels, trained)
 
 
@@ -133,7 +151,8 @@ def load_with_queries(options: argparse.Namespace) -> Loaded:
         load_queries(loaded.model, options.queries)
     elif not loaded.trained and options.rate != 0:
         raise ValueError(
-            "without queries tokens would be pruned at random: pass --queries FILE, which 'cropr calibrate "
+            "without queries tokens would be pruned at random: pass --queries FILE, which 'cropr "
+            "calibrate "
             "MODEL FOLDER' writes, or --rate 0 for no pruning"
         )
     return loaded

@@ -22,7 +22,19 @@ from .common import device_and_dtype
 from .info import versions
 
 # Sizes of a small network: several programs per image, several blocks per row.
-SIZES = {"B": 2, "N": 197, "D": 192, "K": 120, "R": 77, "M": 3, "T": 110, "C": 87, "F": 64, "P": 196, "H": 3}
+SIZES = {
+    "B": 2,
+    "N": 197,
+    "D": 192,
+    "K": 120,
+    "R": 77,
+    "M": 3,
+    "T": 110,
+    "C": 87,
+    "F": 64,
+    "P": 196,
+    "H": 3,
+}
 NETWORKS: dict[str, dict[str, Any]] = {
     "network": {"rate": 8},
     "network with Last Layer Fusion": {"rate": 8, "llf": "track_parent"},
@@ -31,7 +43,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 # Tolerances of results, relative and absolute; and of a network's logits, over their norm: in 16
 # bits rounding may change which token is pruned.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+LOGITS_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.3,
+    torch.float16: 0.1,
+}
 SECONDS = 60.0  # limit of one check, with the compilation of its kernels and the start of CUDA
 
 
@@ -54,8 +71,18 @@ def checks(device: torch.device) -> list[Check]:
     """List the checks of a device."""
     graph_options = (True, False) if device.type == "cuda" else (True,)
     return [
-        *(Check(op, dtype, plain) for op in NAMES for dtype in DTYPES for plain in {False, bool(OPS[op].optional)}),
-        *(Check(name, dtype, plain) for name in NETWORKS for dtype in DTYPES for plain in graph_options),
+        *(
+            Check(op, dtype, plain)
+            for op in NAMES
+            for dtype in DTYPES
+            for plain in {False, bool(OPS[op].optional)}
+        ),
+        *(
+            Check(name, dtype, plain)
+            for name in NETWORKS
+            for dtype in DTYPES
+            for plain in graph_options
+        ),
     ]
 
 
@@ -76,13 +103,18 @@ def _op(check: Check, device: torch.device, sizes: dict[str, int]) -> str:
     calls = [
         {name: _copy(value, device) for name, value in reference_args.items()} for _ in range(2)
     ]  # compiled, replayed
-    expected = _named_parts(getattr(reference, check.name)(*reference_args.values())) | reference_args
+    expected = (
+        _named_parts(getattr(reference, check.name)(*reference_args.values())) | reference_args
+    )
     for i, args in enumerate(calls):
         # Arguments are compared as well: ops change some in place, and no others.
         actual = _named_parts(getattr(torch.ops.cropr, check.name)(*args.values())) | args
         for name, part in actual.items():
-            rounded = check.dtype if name == "cost_scale" else None  # computed from rows of that dtype
-            failure = _difference(name, part, expected[name], rounded) if isinstance(part, Tensor) else ""
+            # Computed from rows of that dtype
+            rounded = check.dtype if name == "cost_scale" else None
+            failure = (
+                _difference(name, part, expected[name], rounded) if isinstance(part, Tensor) else ""
+            )
             if failure:
                 return f"{'the second call: ' if i else ''}{failure}"
     return ""
@@ -97,19 +129,27 @@ def _named_parts(result: object) -> dict[str, Any]:
     return {f"result {i}": part for i, part in enumerate(parts)}
 
 
-def _difference(name: str, actual: Tensor, expected: Tensor, rounded: torch.dtype | None = None) -> str:
+def _difference(
+    name: str, actual: Tensor, expected: Tensor, rounded: torch.dtype | None = None
+) -> str:
     """Describe the first wrong element, at the tolerance of its dtype and of the dtype it was
     `rounded` to."""
     actual = actual.cpu()
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
-        return f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+        return (
+            f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} "
+            f"{tuple(expected.shape)}"
+        )
     tolerance = max(TOLERANCE.get(actual.dtype, 0.0), TOLERANCE.get(rounded or actual.dtype, 0.0))
     is_wrong = ~torch.isclose(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     if not is_wrong.any():
         return ""
     index = is_wrong.nonzero()[0].tolist()
     values = (f"{tensor[tuple(index)].item():.7g}" for tensor in (actual, expected))
-    return f"{name}{index} is {', not '.join(values)} ({int(is_wrong.sum())} of {is_wrong.numel()} are wrong)"
+    return (
+        f"{name}{index} is {', not '.join(values)} ({int(is_wrong.sum())} of {is_wrong.numel()} "
+        "are wrong)"
+    )
 
 
 def _network(check: Check, device: torch.device) -> str:
@@ -124,7 +164,10 @@ def _network(check: Check, device: torch.device) -> str:
         error = ((actual - expected).norm() / expected.norm()).item()
         allowed = LOGITS_TOLERANCE[check.dtype]
         if not error <= allowed:
-            return f"logits differ by {error:.1e} of their norm from the definition's; {allowed} is allowed"
+            return (
+                f"logits differ by {error:.1e} of their norm from the definition's; {allowed} is "
+                "allowed"
+            )
     return ""
 
 
@@ -144,7 +187,10 @@ def outcomes(device: torch.device) -> Iterator[tuple[Check, str]]:
 
 
 def in_process(
-    pending: list[Check], device: torch.device, seconds: float, perform: Callable[..., str] = perform
+    pending: list[Check],
+    device: torch.device,
+    seconds: float,
+    perform: Callable[..., str] = perform,
 ) -> Iterator[tuple[Check, str]]:
     """Run checks in a new process, up to the first that leaves it unusable."""
     context = multiprocessing.get_context("spawn")
@@ -173,7 +219,9 @@ def in_process(
         process.join()
 
 
-def _serve(connection: Connection, pending: list[Check], device: torch.device, perform: Callable[..., str]) -> None:
+def _serve(
+    connection: Connection, pending: list[Check], device: torch.device, perform: Callable[..., str]
+) -> None:
     torch.backends.cudnn.allow_tf32 = False  # full float32
     connection.send("started")
     for check in pending:
@@ -188,9 +236,21 @@ def _serve(connection: Connection, pending: list[Check], device: torch.device, p
 
 
 def run(options: argparse.Namespace) -> None:
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    devices = [torch.device("cpu"), *gpus] if options.device is None else [device_and_dtype(options)[0]]
-    print(", ".join(f"{name} {value}" for name, value in {**versions(), **build_info()}.items() if name != "device"))
+    gpus = (
+        [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    devices = (
+        [torch.device("cpu"), *gpus] if options.device is None else [device_and_dtype(options)[0]]
+    )
+    print(
+        ", ".join(
+            f"{name} {value}"
+            for name, value in {**versions(), **build_info()}.items()
+            if name != "device"
+        )
+    )
     failed, total = 0, 0
     for device in devices:
         name = _describe(device)
@@ -201,9 +261,16 @@ def run(options: argparse.Namespace) -> None:
                 total += 1
                 if failure:
                     num_failed += 1
-                    print(f"{device}: {check}:\n{textwrap.indent(failure.strip(), '    ')}", flush=True)
+                    print(
+                        f"{device}: {check}:\n{textwrap.indent(failure.strip(), '    ')}",
+                        flush=True,
+                    )
         failed += num_failed
-        result = f"{num_failed} of {progress.done} checks failed" if num_failed else f"{progress.done} checks passed"
+        result = (
+            f"{num_failed} of {progress.done} checks failed"
+            if num_failed
+            else f"{progress.done} checks passed"
+        )
         print(f"{name}: {result}")
     if failed:
         raise RuntimeError(f"{failed} of {total} checks failed")

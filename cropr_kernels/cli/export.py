@@ -36,18 +36,29 @@ def run(options: argparse.Namespace) -> None:
     rows = [["PyTorch", "cropr", "", ""]]
     fast = deploy(model.to(device, dtype))
     plain = set_rate(deploy(model), 0)
-    calls: dict[tuple[str, bool], Callable[[Any], object]] = {("PyTorch", False): plain, ("PyTorch", True): fast}
+    calls: dict[tuple[str, bool], Callable[[Any], object]] = {
+        ("PyTorch", False): plain,
+        ("PyTorch", True): fast,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         for format in options.format:
             name = f"{stem}_aoti.pt2" if format == "aoti" else f"{stem}{FORMATS[format]}"
             ops = options.ops if format != "onnx" else None
-            export_options: dict[str, Any] = {"format": format, "ops": ops, "dynamic_batch": options.dynamic_batch}
+            export_options: dict[str, Any] = {
+                "format": format,
+                "ops": ops,
+                "dynamic_batch": options.dynamic_batch,
+            }
             label = f"exporting {name}"
             with warnings.catch_warnings(), Progress(label, show=not options.quiet, ticks=True):
                 warnings.simplefilter("ignore")  # exporters warn of their own deprecations
-                exported = export(model, images, options.out / name, with_map=options.map, **export_options)
+                exported = export(
+                    model, images, options.out / name, with_map=options.map, **export_options
+                )
                 unpruned = export(plain, images, Path(scratch) / name, **export_options)
-            agreement = ", the same patches are pruned after the same blocks" if exported.same_map else ""
+            agreement = (
+                ", the same patches are pruned after the same blocks" if exported.same_map else ""
+            )
             print(f"wrote {exported.path}, compared with the model{agreement}", flush=True)
             for pruned, path in ((True, exported.path), (False, unpruned.path)):
                 calls[str(exported.path), pruned] = load_exported(path, format)
@@ -61,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
             )
         with torch.inference_mode():
             forwards = {name: partial(call, images) for name, call in calls.items()}
-            times = time_interleaved(forwards, images.device, options.rounds, show=not options.quiet)
+            times = time_interleaved(
+                forwards, images.device, options.rounds, show=not options.quiet
+            )
     for row in rows:
         before = times[row[0], False]
         after = times[row[0], True]
@@ -69,5 +82,14 @@ def run(options: argparse.Namespace) -> None:
         row += [f"{1e3 * before.seconds:.2f}", f"{1e3 * after.seconds:.2f}"]
         row += [f"{before.seconds / after.seconds:.2f}", f"{spread:.0%}"]
     dtype_name = str(images.dtype).removeprefix("torch.")
-    print(f"milliseconds of a batch of {options.batch} on {images.device}, {dtype_name}; unpruned in the same format")
-    print(table(["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up", "spread"], rows, left=2))
+    print(
+        f"milliseconds of a batch of {options.batch} on {images.device}, {dtype_name}; unpruned "
+        "in the same format"
+    )
+    print(
+        table(
+            ["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up", "spread"],
+            rows,
+            left=2,
+        )
+    )

@@ -39,7 +39,8 @@ _SETTINGS = "_settings.json"
 
 
 _Content = Path | IO[bytes] | None  # of a sample; None without a photo
-Read = tuple[dict[str, Any], Tensor | None]  # a row with source, name and error, and the pixels if there is no error
+# A row with source, name and error, and the pixels if there is no error
+Read = tuple[dict[str, Any], Tensor | None]
 
 
 class Unit(NamedTuple):
@@ -50,7 +51,8 @@ class Unit(NamedTuple):
 
 
 def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> list[Unit]:
-    """Find the units of folders and shards, each once, in an order that depends on their names only.
+    """Find the units of folders and shards, each once, in an order that depends on their names
+    only.
 
     Raises FileNotFoundError or ValueError for a source that is neither.
     """
@@ -66,7 +68,9 @@ def find_units(sources: Sequence[Path], unit: int, skipped: Counter[str]) -> lis
         elif source.suffix == ".tar":
             units.append(Unit(source))
         else:
-            raise ValueError(f"a source must be a folder or a WebDataset shard (.tar), got {source}")
+            raise ValueError(
+                f"a source must be a folder or a WebDataset shard (.tar), got {source}"
+            )
     if not units:
         raise ValueError(f"no photos and no shards in {', '.join(map(str, sources))}")
     return list(dict.fromkeys(units))
@@ -89,12 +93,16 @@ def samples(unit: Unit) -> Iterator[tuple[str, _Content]]:
             key, dot, _ = base.partition(".")
             if member.isfile() and key and dot:
                 is_photo = os.path.splitext(base)[1].lower() in PHOTO_SUFFIXES
-                has_photo[folder + slash + key] = has_photo.get(folder + slash + key, False) or is_photo
+                has_photo[folder + slash + key] = (
+                    has_photo.get(folder + slash + key, False) or is_photo
+                )
                 if is_photo:
                     yield folder + slash + base, io.BytesIO(shard.extractfile(member).read())  # type: ignore[union-attr]
         stream.seek(shard.offset)  # tarfile takes a damaged header for the end
         tail = stream.read(1024)
-        if tail != bytes(1024) or any(chunk.strip(b"\0") for chunk in iter(lambda: stream.read(1 << 20), b"")):
+        if tail != bytes(1024) or any(
+            chunk.strip(b"\0") for chunk in iter(lambda: stream.read(1 << 20), b"")
+        ):
             raise ValueError(f"the shard is damaged at byte {shard.offset}")
     yield from ((key, None) for key, is_photo in has_photo.items() if not is_photo)
 
@@ -109,7 +117,9 @@ def _read(source: str, name: str, content: _Content, pixels: Pixels) -> Read:
         return row | {"error": str(error)}, None
 
 
-def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
+def batches(
+    unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor
+) -> Iterator[list[Read]]:
     """Yield photos of a unit in order, in batches; the next batch is read ahead."""
     source = printable(unit.source)
     pending = samples(unit)
@@ -126,15 +136,22 @@ def batches(unit: Unit, pixels: Pixels, batch: int, threads: ThreadPoolExecutor)
 
 @torch.inference_mode()
 def results(
-    model: nn.Module, pixels: Pixels, reads: list[Read], top: int, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    pixels: Pixels,
+    reads: list[Read],
+    top: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """Return a row per photo: source, name, error, and top classes with probabilities, or features for top
-    0."""
+    """Return a row per photo: source, name, error, and top classes with probabilities, or features
+    for top 0."""
     rows = [row for row, _ in reads]
     photos = [photo for _, photo in reads if photo is not None]
     if not photos:
         return rows
-    output = outputs_of(model(pixels.normalize(torch.stack(photos)).to(device, dtype))).float().cpu()
+    output = (
+        outputs_of(model(pixels.normalize(torch.stack(photos)).to(device, dtype))).float().cpu()
+    )
     readable = [row for row in rows if row["error"] is None]
     for row, values in zip(readable, output):
         if not values.isfinite().all():
@@ -149,7 +166,8 @@ def results(
 
 def run(options: argparse.Namespace) -> None:
     pyarrow, parquet, _ = (
-        import_optional(name, "infer", "cropr infer") for name in ("pyarrow", "pyarrow.parquet", "PIL.Image")
+        import_optional(name, "infer", "cropr infer")
+        for name in ("pyarrow", "pyarrow.parquet", "PIL.Image")
     )
     check_folder(options.out)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -176,12 +194,20 @@ def run(options: argparse.Namespace) -> None:
     pending = [(unit, part) for unit, part in assigned if not part.exists()]
     parent = os.getppid()
     texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
-    columns = {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats} if top else {"features": floats}
+    columns = (
+        {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats}
+        if top
+        else {"features": floats}
+    )
     schema = pyarrow.schema({"source": texts, "name": texts, "error": texts} | columns)
     num_photos = 0
     unreadable = 0
     damaged: list[str] = []
-    total = sum(len(unit.photos) for unit, _ in pending) if all(unit.photos for unit, _ in pending) else None
+    total = (
+        sum(len(unit.photos) for unit, _ in pending)
+        if all(unit.photos for unit, _ in pending)
+        else None
+    )
     progress = Progress("photos", total, show=not options.quiet and rank == 0)
     with ThreadPoolExecutor(options.workers) as threads, progress:
         for unit, part in pending:
@@ -200,9 +226,14 @@ def run(options: argparse.Namespace) -> None:
             unreadable += sum(row["error"] is not None for row in rows)
     resumed = f", {len(assigned) - len(pending)} were there" if len(pending) < len(assigned) else ""
     prefix = f"process {rank} of {world}: " if world > 1 else ""
-    print(f"{prefix}{len(pending) - len(damaged)} units{resumed}; {num_photos} photos, {unreadable} of them unreadable")
+    print(
+        f"{prefix}{len(pending) - len(damaged)} units{resumed}; {num_photos} photos, {unreadable} "
+        "of them unreadable"
+    )
     if damaged:
-        raise RuntimeError(f"{prefix}{len(damaged)} units are damaged, all others are done: {'; '.join(damaged)}")
+        raise RuntimeError(
+            f"{prefix}{len(damaged)} units are damaged, all others are done: {'; '.join(damaged)}"
+        )
     if all(part.exists() for part in parts):
         write_text(options.out / _DONE, "")
         print(f"{prefix}all {len(parts)} units are there: {options.out}")
@@ -213,13 +244,18 @@ def _settings(model: nn.Module, units: Sequence[Unit]) -> dict[str, Any]:
     modules: CroprModules = model.cropr  # type: ignore[assignment]
     prunes = modules.config.schedule.rate != 0
     weights = [value for name, value in model.state_dict().items() if not name.startswith("cropr.")]
-    names = "\n".join(f"{unit.source} {list(map(str, unit.photos)) or unit.source.stat().st_size}" for unit in units)
+    names = "\n".join(
+        f"{unit.source} {list(map(str, unit.photos)) or unit.source.stat().st_size}"
+        for unit in units
+    )
     return {
         "weights": _digest(weights),
         "schedule": str(modules.config.schedule),
         "llf": str(modules.config.llf),
         "merge": str(modules.config.merge),
-        "queries": _digest(modules.scorer(layer).query() for layer in range(len(modules) if prunes else 0)),
+        "queries": _digest(
+            modules.scorer(layer).query() for layer in range(len(modules) if prunes else 0)
+        ),
         "units": len(units),
         "names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
     }

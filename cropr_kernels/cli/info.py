@@ -33,7 +33,9 @@ def versions() -> dict[str, str]:
     return {
         "cropr_kernels": __version__,
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "triton": importlib.metadata.version("triton")
+        if importlib.util.find_spec("triton")
+        else "not installed",
         "device": device,
     }
 
@@ -74,7 +76,9 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     num_full = modules.config.full_blocks
     full_blocks = ""
     if num_full:
-        full_blocks = ", all in the last block" if num_full == 1 else f", all in the last {num_full} blocks"
+        full_blocks = (
+            ", all in the last block" if num_full == 1 else f", all in the last {num_full} blocks"
+        )
     remove(model)
     engine_off = f"off, the functional ops run it: {modules.engine_reason}"
     facts = {
@@ -82,7 +86,8 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": f"{tokens} of width {spec.dim}, {spec.num_prefix} of them never pruned",
         "blocks": f"{depth} x {type(spec.blocks[0]).__name__}",
         "kept after each block": " ".join(map(str, counts)) + full_blocks,
-        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at {modules.config.schedule}",
+        "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at "
+        f"{modules.config.schedule}",
         "engine": engine_off if modules.engine is None else "zero-copy, every block",
     }
     if modules.config.merge is not None:

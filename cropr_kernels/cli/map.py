@@ -31,7 +31,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for stem in stems:
         numbered = (f"{stem}_{number}" for number in count(2))
-        name = next(name for name in numbered if name.casefold() not in taken) if stem.casefold() in seen else stem
+        name = (
+            next(name for name in numbered if name.casefold() not in taken)
+            if stem.casefold() in seen
+            else stem
+        )
         taken.add(name.casefold())
         seen.add(stem.casefold())
         names.append(name)
@@ -67,7 +71,9 @@ def run(options: argparse.Namespace) -> None:
         calibration.load_queries(model, options.queries)
     fast = deploy(model)
     depth = len(find_spec(model).blocks)
-    maps = torch.cat([pruning_map(fast, batch) for batch in each(images.split(16), "pruning", show=show)])
+    maps = torch.cat(
+        [pruning_map(fast, batch) for batch in each(images.split(16), "pruning", show=show)]
+    )
     sheet = options.out / "maps.png"
     save_pruning_maps(sheet, photos[:8], maps[:8], depth, names[:8])
     print(f"{sheet}: {len(names[:8])} photos, dark patches are pruned first")
@@ -76,9 +82,17 @@ def run(options: argparse.Namespace) -> None:
         save_merge_maps(sheet, photos[:8], merge_map(fast, images[:8]), names[:8])
         print(f"{sheet}: the same, and the tokens they end in")
     for name, path, photo, photo_map in zip(names, paths, photos, maps):
-        save_pruning_frames(options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, photo_map, depth)
+        save_pruning_frames(
+            options.out / f"{name}.gif", options.out / f"{name}_blocks.png", photo, photo_map, depth
+        )
         kept = int((photo_map == depth).sum())
         pictures = f"{options.out / name}.gif, {name}_blocks.png"
-        print(f"{pictures}: {kept} of {photo_map.numel()} patches are kept of {printable(path)}", flush=True)
+        print(
+            f"{pictures}: {kept} of {photo_map.numel()} patches are kept of {printable(path)}",
+            flush=True,
+        )
     if calibrated:
-        print(f"queries: calibrated on these {len(paths)} photos; cropr calibrate on a few hundred gives better ones")
+        print(
+            f"queries: calibrated on these {len(paths)} photos; cropr calibrate on a few hundred "
+            "gives better ones"
+        )

@@ -17,14 +17,17 @@ def check_folder(path: Path, option: str = "--out") -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise NotADirectoryError(f"{option} must be in a folder, but {existing} is a file: choose another path")
+        raise NotADirectoryError(
+            f"{option} must be in a folder, but {existing} is a file: choose another path"
+        )
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(
-            f"{option} {path} cannot be written: no file can be created in {existing} ({reason}): choose another path"
+            f"{option} {path} cannot be written: no file can be created in {existing} ({reason}): "
+            "choose another path"
         ) from error
 
 
@@ -33,7 +36,9 @@ def check_file(path: Path, suffix: str, option: str = "--out") -> None:
     if path.suffix != suffix:
         raise ValueError(f"{option} must end in {suffix}, got {path}")
     if path.is_dir():
-        raise IsADirectoryError(f"{option} must be a file, but {path} is a folder: choose a file in it")
+        raise IsADirectoryError(
+            f"{option} must be a file, but {path} is a folder: choose a file in it"
+        )
     check_folder(path.parent, option)
 
 

@@ -48,7 +48,12 @@ def configure(options: argparse.Namespace) -> Config:
 
 def need_libraries(config: Config) -> None:
     """Raise ImportError for missing libraries, before a run needs them."""
-    for library in ("timm", "torchvision", "torchmetrics", *["faster_coco_eval"] * (config.task == "detection")):
+    for library in (
+        "timm",
+        "torchvision",
+        "torchmetrics",
+        *["faster_coco_eval"] * (config.task == "detection"),
+    ):
         import_optional(library, "train", "cropr train")
 
 
@@ -75,21 +80,28 @@ def _load_classifier(options: argparse.Namespace) -> tuple[Task, Config, Data]:
     """Load any other classifier, and photos val/CLASS/*.jpg with its preprocessing."""
     if not options.data:
         raise ValueError(
-            f"{options.model} is not a run of cropr train: name a folder with photos val/CLASS/*.jpg, --data FOLDER"
+            f"{options.model} is not a run of cropr train: name a folder with photos "
+            "val/CLASS/*.jpg, --data FOLDER"
         )
     options.rate = 0 if options.rates == [0] else None
     model, pixels, _ = load_with_queries(options)
-    config = Config(data=options.data).changed(img_size=pixels.img_size, mean=pixels.mean, std=pixels.std)
+    config = Config(data=options.data).changed(
+        img_size=pixels.img_size, mean=pixels.mean, std=pixels.std
+    )
     need_libraries(config)
     folder = Path(options.data) / config.val_split[0]
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no {folder}"
+            f"--data must be a folder with photos in {config.val_split[0]}/CLASS, there is no "
+            f"{folder}"
         )
     image_folder = import_optional("torchvision.datasets", "train", "cropr eval").ImageFolder
     val = image_folder(folder, transform=pixels.normalize, loader=pixels.load)
     if len(val.classes) != find_spec(model).num_classes:
-        expected = f"{find_spec(model).num_classes} folders, one for each class of the model and in their order"
+        expected = (
+            f"{find_spec(model).num_classes} folders, one for each class of the model and in "
+            "their order"
+        )
         raise ValueError(f"{folder} must hold {expected}, got {len(val.classes)}")
     return Classifier(model).eval(), config, Data(val, val, val.classes)
 
@@ -98,7 +110,9 @@ def run_eval(options: argparse.Namespace) -> None:
     is_run = is_run_folder(options.model)
     out = options.out or Path(options.model if is_run else "eval")
     check_file(out / "eval.json", ".json", "the folder")
-    task, config, data = _load_run(Path(options.model), options) if is_run else _load_classifier(options)
+    task, config, data = (
+        _load_run(Path(options.model), options) if is_run else _load_classifier(options)
+    )
     pruned = is_pruned(task.backbone)
     rows = []
     if options.rates and not pruned:

@@ -20,7 +20,9 @@ def run(options: argparse.Namespace) -> None:
     goal = {"speedup": options.speedup, "latency_ms": options.latency_ms}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tuned = tune(model.to(device, dtype), images, **goal, rounds=options.rounds, show=not options.quiet)
+        tuned = tune(
+            model.to(device, dtype), images, **goal, rounds=options.rounds, show=not options.quiet
+        )
     llf = model.cropr.config.llf
     metadata = {
         "model": options.model,
@@ -30,9 +32,12 @@ def run(options: argparse.Namespace) -> None:
         "merge": model.cropr.config.merge is not None,
     }
     print(f"kept after each block: {' '.join(map(str, tuned.keep))}")
-    print(f"unpruned {tuned.unpruned_ms:.3g} ms, pruned {tuned.pruned_ms:.3g} ms a batch of {batch}")
     print(
-        f"speed-up: {tuned.measured:.2f} measured (spread of the times {tuned.spread:.0%}), {tuned.predicted:.2f} "
+        f"unpruned {tuned.unpruned_ms:.3g} ms, pruned {tuned.pruned_ms:.3g} ms a batch of {batch}"
+    )
+    print(
+        f"speed-up: {tuned.measured:.2f} measured (spread of the times {tuned.spread:.0%}), "
+        f"{tuned.predicted:.2f} "
         f"predicted; {tuned.flop_ratio:.2f} times fewer FLOPs"
     )
     if above_flops(tuned.measured, tuned.flop_ratio):
@@ -41,5 +46,7 @@ def run(options: argparse.Namespace) -> None:
         if str(warning.message).startswith("cropr.tune: "):
             print(f"warning: {str(warning.message).removeprefix('cropr.tune: ')}")
     save_tuned(options.out, tuned, metadata | {"device": str(device), "torch": torch.__version__})
-    apply_options = (", merge=True" if model.cropr.config.merge else "") + (f", llf=cropr.{llf!r}" if llf else "")
+    apply_options = (", merge=True" if model.cropr.config.merge else "") + (
+        f", llf=cropr.{llf!r}" if llf else ""
+    )
     print(f"wrote {options.out}: cropr.apply(model, keep={str(options.out)!r}{apply_options})")

@@ -15,7 +15,8 @@ _EXTRA = 8  # columns for the dimension of log(size), so that rows stay multiple
 
 
 class TimmAttention(Protocol):
-    """An attention with timm's names: its projections are one matrix `qkv`, or three if that is None."""
+    """An attention with timm's names: its projections are one matrix `qkv`, or three if that is
+    None."""
 
     num_heads: int
     qkv: nn.Linear | None
@@ -39,7 +40,8 @@ class NormParameters(NamedTuple):
 
 
 def norm_parameters(norm: nn.Module, dtype: torch.dtype) -> NormParameters:
-    """Return the parameters of a norm over the width, a LayerNorm or any RMSNorm, for tokens of this dtype."""
+    """Return the parameters of a norm over the width, a LayerNorm or any RMSNorm, for tokens of
+    this dtype."""
     if isinstance(norm, nn.LayerNorm):
         return NormParameters(norm.weight, norm.bias, norm.eps, rms=False)
     eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
@@ -49,7 +51,8 @@ def norm_parameters(norm: nn.Module, dtype: torch.dtype) -> NormParameters:
 
 
 class Rotary(NamedTuple):
-    """Rotary positions of the active tokens, by position: timm's table (patches, 2 C), or Hugging Face's pair."""
+    """Rotary positions of the active tokens, by position: timm's table (patches, 2 C), or Hugging
+    Face's pair."""
 
     table: Any
     idx: Tensor | None
@@ -86,24 +89,33 @@ def rotary_at(rope: Tensor, positions: Tensor, num_prefix: int, num_tokens: int)
 
 
 def takes_extra_dimension(width: int, dtype: torch.dtype) -> bool:
-    """Tell whether FlashAttention takes heads of this width with log(size): 16-bit, and at most 248 wide."""
+    """Tell whether FlashAttention takes heads of this width with log(size): 16-bit, and at most 248
+    wide."""
     return dtype in (torch.float16, torch.bfloat16) and width + _EXTRA <= _LARGEST_HEAD
 
 
 def attention_by_dimension(
-    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_sizes: Tensor,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """Compute proportional attention with log(size) as one more dimension of q and k, so that no mask is needed.
+    """Compute proportional attention with log(size) as one more dimension of q and k, so that no
+    mask is needed.
 
-    q holds ones there, and k log(size) over the scale, which stays that of the original heads. k holds it in two
-    parts, so that 16-bit keys lose nothing of it.
+    q holds ones there, and k log(size) over the scale, which stays that of the original heads. k
+    holds it in two parts, so that 16-bit keys lose nothing of it.
     """
     width = q.shape[-1]
     scale = width**-0.5 if scale is None else scale
     ones = q.new_ones(1).expand(*q.shape[:3], 2)
     q = torch.cat([q, F.pad(ones, (0, _EXTRA - 2))], -1)
     v = F.pad(v, (0, _EXTRA))
-    k = torch.cat([k, F.pad(torch.stack(_split_log_sizes(k, log_sizes, scale), -1), (0, _EXTRA - 2))], -1)
+    k = torch.cat(
+        [k, F.pad(torch.stack(_split_log_sizes(k, log_sizes, scale), -1), (0, _EXTRA - 2))], -1
+    )
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)[..., :width]
 
 
@@ -115,7 +127,8 @@ def _split_log_sizes(k: Tensor, log_sizes: Tensor, scale: float) -> tuple[Tensor
 
 
 def pads_projection(attn: TimmAttention, x: Tensor) -> bool:
-    """Tell whether to make the extra dimension by padding `qkv`: one plain layer, smaller than its outputs."""
+    """Tell whether to make the extra dimension by padding `qkv`: one plain layer, smaller than its
+    outputs."""
     return (
         x.is_cuda
         and type(attn.qkv) is torch.nn.Linear
@@ -128,7 +141,8 @@ def pads_projection(attn: TimmAttention, x: Tensor) -> bool:
 
 
 def attention_by_projection(attn: TimmAttention, x: Tensor, log_sizes: Tensor) -> Tensor:
-    """Compute `attention_by_dimension` of x, projecting the extra columns with the heads instead of copying these."""
+    """Compute `attention_by_dimension` of x, projecting the extra columns with the heads instead of
+    copying these."""
     qkv: nn.Linear = attn.qkv  # type: ignore[assignment]
     weight = qkv.weight
     width = len(weight) // (3 * attn.num_heads)
@@ -138,26 +152,40 @@ def attention_by_projection(attn: TimmAttention, x: Tensor, log_sizes: Tensor) -
     rows = F.pad(weight.view(3, attn.num_heads, width, -1), (0, 0, 0, _EXTRA))
     heads = F.linear(x, rows.flatten(0, 2), columns.flatten())
     heads = heads.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    heads[1, ..., width], heads[1, ..., width + 1] = _split_log_sizes(heads[1], log_sizes, width**-0.5)
+    heads[1, ..., width], heads[1, ..., width + 1] = _split_log_sizes(
+        heads[1], log_sizes, width**-0.5
+    )
     q, k, v = heads.unbind()
     return F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
 
 
 def attention_by_bias(
-    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_sizes: Tensor,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """Compute proportional attention with log(size) as an additive mask, the same for every query."""
+    """Compute proportional attention with log(size) as an additive mask, the same for every
+    query."""
     mask = log_sizes.to(q.dtype)[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
 def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_sizes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal tokens (ToMe, section 3).
+    """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal
+    tokens (ToMe, section 3).
 
-    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; elsewhere, and for heads that leave
-    no room, it is a bias, which on a CPU costs less than copying q, k and v.
+    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; elsewhere, and
+    for heads that leave no room, it is a bias, which on a CPU costs less than copying q, k and v.
 
     Args:
         q, k, v: (B, H, K, C).
@@ -189,7 +217,9 @@ def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
     """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K)."""
     mask = mask.expand(positions.shape[0], -1, -1, -1)
     if mask.shape[2] != 1:
-        mask = mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(
+            2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        )
     return mask.gather(3, positions[:, None, None].expand(-1, *mask.shape[1:3], -1))
 
 
@@ -197,21 +227,32 @@ SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 def is_attention_softmax(func: object, args: Sequence[Any]) -> bool:
-    """Tell whether a call is the softmax of an attention that is written out, over logits (B, heads, N, N)."""
-    return func in SOFTMAX and bool(args) and args[0].ndim == 4 and args[0].shape[2] == args[0].shape[3]
+    """Tell whether a call is the softmax of an attention that is written out, over logits (B,
+    heads, N, N)."""
+    return (
+        func in SOFTMAX
+        and bool(args)
+        and args[0].ndim == 4
+        and args[0].shape[2] == args[0].shape[3]
+    )
 
 
 class SizeWeightedAttention(TorchFunctionMode):
     """A mode in which attention adds log_sizes (B, K) to its logits.
 
-    Attention is scaled_dot_product_attention, nn.MultiheadAttention, or a softmax over (B, heads, K, K).
+    Attention is scaled_dot_product_attention, nn.MultiheadAttention, or a softmax over (B, heads,
+    K, K).
 
-    So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per attention. With the
-    positions (B, K) of the active tokens, the mask or bias of an attention is one for all N tokens.
+    So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per
+    attention. With the positions (B, K) of the active tokens, the mask or bias of an attention is
+    one for all N tokens.
     """
 
     def __init__(
-        self, log_sizes: Tensor | None, calls: list[bool] | None = None, positions: Tensor | None = None
+        self,
+        log_sizes: Tensor | None,
+        calls: list[bool] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.log_sizes = log_sizes
@@ -260,13 +301,24 @@ class SizeWeightedAttention(TorchFunctionMode):
             attn_mask = mask_at(attn_mask, self.positions)
         if self.log_sizes is None:
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
         if is_causal or enable_gqa:
-            raise ValueError("cropr: causal attention and shared keys cannot weigh tokens by their size")
+            raise ValueError(
+                "cropr: causal attention and shared keys cannot weigh tokens by their size"
+            )
         if attn_mask is None:
             return proportional_attention(query, key, value, self.log_sizes, dropout_p, scale)
         bias = self.log_sizes.to(query.dtype)[:, None, None, :]
         allows = attn_mask.dtype == torch.bool
         bias = bias.masked_fill(~attn_mask, float("-inf")) if allows else bias + attn_mask
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale
+        )

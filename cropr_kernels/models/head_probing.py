@@ -1,4 +1,5 @@
-"""What the head of an unknown model reads: its blocks return chosen tokens, and whatever changes the output is read."""
+"""What the head of an unknown model reads: its blocks return chosen tokens, and whatever changes
+the output is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class HeadReads:
     pooling: Pooling  # of the patches
     returns_tokens: bool  # some output depends on the patches
     needs_map: bool  # it fails without all patches
-    norm: nn.Module | None  # the module that reads the tokens after the last block and returns (B, N, D)
+    # The module that reads the tokens after the last block and returns (B, N, D)
+    norm: nn.Module | None
     map_layers: tuple[int, ...]  # blocks whose output it reads past the next block
     num_classes: int
 
@@ -48,7 +50,9 @@ def _constant(value: object, *args: object, **kwargs: object) -> object:
     return value
 
 
-def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall], layout: Layout) -> HeadReads:
+def read_head(
+    model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall], layout: Layout
+) -> HeadReads:
     """Find what the head reads: which tokens, and of which blocks, change the output of the model.
 
     Args:
@@ -60,8 +64,11 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
     """
     prefix = layout.num_prefix
     if images.is_meta:  # nothing to compare
-        return HeadReads(prefix > 0, "token", True, False, None, (), _num_classes(model, forward(images)))
-    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, 4 in what all earlier blocks return.
+        return HeadReads(
+            prefix > 0, "token", True, False, None, (), _num_classes(model, forward(images))
+        )
+    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, 4 in what all earlier
+    # blocks return.
     count = 5
     last = calls[-1].tokens[:1].repeat(count, 1, 1)
     last[2, 0] = last[2, 0].roll(1)
@@ -74,10 +81,13 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
     returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
     class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
     map_layers: list[int] = []
-    if not any(_differs(leaf, row) for leaf in leaves for row in (2, 3, 4)):  # as after a ReLU: it may read all
+    # As after a ReLU: it may read all
+    if not any(_differs(leaf, row) for leaf in leaves for row in (2, 3, 4)):
         map_layers = list(range(len(calls) - 1))
     elif any(_differs(leaf, 4) for leaf in leaves):
-        map_layers = [layer for layer in range(len(calls) - 1) if _reads_map(layer, forward, images, calls)]
+        map_layers = [
+            layer for layer in range(len(calls) - 1) if _reads_map(layer, forward, images, calls)
+        ]
     norm = _module_after(model, forward, images, calls)
     pooling: Pooling = "token"
     needs_map = False
@@ -90,7 +100,11 @@ def read_head(model: nn.Module, forward: Forward, images: Tensor, calls: list[Bl
         needs_map = True
         without = None
     if reads_patches and not needs_map:
-        pooling = "average" if _averages(norm, forward, images, calls, (prefix, half), without) else "other"
+        pooling = (
+            "average"
+            if _averages(norm, forward, images, calls, (prefix, half), without)
+            else "other"
+        )
     elif reads_patches:
         pooling = "other"
     return HeadReads(
@@ -112,8 +126,13 @@ def _varied(call: BlockCall, count: int, row: int) -> Tensor:
 
 
 def _leaves(output: object, count: int) -> list[Tensor]:
-    """The tensors (count, ...) of an output, without those that are random: image 1 is as image 0."""
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)]
+    """The tensors (count, ...) of an output, without those that are random: image 1 is as image
+    0."""
+    leaves = [
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
+    ]
     return [leaf for leaf in leaves if not _differs(leaf, 1)]
 
 
@@ -152,13 +171,21 @@ def _differs(batch: Tensor, i: int) -> bool:
     return bool((batch[i] - batch[0]).abs().max() > 4 * torch.finfo(batch.dtype).eps * scale)
 
 
-def _module_after(model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall]) -> nn.Module | None:
-    """Return the module that reads the tokens after the last block, and returns as many, if there is one."""
+def _module_after(
+    model: nn.Module, forward: Forward, images: Tensor, calls: list[BlockCall]
+) -> nn.Module | None:
+    """Return the module that reads the tokens after the last block, and returns as many, if there
+    is one."""
     tokens = calls[-1].tokens[:1].clone()
     found: list[nn.Module] = []
 
     def after(module: nn.Module, args: Args, output: object) -> None:
-        if args and args[0] is tokens and isinstance(output, Tensor) and output.shape == tokens.shape:
+        if (
+            args
+            and args[0] is tokens
+            and isinstance(output, Tensor)
+            and output.shape == tokens.shape
+        ):
             found.append(module)
 
     blocks = {id(module) for call in calls for module in call.block.modules()}

@@ -33,19 +33,29 @@ class Pixels(NamedTuple):
     def __str__(self) -> str:
         mean = " ".join(f"{value:.3g}" for value in self.mean)
         std = " ".join(f"{value:.3g}" for value in self.std)
-        resize = f"{'squashed, ' if self.squash else ''}crop_pct {self.crop_pct:.3g}, {self.interpolation}"
+        resize = (
+            f"{'squashed, ' if self.squash else ''}crop_pct {self.crop_pct:.3g}, "
+            f"{self.interpolation}"
+        )
         return f"{self.img_size[0]} x {self.img_size[1]} px, {resize}, mean {mean}, std {std}"
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "Pixels":
         """Restore the values of `_asdict` from JSON, whose lists become tuples."""
-        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in saved.items()}
+        values: dict[str, Any] = {
+            k: tuple(value) if isinstance(value, list) else value for k, value in saved.items()
+        }
         return cls(**values)
 
     def load(self, file: str | Path | IO[bytes]) -> Tensor:
-        """Read a photo as the model takes it, (3, height, width) in [0, 1]; errors are those of `load_photo`."""
+        """Read a photo as the model takes it, (3, height, width) in [0, 1]; errors are those of
+        `load_photo`."""
         return load_photo(
-            file, self.img_size, crop_pct=self.crop_pct, interpolation=self.interpolation, squash=self.squash
+            file,
+            self.img_size,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            squash=self.squash,
         )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -56,10 +66,11 @@ class Pixels(NamedTuple):
 
 
 def pixels_of(model: nn.Module, name: str) -> Pixels:
-    """Find the preparation of images of `create_model(name)`, in the model's own configuration or preprocessor.
+    """Find the preparation of images of `create_model(name)`, in the model's own configuration or
+    preprocessor.
 
-    name may also be that of its architecture. Without either: mean and standard deviation 0.5, and the defaults of
-    `Pixels`. Raises TypeError if the family is not known.
+    name may also be that of its architecture. Without either: mean and standard deviation 0.5, and
+    the defaults of `Pixels`. Raises TypeError if the family is not known.
     """
     spec = find_spec(model)
     pixels = Pixels(spec.img_size, *_HALF)
@@ -68,7 +79,9 @@ def pixels_of(model: nn.Module, name: str) -> Pixels:
         return _pixels_of_timm(model, pixels, purpose)
     if isinstance(model, ViT):
         preset = name if name in PRESETS else _preset_of(model)
-        mean, std = next((_OF_PRESETS[prefix] for prefix in _OF_PRESETS if preset.startswith(prefix)), _HALF)
+        mean, std = next(
+            (_OF_PRESETS[prefix] for prefix in _OF_PRESETS if preset.startswith(prefix)), _HALF
+        )
         return pixels._replace(mean=mean, std=std)
     if hasattr(model, "conv_proj"):
         return _pixels_of_torchvision(name, pixels, purpose)
@@ -102,8 +115,14 @@ def _pixels_of_torchvision(name: str, pixels: Pixels, purpose: str) -> Pixels:
 
 
 def _pixels_of_transformers(name: str, pixels: Pixels, purpose: str) -> Pixels:
-    processor = import_optional("transformers", "transformers", purpose).AutoImageProcessor.from_pretrained(name)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    processor = import_optional(
+        "transformers", "transformers", purpose
+    ).AutoImageProcessor.from_pretrained(name)
+    mean, std = (
+        (processor.image_mean, processor.image_std)
+        if processor.do_normalize
+        else ((0.0,) * 3, (1.0,) * 3)
+    )
     filters = import_optional("PIL.Image", "viz", purpose).Resampling
     shortest = processor.size.get("shortest_edge")
     crop_pct = 1.0
@@ -119,7 +138,15 @@ def _pixels_of_transformers(name: str, pixels: Pixels, purpose: str) -> Pixels:
 
 
 def _preset_of(model: ViT) -> str:
-    """Return the first preset of this architecture, whatever its image size and classes; "" if there is none."""
+    """Return the first preset of this architecture, whatever its image size and classes; "" if
+    there is none."""
     config = asdict(model.config)
     free = {name: config[name] for name in ("img_size", "num_classes", "drop_path_rate")}
-    return next((name for name, options in PRESETS.items() if config == asdict(ViTConfig(**options)) | free), "")
+    return next(
+        (
+            name
+            for name, options in PRESETS.items()
+            if config == asdict(ViTConfig(**options)) | free
+        ),
+        "",
+    )

@@ -1,8 +1,8 @@
 """Blocks and patch grid of an unknown model, from a few of its forwards.
 
-One forward finds the blocks: modules of one class, each called with the tokens (B, N, D) that the one before returned.
-Others stop before them: tokens that are the same for two images are no patches, and the corners of an image tell the
-grid.
+One forward finds the blocks: modules of one class, each called with the tokens (B, N, D) that the
+one before returned. Others stop before them: tokens that are the same for two images are no
+patches, and the corners of an image tell the grid.
 """
 
 import math
@@ -47,7 +47,8 @@ class Layout:
     """The tokens that enter the first block."""
 
     num_prefix: int  # P, first tokens that are no patches
-    grid: tuple[int, int]  # patches in height and width; of a video, those of its frames below each other
+    # Patches in height and width; of a video, those of its frames below each other
+    grid: tuple[int, int]
     frames: int
     in_order: bool  # patches stand in the order of the rows of the image
 
@@ -62,7 +63,8 @@ def tokens_of(output: object) -> Tensor:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, without gradient, and leave the generators of random numbers as they were."""
+    """Run a model in eval mode, without gradient, and leave the generators of random numbers as
+    they were."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -88,7 +90,8 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
     """Return the calls of the blocks of a model in one forward.
 
     Raises:
-        ProbeError: no two modules of a class are called one after the other, or others of their list are not.
+        ProbeError: no two modules of a class are called one after the other, or others of their
+            list are not.
     """
     calls = _record_calls(model, forward, images)
     chain: list[BlockCall] = []
@@ -98,27 +101,40 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
             break
     else:
         raise ProbeError(
-            "no two blocks are called one after the other, each with the tokens (B, N, D) that the one before returned"
+            "no two blocks are called one after the other, each with the tokens (B, N, D) that "
+            "the one before returned"
         )
     blocks = [call.block for call in chain]
     width = chain[0].x.shape[2]
-    apart = [call for call in calls if type(call.block) is type(blocks[0]) and call.block not in blocks]
+    apart = [
+        call for call in calls if type(call.block) is type(blocks[0]) and call.block not in blocks
+    ]
     if any(call.x.shape[2] == width for call in apart):
-        raise ProbeError(f"{len(apart)} blocks run apart from a list of {len(blocks)}, as in stages or branches")
+        raise ProbeError(
+            f"{len(apart)} blocks run apart from a list of {len(blocks)}, as in stages or branches"
+        )
     for container in model.modules():
         children = list(container.children())
-        if isinstance(container, nn.ModuleList | nn.Sequential) and any(child in blocks for child in children):
-            others = [child for child in children if type(child) is type(blocks[0]) and child not in blocks]
+        if isinstance(container, nn.ModuleList | nn.Sequential) and any(
+            child in blocks for child in children
+        ):
+            others = [
+                child
+                for child in children
+                if type(child) is type(blocks[0]) and child not in blocks
+            ]
             if others:
                 raise ProbeError(
-                    f"something else than the tokens of the block before goes into block {len(blocks)} of "
+                    "something else than the tokens of the block before goes into block "
+                    f"{len(blocks)} of "
                     f"{len(blocks) + len(others)}"
                 )
     return chain
 
 
 def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
-    """Record the calls of all modules that are larger than a layer and return tokens of the shape of their input."""
+    """Record the calls of all modules that are larger than a layer and return tokens of the shape
+    of their input."""
     calls: list[tuple[int, BlockCall]] = []
     started: dict[nn.Module, list[int]] = {}
     count = 0
@@ -134,7 +150,8 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
         tokens = output[0] if isinstance(output, tuple) and output else output
         if x is None or not isinstance(tokens, Tensor) or tokens.shape != x.shape:
             return
-        if x.is_meta or not torch.equal(tokens[:, -1], x[:, -1]):  # else it changes the class token only
+        # Else it changes the class token only
+        if x.is_meta or not torch.equal(tokens[:, -1], x[:, -1]):
             calls.append((start, BlockCall(module, x, args, kwargs, output)))
 
     handles = []
@@ -159,10 +176,15 @@ TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
 
 
 def split_tokens(args: Args, kwargs: Kwargs) -> tuple[Tensor | None, Args, Kwargs]:
-    """Return the tokens (B, N, D) among the arguments of a block, if any, and the other arguments."""
+    """Return the tokens (B, N, D) among the arguments of a block, if any, and the other
+    arguments."""
     if args:
         first = args[0]
-        return (first, args[1:], kwargs) if isinstance(first, Tensor) and first.ndim == 3 else (None, args, kwargs)
+        return (
+            (first, args[1:], kwargs)
+            if isinstance(first, Tensor) and first.ndim == 3
+            else (None, args, kwargs)
+        )
     for name in TOKEN_ARGUMENTS:
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.ndim == 3:
@@ -171,7 +193,8 @@ def split_tokens(args: Args, kwargs: Kwargs) -> tuple[Tensor | None, Args, Kwarg
 
 
 def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
-    """Return the calls from `start` on of modules of its class, each with the tokens that the last one returned."""
+    """Return the calls from `start` on of modules of its class, each with the tokens that the last
+    one returned."""
     chain = [calls[start]]
     for call in calls[start + 1 :]:
         if type(call.block) is type(chain[0].block) and _is_same(call.x, chain[-1].tokens):
@@ -181,7 +204,12 @@ def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Tell whether two tensors that are alive at once are one."""
-    same = not x.is_meta and x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+    same = (
+        not x.is_meta
+        and x.data_ptr() == y.data_ptr()
+        and x.shape == y.shape
+        and x.stride() == y.stride()
+    )
     return x is y or same
 
 
@@ -195,41 +223,63 @@ def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
     Args:
         block: the first one.
         forward: runs the model.
-        images: (1, ..., H, W): images (1, C, H, W), videos (1, frames, C, H, W) or spectrograms (1, H, W).
+        images: (1, ..., H, W): images (1, C, H, W), videos (1, frames, C, H, W) or spectrograms (1,
+            H, W).
 
     Raises:
         ProbeError: the tokens that are no patches do not stand first, or the patches form no grid.
     """
     x = _first_tokens(block, forward, torch.cat([images, torch.randn_like(images)]))
     if len(x) != 2:
-        raise ProbeError(f"a batch of 2 images becomes {tuple(x.shape)} tokens: images are packed, or split into tiles")
+        raise ProbeError(
+            f"a batch of 2 images becomes {tuple(x.shape)} tokens: images are packed, or split "
+            "into tiles"
+        )
     is_patch = (x[0] != x[1]).any(-1)
     num_patches = int(is_patch.sum())
     num_prefix = len(is_patch) - num_patches
     if not num_patches:
         raise ProbeError("no token that enters the first block depends on the image")
     if not is_patch[num_prefix:].all():
-        raise ProbeError(f"{num_prefix} of {len(is_patch)} tokens are no patches, and do not all stand before these")
+        raise ProbeError(
+            f"{num_prefix} of {len(is_patch)} tokens are no patches, and do not all stand before "
+            "these"
+        )
     first, right, below, last = _corner_tokens(block, forward, images, num_prefix, num_patches)
-    for columns, rows in ((right + 1, below), (below + 1, right)):  # rows of the image, or its columns
+    # Rows of the image, or its columns
+    for columns, rows in ((right + 1, below), (below + 1, right)):
         per_frame = rows + columns
-        if first == 0 and last == num_patches - 1 and rows % columns == 0 and num_patches % per_frame == 0:
-            return Layout(num_prefix, (num_patches // columns, columns), num_patches // per_frame, True)
+        if (
+            first == 0
+            and last == num_patches - 1
+            and rows % columns == 0
+            and num_patches % per_frame == 0
+        ):
+            return Layout(
+                num_prefix, (num_patches // columns, columns), num_patches // per_frame, True
+            )
     height, width = images.shape[-2:]
     columns = max(round(math.sqrt(num_patches * width / height)), 1)
     if num_patches % columns:
-        raise ProbeError(f"{num_patches} patches form no grid for an image of {height} x {width} px")
+        raise ProbeError(
+            f"{num_patches} patches form no grid for an image of {height} x {width} px"
+        )
     return Layout(num_prefix, (num_patches // columns, columns), 1, False)
 
 
-def layout_of_shapes(tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module) -> Layout:
-    """The layout of tokens without values (meta device): the prefix is what the grid of a convolution leaves.
+def layout_of_shapes(
+    tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module
+) -> Layout:
+    """The layout of tokens without values (meta device): the prefix is what the grid of a
+    convolution leaves.
 
     Raises:
         ProbeError: there is no convolution.
     """
     grids: list[torch.Size] = []
-    convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    convolutions = [
+        module for module in tower.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)
+    ]
     handles = [
         module.register_forward_hook(lambda module, args, output: grids.append(output.shape[2:]))
         for module in convolutions
@@ -248,7 +298,8 @@ def layout_of_shapes(tower: nn.Module, forward: Forward, images: Tensor, block: 
 def _corner_tokens(
     block: nn.Module, forward: Forward, images: Tensor, num_prefix: int, num_patches: int
 ) -> tuple[int, int, int, int]:
-    """Return the patches that change most with the corners: top left, right and below, and the last of the last frame.
+    """Return the patches that change most with the corners: top left, right and below, and the last
+    of the last frame.
 
     The first three are of the first frame.
     """
@@ -256,7 +307,9 @@ def _corner_tokens(
     corners = images.repeat(5, *[1] * (images.ndim - 1))
     start = slice(None, side)
     end = slice(-side, None)
-    for i, (rows, columns) in enumerate(((start, start), (start, end), (end, start), (end, end)), 1):
+    for i, (rows, columns) in enumerate(
+        ((start, start), (start, end), (end, start), (end, end)), 1
+    ):
         frames = corners[i]
         if images.ndim == 5:
             frames = frames[-1] if i == 4 else frames[0]
@@ -291,20 +344,31 @@ def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:
 def pixels_entered(
     tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module, layout: Layout
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Return the innermost module that takes the images and runs the blocks, and the projection to patches, if any.
+    """Return the innermost module that takes the images and runs the blocks, and the projection to
+    patches, if any.
 
-    The output of the projection is the patch grid, (B, D, height, width) or (B, D, frames, height, width).
+    The output of the projection is the patch grid, (B, D, height, width) or (B, D, frames, height,
+    width).
     """
-    owners = [module for module in tower.modules() if any(child is block for child in module.modules())]
+    owners = [
+        module for module in tower.modules() if any(child is block for child in module.modules())
+    ]
     inner = [tower]
     projections: list[nn.Module] = []
 
     def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        if any(isinstance(value, Tensor) and value.shape == images.shape for value in (*args, *kwargs.values())):
+        if any(
+            isinstance(value, Tensor) and value.shape == images.shape
+            for value in (*args, *kwargs.values())
+        ):
             inner.append(module)
 
     def after(module: nn.Module, args: Args, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim in (4, 5) and output.shape[-1] == layout.grid[1]:
+        if (
+            isinstance(output, Tensor)
+            and output.ndim in (4, 5)
+            and output.shape[-1] == layout.grid[1]
+        ):
             is_grid = math.prod(output.shape[2:]) == math.prod(layout.grid)
             projections.extend([module] if is_grid else [])
 

@@ -1,8 +1,8 @@
 """The reference Vision Transformer, plain and EVA-02, with timm's parameter names.
 
-State dicts of timm's ``vit_*``, ``deit_*`` (class token, registers, average pooling, LayerScale) and ``eva02_*``
-(rotary positions, SwiGLU, sub-norms) load unchanged; timm itself is not needed. Sources: Dosovitskiy et al. 2021,
-Darcet et al. 2024 (registers), Fang et al. 2023 (EVA-02).
+State dicts of timm's ``vit_*``, ``deit_*`` (class token, registers, average pooling, LayerScale)
+and ``eva02_*`` (rotary positions, SwiGLU, sub-norms) load unchanged; timm itself is not needed.
+Sources: Dosovitskiy et al. 2021, Darcet et al. 2024 (registers), Fang et al. 2023 (EVA-02).
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ class ViTConfig:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the residual branch of whole images with probability ``drop_prob`` in training."""
+    """Stochastic depth: drop the residual branch of whole images with probability ``drop_prob`` in
+    training."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -77,7 +78,8 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU, or SwiGLU: packed in one matrix, or split with a norm between (scale_mlp)."""
+    """Two layers with GELU, or SwiGLU: packed in one matrix, or split with a norm between
+    (scale_mlp)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -103,13 +105,18 @@ class Mlp(nn.Module):
         return self.fc2(self.norm(hidden))
 
 
-def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, device: torch.device) -> Tensor:
-    """Sines and cosines of 2-D rotary positions, one row per patch: (height * width, 2 * head_dim) float32.
+def rotary_table(
+    height: int, width: int, head_dim: int, ref_grid: int | None, device: torch.device
+) -> Tensor:
+    """Sines and cosines of 2-D rotary positions, one row per patch: (height * width, 2 * head_dim)
+    float32.
 
-    Frequencies 10000^(-4 i / head_dim), the first half of the channels for the row, the second for the column;
-    coordinates are scaled to the grid that the frequencies were trained at.
+    Frequencies 10000^(-4 i / head_dim), the first half of the channels for the row, the second for
+    the column; coordinates are scaled to the grid that the frequencies were trained at.
     """
-    bands = 10000.0 ** -(torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
+    bands = 10000.0 ** -(
+        torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4)
+    )
     axes = [torch.arange(size, device=device, dtype=torch.float32) for size in (height, width)]
     if ref_grid is not None:
         axes = [axis / len(axis) * ref_grid for axis in axes]
@@ -119,9 +126,11 @@ def rotary_table(height: int, width: int, head_dim: int, ref_grid: int | None, d
 
 
 def rotate(x: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
-    """Apply rotary positions to the patches of x (B, heads, N, head_dim); prefix tokens pass unchanged.
+    """Apply rotary positions to the patches of x (B, heads, N, head_dim); prefix tokens pass
+    unchanged.
 
-    rope: (patches, 2 * head_dim), or (B, 1, patches, 2 * head_dim) if images hold different patches.
+    rope: (patches, 2 * head_dim), or (B, 1, patches, 2 * head_dim) if images hold different
+        patches.
     """
     prefix, patches = x[:, :, :num_prefix], x[:, :, num_prefix:]
     sin, cos = rope.chunk(2, dim=-1)
@@ -130,7 +139,8 @@ def rotate(x: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through SDPA; the three ways timm names and biases its projections."""
+    """Multi-head self-attention through SDPA; the three ways timm names and biases its
+    projections."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -145,7 +155,10 @@ class Attention(nn.Module):
         else:
             self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and config.qkv == "joint")
         if config.qkv == "joint_eva":
-            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+            self.q_bias, self.v_bias = (
+                nn.Parameter(torch.zeros(dim)),
+                nn.Parameter(torch.zeros(dim)),
+            )
             self.register_buffer("k_bias", torch.zeros(dim), persistent=False)
         self.q_norm: nn.Module = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
         self.k_norm: nn.Module = _layer_norm(head_dim) if config.qk_norm else nn.Identity()
@@ -195,15 +208,21 @@ class PatchEmbed(nn.Module):
         return self.proj(images).permute(0, 2, 3, 1)
 
 
-def resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize position embeddings (1, prefix + patches, D) from one grid to another (bicubic); the prefix stays."""
+def resize_positions(
+    table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]
+) -> Tensor:
+    """Resize position embeddings (1, prefix + patches, D) from one grid to another (bicubic); the
+    prefix stays."""
     grid = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
-    return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+    return torch.cat(
+        [table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1
+    )
 
 
 def _is_known(condition: bool) -> bool:
-    """Tell whether a condition on sizes holds whatever sizes are symbols; torch.jit has tensors in place of these."""
+    """Tell whether a condition on sizes holds whatever sizes are symbols; torch.jit has tensors in
+    place of these."""
     if isinstance(condition, bool | Tensor):
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
@@ -212,9 +231,11 @@ def _is_known(condition: bool) -> bool:
 
 
 class ViT(nn.Module):
-    """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the patch size.
+    """Vision Transformer over images (B, C, H, W) of any size whose sides are multiples of the
+    patch size.
 
-    The position embedding is resized (bicubic) to the grid of the images, and so are rotary positions.
+    The position embedding is resized (bicubic) to the grid of the images, and so are rotary
+    positions.
     """
 
     def __init__(self, config: ViTConfig):
@@ -223,7 +244,9 @@ class ViT(nn.Module):
         if config.global_pool == "token" and not config.class_token:
             raise ValueError("ViT: global_pool='token' needs class_token=True")
         if dim % config.num_heads:
-            raise ValueError(f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {dim}")
+            raise ValueError(
+                f"ViT: embed_dim must be a multiple of num_heads = {config.num_heads}, got {dim}"
+            )
         self.config = config
         self.grid = config.img_size // config.patch_size
         self.num_prefix_tokens = config.num_prefix_tokens
@@ -232,10 +255,13 @@ class ViT(nn.Module):
         self.global_pool = config.global_pool
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
-        self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        self.reg_token = (
+            nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        )
         embedded_prefix = 0 if config.no_embed_class else self.num_prefix_tokens
         self.pos_embed = nn.Parameter(torch.zeros(1, embedded_prefix + self.grid**2, dim))
-        step = config.drop_path_rate / max(config.depth - 1, 1)  # stochastic depth rises linearly with the layer
+        # Stochastic depth rises linearly with the layer
+        step = config.drop_path_rate / max(config.depth - 1, 1)
         self.blocks = nn.ModuleList([Block(config, step * layer) for layer in range(config.depth)])
         pools_first = config.global_pool == "avg" if config.fc_norm is None else config.fc_norm
         self.norm = nn.Identity() if pools_first else _layer_norm(dim)
@@ -265,18 +291,33 @@ class ViT(nn.Module):
         return resize_positions(self.pos_embed, prefix, (self.grid, self.grid), (height, width))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embed images: tokens (B, P + patches, D) and, for rotary models, the table (patches, 2 * head_dim)."""
+        """Embed images: tokens (B, P + patches, D) and, for rotary models, the table (patches, 2 *
+        head_dim)."""
         patch = self.config.patch_size
         channels = self.config.in_chans
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"ViT: images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
-        if images.shape[2] % patch or images.shape[3] % patch or not images.shape[2] or not images.shape[3]:
-            raise ValueError(f"ViT: image height and width must be multiples of {patch}, got {tuple(images.shape[2:])}")
+            raise ValueError(
+                f"ViT: images must have shape (B, {channels}, H, W), got {tuple(images.shape)}"
+            )
+        if (
+            images.shape[2] % patch
+            or images.shape[3] % patch
+            or not images.shape[2]
+            or not images.shape[3]
+        ):
+            raise ValueError(
+                f"ViT: image height and width must be multiples of {patch}, got "
+                f"{tuple(images.shape[2:])}"
+            )
         x = self.patch_embed(images)
         batch, height, width, _ = x.shape
         x = x.flatten(1, 2)
         pos_embed = self._resized_pos_embed(height, width)
-        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [
+            token.expand(batch, -1, -1)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
+        ]
         if self.config.no_embed_class:
             x = torch.cat([*prefix, x + pos_embed], dim=1)
         else:
@@ -291,12 +332,20 @@ class ViT(nn.Module):
         x, rope = self.embed(images)
         recompute = self.grad_checkpointing and self.training
         for block in self.blocks:
-            x = checkpoint(block, x, rope=rope, use_reentrant=False) if recompute else block(x, rope=rope)
+            x = (
+                checkpoint(block, x, rope=rope, use_reentrant=False)
+                if recompute
+                else block(x, rope=rope)
+            )
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Pool tokens (class token, or mean of the patches) and classify: (B, classes)."""
-        pooled = x[:, 0] if self.config.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        pooled = (
+            x[:, 0]
+            if self.config.global_pool == "token"
+            else x[:, self.num_prefix_tokens :].mean(dim=1)
+        )
         return self.head(self.fc_norm(pooled))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -308,10 +357,22 @@ def _sizes(width: int, depth: int = 12) -> dict[str, Any]:
 
 
 _PLAIN = {"tiny": _sizes(192), "small": _sizes(384), "base": _sizes(768), "large": _sizes(1024, 24)}
-_EVA02 = {"global_pool": "avg", "mlp_ratio": 4 * 2 / 3, "swiglu": True, "rope": True, "patch_size": 14}
+_EVA02 = {
+    "global_pool": "avg",
+    "mlp_ratio": 4 * 2 / 3,
+    "swiglu": True,
+    "rope": True,
+    "patch_size": 14,
+}
 _EVA02_SMALL = {**_EVA02, "qkv": "joint_eva", "rope_ref_grid": 16}
 _EVA02_LARGE = {**_EVA02, "qkv": "split", "scale_mlp": True, "rope_ref_grid": 16, "img_size": 448}
-_REGISTERS_GAP = {"class_token": False, "no_embed_class": True, "reg_tokens": 4, "global_pool": "avg", "img_size": 256}
+_REGISTERS_GAP = {
+    "class_token": False,
+    "no_embed_class": True,
+    "reg_tokens": 4,
+    "global_pool": "avg",
+    "img_size": 256,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"vit_{name}_patch16_{side}": {**width, "img_size": side}
@@ -319,7 +380,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"deit_{name}_patch16_{side}": {**_PLAIN[name], "img_size": side}
        for name in ("tiny", "small", "base") for side in (224, 384)},
     "vit_medium_patch16_gap_256": {
-        **_sizes(512), "class_token": False, "global_pool": "avg", "qkv_bias": False, "init_values": 1e-6,
+        **_sizes(512), "class_token": False, "global_pool": "avg", "qkv_bias": False,
+        "init_values": 1e-6,
         "fc_norm": False, "img_size": 256,
     },
     "vit_base_patch16_reg4_gap_256": {**_sizes(768), **_REGISTERS_GAP},
@@ -350,5 +412,7 @@ def create_vit(name: str, **overrides: Any) -> ViT:
     fields = sorted(ViTConfig.__dataclass_fields__)
     unknown = sorted(set(overrides) - set(fields))
     if unknown:
-        raise ValueError(f"create_vit: no such option {', '.join(unknown)}; options are {', '.join(fields)}")
+        raise ValueError(
+            f"create_vit: no such option {', '.join(unknown)}; options are {', '.join(fields)}"
+        )
     return ViT(ViTConfig(**{**PRESETS[name], **overrides}))

@@ -15,10 +15,12 @@ from .vit import PRESETS, ViT, resize_positions
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
 TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
-_CONTAINERS = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema")  # keys of a state dict
+# Keys of a state dict
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 _HEADS = ("head.", "heads.", "head_dist.")
-_SIZES = {192: "tiny", 384: "small", 512: "medium", 768: "base", 1024: "large", 1280: "huge"}  # widths in timm's names
+# Widths in timm's names
+_SIZES = {192: "tiny", 384: "small", 512: "medium", 768: "base", 1024: "large", 1280: "huge"}
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -48,21 +50,28 @@ def read_weights(path: str | Path) -> tuple[State, dict[str, str]]:
 def _unwrap(checkpoint: object, path: Path) -> State:
     """Return the state dict that a checkpoint is or contains."""
     if isinstance(checkpoint, dict) and {"model", "config", "classes"} <= checkpoint.keys():
-        raise ValueError(f"load_weights: {path} is a checkpoint of cropr train: choose its folder, {path.parent}")
+        raise ValueError(
+            f"load_weights: {path} is a checkpoint of cropr train: choose its folder, {path.parent}"
+        )
     state = checkpoint
     while isinstance(state, dict):
         inner = next((state[key] for key in _CONTAINERS if isinstance(state.get(key), dict)), None)
         if inner is None:
             break
         state = inner
-    if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(value, Tensor) for value in state.values())
+    ):
         return state
     problem = f"holds {type(state).__name__}"
     if isinstance(state, dict) and state:
         name = next(name for name, value in state.items() if not isinstance(value, Tensor))
         problem = f"{name!r} in it is no tensor"
     raise ValueError(
-        f"load_weights: {path} must hold a state dict of tensors, plain or under {', '.join(_CONTAINERS)}, {problem}: "
+        f"load_weights: {path} must hold a state dict of tensors, plain or under "
+        f"{', '.join(_CONTAINERS)}, {problem}: "
         "write one with torch.save(model.state_dict(), FILE)"
     )
 
@@ -109,7 +118,8 @@ def differences(expected: Shapes, shapes: Shapes) -> list[str]:
 def find_architecture(state: State, path: Path, build: Callable[[str], nn.Module]) -> str:
     """Find the preset, or torchvision model, that has exactly these tensors, whatever its head.
 
-    Otherwise ValueError names the nearest architecture, those of timm included, and the first tensors that differ.
+    Otherwise ValueError names the nearest architecture, those of timm included, and the first
+    tensors that differ.
     """
     shapes = without_head(shapes_of(state))
     known: dict[str, Shapes] = {}
@@ -117,19 +127,23 @@ def find_architecture(state: State, path: Path, build: Callable[[str], nn.Module
         known[name] = _shapes_on_meta(build, name)
         if known[name] == shapes:
             return name
-    known |= {name: _shapes_on_meta(build, name) for name in _timm_models_like(state) if name not in known}
+    known |= {
+        name: _shapes_on_meta(build, name) for name in _timm_models_like(state) if name not in known
+    }
     nearest = max(known, key=lambda name: _similarity(known[name], shapes))
     problem = f"load_weights: {path} has the tensors of no known architecture"
     advice = "name a preset of cropr_kernels, a model of timm or of torchvision with arch= (--arch"
     if not _similarity(known[nearest], shapes):
         first = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:3])
         raise ValueError(
-            f"{problem}, nor of a similar one: it begins with {first}; if it is a Vision Transformer, {advice})"
+            f"{problem}, nor of a similar one: it begins with {first}; if it is a Vision "
+            f"Transformer, {advice})"
         )
     mismatches = differences(known[nearest], shapes)
     fit = f"which differs in {len(mismatches)} of them: {'; '.join(mismatches[:3])}"
     raise ValueError(
-        f"{problem}; the nearest is {nearest}, {fit if mismatches else 'which has the same'}; {advice} {nearest})"
+        f"{problem}; the nearest is {nearest}, {fit if mismatches else 'which has the same'}; "
+        f"{advice} {nearest})"
     )
 
 
@@ -144,19 +158,24 @@ def _shapes_on_meta(build: Callable[[str], nn.Module], name: str) -> Shapes:
 
 
 def _timm_models_like(state: State) -> Iterable[str]:
-    """List the timm models of the file's width and patch size, if timm is installed: there are hundreds of others."""
+    """List the timm models of the file's width and patch size, if timm is installed: there are
+    hundreds of others."""
     patch = state.get("patch_embed.proj.weight")
     if patch is None or patch.ndim != 4 or patch.shape[0] not in _SIZES or not is_installed("timm"):
         return ()
     timm = import_optional("timm", "timm", "naming an architecture")
-    names = [name for family in ("vision_transformer", "eva") for name in timm.list_models(module=family)]
+    names = [
+        name for family in ("vision_transformer", "eva") for name in timm.list_models(module=family)
+    ]
     return [name for name in names if f"_{_SIZES[patch.shape[0]]}_patch{patch.shape[-1]}_" in name]
 
 
 def load_state(model: nn.Module, state: State, path: Path, name: str, *, resize: bool) -> None:
-    """Load a state dict into a model; with `resize`, positions are resized if the file's image size differs.
+    """Load a state dict into a model; with `resize`, positions are resized if the file's image size
+    differs.
 
-    A head with another number of classes than the file's is new. ValueError names the tensors that differ.
+    A head with another number of classes than the file's is new. ValueError names the tensors that
+    differ.
     """
     expected = model.state_dict()
     if not resize:
@@ -165,25 +184,32 @@ def load_state(model: nn.Module, state: State, path: Path, name: str, *, resize:
         if "pos_embed" in state and state["pos_embed"].shape != expected["pos_embed"].shape:
             state = state | {"pos_embed": _resized(state["pos_embed"], model)}
     elif hasattr(model, "conv_proj"):
-        interpolate = import_optional("torchvision.models.vision_transformer", "train", name).interpolate_embeddings
+        interpolate = import_optional(
+            "torchvision.models.vision_transformer", "train", name
+        ).interpolate_embeddings
         if "encoder.pos_embedding" in state:
             state = dict(interpolate(model.image_size, model.patch_size, state.copy()))
     elif hasattr(library := sys.modules[type(model).__module__], "checkpoint_filter_fn"):
-        state = library.checkpoint_filter_fn(state, model)  # timm's: positions, and names of other authors
+        # timm's: positions, and names of other authors
+        state = library.checkpoint_filter_fn(state, model)
     state = _with_head(state, expected)
     mismatches = differences(shapes_of(expected), shapes_of(state))
     if mismatches:
         raise ValueError(
-            f"load_weights: {path} does not fit {name}: {len(mismatches)} of its {len(state)} tensors differ, the "
+            f"load_weights: {path} does not fit {name}: {len(mismatches)} of its {len(state)} "
+            "tensors differ, the "
             f"first are {'; '.join(mismatches[:3])}; name another architecture with arch= (--arch)"
         )
     model.load_state_dict(state)
 
 
 def _with_head(state: State, expected: State) -> State:
-    """Replace the head of a state dict by a new one, if it is missing or has another number of classes."""
+    """Replace the head of a state dict by a new one, if it is missing or has another number of
+    classes."""
     heads = {key for key in expected if key.startswith(_HEADS)}
-    if heads & state.keys() and all(key not in state or state[key].shape == expected[key].shape for key in heads):
+    if heads & state.keys() and all(
+        key not in state or state[key].shape == expected[key].shape for key in heads
+    ):
         return state
     for key in heads:  # a new head starts small: the features it reads are not small
         if expected[key].ndim == 2:
@@ -193,11 +219,13 @@ def _with_head(state: State, expected: State) -> State:
 
 
 def _require_positions(expected: State, state: State, path: Path, name: str) -> None:
-    """Raise ValueError if only the number of positions differs, which another image size would fix."""
+    """Raise ValueError if only the number of positions differs, which another image size would
+    fix."""
     for key in ("pos_embed", "encoder.pos_embedding"):
         if key in expected and key in state and expected[key].shape[1] != state[key].shape[1]:
             raise ValueError(
-                f"load_weights: {path} has {state[key].shape[1]} positions, {name} has {expected[key].shape[1]}; "
+                f"load_weights: {path} has {state[key].shape[1]} positions, {name} has "
+                f"{expected[key].shape[1]}; "
                 "choose the size to run it at with img_size= (--img-size)"
             )
 
@@ -207,4 +235,8 @@ def _resized(table: Tensor, model: ViT) -> Tensor:
     prefix = model.pos_embed.shape[1] - model.grid**2
     side = round((table.shape[1] - prefix) ** 0.5)
     is_square = table.shape[1] == prefix + side**2
-    return resize_positions(table, prefix, (side, side), (model.grid, model.grid)) if is_square else table
+    return (
+        resize_positions(table, prefix, (side, side), (model.grid, model.grid))
+        if is_square
+        else table
+    )

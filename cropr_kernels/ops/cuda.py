@@ -34,7 +34,9 @@ def cuda_kernel(op: str, file: str) -> Callable[..., Any]:
             launching = importlib.import_module("cropr_kernels.ops.triton.launching")
             launchers = importlib.import_module(f"cropr_kernels.ops.triton.{file}")
         except ImportError as error:
-            raise ImportError(f"cropr::{op}: CUDA tensors need triton: pip install triton ({error})") from error
+            raise ImportError(
+                f"cropr::{op}: CUDA tensors need triton: pip install triton ({error})"
+            ) from error
         return launching.record(getattr(launchers, op), args)
 
     return kernel

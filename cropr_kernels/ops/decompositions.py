@@ -18,14 +18,20 @@ from .reference import accumulation_dtype, fold_queries, hops, norms
 def _ascending(positions: Tensor) -> Tensor:
     """Sort positions as float32, exact below 2^24: not every runtime has a top-k of integers."""
     count = positions.shape[1]
-    return positions if count <= 1 else positions.float().topk(count, dim=1, largest=False).values.long()
+    return (
+        positions
+        if count <= 1
+        else positions.float().topk(count, dim=1, largest=False).values.long()
+    )
 
 
 def scores(x: Tensor, query: Tensor) -> Tensor:
     return x.float() @ fold_queries(query).float()
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     batch, n = scores.shape
     positions = torch.arange(n, device=scores.device).expand(batch, -1)
     if num_keep in (num_prefix, n):
@@ -33,8 +39,10 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     patches, count = scores[:, num_prefix:], num_keep - num_prefix
     if priority is not None:
         order = patches.topk(n - num_prefix, dim=1).indices
-        rank = order.float().topk(n - num_prefix, dim=1, largest=False).indices  # of each token in that order
-        classes = priority[:, num_prefix:].float().sign()  # the scores of negative ones do not matter
+        # Of each token in that order
+        rank = order.float().topk(n - num_prefix, dim=1, largest=False).indices
+        # The scores of negative ones do not matter
+        classes = priority[:, num_prefix:].float().sign()
         patches = classes * n - torch.where(classes < 0, n + positions[:, : n - num_prefix], rank)
     kept = _ascending(patches.topk(count, dim=1).indices) + num_prefix
     # If the pruned positions are not used, this second sort is removed from the program.
@@ -45,7 +53,9 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
     batch, n, dim = x.shape
     first = torch.arange(batch, device=x.device).unsqueeze(1) * n
-    return x.reshape(-1, dim).index_select(0, (idx + first).reshape(-1)).view(batch, idx.shape[1], dim)
+    return (
+        x.reshape(-1, dim).index_select(0, (idx + first).reshape(-1)).view(batch, idx.shape[1], dim)
+    )
 
 
 def split(
@@ -93,18 +103,24 @@ def merge(
     target = target_idx.gather(1, nearest.gather(1, chosen))  # position that each is merged into
     is_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).any(1)  # (B, N)
     row = (~is_pruned).long().cumsum(1) - 1  # of the kept tokens
-    kept_idx = _ascending((is_pruned.float() * n + positions).topk(num_keep, dim=1, largest=False).indices)
+    kept_idx = _ascending(
+        (is_pruned.float() * n + positions).topk(num_keep, dim=1, largest=False).indices
+    )
     merges_into = (target.unsqueeze(2) == kept_idx.unsqueeze(1)).to(torch.float32)  # (B, R, K)
     weight = sizes.gather(1, pruned_idx)
     kept_sizes = sizes.gather(1, kept_idx)
     gained = (merges_into * weight.unsqueeze(2)).sum(1)
     kept, pruned = gather(x, kept_idx), gather(x, pruned_idx).float()
-    sums = kept.float() * kept_sizes.unsqueeze(2) + merges_into.transpose(1, 2) @ (pruned * weight.unsqueeze(2))
+    sums = kept.float() * kept_sizes.unsqueeze(2) + merges_into.transpose(1, 2) @ (
+        pruned * weight.unsqueeze(2)
+    )
     means = sums / (kept_sizes + gained).unsqueeze(2)
     norm, mean_norm, _ = norms(kept.float(), means)
     kept = torch.where((gained == 0).unsqueeze(2), kept, (means * (norm / mean_norm)).to(x.dtype))
     # Pruned tokens are in the row of their target.
-    dest_of_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).long() * row.gather(1, target).unsqueeze(2)
+    dest_of_pruned = (pruned_idx.unsqueeze(2) == positions.unsqueeze(1)).long() * row.gather(
+        1, target
+    ).unsqueeze(2)
     dest = torch.where(is_pruned, dest_of_pruned.sum(1), row)
     return kept, kept_idx, pruned_idx, kept_sizes + gained, dest
 
@@ -121,7 +137,9 @@ def _find_nearest(
     return best, nearest + num_prefix
 
 
-def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def parent_offsets(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0
+) -> tuple[Tensor, Tensor]:
     if pruned_idx.shape[1] == 0:
         return gather(x, pruned_idx), pruned_idx
     parent_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])

@@ -44,13 +44,20 @@ def fake_kernel(op: str) -> Callable[..., Any]:
     arguments = getattr(torch.ops.cropr, op).default._schema.arguments
 
     def fake(*args: Any, **kwargs: Any) -> Any:
-        defaults = (kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :])
+        defaults = (
+            kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]
+        )
         values = [*args, *defaults]
-        sizes = check_shapes(op, *values) | {argument.name: value for argument, value in zip(arguments, values)}
+        sizes = check_shapes(op, *values) | {
+            argument.name: value for argument, value in zip(arguments, values)
+        }
         outputs = []
         for dtype_name, shape in results:
             sums = [re.findall(r"(-?)(\w+)", size) for size in shape.split(",")]
-            dims = [sum(-sizes[name] if minus else sizes[name] for minus, name in terms) for terms in sums]
+            dims = [
+                sum(-sizes[name] if minus else sizes[name] for minus, name in terms)
+                for terms in sums
+            ]
             dtype = sizes[dtype_name].dtype if dtype_name in sizes else getattr(torch, dtype_name)
             outputs.append(values[0].new_empty(dims, dtype=dtype))
         if not outputs:

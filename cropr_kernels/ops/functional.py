@@ -57,7 +57,9 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     return torch.ops.cropr.scores(x, query)
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select the num_keep tokens of the highest scores, always with the first num_prefix.
 
     Exact: of equal scores the lower position is kept, NaN ranks highest, -0.0 equals +0.0.
@@ -74,7 +76,9 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     return torch.ops.cropr.select(scores, num_keep, num_prefix, priority)
 
 
-def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
+def prune(
+    x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> Split:
     """Score, select and split the rows in one op; `restore` is its inverse.
 
     Args:
@@ -89,7 +93,9 @@ def prune(x: Tensor, query: Tensor, num_keep: int, num_prefix: int = 0, priority
     return Split(*torch.ops.cropr.prune(x, query, num_keep, num_prefix, priority))
 
 
-def split(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> Split:
+def split(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> Split:
     """`prune` by known scores (B, N), float32."""
     return Split(*torch.ops.cropr.split(x, scores, num_keep, num_prefix, priority))
 
@@ -171,10 +177,16 @@ def merge(
     Returns:
         kept_sizes (B, K) is float32. Gradient for x, through means and norms; the choice has none.
     """
-    return Merged(*torch.ops.cropr.merge(x, target_idx, candidate_idx, sizes, num_keep, num_prefix, cost_scale))
+    return Merged(
+        *torch.ops.cropr.merge(
+            x, target_idx, candidate_idx, sizes, num_keep, num_prefix, cost_scale
+        )
+    )
 
 
-def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def parent_offsets(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0
+) -> tuple[Tensor, Tensor]:
     """Find the parent of every pruned token, the most similar kept token, and the offset from it.
 
         offset[r] = x[pruned_idx[r]] - x[parent_idx[r]]
@@ -213,9 +225,15 @@ def add_parents(x: Tensor, parent: Tensor) -> Tensor:
 
 
 def gather_norm(
-    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+    x: Tensor,
+    idx: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool = False,
 ) -> Tensor:
-    """LayerNorm of the rows at idx, (B, K, D), with rms their RMSNorm; weight and bias are (D,) or None."""
+    """LayerNorm of the rows at idx, (B, K, D), with rms their RMSNorm; weight and bias are (D,) or
+    None."""
     return torch.ops.cropr.gather_norm(x, idx, weight, bias, eps, rms)
 
 
@@ -275,7 +293,18 @@ def add_select_(
         Positions in x kept (B, num_keep) and pruned (B, K - num_keep), ascending.
     """
     return torch.ops.cropr.add_select_(
-        x, idx, update, gamma, query, num_keep, num_prefix, sizes, size_weight, priority, cost_scale, cost_weight
+        x,
+        idx,
+        update,
+        gamma,
+        query,
+        num_keep,
+        num_prefix,
+        sizes,
+        size_weight,
+        priority,
+        cost_scale,
+        cost_weight,
     )
 
 
@@ -309,7 +338,9 @@ def merge_(
     )
 
 
-def parent_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+def parent_offsets_(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0
+) -> None:
     """`parent_offsets` in place: pruned rows of x become their offsets.
 
     parent (B, N), contiguous, receives parent_idx at the pruned positions.
@@ -317,7 +348,9 @@ def parent_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Ten
     torch.ops.cropr.parent_offsets_(x, kept_idx, pruned_idx, parent, num_prefix)
 
 
-def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+def rotate_(
+    x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False
+) -> None:
     """Rotary positions, in place, on queries or keys; the first num_prefix tokens have none.
 
     Args:

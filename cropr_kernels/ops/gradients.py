@@ -31,7 +31,9 @@ class Context(Protocol):
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
-def _no_gradient_setup(ctx: Context, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+def _no_gradient_setup(
+    ctx: Context, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
+) -> None:
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
 
@@ -48,7 +50,9 @@ def _prune_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor,
         ctx.mark_non_differentiable(kept, kept_idx, pruned, pruned_idx)
 
 
-def _prune_backward(ctx: Context, grad_kept: Tensor, _: object, grad_pruned: Tensor, __: object) -> _Gradients:
+def _prune_backward(
+    ctx: Context, grad_kept: Tensor, _: object, grad_pruned: Tensor, __: object
+) -> _Gradients:
     kept_idx, pruned_idx = ctx.saved_tensors
     return torch.ops.cropr.restore(grad_kept, kept_idx, grad_pruned, pruned_idx), *(None,) * 4
 
@@ -97,22 +101,28 @@ def _merge_backward(ctx: Context, grad: Tensor, *_: object) -> _Gradients:
     acc_dtype = reference.accumulation_dtype(x.dtype)
     rows = x.to(acc_dtype)
     grad = grad.to(acc_dtype)
-    share = (sizes.to(acc_dtype) / kept_sizes.gather(1, dest)).unsqueeze(-1)  # of a token in the mean of its row
+    # Of a token in the mean of its row
+    share = (sizes.to(acc_dtype) / kept_sizes.gather(1, dest)).unsqueeze(-1)
     target = torch.ops.cropr.gather(rows, kept_idx)
     mean = torch.zeros_like(target).scatter_add(1, dest.unsqueeze(-1).expand_as(rows), rows * share)
     norm, mean_norm, scaled = reference.norms(target, mean)
-    scaled = scaled & (kept_sizes != sizes.gather(1, kept_idx)).unsqueeze(-1)  # other rows are unchanged
+    # Other rows are unchanged
+    scaled = scaled & (kept_sizes != sizes.gather(1, kept_idx)).unsqueeze(-1)
     # kept = |target| unit: the norm receives the gradient along the unit vector, the mean the rest.
     unit = mean / mean_norm
     along = (unit * grad).sum(-1, keepdim=True)
     across = torch.where(scaled, norm / mean_norm * (grad - unit * along), grad)
-    norm_grad = torch.where(scaled & (norm > 0), target / torch.where(norm > 0, norm, 1.0) * along, 0.0)
+    norm_grad = torch.where(
+        scaled & (norm > 0), target / torch.where(norm > 0, norm, 1.0) * along, 0.0
+    )
     mean_grad = torch.ops.cropr.gather(across, dest) * share
     grad_x = mean_grad.scatter_add(1, kept_idx.unsqueeze(-1).expand_as(norm_grad), norm_grad)
     return grad_x.to(x.dtype), *(None,) * 6
 
 
-def _offsets_setup(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+def _offsets_setup(
+    ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+) -> None:
     x, _, pruned_idx, _ = inputs
     _, parent_idx = output
     ctx.num_tokens = x.shape[1]
@@ -139,7 +149,9 @@ def _parents_backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
     return total.to(grad.dtype), None
 
 
-def _attend_setup(ctx: Context, inputs: tuple[Tensor, Tensor, float], output: Tensor | tuple[Tensor, Tensor]) -> None:
+def _attend_setup(
+    ctx: Context, inputs: tuple[Tensor, Tensor, float], output: Tensor | tuple[Tensor, Tensor]
+) -> None:
     x, queries, ctx.scale = inputs
     out, *scores = output if isinstance(output, tuple) else (output,)
     if ctx.needs_input_grad[1]:
@@ -180,7 +192,8 @@ def reject_gradient(name: str) -> Callable[..., Any]:
             for argument, value in zip(arguments, args):
                 if isinstance(value, Tensor) and value.requires_grad:
                     raise RuntimeError(
-                        f"{name}: {argument} must not require a gradient, as the op has none; call it under "
+                        f"{name}: {argument} must not require a gradient, as the op has none; "
+                        "call it under "
                         "torch.no_grad()"
                     )
         with torch._C._AutoDispatchBelowAutograd():

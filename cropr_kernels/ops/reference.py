@@ -27,17 +27,22 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     return (x.detach().to(acc) @ fold_queries(query.detach()).to(acc)).float()
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The prefix, then positive priorities, then the highest scores, then lower positions."""
     ranked = scores.clone()
-    ranked[:, :num_prefix] = float("nan")  # sorts above everything; stable, so the prefix comes first
+    # Sorts above everything; stable, so the prefix comes first
+    ranked[:, :num_prefix] = float("nan")
     if priority is not None:
         classes = priority.sign().float() if priority.dtype != torch.bool else priority.float()
         classes[:, :num_prefix] = 2
         ranked = torch.where(classes < 0, torch.zeros_like(ranked), ranked)
     order = ranked.sort(dim=1, descending=True, stable=True).indices
     if priority is not None:
-        order = order.gather(1, classes.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+        order = order.gather(
+            1, classes.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+        )
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
 
 
@@ -48,16 +53,21 @@ def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, :1] + mean, (distance - mean).square().mean(1, keepdim=True).sqrt()
 
 
-def size_adjusted_scores(scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0) -> Tensor:
+def size_adjusted_scores(
+    scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0
+) -> Tensor:
     """scores + size_weight * standard deviation over the patches * log(sizes), all (B, N)."""
     if not size_weight or scores.shape[1] == num_prefix:
         return scores
     _, spread = _mean_and_spread(scores[:, num_prefix:])
-    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))  # NaN or infinite scores have none
+    # NaN or infinite scores have none
+    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))
     return scores + size_weight * spread * sizes.log()
 
 
-def cost_scales(scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0) -> Tensor:
+def cost_scales(
+    scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0
+) -> Tensor:
     """exp(cost_weight * (adjusted - mean) / standard deviation), all (B, N): factors on the cost of
     pruning.
 
@@ -112,10 +122,16 @@ def merge(
     kept[k] = mean[k] |x[k]| / |mean[k]|; the factor is 1 where |mean[k]| is 0 or infinite, or the
     factor not finite.
     """
-    kept_idx, pruned_idx, target = _choose_targets(x, target_idx, candidate_idx, num_keep, num_prefix, cost_scale)
+    kept_idx, pruned_idx, target = _choose_targets(
+        x, target_idx, candidate_idx, num_keep, num_prefix, cost_scale
+    )
     rows = x.to(accumulation_dtype(x.dtype))
     weight = sizes.detach().to(rows.dtype).unsqueeze(-1)
-    kept_sizes = sizes.detach().gather(1, kept_idx).scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
+    kept_sizes = (
+        sizes.detach()
+        .gather(1, kept_idx)
+        .scatter_add(1, target, sizes.detach().gather(1, pruned_idx))
+    )
     mass = rows * weight
     rows_of_target = target.unsqueeze(-1).expand(-1, -1, x.shape[2])
     sums = gather(mass, kept_idx).scatter_add(1, rows_of_target, gather(mass, pruned_idx))
@@ -131,16 +147,25 @@ def merge(
 
 
 def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|target| and |mean| of rows (B, K, D), and a mask of valid merge factors |target| / |mean|: (B, K, 1).
+    """|target| and |mean| of rows (B, K, D), and a mask of valid merge factors |target| / |mean|:
+    (B, K, 1).
 
     Elsewhere both norms are 1. Gradients are finite everywhere: that of a norm of 0 is 0.
     """
     square, mean_square = (rows.square().sum(-1, keepdim=True) for rows in (targets, means))
-    fits = (mean_square > 0) & (mean_square < torch.inf) & (square.sqrt() / mean_square.sqrt() < torch.inf)
+    fits = (
+        (mean_square > 0)
+        & (mean_square < torch.inf)
+        & (square.sqrt() / mean_square.sqrt() < torch.inf)
+    )
     ones = torch.ones_like(square)
     square, mean_square = torch.where(fits, square, ones), torch.where(fits, mean_square, ones)
     nonzero = square > 0
-    return torch.where(nonzero, torch.where(nonzero, square, ones).sqrt(), square), mean_square.sqrt(), fits
+    return (
+        torch.where(nonzero, torch.where(nonzero, square, ones).sqrt(), square),
+        mean_square.sqrt(),
+        fits,
+    )
 
 
 def _choose_targets(
@@ -154,14 +179,19 @@ def _choose_targets(
     """Positions kept and pruned, ascending, and the kept row each pruned token is merged into."""
     count = target_idx.shape[1] + candidate_idx.shape[1] - num_keep
     if count == 0:
-        return torch.cat([target_idx, candidate_idx], 1).sort(1).values, candidate_idx[:, :0], candidate_idx[:, :0]
+        return (
+            torch.cat([target_idx, candidate_idx], 1).sort(1).values,
+            candidate_idx[:, :0],
+            candidate_idx[:, :0],
+        )
     best, nearest = _find_nearest(features, target_idx, candidate_idx, num_prefix)
     cost = (1 - best).clamp_min(0)
     if cost_scale is not None:
         cost = cost * cost_scale.detach().gather(1, candidate_idx)
     cost = torch.where(cost.isnan(), torch.full_like(cost, torch.inf), cost)
     order = cost.flip(1).sort(dim=1, stable=True).indices
-    order = candidate_idx.shape[1] - 1 - order  # the lowest cost first, of equals the higher position
+    # The lowest cost first, of equals the higher position
+    order = candidate_idx.shape[1] - 1 - order
     chosen = order[:, :count].sort(1).values
     kept_idx = torch.cat([target_idx, candidate_idx.gather(1, order[:, count:])], 1).sort(1).values
     target = torch.searchsorted(kept_idx, target_idx.gather(1, nearest.gather(1, chosen)))
@@ -177,11 +207,15 @@ def _find_nearest(
     candidates = gather(wide, candidate_idx)
     lengths = candidates.norm(dim=-1).unsqueeze(2) * targets.norm(dim=-1).unsqueeze(1)
     similarity = candidates @ targets.transpose(1, 2) / lengths
-    similarity = torch.where(similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity)
+    similarity = torch.where(
+        similarity.isnan(), torch.full_like(similarity, -torch.inf), similarity
+    )
     return similarity.max(-1).values, num_prefix + similarity.argmax(-1)
 
 
-def parent_offsets(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def parent_offsets(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, num_prefix: int = 0
+) -> tuple[Tensor, Tensor]:
     """x[pruned] - x[parent], and the position of the parent, the most similar kept token."""
     if pruned_idx.shape[1] == 0:
         return gather(x, pruned_idx), pruned_idx.clone()
@@ -238,7 +272,12 @@ def _rows(x: Tensor, idx: Tensor | None) -> Tensor:
 
 
 def gather_norm(
-    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+    x: Tensor,
+    idx: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool = False,
 ) -> Tensor:
     """LayerNorm of x[b, idx[b, i]], or with rms RMSNorm."""
     rows = _rows(x, idx)
@@ -292,7 +331,9 @@ def add_select_(
     add_(x, idx, update, gamma)
     values = unadjusted = scores(x if idx is None else gather(x, idx), query)
     if sizes is not None:
-        values = size_adjusted_scores(values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix)
+        values = size_adjusted_scores(
+            values, sizes if idx is None else sizes.gather(1, idx), size_weight, num_prefix
+        )
     if cost_scale is not None:
         active_scale = cost_scales(unadjusted, values, cost_weight, num_prefix)[:, num_prefix:]
         if idx is None:
@@ -322,7 +363,13 @@ def merge_(
     candidates = torch.searchsorted(active, candidate_idx)
     cost_scale = None if cost_scale is None else cost_scale.gather(1, active)
     kept, kept_rows, pruned_rows, kept_sizes, dest = merge(
-        gather(x, active), targets, candidates, sizes.gather(1, active), num_keep, num_prefix, cost_scale
+        gather(x, active),
+        targets,
+        candidates,
+        sizes.gather(1, active),
+        num_keep,
+        num_prefix,
+        cost_scale,
     )
     kept_idx, pruned_idx = active.gather(1, kept_rows), active.gather(1, pruned_rows)
     x.scatter_(1, kept_idx.unsqueeze(-1).expand_as(kept), kept)
@@ -333,7 +380,9 @@ def merge_(
     return kept_idx, pruned_idx, kept_sizes
 
 
-def parent_offsets_(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0) -> None:
+def parent_offsets_(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor, parent: Tensor, num_prefix: int = 0
+) -> None:
     """parent_offsets, written to the pruned rows of x; the parents are written to parent."""
     _, parent_idx = parent_offsets(x, kept_idx, pruned_idx, num_prefix)
     parent.scatter_(1, pruned_idx, parent_idx)
@@ -345,7 +394,9 @@ def _subtract_parents(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
     x.scatter_(1, pruned_idx.unsqueeze(-1).expand_as(rows), rows.to(x.dtype))
 
 
-def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+def rotate_(
+    x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False
+) -> None:
     """(a, b) -> (a cos - b sin, b cos + a sin) per pair of channels, by its row of the table."""
     patches = x[:, num_prefix:].to(accumulation_dtype(x.dtype))
     angles = table[: patches.shape[1]] if idx is None else table[idx[:, num_prefix:] - num_prefix]

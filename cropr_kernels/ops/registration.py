@@ -26,7 +26,9 @@ for _name, (_schema, *_) in zip(NAMES, table):
         _library.impl(_name, getattr(reference, _name), "FuncTorchDynamicLayerFrontMode")
 
 for _name, (_backward, _setup) in GRADIENTS.items():
-    torch.library.register_autograd(f"cropr::{_name}", _backward, setup_context=_setup, lib=_library)
+    torch.library.register_autograd(
+        f"cropr::{_name}", _backward, setup_context=_setup, lib=_library
+    )
 
 for _name in (*FAMILIES["residual"], "merge_", "parent_offsets_"):  # the engine's
     _library.impl(_name, reject_gradient(_name), "Autograd", with_keyset=True)

@@ -35,13 +35,16 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
         else:
             args[input.name] = torch.randn(shape).to(dtype)
     for name, low, high in spec.ranges:
-        smallest, largest = (sum(sizes[letter] for letter in text if letter.isupper()) for text in (low, high))
+        smallest, largest = (
+            sum(sizes[letter] for letter in text if letter.isupper()) for text in (low, high)
+        )
         args[name] = 1 if low == "0" else (smallest + largest + 1) // 2
     return args
 
 
 def bare_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
-    """Return valid arguments without optional tensors, all options on; ops without positions act on all tokens."""
+    """Return valid arguments without optional tensors, all options on; ops without positions act on
+    all tokens."""
     optional = OPS[op].optional
     sizes_of_all = {"K": (SIZES | sizes)["N"]} if "idx" in optional else {}
     args = legal_call(op, dtype, **sizes | sizes_of_all)

@@ -38,13 +38,19 @@ def _parse_shape(text: str) -> Shape:
 
 
 def _parse_input(name: str, dtypes: str, shape: str, layout: int) -> Input:
-    allowed = [] if dtypes.startswith("the dtype") else [getattr(torch, name) for name in re.split(", | or ", dtypes)]
+    allowed = (
+        []
+        if dtypes.startswith("the dtype")
+        else [getattr(torch, name) for name in re.split(", | or ", dtypes)]
+    )
     shapes = [_parse_shape(alternative) for alternative in shape.split("|")]
     return Input(name, dtypes, allowed, shapes, layout)
 
 
 def _parse(
-    schema: str, inputs: tuple[tuple[str, str, str, int], ...], ranges: tuple[tuple[str, str, str], ...]
+    schema: str,
+    inputs: tuple[tuple[str, str, str, int], ...],
+    ranges: tuple[tuple[str, str, str], ...],
 ) -> tuple[str, _Op]:
     names = tuple(re.findall(r"(\w+)(?:=[\w.]+)?[,)]", schema.partition(" ->")[0]))
     parsed = tuple(_parse_input(*fields) for fields in inputs)
@@ -108,7 +114,10 @@ def check_shapes(op: str, *args: object) -> Dims:
         smallest = _bound(low, dims, values)
         largest = _bound(high, dims, values)
         if not smallest <= values[name] <= largest:
-            _fail(op, f"{name} must be in [{low}, {high}] = [{smallest}, {largest}], got {values[name]}")
+            _fail(
+                op,
+                f"{name} must be in [{low}, {high}] = [{smallest}, {largest}], got {values[name]}",
+            )
     if op in _RULES:
         _RULES[op](op, dims, values)
     return dims
@@ -117,7 +126,11 @@ def check_shapes(op: str, *args: object) -> Dims:
 def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dims) -> None:
     name = input.name
     if tensor.device != first.device:
-        _fail(op, f"{name} must be on the same device as the other tensors, {first.device}, got {tensor.device}")
+        _fail(
+            op,
+            f"{name} must be on the same device as the other tensors, {first.device}, got "
+            f"{tensor.device}",
+        )
     if tensor.dtype not in (input.allowed or [first.dtype]):
         allowed = input.dtypes if input.allowed else f"{input.dtypes}, {_dtype(first)}"
         _fail(op, f"{name} must be {allowed}, got {_dtype(tensor)}")
@@ -125,12 +138,19 @@ def _check_input(op: str, input: Input, tensor: Tensor, first: Tensor, dims: Dim
         shapes = " or ".join(_expected(shape, dims) for shape in input.shapes)
         _fail(op, f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
     if input.layout == _CONTIGUOUS and not tensor.is_contiguous():
-        _fail(op, f"{name} must be contiguous, as it changes in place, got strides {tensor.stride()}")
+        _fail(
+            op, f"{name} must be contiguous, as it changes in place, got strides {tensor.stride()}"
+        )
     if input.layout == _DENSE_ROWS and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         rows = "a stride of 1 in the last dimension"
         _fail(op, f"{name} must have {rows}, as it changes in place, got strides {tensor.stride()}")
-    if input.layout == _DENSE_ROWS and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride())):
-        _fail(op, f"{name} must not be expanded, as it changes in place, got strides {tensor.stride()}")
+    if input.layout == _DENSE_ROWS and any(
+        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride())
+    ):
+        _fail(
+            op,
+            f"{name} must not be expanded, as it changes in place, got strides {tensor.stride()}",
+        )
 
 
 def _fits(shape: Shape, sizes: torch.Size, dims: Dims) -> bool:
@@ -160,7 +180,9 @@ def _expected(shape: Shape, dims: Dims) -> str:
 def _bound(text: str, dims: Dims, values: Arguments) -> int:
     if text in dims:
         return dims[text]
-    return values[text] if text in values else sum(dims[letter] for letter in text if letter.isupper())
+    return (
+        values[text] if text in values else sum(dims[letter] for letter in text if letter.isupper())
+    )
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -185,9 +207,13 @@ def _require_target(op: str, dims: Dims, values: Arguments) -> None:
     num_candidates = dims["C"]
     if op == "merge" and num_targets + num_candidates != n:
         counts = f"{num_targets} + {num_candidates}"
-        _fail(op, f"target_idx and candidate_idx must together hold N = {n} positions, got {counts}")
+        _fail(
+            op, f"target_idx and candidate_idx must together hold N = {n} positions, got {counts}"
+        )
     if values["num_keep"] < num_targets + num_candidates and num_targets == values["num_prefix"]:
-        _fail(op, f"target_idx must hold a token after the prefix, got T = num_prefix = {num_targets}")
+        _fail(
+            op, f"target_idx must hold a token after the prefix, got T = num_prefix = {num_targets}"
+        )
 
 
 def _require_parent(op: str, dims: Dims, values: Arguments) -> None:

@@ -58,35 +58,44 @@ def apply(
 ) -> Model:
     """Put Cropr modules between the blocks of a model, in place.
 
-    The model keeps its class, its forward, its parameters and all its outputs; `model.cropr` is added, one module per
-    pruned block, with all parameters that training needs. Afterwards model(images) returns (output, auxiliary
-    predictions) in training, if there are any (a Hugging Face model: its own output, with the predictions as `aux`, and
-    given labels with their losses in its loss), and the output in eval. It also takes two masks, (B, grid height, grid
-    width) bool: `protect`, patches that are kept while anything else can be pruned (`protect_boxes`; if more are
-    protected than may be kept, their scores decide), and `padding`, positions that hold no patch (`pad_images`: they
-    are pruned first, and neither tokens nor the head see them; each image needs a token that is no padding).
+    The model keeps its class, its forward, its parameters and all its outputs; `model.cropr` is
+    added, one module per pruned block, with all parameters that training needs. Afterwards
+    model(images) returns (output, auxiliary predictions) in training, if there are any (a Hugging
+    Face model: its own output, with the predictions as `aux`, and given labels with their losses in
+    its loss), and the output in eval. It also takes two masks, (B, grid height, grid width) bool:
+    `protect`, patches that are kept while anything else can be pruned (`protect_boxes`; if more are
+    protected than may be kept, their scores decide), and `padding`, positions that hold no patch
+    (`pad_images`: they are pruned first, and neither tokens nor the head see them; each image needs
+    a token that is no padding).
 
-    With `llf` the tokens after the last block are all tokens in their original order, without it those kept.
+    With `llf` the tokens after the last block are all tokens in their original order, without it
+    those kept.
 
     Args:
-        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other whose blocks are
-            called one after the other with the tokens (B, N, D): `find_spec` finds out.
+        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other
+            whose blocks are called one after the other with the tokens (B, N, D): `find_spec` finds
+            out.
         rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
-        llf: Last Layer Fusion: all tokens are restored before the last block; "as_pruned", as published, or
-            "track_parent", with the change of their parent since. `Fusion` has more options; True is `Fusion()`.
-        merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was not trained to be
-            pruned. Outputs cover all positions: a merged token is copied to all that it stands for. `Merge` has the
-            options; True is `Merge()`.
-        windows: window attention; every window prunes equally many, so schedules count the tokens of one window. Needs
-            llf. The class token and registers are left out, and the model returns features (B, patches, D) only.
-        img_size: height and width in pixels that the schedule is for; default the model's own. Other sizes still run.
-        num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch of a window).
-        num_outputs: width of the auxiliary predictions, default the model's classes; 0 for none, as for a model that is
-            only calibrated: the queries then do not learn, the model returns its plain output in training too, and
-            saves the memory of heads (ViT-B/16, float32: 231 MiB, made in half a second).
-        make_module: called as make_module(layer, block) for the module after each pruned block, in place of `Cropr`:
-            any module with the methods of `Scorer`.
+        llf: Last Layer Fusion: all tokens are restored before the last block; "as_pruned", as
+            published, or "track_parent", with the change of their parent since. `Fusion` has more
+            options; True is `Fusion()`.
+        merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was
+            not trained to be pruned. Outputs cover all positions: a merged token is copied to all
+            that it stands for. `Merge` has the options; True is `Merge()`.
+        windows: window attention; every window prunes equally many, so schedules count the tokens
+            of one window. Needs llf. The class token and registers are left out, and the model
+            returns features (B, patches, D) only.
+        img_size: height and width in pixels that the schedule is for; default the model's own.
+            Other sizes still run.
+        num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch
+            of a window).
+        num_outputs: width of the auxiliary predictions, default the model's classes; 0 for none, as
+            for a model that is only calibrated: the queries then do not learn, the model returns
+            its plain output in training too, and saves the memory of heads (ViT-B/16, float32: 231
+            MiB, made in half a second).
+        make_module: called as make_module(layer, block) for the module after each pruned block, in
+            place of `Cropr`: any module with the methods of `Scorer`.
         spec: the specification of a model; default `find_spec(model)`.
 
     Returns:
@@ -94,12 +103,14 @@ def apply(
 
     Raises:
         TypeError: the model cannot be pruned; the message is the reason.
-        ValueError: the model is pruned already, the schedule does not fit it, modules for merging have no query, or
-            windows come without llf, with merge, or for a model that returns tokens only through its head.
+        ValueError: the model is pruned already, the schedule does not fit it, modules for merging
+            have no query, or windows come without llf, with merge, or for a model that returns
+            tokens only through its head.
     """
     if is_pruned(model):
         raise ValueError(
-            "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, cropr.remove undoes"
+            "cropr.apply: the model is pruned already; cropr.set_rate changes the rate, "
+            "cropr.remove undoes"
         )
     spec = find_spec(model) if spec is None else spec
     if spec.num_classes:
@@ -107,7 +118,10 @@ def apply(
     if windows is not None and merge:
         raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
-        raise ValueError(f"cropr.apply: windows are for timm models and cropr_kernels.ViT, got {type(model).__name__}")
+        raise ValueError(
+            "cropr.apply: windows are for timm models and cropr_kernels.ViT, got "
+            f"{type(model).__name__}"
+        )
     fusion = _fusion_of(llf, spec, "track_parent" if merge else None)
     config = PruningConfig(
         Schedule(rate, keep, ratio, const),
@@ -120,12 +134,19 @@ def apply(
     _check_schedule(config, spec)
     if make_module is None:
         make_module = partial(
-            _make_cropr, spec.dim, spec.num_classes if num_outputs is None else num_outputs, num_queries
+            _make_cropr,
+            spec.dim,
+            spec.num_classes if num_outputs is None else num_outputs,
+            num_queries,
         )
     count = num_modules(len(spec.blocks), config.full_blocks)
-    modules = CroprModules([make_module(layer, spec.blocks[layer]) for layer in range(count)], config, spec)
+    modules = CroprModules(
+        [make_module(layer, spec.blocks[layer]) for layer in range(count)], config, spec
+    )
     if config.merge is not None and not selects_by_query(modules):
-        raise ValueError(f"cropr.apply: merge selects by queries, and {type(modules[0]).__name__} does not")
+        raise ValueError(
+            f"cropr.apply: merge selects by queries, and {type(modules[0]).__name__} does not"
+        )
     _match_parameters(modules, spec.blocks[0])
     model.cropr = modules.train(model.training)
     _replace_attributes(modules)
@@ -135,7 +156,9 @@ def apply(
     ]
     if spec.encoder is not model:
         modules.hooks += [
-            spec.encoder.register_forward_pre_hook(partial(before_encoder, modules), with_kwargs=True),
+            spec.encoder.register_forward_pre_hook(
+                partial(before_encoder, modules), with_kwargs=True
+            ),
             spec.encoder.register_forward_hook(partial(after_encoder, modules), always_call=True),
         ]
     if spec.projection is not None:
@@ -148,7 +171,9 @@ def apply(
     return model
 
 
-def _make_cropr(dim: int, num_outputs: int, num_queries: int, layer: int, block: nn.Module) -> Cropr:
+def _make_cropr(
+    dim: int, num_outputs: int, num_queries: int, layer: int, block: nn.Module
+) -> Cropr:
     return Cropr(dim, num_outputs, num_queries)
 
 
@@ -182,16 +207,23 @@ def _replace_attributes(modules: CroprModules) -> None:
                 if hasattr(attn, name):
                     _replace(modules, attn, name, 0)
     encoder = modules.spec.encoder
-    if hasattr(encoder, "grad_checkpointing"):  # of timm; around the block alone: pruning decides once
+    # Of timm; around the block alone: pruning decides once
+    if hasattr(encoder, "grad_checkpointing"):
         modules.recompute = bool(encoder.grad_checkpointing)
         _replace(modules, encoder, "grad_checkpointing", False)
         _replace(modules, encoder, "set_grad_checkpointing", partial(_set_recompute, modules))
     if hasattr(encoder, "forward_intermediates"):
-        _replace(modules, encoder, "forward_intermediates", partial(forward_intermediates, modules, encoder))
+        _replace(
+            modules,
+            encoder,
+            "forward_intermediates",
+            partial(forward_intermediates, modules, encoder),
+        )
 
 
 def _keep_last_blocks(modules: CroprModules) -> None:
-    """Switch off stochastic depth in the last blocks: dropping one for some images would drop the fusion."""
+    """Switch off stochastic depth in the last blocks: dropping one for some images would drop the
+    fusion."""
     blocks = modules.spec.blocks
     for block in blocks[len(blocks) - modules.config.full_blocks :]:
         for module in block.modules():
@@ -199,8 +231,11 @@ def _keep_last_blocks(modules: CroprModules) -> None:
                 _replace(modules, module, "drop_prob", 0.0)
 
 
-def _fusion_of(llf: bool | Restore | Fusion, spec: ModelSpec, restore: Restore | None) -> Fusion | None:
-    """Return the fusion that `llf` stands for; without one, a model that needs all patches gets them after the end."""
+def _fusion_of(
+    llf: bool | Restore | Fusion, spec: ModelSpec, restore: Restore | None
+) -> Fusion | None:
+    """Return the fusion that `llf` stands for; without one, a model that needs all patches gets
+    them after the end."""
     fusion = Fusion.of(llf)
     if fusion is None:
         return Fusion(blocks=0) if spec.needs_map or spec.map_layers else None
@@ -227,7 +262,9 @@ class _Absent:
 
 def _check_schedule(config: PruningConfig, spec: ModelSpec) -> None:
     """Raise ValueError if the schedule does not fit the image size of apply."""
-    config.counts(spec.num_prefix + config.grid[0] * config.grid[1], len(spec.blocks), spec.num_prefix)
+    config.counts(
+        spec.num_prefix + config.grid[0] * config.grid[1], len(spec.blocks), spec.num_prefix
+    )
 
 
 def remove(model: Model) -> Model:
@@ -258,7 +295,8 @@ def remove(model: Model) -> Model:
 
 
 def selects_by_query(modules: CroprModules) -> bool:
-    """Tell whether every module keeps the tokens with the highest product with its query, as the engine does."""
+    """Tell whether every module keeps the tokens with the highest product with its query, as the
+    engine does."""
     return all(type(module).forward is Scorer.forward for module in modules)
 
 
@@ -294,7 +332,8 @@ def set_llf(model: Model, llf: bool | Restore | Fusion) -> Model:
     needed = num_modules(len(modules.spec.blocks), config.full_blocks)
     if needed > len(modules):
         raise ValueError(
-            f"cropr.set_llf: llf={llf!r} needs {needed} modules, and the model has {len(modules)}; cropr.remove it and "
+            f"cropr.set_llf: llf={llf!r} needs {needed} modules, and the model has "
+            f"{len(modules)}; cropr.remove it and "
             "apply anew"
         )
     _check_schedule(config, modules.spec)
@@ -305,7 +344,8 @@ def set_llf(model: Model, llf: bool | Restore | Fusion) -> Model:
 
 
 def set_progress(model: Model, share: float) -> Model:
-    """Prune only this share of what the schedule prunes, in place: the curriculum of a training run.
+    """Prune only this share of what the schedule prunes, in place: the curriculum of a training
+    run.
 
     Args:
         model: pruned by `apply`.
@@ -321,22 +361,26 @@ def set_progress(model: Model, share: float) -> Model:
 
 
 def deploy(model: Model, *, engine: bool = True, cuda_graphs: int | None = None) -> Model:
-    """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one per layer.
+    """Return a copy for inference: eval, frozen, auxiliary parts gone, M queries folded into one
+    per layer.
 
-    The argument stays as it was. A rate of 0 is the unpruned model on the same engine. Warns, once a model, if the
-    queries were neither trained, calibrated nor loaded, as `pruning_map`, `merge_map`, `agreement` and `export` do.
+    The argument stays as it was. A rate of 0 is the unpruned model on the same engine. Warns, once
+    a model, if the queries were neither trained, calibrated nor loaded, as `pruning_map`,
+    `merge_map`, `agreement` and `export` do.
 
     Args:
         model: pruned by `apply`.
-        engine: run the blocks on the zero-copy engine (`pruning.engine`) if it knows them; the logits are then those
-            of model.eval() up to rounding. Other blocks use the functional ops; `cropr info MODEL` and the repr of
-            `model.cropr` have the reason. False: functional ops, logits of model.eval() bit for bit. Inputs that
-            require a gradient, and `pruning_map`, take the functional ops too.
-        cuda_graphs: the number of CUDA graphs of forward at a time; 0 for none. One is captured at the first call for
-            each shape, schedule and precision, and replayed; together they hold the memory of one forward. Default: 8,
-            of batches of up to 4096 patches, above which launches do not count. There are none for CPU inputs and
-            inputs that require a gradient, in training mode, under torch.compile, in transforms and other graphs, and
-            if modules have hooks or outputs of several blocks are asked for.
+        engine: run the blocks on the zero-copy engine (`pruning.engine`) if it knows them; the
+            logits are then those of model.eval() up to rounding. Other blocks use the functional
+            ops; `cropr info MODEL` and the repr of `model.cropr` have the reason. False: functional
+            ops, logits of model.eval() bit for bit. Inputs that require a gradient, and
+            `pruning_map`, take the functional ops too.
+        cuda_graphs: the number of CUDA graphs of forward at a time; 0 for none. One is captured at
+            the first call for each shape, schedule and precision, and replayed; together they hold
+            the memory of one forward. Default: 8, of batches of up to 4096 patches, above which
+            launches do not count. There are none for CPU inputs and inputs that require a gradient,
+            in training mode, under torch.compile, in transforms and other graphs, and if modules
+            have hooks or outputs of several blocks are asked for.
 
     Raises:
         TypeError: the model is not pruned.
@@ -350,10 +394,13 @@ def deploy(model: Model, *, engine: bool = True, cuda_graphs: int | None = None)
 
 
 def deployed_copy(model: Model, *, engine: bool = True, cuda_graphs: int | None = 0) -> Model:
-    """`deploy` without the warning of random queries, for measurements of time, which does not depend on them."""
+    """`deploy` without the warning of random queries, for measurements of time, which does not
+    depend on them."""
     if cuda_graphs is not None and cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
-    folded = {id(module): FoldedCropr(module) for module in modules_of(model) if isinstance(module, Cropr)}
+    folded = {
+        id(module): FoldedCropr(module) for module in modules_of(model) if isinstance(module, Cropr)
+    }
     deployed = copy.deepcopy(model, cast(dict[int, Any], folded))
     modules = modules_of(deployed)
     write_to_config(deployed)
@@ -389,7 +436,8 @@ def _set_engine(modules: CroprModules, engine: bool) -> None:
 
 
 def hold_graphs(deployed: nn.Module, count: int) -> None:
-    """Raise the number of CUDA graphs that a deployed model may have, as for schedules that are timed in turns."""
+    """Raise the number of CUDA graphs that a deployed model may have, as for schedules that are
+    timed in turns."""
     graphs = modules_of(deployed).graphs
     if graphs is not None:
         graphs.capacity = max(graphs.capacity, count)

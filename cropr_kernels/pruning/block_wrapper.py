@@ -1,7 +1,8 @@
-"""One wrapper around a block, for every family: the model's own loop calls it, and it prunes after the block.
+"""One wrapper around a block, for every family: the model's own loop calls it, and it prunes after
+the block.
 
-The class of a block becomes a subclass with the same name, so that what looks for it by class or name finds it;
-parameters, hooks, pickling and copying are the block's own.
+The class of a block becomes a subclass with the same name, so that what looks for it by class or
+name finds it; parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class BlockInputs(NamedTuple):
 class WrappedBlock:
     """Mixed into a block's class."""
 
-    cropr_layer: tuple[PruningModules, int]  # the Cropr modules of the model, and the index of this block
+    # The Cropr modules of the model, and the index of this block
+    cropr_layer: tuple[PruningModules, int]
     cropr_base: type  # the block's class
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -46,12 +48,17 @@ class WrappedBlock:
             x, *others = args
         else:
             x, others = kwargs.pop(next(name for name in TOKEN_ARGUMENTS if name in kwargs)), []
-        if isinstance(x, torch.fx.Proxy):  # to symbolic tracing a block is one call, as those of torch.nn are
+        # To symbolic tracing a block is one call, as those of torch.nn are
+        if isinstance(x, torch.fx.Proxy):
             return _trace_call(cast(nn.Module, self), x, tuple(others), kwargs)
-        return run_block(*self.cropr_layer, super().__call__, cast(Tensor, x), tuple(others), kwargs)  # type: ignore[misc]
+        forward = super().__call__  # type: ignore[misc]
+        return run_block(*self.cropr_layer, forward, cast(Tensor, x), tuple(others), kwargs)
 
-    def forward(self, *args: object, cropr_inputs: BlockInputs | None = None, **kwargs: object) -> object:
-        """Run the block's own forward on the active tokens: recomputation in backward passes here again."""
+    def forward(
+        self, *args: object, cropr_inputs: BlockInputs | None = None, **kwargs: object
+    ) -> object:
+        """Run the block's own forward on the active tokens: recomputation in backward passes here
+        again."""
         if cropr_inputs is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if cropr_inputs.tokens is not None:
@@ -61,7 +68,8 @@ class WrappedBlock:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
-                f"cropr: merging and padding need attention by scaled_dot_product_attention or by a softmax over "
+                "cropr: merging and padding need attention by scaled_dot_product_attention or by "
+                "a softmax over "
                 f"(B, heads, N, N), and {self.cropr_base.__name__} has none"
             )
         if cropr_inputs.full_map is None:
@@ -90,7 +98,11 @@ def _rebuild(base: type) -> object:
 def wrapped_class(base: type) -> type:
     """Return the class of a pruned block, which has the name of its base."""
     if base not in _wrapped_classes:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "cropr_base": base}
+        names = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "cropr_base": base,
+        }
         _wrapped_classes[base] = type(base.__name__, (WrappedBlock, base), names)
     return _wrapped_classes[base]
 
@@ -123,9 +135,15 @@ def links_to(blocks: list[nn.Module], model: nn.Module) -> list[Submodule]:
 
 
 def run_block(
-    modules: PruningModules, layer: int, block: Callable[..., object], x: Tensor, args: Args, kwargs: Kwargs
+    modules: PruningModules,
+    layer: int,
+    block: Callable[..., object],
+    x: Tensor,
+    args: Args,
+    kwargs: Kwargs,
 ) -> object:
-    """Run block `layer` on the active tokens, and return its output without those that are pruned after it."""
+    """Run block `layer` on the active tokens, and return its output without those that are pruned
+    after it."""
     context = modules.context
     options = context.options or PruningOptions()
     if options.observe is not None:
@@ -138,15 +156,22 @@ def run_block(
         context.grid = None  # while an export traces, of symbols that nothing may keep
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
-            return _engine_output(modules, run_engine(context.state, x, _rotary(context.state, kwargs)))
+            return _engine_output(
+                modules, run_engine(context.state, x, _rotary(context.state, kwargs))
+            )
     state = context.state
     if state is None or layer != state.next_layer:
         raise RuntimeError(
-            f"cropr: block {layer} of a pruned model ran without those before it (recomputation in backward is "
+            f"cropr: block {layer} of a pruned model ran without those before it (recomputation "
+            "in backward is "
             "switched on by model.set_grad_checkpointing() after cropr.apply)"
         )
     state.next_layer += 1
-    output = _engine_output(modules, x) if state.done else _run_and_prune(state, layer, block, x, args, kwargs)
+    output = (
+        _engine_output(modules, x)
+        if state.done
+        else _run_and_prune(state, layer, block, x, args, kwargs)
+    )
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
@@ -164,7 +189,8 @@ def _engine_output(modules: PruningModules, x: Tensor) -> object:
 
 
 def fill_padding(modules: PruningModules, x: Tensor) -> Tensor:
-    """Replace padding by the mean of the image's patches, for heads that average over patches x (B, K, D)."""
+    """Replace padding by the mean of the image's patches, for heads that average over patches x (B,
+    K, D)."""
     context = modules.context
     padding = context.padding
     context.padding = None
@@ -188,7 +214,9 @@ def _run_and_prune(
     is_read = layer in state.options.maps
     positions = state.positions if modules.spec.has_bias else None
     if is_read or any(value is not None for value in (log_sizes, positions, tokens)):
-        kwargs["cropr_inputs"] = BlockInputs(log_sizes, positions, tokens, state.full_map if is_read else None)
+        kwargs["cropr_inputs"] = BlockInputs(
+            log_sizes, positions, tokens, state.full_map if is_read else None
+        )
     if modules.recompute and modules.training:
         output: object = checkpoint(block, x, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
     else:
@@ -199,7 +227,9 @@ def _run_and_prune(
     if is_read and state.positions is not None:
         active = torch.ops.cropr.gather(active, state.positions)
     state.active = state.after_block(layer, active)
-    return _with_tokens(output, state.active) if layer == state.last_layer or not is_read else output
+    return (
+        _with_tokens(output, state.active) if layer == state.last_layer or not is_read else output
+    )
 
 
 def _with_tokens(output: object, tokens: Tensor) -> object:
@@ -214,7 +244,13 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
     """Tell whether the engine may run this forward, and supports the arguments of its blocks."""
     modules = state.modules
     options = state.options
-    if modules.engine is None or modules.training or state.predicts or options.collect or _exporting():
+    if (
+        modules.engine is None
+        or modules.training
+        or state.predicts
+        or options.collect
+        or _exporting()
+    ):
         return False
     if options.maps or options.restore:
         return False
@@ -227,7 +263,8 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
 
 
 def _exporting() -> bool:
-    """Tell whether torch.export traces (its default, non-strict way): exported programs hold the functional ops."""
+    """Tell whether torch.export traces (its default, non-strict way): exported programs hold the
+    functional ops."""
     # Dynamo up to torch 2.11 takes is_exporting() for true in torch.compile as well.
     return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
@@ -241,7 +278,9 @@ def _rotary(state: PruningState, kwargs: Kwargs) -> Rotary | None:
     return Rotary(table, None, 0 if has_prefix else state.num_prefix)
 
 
-def _select_active(state: PruningState, layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def _select_active(
+    state: PruningState, layer: int, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
     """Reduce rotary tables and masks among a block's arguments to the rows of the active tokens."""
     if state.modules.spec.has_bias or (state.positions is None and state.config.windows is None):
         return args, dict(kwargs)

@@ -33,7 +33,8 @@ class PruningConfig:
         return self.llf is not None and self.llf.tracks_parents
 
     def counts(self, num_tokens: int, depth: int, num_prefix: int) -> list[int]:
-        """Kept tokens after each module, for images of num_tokens tokens; with windows for a window."""
+        """Kept tokens after each module, for images of num_tokens tokens; with windows for a
+        window."""
         if self.windows is not None:
             num_tokens, num_prefix = self.windows.size**2, 0
         return self.schedule.counts(num_tokens, depth, num_prefix, self.full_blocks)

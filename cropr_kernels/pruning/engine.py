@@ -1,13 +1,15 @@
 """The inference engine: one residual buffer in which no token ever moves.
 
-    x (B, N, D) holds every token at its position for the entire network; idx (B, K) names the active ones.
-    h = norm(x[idx]);  x[idx] += attention(h), h = norm(x[idx]);  x[idx] += mlp(h), idx = idx[select(x[idx] . q)]
+    x (B, N, D) holds every token at its position for the entire network; idx (B, K) names the
+    active ones. h = norm(x[idx]);  x[idx] += attention(h), h = norm(x[idx]);  x[idx] += mlp(h), idx
+    = idx[select(x[idx] . q)]
 
-So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of x, in which the
-pruned tokens still are. Merging changes the rows that tokens go into, and moves none; so does fusion that tracks
-parents, which leaves the offset of a pruned token from its parent in its row, and adds the rows of parents before the
-last block. The first block of a pruned model calls the engine; those after it pass its result on. `PruningState` is the
-functional form of the same.
+So pruning costs one selection a layer, and Last Layer Fusion nothing: the last block reads all of
+x, in which the pruned tokens still are. Merging changes the rows that tokens go into, and moves
+none; so does fusion that tracks parents, which leaves the offset of a pruned token from its parent
+in its row, and adds the rows of parents before the last block. The first block of a pruned model
+calls the engine; those after it pass its result on. `PruningState` is the functional form of the
+same.
 """
 
 from contextlib import nullcontext
@@ -22,8 +24,8 @@ from .state import PruningState, attention_log_sizes
 from .strategies import MergeStrategy, make_strategy
 
 ops = torch.ops.cropr
-# Bytes of tokens that run through all blocks at a time, so that rows which are read again are still in the cache: about
-# half of a GPU's L2. None: the full batch. Not yet measured on a GPU.
+# Bytes of tokens that run through all blocks at a time, so that rows which are read again are still
+# in the cache: about half of a GPU's L2. None: the full batch. Not yet measured on a GPU.
 CACHE_BYTES: int | None = None
 
 
@@ -36,22 +38,29 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         rotary: the rotary table, if the blocks take one.
 
     Returns:
-        The active tokens (B, K, D) in order of position; all (B, N, D) with Last Layer Fusion, or if tokens merged and
-        the caller wants all positions.
+        The active tokens (B, K, D) in order of position; all (B, N, D) with Last Layer Fusion, or
+        if tokens merged and the caller wants all positions.
     """
     blocks = state.modules.engine or []
     parameters = (parameter for parts in blocks for parameter in parts.block.parameters())
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         raise RuntimeError(
-            "the engine computes no gradients, and a block has parameters that require one: call the model under "
+            "the engine computes no gradients, and a block has parameters that require one: call "
+            "the model under "
             "torch.no_grad(), freeze it, or deploy(model, engine=False)"
         )
     # Below autograd, as in inference mode: operators cost less.
-    with nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowADInplaceOrView():
+    with (
+        nullcontext()
+        if torch.compiler.is_compiling()
+        else torch._C._AutoDispatchBelowADInplaceOrView()
+    ):
         if CACHE_BYTES is None:
             x, positions = _run_blocks(state, blocks, x, state.masks, rotary)
         else:
-            x, positions = _run_in_chunks(state, blocks, x, rotary, max(CACHE_BYTES // max(x[:1].nbytes, 1), 1))
+            x, positions = _run_in_chunks(
+                state, blocks, x, rotary, max(CACHE_BYTES // max(x[:1].nbytes, 1), 1)
+            )
     state.done = True
     state.positions = positions
     return x
@@ -63,15 +72,22 @@ def _run_in_chunks(
     """`_run_blocks` for num_images images at a time."""
     chunks = x.split(num_images)
     masks = [None] * len(chunks) if state.masks is None else state.masks.split(num_images)
-    results = [_run_blocks(state, blocks, chunk, mask, rotary) for chunk, mask in zip(chunks, masks)]
+    results = [
+        _run_blocks(state, blocks, chunk, mask, rotary) for chunk, mask in zip(chunks, masks)
+    ]
     positions = [idx for _, idx in results if idx is not None]
     return torch.cat([tokens for tokens, _ in results]), torch.cat(positions) if positions else None
 
 
 def _run_blocks(
-    state: PruningState, blocks: list[BlockParts], x: Tensor, masks: Masks | None, rotary: Rotary | None
+    state: PruningState,
+    blocks: list[BlockParts],
+    x: Tensor,
+    masks: Masks | None,
+    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens after the last block, and the positions of the active ones, None for all."""
+    """Return the tokens after the last block, and the positions of the active ones, None for
+    all."""
     counts = state.counts
     x = x.contiguous()
     idx = None
@@ -79,10 +95,14 @@ def _run_blocks(
     strategy = None
     if counts[-1] < count:
         priorities = state.choose_priorities(x, masks)
-        strategy = make_strategy(state.config, state.num_prefix, priorities, state.config.tracks_parents)
+        strategy = make_strategy(
+            state.config, state.num_prefix, priorities, state.config.tracks_parents
+        )
         strategy.prepare_(x)
     log_sizes = attention_log_sizes(masks, strategy, idx)
-    h = ops.gather_norm(x, None, *norm_parameters(getattr(blocks[0].block, blocks[0].norm1), x.dtype))
+    h = ops.gather_norm(
+        x, None, *norm_parameters(getattr(blocks[0].block, blocks[0].norm1), x.dtype)
+    )
     for layer, parts in enumerate(blocks):
         block = parts.block
         gamma1, gamma2 = parts.scales(block)
@@ -94,10 +114,14 @@ def _run_blocks(
         if layer == state.last_layer:
             ops.add_(x, idx, update, gamma2)
             break
-        next_norm = norm_parameters(getattr(blocks[layer + 1].block, blocks[layer + 1].norm1), x.dtype)
+        next_norm = norm_parameters(
+            getattr(blocks[layer + 1].block, blocks[layer + 1].norm1), x.dtype
+        )
         if strategy is not None and layer < len(counts) and counts[layer] < count:
             count = counts[layer]
-            idx = strategy.reduce_(x, idx, update, gamma2, state.modules.scorer(layer).query(), count)
+            idx = strategy.reduce_(
+                x, idx, update, gamma2, state.modules.scorer(layer).query(), count
+            )
         elif strategy is not None and layer == state.fused_after:
             ops.add_(x, idx, update, gamma2)
             x = ops.add_parents(x, strategy.parent) if strategy.tracks_parents else x
@@ -108,7 +132,8 @@ def _run_blocks(
             continue
         log_sizes = attention_log_sizes(masks, strategy, idx)
         h = ops.gather_norm(x, idx, *next_norm)
-    if strategy is not None and strategy.tracks_parents:  # no block sees the tokens that are restored
+    # No block sees the tokens that are restored
+    if strategy is not None and strategy.tracks_parents:
         return ops.add_parents(x, strategy.parent), None
     if idx is None:
         return x, None

@@ -1,4 +1,5 @@
-"""Last Layer Fusion: restores all tokens before the last blocks (paper section 3.2), or after them."""
+"""Last Layer Fusion: restores all tokens before the last blocks (paper section 3.2), or after
+them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +17,14 @@ class Fusion:
     """Restoration of pruned tokens before the last blocks.
 
     Args:
-        restore: "as_pruned": as they were when they were pruned, as published; for a network trained with it.
-            "track_parent": with the change of their parent since, pruned + (parent now - parent then); for any other
-            network, which has never seen tokens that are many blocks old. The parent is the kept token that a pruned
-            one was most like (cosine, class token and registers aside), or the one that it merged into. None:
-            "track_parent" if tokens merge or queries are calibrated, else "as_pruned".
-        blocks: >= 0, the number of last blocks that see all tokens. 0: tokens are restored after the last block,
-            which costs nothing; needs "track_parent".
+        restore: "as_pruned": as they were when they were pruned, as published; for a network
+            trained with it. "track_parent": with the change of their parent since, pruned + (parent
+            now - parent then); for any other network, which has never seen tokens that are many
+            blocks old. The parent is the kept token that a pruned one was most like (cosine, class
+            token and registers aside), or the one that it merged into. None: "track_parent" if
+            tokens merge or queries are calibrated, else "as_pruned".
+        blocks: >= 0, the number of last blocks that see all tokens. 0: tokens are restored after
+            the last block, which costs nothing; needs "track_parent".
 
     Raises:
         ValueError: an option is out of range.
@@ -33,11 +35,14 @@ class Fusion:
 
     def __post_init__(self) -> None:
         if self.restore not in (None, *get_args(Restore)):
-            raise ValueError(f"Fusion: restore must be 'as_pruned' or 'track_parent', got {self.restore!r}")
+            raise ValueError(
+                f"Fusion: restore must be 'as_pruned' or 'track_parent', got {self.restore!r}"
+            )
         object.__setattr__(self, "blocks", integer("Fusion: blocks", self.blocks, 0))
         if self.blocks == 0 and self.restore == "as_pruned":
             raise ValueError(
-                "Fusion: restore='as_pruned' needs a block that sees the tokens: blocks must be >= 1, got 0"
+                "Fusion: restore='as_pruned' needs a block that sees the tokens: blocks must be "
+                ">= 1, got 0"
             )
         if self.blocks == 0:
             object.__setattr__(self, "restore", "track_parent")
@@ -53,7 +58,8 @@ class Fusion:
 
     @classmethod
     def from_saved(cls, llf: object) -> "Fusion | None":
-        """Return the fusion that a file holds: its fields, `restore` alone, or true for "as_pruned"."""
+        """Return the fusion that a file holds: its fields, `restore` alone, or true for
+        "as_pruned"."""
         if isinstance(llf, str):
             llf = {"restore": llf}
         if not isinstance(llf, Mapping):

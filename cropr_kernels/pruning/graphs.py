@@ -1,4 +1,5 @@
-"""CUDA graphs of a deployed model: one replay in place of launches that take longer than the kernels."""
+"""CUDA graphs of a deployed model: one replay in place of launches that take longer than the
+kernels."""
 
 import math
 import threading
@@ -28,7 +29,8 @@ class CaptureError(RuntimeError):
 
 
 class GraphPool:
-    """The stream and memory shared by all graphs on the current device, which together hold what the largest needs."""
+    """The stream and memory shared by all graphs on the current device, which together hold what
+    the largest needs."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -39,13 +41,16 @@ class GraphPool:
 class Captured:
     """One function in a CUDA graph, with its own inputs and outputs.
 
-    It is captured without autograd, and replays on the current stream of the inputs' device, whatever device is
+    It is captured without autograd, and replays on the current stream of the inputs' device,
+    whatever device is
     current: each call waits until the previous one with the same pool, on whatever stream, is done.
     """
 
     last_call = 0
 
-    def __init__(self, function: Callable[..., object], inputs: tuple[Tensor, ...], pool: GraphPool):
+    def __init__(
+        self, function: Callable[..., object], inputs: tuple[Tensor, ...], pool: GraphPool
+    ):
         self.pool = pool
         self.device = inputs[0].device
         device_type = self.device.type
@@ -59,26 +64,32 @@ class Captured:
         with torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad(), autocast:
             self.inputs = tuple(value.clone() for value in inputs)
             pool.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(pool.stream):  # compiles kernels and fills caches, which capture must not do
+            # Compiles kernels and fills caches, which capture must not do
+            with torch.cuda.stream(pool.stream):
                 for _ in range(2):
                     function(*self.inputs)
             torch.cuda.current_stream().wait_stream(pool.stream)
             self.graph = torch.cuda.CUDAGraph()
             mode: Any = "thread_local"  # other threads may allocate meanwhile
             try:
-                with torch.cuda.graph(self.graph, pool=pool.memory, stream=pool.stream, capture_error_mode=mode):
+                with torch.cuda.graph(
+                    self.graph, pool=pool.memory, stream=pool.stream, capture_error_mode=mode
+                ):
                     self.output = function(*self.inputs)
             except RuntimeError as error:
                 raise CaptureError(str(error).partition("\n")[0]) from error
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> object:
-        """Return a copy of the function's result for these inputs, which later calls leave alone."""
+        """Return a copy of the function's result for these inputs, which later calls leave
+        alone."""
         with torch.cuda.device(self.device), torch.no_grad():
             self.pool.free.wait()
             for static, value in zip(self.inputs, inputs):
                 static.copy_(value)
             self.graph.replay()
-            result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output)
+            result = tree_map(
+                lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.output
+            )
             self.pool.free.record()
         return result
 
@@ -103,7 +114,9 @@ class Graphs:
         self.pools: dict[torch.device, GraphPool] = {}
         self.lock = threading.Lock()
 
-    def __call__(self, function: Callable[..., object], inputs: tuple[Tensor, ...], key: Hashable) -> object:
+    def __call__(
+        self, function: Callable[..., object], inputs: tuple[Tensor, ...], key: Hashable
+    ) -> object:
         """Replay function(*inputs).
 
         Raises:
@@ -114,19 +127,23 @@ class Graphs:
             graph = self.captured.get(key)
             if graph is None:
                 graph = self.captured[key] = self.capture(function, inputs)
-                if len(self.captured) > self.capacity:  # not before capture, which waits for all that runs
+                # Not before capture, which waits for all that runs
+                if len(self.captured) > self.capacity:
                     self.captured.popitem(last=False)
             self.captured.move_to_end(key)
             graph.last_call = self.num_calls
             return graph(inputs)
 
     def has_room(self) -> bool:
-        """Tell whether to capture one more: shapes that alternate would evict each other at every call."""
+        """Tell whether to capture one more: shapes that alternate would evict each other at every
+        call."""
         with self.lock:
             self.num_calls += 1
             oldest = next(iter(self.captured.values()), None)
             is_full = len(self.captured) >= self.capacity
-            return oldest is None or not is_full or self.num_calls - oldest.last_call > self.patience
+            return (
+                oldest is None or not is_full or self.num_calls - oldest.last_call > self.patience
+            )
 
     def capture(self, function: Callable[..., object], inputs: tuple[Tensor, ...]) -> Captured:
         device = inputs[0].device
@@ -163,7 +180,9 @@ class GraphedForward:
     def forward(self) -> Callable[..., object]:
         """The method in place of the model's, with its signature, as torch.export needs it."""
         base_forward = type(self.model).forward
-        return MethodType(wraps(base_forward)(lambda self, *args, **kwargs: self(*args, **kwargs)), self)
+        return MethodType(
+            wraps(base_forward)(lambda self, *args, **kwargs: self(*args, **kwargs)), self
+        )
 
     @staticmethod
     def of(model: nn.Module) -> "GraphedForward | None":
@@ -180,17 +199,25 @@ class GraphedForward:
         context = modules.context
         options = context.options
         graphs = modules.graphs
-        if context.model is not None and context.model is not model:  # a replica, which has this attribute too
+        # A replica, which has this attribute too
+        if context.model is not None and context.model is not model:
             return base_forward(context.model, *args, **kwargs)
-        masks = {name: mask for name in ("protect", "padding") if (mask := getattr(options, name, None)) is not None}
+        masks = {
+            name: mask
+            for name in ("protect", "padding")
+            if (mask := getattr(options, name, None)) is not None
+        }
         inputs = (*args, *kwargs.values(), *masks.values())
-        if options is None or not context.opened_by_hook or not options.engine:  # the caller looks inside
+        # The caller looks inside
+        if options is None or not context.opened_by_hook or not options.engine:
             return base_forward(model, *args, **kwargs)
         if graphs is None or len(args) + len(kwargs) != 1 or not self._takes(inputs):
             return base_forward(model, *args, **kwargs)
         key = self._key(inputs, (*kwargs, *masks))
         if key not in graphs.captured:
-            if not graphs.has_room() or any(is_hooked(module) for module in model.modules() if module is not model):
+            if not graphs.has_room() or any(
+                is_hooked(module) for module in model.modules() if module is not model
+            ):
                 return base_forward(model, *args, **kwargs)
             self.tensors = ModelTensors(model)
             key = self._key(inputs, (*kwargs, *masks))
@@ -198,25 +225,37 @@ class GraphedForward:
         def run(images: Tensor, *mask_inputs: Tensor) -> object:
             masked: dict[str, Any] = dict(zip(masks, mask_inputs))
             context.options = options._replace(**masked)
-            return base_forward(model, **dict.fromkeys(kwargs, images)) if kwargs else base_forward(model, images)
+            return (
+                base_forward(model, **dict.fromkeys(kwargs, images))
+                if kwargs
+                else base_forward(model, images)
+            )
 
         try:
             return graphs(run, inputs, key)
         except CaptureError as error:
             modules.graphs = None
-            warnings.warn(f"cropr: the model runs without CUDA graphs, as it cannot be captured: {error}", stacklevel=2)
+            warnings.warn(
+                f"cropr: the model runs without CUDA graphs, as it cannot be captured: {error}",
+                stacklevel=2,
+            )
             return run(*inputs)
 
     def _takes(self, inputs: tuple[Any, ...]) -> bool:
-        """Tell whether these are plain images and masks on one GPU, few enough, and nothing records operators."""
+        """Tell whether these are plain images and masks on one GPU, few enough, and nothing records
+        operators."""
         images = inputs[0]
-        if not all(type(value) is Tensor and value.is_cuda and value.device == images.device for value in inputs):
+        if not all(
+            type(value) is Tensor and value.is_cuda and value.device == images.device
+            for value in inputs
+        ):
             return False
         if images.ndim != 4 or images.numel() == 0:
             return False
         modules: GraphedModules = self.model.cropr  # type: ignore[assignment]
         return (
-            images.numel() // images.shape[1] <= self.max_patches * math.prod(modules.spec.patch_size)
+            images.numel() // images.shape[1]
+            <= self.max_patches * math.prod(modules.spec.patch_size)
             and not self.model.training
             and not (torch.is_grad_enabled() and images.requires_grad)
             and not torch._C._are_functorch_transforms_active()
@@ -225,7 +264,8 @@ class GraphedForward:
         )
 
     def _key(self, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[Hashable, ...]:
-        """Everything that decides what a captured graph computes: inputs, schedule, precision, the model's tensors."""
+        """Everything that decides what a captured graph computes: inputs, schedule, precision, the
+        model's tensors."""
         modules: GraphedModules = self.model.cropr  # type: ignore[assignment]
         device_type = inputs[0].device.type
         backends = cast(Any, torch.backends)
@@ -234,7 +274,9 @@ class GraphedForward:
             *((value.shape, value.dtype, value.device) for value in inputs),
             modules.config,
             torch.is_grad_enabled(),
-            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None,
+            torch.get_autocast_dtype(device_type)
+            if torch.is_autocast_enabled(device_type)
+            else None,
             (
                 backends.cuda.matmul.fp32_precision,
                 backends.cudnn.conv.fp32_precision,
@@ -245,7 +287,8 @@ class GraphedForward:
 
 
 class ModelTensors:
-    """The dictionaries in which a model keeps parameters, buffers, modules, and hooks inside of its forward."""
+    """The dictionaries in which a model keeps parameters, buffers, modules, and hooks inside of its
+    forward."""
 
     def __init__(self, model: nn.Module):
         attributes: list[dict[str, Any]] = [vars(module) for module in model.modules()]

@@ -9,9 +9,15 @@ from .state import PruningOptions
 
 @torch.no_grad()
 def pruning_map(
-    model: nn.Module, images: Tensor, *, protect: Tensor | None = None, padding: Tensor | None = None, **kwargs: object
+    model: nn.Module,
+    images: Tensor,
+    *,
+    protect: Tensor | None = None,
+    padding: Tensor | None = None,
+    **kwargs: object,
 ) -> Tensor:
-    """Count the blocks that each patch went through before it was pruned: (B, grid height, grid width) int64.
+    """Count the blocks that each patch went through before it was pruned: (B, grid height, grid
+    width) int64.
 
     Patches that are never pruned hold the depth of the network.
 
@@ -33,7 +39,9 @@ def pruning_map(
 
 
 @torch.no_grad()
-def merge_map(model: nn.Module, images: Tensor, *, protect: Tensor | None = None, **kwargs: object) -> Tensor:
+def merge_map(
+    model: nn.Module, images: Tensor, *, protect: Tensor | None = None, **kwargs: object
+) -> Tensor:
     """Number the kept token that each patch merged into: (B, grid height, grid width) int64.
 
     Kept patches count from 0 in order of position. With LLF, the state before tokens are restored.
@@ -50,7 +58,9 @@ def merge_map(model: nn.Module, images: Tensor, *, protect: Tensor | None = None
     """
     modules = require_pruned(model, "cropr.merge_map")
     if modules.config.merge is None:
-        raise ValueError("cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)")
+        raise ValueError(
+            "cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)"
+        )
     warn_of_random_queries(model, "cropr.merge_map", 4)
     tower = modules.spec.tower
     _, state = run(model, lambda: tower(images, **kwargs), PruningOptions(protect=protect))

@@ -1,4 +1,5 @@
-"""Masks of a batch: patches that must be kept (protect), and positions that hold no patch (padding)."""
+"""Masks of a batch: patches that must be kept (protect), and positions that hold no patch
+(padding)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Attention logit of padding: its exponential is zero, and times the root of a head's width it fits float16.
+# Attention logit of padding: its exponential is zero, and times the root of a head's width it fits
+# float16.
 _PADDING_LOGIT = -3000.0
 
 
@@ -17,24 +19,32 @@ class Masks(NamedTuple):
     padding: Tensor | None  # (B, N) bool: tokens that no other may see
 
     def log_sizes(self, positions: Tensor | None) -> Tensor | None:
-        """The attention logits that padding adds to the active tokens, (B, K) float32; None without padding."""
+        """The attention logits that padding adds to the active tokens, (B, K) float32; None without
+        padding."""
         padding = self.padding_at(positions)
         return None if padding is None else padding.float() * _PADDING_LOGIT
 
     def padding_at(self, positions: Tensor | None) -> Tensor | None:
         """Padding among the active tokens, (B, K) bool."""
-        return self.padding if self.padding is None or positions is None else self.padding.gather(1, positions)
+        return (
+            self.padding
+            if self.padding is None or positions is None
+            else self.padding.gather(1, positions)
+        )
 
     def split(self, images: int) -> list["Masks"]:
         """Split into masks of `images` images each."""
-        paddings = [None] * len(self.priority) if self.padding is None else self.padding.split(images)
+        paddings = (
+            [None] * len(self.priority) if self.padding is None else self.padding.split(images)
+        )
         return [Masks(*parts) for parts in zip(self.priority.split(images), paddings)]
 
 
 def make_masks(
     protect: Tensor | None, padding: Tensor | None, batch: int, num_patches: int, num_prefix: int
 ) -> Masks | None:
-    """Make the masks of a batch from those of its grids, (B, grid height, grid width) bool; None if there are none.
+    """Make the masks of a batch from those of its grids, (B, grid height, grid width) bool; None if
+    there are none.
 
     A patch that is both is padding. Raises ValueError if a mask is not of this type or shape.
     """
@@ -42,9 +52,15 @@ def make_masks(
     for name, mask in (("protect", protect), ("padding", padding)):
         if mask is None:
             continue
-        if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != batch or mask[0].numel() != num_patches:
+        if (
+            mask.dtype != torch.bool
+            or mask.ndim != 3
+            or len(mask) != batch
+            or mask[0].numel() != num_patches
+        ):
             raise ValueError(
-                f"cropr: {name} must be bool of shape (B, grid height, grid width) with B = {batch} and {num_patches} "
+                f"cropr: {name} must be bool of shape (B, grid height, grid width) with B = "
+                f"{batch} and {num_patches} "
                 f"patches, got {str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
             )
         token_masks[name] = torch.nn.functional.pad(mask.flatten(1), (num_prefix, 0))
@@ -59,7 +75,8 @@ def make_masks(
 
 
 def level_padding(x: Tensor, padding: Tensor, num_prefix: int) -> Tensor:
-    """Replace padding (B, K) by the mean of the patches of its image, so that heads that average see patches alone."""
+    """Replace padding (B, K) by the mean of the patches of its image, so that heads that average
+    see patches alone."""
     patches = ~padding
     patches = patches & (torch.arange(x.shape[1], device=x.device) >= num_prefix)
     weights = patches.to(x.dtype) / patches.sum(1, keepdim=True).clamp_min(1).to(x.dtype)
@@ -71,14 +88,19 @@ def boxes_on_grid(boxes: Tensor, grid: tuple[int, int], patch: tuple[int, int]) 
 
     boxes (n, 4) are x0, y0, x1, y1 in pixels.
     """
-    top, left = (torch.arange(count, device=boxes.device) * side for count, side in zip(grid, patch))
+    top, left = (
+        torch.arange(count, device=boxes.device) * side for count, side in zip(grid, patch)
+    )
     columns = (boxes[:, :1] < left + patch[1]) & (boxes[:, 2:3] > left)
     rows = (boxes[:, 1:2] < top + patch[0]) & (boxes[:, 3:4] > top)
     return rows[:, :, None] & columns[:, None, :]
 
 
-def protect_boxes(boxes: Sequence[Tensor], grid: tuple[int, int], patch_size: tuple[int, int] = (16, 16)) -> Tensor:
-    """Mark the patches that any box of an image touches: (B, grid height, grid width), for model(images, protect=...).
+def protect_boxes(
+    boxes: Sequence[Tensor], grid: tuple[int, int], patch_size: tuple[int, int] = (16, 16)
+) -> Tensor:
+    """Mark the patches that any box of an image touches: (B, grid height, grid width), for
+    model(images, protect=...).
 
     Args:
         boxes: (n, 4) for each image, x0, y0, x1, y1 in pixels; n may be 0.
@@ -90,23 +112,28 @@ def protect_boxes(boxes: Sequence[Tensor], grid: tuple[int, int], patch_size: tu
     """
     for box in boxes:
         if box.ndim != 2 or box.shape[1] != 4:
-            raise ValueError(f"cropr.protect_boxes: boxes must have shape (n, 4), got {tuple(box.shape)}")
+            raise ValueError(
+                f"cropr.protect_boxes: boxes must have shape (n, 4), got {tuple(box.shape)}"
+            )
     return torch.stack([boxes_on_grid(box, grid, patch_size).any(0) for box in boxes])
 
 
 def pad_images(
-    images: Sequence[Tensor], patch_size: tuple[int, int] = (16, 16), size: tuple[int, int] | None = None
+    images: Sequence[Tensor],
+    patch_size: tuple[int, int] = (16, 16),
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pad images of different sizes with zeros to one batch, each at the top left.
 
     Args:
         images: (C, H, W) each.
         patch_size: pixels of a patch in height and width.
-        size: height and width of the batch in pixels; default the largest of the images, rounded up to full patches.
+        size: height and width of the batch in pixels; default the largest of the images, rounded up
+            to full patches.
 
     Returns:
-        The batch (B, C, H, W), and the mask (B, grid height, grid width) for model(images, padding=...), true if a
-        patch holds nothing of its image.
+        The batch (B, C, H, W), and the mask (B, grid height, grid width) for model(images,
+        padding=...), true if a patch holds nothing of its image.
 
     Raises:
         ValueError: there are no images, they differ in channels, or one is larger than `size`.
@@ -123,12 +150,20 @@ def pad_images(
     batch = images[0].new_zeros(len(images), channels, height, width)
     padding = torch.ones(len(images), *grid, dtype=torch.bool, device=batch.device)
     for i, image in enumerate(images):
-        if image.ndim != 3 or image.shape[0] != channels or image.shape[1] > height or image.shape[2] > width:
+        if (
+            image.ndim != 3
+            or image.shape[0] != channels
+            or image.shape[1] > height
+            or image.shape[2] > width
+        ):
             raise ValueError(
-                f"cropr.pad_images: image {i} must fit into ({channels}, {height}, {width}), got {tuple(image.shape)}"
+                f"cropr.pad_images: image {i} must fit into ({channels}, {height}, {width}), got "
+                f"{tuple(image.shape)}"
             )
         batch[i, :, : image.shape[1], : image.shape[2]] = image
-        padding[i, : -(-image.shape[1] // patch_size[0]), : -(-image.shape[2] // patch_size[1])] = False
+        padding[i, : -(-image.shape[1] // patch_size[0]), : -(-image.shape[2] // patch_size[1])] = (
+            False
+        )
     return batch, padding
 
 

@@ -32,7 +32,8 @@ class ReplacedAttribute(NamedTuple):
 
 
 class CroprModules(nn.ModuleList):
-    """`model.cropr`: the Cropr modules in order, their configuration, and the specification of the model.
+    """`model.cropr`: the Cropr modules in order, their configuration, and the specification of the
+    model.
 
     Args:
         modules: one per pruned block.
@@ -51,7 +52,8 @@ class CroprModules(nn.ModuleList):
         self.hooks: list[RemovableHandle] = []
         self.replaced: list[ReplacedAttribute] = []
         self.links: list[Submodule] = []  # from the model to its blocks
-        # Set by `deploy`: the blocks as the engine runs them, or the reason why it does not; graphs, if any.
+        # Set by `deploy`: the blocks as the engine runs them, or the reason why it does not;
+        # graphs, if any.
         self.engine: list[BlockParts] | None = None
         self.watched: list[Submodule] = []
         self.engine_reason = "for inference: cropr.deploy"
@@ -74,18 +76,21 @@ class CroprModules(nn.ModuleList):
 
     @property
     def num_used(self) -> int:
-        """The number of modules that prune: fusion over more blocks, set later, leaves some unused."""
+        """The number of modules that prune: fusion over more blocks, set later, leaves some
+        unused."""
         return num_modules(len(self.spec.blocks), self.config.full_blocks)
 
     @property
     def context(self) -> ForwardContext:
-        """The forward of this thread. torch.compile cannot trace thread-local state: it has one for all threads."""
+        """The forward of this thread. torch.compile cannot trace thread-local state: it has one for
+        all threads."""
         traced = self.traced_context
         is_traced = traced.options is not None or traced.state is not None
         return traced if is_traced or torch.compiler.is_compiling() else self.contexts.current
 
     def engine_is_clear(self) -> bool:
-        """Tell whether the blocks are still those that deploy saw: no hooks, and no other layers in them."""
+        """Tell whether the blocks are still those that deploy saw: no hooks, and no other layers in
+        them."""
         for owner, name, module in self.watched:
             if owner._modules.get(name) is not module or is_hooked(module):
                 return False
@@ -98,12 +103,14 @@ class CroprModules(nn.ModuleList):
         for owner, name, module in self.links:
             if owner._modules.get(name) is not module:
                 raise RuntimeError(
-                    "cropr: the blocks of the model are not those of cropr.apply: a list of them was cut or replaced; "
+                    "cropr: the blocks of the model are not those of cropr.apply: a list of them "
+                    "was cut or replaced; "
                     "change them before cropr.apply, or call cropr.remove first"
                 )
 
     def follow_head(self, model: nn.Module) -> None:
-        """Specify the model anew if its head has changed since `apply`; the auxiliary heads stay as they are."""
+        """Specify the model anew if its head has changed since `apply`; the auxiliary heads stay as
+        they are."""
         if any(getattr(model, name, None) != value for name, value in self.spec.head):
             self.spec = replace(find_spec(model), num_classes=self.spec.num_classes)
 
@@ -123,16 +130,20 @@ def modules_of(model: nn.Module) -> CroprModules:
 
 
 def require_pruned(model: nn.Module, caller: str) -> CroprModules:
-    """Return the modules of a pruned model; raise TypeError, which names the caller, for any other."""
+    """Return the modules of a pruned model; raise TypeError, which names the caller, for any
+    other."""
     if not is_pruned(model):
-        raise TypeError(f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first")
+        raise TypeError(
+            f"{caller}: the model is not pruned; call cropr.apply(model, rate=...) first"
+        )
     modules = modules_of(model)
     modules.follow_head(model)
     return modules
 
 
 def warn_of_random_queries(model: nn.Module, caller: str, stacklevel: int = 3) -> None:
-    """Warn once of a pruned model if its queries are random; a decorator of the caller is one more level."""
+    """Warn once of a pruned model if its queries are random; a decorator of the caller is one more
+    level."""
     modules = modules_of(model)
     if modules.warned or modules.config.schedule.rate == 0:
         return
@@ -140,7 +151,8 @@ def warn_of_random_queries(model: nn.Module, caller: str, stacklevel: int = 3) -
         return
     modules.warned = True
     warnings.warn(
-        f"{caller}: the queries are random, so what is pruned is arbitrary; call cropr.calibrate(model, images), "
+        f"{caller}: the queries are random, so what is pruned is arbitrary; call "
+        "cropr.calibrate(model, images), "
         "cropr.load_queries(model, file), or train first",
         stacklevel=stacklevel,
     )
@@ -173,17 +185,19 @@ def features(
     padding: Tensor | None = None,
     predict: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute tokens after the last norm, (B, K, D), and auxiliary predictions, of a timm model or `cropr_kernels.ViT`.
+    """Compute tokens after the last norm, (B, K, D), and auxiliary predictions, of a timm model or
+    `cropr_kernels.ViT`.
 
     Args:
         model: pruned by `apply`.
         images: (B, C, H, W).
-        protect, padding: (B, grid height, grid width) bool, as `apply` describes them. Tokens of padding mean nothing.
+        protect, padding: (B, grid height, grid width) bool, as `apply` describes them. Tokens of
+            padding mean nothing.
         predict: compute the auxiliary predictions; otherwise there are none.
 
     Returns:
-        The tokens kept; all in their original order with Last Layer Fusion or if tokens merged (each copied to all
-        positions that it stands for); with windows the patches alone.
+        The tokens kept; all in their original order with Last Layer Fusion or if tokens merged
+        (each copied to all positions that it stands for); with windows the patches alone.
 
     Raises:
         TypeError: the model is not pruned.
@@ -211,10 +225,14 @@ def before_forward(
     if context.options is not None and not context.opened_by_hook:
         return args, kwargs
     if modules.config.windows is not None:
-        raise RuntimeError("with window attention a model gives features only: model.forward_features(images)")
+        raise RuntimeError(
+            "with window attention a model gives features only: model.forward_features(images)"
+        )
     modules.follow_head(model)
     maps = _maps_asked_for(modules, model, kwargs)
-    options = PruningOptions(protect, padding, engine=not maps, full=modules.spec.returns_tokens, maps=maps)
+    options = PruningOptions(
+        protect, padding, engine=not maps, full=modules.spec.returns_tokens, maps=maps
+    )
     _check_masks(model, options)
     context.options = options
     context.opened_by_hook = True
@@ -224,7 +242,9 @@ def before_forward(
     return args, kwargs
 
 
-def before_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], kwargs: Kwargs) -> None:
+def before_encoder(
+    modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], kwargs: Kwargs
+) -> None:
     """See what is asked of the encoder where it is called, by whatever module around it."""
     context = modules.context
     options = context.options
@@ -235,15 +255,20 @@ def before_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object
     context.options = options._replace(engine=options.engine and not maps, maps=maps)
 
 
-def after_encoder(modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], output: object) -> None:
+def after_encoder(
+    modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], output: object
+) -> None:
     """Close the context if `before_encoder` opened it."""
     context = modules.context
     if context.opened_by_encoder:
         context.clear()
 
 
-def after_forward(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> object:
-    """In training, return the auxiliary predictions beside the output; a Hugging Face model returns them in it."""
+def after_forward(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any
+) -> object:
+    """In training, return the auxiliary predictions beside the output; a Hugging Face model returns
+    them in it."""
     modules = modules_of(model)
     context = modules.context
     if not context.opened_by_hook:
@@ -255,11 +280,17 @@ def after_forward(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, 
     return add_predictions(model, args, kwargs, output, aux, modules.spec.num_classes)
 
 
-def forward_intermediates(modules: CroprModules, encoder: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> object:
-    """Run timm's forward_intermediates on a pruned model: the maps of all blocks have all tokens."""
+def forward_intermediates(
+    modules: CroprModules, encoder: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+) -> object:
+    """Run timm's forward_intermediates on a pruned model: the maps of all blocks have all
+    tokens."""
     base_forward: Callable[..., object] = type(encoder).forward_intermediates  # type: ignore[attr-defined]
     if modules.config.windows is not None:
-        raise ValueError("cropr: with window attention there are no maps but the last: model.forward_features(images)")
+        raise ValueError(
+            "cropr: with window attention there are no maps but the last: "
+            "model.forward_features(images)"
+        )
     context = modules.context
     outer = context.options
     maps = frozenset(range(len(modules.spec.blocks)))
@@ -284,10 +315,14 @@ def after_norm(modules: CroprModules, norm: nn.Module, args: object, output: Ten
 
 
 def _maps_asked_for(modules: CroprModules, model: nn.Module, kwargs: Kwargs) -> frozenset[int]:
-    """The blocks whose output somebody reads: by the arguments or the configuration of a model, or by its nature."""
+    """The blocks whose output somebody reads: by the arguments or the configuration of a model, or
+    by its nature."""
     config = getattr(model, "config", None)
     names = ("output_hidden_states", "output_attentions")
-    if any(kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)) for name in names):
+    if any(
+        kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False))
+        for name in names
+    ):
         return frozenset(range(len(modules.spec.blocks)))
     layers = modules.spec.map_layers
     return frozenset((*layers, len(modules.spec.blocks) - 1)) if layers else frozenset()
@@ -307,6 +342,7 @@ def _check_masks(model: nn.Module, options: PruningOptions) -> None:
         raise ValueError("cropr: padding is not supported with window attention")
     if modules.spec.pooling == "other":
         raise ValueError(
-            "cropr: padding needs a head that takes the class token or averages over the patches; that of "
+            "cropr: padding needs a head that takes the class token or averages over the patches; "
+            "that of "
             f"{name} does neither"
         )

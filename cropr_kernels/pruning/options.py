@@ -11,7 +11,8 @@ from .module import Cropr, FoldedCropr
 
 
 def options_of(modules: CroprModules) -> dict[str, Any] | None:
-    """Return the options with which `apply` makes such modules, as plain values; None for modules of another class."""
+    """Return the options with which `apply` makes such modules, as plain values; None for modules
+    of another class."""
     first = modules[0]
     if not isinstance(first, Cropr | FoldedCropr) or type(first) not in (Cropr, FoldedCropr):
         return None
@@ -32,7 +33,8 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
 
 
 def write_to_config(model: nn.Module) -> None:
-    """Add the options to the configuration of a Hugging Face model, which save_pretrained writes."""
+    """Add the options to the configuration of a Hugging Face model, which save_pretrained
+    writes."""
     options = options_of(modules_of(model))
     config: Any = getattr(model, "config", None)
     if options is not None and hasattr(config, "save_pretrained"):

@@ -31,20 +31,25 @@ Metadata = dict[str, Any]  # the entry "cropr" of config.json
 
 
 def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) -> None:
-    """Write a pruned model into a folder: model.safetensors, its weights and queries, and config.json, all else.
+    """Write a pruned model into a folder: model.safetensors, its weights and queries, and
+    config.json, all else.
 
-    config.json holds the schedule, merging, fusion and windows, the preparation of images, the architecture, versions
-    and a checksum. A Hugging Face model is written by its save_pretrained, with the same in its config.json. Options
-    that only training uses are left out: dropout, stochastic depth. A deployed model is loaded undeployed.
+    config.json holds the schedule, merging, fusion and windows, the preparation of images, the
+    architecture, versions and a checksum. A Hugging Face model is written by its save_pretrained,
+    with the same in its config.json. Options that only training uses are left out: dropout,
+    stochastic depth. A deployed model is loaded undeployed.
 
     Args:
         model: pruned by `apply`.
-        path: a folder, made if it does not exist; other files in it stay, such as those of a preprocessor.
-        pixels: the preparation of images; default that of `load` or calibrated commands, timm's or torchvision's own.
+        path: a folder, made if it does not exist; other files in it stay, such as those of a
+            preprocessor.
+        pixels: the preparation of images; default that of `load` or calibrated commands, timm's or
+            torchvision's own.
 
     Raises:
         TypeError: the model is not pruned.
-        ValueError: the path is a file, or a tensor of the model is quantized, sparse or wraps others.
+        ValueError: the path is a file, or a tensor of the model is quantized, sparse or wraps
+            others.
         OSError: the folder cannot be written.
         ImportError: safetensors is not installed.
     """
@@ -53,7 +58,8 @@ def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) ->
     for name, value in state.items():
         if not _is_plain(value):
             raise ValueError(
-                f"cropr.save: tensors must be dense and hold their values, got a quantized or wrapped {name} of type "
+                "cropr.save: tensors must be dense and hold their values, got a quantized or "
+                f"wrapped {name} of type "
                 f"{type(value).__name__}; save the model first, and quantize it after cropr.load"
             )
     folder = Path(path)
@@ -74,12 +80,16 @@ def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) ->
     }
     if architecture is None:
         warnings.warn(
-            f"cropr.save: no known constructor makes this {metadata['class']}; cropr.load will need a model: "
+            f"cropr.save: no known constructor makes this {metadata['class']}; cropr.load will "
+            "need a model: "
             "cropr.load(path, model=...)",
             stacklevel=2,
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".save") as scratch, disk_errors(folder / _WEIGHTS):
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".save") as scratch,
+        disk_errors(folder / _WEIGHTS),
+    ):
         files = Path(scratch)
         config: dict[str, Any] = {}
         if is_transformers:
@@ -92,26 +102,30 @@ def save(model: nn.Module, path: str | Path, *, pixels: Pixels | None = None) ->
         (files / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         for stale in (folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json", *folder.glob(_SHARDS)):
             stale.unlink(missing_ok=True)
-        for file in sorted(files.iterdir(), key=lambda file: file.name == _CONFIG):  # the configuration last
+        # The configuration last
+        for file in sorted(files.iterdir(), key=lambda file: file.name == _CONFIG):
             publish(file, folder / file.name)
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether this is a tensor whose values are in its own memory, one after another or strided."""
+    """Tell whether this is a tensor whose values are in its own memory, one after another or
+    strided."""
     if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
         return False
     return value.data_ptr() != 0 or value.numel() == 0
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Any:
-    """Load a pruned model that `save`, or save_pretrained of transformers, wrote, in eval mode, with the same bits out.
+    """Load a pruned model that `save`, or save_pretrained of transformers, wrote, in eval mode,
+    with the same bits out.
 
     `model.cropr.pixels`, if it is known, reads and normalizes photos.
 
     Args:
         path: the folder.
-        model: load into this model, in place; for an architecture without a known constructor. If it is pruned already,
-            it is pruned anew with the options in the folder; with modules of make_module it must be pruned.
+        model: load into this model, in place; for an architecture without a known constructor. If
+            it is pruned already, it is pruned anew with the options in the folder; with modules of
+            make_module it must be pruned.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -124,13 +138,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     if model is None and is_transformers_folder(folder):
         return from_pretrained(folder)
     if not was_saved(folder):
-        raise ValueError(f"cropr.load: {path} holds no pruned model; cropr.save writes one into a folder")
+        raise ValueError(
+            f"cropr.load: {path} holds no pruned model; cropr.save writes one into a folder"
+        )
     metadata: Metadata = json.loads((folder / _CONFIG).read_text())["cropr"]
     _check(folder, metadata)
     if model is None:
         if metadata["architecture"] is None:
             raise ValueError(
-                f"cropr.load: no known constructor makes the {metadata['class']} in {path}; pass a model: "
+                f"cropr.load: no known constructor makes the {metadata['class']} in {path}; pass "
+                "a model: "
                 "cropr.load(path, model=...)"
             )
         model = build(metadata["architecture"])
@@ -139,21 +156,25 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     _prune(model.to(dtype).eval(), metadata, path)
     try:
-        model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+        model.load_state_dict(
+            {name: value.to(device) for name, value in state.items()}, assign=True
+        )
     except RuntimeError as error:
         mismatches = differences(shapes_of(model.state_dict()), shapes_of(state))
         raise ValueError(
-            f"cropr.load: {path} does not fit this {type(model).__name__}: {len(mismatches)} tensors differ, the first "
+            f"cropr.load: {path} does not fit this {type(model).__name__}: {len(mismatches)} "
+            "tensors differ, the first "
             f"are {'; '.join(mismatches[:3])}"
         ) from error
     return model.eval()
 
 
 def from_pretrained(name: str | Path, **options: object) -> Any:
-    """Load a pruned model that `save_pretrained` of transformers wrote, with schedule and queries, in eval mode.
+    """Load a pruned model that `save_pretrained` of transformers wrote, with schedule and queries,
+    in eval mode.
 
-    The pruned model may be a part of the saved one, such as the vision tower of a LLaVA. A deployed model is loaded
-    undeployed.
+    The pruned model may be a part of the saved one, such as the vision tower of a LLaVA. A deployed
+    model is loaded undeployed.
 
     Args:
         name: a folder, or a model of the Hub.
@@ -177,7 +198,9 @@ def from_pretrained(name: str | Path, **options: object) -> Any:
     metadata = {**_saved_metadata(pruned)}
     _check(folder, metadata)
     _prune(pruned, metadata, name)
-    queries = {key.partition("cropr.")[2]: value for key, value in _saved_state(folder, "cropr.").items()}
+    queries = {
+        key.partition("cropr.")[2]: value for key, value in _saved_state(folder, "cropr.").items()
+    }
     modules_of(pruned).load_state_dict(queries, assign="dtype" not in options)
     return model.eval()
 
@@ -213,7 +236,8 @@ def _prune(model: nn.Module, metadata: Metadata, path: str | Path) -> None:
         apply_options(remove(model) if is_pruned(model) else model, options)
     elif not is_pruned(model):
         raise ValueError(
-            f"cropr.load: the model in {path} has custom modules: prune a model with the same make_module and pass "
+            f"cropr.load: the model in {path} has custom modules: prune a model with the same "
+            "make_module and pass "
             "it: cropr.load(path, model=...)"
         )
     set_progress(model, metadata.get("share", 1.0))
@@ -221,7 +245,8 @@ def _prune(model: nn.Module, metadata: Metadata, path: str | Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """List the files of weights that `save` or save_pretrained wrote into a folder; others may be there."""
+    """List the files of weights that `save` or save_pretrained wrote into a folder; others may be
+    there."""
     return [*folder.glob(_WEIGHTS)] or sorted(folder.glob(_SHARDS))
 
 
@@ -238,12 +263,14 @@ def _saved_state(folder: Path, name_part: str = "") -> dict[str, Tensor]:
 
 
 def _check(folder: Path, metadata: Metadata) -> None:
-    """Raise ValueError if a folder is not as `save` wrote it; save_pretrained alone writes no checksum."""
+    """Raise ValueError if a folder is not as `save` wrote it; save_pretrained alone writes no
+    checksum."""
     content = dict(metadata)
     checksum = content.pop("sha256", None)
     if checksum is not None and checksum != _checksum(folder, content):
         raise ValueError(
-            f"cropr.load: {folder} is damaged, or not all of it was written: its checksum does not match; save it again"
+            f"cropr.load: {folder} is damaged, or not all of it was written: its checksum does "
+            "not match; save it again"
         )
 
 

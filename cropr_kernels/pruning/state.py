@@ -44,10 +44,12 @@ class PruningModules(Protocol):
 class PruningOptions(NamedTuple):
     """The options of one forward."""
 
-    protect: Tensor | None = None  # (B, grid height, grid width) bool: patches kept while anything else can go
+    # (B, grid height, grid width) bool: patches kept while anything else can go
+    protect: Tensor | None = None
     padding: Tensor | None = None  # (B, grid height, grid width) bool: positions that hold no patch
     predict: bool | None = None  # compute auxiliary predictions; None: if the model is in training
-    observe: Callable[[int, Tensor], None] | None = None  # called after every block with its tokens; nothing is pruned
+    # Called after every block with its tokens; nothing is pruned
+    observe: Callable[[int, Tensor], None] | None = None
     collect: bool = False  # keep the pruned tokens, and those after the last block
     engine: bool = False  # the engine may run the blocks: the caller looks at nothing between them
     full: bool = True  # copy each merged token to all positions that it stands for
@@ -60,13 +62,16 @@ class ForwardContext:
 
     def __init__(self) -> None:
         self.options: PruningOptions | None = None  # of the forward under way, or about to begin
-        self.opened_by_hook = False  # on the model's own forward; else by `run`, whose caller reads the state
-        self.opened_by_encoder = False  # by the hook on the encoder, which others than the model call
+        # On the model's own forward; else by `run`, whose caller reads the state
+        self.opened_by_hook = False
+        # By the hook on the encoder, which others than the model call
+        self.opened_by_encoder = False
         self.model: nn.Module | None = None  # a replica's own, if there are several
         self.modules: PruningModules | None = None
         self.grid: Grid | None = None  # of the images that were just embedded
         self.state: PruningState | None = None
-        self.padding: Tensor | None = None  # (B, K), of the tokens that the last norm is about to see
+        # (B, K), of the tokens that the last norm is about to see
+        self.padding: Tensor | None = None
 
     def clear(self) -> None:
         self.options = None
@@ -101,7 +106,9 @@ class PruningState:
         ValueError: a mask, the schedule or windows do not fit the batch.
     """
 
-    def __init__(self, modules: PruningModules, x: Tensor, options: PruningOptions, grid: Grid | None):
+    def __init__(
+        self, modules: PruningModules, x: Tensor, options: PruningOptions, grid: Grid | None
+    ):
         config = modules.config
         prefix = modules.spec.num_prefix
         depth = len(modules.spec.blocks)
@@ -120,14 +127,17 @@ class PruningState:
         if config.windows is not None:
             self._split_windows(config.windows)
         self.tracks_parents = config.tracks_parents or bool(options.maps) or options.restore
-        self.keeps_pruned = options.collect or (config.llf is not None and not config.tracks_parents)
+        self.keeps_pruned = options.collect or (
+            config.llf is not None and not config.tracks_parents
+        )
         self.next_layer = 0
         self.done = False  # the engine has run all blocks
         self.active: Tensor | None = None  # (B, K, D), if the model carries maps between its blocks
         self.positions: Tensor | None = None  # (B, K), of the active tokens; None: all, in order
         self.strategy: PruningStrategy | None = None  # from the first pruning on
         self.aux: list[Tensor] = []
-        self.pruned_idx: list[tuple[int, Tensor]] = []  # layer, and the positions (B, R) pruned after it
+        # Layer, and the positions (B, R) pruned after it
+        self.pruned_idx: list[tuple[int, Tensor]] = []
         self.pruned_tokens: list[Tensor] = []  # (B, R, D), as they were pruned
         self.offsets: list[Tensor] = []  # (B, R, D), from their parents
         self.parent_idx: list[Tensor] = []  # (B, R), positions of the parents
@@ -137,7 +147,9 @@ class PruningState:
         """Make masks and counts of tokens those of windows, which hold patches only."""
         if self.grid is None:
             num_patches = self.num_tokens - self.num_prefix
-            raise ValueError(f"cropr: cannot tell height and width of {num_patches} patches, which windows need")
+            raise ValueError(
+                f"cropr: cannot tell height and width of {num_patches} patches, which windows need"
+            )
         if self.masks is not None:
             priority = self.masks.priority[:, self.num_prefix :].unsqueeze(-1)
             self.masks = Masks(windows.split(priority, self.grid).squeeze(-1), None)
@@ -150,11 +162,13 @@ class PruningState:
 
     @property
     def row_idx(self) -> Tensor | None:
-        """The row of the kept tokens that each token merged into, (B, N); None if none has merged."""
+        """The row of the kept tokens that each token merged into, (B, N); None if none has
+        merged."""
         return None if self.strategy is None else self.strategy.row_idx
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
-        """Arrange the tokens for a block: with windows, those of a window or of an image in a row."""
+        """Arrange the tokens for a block: with windows, those of a window or of an image in a
+        row."""
         windows = self.config.windows
         if windows is None:
             return x
@@ -177,7 +191,8 @@ class PruningState:
         return self._finish(x) if layer == self.last_layer else x
 
     def rotary_rows(self, layer: int, table: Tensor) -> Tensor:
-        """Rows of a rotary table (patches, C) for the active tokens, (B, 1, K, C); the table if all are active.
+        """Rows of a rotary table (patches, C) for the active tokens, (B, 1, K, C); the table if all
+        are active.
 
         Tables (heads, patches, C) give (B, heads, K, C).
         """
@@ -186,11 +201,17 @@ class PruningState:
             if self.positions is None:
                 return table
             if self.modules.spec.rotary_heads:
-                return table[:, self.positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
+                return table[:, self.positions[:, self.num_prefix :] - self.num_prefix].transpose(
+                    0, 1
+                )
             return rotary_at(table, self.positions, self.num_prefix, self.num_tokens)
         rows = windows.rope(table, self.grid or (0, 0), self.num_images)
         rows = rows.unsqueeze(1) if self.positions is None else rope_at(rows, self.positions, 0)
-        return rows.reshape(self.num_images, 1, -1, rows.shape[-1]) if layer in windows.global_blocks else rows
+        return (
+            rows.reshape(self.num_images, 1, -1, rows.shape[-1])
+            if layer in windows.global_blocks
+            else rows
+        )
 
     def log_sizes(self) -> Tensor | None:
         """The term of the attention logits of each active token, (B, K); None if there is none."""
@@ -201,7 +222,9 @@ class PruningState:
         windows = self.config.windows
         grid = self.require_grid()
         num_rows = self.num_images * (1 if windows is None else windows.count(grid))
-        blocks = torch.full((num_rows, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device)
+        blocks = torch.full(
+            (num_rows, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
+        )
         for layer, idx in self.pruned_idx:
             blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
         if windows is not None:
@@ -209,17 +232,24 @@ class PruningState:
         return blocks.unflatten(1, grid)
 
     def require_grid(self) -> Grid:
-        """Patches in height and width; ValueError if they are unknown, or patches are not where they were."""
+        """Patches in height and width; ValueError if they are unknown, or patches are not where
+        they were."""
         if self.modules.spec.refusal is not None:
-            raise ValueError(f"cropr: maps of this model are not supported: {self.modules.spec.refusal}")
+            raise ValueError(
+                f"cropr: maps of this model are not supported: {self.modules.spec.refusal}"
+            )
         if self.grid is None:
-            raise ValueError(f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} patches")
+            raise ValueError(
+                f"cropr: cannot tell height and width of {self.num_tokens - self.num_prefix} "
+                "patches"
+            )
         return self.grid
 
     def choose_priorities(self, x: Tensor, masks: Masks | None) -> Priorities:
         """Priorities (B, N) of all tokens x (B, N, D) in every second module, None for none.
 
-        Merging keeps the colors of a checkerboard in turn, except in images that have a mask, which keep it.
+        Merging keeps the colors of a checkerboard in turn, except in images that have a mask, which
+        keep it.
         """
         masked = None if masks is None else masks.priority
         if self.config.merge is None:
@@ -232,7 +262,8 @@ class PruningState:
         return torch.where(has_mask, masked, dark), torch.where(has_mask, masked, light)
 
     def _prune(self, layer: int, x: Tensor) -> Tensor:
-        """Predict from the tokens x (B, N, D) if asked to, and keep as many as the schedule says."""
+        """Predict from the tokens x (B, N, D) if asked to, and keep as many as the schedule
+        says."""
         module = self.modules.scorer(layer)
         scores = None
         if self.predicts:
@@ -245,8 +276,12 @@ class PruningState:
             return x
         if self.strategy is None:
             priorities = self.choose_priorities(x, self.masks)
-            self.strategy = make_strategy(self.config, self.num_prefix, priorities, self.tracks_parents)
-        reduction = self.strategy.reduce(module, x, self.positions, num_keep, scores, self.keeps_pruned)
+            self.strategy = make_strategy(
+                self.config, self.num_prefix, priorities, self.tracks_parents
+            )
+        reduction = self.strategy.reduce(
+            module, x, self.positions, num_keep, scores, self.keeps_pruned
+        )
         self.positions = reduction.kept_idx
         self._record(layer, reduction)
         return reduction.kept
@@ -261,8 +296,13 @@ class PruningState:
             self.pruned_tokens.append(reduction.pruned)
 
     def full_map(self, x: Tensor) -> Tensor:
-        """All tokens (B, N, D) at block output x (B, K, D): pruned ones with the change of their parents since."""
-        return x if self.positions is None else self._restored(x, self.positions, tracks_parents=bool(self.offsets))
+        """All tokens (B, N, D) at block output x (B, K, D): pruned ones with the change of their
+        parents since."""
+        return (
+            x
+            if self.positions is None
+            else self._restored(x, self.positions, tracks_parents=bool(self.offsets))
+        )
 
     def _restored(self, x: Tensor, positions: Tensor, *, tracks_parents: bool) -> Tensor:
         """Put the active tokens x (B, K, D) and the pruned ones at their positions."""
@@ -271,7 +311,9 @@ class PruningState:
         x = torch.ops.cropr.restore(x, positions, pruned, pruned_idx)
         if tracks_parents:
             parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
-            x = torch.ops.cropr.add_parents(x, parent.scatter(1, pruned_idx, torch.cat(self.parent_idx, 1)))
+            x = torch.ops.cropr.add_parents(
+                x, parent.scatter(1, pruned_idx, torch.cat(self.parent_idx, 1))
+            )
         return x
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -295,14 +337,16 @@ class PruningState:
 def attention_log_sizes(
     masks: Masks | None, strategy: PruningStrategy | None, positions: Tensor | None
 ) -> Tensor | None:
-    """The term of the attention logits of tokens at `positions` (B, K), from padding or sizes, if any."""
+    """The term of the attention logits of tokens at `positions` (B, K), from padding or sizes, if
+    any."""
     if masks is not None and masks.padding is not None:
         return masks.log_sizes(positions)
     return None if strategy is None or positions is None else strategy.log_sizes()
 
 
 def _infer_grid(num_patches: int, embedded: Grid | None, configured: Grid) -> Grid | None:
-    """Choose the grid that has num_patches patches: that of the embedding, if known, or of `apply`."""
+    """Choose the grid that has num_patches patches: that of the embedding, if known, or of
+    `apply`."""
     for grid in (embedded, configured):
         if grid is not None and grid[0] * grid[1] == num_patches:
             return grid

@@ -1,7 +1,7 @@
 """The two ways to reduce the tokens after a block, drop and merge, each in two forms.
 
-`reduce` copies the kept tokens and is differentiable: `PruningState` uses it. `reduce_` works on the engine's buffer,
-in which no token moves. A strategy belongs to one forward.
+`reduce` copies the kept tokens and is differentiable: `PruningState` uses it. `reduce_` works on
+the engine's buffer, in which no token moves. A strategy belongs to one forward.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +47,8 @@ class PruningStrategy(ABC):
         tracks_parents: note the parent of each pruned token.
     """
 
-    parent: Tensor  # (B, N) positions, in place: where a merged token is, or the parent of a pruned one
+    # (B, N) positions, in place: where a merged token is, or the parent of a pruned one
+    parent: Tensor
     row_idx: Tensor | None = None  # (B, N): the row of the kept tokens that each token merged into
 
     def __init__(self, num_prefix: int, priorities: Priorities, tracks_parents: bool):
@@ -106,7 +107,13 @@ class PruningStrategy(ABC):
 
     @abstractmethod
     def reduce_(
-        self, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None, query: Tensor, num_keep: int
+        self,
+        x: Tensor,
+        idx: Tensor | None,
+        update: Tensor,
+        gamma: Tensor | None,
+        query: Tensor,
+        num_keep: int,
     ) -> Tensor:
         """Add the update of the block's MLP to x[idx] and return the positions kept, (B, num_keep).
 
@@ -120,7 +127,8 @@ class PruningStrategy(ABC):
         """
 
     def log_sizes(self) -> Tensor | None:
-        """The attention logits of the sizes of the active tokens, (B, K); None if all count alike."""
+        """The attention logits of the sizes of the active tokens, (B, K); None if all count
+        alike."""
         return None
 
 
@@ -143,11 +151,19 @@ class DropStrategy(PruningStrategy):
         return Reduction(kept, kept_idx, pruned_idx, pruned, offset, parent_idx)
 
     def reduce_(
-        self, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None, query: Tensor, num_keep: int
+        self,
+        x: Tensor,
+        idx: Tensor | None,
+        update: Tensor,
+        gamma: Tensor | None,
+        query: Tensor,
+        num_keep: int,
     ) -> Tensor:
         prefix = self.num_prefix
         priority = self._next_priority()
-        kept_idx, pruned_idx = ops.add_select_(x, idx, update, gamma, query, num_keep, prefix, priority=priority)
+        kept_idx, pruned_idx = ops.add_select_(
+            x, idx, update, gamma, query, num_keep, prefix, priority=priority
+        )
         if self.tracks_parents:
             ops.parent_offsets_(x, kept_idx, pruned_idx, self.parent, prefix)
         return kept_idx
@@ -182,7 +198,13 @@ class MergeStrategy(PruningStrategy):
         target_idx, candidate_idx = ops.select(adjusted, num_targets, prefix, priority)
         cost_scale = cost_scales(scores, adjusted, COST_WEIGHT, prefix)
         kept, kept_idx, pruned_idx, self.sizes, row_idx = ops.merge(
-            x, target_idx, candidate_idx, self.sizes, num_keep, num_prefix=prefix, cost_scale=cost_scale
+            x,
+            target_idx,
+            candidate_idx,
+            self.sizes,
+            num_keep,
+            num_prefix=prefix,
+            cost_scale=cost_scale,
         )
         self.row_idx = row_idx if self.row_idx is None else row_idx.gather(1, self.row_idx)
         pruned = ops.gather(x, pruned_idx) if keep_pruned or self.tracks_parents else None
@@ -198,14 +220,23 @@ class MergeStrategy(PruningStrategy):
         self.cost_scale = torch.ones_like(self.sizes_by_position)
 
     def reduce_(
-        self, x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None, query: Tensor, num_keep: int
+        self,
+        x: Tensor,
+        idx: Tensor | None,
+        update: Tensor,
+        gamma: Tensor | None,
+        query: Tensor,
+        num_keep: int,
     ) -> Tensor:
         prefix = self.num_prefix
-        size_weight = self.merge.size_weight if self.num_reductions else 0.0  # at first every size is one
+        # At first every size is one
+        size_weight = self.merge.size_weight if self.num_reductions else 0.0
         priority = self._next_priority()
         num_targets = self.merge.num_targets(update.shape[1], num_keep, prefix)
         weights = (self.sizes_by_position, size_weight, priority, self.cost_scale, COST_WEIGHT)
-        target_idx, candidate_idx = ops.add_select_(x, idx, update, gamma, query, num_targets, prefix, *weights)
+        target_idx, candidate_idx = ops.add_select_(
+            x, idx, update, gamma, query, num_targets, prefix, *weights
+        )
         kept_idx, _, self.sizes = ops.merge_(
             x,
             target_idx,

@@ -1,7 +1,8 @@
-"""Window attention as ViTDet uses it: most blocks attend within windows, a few over the full map (Li et al. 2022).
+"""Window attention as ViTDet uses it: most blocks attend within windows, a few over the full map
+(Li et al. 2022).
 
-Tokens are stored window by window, one row of the batch each. Every window drops equally many, so that a block over
-the full map is the same block on another view of the same memory.
+Tokens are stored window by window, one row of the batch each. Every window drops equally many, so
+that a block over the full map is the same block on another view of the same memory.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,18 @@ class Windows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", integer("Windows: size", self.size, 1))
-        object.__setattr__(self, "global_blocks", integers("Windows: global_blocks", self.global_blocks, 0))
+        object.__setattr__(
+            self, "global_blocks", integers("Windows: global_blocks", self.global_blocks, 0)
+        )
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Number of windows of a patch grid; ValueError if its sides are no multiples of the window's."""
+        """Number of windows of a patch grid; ValueError if its sides are no multiples of the
+        window's."""
         if grid[0] % self.size or grid[1] % self.size:
-            raise ValueError(f"Windows: a grid of {grid[0]} x {grid[1]} patches must be a multiple of {self.size}")
+            raise ValueError(
+                f"Windows: a grid of {grid[0]} x {grid[1]} patches must be a multiple of "
+                f"{self.size}"
+            )
         return grid[0] // self.size * (grid[1] // self.size)
 
     def order(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -55,5 +62,6 @@ class Windows:
         return x.reshape(-1, len(order), x.shape[-1])[:, order.argsort()]
 
     def rope(self, table: Tensor, grid: tuple[int, int], batch: int) -> Tensor:
-        """Arrange a rotary table (H * W, C) as the rows of `split`: (B * windows, size * size, C)."""
+        """Arrange a rotary table (H * W, C) as the rows of `split`: (B * windows, size * size,
+        C)."""
         return table[self.order(grid, table.device)].repeat(batch, 1, 1)

@@ -46,5 +46,7 @@ class Classifier(Task):
         """Return logits (B, classes) of every auxiliary head, in order, then of the output."""
         if not is_pruned(self.backbone):
             return [outputs_of(self.backbone(images))]
-        output, state = run(self.backbone, lambda: self.backbone(images), PruningOptions(predict=True))
+        output, state = run(
+            self.backbone, lambda: self.backbone(images), PruningOptions(predict=True)
+        )
         return [*map(mean_over_queries, state.aux), outputs_of(output)]

@@ -23,7 +23,10 @@ from .features import patch_features
 
 
 def patch_categories(
-    targets: Sequence[dict[str, Tensor]], num_classes: int, grid: tuple[int, int], patch: tuple[int, int]
+    targets: Sequence[dict[str, Tensor]],
+    num_classes: int,
+    grid: tuple[int, int],
+    patch: tuple[int, int],
 ) -> Tensor:
     """Mark the categories of each patch of a grid: (B, patches, num_classes) float, 1 if an object
     touches it.
@@ -36,7 +39,10 @@ def patch_categories(
         boxes, labels = target["boxes"], target["labels"] - 1
         if "masks" in target:
             masks = target["masks"].float()
-            masks = F.pad(masks, (0, grid[1] * patch[1] - masks.shape[2], 0, grid[0] * patch[0] - masks.shape[1]))
+            masks = F.pad(
+                masks,
+                (0, grid[1] * patch[1] - masks.shape[2], 0, grid[0] * patch[0] - masks.shape[1]),
+            )
             touched = F.max_pool2d(masks[:, None], patch)[:, 0] > 0
         else:
             touched = boxes_on_grid(boxes, grid, patch)
@@ -58,7 +64,12 @@ class SimplePyramid(nn.Module):
             return nn.ConvTranspose2d(source, source // 2, 2, 2)
 
         finest = nn.Sequential(up(dim), LayerNorm2d(dim // 2), nn.GELU(), up(dim // 2))
-        paths = [(finest, dim // 4), (up(dim), dim // 2), (nn.Identity(), dim), (nn.MaxPool2d(2), dim)]
+        paths = [
+            (finest, dim // 4),
+            (up(dim), dim // 2),
+            (nn.Identity(), dim),
+            (nn.MaxPool2d(2), dim),
+        ]
         self.maps = nn.ModuleList(
             nn.Sequential(
                 path,
@@ -96,7 +107,9 @@ def _keep_float32(heads: nn.Module) -> None:
     """Keep the output layers in float32: boxes are in pixels, which need more than 16 bits."""
     for name, layer in heads.named_modules():
         float32_class = {nn.Linear: _Linear32, nn.Conv2d: _Conv32}.get(type(layer))
-        if float32_class and name.endswith((".cls_logits", ".cls_score", ".bbox_pred", ".mask_fcn_logits")):
+        if float32_class and name.endswith(
+            (".cls_logits", ".cls_score", ".bbox_pred", ".mask_fcn_logits")
+        ):
             layer.__class__ = float32_class
 
 
@@ -137,7 +150,9 @@ class Detector(Task):
         super().__init__(backbone)
         detection = import_optional("torchvision.models.detection", "train", "Detector")
         if img_size[0] != img_size[1]:
-            raise ValueError(f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}")
+            raise ValueError(
+                f"Detector: img_size must be square, got {img_size[0]} x {img_size[1]}"
+            )
         if is_pruned(backbone) and not backbone.cropr.config.llf:
             raise ValueError("Detector: the pyramid needs the full map: cropr.apply(..., llf=True)")
         self.num_classes = num_classes
@@ -145,11 +160,16 @@ class Detector(Task):
         self.pyramid = SimplePyramid(backbone.embed_dim, channels)
         detector = detection.MaskRCNN if masks else detection.FasterRCNN
         parameters = inspect.signature(detection.FasterRCNN).parameters
-        fixed = ("rpn_anchor_generator", "box_predictor")  # determined by the pyramid and the classes
-        allowed = [name for name in parameters if name.startswith(("rpn_", "box_")) and name not in fixed]
+        # Determined by the pyramid and the classes
+        fixed = ("rpn_anchor_generator", "box_predictor")
+        allowed = [
+            name for name in parameters if name.startswith(("rpn_", "box_")) and name not in fixed
+        ]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
-            raise ValueError(f"Detector: unknown option {', '.join(unknown)}; options are {', '.join(allowed)}")
+            raise ValueError(
+                f"Detector: unknown option {', '.join(unknown)}; options are {', '.join(allowed)}"
+            )
         sizes = tuple((round(self.side / 1024 * 32 * 2**level),) for level in range(5))
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
         placeholder = nn.Identity()  # for the backbone, while torchvision builds the heads
@@ -158,14 +178,18 @@ class Detector(Task):
         _keep_float32(heads)
         self.rpn, self.roi_heads = heads.rpn, heads.roi_heads
         rcnn_transform = detection.transform.GeneralizedRCNNTransform
-        self.transform = rcnn_transform(self.side, self.side, list(mean), list(std), size_divisible=self.side)
+        self.transform = rcnn_transform(
+            self.side, self.side, list(mean), list(std), size_divisible=self.side
+        )
 
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
         """Resize, pad and normalize photos (3, H, W) in [0, 1] for the backbone: (B, 3, side,
         side)."""
         return self.transform(list(images))[0].tensors
 
-    def forward(self, images: Sequence[Tensor], target: Sequence[dict[str, Tensor]] | None = None) -> Any:
+    def forward(
+        self, images: Sequence[Tensor], target: Sequence[dict[str, Tensor]] | None = None
+    ) -> Any:
         """Return losses in training with a target, else detections.
 
         Args:
@@ -195,6 +219,10 @@ class Detector(Task):
         if aux and target is not None:
             categories = patch_categories(target, self.num_classes, grid, patch)
             total = sum(
-                (F.binary_cross_entropy_with_logits(prediction.float(), categories) for prediction in aux), total
+                (
+                    F.binary_cross_entropy_with_logits(prediction.float(), categories)
+                    for prediction in aux
+                ),
+                total,
             )
         return {"main": main, "aux": total}

@@ -9,10 +9,16 @@ from .backbone import Backbone
 def token_norm(backbone: Backbone) -> nn.Module:
     """Return the last norm of the tokens; models that average over patches have it after the
     average."""
-    return getattr(backbone, "fc_norm", backbone.norm) if isinstance(backbone.norm, nn.Identity) else backbone.norm
+    return (
+        getattr(backbone, "fc_norm", backbone.norm)
+        if isinstance(backbone.norm, nn.Identity)
+        else backbone.norm
+    )
 
 
-def patch_features(backbone: Backbone, images: Tensor, *, predict: bool) -> tuple[Tensor, list[Tensor]]:
+def patch_features(
+    backbone: Backbone, images: Tensor, *, predict: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Return tokens of all patches (B, patches, D), and auxiliary predictions (B, patches, outputs)
     per module.
 

@@ -24,7 +24,11 @@ def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 def patch_labels(target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Label maps (B, H, W) at the centre of every patch of a grid: (B, patches) int64."""
-    return F.interpolate(target[:, None].float(), size=grid, mode="nearest-exact")[:, 0].long().flatten(1)
+    return (
+        F.interpolate(target[:, None].float(), size=grid, mode="nearest-exact")[:, 0]
+        .long()
+        .flatten(1)
+    )
 
 
 class Segmenter(Task):
@@ -40,7 +44,14 @@ class Segmenter(Task):
 
     backbone: Backbone
 
-    def __init__(self, backbone: Backbone, num_classes: int, *, grid: tuple[int, int], ignore_index: int = 255):
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        grid: tuple[int, int],
+        ignore_index: int = 255,
+    ):
         super().__init__(backbone)
         self.grid = grid
         self.ignore_index = ignore_index
@@ -71,7 +82,12 @@ class Segmenter(Task):
         logits, aux = self.logits(images, predict=True)
         main = pixel_loss(self.to_map(logits, images), target, self.ignore_index)
         labels = patch_labels(target, self.grid) if aux else target
-        return {"main": main, "aux": sum((self.aux_loss(prediction, labels) for prediction in aux), main.new_zeros(()))}
+        return {
+            "main": main,
+            "aux": sum(
+                (self.aux_loss(prediction, labels) for prediction in aux), main.new_zeros(())
+            ),
+        }
 
     def predictions(self, images: Tensor) -> list[Tensor]:
         """Return logits (B, patches, classes) of every auxiliary head, in order, then of the
@@ -87,10 +103,14 @@ class Segmenter(Task):
         gaps.
         """
         if not all(1 <= step <= side for step, side in zip(stride, size)):
-            raise ValueError(f"Segmenter.slide: stride must be from 1 to the window's size {size}, got {stride}")
+            raise ValueError(
+                f"Segmenter.slide: stride must be from 1 to the window's size {size}, got {stride}"
+            )
         height, width = images.shape[2:]
         padded = F.pad(images, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
-        total = padded.new_zeros(len(images), self.head.out_features, *padded.shape[2:], dtype=torch.float32)
+        total = padded.new_zeros(
+            len(images), self.head.out_features, *padded.shape[2:], dtype=torch.float32
+        )
         count = total.new_zeros(padded.shape[2:])
         # The last window ends at the edge.
         starts = [

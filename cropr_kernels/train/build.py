@@ -18,12 +18,18 @@ from .config import Config
 def backbone(config: Config, num_classes: int) -> Backbone:
     """Create the network before pruning, with a head for num_classes, without one for 0."""
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
-    options |= {name: getattr(config, name) for name in ("patch_size", "global_pool") if getattr(config, name)}
+    options |= {
+        name: getattr(config, name)
+        for name in ("patch_size", "global_pool")
+        if getattr(config, name)
+    }
     options |= config.options_of("model_options")
     name = config.weights or config.model
     source = model_source(name, pretrained=config.pretrained)
     if source not in ("preset", "timm", "weight file"):
-        raise ValueError(f"config: model must be a preset of cropr_kernels or a timm model, got {name!r}")
+        raise ValueError(
+            f"config: model must be a preset of cropr_kernels or a timm model, got {name!r}"
+        )
     if source == "timm":
         options |= {"img_size": config.img_size, "dynamic_img_size": True}
     model: Backbone = create_model(name, pretrained=config.pretrained, **options)
@@ -36,7 +42,9 @@ def backbone(config: Config, num_classes: int) -> Backbone:
 
 def resolve_config(config: Config) -> Config:
     """Return the configuration with the model name that its weight file holds, if it has one."""
-    return config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
+    return (
+        config.changed(model=load_weights(config.weights)[1]["name"]) if config.weights else config
+    )
 
 
 def task(config: Config, num_classes: int) -> Task:

@@ -70,4 +70,6 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[s
     options = StateDictOptions(full_state_dict=True)
     weights = state["model"]
     moments = state["optimizer"]
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+    set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
+    )

@@ -27,8 +27,9 @@ def read_coco(path: Path, *, masks: bool) -> Any:
         masks: annotations need a segmentation, and images their height and width.
 
     Raises:
-        ValueError: the file is not JSON, or holds no images or no categories; an entry lacks a field, has the id of
-            another, or an annotation has a box, category or segmentation that does not fit.
+        ValueError: the file is not JSON, or holds no images or no categories; an entry lacks a
+            field, has the id of another, or an annotation has a box, category or segmentation that
+            does not fit.
         ImportError: faster_coco_eval is not installed.
     """
     coco = import_optional("faster_coco_eval", "train", "cropr train").COCO
@@ -37,7 +38,11 @@ def read_coco(path: Path, *, masks: bool) -> Any:
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
         for kind, fields in _FIELDS.items():
-            _check_fields(content.get(kind, []), kind, (*fields, *("height", "width") * (masks and kind == "images")))
+            _check_fields(
+                content.get(kind, []),
+                kind,
+                (*fields, *("height", "width") * (masks and kind == "images")),
+            )
         read = coco(content, print_function=lambda *_: None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"detection: {path} is not a file of COCO annotations: {error}") from error
@@ -46,7 +51,9 @@ def read_coco(path: Path, *, masks: bool) -> Any:
         raise ValueError(f"detection: {path} must hold images and categories, holds {counts}")
     for entry in read.anns.values():
         image = read.imgs.get(entry["image_id"])
-        fault = image and _fault(entry, read.cats, [image["height"], image["width"]] if masks else None)
+        fault = image and _fault(
+            entry, read.cats, [image["height"], image["width"]] if masks else None
+        )
         if fault:
             raise ValueError(f"detection: {path}, annotation {entry['id']}: {fault}")
     return read
@@ -67,7 +74,8 @@ def _check_fields(entries: list[Entry], kind: str, fields: tuple[str, ...]) -> N
 
 
 def _fault(entry: Entry, categories: Container[object], size: list[int] | None) -> str | None:
-    """Return what is wrong with an annotation, and with its segmentation of an image of `size`, if that is given."""
+    """Return what is wrong with an annotation, and with its segmentation of an image of `size`, if
+    that is given."""
     box = entry["bbox"]
     if not _are_numbers(box) or len(box) != 4:
         return f"bbox must be 4 finite numbers, x, y, width and height, got {reprlib.repr(box)}"
@@ -78,14 +86,25 @@ def _fault(entry: Entry, categories: Container[object], size: list[int] | None) 
     shape = entry.get("segmentation")
     if isinstance(shape, dict):
         if shape.get("size") != size:
-            return f"size of its run-length encoding must be that of its image, {size}, got {shape.get('size')!r}"
+            return (
+                f"size of its run-length encoding must be that of its image, {size}, got "
+                f"{shape.get('size')!r}"
+            )
         counts = shape.get("counts")
-        if isinstance(counts, str) or (_are_numbers(counts) and min(counts) >= 0 and sum(counts) == math.prod(size)):
+        if isinstance(counts, str) or (
+            _are_numbers(counts) and min(counts) >= 0 and sum(counts) == math.prod(size)
+        ):
             return None
-        return f"counts of its run-length encoding must add up to {math.prod(size)} pixels, got {reprlib.repr(counts)}"
+        return (
+            f"counts of its run-length encoding must add up to {math.prod(size)} pixels, got "
+            f"{reprlib.repr(counts)}"
+        )
     if isinstance(shape, list) and shape and all(_is_polygon(part) for part in shape):
         return None
-    return f"segmentation must be polygons of 3 points or more, or a run-length encoding, got {reprlib.repr(shape)}"
+    return (
+        "segmentation must be polygons of 3 points or more, or a run-length encoding, got "
+        f"{reprlib.repr(shape)}"
+    )
 
 
 def _is_polygon(part: object) -> bool:

@@ -31,7 +31,8 @@ class Config:
     pretrained: bool = False  # load timm's weights
     weights: str = ""  # or those of a local file
     model_options: tuple[str, ...] = ()  # further options of the model's constructor, as name=value
-    img_size: tuple[int, int] = (224, 224)  # height and width of the images the network is trained at
+    # Height and width of the images the network is trained at
+    img_size: tuple[int, int] = (224, 224)
     patch_size: int = 0  # 0: that of the model
     global_pool: str = ""  # classification; empty: that of the model
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -43,7 +44,8 @@ class Config:
     ratio: float | None = None
     const: tuple[int, int] | None = None
     llf: bool = False
-    restore: Restore = "as_pruned"  # with llf: tokens as they were pruned, or with the change of their parent
+    # With llf: tokens as they were pruned, or with the change of their parent
+    restore: Restore = "as_pruned"
     merge: bool = False
     curriculum: float = 0.0  # share of the epochs over which pruning increases from none
     num_queries: int = 1  # classification; dense tasks have one per patch
@@ -51,7 +53,8 @@ class Config:
     # pretrained networks, else 0
     calibrate: int | None = None
     fixed_queries: bool = False  # calibrated queries are not trained, without auxiliary heads
-    window: int = 0  # detection: patches on a side of an attention window; 0: attention over the full image
+    # detection: patches on a side of an attention window; 0: attention over the full image
+    window: int = 0
     global_blocks: tuple[int, ...] = ()  # detection: blocks with attention over the full image
 
     # optimization
@@ -64,7 +67,8 @@ class Config:
     poly_power: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    head_lr_scale: float = 1.0  # of new parameters: decoders, and Cropr modules except their queries
+    # Of new parameters: decoders, and Cropr modules except their queries
+    head_lr_scale: float = 1.0
     query_lr_scale: float = 1.0  # of the queries
     last_block_lr_scale: float = 1.0  # of the last block, which sees unfamiliar tokens with LLF
     drop_path: float = 0.0
@@ -78,7 +82,8 @@ class Config:
     device: str = "auto"
 
     # augmentation
-    scale: tuple[float, float] = (0.08, 1.0)  # classification: share of the area; else: of the image's size
+    # classification: share of the area; else: of the image's size
+    scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     auto_augment: str = ""  # classification, timm's notation, such as rand-m9-mstd0.5-inc1
     erasing: float = 0.0
@@ -91,12 +96,14 @@ class Config:
     num_classes: int = 0  # 0: that of the dataset; required for segmentation
     ignore_index: int = 255
     reduce_zero_label: bool = False  # label 0 is not a class (ADE20k)
-    stride: tuple[int, int] | None = None  # of the sliding window in evaluation; default two thirds of img_size
+    # Of the sliding window in evaluation; default two thirds of img_size
+    stride: tuple[int, int] | None = None
 
     # detection
     masks: bool = False  # also instance segmentation
     channels: int = 256  # of the feature pyramid
-    detector_options: tuple[str, ...] = ()  # options of torchvision's detector, as name=value: see tasks.Detector
+    # Options of torchvision's detector, as name=value: see tasks.Detector
+    detector_options: tuple[str, ...] = ()
 
     # writing
     save_steps: int = 500
@@ -106,7 +113,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name]))
+            object.__setattr__(
+                self, field.name, _coerce(field.name, getattr(self, field.name), _HINTS[field.name])
+            )
         for allowed, (within, names) in _RANGES.items():
             for name in names.split():
                 self._require(name, within(getattr(self, name)), allowed)
@@ -119,14 +128,34 @@ class Config:
         is_classification = self.task == "classification"
         prunes_pyramid = self.task == "detection" and self.prunes
         for name, holds, allowed in [
-            ("accumulate", self.batch_size % self.accumulate == 0, f"a divisor of batch_size={self.batch_size}"),
+            (
+                "accumulate",
+                self.batch_size % self.accumulate == 0,
+                f"a divisor of batch_size={self.batch_size}",
+            ),
             ("std", min(self.std) > 0, "> 0"),
             ("calibrate", (self.calibrate or 0) >= 0, ">= 0"),
             ("ema", not (self.ema and self.parallel == "fsdp"), "0 with parallel=fsdp"),
-            ("num_queries", is_classification or self.num_queries == 1, f"1 for {self.task}, which has one per patch"),
-            ("num_classes", self.num_classes >= 1 or self.task != "segmentation", ">= 1 for segmentation"),
-            ("llf", self.llf or not prunes_pyramid, "true for detection: the pyramid needs the full map"),
-            ("stride", all(1 <= step <= side for step, side in steps), f"from 1 to img_size={self.img_size}"),
+            (
+                "num_queries",
+                is_classification or self.num_queries == 1,
+                f"1 for {self.task}, which has one per patch",
+            ),
+            (
+                "num_classes",
+                self.num_classes >= 1 or self.task != "segmentation",
+                ">= 1 for segmentation",
+            ),
+            (
+                "llf",
+                self.llf or not prunes_pyramid,
+                "true for detection: the pyramid needs the full map",
+            ),
+            (
+                "stride",
+                all(1 <= step <= side for step, side in steps),
+                f"from 1 to img_size={self.img_size}",
+            ),
         ]:
             self._require(name, holds, allowed)
 
@@ -167,13 +196,21 @@ class Config:
         values."""
         unknown = sorted(set(values) - set(_HINTS))
         if unknown:
-            raise ValueError(f"config: unknown option {', '.join(unknown)}; options are {', '.join(_HINTS)}")
+            raise ValueError(
+                f"config: unknown option {', '.join(unknown)}; options are {', '.join(_HINTS)}"
+            )
         return dataclasses.replace(self, **values)  # type: ignore[arg-type]
 
     def differences(self, other: "Config") -> list[str]:
         """List the options in which two runs differ, as 'name: this value, not the other'."""
-        differing = [name for name in _HINTS if name not in _FREE and getattr(self, name) != getattr(other, name)]
-        return [f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}" for name in differing]
+        differing = [
+            name
+            for name in _HINTS
+            if name not in _FREE and getattr(self, name) != getattr(other, name)
+        ]
+        return [
+            f"{name}: {getattr(self, name)!r}, not {getattr(other, name)!r}" for name in differing
+        ]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -209,7 +246,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     ">= 0": (
         lambda x: x >= 0,
-        "head_lr_scale query_lr_scale last_block_lr_scale lr warmup_epochs weight_decay clip_grad workers mixup cutmix",
+        "head_lr_scale query_lr_scale last_block_lr_scale lr warmup_epochs weight_decay clip_grad "
+        "workers mixup cutmix",
     ),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "curriculum flip erasing"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "ema smoothing drop_path"),
@@ -227,11 +265,15 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None if value in (None, "none", "null") else _coerce(name, value, inner[0])
     if origin is Literal:
         if value not in inner:
-            raise ValueError(f"config: {name} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+            raise ValueError(
+                f"config: {name} must be one of {', '.join(map(repr, inner))}, got {value!r}"
+            )
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or (inner[-1] is not ... and len(items) != len(inner)):
+        if not isinstance(items, list | tuple) or (
+            inner[-1] is not ... and len(items) != len(inner)
+        ):
             count = "several" if inner[-1] is ... else str(len(inner))
             raise ValueError(f"config: {name} must be {count} values, got {value!r}")
         return tuple(_coerce(name, item, inner[0]) for item in items if item != "")
@@ -251,4 +293,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 # Published recipes, each a config.json.
-PRESETS = {file.stem: Config.read(file) for file in sorted((Path(__file__).parent / "presets").glob("*.json"))}
+PRESETS = {
+    file.stem: Config.read(file)
+    for file in sorted((Path(__file__).parent / "presets").glob("*.json"))
+}

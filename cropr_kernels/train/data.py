@@ -25,7 +25,8 @@ from .coco import read_coco
 from .config import Config
 
 TRIES = 16  # samples tried, from one that cannot be read on
-_LONGEST_FOLDER = 107 - len("/pymp-01234567/listener-01234567")  # the address of a Unix socket has 107 bytes
+# The address of a Unix socket has 107 bytes
+_LONGEST_FOLDER = 107 - len("/pymp-01234567/listener-01234567")
 
 
 class LabeledDataset(Protocol):
@@ -93,9 +94,12 @@ class Samples(Dataset[Sample]):
                 with seeded(seed_of(self.seed, epoch, readable)):
                     image, target = self.dataset[readable]
                 return Sample(image, target, skipped)
-            except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files and other formats
+            # Pillow's errors for damaged files and other formats
+            except (OSError, SyntaxError) as error:
                 cause = error
-        raise RuntimeError(f"{TRIES} samples in a row from {index} on cannot be used; the last one: {cause}") from cause
+        raise RuntimeError(
+            f"{TRIES} samples in a row from {index} on cannot be used; the last one: {cause}"
+        ) from cause
 
 
 class Batches:
@@ -106,16 +110,33 @@ class Batches:
     parts; the last incomplete batch of an epoch is dropped.
     """
 
-    def __init__(self, count: int, config: Config, epoch: int, *, rank: int = 0, world: int = 1, first_step: int = 0):
+    def __init__(
+        self,
+        count: int,
+        config: Config,
+        epoch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        first_step: int = 0,
+    ):
         share = config.accumulate * world
         size = f"train: batch_size={config.batch_size}"
         if config.batch_size % share:
             raise ValueError(f"{size} must be a multiple of accumulate x processes = {share}")
         if (config.mixup or config.cutmix) and config.batch_size // share % 2:
-            raise ValueError(f"{size} must be a multiple of 2 x {share}: mixup and cutmix take images in pairs")
+            raise ValueError(
+                f"{size} must be a multiple of 2 x {share}: mixup and cutmix take images in pairs"
+            )
         if count < config.batch_size:
             raise ValueError(f"{size} must be at most the {count} training samples")
-        self.count, self.config, self.epoch, self.rank, self.world = count, config, epoch, rank, world
+        self.count, self.config, self.epoch, self.rank, self.world = (
+            count,
+            config,
+            epoch,
+            rank,
+            world,
+        )
         self.first_step, self.steps = first_step, count // config.batch_size
 
     def __len__(self) -> int:
@@ -142,20 +163,28 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return images, targets, sum(skipped)
 
 
-def val_loader(dataset: LabeledDataset, config: Config, *, rank: int = 0, world: int = 1) -> DataLoader[Any]:
+def val_loader(
+    dataset: LabeledDataset, config: Config, *, rank: int = 0, world: int = 1
+) -> DataLoader[Any]:
     """Load every sample once, shared by the processes; one image at a time if sizes differ."""
     size = config.batch_size // config.accumulate if config.task == "classification" else 1
     keys = [(-1, index) for index in range(rank, len(dataset), world)]
-    return make_loader(dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config)
+    return make_loader(
+        dataset, [keys[start : start + size] for start in range(0, len(keys), size)], config
+    )
 
 
-def make_loader(dataset: LabeledDataset, batches: Iterable[list[tuple[int, int]]], config: Config) -> DataLoader[Any]:
+def make_loader(
+    dataset: LabeledDataset, batches: Iterable[list[tuple[int, int]]], config: Config
+) -> DataLoader[Any]:
     """Load samples of a dataset in batches of keys (epoch, index)."""
     workers = min(config.workers, os.cpu_count() or 1)
     folder = tempfile.gettempdir()
-    if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:  # otherwise workers fail silently, and training waits
+    # Otherwise workers fail silently, and training waits
+    if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:
         raise ValueError(
-            f"config: workers send images through sockets in the folder for temporary files, whose path must have at "
+            "config: workers send images through sockets in the folder for temporary files, "
+            "whose path must have at "
             f"most {_LONGEST_FOLDER} bytes, got {folder}: set TMPDIR to another, or workers=0"
         )
     return DataLoader(
@@ -184,7 +213,10 @@ def load_data(config: Config) -> Data:
         train, val = dataset(*parts[0], config, train=True), dataset(*parts[1], config, train=False)
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train and val have different classes: {', '.join(differing[:5]) or 'they differ in order'}")
+        raise ValueError(
+            "train and val have different classes: "
+            f"{', '.join(differing[:5]) or 'they differ in order'}"
+        )
     return Data(train, val, train.classes)
 
 
@@ -205,7 +237,9 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
     """Create timm's transforms for training and evaluation."""
     create_transform = import_optional("timm.data", "train", "cropr train").create_transform
     size = (3, *config.img_size)
-    create = partial(create_transform, size, mean=config.mean, std=config.std, interpolation="bicubic")
+    create = partial(
+        create_transform, size, mean=config.mean, std=config.std, interpolation="bicubic"
+    )
     training = create(
         is_training=True,
         scale=config.scale,
@@ -218,7 +252,9 @@ def classification_transforms(config: Config) -> tuple[Any, Any]:
 
 
 def _to_tensor(image: Any) -> Tensor:
-    return import_optional("torchvision.transforms.v2.functional", "train", "cropr train").pil_to_tensor(image)
+    return import_optional(
+        "torchvision.transforms.v2.functional", "train", "cropr train"
+    ).pil_to_tensor(image)
 
 
 _LABEL_MODES = ("1", "L", "P", "I", "I;16")
@@ -234,9 +270,15 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: Path, labels: Path, config: Config, *, train: bool):
         by_name = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*.png")}
         photos = find_photos(images)
-        missing = [path for path in photos if path.relative_to(images).with_suffix("") not in by_name]
+        missing = [
+            path for path in photos if path.relative_to(images).with_suffix("") not in by_name
+        ]
         if missing or not photos:
-            problem = f"{missing[0]} has no label map in {labels}" if missing else f"there are no photos in {images}"
+            problem = (
+                f"{missing[0]} has no label map in {labels}"
+                if missing
+                else f"there are no photos in {images}"
+            )
             raise ValueError(f"segmentation: {problem}")
         self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
         self.config, self.train = config, train
@@ -257,7 +299,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         with import_optional("PIL.Image", "train", "cropr train").open(path) as image:
             if image.mode not in _LABEL_MODES:
                 raise ValueError(
-                    f"segmentation: {path} must have one channel of integers or a palette (modes of Pillow: "
+                    f"segmentation: {path} must have one channel of integers or a palette (modes "
+                    "of Pillow: "
                     f"{', '.join(_LABEL_MODES)}), got mode {image.mode}"
                 )
             classes = _to_tensor(image).long()
@@ -270,17 +313,25 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         config, (photo_path, label_path) = self.config, self.pairs[index]
-        pixels, classes = _to_tensor(open_photo(photo_path, upright=False)), self._labels(label_path)
+        pixels, classes = (
+            _to_tensor(open_photo(photo_path, upright=False)),
+            self._labels(label_path),
+        )
         if pixels.shape[1:] != classes.shape[1:]:
-            raise OSError(f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}")
+            raise OSError(
+                f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}"
+            )
         highest = classes.where(classes != config.ignore_index, -1).max()
         if highest >= config.num_classes:
             raise ValueError(
-                f"{label_path} has label {int(highest)}; labels must be below num_classes={config.num_classes} or "
+                f"{label_path} has label {int(highest)}; labels must be below "
+                f"num_classes={config.num_classes} or "
                 f"ignore_index={config.ignore_index}"
             )
         if self.train and highest < 0:
-            raise OSError(f"{label_path} has no labelled pixel, all are ignore_index={config.ignore_index}")
+            raise OSError(
+                f"{label_path} has no labelled pixel, all are ignore_index={config.ignore_index}"
+            )
         v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
         tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
@@ -320,11 +371,19 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         v2 = import_optional("torchvision.transforms.v2", "train", "cropr train")
         tv_tensors = import_optional("torchvision.tv_tensors", "train", "cropr train")
         record = self.coco.loadImgs([self.ids[index]])[0]
-        pixels = tv_tensors.Image(_to_tensor(open_photo(self.root / record["file_name"], upright=False)))
+        pixels = tv_tensors.Image(
+            _to_tensor(open_photo(self.root / record["file_name"], upright=False))
+        )
         size = tuple(pixels.shape[1:])
         annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["id"]]))
-        objects = [entry for entry in annotations if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0]
-        boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
+        objects = [
+            entry
+            for entry in annotations
+            if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0
+        ]
+        boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).reshape(
+            -1, 4
+        )
         boxes[:, 2:] += boxes[:, :2]
         labels = [self.categories.index(entry["category_id"]) + 1 for entry in objects]
         target: dict[str, Any] = {
@@ -334,9 +393,13 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         if self.config.masks:
             if size != (record["height"], record["width"]):
                 described = record["height"], record["width"]
-                raise OSError(f"{record['file_name']} is {size}, in {self.annotations} it is {described}")
+                raise OSError(
+                    f"{record['file_name']} is {size}, in {self.annotations} it is {described}"
+                )
             masks = [self._mask(entry) for entry in objects]
-            target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
+            target["masks"] = tv_tensors.Mask(
+                torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+            )
         if self.train:
             pixels, target = v2.Compose(
                 [
@@ -354,7 +417,9 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
         try:
             return torch.from_numpy(self.coco.annToMask(entry))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"detection: {self.annotations}, annotation {entry['id']}: {error}") from error
+            raise ValueError(
+                f"detection: {self.annotations}, annotation {entry['id']}: {error}"
+            ) from error
 
 
 def mixing(config: Config, classes: int) -> Any:

@@ -19,7 +19,12 @@ from .precision import autocast
 
 
 def evaluate(
-    task: Task, loader: DataLoader[Any], config: Config, num_classes: int, device: torch.device, show: bool
+    task: Task,
+    loader: DataLoader[Any],
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    show: bool,
 ) -> dict[str, Any]:
     """Measure a task over a loader in eval mode, reduced over all processes.
 
@@ -27,7 +32,11 @@ def evaluate(
     and pixel accuracy by sliding window. Detection: AP, AP50, and those of masks. All in percent;
     `skipped` samples could not be read.
     """
-    metrics: dict[str, Any] = {"classification": Top, "segmentation": Overlap, "detection": Precision}
+    metrics: dict[str, Any] = {
+        "classification": Top,
+        "segmentation": Overlap,
+        "detection": Precision,
+    }
     was_training = task.training
     task.eval()
     metric = metrics[config.task](config, num_classes, device)
@@ -48,7 +57,11 @@ def evaluate(
     total = torch.tensor([skipped, num_images], device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return values | {"skipped": int(total[0]), "images": int(total[1]), "seconds": round(seconds, 2)}
+    return values | {
+        "skipped": int(total[0]),
+        "images": int(total[1]),
+        "seconds": round(seconds, 2),
+    }
 
 
 def _percent(value: Tensor) -> float:
@@ -59,7 +72,9 @@ class Top:
     """Top-1 and top-5 of the output, and top-1 of every auxiliary head."""
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
-        accuracy = import_optional("torchmetrics.classification", "train", "cropr train").MulticlassAccuracy
+        accuracy = import_optional(
+            "torchmetrics.classification", "train", "cropr train"
+        ).MulticlassAccuracy
         metric = partial(accuracy, num_classes, average="micro")
         self.device = device
         self.top = {f"top-{k}": metric(top_k=k).to(device) for k in (1, 5) if k <= num_classes}
@@ -74,8 +89,14 @@ class Top:
             self.aux[index].update(prediction, target)
 
     def compute(self) -> dict[str, Any]:
-        values: dict[str, Any] = {name: _percent(metric.compute()) for name, metric in self.top.items()}
-        return values | ({"aux": [_percent(metric.compute()) for metric in self.aux.values()]} if self.aux else {})
+        values: dict[str, Any] = {
+            name: _percent(metric.compute()) for name, metric in self.top.items()
+        }
+        return values | (
+            {"aux": [_percent(metric.compute()) for metric in self.aux.values()]}
+            if self.aux
+            else {}
+        )
 
 
 class Overlap:
@@ -83,7 +104,9 @@ class Overlap:
 
     def __init__(self, config: Config, num_classes: int, device: torch.device):
         metrics = import_optional("torchmetrics.classification", "train", "cropr train")
-        pixels = metrics.MulticlassAccuracy(num_classes, average="micro", ignore_index=config.ignore_index)
+        pixels = metrics.MulticlassAccuracy(
+            num_classes, average="micro", ignore_index=config.ignore_index
+        )
         overlap = metrics.MulticlassJaccardIndex(num_classes, ignore_index=config.ignore_index)
         self.config, self.device = config, device
         self.metrics = {"mIoU": overlap.to(device), "pixels": pixels.to(device)}
@@ -106,12 +129,14 @@ class Precision:
         iou_types = ("bbox", "segm") if config.masks else ("bbox",)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.metric = import_optional("torchmetrics.detection", "train", "cropr train").MeanAveragePrecision(
-                iou_type=iou_types, backend="faster_coco_eval"
-            )
+            self.metric = import_optional(
+                "torchmetrics.detection", "train", "cropr train"
+            ).MeanAveragePrecision(iou_type=iou_types, backend="faster_coco_eval")
         self.device, self.masks = device, config.masks
 
-    def update(self, task: Detector, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+    def update(
+        self, task: Detector, images: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> None:
         detections = task([image.to(self.device) for image in images])
         for detected, target in zip(detections, targets):
             prediction = {name: detected[name].cpu() for name in ("boxes", "scores", "labels")}
@@ -128,8 +153,12 @@ class Precision:
         prefixes = {"bbox_": "AP box", "segm_": "AP mask"} if self.masks else {"": "AP box"}
         precisions: dict[str, float] = {}
         for prefix, name in prefixes.items():
-            precisions |= {name: _percent(values[f"{prefix}map"]), f"{name} 50": _percent(values[f"{prefix}map_50"])}
-        return {name: max(value, 0.0) for name, value in precisions.items()}  # -1: there are no objects
+            precisions |= {
+                name: _percent(values[f"{prefix}map"]),
+                f"{name} 50": _percent(values[f"{prefix}map_50"]),
+            }
+        # -1: there are no objects
+        return {name: max(value, 0.0) for name, value in precisions.items()}
 
 
 MAIN = {"classification": "top-1", "segmentation": "mIoU", "detection": "AP box"}

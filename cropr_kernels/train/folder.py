@@ -30,20 +30,32 @@ def locked(out: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 holder = file.read() or "another process"
-                raise RuntimeError(f"train: {out} is in use by {holder}; wait for it, or use another folder") from None
+                raise RuntimeError(
+                    f"train: {out} is in use by {holder}; wait for it, or use another folder"
+                ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
-def require_same(out: Path, data: Data, classes: Sequence[str], samples: Sequence[int] = ()) -> None:
+def require_same(
+    out: Path, data: Data, classes: Sequence[str], samples: Sequence[int] = ()
+) -> None:
     """Raise ValueError if the classes or the numbers of samples differ from those of the run."""
-    properties: list[tuple[str, object, object]] = [("number of classes", len(classes), len(data.classes))]
-    properties += [(f"classes[{index}]", *pair) for index, pair in enumerate(zip(classes, data.classes))]
+    properties: list[tuple[str, object, object]] = [
+        ("number of classes", len(classes), len(data.classes))
+    ]
+    properties += [
+        (f"classes[{index}]", *pair) for index, pair in enumerate(zip(classes, data.classes))
+    ]
     names = "number of training samples", "number of validation samples"
     properties += zip(names, samples, (len(data.train), len(data.val)))
-    changed = [f"{name} was {saved!r}, is {current!r}" for name, saved, current in properties if saved != current]
+    changed = [
+        f"{name} was {saved!r}, is {current!r}"
+        for name, saved, current in properties
+        if saved != current
+    ]
     if changed:
         raise ValueError(f"train: {out} holds a run on other data: {'; '.join(changed[:3])}")
 

@@ -28,13 +28,34 @@ from ..utils.optional import import_optional
 from ..utils.progress import Progress, each
 from . import build, checkpoint, folder
 from .config import Config
-from .data import Batch, Batches, Data, Samples, load_data, make_loader, mixing, seed_of, seeded, val_loader
+from .data import (
+    Batch,
+    Batches,
+    Data,
+    Samples,
+    load_data,
+    make_loader,
+    mixing,
+    seed_of,
+    seeded,
+    val_loader,
+)
 from .evaluate import MAIN, evaluate
 from .optim import lr_share, param_groups, progress
 from .precision import autocast, measured_amp
 
 # fields of last.pt besides the model
-_FIELDS = ("config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals", "bad_in_a_row")
+_FIELDS = (
+    "config",
+    "classes",
+    "optimizer",
+    "scaler",
+    "ema",
+    "step",
+    "best",
+    "totals",
+    "bad_in_a_row",
+)
 
 
 class Process(NamedTuple):
@@ -48,7 +69,11 @@ class Process(NamedTuple):
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[Process]:
     """Join the process group of torchrun, if it started this process, and leave it at the end."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if config.device == "auto"
+        else config.device
+    )
     joins = "RANK" in os.environ and not dist.is_initialized()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -60,7 +85,11 @@ def processes(config: Config) -> Iterator[Process]:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         single = not dist.is_initialized()
-        yield Process(0 if single else dist.get_rank(), 1 if single else dist.get_world_size(), torch.device(device))
+        yield Process(
+            0 if single else dist.get_rank(),
+            1 if single else dist.get_world_size(),
+            torch.device(device),
+        )
     finally:
         if joins:
             # Gloo's threads end with the last reference to the group; at exit they could abort
@@ -70,7 +99,12 @@ def processes(config: Config) -> Iterator[Process]:
 
 
 def train(
-    config: Config, out: str | Path, *, data: Data | None = None, task: Task | None = None, show: bool = True
+    config: Config,
+    out: str | Path,
+    *,
+    data: Data | None = None,
+    task: Task | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Train a task, or resume an interrupted run, which does not change its losses.
 
@@ -141,7 +175,9 @@ class Run:
         self.writes = process.rank == 0
         self.parent = os.getppid()
         self.show = show and self.writes
-        self.steps_an_epoch = len(Batches(len(data.train), config, 0, world=process.world)) // config.accumulate
+        self.steps_an_epoch = (
+            len(Batches(len(data.train), config, 0, world=process.world)) // config.accumulate
+        )
         self.mix = mixing(config, len(data.classes)) if config.task == "classification" else None
         self.step = 0
         self.bad_in_a_row = 0
@@ -155,7 +191,9 @@ class Run:
         if resumed is None and photos and is_pruned(task.backbone):
             self._calibrate(min(photos, len(data.train)), notes)
         self.wrapped = self._share(self.task)
-        self.optimizer = torch.optim.AdamW(param_groups(self.task, config), lr=config.lr, betas=(0.9, 0.999))
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.task, config), lr=config.lr, betas=(0.9, 0.999)
+        )
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.amp == "float16")
         self.ema: Any = None
         if config.ema:
@@ -181,7 +219,10 @@ class Run:
                 self.config = self.config.changed(amp=saved_config.amp)
             differences = self.config.differences(saved_config)
             if differences:
-                raise ValueError(f"train: {self.out} holds another run: {'; '.join(differences)}. Use another folder")
+                raise ValueError(
+                    f"train: {self.out} holds another run: {'; '.join(differences)}. Use another "
+                    "folder"
+                )
             folder.require_same(self.out, self.data, state["classes"], state.get("samples", ()))
         elif self.config.amp == "auto":
             measured = [measured_amp(self.process.device)]
@@ -198,7 +239,9 @@ class Run:
         """Keep the log up to this step, with its evaluation: later steps are repeated."""
         lines = folder.read_log(self.log) if keep else []
         lines = [line for line in lines if line["step"] <= self.step]
-        self.last_metrics = next((line["val"] for line in lines if line["step"] == self.step and "val" in line), {})
+        self.last_metrics = next(
+            (line["val"] for line in lines if line["step"] == self.step and "val" in line), {}
+        )
         if self.writes:
             write_text(self.log, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -224,7 +267,8 @@ class Run:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(self.process.device.type, (self.process.world,))
-        getattr(mesh, "_pg_registry", {}).clear()  # only for torch.compile; DTensor's caches keep the mesh alive
+        # Only for torch.compile; DTensor's caches keep the mesh alive
+        getattr(mesh, "_pg_registry", {}).clear()
         for block in task.backbone.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         shared: Any = fully_shard(task, mesh=mesh)
@@ -249,14 +293,24 @@ class Run:
 
     def _save(self) -> None:
         state = checkpoint.state_of(self.task, self.optimizer)
-        state |= {"scaler": self.scaler.state_dict(), "ema": None if self.ema is None else self.ema.state_dict()}
-        state |= {"step": self.step, "best": self.best, "totals": self.totals, "bad_in_a_row": self.bad_in_a_row}
+        state |= {
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        state |= {
+            "step": self.step,
+            "best": self.best,
+            "totals": self.totals,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
         self._write("last.pt", state)
 
     def _write(self, name: str, state: dict[str, object]) -> None:
         state |= {"config": self.config.to_json(), "classes": self.data.classes}
         if self.writes:
-            checkpoint.save(self.out / name, state | {"samples": [len(self.data.train), len(self.data.val)]})
+            checkpoint.save(
+                self.out / name, state | {"samples": [len(self.data.train), len(self.data.val)]}
+            )
 
     def _log(self, line: dict[str, object]) -> None:
         position = {"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4)}
@@ -275,7 +329,9 @@ class Run:
         with Progress("training", total, done=self.step, show=self.show) as progress_bar:
             while self.step < total:
                 epoch, first = divmod(self.step, self.steps_an_epoch)
-                batches = Batches(count, config, epoch, rank=process.rank, world=process.world, first_step=first)
+                batches = Batches(
+                    count, config, epoch, rank=process.rank, world=process.world, first_step=first
+                )
                 loader = iter(make_loader(self.data.train, batches, config))
                 for _ in range(first, self.steps_an_epoch):
                     require_launcher(self.parent, "train")
@@ -288,7 +344,9 @@ class Run:
                         self._log(losses | self.totals | {"images/s": round(throughput, 2)})
                     progress_bar.update()
                     is_epoch_end = self.step % self.steps_an_epoch == 0
-                    if is_epoch_end and ((epoch + 1) % config.eval_epochs == 0 or self.step == total):
+                    if is_epoch_end and (
+                        (epoch + 1) % config.eval_epochs == 0 or self.step == total
+                    ):
                         self._evaluate()
                     if self.step % config.save_steps == 0 or is_epoch_end:
                         self._save()
@@ -307,8 +365,13 @@ class Run:
         # loss, main, aux; unreadable samples
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for part in range(config.accumulate):
-            images, target, skipped = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), next(loader))
-            with seeded(seed_of(config.seed, self.step, part, self.process.rank)), self._synchronized(part):
+            images, target, skipped = tree_map_only(
+                Tensor, lambda x: x.to(device, non_blocking=True), next(loader)
+            )
+            with (
+                seeded(seed_of(config.seed, self.step, part, self.process.rank)),
+                self._synchronized(part),
+            ):
                 if self.mix is not None:
                     images, target = self.mix(images, target)
                 with autocast(config, device):
@@ -316,7 +379,9 @@ class Run:
                 loss = sum(losses.values()) / config.accumulate
                 self.scaler.scale(loss).backward()
             values = [loss * config.accumulate, losses["main"], losses["aux"]]
-            sums += torch.stack([value.detach().double() for value in values] + [sums.new_tensor(skipped)])
+            sums += torch.stack(
+                [value.detach().double() for value in values] + [sums.new_tensor(skipped)]
+            )
         if self.process.world > 1:
             dist.all_reduce(sums)
         means = (sums[:3] / (config.accumulate * self.process.world)).tolist()
@@ -332,8 +397,10 @@ class Run:
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= config.max_bad_steps:
                 raise RuntimeError(
-                    f"train: the loss or its gradient was not finite in {self.bad_in_a_row} steps in a row, the last "
-                    f"{self.step} (main {means[1]}, auxiliary {means[2]}, learning rate {config.lr * share:.3g}). Try "
+                    f"train: the loss or its gradient was not finite in {self.bad_in_a_row} steps "
+                    "in a row, the last "
+                    f"{self.step} (main {means[1]}, auxiliary {means[2]}, learning rate "
+                    f"{config.lr * share:.3g}). Try "
                     "a lower lr, clip_grad, or amp='bfloat16'"
                 )
         self.optimizer.zero_grad(set_to_none=True)
@@ -345,7 +412,9 @@ class Run:
         if self.scaler.is_enabled() and not self.config.clip_grad:
             return True
         self.scaler.unscale_(self.optimizer)
-        norm: Any = nn.utils.clip_grad_norm_(self.task.parameters(), self.config.clip_grad or math.inf)
+        norm: Any = nn.utils.clip_grad_norm_(
+            self.task.parameters(), self.config.clip_grad or math.inf
+        )
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return self.scaler.is_enabled() or bool(norm.isfinite())
 
@@ -363,24 +432,33 @@ class Run:
         config = self.config
         process = self.process
         main = MAIN[config.task]
-        tasks: dict[str, Any] = {"weights": self.task} | ({} if self.ema is None else {"average": self.ema.module})
+        tasks: dict[str, Any] = {"weights": self.task} | (
+            {} if self.ema is None else {"average": self.ema.module}
+        )
         results: dict[str, dict[str, Any]] = {}
         for name, task in tasks.items():
             if is_pruned(task.backbone):
                 set_progress(task.backbone, progress(config, self.step / self.steps_an_epoch))
             loader = val_loader(self.data.val, config, rank=process.rank, world=process.world)
-            results[name] = evaluate(task, loader, config, len(self.data.classes), process.device, self.show)
+            results[name] = evaluate(
+                task, loader, config, len(self.data.classes), process.device, self.show
+            )
         best = max(results, key=lambda name: results[name][main])
         self.last_metrics = results[best].copy()
         if self.ema is not None:
-            self.last_metrics |= {"of": best, **{name: metrics[main] for name, metrics in results.items()}}
+            self.last_metrics |= {
+                "of": best,
+                **{name: metrics[main] for name, metrics in results.items()},
+            }
         self._log({"val": self.last_metrics})
         if self.last_metrics[main] > self.best:
             self.best = self.last_metrics[main]
             # All processes must gather the weights.
             state = checkpoint.state_of(self.task, self.optimizer) if best == "weights" else {}
             weights = state["model"] if state else self.ema.module.state_dict()
-            self._write("best.pt", {"model": weights, "step": self.step, "metrics": self.last_metrics})
+            self._write(
+                "best.pt", {"model": weights, "step": self.step, "metrics": self.last_metrics}
+            )
 
 
 def rebuild(out: str | Path) -> tuple[Task, Config, list[str]]:

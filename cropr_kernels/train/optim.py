@@ -9,7 +9,9 @@ from torch import nn
 from .config import Config
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token", "queries", "q_bias", "v_bias")
-_FIRST = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "reg_token"))
+_FIRST = tuple(
+    f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "reg_token")
+)
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -56,7 +58,9 @@ def lr_share(config: Config, epoch: float) -> float:
     """Share of the learning rate at this time: linear warm-up, then cosine or polynomial decay."""
     if epoch < config.warmup_epochs:
         return max(epoch / config.warmup_epochs, 1e-3)
-    elapsed = min((epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9), 1.0)
+    elapsed = min(
+        (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9), 1.0
+    )
     if config.lr_schedule == "poly":
         return (1 - elapsed) ** config.poly_power
     return 0.5 * (1 + math.cos(math.pi * elapsed))

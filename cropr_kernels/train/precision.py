@@ -21,7 +21,9 @@ def measured_amp(device: torch.device) -> tuple[str, str]:
     """
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16" if supported else "none"), f"the GPU has {'' if supported else 'no '}bfloat16"
+        return (
+            "bfloat16" if supported else "none"
+        ), f"the GPU has {'' if supported else 'no '}bfloat16"
     x = torch.ones(512, 384, device=device)
     weight = torch.ones(384, 384, device=device, requires_grad=True)
 
@@ -32,4 +34,6 @@ def measured_amp(device: torch.device) -> tuple[str, str]:
     calls = {"bfloat16": lambda: layer(torch.bfloat16), "float32": lambda: layer(None)}
     times = time_interleaved(calls, device, rounds=5)
     speedup = times["float32"].seconds / times["bfloat16"].seconds
-    return ("bfloat16" if speedup > 1.2 else "none"), f"bfloat16 is {speedup:.2g} times as fast as float32 here"
+    return (
+        "bfloat16" if speedup > 1.2 else "none"
+    ), f"bfloat16 is {speedup:.2g} times as fast as float32 here"

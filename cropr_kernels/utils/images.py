@@ -25,7 +25,9 @@ def find_photos(folder: Path, skipped: Counter[str] | None = None) -> list[Path]
     photos = []
     visited = set()
     skipped = Counter() if skipped is None else skipped
-    for path, folders, names in os.walk(folder, onerror=lambda _: skipped.update(["unreadable"]), followlinks=True):
+    for path, folders, names in os.walk(
+        folder, onerror=lambda _: skipped.update(["unreadable"]), followlinks=True
+    ):
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in visited:  # a link to a visited folder
             folders.clear()
@@ -52,7 +54,9 @@ def find_named_photos(paths: Sequence[Path], skipped: Counter[str] | None = None
     for path in paths:
         photos += find_photos(path, skipped) if path.is_dir() else [path]
     if not photos:
-        raise ValueError(f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, paths))}")
+        raise ValueError(
+            f"no photos ({', '.join(sorted(PHOTO_SUFFIXES))}) in {', '.join(map(str, paths))}"
+        )
     return photos
 
 
@@ -96,7 +100,10 @@ def _to_8_bits(image: Any) -> Any:
     tops = (1, 255, 65535) if is_float else (65535,)
     top = next((top for top in tops if low >= 0 and high <= top), None)
     if top is None:
-        raise ValueError(f"pixels must be in one of {', '.join(f'[0, {top}]' for top in tops)}, are in [{low}, {high}]")
+        raise ValueError(
+            f"pixels must be in one of {', '.join(f'[0, {top}]' for top in tops)}, are in [{low}, "
+            f"{high}]"
+        )
     return image.point(lambda value: value * (255 / top) + 0.5).convert("L")
 
 
@@ -125,13 +132,17 @@ def load_photo(
     sides = (size, size) if isinstance(size, int) else size
     shorter = min(image.size)
     if not squash and max(image.size) > _MAX_ASPECT * shorter:
-        image = _crop_center(image, *(min(side, _MAX_ASPECT * shorter) for side in reversed(image.size)))
+        image = _crop_center(
+            image, *(min(side, _MAX_ASPECT * shorter) for side in reversed(image.size))
+        )
     height, width = (math.floor(side / crop_pct) for side in sides)
     if not squash:
         scale = max(height / image.height, width / image.width)
         height = max(height, int(image.height * scale))
         width = max(width, int(image.width * scale))
-    resampling = getattr(import_optional("PIL.Image", "viz", "reading photos").Resampling, interpolation.upper())
+    resampling = getattr(
+        import_optional("PIL.Image", "viz", "reading photos").Resampling, interpolation.upper()
+    )
     if image.size != (width, height):
         image = image.resize((width, height), resampling)
     image = _crop_center(image, *sides)

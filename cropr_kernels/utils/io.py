@@ -39,7 +39,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # processes of several machines may share pids
+    # Processes of several machines may share pids
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         with disk_errors(path):
             yield temporary
@@ -58,16 +59,26 @@ def disk_errors(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         of_rust = re.search(r"I/O error: (.+?) \(os error", str(error))  # safetensors
         reason = of_rust[1] if of_rust else cause.strerror if isinstance(cause, OSError) else None
-        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).parent != path.parent:
+        if (
+            isinstance(cause, OSError)
+            and cause.filename
+            and Path(cause.filename).parent != path.parent
+        ):
             raise  # of a file that was read
-        if reason is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16:
+        if (
+            reason is None
+            and path.parent.is_dir()
+            and shutil.disk_usage(path.parent).free < 1 << 16
+        ):
             reason = "No space left on device"
         if reason is None and "inline_container" in str(error):  # of torch.save, for any cause
             reason = "only a part fits: a limit of file sizes, or of the disk"
         if reason is None:
             raise
         error_type = type(error) if isinstance(error, OSError) else OSError
-        raise error_type(f"{path} cannot be written: {reason}; fix this or choose another path") from error
+        raise error_type(
+            f"{path} cannot be written: {reason}; fix this or choose another path"
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -88,7 +99,10 @@ def load_tensors(path: str | Path, classes: Sequence[type] = ()) -> Any:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"{path} cannot be read: the checksum of {damaged} does not match; copy it again")
+                raise ValueError(
+                    f"{path} cannot be read: the checksum of {damaged} does not match; copy it "
+                    "again"
+                )
         with torch.serialization.safe_globals([*classes]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises errors of every type, with long advice
@@ -101,13 +115,21 @@ def _unreadable(path: Path, error: str) -> str:
     """Explain why torch.load cannot read a file, and how to fix it."""
     unsafe = re.search(r"GLOBAL (\S+)", error)
     if unsafe:
-        return f"it holds objects of {unsafe[1]}, and only tensors are read; torch.save(model.state_dict(), FILE)"
+        return (
+            f"it holds objects of {unsafe[1]}, and only tensors are read; "
+            "torch.save(model.state_dict(), FILE)"
+        )
     with open(path, "rb") as file:
         header = file.read(24)
-    return f"it is damaged, or not a file of torch.save: it begins with {header!r}; copy or download it again"
+    return (
+        f"it is damaged, or not a file of torch.save: it begins with {header!r}; copy or download "
+        "it again"
+    )
 
 
-def load_safetensors(path: str | Path, substring: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_safetensors(
+    path: str | Path, substring: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load the tensors with `substring` in their names, and the metadata.
 
     Raises FileNotFoundError, or ValueError if the file cannot be read.
@@ -128,7 +150,8 @@ def require_launcher(parent: int, command: str) -> None:
     too."""
     if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
         raise RuntimeError(
-            f"{command}: torchrun, which started this process, is gone; the same command resumes the run"
+            f"{command}: torchrun, which started this process, is gone; the same command resumes "
+            "the run"
         )
 
 
@@ -137,5 +160,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     sides = ["<"] * left + [">"] * (len(head) - left)
-    lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in (head, *rows)]
+    lines = [
+        [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)]
+        for line in (head, *rows)
+    ]
     return "\n".join("  ".join(cells).rstrip() for cells in lines)

@@ -3,7 +3,11 @@
 import importlib.util
 from typing import Any
 
-_DISTRIBUTIONS = {"PIL": "pillow", "faster_coco_eval": "faster-coco-eval", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "faster_coco_eval": "faster-coco-eval",
+    "sklearn": "scikit-learn",
+}
 
 
 def distribution(module: str) -> str:
@@ -35,6 +39,7 @@ def import_optional(module: str, extra: str, feature: str) -> Any:
         missing = distribution(error.name)
         via = "" if missing == library else f"{library}, which needs "
         raise ImportError(
-            f"{feature} needs {via}{missing}: pip install {missing} (or the extra [{extra}] of cropr_kernels)",
+            f"{feature} needs {via}{missing}: pip install {missing} (or the extra [{extra}] of "
+            "cropr_kernels)",
             name=error.name,
         ) from error

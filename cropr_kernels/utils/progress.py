@@ -36,7 +36,15 @@ class Progress:
         ticks: show the elapsed time of one long step, from a thread. Not for work that is timed.
     """
 
-    def __init__(self, label: str, total: int | None = None, *, done: int = 0, show: bool = True, ticks: bool = False):
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        *,
+        done: int = 0,
+        show: bool = True,
+        ticks: bool = False,
+    ):
         self.label = label
         self.total = total
         self.first = self.done = done
@@ -50,7 +58,13 @@ class Progress:
         if show and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             options: dict[str, Any] = {"bar_format": "{desc}: {elapsed}"} if ticks else {}
             tqdm = import_optional("tqdm", "demo", "a progress bar").tqdm
-            options |= {"desc": label, "total": total, "initial": done, "delay": _DELAY, "leave": False}
+            options |= {
+                "desc": label,
+                "total": total,
+                "initial": done,
+                "delay": _DELAY,
+                "leave": False,
+            }
             self.bar = tqdm(mininterval=1, **options)
 
     def __enter__(self) -> "Progress":
@@ -84,8 +98,14 @@ class Progress:
             parts.append(str(self.done) if self.total is None else f"{self.done} of {self.total}")
         parts.append(f"{seconds:.0f} s")
         if self.total is not None and self.first < self.done < self.total:
-            parts.append(f"about {seconds / (self.done - self.first) * (self.total - self.done):.0f} s left")
-        print(f"{self.label}: {', '.join(filter(None, [*parts, self.note]))}", file=sys.stderr, flush=True)
+            parts.append(
+                f"about {seconds / (self.done - self.first) * (self.total - self.done):.0f} s left"
+            )
+        print(
+            f"{self.label}: {', '.join(filter(None, [*parts, self.note]))}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _refresh(self) -> None:
         while not self.stopped.wait(1.0):

@@ -12,7 +12,8 @@ from .progress import Progress, announce
 ROUNDS, LEAST_ROUNDS, SECONDS = 9, 3, 45.0  # as many rounds as there is time for
 
 ABOVE_FLOPS = (
-    "faster than the FLOP ratio: not less arithmetic, but fewer tokens that fit the caches better, or a noisy device; "
+    "faster than the FLOP ratio: not less arithmetic, but fewer tokens that fit the caches "
+    "better, or a noisy device; "
     "it need not hold elsewhere"
 )
 

@@ -32,10 +32,14 @@ def _pixels(image: Tensor) -> Tensor:
     return image.permute(1, 2, 0).clamp(0, 1).cpu().expand(-1, -1, 3)
 
 
-def _two_rows(images: Tensor, maps: Tensor, titles: list[str] | None, margin: float) -> tuple[Any, Any]:
+def _two_rows(
+    images: Tensor, maps: Tensor, titles: list[str] | None, margin: float
+) -> tuple[Any, Any]:
     """Draw images in the upper row of a figure; return it and its axes (2, B)."""
     if len(images) != len(maps):
-        raise ValueError(f"pictures: images and maps must have one batch size, got {len(images)}, {len(maps)}")
+        raise ValueError(
+            f"pictures: images and maps must have one batch size, got {len(images)}, {len(maps)}"
+        )
     figure = _figure(1.9 * len(images) + margin, 4.2)
     axes = figure.subplots(2, len(images), squeeze=False)
     for axis in axes.flat:
@@ -60,13 +64,17 @@ def save_pruning_maps(
     extent = (-0.5, images.shape[3] - 0.5, images.shape[2] - 0.5, -0.5)
     for axis, image, pruning_map in zip(axes[1], images, maps):
         axis.imshow(_pixels(image))
-        overlay = axis.imshow(pruning_map.cpu(), extent=extent, cmap="viridis", vmin=1, vmax=depth, alpha=0.7)
+        overlay = axis.imshow(
+            pruning_map.cpu(), extent=extent, cmap="viridis", vmin=1, vmax=depth, alpha=0.7
+        )
     bar = figure.colorbar(overlay, ax=axes[1].tolist(), ticks=[1, depth], shrink=0.9)
     bar.set_ticklabels(["pruned after block 1", "never pruned"])
     _save(figure, path)
 
 
-def save_merge_maps(path: str | Path, images: Tensor, maps: Tensor, titles: list[str] | None = None) -> None:
+def save_merge_maps(
+    path: str | Path, images: Tensor, maps: Tensor, titles: list[str] | None = None
+) -> None:
     """Write one PNG: each image above its tokens, every patch in the mean color of its token.
 
     Lines separate patches of different tokens. Arguments as in `save_pruning_maps`, with maps from
@@ -99,12 +107,16 @@ def save_pruning_frames(
     height, width = image.shape[1:]
     pixels = _pixels(image)
     gray = 0.15 * pixels.mean(2, keepdim=True) + 0.85
-    blocks = F.interpolate(pruned_after[None, None].float().cpu(), (height, width))[0, 0, :, :, None]
+    blocks = F.interpolate(pruned_after[None, None].float().cpu(), (height, width))[
+        0, 0, :, :, None
+    ]
     frames = []
     for block in range(depth):
         frame_pixels = (torch.where(blocks <= block, gray, pixels) * 255).round().to(torch.uint8)
         frame = Image.new("RGB", (width, height + CAPTION), "white")
-        frame.paste(Image.frombytes("RGB", (width, height), frame_pixels.numpy().tobytes()), (0, CAPTION))
+        frame.paste(
+            Image.frombytes("RGB", (width, height), frame_pixels.numpy().tobytes()), (0, CAPTION)
+        )
         text = f"block {block + 1}: {int((pruned_after > block).sum())} patches"
         ImageDraw.Draw(frame).text((3, 2), text, "black")
         frames.append(frame)
@@ -138,7 +150,11 @@ def save_curves(path: str | Path, lines: list[dict[str, Any]], metric: str) -> N
             axes[0].plot([line["epoch"] for line in steps], values, marker, label=f"{name} loss")
     axes[0].set(yscale="log", xlabel="epoch")
     axes[0].legend()
-    axes[1].plot([line["epoch"] for line in evaluations], [line["val"][metric] for line in evaluations], marker="o")
+    axes[1].plot(
+        [line["epoch"] for line in evaluations],
+        [line["val"][metric] for line in evaluations],
+        marker="o",
+    )
     axes[1].set(xlabel="epoch", ylabel=f"{metric}, %")
     if aux is not None:
         axes[2].bar(range(1, len(aux) + 1), aux)

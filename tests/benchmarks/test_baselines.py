@@ -17,7 +17,10 @@ from benchmarks.baselines.selection import EViT
 def test_prefix_tokens_stay_first_and_unchanged(name):
     x = torch.randn(3, TOKENS, DIM)
     for prefix in (1, 3):
-        reducer, context = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix).eval(), context_of(x, prefix)
+        reducer, context = (
+            SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix).eval(),
+            context_of(x, prefix),
+        )
         context = context._replace(patches=reducer.prepare(context.patches))
         reduction = reducer(x, context, KEEP, prefix)
         assert torch.equal(reduction.tokens[:, :prefix], x[:, :prefix])
@@ -35,18 +38,24 @@ def test_without_reduction_every_system_is_the_plain_model(name):
 def test_every_system_keeps_the_counts_of_its_schedule(name):
     network, seen = make(name), []
     for block in network.backbone.blocks:
-        block.norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        block.norm1.register_forward_hook(
+            lambda module, inputs, output: seen.append(output.shape[1])
+        )
     with torch.no_grad():
         network(torch.randn(2, 3, 64, 64))
     assert seen == [65, *counts_for(name)]
 
 
-@pytest.mark.parametrize("name", [baseline.name for baseline in BASELINES if baseline.category == "merging"])
+@pytest.mark.parametrize(
+    "name", [baseline.name for baseline in BASELINES if baseline.category == "merging"]
+)
 @pytest.mark.parametrize("prefix", [1, 2, 3])
 @pytest.mark.parametrize("depth", [0.0, 0.75])
 def test_merged_tokens_are_the_means_of_the_tokens_of_their_row(depth, prefix, name):
     x = torch.randn(3, TOKENS, DIM)
-    context = context_of(x, prefix, None if name == "DPC-KNN" else torch.randint(1, 5, (3, TOKENS)).float(), depth)
+    context = context_of(
+        x, prefix, None if name == "DPC-KNN" else torch.randint(1, 5, (3, TOKENS)).float(), depth
+    )
     reduction = SYSTEMS[name](DIM, KEEP - prefix, TOKENS - prefix)(x, context, KEEP, prefix)
     sizes = torch.ones(3, TOKENS) if context.sizes is None else context.sizes
     mass = F.one_hot(reduction.rows(), KEEP).float() * sizes.unsqueeze(2)
@@ -100,11 +109,15 @@ class ByQuery(Selector):
 
 
 @pytest.mark.parametrize("llf", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(reg_tokens=3), dict(rope=True, swiglu=True, global_pool="avg")])
+@pytest.mark.parametrize(
+    "options", [{}, dict(reg_tokens=3), dict(rope=True, swiglu=True, global_pool="avg")]
+)
 def test_a_network_reduced_by_cropr_scores_is_cropr(options, llf):
     model = randomize(reference_vit(**options)).eval()
     pruned = cropr.apply(randomize(reference_vit(**options)), rate=9, llf=llf)
-    model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
+    model.load_state_dict(
+        {k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")}
+    )
     queries = iter([module.query() for module in pruned.cropr])
     counts = pruned.cropr.config.counts(64 + model.num_prefix_tokens, 4, model.num_prefix_tokens)
     network = Reduced(model, lambda dim, kept, patches: ByQuery(next(queries)), counts, llf=llf)
@@ -117,7 +130,9 @@ def test_attention_is_the_softmax_inside_sdpa():
     q, k, v = (torch.randn(2, HEADS, 10, 4) for _ in range(3))
     sizes = torch.randint(1, 5, (2, 10)).float()
     plain, weighed = Context(), Context(sizes=sizes, log_sizes=sizes.log())
-    torch.testing.assert_close(attention_of(q, k, plain) @ v, F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(
+        attention_of(q, k, plain) @ v, F.scaled_dot_product_attention(q, k, v)
+    )
     bias = sizes.log()[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     torch.testing.assert_close(attention_of(q, k, weighed) @ v, expected)
@@ -127,19 +142,25 @@ def test_patches_are_those_of_the_embedding():
     model, images = reference_vit(), torch.randn(2, 3, 64, 64)
     weight = model.patch_embed.proj.weight.flatten(1)
     expected = model.patch_embed(images).flatten(1, 2)
-    torch.testing.assert_close(patches_of(images, 8) @ weight.T + model.patch_embed.proj.bias, expected)
+    torch.testing.assert_close(
+        patches_of(images, 8) @ weight.T + model.patch_embed.proj.bias, expected
+    )
 
 
 def test_baselines_that_cannot_run_raise():
     with pytest.raises(ValueError, match="AttentionTopK needs a class token"):
-        Reduced(reference_vit(class_token=False, global_pool="avg"), SYSTEMS["attention top-k"], COUNTS)
+        Reduced(
+            reference_vit(class_token=False, global_pool="avg"), SYSTEMS["attention top-k"], COUNTS
+        )
     with pytest.raises(ValueError, match="ToMe mixes tokens: they cannot come back"):
         Reduced(reference_vit(), SYSTEMS["ToMe"], [50, 40], llf=True)
     with pytest.raises(ValueError, match="EViT mixes tokens: they have no rotary positions"):
         Reduced(reference_vit(rope=True), SYSTEMS["EViT"], COUNTS)(torch.randn(1, 3, 64, 64))
     with pytest.raises(ValueError, match="SiT is distilled, and there is no teacher"):
         ReducedClassifier(Reduced(reference_vit(), SYSTEMS["SiT"], [65, 31, 31]))
-    with pytest.raises(ValueError, match="ToMe: 65 tokens, 1 of them prefix, can lose 32 at most, not 35"):
+    with pytest.raises(
+        ValueError, match="ToMe: 65 tokens, 1 of them prefix, can lose 32 at most, not 35"
+    ):
         Reduced(reference_vit(), SYSTEMS["ToMe"], [30, 30, 30])(torch.randn(1, 3, 64, 64))
     with pytest.raises(TypeError, match="must be the reference ViT, got Linear"):
         Reduced(torch.nn.Linear(2, 2), SYSTEMS["SiT"], COUNTS)

@@ -28,7 +28,9 @@ def test_at_rate_zero_every_method_gives_the_unpruned_features():
 
 def test_errors_are_relative_and_per_photo():
     plain = torch.ones(2, 4, 3)
-    assert errors(plain * torch.tensor([1.5, 1.0])[:, None, None], plain) == pytest.approx([0.5, 0.0])
+    assert errors(plain * torch.tensor([1.5, 1.0])[:, None, None], plain) == pytest.approx(
+        [0.5, 0.0]
+    )
 
 
 def test_colors_are_the_components_of_the_unpruned_features(tmp_path):
@@ -39,5 +41,11 @@ def test_colors_are_the_components_of_the_unpruned_features(tmp_path):
     assert pixels.shape == (4, 4, 3) and pixels.min() == 0 and pixels.max() == 1
     other = features[0] + torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0])  # no component of theirs
     assert torch.allclose(colours(other), pixels, atol=1e-4)
-    draw(tmp_path / "a.png", torch.rand(2, 3, 8, 8), features, dict.fromkeys(dense_features.PANELS, features), "")
+    draw(
+        tmp_path / "a.png",
+        torch.rand(2, 3, 8, 8),
+        features,
+        dict.fromkeys(dense_features.PANELS, features),
+        "",
+    )
     assert (tmp_path / "a.png").stat().st_size > 1_000

@@ -1,4 +1,5 @@
-"""Segmentation without Last Layer Fusion: every way to a full map against a slow and obvious one."""
+"""Segmentation without Last Layer Fusion: every way to a full map against a slow and obvious
+one."""
 
 import copy
 
@@ -12,7 +13,11 @@ import cropr_kernels as cropr
 from benchmarks.baselines.fusions import OTHER_FUSIONS, Confident, FusedSegmenter
 from benchmarks.baselines.registry import FUSIONS
 
-SCHEDULES = {"a rate": {"rate": 9}, "not after every block": {"keep": [65, 40, 40]}, "nothing": {"rate": 0}}
+SCHEDULES = {
+    "a rate": {"rate": 9},
+    "not after every block": {"keep": [65, 40, 40]},
+    "nothing": {"rate": 0},
+}
 
 
 def segmenter(fusion, name="reference", **schedule):
@@ -40,7 +45,8 @@ def test_the_auxiliary_loss_stays_out_of_the_backbone(fusion):
 
 
 def tokens_of(task, images):
-    """Return the last row of every token of one image, the kept tokens, and the layer that pruned each other one."""
+    """Return the last row of every token of one image, the kept tokens, and the layer that pruned
+    each other one."""
     modules, backbone = task.backbone.cropr, cropr.remove(copy.deepcopy(task.backbone))
     x, _ = backbone.embed(images)
     active, pruned = list(range(x.shape[1])), {}
@@ -69,7 +75,9 @@ def test_fusions_equal_a_slow_implementation(fusion, schedule):
     if fusion == "dtop":
         expected = torch.stack(
             [
-                task.backbone.cropr[pruned[p]].classify(rows[p]) if p in pruned else task.head(norm(rows[p]))
+                task.backbone.cropr[pruned[p]].classify(rows[p])
+                if p in pruned
+                else task.head(norm(rows[p]))
                 for p in range(1, 65)
             ]
         )[None]
@@ -123,8 +131,12 @@ def test_dtop_predicts_and_learns_from_active_tokens(schedule):
 
 
 def test_models_that_cannot_be_fused_raise():
-    with pytest.raises(ValueError, match=r"fusion must be one of concat, cross_attn, .*, got 'sum'"):
-        FusedSegmenter(cropr.apply(reference_vit(num_classes=0), rate=4), 3, grid=(8, 8), fusion="sum")
+    with pytest.raises(
+        ValueError, match=r"fusion must be one of concat, cross_attn, .*, got 'sum'"
+    ):
+        FusedSegmenter(
+            cropr.apply(reference_vit(num_classes=0), rate=4), 3, grid=(8, 8), fusion="sum"
+        )
     full = cropr.apply(reference_vit(num_classes=0), rate=4, llf=True)
     with pytest.raises(ValueError, match="pruned with llf=False, got llf=True"):
         FusedSegmenter(full, 3, grid=(8, 8), fusion="concat")

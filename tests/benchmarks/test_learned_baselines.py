@@ -40,7 +40,10 @@ def test_sinkhorn_equals_the_textbook_algorithm():
     weights = reducer.log_weights(patches).softmax(-1)
     for b in range(2):
         similarity = torch.stack(
-            [torch.stack([F.cosine_similarity(c, p, dim=0) for p in patches[b]]) for c in reducer.centres]
+            [
+                torch.stack([F.cosine_similarity(c, p, dim=0) for p in patches[b]])
+                for c in reducer.centres
+            ]
         )
         transport = (similarity / 0.1).exp()
         for _ in range(3):
@@ -57,7 +60,9 @@ def test_dynamic_vit_masks_in_training_the_tokens_that_it_drops_in_eval(monkeypa
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
     def sure(decision, hard):  # keeps the 30 most probable tokens
-        stays = torch.zeros_like(decision[..., 0]).scatter(1, decision[..., 0].topk(30).indices, 1.0)
+        stays = torch.zeros_like(decision[..., 0]).scatter(
+            1, decision[..., 0].topk(30).indices, 1.0
+        )
         return torch.stack([stays, 1 - stays], -1)
 
     monkeypatch.setattr(F, "gumbel_softmax", sure)
@@ -103,7 +108,9 @@ def test_parameters_of_backbone_and_reducers_have_the_names_that_training_expect
     from cropr_kernels.train import Config
     from cropr_kernels.train.optim import is_new, layer_of
 
-    task = ReducedClassifier(Reduced(reference_vit(), SYSTEMS["SiT"], [65, 31, 31]), teacher=reference_vit())
+    task = ReducedClassifier(
+        Reduced(reference_vit(), SYSTEMS["SiT"], [65, 31, 31]), teacher=reference_vit()
+    )
     names = [name for name, _ in task.named_parameters()]
     assert {layer_of(name, 4) for name in names if not is_new(name)} == set(range(6))
     assert {name.split(".")[0] for name in names if is_new(name)} == {"reducers"}

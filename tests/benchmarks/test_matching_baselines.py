@@ -32,7 +32,8 @@ def cosines(keys):
 
 
 def slow_merge(x, sizes, groups, keep_norms=False):
-    """Return the weighted mean and the size of each group (its target first), in order of the first channel."""
+    """Return the weighted mean and the size of each group (its target first), in order of the first
+    channel."""
     tokens, totals = [], []
     for group in groups:
         mean = sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group)
@@ -49,7 +50,8 @@ def in_order(tokens, sizes):
 
 
 def slow_match(sources, targets, gain, count):
-    """Return groups: the `count` best sources with the best target each, and all others by themselves."""
+    """Return groups: the `count` best sources with the best target each, and all others by
+    themselves."""
     best = {i: max((gain(i, j), j) for j in targets) for i in sources}
     chosen = sorted(sources, key=lambda i: -best[i][0])[:count]
     groups = {j: [j] for j in targets}
@@ -64,7 +66,9 @@ def expect(reduction, x, context, groups_of, prefix, **options):
         groups = [[i] for i in range(prefix)] + groups_of(b)
         assert sorted(i for group in groups for i in group) == list(range(TOKENS))
         expected = slow_merge(x[b], sizes, groups, **options)
-        torch.testing.assert_close(in_order(reduction.tokens[b], reduction.sizes[b].double()), expected)
+        torch.testing.assert_close(
+            in_order(reduction.tokens[b], reduction.sizes[b].double()), expected
+        )
         assert torch.equal(reduction.tokens[b, :prefix], x[b, :prefix])
     assert torch.equal(reduction.sizes.sum(1), context.sizes.sum(1))
 
@@ -81,9 +85,14 @@ def test_pitome_merges_the_tokens_of_highest_energy(depth, prefix):
         def elu(value):
             return value if value > 0 else math.exp(value) - 1
 
-        energy = {i: sum(elu(cosine(i, j) - 0.9 * (1 - depth)) for j in patches) / len(patches) for i in patches}
+        energy = {
+            i: sum(elu(cosine(i, j) - 0.9 * (1 - depth)) for j in patches) / len(patches)
+            for i in patches
+        }
         order = sorted(patches, key=lambda i: -energy[i])
-        merging, protected = (order, []) if depth < 0.5 else (order[: 2 * REMOVED], order[2 * REMOVED :])
+        merging, protected = (
+            (order, []) if depth < 0.5 else (order[: 2 * REMOVED], order[2 * REMOVED :])
+        )
         return [[i] for i in protected] + slow_match(merging[::2], merging[1::2], cosine, REMOVED)
 
     expect(reduction, x, context, groups_of, prefix)
@@ -99,7 +108,9 @@ def test_pitome_does_not_depend_on_the_order_of_tokens():
     x, context = case(1, 0.25)
     order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(TOKENS - 1)])
     moved = context._replace(keys=context.keys[:, :, order], sizes=context.sizes[:, order])
-    first, second = (PiToMe()(*args, TOKENS - REMOVED, 1) for args in ((x, context), (x[:, order], moved)))
+    first, second = (
+        PiToMe()(*args, TOKENS - REMOVED, 1) for args in ((x, context), (x[:, order], moved))
+    )
     for b in range(len(x)):
         torch.testing.assert_close(
             in_order(first.tokens[b], first.sizes[b]), in_order(second.tokens[b], second.sizes[b])
@@ -109,7 +120,8 @@ def test_pitome_does_not_depend_on_the_order_of_tokens():
 def test_pitome_protects_isolated_tokens():
     x, context = case(1, 0.75)
     keys = torch.ones(3, 2, TOKENS, TOKENS, dtype=torch.float64)
-    keys[:, :, -4:] = torch.eye(TOKENS, dtype=torch.float64)[-4:]  # nearly orthogonal to the others, and one another
+    # Nearly orthogonal to the others, and one another
+    keys[:, :, -4:] = torch.eye(TOKENS, dtype=torch.float64)[-4:]
     reduction = PiToMe()(x, context._replace(keys=keys), TOKENS - REMOVED, 1)
     for b in range(len(x)):
         assert all((reduction.tokens[b] == x[b, i]).all(1).any() for i in range(TOKENS - 4, TOKENS))
@@ -123,7 +135,11 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
     reduction = ATM(distinctive=distinctive)(x, context, TOKENS - REMOVED, prefix)
 
     def groups_of(b):
-        cosine, sizes, patches = cosines(context.keys[b]), context.sizes[b].tolist(), list(range(prefix, TOKENS))
+        cosine, sizes, patches = (
+            cosines(context.keys[b]),
+            context.sizes[b].tolist(),
+            list(range(prefix, TOKENS)),
+        )
 
         def gain(i, j):
             return -sizes[i] * sizes[j] / (sizes[i] + sizes[j]) * (1 - cosine(i, j))
@@ -137,14 +153,19 @@ def test_atm_merges_the_pairs_that_lose_least(distinctive, depth, prefix):
     expect(reduction, x, context, groups_of, prefix)
 
 
-@pytest.mark.parametrize("ablation", [{}, {"keep_norms": False}, {"cost_weight": 0.0}, {"checkerboard": False}])
+@pytest.mark.parametrize(
+    "ablation", [{}, {"keep_norms": False}, {"cost_weight": 0.0}, {"checkerboard": False}]
+)
 @pytest.mark.parametrize("ward", [False, True])
 def test_ablations_of_cropr_merging_equal_a_slow_merge(ablation, ward):
     x, context = case(1, 0.5)
     query, merge, side = torch.randn(DIM), cropr.Merge(candidates=1.5), 5
-    positions = torch.stack([1 + torch.randperm(side**2)[: TOKENS - 1].sort().values for _ in x])  # of 25 patches
+    # Of 25 patches
+    positions = torch.stack([1 + torch.randperm(side**2)[: TOKENS - 1].sort().values for _ in x])
     context = context._replace(positions=F.pad(positions, (1, 0)))
-    reduction = CroprMerge(query, merge, 1, side, ward=ward, **ablation)(x, context, TOKENS - REMOVED, 1)
+    reduction = CroprMerge(query, merge, 1, side, ward=ward, **ablation)(
+        x, context, TOKENS - REMOVED, 1
+    )
 
     def groups_of(b):
         sizes = context.sizes[b].tolist()
@@ -173,7 +194,9 @@ def test_ablations_of_cropr_merging_equal_a_slow_merge(ablation, ward):
 def test_a_network_reduced_by_cropr_merging_is_cropr():
     model = randomize(reference_vit()).eval()
     pruned = cropr.apply(randomize(reference_vit()), rate=9, merge=True).eval()
-    model.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")})
+    model.load_state_dict(
+        {k: v for k, v in pruned.state_dict().items() if not k.startswith("cropr.")}
+    )
     layers = enumerate([module.query() for module in pruned.cropr])
     counts, images = pruned.cropr.config.counts(65, 4, 1), torch.randn(2, 3, 64, 64)
 
@@ -187,7 +210,10 @@ def test_a_network_reduced_by_cropr_merging_is_cropr():
 
 
 def test_a_reducer_gets_its_relative_depth():
-    network, seen = Reduced(randomize(reference_vit()), lambda dim, kept, patches: PiToMe(), COUNTS).eval(), []
+    network, seen = (
+        Reduced(randomize(reference_vit()), lambda dim, kept, patches: PiToMe(), COUNTS).eval(),
+        [],
+    )
     for reducer in network.reducers.values():
         reducer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].depth))
     with torch.no_grad():
@@ -199,5 +225,7 @@ def test_a_reducer_gets_its_relative_depth():
 def test_merging_more_than_half_raises(reducer, most):
     x, context = case(1, 0.0)
     assert reducer(x, context, TOKENS - most, 1).tokens.shape[1] == TOKENS - most
-    with pytest.raises(ValueError, match=f"of 22 tokens at most {most} can merge into others, not {most + 1}"):
+    with pytest.raises(
+        ValueError, match=f"of 22 tokens at most {most} can merge into others, not {most + 1}"
+    ):
         reducer(x, context, TOKENS - most - 1, 1)

@@ -12,8 +12,13 @@ from benchmarks.baselines.merging import ATC, DPCKNN, merge_pairs
 
 def slow_density_peaks(points, count, neighbours):
     n = len(points)
-    distances = [[(points[i] - points[j]).norm().item() / points.shape[1] ** 0.5 for j in range(n)] for i in range(n)]
-    density = [-sum(d * d for d in sorted(distances[i])[1 : neighbours + 1]) / neighbours for i in range(n)]
+    distances = [
+        [(points[i] - points[j]).norm().item() / points.shape[1] ** 0.5 for j in range(n)]
+        for i in range(n)
+    ]
+    density = [
+        -sum(d * d for d in sorted(distances[i])[1 : neighbours + 1]) / neighbours for i in range(n)
+    ]
     delta = []
     for i in range(n):
         above = [distances[i][j] for j in range(n) if density[j] > density[i]]
@@ -30,11 +35,17 @@ def test_dpc_knn_merges_clusters_around_density_peaks(learned):
     tokens = reducer(x, context_of(x), KEEP, 1).tokens
     for b in range(3):
         points = x[b, 1:]
-        weight = reducer.score(points).exp() if learned else torch.ones(TOKENS - 1, 1, dtype=torch.float64)
+        weight = (
+            reducer.score(points).exp()
+            if learned
+            else torch.ones(TOKENS - 1, 1, dtype=torch.float64)
+        )
         cluster = torch.tensor(slow_density_peaks(points, KEEP - 1, 5))
         for c in range(KEEP - 1):
             members = cluster == c
-            torch.testing.assert_close(tokens[b, c + 1], (points * weight)[members].sum(0) / weight[members].sum())
+            torch.testing.assert_close(
+                tokens[b, c + 1], (points * weight)[members].sum(0) / weight[members].sum()
+            )
 
 
 def test_dpc_knn_conserves_mass():
@@ -48,7 +59,8 @@ def test_dpc_knn_conserves_mass():
 
 
 def slow_pairs(x, metric, sizes, count, prefix):
-    """Merge the `count` most similar (even, odd) pairs of an image; return prefix, unmerged even and odd tokens."""
+    """Merge the `count` most similar (even, odd) pairs of an image; return prefix, unmerged even
+    and odd tokens."""
     n = x.shape[0]
     best = {}
     for i in range(0, n, 2):
@@ -69,7 +81,10 @@ def slow_pairs(x, metric, sizes, count, prefix):
 
 @pytest.mark.parametrize("prefix", [0, 1, 4])
 def test_tome_merges_the_most_similar_pairs(prefix):
-    x, metric = torch.randn(3, 31, 8, dtype=torch.float64), torch.randn(3, 31, 5, dtype=torch.float64)
+    x, metric = (
+        torch.randn(3, 31, 8, dtype=torch.float64),
+        torch.randn(3, 31, 5, dtype=torch.float64),
+    )
     sizes = torch.randint(1, 4, (3, 31)).float()
     reduction = merge_pairs(x, metric, sizes, 6, prefix)
     merged, total = reduction.tokens, reduction.sizes
@@ -88,7 +103,13 @@ def slow_agglomerative(keys, count, linkage):
     reduce = {"average": lambda all: sum(all) / len(all), "complete": max, "single": min}[linkage]
 
     def apart(pair):
-        return reduce([1 - F.cosine_similarity(keys[i], keys[j], dim=0).item() for i in pair[0] for j in pair[1]])
+        return reduce(
+            [
+                1 - F.cosine_similarity(keys[i], keys[j], dim=0).item()
+                for i in pair[0]
+                for j in pair[1]
+            ]
+        )
 
     while len(groups) > count:
         pairs = [(groups[i], groups[j]) for i in range(len(groups)) for j in range(i)]
@@ -106,7 +127,9 @@ def test_atc_merges_the_closest_clusters(prefix, linkage):
     for b in range(2):
         sizes, expected, totals = context.sizes[b].double(), [], []
         groups = slow_agglomerative(context.keys[b].mean(0)[prefix:], KEEP - prefix, linkage)
-        for group in [[i] for i in range(prefix)] + [[i + prefix for i in group] for group in groups]:
+        for group in [[i] for i in range(prefix)] + [
+            [i + prefix for i in group] for group in groups
+        ]:
             totals.append(sizes[group].sum())
             expected.append((x[b, group] * sizes[group].unsqueeze(1)).sum(0) / totals[-1])
         expected, totals = torch.stack(expected), torch.stack(totals)
@@ -125,5 +148,7 @@ def test_atc_of_equal_tokens_leaves_as_many_clusters(linkage):
 def test_atc_without_scipy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
     x = torch.randn(1, TOKENS, DIM)
-    with pytest.raises(ImportError, match=r"ATC needs scipy: pip install scipy \(or the extra \[demo\]"):
+    with pytest.raises(
+        ImportError, match=r"ATC needs scipy: pip install scipy \(or the extra \[demo\]"
+    ):
         ATC()(x, context_of(x), KEEP, 1)

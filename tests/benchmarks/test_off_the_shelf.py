@@ -1,4 +1,5 @@
-"""The comparison without training: every method is built, and its outputs are those of its forward."""
+"""The comparison without training: every method is built, and its outputs are those of its
+forward."""
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ from benchmarks.accuracy.agreement import calibrated, outputs, relative_error
 from benchmarks.accuracy.off_the_shelf import EXPERIMENTS, MERGES, METHODS, build
 from benchmarks.baselines.registry import BASELINES
 
-MERGING = {baseline.name for baseline in BASELINES if baseline.category == "merging"} | {*MERGES, *EXPERIMENTS}
+MERGING = {baseline.name for baseline in BASELINES if baseline.category == "merging"} | {
+    *MERGES,
+    *EXPERIMENTS,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_outputs_are_those_of_the_forward_and_full_if_tokens_merge(name):
-    base, images = randomize(reference_vit()).eval().requires_grad_(False), torch.randn(4, 3, 64, 64)
+    base, images = (
+        randomize(reference_vit()).eval().requires_grad_(False),
+        torch.randn(4, 3, 64, 64),
+    )
     with torch.inference_mode():
         method = build(base, calibrated(base, images), name, 9)
         torch.manual_seed(0)
@@ -31,4 +38,6 @@ def test_outputs_are_those_of_the_forward_and_full_if_tokens_merge(name):
 def test_the_mean_token_has_a_relative_error_of_1():
     tokens = torch.randn(5, 7, 3) * 4 + 2
     assert relative_error(tokens, tokens) == 0
-    assert relative_error(tokens.mean((0, 1)).expand_as(tokens), tokens) == pytest.approx(1, rel=1e-5)
+    assert relative_error(tokens.mean((0, 1)).expand_as(tokens), tokens) == pytest.approx(
+        1, rel=1e-5
+    )

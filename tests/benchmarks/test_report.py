@@ -14,7 +14,8 @@ def test_a_spread_is_a_mean_with_a_range_if_there_is_one():
 
 def test_a_csv_file_holds_plain_numbers_and_three_columns_for_a_range():
     table = Table(
-        ["method", "top-1, %", "speed"], [["**Cropr**", Spread([1.0, 2.0], 1), "1.50x"], ["a, b", "-", "0.3 %"]]
+        ["method", "top-1, %", "speed"],
+        [["**Cropr**", Spread([1.0, 2.0], 1), "1.50x"], ["a, b", "-", "0.3 %"]],
     )
     assert list(csv.reader(io.StringIO(table.csv()))) == [
         ["method", "top-1, %", "top-1, %, min", "top-1, %, max", "speed"],
@@ -28,6 +29,9 @@ def test_a_csv_file_holds_plain_numbers_and_three_columns_for_a_range():
 def test_earlier_results_are_shown_under_current_names():
     assert rename('dropping, "left"') == "dropping, as_pruned" and rename("left") == "as_pruned"
     assert rename("Cropr, merging, LLF, host") == "Cropr, merging, LLF, track_parent"
-    assert rename("4 hosts' change, behind the last block") == "4 parents' change, after the last block"
+    assert (
+        rename("4 hosts' change, behind the last block")
+        == "4 parents' change, after the last block"
+    )
     assert rename("as_pruned") == "as_pruned" and rename("one last block") == "one last block"
     assert rename("merge, no choice of the redundant") == "merge, no choice by redundancy"

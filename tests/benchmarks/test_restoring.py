@@ -1,4 +1,5 @@
-"""Methods that restore pruned tokens: against examples worked by hand, and networks of the package."""
+"""Methods that restore pruned tokens: against examples worked by hand, and networks of the
+package."""
 
 import copy
 
@@ -57,7 +58,9 @@ def test_at_rate_0_every_method_is_the_unpruned_model(merge):
             trunk = entering(model, departures, 1)
             got = run_fusion(model, change_scaled(trunk, channel_factors([trunk], [trunk.x])))
         else:
-            got = run_fusion(model, method.restore(entering(model, departures, method.blocks)), method.blocks)
+            got = run_fusion(
+                model, method.restore(entering(model, departures, method.blocks)), method.blocks
+            )
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5, msg=name)
     assert flop_ratio([TOKENS] * (DEPTH - 1), TOKENS, 64, 1) == 1
 
@@ -72,7 +75,9 @@ def test_the_trunk_prunes_like_the_package(merge):
         (cropr.Fusion("track_parent", 2), parent_changed),
         (cropr.Fusion(blocks=0), parent_changed),
     ):
-        fused = cropr.apply(copy.deepcopy(model), rate=9, merge=merge or False, llf=llf, num_outputs=0)
+        fused = cropr.apply(
+            copy.deepcopy(model), rate=9, merge=merge or False, llf=llf, num_outputs=0
+        )
         for module, other in zip(fused.cropr, twin.cropr):
             module.load_state_dict(other.state_dict())
         blocks = fused.cropr.config.full_blocks
@@ -86,7 +91,8 @@ def test_the_trunk_prunes_like_the_package(merge):
 
 
 def by_hand(target=False):
-    """Return five tokens in a plane, the first a class token: 4 is pruned, its parent is 3; then 3, its parent is 1."""
+    """Return five tokens in a plane, the first a class token: 4 is pruned, its parent is 3; then 3,
+    its parent is 1."""
     first = torch.tensor([[[9.0, 9], [1, 0], [0, 1], [3, 3], [2, 2.2]]])
     second = torch.tensor([[[9.0, 9], [4, 2], [0, 5], [5, 4], [2, 2.2]]])
     x = torch.tensor([[[9.0, 9], [6, 2.5], [1, 9], [5, 4], [2, 2.2]]])
@@ -95,9 +101,15 @@ def by_hand(target=False):
     keys = torch.tensor([[[0.0, 1], [1, 0], [0, 1], [1, 0.1], [0, 1]]])
     merged = first.clone(), second.clone()
     if target:  # a target moves to the middle of both
-        merged[0][0, 3], merged[1][0, 1] = (first[0, 3] + first[0, 4]) / 2, (second[0, 1] + second[0, 3]) / 2
+        merged[0][0, 3], merged[1][0, 1] = (
+            (first[0, 3] + first[0, 4]) / 2,
+            (second[0, 1] + second[0, 3]) / 2,
+        )
     targets = [torch.tensor([[3]]), torch.tensor([[1]])] if target else [None, None]
-    departures = [Departure(*fields) for fields in zip(idx, kept, (first, second), merged, (keys, keys), targets)]
+    departures = [
+        Departure(*fields)
+        for fields in zip(idx, kept, (first, second), merged, (keys, keys), targets)
+    ]
     return Trunk(x, departures, 1)
 
 
@@ -115,7 +127,9 @@ def test_a_parent_pruned_later_passes_on_the_change_of_its_own_parent():
     torch.testing.assert_close(parent_copied(trunk), restored(trunk.x, n3=[6, 2.5], n4=[6, 2.5]))
     assert as_pruned(trunk) is trunk.x
     # by keys 4 is most like 2: (2, 2.2) + (1, 9) - (0, 1); 3 is most like 1 as before
-    torch.testing.assert_close(parent_changed(trunk, keys=True), restored(trunk.x, n3=[7, 4.5], n4=[3, 10.2]))
+    torch.testing.assert_close(
+        parent_changed(trunk, keys=True), restored(trunk.x, n3=[7, 4.5], n4=[3, 10.2])
+    )
 
 
 def test_the_parent_of_a_merged_token_is_its_target_after_merging():
@@ -129,7 +143,9 @@ def test_several_parents_are_weighed_by_their_cosine():
     parent_idx, weights = parents(trunk.departures[0], 1, 2)
     assert parent_idx.tolist() == [[[3, 2]]]
     token = torch.tensor([2, 2.2])
-    cosine = [torch.cosine_similarity(token, trunk.departures[0].before[0, n], dim=0) for n in (3, 2)]
+    cosine = [
+        torch.cosine_similarity(token, trunk.departures[0].before[0, n], dim=0) for n in (3, 2)
+    ]
     torch.testing.assert_close(weights[0, 0], (torch.stack(cosine) / TEMPERATURE).softmax(0))
     parent_idx, weights = parents(trunk.departures[1], 1, 4)
     assert sorted(parent_idx[0, 0].tolist()) == [1, 2], "no more parents than active patches"
@@ -140,9 +156,11 @@ def test_several_parents_are_weighed_by_their_cosine():
 
 def test_parents_are_chosen_again_among_active_tokens():
     trunk = by_hand()
-    # 4 follows 3 to (2, 2.2) + (5, 4) - (3, 3) = (4, 3.2), then is most like 1: + (6, 2.5) - (4, 2). 3 as before.
+    # 4 follows 3 to (2, 2.2) + (5, 4) - (3, 3) = (4, 3.2), then is most like 1: + (6, 2.5) - (4,
+    # 2). 3 as before.
     torch.testing.assert_close(parent_rechosen(trunk), restored(trunk.x, n3=[7, 4.5], n4=[6, 3.7]))
-    trunk.departures[1].before[0, 3] = torch.tensor([2.5, 6])  # 3 turns to the side of 2, and 4 with it: (1.5, 5.2)
+    # 3 turns to the side of 2, and 4 with it: (1.5, 5.2)
+    trunk.departures[1].before[0, 3] = torch.tensor([2.5, 6])
     x = put_left(trunk, [2.5, 6])
     expected = restored(x, n3=[3.5, 10], n4=[2.5, 9.2])
     torch.testing.assert_close(parent_rechosen(trunk._replace(x=x)), expected)
@@ -169,5 +187,7 @@ def test_only_pruned_tokens_are_restored(merge):
     for name, method in RESTORES.items():
         trunk = entering(model, departures, method.blocks)
         got, kept_idx = method.restore(trunk), trunk.departures[-1].kept_idx
-        assert torch.equal(torch.ops.cropr.gather(got, kept_idx), torch.ops.cropr.gather(trunk.x, kept_idx)), name
+        assert torch.equal(
+            torch.ops.cropr.gather(got, kept_idx), torch.ops.cropr.gather(trunk.x, kept_idx)
+        ), name
         assert got.isfinite().all()

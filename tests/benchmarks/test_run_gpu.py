@@ -1,4 +1,5 @@
-"""benchmarks/run_gpu.sh without a GPU: python3 and compute-sanitizer are stand-ins that record their arguments."""
+"""benchmarks/run_gpu.sh without a GPU: python3 and compute-sanitizer are stand-ins that record
+their arguments."""
 
 import argparse
 import importlib
@@ -45,7 +46,9 @@ def tree(tmp_path):
     for folder in ("benchmarks/results", "cropr_kernels/ops", "csrc", "bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(SCRIPT, tmp_path / "benchmarks")
-    shutil.copytree(ROOT / "cropr_kernels" / "ops" / "triton", tmp_path / "cropr_kernels" / "ops" / "triton")
+    shutil.copytree(
+        ROOT / "cropr_kernels" / "ops" / "triton", tmp_path / "cropr_kernels" / "ops" / "triton"
+    )
     for name in ("csrc/one.cpp", "CMakeLists.txt", "setup.py"):
         (tmp_path / name).touch()
     for name, text in (
@@ -61,7 +64,11 @@ def run(tree, *steps, **environment):
     """Run the script; return its exit code, its output, and the commands."""
     for name in ("calls", "sanitizer_calls"):
         (tree / name).unlink(missing_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if name not in ("CROPR_DATA", "OUT", "LIMIT")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CROPR_DATA", "OUT", "LIMIT")
+    }
     path = f"{tree / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", tree / "benchmarks" / "run_gpu.sh", *steps],
@@ -120,7 +127,8 @@ def test_all_steps_run_in_order_and_their_commands_parse(tree, monkeypatch):
 def test_every_selection_of_tests_is_not_empty(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed
-    selections = {call.partition(" ")[2] for call in calls if "pytest" in call}  # after the number of the share
+    # After the number of the share
+    selections = {call.partition(" ")[2] for call in calls if "pytest" in call}
     for selection in selections:
         command = [sys.executable, *shlex.split(selection), "--collect-only"]
         collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -135,13 +143,22 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(tree):
     code, printed, calls = run(tree)
     assert code == 0, printed
     assert begun(printed)[0] == "ops" and "prune_gpu" in calls[0]
-    assert begun(run(tree)[1]) == ["demo"] * ("not installed" in printed) + ["accuracy", "camvid", "bccd", "coco128"]
+    assert begun(run(tree)[1]) == ["demo"] * ("not installed" in printed) + [
+        "accuracy",
+        "camvid",
+        "bccd",
+        "coco128",
+    ]
     assert begun(run(tree, "smoke")[1]) == ["smoke"]  # asked for, it runs again
 
 
 def test_a_step_that_fails_fails_the_call_and_runs_again(tree):
     code, printed, _ = run(tree, "smoke", "kernels", FAIL="doctor")
-    assert code == 1 and "smoke: failed with exit code 4" in printed and begun(printed)[-1] == "kernels"
+    assert (
+        code == 1
+        and "smoke: failed with exit code 4" in printed
+        and begun(printed)[-1] == "kernels"
+    )
     assert not (tree / "out/gpu/done/smoke").exists() and (tree / "out/gpu/done/kernels").exists()
     code, printed, _ = run(tree, "tests", FAIL="pytest")
     assert code == 1 and "tests: failed with exit code 4" in printed
@@ -172,7 +189,8 @@ def test_the_extension_is_rebuilt_only_after_a_change(tree):
     assert begun(run(tree, "collect")[1]) == ["build", "collect"]
     (tree / "cropr_kernels" / f"_C{SUFFIX}").unlink()
     code, printed, calls = run(tree, "smoke", FAIL="setup.py")
-    assert code == 1 and "smoke" not in begun(printed) and len(calls) == 1  # without it nothing runs
+    # Without it nothing runs
+    assert code == 1 and "smoke" not in begun(printed) and len(calls) == 1
 
 
 def test_sanitizers_look_at_our_kernels_outside_of_the_caching_allocator(tree):
@@ -186,23 +204,34 @@ def test_sanitizers_look_at_our_kernels_outside_of_the_caching_allocator(tree):
         "initcheck",
     ]
     assert all(line.endswith("caching 1") for line in lines)
-    [pattern] = {shlex.split(line)[shlex.split(line).index("--kernel-name") + 1] for line in lines[:3]}
+    [pattern] = {
+        shlex.split(line)[shlex.split(line).index("--kernel-name") + 1] for line in lines[:3]
+    }
     names = re.findall(
-        r"^def (\w+_kernel)\(", "\n".join(p.read_text() for p in (ROOT / "cropr_kernels/ops/triton").glob("*.py")), re.M
+        r"^def (\w+_kernel)\(",
+        "\n".join(p.read_text() for p in (ROOT / "cropr_kernels/ops/triton").glob("*.py")),
+        re.M,
     )
     assert names and all(re.search(pattern.removeprefix("regex="), name) for name in names)
     assert not re.search(pattern.removeprefix("regex="), "void cub::DeviceScanKernel")
-    assert "kernel-name" not in lines[3]  # initcheck takes memory of filtered kernels for never written
+    # Initcheck takes memory of filtered kernels for never written
+    assert "kernel-name" not in lines[3]
 
 
-@pytest.mark.parametrize(("kernel", "fails"), [("scores_kernel+0x90 in scores.py:3", True), ("cub::scan+0x10", False)])
+@pytest.mark.parametrize(
+    ("kernel", "fails"), [("scores_kernel+0x90 in scores.py:3", True), ("cub::scan+0x10", False)]
+)
 def test_reports_of_initcheck_count_if_they_name_our_kernels(tree, kernel, fails):
-    report = f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {kernel}"
+    report = (
+        f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {kernel}"
+    )
     code, printed, _ = run(tree, "sanitize", REPORT_OF="initcheck", REPORT=report)
     assert (code == 1) == fails, printed
     assert ("sanitize.initcheck: failed" in printed) == fails
     again = run(tree, "sanitize")
-    assert again[0] == 0 and len((tree / "sanitizer_calls").read_text().splitlines()) == (1 if fails else 4)
+    assert again[0] == 0 and len((tree / "sanitizer_calls").read_text().splitlines()) == (
+        1 if fails else 4
+    )
 
 
 def test_the_script_passes_shellcheck():

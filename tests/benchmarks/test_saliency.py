@@ -1,4 +1,5 @@
-"""The saliency benchmark on a small network of the same form: loading, and a run from end to end."""
+"""The saliency benchmark on a small network of the same form: loading, and a run from end to
+end."""
 
 import json
 import sys
@@ -17,7 +18,9 @@ require("onnx", "onnxruntime", "PIL", "transformers")
 pytestmark = pytest.mark.slow
 SIDE = 84  # 36 patches, on positions for 49
 # Names in later versions of transformers, and those that the file was written with.
-RENAMED = {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
+RENAMED = {
+    f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")
+}
 RENAMED["attention.o_proj"] = "attention.output.dense"
 
 
@@ -29,7 +32,11 @@ class Small(nn.Module):
         from transformers import Dinov2Config, Dinov2Model
 
         config = Dinov2Config(
-            hidden_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=98, attn_implementation="eager"
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            image_size=98,
+            attn_implementation="eager",
         )
         self.backbone, self.decoder = Dinov2Model(config), nn.Module()
         for step, (inner, outer) in enumerate([(128, 16), (16, 8)], 1):
@@ -42,7 +49,12 @@ class Small(nn.Module):
             bn.running_mean.normal_(), bn.running_var.uniform_(1, 2)
 
     def forward(self, images):
-        x = self.backbone(images).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (SIDE // 14, SIDE // 14))
+        x = (
+            self.backbone(images)
+            .last_hidden_state[:, 1:]
+            .transpose(1, 2)
+            .unflatten(2, (SIDE // 14, SIDE // 14))
+        )
         x = self.decoder.bn1(self.decoder.upconv1(x)).relu()
         x = self.decoder.final_conv(self.decoder.bn2(self.decoder.upconv2(x)).relu())
         return nn.functional.interpolate(x, size=(SIDE, SIDE), mode="bilinear").sigmoid()
@@ -72,7 +84,10 @@ def small(tmp_path_factory):
         for tensor in file.graph.initializer:
             tensor.name = tensor.name.replace(new, old)
         for node in file.graph.node:
-            node.input[:] = [name.replace(new, old) if name.startswith("backbone.") else name for name in node.input]
+            node.input[:] = [
+                name.replace(new, old) if name.startswith("backbone.") else name
+                for name in node.input
+            ]
     with zipfile.ZipFile(folder / "small.whl", "w") as wheel:
         wheel.writestr("small/model.onnx", file.SerializeToString())
     return model, folder / "small.whl"
@@ -108,7 +123,9 @@ def test_every_method_gives_a_full_map_at_the_requested_flops(small, name):
     torch.testing.assert_close(unpruned, expected)  # a rate of 0 changes nothing
     rate, fewer = saliency.least_rate(net, name, 1.2)
     tokens = saliency.build(net.backbone, name, rate, queries)(images)
-    assert fewer >= 1.2 and tokens.shape == expected.shape and (tokens - expected).abs().max() > 1e-3
+    assert (
+        fewer >= 1.2 and tokens.shape == expected.shape and (tokens - expected).abs().max() > 1e-3
+    )
     with pytest.raises(ValueError, match=f"{name}: there is no rate with 50 times fewer FLOPs"):
         saliency.least_rate(net, name, 50)
 
@@ -129,7 +146,16 @@ def test_a_run_checks_the_network_and_resumes(small, tmp_path, monkeypatch):
     for i in range(5):
         pixels = torch.randint(0, 256, (100, 120, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / "coco128" / "images" / f"{i}.jpg")
-    options = ["--wheel", small[1], "--data", tmp_path, "--out", tmp_path / "out.json", "--sets", "COCO128"]
+    options = [
+        "--wheel",
+        small[1],
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "out.json",
+        "--sets",
+        "COCO128",
+    ]
     options += ["--seeds", 0, 1, "--flops", 1.2, "--methods", "merging", "random, LLF"]
 
     def run(photos):
@@ -144,9 +170,15 @@ def test_a_run_checks_the_network_and_resumes(small, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="must give the maps of the wheel"):
             run(2)
     results = run(2)
-    assert [row["method"] for row in results["rows"]] == 2 * [saliency.MEAN_MAP, "merging", "random, LLF"]
+    assert [row["method"] for row in results["rows"]] == 2 * [
+        saliency.MEAN_MAP,
+        "merging",
+        "random, LLF",
+    ]
     assert all(0 < row["MAE"] < 1 for row in results["rows"])
     assert results["environment"]["difference from onnxruntime"] < 1e-5
     options[options.index("merging")] = "merging, LLF"
     again = run(2)["rows"]
-    assert again[:6] == results["rows"] and [row["method"] for row in again[6:]] == 2 * ["merging, LLF"]
+    assert again[:6] == results["rows"] and [row["method"] for row in again[6:]] == 2 * [
+        "merging, LLF"
+    ]

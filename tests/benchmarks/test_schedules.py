@@ -1,4 +1,5 @@
-"""The comparison of schedules: counts at equal FLOPs, published counts, latency curves, and the page."""
+"""The comparison of schedules: counts at equal FLOPs, published counts, latency curves, and the
+page."""
 
 import json
 import random
@@ -23,7 +24,9 @@ def flops(keep):
 
 
 @pytest.mark.parametrize("rate", schedules.RATES)
-@pytest.mark.parametrize("lost", [counting.constant_rate, counting.rising_total, counting.rising_rate])
+@pytest.mark.parametrize(
+    "lost", [counting.constant_rate, counting.rising_total, counting.rising_rate]
+)
 def test_fitted_schedules_take_the_flops_of_the_constant_rate(lost, rate):
     goal = flops(cropr.Schedule(rate=rate).counts(TOKENS, DEPTH))
     keep = counting.fitted(lost, goal, **SHAPE)
@@ -47,12 +50,16 @@ def test_pruned_tokens_follow_the_requested_curve():
     ]:
         keep = counting.fitted(lost, goal, **SHAPE)
         total = TOKENS - keep[-1]
-        assert [TOKENS - count for count in keep] == pytest.approx([total * s / shape[-1] for s in shape], abs=1)
+        assert [TOKENS - count for count in keep] == pytest.approx(
+            [total * s / shape[-1] for s in shape], abs=1
+        )
     with pytest.raises(ValueError, match="fitted: 11 modules cannot lower 197 tokens"):
         counting.fitted(counting.constant_rate, 1.0, **SHAPE)
 
 
-@pytest.mark.parametrize("published", counting.DIFFRATE.values(), ids=map(", ".join, counting.DIFFRATE))
+@pytest.mark.parametrize(
+    "published", counting.DIFFRATE.values(), ids=map(", ".join, counting.DIFFRATE)
+)
 def test_published_counts_make_a_legal_schedule(published):
     keep = counting.diffrate(published)
     assert len(published) == DEPTH and cropr.Schedule(keep=keep).counts(TOKENS, DEPTH) == keep
@@ -60,7 +67,8 @@ def test_published_counts_make_a_legal_schedule(published):
 
 
 def planted(seed):
-    """Return a latency that falls in steps and an accuracy that falls with fewer tokens, both noisy."""
+    """Return a latency that falls in steps and an accuracy that falls with fewer tokens, both
+    noisy."""
     rng = random.Random(seed)
     tile = rng.choice([1, 8, 16, 33])
     latency = {n: 1 + -(-n // tile) * tile / 50 + rng.random() / 10 for n in range(2, 198)}
@@ -85,9 +93,9 @@ def test_one_more_token_stops_just_below_a_step():
     accuracy = {n: 100 - (197 - n) / 10 for n in range(2, 198)}
     latency = {n: 10.0 if n > 128 else 6.0 for n in range(2, 198)}
     assert counting.one_more_token(latency, accuracy) == 128
-    assert counting.one_more_token(dict.fromkeys(latency, 10.0), dict.fromkeys(accuracy, 50.0)) == 197, (
-        "nothing to gain"
-    )
+    assert (
+        counting.one_more_token(dict.fromkeys(latency, 10.0), dict.fromkeys(accuracy, 50.0)) == 197
+    ), "nothing to gain"
 
 
 def small():
@@ -105,14 +113,30 @@ def test_estimated_accuracy_is_100_with_all_tokens_and_reaches_one_patch():
 def test_planned_schedules_are_compared_timed_and_rendered(tmp_path, monkeypatch):
     """From end to end on a small network, whose images are noise."""
     monkeypatch.setattr(schedules, "load_model", lambda folder: (small(), []))
-    monkeypatch.setattr(schedules, "read_photos", lambda path, split, count, seed: (torch.randn(count, 3, 64, 64), []))
+    monkeypatch.setattr(
+        schedules,
+        "read_photos",
+        lambda path, split, count, seed: (torch.randn(count, 3, 64, 64), []),
+    )
     monkeypatch.setattr(schedules, "calibrated", lambda base, images: calibrated(base, images, 2))
     monkeypatch.setattr(schedules, "RATES", (4,))
     monkeypatch.setattr(counting, "DIFFRATE", {("DeiT-Ti", "0.8"): (65, 64, 50, 55, 40, 3)})
     monkeypatch.setattr(schedules, "SIZE", 64)
     monkeypatch.setattr(cropr, "tune", lambda model, images, **options: Tuned([60] * 5, 1.2))
     files = [tmp_path / f"schedules{name}.json" for name in ("_plan", "", "_speed")]
-    every = ["schedules", "--data", "x", "--photos", "4", "--rounds", "1", "--planned", str(files[0]), "--batches", "2"]
+    every = [
+        "schedules",
+        "--data",
+        "x",
+        "--photos",
+        "4",
+        "--rounds",
+        "1",
+        "--planned",
+        str(files[0]),
+        "--batches",
+        "2",
+    ]
     every += ["--estimate", "4", "--curve-rounds", "1", "--step", "16"]
     with pytest.raises(FileNotFoundError, match="run it with --plan first"):
         run(monkeypatch, [*every, "--out", str(files[1])])
@@ -127,16 +151,26 @@ def test_planned_schedules_are_compared_timed_and_rendered(tmp_path, monkeypatch
         "R_l as l^1.3",
         "tuned, batch 2",
     ]
-    assert next(row["keep"] for row in planned if row["schedule"] == "DiffRate") == [65, 64, 50, 50, 40]
+    assert next(row["keep"] for row in planned if row["schedule"] == "DiffRate") == [
+        65,
+        64,
+        50,
+        50,
+        40,
+    ]
     [pomt] = [row for row in planned if row["schedule"] == "POMT"]
     assert pomt["keep"] == [65] * 3 + [pomt["kept"]] * 2 and str(pomt["kept"]) in pomt["latency"]
     assert len(fast) == 2 * len(planned) + 1 and len(agreed) == 2 * len(fast)
     assert all(row["FLOPs"] >= 1 for row in agreed if row["method"] == "dropping")
     results = {file.stem: json.loads(file.read_text()) for file in files}
-    monkeypatch.setattr(page, "load", lambda name: (results[name]["environment"], results[name]["rows"]))
+    monkeypatch.setattr(
+        page, "load", lambda name: (results[name]["environment"], results[name]["rows"])
+    )
     methods = {row[0] for row in page.table().rows}
     assert {"dropping", "merging"} <= methods
-    assert (schedules.RANKED in methods) == (pomt["kept"] < 65), "schedules that keep all tokens are not shown"
+    assert (schedules.RANKED in methods) == (pomt["kept"] < 65), (
+        "schedules that keep all tokens are not shown"
+    )
     assert len(page.counts().rows) == len(planned) and "schedules.csv" in page.section()
     monkeypatch.setattr(page, "DOCS", tmp_path)
     page.plot()

@@ -1,4 +1,5 @@
-"""The paper's ablations of the scorer: the effect of each, and pruning and deployment as for Cropr."""
+"""The paper's ablations of the scorer: the effect of each, and pruning and deployment as for
+Cropr."""
 
 import pytest
 import torch
@@ -7,20 +8,31 @@ from helpers.models import randomize, reference_vit
 import cropr_kernels as cropr
 from benchmarks.accuracy.cells import CELLS
 from benchmarks.baselines.modules import replace_modules
-from benchmarks.baselines.scorers import SCORERS, MultiHeadCropr, NonSalientCropr, OpenCropr, SamplingCropr
+from benchmarks.baselines.scorers import (
+    SCORERS,
+    MultiHeadCropr,
+    NonSalientCropr,
+    OpenCropr,
+    SamplingCropr,
+)
 from cropr_kernels.tasks import Classifier
 
 X = dict(size=(2, 17, 24))
 MAKE = {
     "Cropr": cropr.Cropr,
     **SCORERS,
-    "several heads": lambda dim, outputs, **options: MultiHeadCropr(dim, outputs, num_heads=4, **options),
+    "several heads": lambda dim, outputs, **options: MultiHeadCropr(
+        dim, outputs, num_heads=4, **options
+    ),
 }
 
 
 def pruned(name, **options):
     return cropr.apply(
-        randomize(reference_vit()), rate=8, make_module=lambda layer, block: randomize(MAKE[name](64, 5)), **options
+        randomize(reference_vit()),
+        rate=8,
+        make_module=lambda layer, block: randomize(MAKE[name](64, 5)),
+        **options,
     )
 
 
@@ -31,15 +43,21 @@ def test_several_heads_fold_into_one_vector():
     q = attention.q_proj(module.queries).unflatten(-1, (4, 6))
     k = attention.k_proj(x).unflatten(-1, (4, 6))
     logits = torch.einsum("mhc,bnhc->bhmn", q, k)
-    torch.testing.assert_close((x @ module.query().double()), logits.sum((1, 2)), rtol=1e-5, atol=1e-5)
-    out = torch.einsum("bhmn,bnhc->bmhc", (logits / 6**0.5).softmax(-1), attention.v_proj(x).unflatten(-1, (4, 6)))
+    torch.testing.assert_close(
+        (x @ module.query().double()), logits.sum((1, 2)), rtol=1e-5, atol=1e-5
+    )
+    out = torch.einsum(
+        "bhmn,bnhc->bmhc", (logits / 6**0.5).softmax(-1), attention.v_proj(x).unflatten(-1, (4, 6))
+    )
     out = attention.proj(out.flatten(2))
     expected = module.aggregator.head(
         module.aggregator.norm2(out + module.aggregator.mlp(module.aggregator.norm1(out)))
     )
     prediction, scores = module.predict(x)
     torch.testing.assert_close(prediction, expected)
-    torch.testing.assert_close(scores, torch.ops.cropr.scores(x, module.query()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scores, torch.ops.cropr.scores(x, module.query()), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -84,7 +102,9 @@ def test_non_salient_keeps_what_cropr_drops_with_and_without_the_auxiliary_head(
     module.__class__ = NonSalientCropr
     assert torch.equal(module(x, 10, 1).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
     _, scores = module.train().predict(x)
-    assert torch.equal(module(x, 10, 1, scores).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values)
+    assert torch.equal(
+        module(x, 10, 1, scores).kept_idx[:, 1:].sort(1).values, dropped.sort(1).values
+    )
     losses = Classifier(model)(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
     assert losses["aux"].isfinite()
 
@@ -131,6 +151,7 @@ def test_every_scorer_is_trained_in_a_cell():
 @pytest.mark.parametrize(("num_outputs", "num_heads"), [(5, 5), (0, 4), (5, 0)])
 def test_illegal_numbers_of_heads_raise(num_outputs, num_heads):
     with pytest.raises(
-        ValueError, match="num_heads must divide dim=24, and num_outputs be >= 1 so that its projections"
+        ValueError,
+        match="num_heads must divide dim=24, and num_outputs be >= 1 so that its projections",
     ):
         MultiHeadCropr(24, num_outputs, num_heads=num_heads)

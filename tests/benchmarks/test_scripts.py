@@ -1,4 +1,5 @@
-"""The benchmarks as a tree: every script starts, imports go one way, files stay short; results and timing."""
+"""The benchmarks as a tree: every script starts, imports go one way, files stay short; results and
+timing."""
 
 import ast
 import importlib
@@ -29,7 +30,11 @@ def import_or_skip(module):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        if error.name is None or error.name.split(".")[0] not in ("benchmarks", "cropr_kernels", "examples"):
+        if error.name is None or error.name.split(".")[0] not in (
+            "benchmarks",
+            "cropr_kernels",
+            "examples",
+        ):
             pytest.skip(f"an extra is not installed: {error}")
         raise
 
@@ -59,8 +64,12 @@ def test_no_file_changes_sys_path_or_outgrows_its_reader():
     for folder in ("benchmarks", "tests", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text()
-            touched = [node for node in ast.walk(ast.parse(text)) if ast.unparse(node) == "sys.path"]
-            prepended = text.replace("syspath_prepend(str(tmp_path))", "").count("syspath_" + "prepend(")
+            touched = [
+                node for node in ast.walk(ast.parse(text)) if ast.unparse(node) == "sys.path"
+            ]
+            prepended = text.replace("syspath_prepend(str(tmp_path))", "").count(
+                "syspath_" + "prepend("
+            )
             assert not touched and not prepended, path
             assert folder == "tests" or len(text.splitlines()) <= 400, path
 
@@ -74,12 +83,19 @@ def test_a_run_resumes_at_its_first_missing_cell(tmp_path, capsys):
     assert list(second.remaining(cells)) == cells[1:]
     second.add({"shape": [3, 4], "method": "a", "us": 2.0})
     stored = json.loads(path.read_text())
-    assert stored["environment"] == {"device": "there"} and [row["us"] for row in stored["rows"]] == [1.0, 2.0]
+    assert stored["environment"] == {"device": "there"} and [
+        row["us"] for row in stored["rows"]
+    ] == [1.0, 2.0]
     assert list(Results(path, {}, keys=("shape", "method")).remaining(cells)) == cells[1:2]
-    assert list(second.remaining(cells, minutes=-1)) == [] and "out of minutes" in capsys.readouterr().out
+    assert (
+        list(second.remaining(cells, minutes=-1)) == []
+        and "out of minutes" in capsys.readouterr().out
+    )
     assert Results(path, {}).rows == [], "without keys a run starts afresh"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
-    assert list(Results(path, {}, keys=("shape", "L2")).remaining([((1, 2), None), ((5, 6), None)])) == [((5, 6), None)]
+    assert list(
+        Results(path, {}, keys=("shape", "L2")).remaining([((1, 2), None), ((5, 6), None)])
+    ) == [((5, 6), None)]
 
 
 def test_every_baseline_names_a_trained_one_and_known_schedules():
@@ -94,7 +110,9 @@ def test_every_baseline_names_a_trained_one_and_known_schedules():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such settings")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other libraries have no such settings"
+)
 def test_timed_calls_on_a_cpu_reuse_their_memory():
     code = """
 import resource, torch
@@ -105,5 +123,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 timing.timed({"add": lambda x: x + 1}, x, rounds=38)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (40 * x.nbytes / 4096))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert float(done.stdout) < 0.25, "of what it is by default"

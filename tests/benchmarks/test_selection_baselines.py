@@ -25,20 +25,30 @@ def test_attention_top_k_keeps_the_tokens_that_the_class_token_attends_to():
         kept = row.topk(20).indices.sort(1).values
         after = model.blocks[0](x).gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         expected = model.forward_head(model.norm(model.blocks[1](after)))
-        torch.testing.assert_close(Reduced(model, SYSTEMS["attention top-k"], [20])(images), expected)
+        torch.testing.assert_close(
+            Reduced(model, SYSTEMS["attention top-k"], [20])(images), expected
+        )
 
 
 def test_pixel_variance_follows_the_patches_through_all_layers():
     images = torch.randn(2, 3, 64, 64) * torch.linspace(0.1, 2, 64)
     network, seen = make("pixel variance"), []
-    network.reducers["2"].register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output)))
+    network.reducers["2"].register_forward_hook(
+        lambda module, inputs, output: seen.append((inputs[1], output))
+    )
     with torch.no_grad():
         network(images)
     context, reduction = seen[0]
     active = context.positions.gather(1, reduction.idx)
     variance = torch.stack(
         [
-            torch.stack([image[:, r : r + 8, c : c + 8].var() for r in range(0, 64, 8) for c in range(0, 64, 8)])
+            torch.stack(
+                [
+                    image[:, r : r + 8, c : c + 8].var()
+                    for r in range(0, 64, 8)
+                    for c in range(0, 64, 8)
+                ]
+            )
             for image in images
         ]
     )
@@ -67,7 +77,9 @@ def slow_saint(cosine, evens, odds, threshold):
         all_odd = [cosine(i, j) for j in odds]
         near = [value for value in all_odd if value >= threshold]
         alone = sum(all_odd) / len(all_odd)
-        scores[i] = len(near) * math.exp(10 * (sum(near) / len(near) - threshold)) if near else alone
+        scores[i] = (
+            len(near) * math.exp(10 * (sum(near) / len(near) - threshold)) if near else alone
+        )
     return sorted(evens, key=lambda i: -scores[i])
 
 
@@ -92,7 +104,9 @@ def test_saint_drops_even_patches_that_are_like_odd_ones(prefix, threshold):
 def test_saint_restores_dropped_tokens_and_drops_at_most_half():
     network = Reduced(randomize(reference_vit()), SYSTEMS["SAINT"], [50, 40, 40], llf=True).eval()
     seen = []
-    network.backbone.blocks[-1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    network.backbone.blocks[-1].norm1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape)
+    )
     with torch.no_grad():
         network(torch.randn(2, 3, 64, 64))
     assert seen[0][1] == 65
@@ -109,7 +123,9 @@ def test_evit_fuses_pruned_tokens_by_attention():
         order = sorted(range(1, TOKENS), key=lambda i: -row[i].item())
         kept, pruned = sorted(order[: KEEP - 2]), order[KEEP - 2 :]
         fused = sum(row[i] * x[b, i] for i in pruned)
-        torch.testing.assert_close(tokens[b], torch.stack([x[b, 0], *(x[b, i] for i in kept), fused]))
+        torch.testing.assert_close(
+            tokens[b], torch.stack([x[b, 0], *(x[b, i] for i in kept), fused])
+        )
 
 
 def test_evit_merges_between_attention_and_mlp():
@@ -123,7 +139,9 @@ def test_evit_merges_between_attention_and_mlp():
         row = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
         x = EViT()(x, Context(class_row=row), 20, 1).tokens
         x = second(x + first.mlp(first.norm2(x)))
-        torch.testing.assert_close(Reduced(model, SYSTEMS["EViT"], [20])(images), model.forward_head(model.norm(x)))
+        torch.testing.assert_close(
+            Reduced(model, SYSTEMS["EViT"], [20])(images), model.forward_head(model.norm(x))
+        )
 
 
 @pytest.mark.parametrize("prefix", [1, 3])
@@ -134,10 +152,18 @@ def test_pomt_keeps_tokens_with_much_attention_or_large_values(prefix):
     patches = range(prefix, TOKENS)
     for b in range(3):
         attention, values = context.attention[b], context.values[b]
-        received = {j: sum(max(attention[h, i, j].item() for h in range(HEADS)) for i in patches) for j in patches}
-        sums = [sum(max(values[h, j, c].item() for h in range(HEADS)) for c in range(4)) for j in range(TOKENS)]
+        received = {
+            j: sum(max(attention[h, i, j].item() for h in range(HEADS)) for i in patches)
+            for j in patches
+        }
+        sums = [
+            sum(max(values[h, j, c].item() for h in range(HEADS)) for c in range(4))
+            for j in range(TOKENS)
+        ]
         total = sum(math.exp(value) for value in sums)
-        score = {j: received[j] / max(received.values()) + math.exp(sums[j]) / total for j in patches}
+        score = {
+            j: received[j] / max(received.values()) + math.exp(sums[j]) / total for j in patches
+        }
         order = sorted(patches, key=lambda j, score=score: -score[j])
         kept, pruned = sorted(order[: KEEP - 1 - prefix]), order[KEEP - 1 - prefix :]
         expected = [*x[b, :prefix], *(x[b, j] for j in kept), x[b, pruned].mean(0)]
@@ -152,7 +178,10 @@ def test_ats_samples_the_cumulated_significance():
         significance = torch.zeros(TOKENS - 1, dtype=torch.float64)
         for head in range(HEADS):
             of_head = torch.tensor(
-                [context.class_row[b, head, i] * context.values[b, head, i].norm() for i in range(1, TOKENS)]
+                [
+                    context.class_row[b, head, i] * context.values[b, head, i].norm()
+                    for i in range(1, TOKENS)
+                ]
             )
             significance += of_head / of_head.sum()
         chosen, total = [], significance.sum().item()
@@ -183,7 +212,10 @@ def test_ats_padding_changes_neither_output_nor_gradient():
 
 def central_member(members, points, weight):
     """Return the member of least weighted distance to all others."""
-    return min(members, key=lambda i: sum(weight[j] * (points[i] - points[j]).norm() for j in members).item())
+    return min(
+        members,
+        key=lambda i: sum(weight[j] * (points[i] - points[j]).norm() for j in members).item(),
+    )
 
 
 def slow_medoids(points, weight, count, rounds):

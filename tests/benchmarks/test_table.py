@@ -15,10 +15,16 @@ from benchmarks.models.timing import cell, check, measure
 
 @pytest.mark.slow
 def test_the_table_measures_every_system_on_one_set_of_weights():
-    plain = randomize(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12)).eval().requires_grad_(False)
+    plain = (
+        randomize(reference_vit(img_size=224, patch_size=16, embed_dim=32, depth=12))
+        .eval()
+        .requires_grad_(False)
+    )
     with torch.inference_mode():
         models = systems(plain)
-        rows = {row["system"]: row for row in cell(models, torch.randn(1, 3, 224, 224), 2, "eager", 1)}
+        rows = {
+            row["system"]: row for row in cell(models, torch.randn(1, 3, 224, 224), 2, "eager", 1)
+        }
         scorers = cell(architectures(plain), torch.randn(1, 3, 224, 224), 1, "eager", 1)
     names = {f"{system} | {schedule}" for system, schedule, _ in ROWS}
     assert set(rows) == names | {"unpruned", "plain"} and len(names) == len(ROWS)
@@ -35,8 +41,12 @@ def test_the_table_measures_every_system_on_one_set_of_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [networks, table], ids=lambda script: script.__name__)
-def test_a_run_without_minutes_prepares_every_cell_and_measures_none(script, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", "--minutes", "-1", "--out", str(tmp_path / "out.json")])
+def test_a_run_without_minutes_prepares_every_cell_and_measures_none(
+    script, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(
+        sys, "argv", ["script", "--minutes", "-1", "--out", str(tmp_path / "out.json")]
+    )
     script.main()
     assert capsys.readouterr().out == "out of minutes: start again to go on\n"
     assert not list(tmp_path.iterdir())
@@ -46,7 +56,9 @@ def test_the_error_of_a_failing_method_is_in_the_row_of_the_others():
     plain = randomize(reference_vit()).eval().requires_grad_(False)
     methods = {"unpruned": plain, "ToMe": Reduced(plain, SYSTEMS["ToMe"], [30, 30, 30])}
     row = measure(methods, torch.randn(1, 3, 64, 64), "eager", 1)
-    assert row["unpruned / unpruned"] == 1 and row["ToMe: error"].startswith("ToMe: 65 tokens, 1 of them prefix")
+    assert row["unpruned / unpruned"] == 1 and row["ToMe: error"].startswith(
+        "ToMe: 65 tokens, 1 of them prefix"
+    )
 
 
 def test_networks_are_checked_without_baselines():

@@ -33,7 +33,11 @@ def test_a_device_that_passes_is_one_line(capsys):
     code, out, err = doctor(capsys)
     versions, device = out.splitlines()
     assert code == 0 and torch.__version__ in versions and "cpu_instruction_set" in versions
-    assert device.startswith("cpu, ") and device.endswith(f" {len(checks(CPU))} checks passed") and not err
+    assert (
+        device.startswith("cpu, ")
+        and device.endswith(f" {len(checks(CPU))} checks passed")
+        and not err
+    )
     assert {check.name for check in checks(CPU)} == {*NAMES, *NETWORKS}
 
 
@@ -53,7 +57,10 @@ def test_every_wrong_op_is_named_with_dtype_arguments_and_the_first_difference(m
     plant(monkeypatch, "rotate_", forgets_idx)
     code, out, err = doctor(capsys)
     failures = [line for line in out.splitlines() if line.startswith("cpu: ")]
-    rotations = [f"cpu: rotate_, {dtype}, without idx:" for dtype in ("float32", "float64", "bfloat16", "float16")]
+    rotations = [
+        f"cpu: rotate_, {dtype}, without idx:"
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ]
     assert code == 1 and failures == ["cpu: gather, bfloat16:", *rotations]
     assert out.count("ValueError: no idx") == 4
     assert "result 0[1, 119, 3] is " in out and "(1 of 46080 are wrong)" in out
@@ -71,22 +78,34 @@ def test_wrong_writes_to_arguments_are_differences(monkeypatch):
 
         plant(monkeypatch, op, writes_one_more)
     for op in writes:
-        float32_checks = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
+        float32_checks = [
+            check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain
+        ]
         [check] = [check for check in float32_checks if check.name == op]
         name = "sizes" if op == "merge_" else "x"
         assert perform(check, CPU).startswith(f"{name}[0, 0")
 
 
 def test_another_dtype_or_shape_is_a_difference(monkeypatch):
-    plant(monkeypatch, "scores", lambda op_function, args, kwargs: op_function(*args, **kwargs).to(args[0].dtype))
-    differences = {check.dtype: perform(check, CPU) for check in checks(CPU) if check.name == "scores"}
+    plant(
+        monkeypatch,
+        "scores",
+        lambda op_function, args, kwargs: op_function(*args, **kwargs).to(args[0].dtype),
+    )
+    differences = {
+        check.dtype: perform(check, CPU) for check in checks(CPU) if check.name == "scores"
+    }
     assert differences.pop(torch.float32) == ""
     for difference in differences.values():
         assert "result 0 is torch" in difference and "not torch.float32 (2, 197)" in difference
 
 
 def test_networks_with_wrong_logits_are_named(monkeypatch):
-    plant(monkeypatch, "add_norm_", lambda op_function, args, kwargs: op_function(*args, **kwargs) * 1.5)
+    plant(
+        monkeypatch,
+        "add_norm_",
+        lambda op_function, args, kwargs: op_function(*args, **kwargs) * 1.5,
+    )
     networks = [check for check in checks(CPU) if check.name in NETWORKS]
     assert len(networks) == 12
     assert all("logits differ by" in perform(check, CPU) for check in networks)
@@ -127,7 +146,9 @@ def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, ca
     _, cpu, first, *wrong, second = capsys.readouterr().out.splitlines()
     count = len(checks(CPU)) + len(NETWORKS) * 4
     assert cpu.endswith(f"{len(checks(CPU))} checks passed")
-    assert first.startswith("cuda:0, A GPU, sm_90, 80 GB, CUDA ") and first.endswith(f"{count} checks passed")
+    assert first.startswith("cuda:0, A GPU, sm_90, 80 GB, CUDA ") and first.endswith(
+        f"{count} checks passed"
+    )
     assert "driver for CUDA " in second and second.endswith(f"12 of {count} checks failed")
     assert wrong[:2] == ["cuda:1: network, float32, CUDA graphs:", "    wrong"] and len(wrong) == 24
 
@@ -143,10 +164,15 @@ def ends_or_hangs(check, device):
 def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_gets_a_new_process():
     todo = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
     [last] = [i for i, check in enumerate(todo) if check.name == "select"]
-    outcomes = list(in_process(todo, CPU, 60.0, ends_or_hangs))  # without a GPU the first wrong result ends the run
-    assert outcomes == [(check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])]
+    # Without a GPU the first wrong result ends the run
+    outcomes = list(in_process(todo, CPU, 60.0, ends_or_hangs))
+    assert outcomes == [
+        (check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])
+    ]
     rest = todo[[check.name for check in todo].index("gather") :]
-    assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [(rest[0], "the process ended, with exit code 7")]
+    assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [
+        (rest[0], "the process ended, with exit code 7")
+    ]
     rest = rest[1:]
     assert rest[0].name == "restore"
     assert list(in_process(rest, CPU, 1.0, ends_or_hangs)) == [(rest[0], "no answer in 1 s")]

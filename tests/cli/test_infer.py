@@ -1,4 +1,5 @@
-"""`cropr infer`: photos and shards into Parquet, interrupted, resumed, by one process and by two."""
+"""`cropr infer`: photos and shards into Parquet, interrupted, resumed, by one process and by
+two."""
 
 import json
 import os
@@ -28,11 +29,19 @@ PHOTOS = find_photos(ROOT / "examples" / "photos")
 def model(tmp_path_factory):
     """Return the arguments that name a small model, and the model."""
     torch.manual_seed(0)
-    folder, plain = tmp_path_factory.mktemp("model"), cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
+    folder, plain = (
+        tmp_path_factory.mktemp("model"),
+        cropr.create_vit("vit_tiny_patch16_224", num_classes=5),
+    )
     torch.save(plain.state_dict(), folder / "tiny.pt")
     pruned = cropr.apply(plain, rate=8, num_outputs=0)
     cropr.save_queries(pruned, folder / "queries.safetensors")
-    return [str(folder / "tiny.pt"), "--queries", str(folder / "queries.safetensors"), "--quiet"], cropr.deploy(pruned)
+    return [
+        str(folder / "tiny.pt"),
+        "--queries",
+        str(folder / "queries.safetensors"),
+        "--quiet",
+    ], cropr.deploy(pruned)
 
 
 @pytest.fixture
@@ -53,10 +62,16 @@ def test_a_folder_becomes_classes_and_errors(model, photos, tmp_path, capsys):
     more = ["--out", str(tmp_path / "out"), "--unit", "3", "--top", "2"]
     assert cli.main(["infer", *arguments, str(photos), *more]) == 0
     printed = capsys.readouterr().out
-    assert f"3 units; {len(PHOTOS) + 1} photos, 1 of them unreadable" in printed and "all 3 units are there" in printed
+    assert (
+        f"3 units; {len(PHOTOS) + 1} photos, 1 of them unreadable" in printed
+        and "all 3 units are there" in printed
+    )
     rows = results(tmp_path / "out")
     assert len(rows) == len(PHOTOS) + 1
-    assert "cannot identify image file" in rows["broken.jpg"]["error"] and rows["broken.jpg"]["classes"] is None
+    assert (
+        "cannot identify image file" in rows["broken.jpg"]["error"]
+        and rows["broken.jpg"]["classes"] is None
+    )
     for path in PHOTOS:
         row = rows[f"below/{path.name}"]
         best = fast((load_photo(path)[None] - 0.5) / 0.5).softmax(1).topk(2)
@@ -76,20 +91,31 @@ def test_shards_give_the_results_of_their_photos(model, photos, tmp_path):
     shards.mkdir()
     (tmp_path / "label.cls").write_text("3")
     for index in range(2):
-        pairs = [((path.name, path), (f"{path.stem}.cls", tmp_path / "label.cls")) for path in PHOTOS[index::2]]
+        pairs = [
+            ((path.name, path), (f"{path.stem}.cls", tmp_path / "label.cls"))
+            for path in PHOTOS[index::2]
+        ]
         write_shard(shards / f"{index}.tar", [file for pair in pairs for file in pair])
-    write_shard(shards / "2.tar", [("lonely.cls", tmp_path / "label.cls"), ("bad.jpg", photos / "broken.jpg")])
+    write_shard(
+        shards / "2.tar",
+        [("lonely.cls", tmp_path / "label.cls"), ("bad.jpg", photos / "broken.jpg")],
+    )
     assert cli.main(["infer", *arguments, str(shards), "--out", str(tmp_path / "a")]) == 0
     assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "b")]) == 0
     ours, theirs = results(tmp_path / "a"), results(tmp_path / "b")
-    assert ours["lonely"]["error"] == "no image in this sample" and "cannot identify" in ours["bad.jpg"]["error"]
+    assert (
+        ours["lonely"]["error"] == "no image in this sample"
+        and "cannot identify" in ours["bad.jpg"]["error"]
+    )
     for path in PHOTOS:
         shard_row, photo_row = ours[path.name], theirs[f"below/{path.name}"]
         assert shard_row["classes"] == photo_row["classes"]
         assert shard_row["probabilities"] == pytest.approx(photo_row["probabilities"], abs=1e-4)
 
 
-def test_photos_of_one_name_are_told_apart_by_their_source_and_a_source_counts_once(model, photos, tmp_path):
+def test_photos_of_one_name_are_told_apart_by_their_source_and_a_source_counts_once(
+    model, photos, tmp_path
+):
     arguments, _ = model
     folders = tmp_path / "a", tmp_path / "b"
     for folder, photo in zip(folders, PHOTOS):
@@ -110,9 +136,19 @@ def test_photos_of_one_name_are_told_apart_by_their_source_and_a_source_counts_o
 def test_a_changed_model_of_the_same_name_is_refused(prunes, photos, tmp_path, capsys):
     torch.manual_seed(0)
     folder, out = tmp_path / "model", tmp_path / "out"
-    plain = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", num_classes=5), rate=8, num_outputs=0)
+    plain = cropr.apply(
+        cropr.create_vit("vit_tiny_patch16_224", num_classes=5), rate=8, num_outputs=0
+    )
     cropr.save(plain, folder)
-    command = ["infer", str(folder), str(photos), *["--rate", "0"][: 0 if prunes else 2], "--quiet", "--out", str(out)]
+    command = [
+        "infer",
+        str(folder),
+        str(photos),
+        *["--rate", "0"][: 0 if prunes else 2],
+        "--quiet",
+        "--out",
+        str(out),
+    ]
     for more in ([], ["--features"]):  # features do not depend on the head
         cropr.save(plain, folder)
         assert cli.main([*command, *more]) == 0
@@ -121,13 +157,18 @@ def test_a_changed_model_of_the_same_name_is_refused(prunes, photos, tmp_path, c
             plain.head.weight[0, 0] += 1
         cropr.save(plain, folder)
         assert cli.main([*command, *more]) == (0 if more else 1)
-        assert more or re.search(r"holds the results of another run: weights was \w+, is \w+$", capsys.readouterr().err)
+        assert more or re.search(
+            r"holds the results of another run: weights was \w+, is \w+$", capsys.readouterr().err
+        )
         shutil.rmtree(out)
 
 
 def test_features_are_written_instead_of_classes(model, photos, tmp_path):
     arguments, fast = model
-    assert cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "out"), "--features"]) == 0
+    assert (
+        cli.main(["infer", *arguments, str(photos), "--out", str(tmp_path / "out"), "--features"])
+        == 0
+    )
     row = results(tmp_path / "out")[f"below/{PHOTOS[0].name}"]
     expected = fast.forward_features((load_photo(PHOTOS[0])[None] - 0.5) / 0.5)[0, 0]
     assert row["features"] == pytest.approx(expected.tolist(), abs=1e-3) and "classes" not in row
@@ -145,7 +186,11 @@ def test_a_run_resumes_and_other_settings_raise(model, photos, tmp_path, capsys)
     assert cli.main(command) == 0
     assert "1 units, 2 were there; 3 photos" in capsys.readouterr().out
     assert results(out) == before
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.name != "part-00001.parquet")
+    assert all(
+        path.stat().st_mtime_ns == time
+        for path, time in times.items()
+        if path.name != "part-00001.parquet"
+    )
     for more, message in (
         (["--rate", "9"], "schedule was rate=8, is rate=9"),
         (["--top", "1"], "top was 5, is 1"),
@@ -195,7 +240,13 @@ def test_two_processes_share_the_units(model, photos, tmp_path):
     arguments, _ = model
     command = ["infer", *arguments, str(photos), "--unit", "3", "--out"]
     assert cli.main([*command, str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+    ]
     done = subprocess.run(
         [*launch, "-m", "cropr_kernels.cli", *command, str(tmp_path / "two")],
         capture_output=True,
@@ -212,7 +263,9 @@ def test_two_processes_share_the_units(model, photos, tmp_path):
     assert (tmp_path / "two" / "_SUCCESS").exists()
 
 
-def test_missing_sources_damaged_shards_and_libraries_are_named(model, photos, tmp_path, capsys, monkeypatch):
+def test_missing_sources_damaged_shards_and_libraries_are_named(
+    model, photos, tmp_path, capsys, monkeypatch
+):
     arguments, _ = model
 
     def error(*more):
@@ -226,18 +279,36 @@ def test_missing_sources_damaged_shards_and_libraries_are_named(model, photos, t
     (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
     assert "torn.tar" in error(tmp_path / "torn.tar")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "cropr infer: needs pyarrow: pip install pyarrow (or the extra [infer] of" in error(photos)
+    assert "cropr infer: needs pyarrow: pip install pyarrow (or the extra [infer] of" in error(
+        photos
+    )
 
 
 def test_bench_measures_after_checking_the_engine(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench"
-    arguments = ["bench", "vit_tiny_patch16_224", "--batch", "1", "--rates", "4", "12", "--rounds", "1", "--quiet"]
+    arguments = [
+        "bench",
+        "vit_tiny_patch16_224",
+        "--batch",
+        "1",
+        "--rates",
+        "4",
+        "12",
+        "--rounds",
+        "1",
+        "--quiet",
+    ]
     assert cli.main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     written = json.loads(out.with_suffix(".json").read_text())
-    assert [row["rate"] for row in written["rows"]] == [0, 4, 12] and written["engine"] == "zero-copy"
+    assert [row["rate"] for row in written["rows"]] == [0, 4, 12] and written[
+        "engine"
+    ] == "zero-copy"
     plain, gentle, steep = written["rows"]
-    assert plain["speedup"] == 1 and steep["flop_ratio"] > gentle["flop_ratio"] > plain["flop_ratio"] == 1
+    assert (
+        plain["speedup"] == 1
+        and steep["flop_ratio"] > gentle["flop_ratio"] > plain["flop_ratio"] == 1
+    )
     assert out.with_suffix(".png").stat().st_size > 5000 and "FLOP ratio" in printed
     from cropr_kernels.cli import bench as benching
 
@@ -250,11 +321,14 @@ def test_bench_distinguishes_near_ties_from_faults(monkeypatch):
     from cropr_kernels.cli import bench as benching
 
     torch.manual_seed(0)
-    model = cropr.apply(cropr.create_vit("vit_tiny_patch16_224", img_size=64, depth=3).eval(), rate=4, merge=True)
+    model = cropr.apply(
+        cropr.create_vit("vit_tiny_patch16_224", img_size=64, depth=3).eval(), rate=4, merge=True
+    )
     images = torch.randn(2, 3, 64, 64)
     monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0, torch.float64: 1e-9})
     options = dict(graphs=False, rounds=1, show=False)
-    assert len(benching.measure(model, images, [0, 4], **options)) == 2  # all differ in float32, none in float64
+    # All differ in float32, none in float64
+    assert len(benching.measure(model, images, [0, 4], **options)) == 2
     plain = benching.deployed_copy
 
     def another(model, engine=True, **more):

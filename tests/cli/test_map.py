@@ -34,10 +34,19 @@ def test_frames_show_the_patches_kept_after_each_block(tmp_path):
     with Image.open(strip) as sheet:
         assert sheet.size == (32, 8 + viz.CAPTION)
         alive = [
-            [sheet.getpixel((8 * block + x, viz.CAPTION + y)) == (0, 0, 0) for y in (1, 5) for x in (1, 5)]
+            [
+                sheet.getpixel((8 * block + x, viz.CAPTION + y)) == (0, 0, 0)
+                for y in (1, 5)
+                for x in (1, 5)
+            ]
             for block in range(4)
         ]
-    assert alive == [[True] * 4, [False, True, True, True], [False, False, True, True], [False, False, True, True]]
+    assert alive == [
+        [True] * 4,
+        [False, True, True, True],
+        [False, False, True, True],
+        [False, False, True, True],
+    ]
     with Image.open(animation) as frames:
         assert frames.n_frames >= 3 and frames.size == (8, 8 + viz.CAPTION)
 
@@ -45,22 +54,39 @@ def test_frames_show_the_patches_kept_after_each_block(tmp_path):
 def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, capsys):
     out, queries = tmp_path / "maps", tmp_path / "queries.safetensors"
     photos = [str(PHOTOS / "rocket.jpg"), str(PHOTOS / "coffee.jpg")]
-    assert cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
+    assert (
+        cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
+    )
     text = capsys.readouterr().out
     assert "41 of 196 patches are kept" in text and "calibrated on these 3 photos" in text
-    names = {f"{name}{end}" for name in ("rocket", "coffee", "rocket_2") for end in (".gif", "_blocks.png")}
+    names = {
+        f"{name}{end}"
+        for name in ("rocket", "coffee", "rocket_2")
+        for end in (".gif", "_blocks.png")
+    }
     assert {path.name for path in out.iterdir()} == names | {"maps.png", "merged.png"}
     with Image.open(out / "coffee.gif") as animation:
         assert animation.n_frames == 12
     cropr.save_queries(cropr.apply(reference_vit(embed_dim=192, depth=12), rate=1), queries)
     (out / "merged.png").unlink()
-    assert cli.main(["map", str(weights), photos[0], "--queries", str(queries), "--out", str(out)]) == 0
+    assert (
+        cli.main(["map", str(weights), photos[0], "--queries", str(queries), "--out", str(out)])
+        == 0
+    )
     assert not (out / "merged.png").exists()  # the queries say that tokens are dropped
     assert "calibrated" not in capsys.readouterr().out
 
 
 def test_names_of_pictures_cannot_meet():
-    paths = ["img.jpg", "img_2.jpg", "sub/img.jpg", "sub/img.png", "sub/IMG.jpg", "img_2_2.jpg", "sub/img_2.jpg"]
+    paths = [
+        "img.jpg",
+        "img_2.jpg",
+        "sub/img.jpg",
+        "sub/img.png",
+        "sub/IMG.jpg",
+        "img_2_2.jpg",
+        "sub/img_2.jpg",
+    ]
     names = distinct_names([*map(Path, paths)])
     assert names == ["img", "img_2", "img_3", "img_4", "IMG_5", "img_2_2", "img_2_3"]
     for order in itertools.permutations(paths):
@@ -78,11 +104,17 @@ def test_the_first_photos_are_drawn_and_one_line_says_how_to_draw_all(weights, t
     command = ["map", str(weights), str(folder), "--rate", "2", "--quiet", "--out", str(out)]
     assert cli.main([*command, "--limit", "3"]) == 0
     text = capsys.readouterr().out
-    assert text.count("the first 3 of 5 photos: --limit 5 draws all\n") == 1 and "calibrated on these 3 photos" in text
+    assert (
+        text.count("the first 3 of 5 photos: --limit 5 draws all\n") == 1
+        and "calibrated on these 3 photos" in text
+    )
     assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif"}
     assert cli.main([*command, "--limit", "5"]) == 0
     text = capsys.readouterr().out
-    assert "draws all" not in text and f"b_2_blocks.png: 173 of 196 patches are kept of {folder}/sub/b.jpg" in text
+    assert (
+        "draws all" not in text
+        and f"b_2_blocks.png: 173 of 196 patches are kept of {folder}/sub/b.jpg" in text
+    )
     assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif", "b_2.gif"}
 
 
@@ -91,7 +123,11 @@ def test_unreadable_photos_and_illegal_rates_are_named(weights, tmp_path, capsys
         ([tmp_path / "none"], [], "there is no photo or folder"),
         ([tmp_path], [], "no photos (.bmp"),
         ([__file__], [], "cannot identify image file"),
-        ([PHOTOS / "rocket.jpg"], ["--rate", "40"], "schedule: rate must be at most 17 for 197 tokens"),
+        (
+            [PHOTOS / "rocket.jpg"],
+            ["--rate", "40"],
+            "schedule: rate must be at most 17 for 197 tokens",
+        ),
         ([PHOTOS / "rocket.jpg"], ["--queries", str(tmp_path / "none.pt")], "none.pt"),
     ]:
         arguments = ["map", str(weights), *map(str, images), "--out", str(tmp_path / "out"), *more]

@@ -1,4 +1,5 @@
-"""Every command takes models of every source: weight files, timm, torchvision, transformers, `cropr train`."""
+"""Every command takes models of every source: weight files, timm, torchvision, transformers, `cropr
+train`."""
 
 import argparse
 import json
@@ -34,7 +35,9 @@ def run(capsys):
 
 
 def saved(folder):
-    cropr.save(cropr.apply(randomize(reference_vit()), rate=3, merge=True, num_outputs=0), folder / "saved")
+    cropr.save(
+        cropr.apply(randomize(reference_vit()), rate=3, merge=True, num_outputs=0), folder / "saved"
+    )
     return [folder / "saved"]
 
 
@@ -42,8 +45,19 @@ def checkpoint_of_timm(folder):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=5)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": state, "args": argparse.Namespace(lr=0.1)}, folder / "best.pth.tar")
-    return [folder / "best.pth.tar", "--arch", "vit_tiny_patch16_224", "--img-size", "96", "--num-classes", "5"]
+    torch.save(
+        {"epoch": 3, "state_dict": state, "args": argparse.Namespace(lr=0.1)},
+        folder / "best.pth.tar",
+    )
+    return [
+        folder / "best.pth.tar",
+        "--arch",
+        "vit_tiny_patch16_224",
+        "--img-size",
+        "96",
+        "--num-classes",
+        "5",
+    ]
 
 
 SOURCES = {name: lambda folder, make=make: [make(folder)] for name, make in FOLDERS.items()}
@@ -80,7 +94,17 @@ def sources(tmp_path_factory):
             folder = tmp_path_factory.mktemp("source")
             words = [*map(str, SOURCES[name](folder))]
             queries, rate = folder / "queries.safetensors", "2" if len(words) > 1 else "4"
-            options = ["--rates", rate, "--least", "0", "--photos", "2", "--quiet", "--out", queries]
+            options = [
+                "--rates",
+                rate,
+                "--least",
+                "0",
+                "--photos",
+                "2",
+                "--quiet",
+                "--out",
+                queries,
+            ]
             printed = run("calibrate", words[0], PHOTOS, *words[1:], *options)
             calibrated[name] = Source(name, words, queries, rate, printed)
         return calibrated[name]
@@ -104,7 +128,9 @@ def check_map(source, run, folder):
     name, *options = source.pruned
     printed = run("map", name, PHOTOS / "coffee.jpg", *options, "--out", folder)
     assert re.search(r"\d+ of \d+ patches are kept", printed) and "calibrated" not in printed
-    assert (f"pruned as {source.queries} says: rate={source.rate}" in printed) == ("saved" not in source.name)
+    assert (f"pruned as {source.queries} says: rate={source.rate}" in printed) == (
+        "saved" not in source.name
+    )
 
 
 def check_tune(source, run, folder):
@@ -115,7 +141,17 @@ def check_tune(source, run, folder):
 
 def check_bench(source, run, folder):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    options = ["--rates", source.rate, "--batch", "1", "--rounds", "1", "--quiet", "--out", folder / "bench"]
+    options = [
+        "--rates",
+        source.rate,
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--quiet",
+        "--out",
+        folder / "bench",
+    ]
     assert "FLOP ratio" in run("bench", *source.words, *options)
 
 
@@ -132,7 +168,9 @@ def check_infer(source, run, folder):
     shutil.copytree(PHOTOS, photos, ignore=shutil.ignore_patterns("*a*.jpg"))
     for more in ([], ["--features"]):
         out = folder / f"results{len(more)}"
-        assert "3 photos, 0 of them unreadable" in run("infer", name, photos, *options, "--out", out, *more)
+        assert "3 photos, 0 of them unreadable" in run(
+            "infer", name, photos, *options, "--out", out, *more
+        )
         rows = tables.dataset(out, format="parquet").to_table().to_pylist()
         assert len(rows) == 3 and ("classes" in rows[0]) == (source.classifies and not more)
 
@@ -144,9 +182,22 @@ def check_eval(source, run, folder):
     for index, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:5]):
         (folder / "val" / str(index)).mkdir(parents=True)
         shutil.copy(photo, folder / "val" / str(index))
-    options = ["--data", folder, "--pictures", "1", "--rates", "0", source.rate, "--out", folder / "eval"]
+    options = [
+        "--data",
+        folder,
+        "--pictures",
+        "1",
+        "--rates",
+        "0",
+        source.rate,
+        "--out",
+        folder / "eval",
+    ]
     assert "top-1" in run("eval", *source.pruned, *options)
-    assert [row["images"] for row in json.loads((folder / "eval" / "eval.json").read_text())] == [5, 5]
+    assert [row["images"] for row in json.loads((folder / "eval" / "eval.json").read_text())] == [
+        5,
+        5,
+    ]
 
 
 COMMANDS = {
@@ -196,20 +247,43 @@ def test_options_that_the_model_fixes_are_rejected(tmp_path, capsys):
             ["--arch", "x"],
             "defines the model: leave out --arch, --img-size and --num-classes",
         ),
-        ("saved by cropr.save", ["--no-merge"], "defines the pruning: leave out --llf, --merge and --keep"),
+        (
+            "saved by cropr.save",
+            ["--no-merge"],
+            "defines the pruning: leave out --llf, --merge and --keep",
+        ),
         ("transformers features", ["--img-size", "9"], "fixes its img_size: leave out --img-size"),
         ("weight file", ["--num-classes", "9"], "--num-classes) must be 5, those of "),
     ):
         [name] = SOURCES[source](tmp_path)
         queries = [] if source == "saved by cropr.save" else ["--rate", "0"]
-        assert cli.main(["infer", str(name), str(PHOTOS), "--out", str(tmp_path / "out"), *queries, *options]) == 1
+        assert (
+            cli.main(
+                [
+                    "infer",
+                    str(name),
+                    str(PHOTOS),
+                    "--out",
+                    str(tmp_path / "out"),
+                    *queries,
+                    *options,
+                ]
+            )
+            == 1
+        )
         assert message in capsys.readouterr().err
     (tmp_path / "labelled" / "val" / "one").mkdir(parents=True)
     shutil.copy(PHOTOS / "coffee.jpg", tmp_path / "labelled" / "val" / "one")
     evaluate = ["eval", str(tmp_path / "saved")]
     for options, message in (
-        ([], "is not a run of cropr train: name a folder with photos val/CLASS/*.jpg, --data FOLDER"),
-        (["--data", str(tmp_path)], "--data must be a folder with photos in val/CLASS, there is no"),
+        (
+            [],
+            "is not a run of cropr train: name a folder with photos val/CLASS/*.jpg, --data FOLDER",
+        ),
+        (
+            ["--data", str(tmp_path)],
+            "--data must be a folder with photos in val/CLASS, there is no",
+        ),
         (
             ["--data", str(tmp_path / "labelled")],
             "must hold 5 folders, one for each class of the model and in their order",
@@ -221,14 +295,19 @@ def test_options_that_the_model_fixes_are_rejected(tmp_path, capsys):
 def test_info_takes_a_torchvision_model_by_name(run):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     out = run("info", "vit_b_32", "--rate", "1")
-    assert "torchvision.models.vision_transformer.VisionTransformer" in out and "50 of width 768" in out
+    assert (
+        "torchvision.models.vision_transformer.VisionTransformer" in out
+        and "50 of width 768" in out
+    )
 
 
 def test_pixels_are_those_of_the_model_unless_overridden(tmp_path):
     from cropr_kernels.cli.common import load_with_queries
 
     name = FOLDERS["transformers classifier"](tmp_path)
-    options = dict(model=name, queries=None, rate=0, keep=None, llf=False, merge=False, mean=None, std=None)
+    options = dict(
+        model=name, queries=None, rate=0, keep=None, llf=False, merge=False, mean=None, std=None
+    )
     saved_pixels = load_with_queries(argparse.Namespace(**options)).pixels
     overridden = load_with_queries(argparse.Namespace(**options | {"mean": [0.0] * 3})).pixels
     assert saved_pixels.mean == (0.1, 0.2, 0.3)

@@ -1,4 +1,5 @@
-"""Commands on damaged and unusual photos and shards: none lost, none misread, no run that ends early."""
+"""Commands on damaged and unusual photos and shards: none lost, none misread, no run that ends
+early."""
 
 import io
 import os
@@ -41,7 +42,12 @@ def png_header(width, height):
     """Return a PNG with a header of this size and hardly any pixels."""
 
     def chunk(chunk_type, data):
-        return struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
+        return (
+            struct.pack(">I", len(data))
+            + chunk_type
+            + data
+            + struct.pack(">I", zlib.crc32(chunk_type + data))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
@@ -78,7 +84,11 @@ def test_unreadable_photos_become_rows_with_errors(model, awkward, tmp_path, cap
     rows = {row["name"]: row for row in rows_of(tmp_path / "out")}
     assert set(rows) == BAD | {"good.jpg", "line.png", "link/linked.jpg", "caf\\xe9.jpg"}
     assert {name for name, row in rows.items() if row["error"]} == BAD
-    assert rows["good.jpg"]["classes"] == rows["caf\\xe9.jpg"]["classes"] == rows["link/linked.jpg"]["classes"]
+    assert (
+        rows["good.jpg"]["classes"]
+        == rows["caf\\xe9.jpg"]["classes"]
+        == rows["link/linked.jpg"]["classes"]
+    )
     printed = capsys.readouterr().out
     assert "8 photos, 4 of them unreadable" in printed
     assert "(skipped 3 files: 1 .jpg, 1 .txt, 1 .heic)" in printed or "skipped 3 files" in printed
@@ -87,14 +97,25 @@ def test_unreadable_photos_become_rows_with_errors(model, awkward, tmp_path, cap
 def test_calibrate_and_map_skip_unreadable_photos_and_name_them(model, awkward, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     out = tmp_path / "queries.safetensors"
-    assert cli.main(["calibrate", model, str(awkward), "--rates", "1", "--quiet", "--out", str(out)]) == 0
+    assert (
+        cli.main(["calibrate", model, str(awkward), "--rates", "1", "--quiet", "--out", str(out)])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "4 unreadable" in printed and "bomb.png: Image size (400000000 pixels) exceeds limit" in printed
+    assert (
+        "4 unreadable" in printed
+        and "bomb.png: Image size (400000000 pixels) exceeds limit" in printed
+    )
     (awkward / "cost_$5^$.jpg").write_bytes(PHOTO.read_bytes())
-    status, printed = cli.main(["map", model, str(awkward), "--out", str(tmp_path / "maps")]), capsys.readouterr()
+    status, printed = (
+        cli.main(["map", model, str(awkward), "--out", str(tmp_path / "maps")]),
+        capsys.readouterr(),
+    )
     assert status == 0, printed.err
     printed = printed.out
-    assert printed.count(f"skipped {awkward}") == 4 and (tmp_path / "maps" / "cost_$5^$.gif").exists()
+    assert (
+        printed.count(f"skipped {awkward}") == 4 and (tmp_path / "maps" / "cost_$5^$.gif").exists()
+    )
     only = [str(awkward / name) for name in BAD]
     assert cli.main(["map", model, *only, "--out", str(tmp_path / "maps")]) == 1
     assert "none of the 4 photos can be read" in capsys.readouterr().err
@@ -119,7 +140,10 @@ def test_the_limit_of_pixels_can_be_set(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(PHOTO.read_bytes())
-    assert cli.main([*infer(model, tmp_path / "photos", tmp_path / "out"), "--max-pixels", "1000"]) == 0
+    assert (
+        cli.main([*infer(model, tmp_path / "photos", tmp_path / "out"), "--max-pixels", "1000"])
+        == 0
+    )
     assert "exceeds limit of 1000 pixels" in rows_of(tmp_path / "out")[0]["error"]
 
 
@@ -127,7 +151,9 @@ def test_the_limit_of_pixels_can_be_set(model, tmp_path, capsys, monkeypatch):
 
 
 def test_a_photo_is_read_as_timm_reads_it():
-    create_transform = pytest.importorskip("timm.data", reason="timm is not installed").create_transform
+    create_transform = pytest.importorskip(
+        "timm.data", reason="timm is not installed"
+    ).create_transform
     for size, crop_pct, interpolation, mode in (
         ((224, 224), 0.9, "bicubic", "center"),
         ((224, 224), 0.875, "bilinear", "center"),
@@ -135,7 +161,9 @@ def test_a_photo_is_read_as_timm_reads_it():
         ((64, 96), 0.95, "bicubic", "squash"),
     ):
         options = dict(crop_pct=crop_pct, interpolation=interpolation)
-        transform = create_transform((3, *size), mean=(0.0,) * 3, std=(1.0,) * 3, crop_mode=mode, **options)
+        transform = create_transform(
+            (3, *size), mean=(0.0,) * 3, std=(1.0,) * 3, crop_mode=mode, **options
+        )
         for path in PHOTOS.glob("*.jpg"):
             with Image.open(path) as photo:
                 expected = transform(photo.convert("RGB"))
@@ -148,7 +176,12 @@ def test_infer_equals_the_transform_and_model_of_timm(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
     hub = pytest.importorskip("timm.models", reason="timm is not installed")
-    config = {**model.pretrained_cfg, "num_classes": 7, "crop_pct": 0.95, "interpolation": "bilinear"}
+    config = {
+        **model.pretrained_cfg,
+        "num_classes": 7,
+        "crop_pct": 0.95,
+        "interpolation": "bilinear",
+    }
     hub.save_for_hf(model, tmp_path / "timm", model_config=config, model_args={"num_classes": 7})
     name = f"local-dir:{tmp_path / 'timm'}"
     assert cli.main([*infer(name, PHOTOS, tmp_path / "out"), "--top", "7"]) == 0
@@ -162,7 +195,9 @@ def test_infer_equals_the_transform_and_model_of_timm(tmp_path):
         outputs = model(torch.stack(seen))
     for row, output in zip(rows, outputs):
         best = output.softmax(0).topk(7)
-        assert row["classes"] == best.indices.tolist() and row["probabilities"] == best.values.tolist()
+        assert (
+            row["classes"] == best.indices.tolist() and row["probabilities"] == best.values.tolist()
+        )
 
 
 def saved(image, **options):
@@ -185,13 +220,17 @@ def test_deep_and_rotated_photos_are_read_as_they_look():
         torch.testing.assert_close(
             images.load_photo(file, 64, crop_pct=1.0), expected, rtol=0, atol=1.01 / 255, msg=name
         )
-    with pytest.raises(OSError, match=r"pixels must be in one of \[0, 1\], \[0, 255\], \[0, 65535\], are in \[-1"):
+    with pytest.raises(
+        OSError, match=r"pixels must be in one of \[0, 1\], \[0, 255\], \[0, 65535\], are in \[-1"
+    ):
         images.load_photo(saved(Image.fromarray((grey.float() - 1).numpy()), format="TIFF"))
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
     photo = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
     turned = images.load_photo(saved(photo, format="PNG", exif=exif), 64, crop_pct=1.0)
-    assert torch.equal(turned, images.load_photo(saved(photo.rotate(-90), format="PNG"), 64, crop_pct=1.0))
+    assert torch.equal(
+        turned, images.load_photo(saved(photo.rotate(-90), format="PNG"), 64, crop_pct=1.0)
+    )
 
 
 def test_illegal_preprocessing_and_nonfinite_weights_are_rejected(model, tmp_path, capsys):
@@ -206,7 +245,10 @@ def test_illegal_preprocessing_and_nonfinite_weights_are_rejected(model, tmp_pat
     state["blocks.3.mlp.fc1.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     assert cli.main(infer(tmp_path / "nan.pt", PHOTOS, tmp_path / "out")) == 1
-    assert "nan.pt has weights that are not finite" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "nan.pt has weights that are not finite" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_outputs_that_are_not_finite_are_errors(model, tmp_path):
@@ -241,7 +283,10 @@ def test_names_of_a_shard_are_kept_apart(model, tmp_path):
         ("b.png", b""),
         ("c.cls", b"3"),
     ]
-    write_shard(shards / "0.tar", [*members, ("../../evil.jpg", photo), (".hidden.jpg", photo), ("README", b"")])
+    write_shard(
+        shards / "0.tar",
+        [*members, ("../../evil.jpg", photo), (".hidden.jpg", photo), ("README", b"")],
+    )
     assert cli.main(infer(model, shards, tmp_path / "out")) == 0
     rows = rows_of(tmp_path / "out")
     assert sorted(row["name"] for row in rows) == [
@@ -280,7 +325,10 @@ def test_a_damaged_shard_is_named_and_the_others_are_done(model, tmp_path, capsy
         for _ in range(2):  # the second resumes after the first
             assert cli.main(infer(model, shards, out)) == 1, damage
             printed = capsys.readouterr()
-            assert "1 units are damaged, all others are done" in printed.err and "1.tar: " in printed.err, damage
+            assert (
+                "1 units are damaged, all others are done" in printed.err
+                and "1.tar: " in printed.err
+            ), damage
             assert len(rows_of(out)) == 6 and not (out / "_SUCCESS").exists(), damage
         for part in out.iterdir():
             part.unlink()

@@ -24,4 +24,6 @@ def context_of(x, prefix=1, sizes=None, depth=0.0):
     q, k, v = (torch.randn(batch, HEADS, tokens, 4, dtype=x.dtype) for _ in range(3))
     attention = (q @ k.transpose(2, 3)).softmax(-1).to(x.dtype)
     patches, update = torch.randn(batch, tokens - prefix, 12), torch.randn_like(x)
-    return Context(attention, attention[:, :, 0], k, v, patches, sizes=sizes, update=update, depth=depth)
+    return Context(
+        attention, attention[:, :, 0], k, v, patches, sizes=sizes, update=update, depth=depth
+    )

@@ -1,4 +1,5 @@
-"""Inputs for all op tests: one table of shapes, and illegal calls of every op, made from csrc/library.h."""
+"""Inputs for all op tests: one table of shapes, and illegal calls of every op, made from
+csrc/library.h."""
 
 import os
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def odd_layouts(x: Tensor) -> dict[str, Tensor]:
     """Return the same values in every layout a caller may pass."""
     batch, n, dim = x.shape
-    offset = torch.empty(batch * n * dim + 3, dtype=x.dtype, device=x.device)[3:].view(batch, n, dim)
+    offset = torch.empty(batch * n * dim + 3, dtype=x.dtype, device=x.device)[3:].view(
+        batch, n, dim
+    )
     wide = torch.empty(batch, n, 2 * dim, dtype=x.dtype, device=x.device)
     padded = torch.empty(batch, n + 4, dim, dtype=x.dtype, device=x.device)
     return {
@@ -71,7 +74,9 @@ def illegal_calls(op: str) -> Iterator[tuple[dict[str, Any], str]]:
         known |= {letter for _, letter in input.shapes[0]}
     for name, low, high in spec.ranges:
         least, most = (
-            legal[text] if text in legal else sum(SIZES[letter] for letter in text if letter.isupper())
+            legal[text]
+            if text in legal
+            else sum(SIZES[letter] for letter in text if letter.isupper())
             for text in (low, high)
         )
         for value in (least - 1, most + 1):

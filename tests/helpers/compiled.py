@@ -15,7 +15,8 @@ _checked: set[str] = set()
 
 
 def compiled_op(name: str) -> Callable[..., Any]:
-    """Return the C++ op, preceded by the lint of each kernel that CUDA would launch for its arguments."""
+    """Return the C++ op, preceded by the lint of each kernel that CUDA would launch for its
+    arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with recording() as launches:

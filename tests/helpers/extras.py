@@ -1,4 +1,5 @@
-"""Libraries that tests need, looked up without loading them: collection imports nothing heavier than torch."""
+"""Libraries that tests need, looked up without loading them: collection imports nothing heavier
+than torch."""
 
 from importlib.util import find_spec
 

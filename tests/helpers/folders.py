@@ -30,7 +30,9 @@ def timm_folder(folder):
 def transformers_classifier(folder):
     t = transformers()
     path = folder / "vit"
-    randomize(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5))).half().save_pretrained(path)
+    randomize(t.ViTForImageClassification(t.ViTConfig(**HF, num_labels=5))).half().save_pretrained(
+        path
+    )
     t.ViTImageProcessor(image_mean=list(MEAN), image_std=list(STD)).save_pretrained(path)
     return str(path)
 
@@ -53,7 +55,9 @@ def transformers_features(folder):
 def transformers_two_towers(folder):
     t = transformers()
     path = folder / "siglip"
-    randomize(t.SiglipModel(t.SiglipConfig(vision_config=HF, text_config=TEXT))).save_pretrained(path)
+    randomize(t.SiglipModel(t.SiglipConfig(vision_config=HF, text_config=TEXT))).save_pretrained(
+        path
+    )
     return str(path)
 
 

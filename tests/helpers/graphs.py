@@ -8,7 +8,8 @@ from cropr_kernels.pruning.graphs import CaptureError, Graphs
 
 
 class CountingGraphs(Graphs):
-    """Graphs whose capture needs no GPU: a replay runs the function again, on copies of its inputs."""
+    """Graphs whose capture needs no GPU: a replay runs the function again, on copies of its
+    inputs."""
 
     captures, replays, cannot_capture = 0, 0, False
 
@@ -37,7 +38,13 @@ class RecordedCuda:
     """
 
     def __init__(self, monkeypatch):
-        self.log, self.current, self.num_streams, self.pools, self.capturing = [], "caller's", 0, 0, None
+        self.log, self.current, self.num_streams, self.pools, self.capturing = (
+            [],
+            "caller's",
+            0,
+            0,
+            None,
+        )
         for name in (
             "device",
             "Stream",

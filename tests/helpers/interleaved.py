@@ -1,6 +1,8 @@
-"""Interleaved programs of interpreted kernels: another may go on before each load, store and atomic.
+"""Interleaved programs of interpreted kernels: another may go on before each load, store and
+atomic.
 
-Triton's interpreter runs one program after another, in order, so that none ever meets a half-done one.
+Triton's interpreter runs one program after another, in order, so that none ever meets a half-done
+one.
 """
 
 import inspect
@@ -30,7 +32,9 @@ class _Turns:
         threads = []
         for index, function in programs:
             self.waiting[len(threads)] = threading.Semaphore(0)
-            threads.append(threading.Thread(target=self._run_one, args=(len(threads), index, function)))
+            threads.append(
+                threading.Thread(target=self._run_one, args=(len(threads), index, function))
+            )
         for thread in threads:
             thread.start()
         self._wake()
@@ -67,7 +71,8 @@ class _Grid:
 
     def __init__(self, kernel: Any, turns: _Turns):
         self.kernel, self.turns, self.programs = kernel, turns, []
-        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__  # read by the interpreter
+        # Read by the interpreter
+        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__
         self.__signature__ = inspect.signature(kernel)
 
     def __call__(self, **args: Any) -> None:

@@ -39,23 +39,37 @@ def timm_eva(**options):
 MODELS = {
     "reference": reference_vit,
     "reference, registers": lambda: reference_vit(reg_tokens=3, no_embed_class=True),
-    "reference, rotary": lambda: reference_vit(rope=True, swiglu=True, qkv="joint_eva", global_pool="avg"),
+    "reference, rotary": lambda: reference_vit(
+        rope=True, swiglu=True, qkv="joint_eva", global_pool="avg"
+    ),
     "timm ViT": timm_vit,
     "timm ViT, registers": lambda: timm_vit(reg_tokens=4, no_embed_class=True, init_values=0.1),
     "timm ViT, no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
     "timm ViT, any size": lambda: timm_vit(dynamic_img_size=True, drop_path_rate=0.2),
     "timm EVA-02": timm_eva,
-    "timm EVA-02, split, sub-norms": lambda: timm_eva(qkv_fused=False, scale_mlp=True, scale_attn_inner=True),
+    "timm EVA-02, split, sub-norms": lambda: timm_eva(
+        qkv_fused=False, scale_mlp=True, scale_attn_inner=True
+    ),
 }
 
 
 # Hugging Face and torchvision models, which run their blocks themselves.
 
 HF = dict(
-    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128, image_size=64, patch_size=8
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=128,
+    image_size=64,
+    patch_size=8,
 )
 TEXT = dict(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, bos_token_id=0
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    vocab_size=50,
+    bos_token_id=0,
 )
 
 
@@ -65,12 +79,16 @@ def transformers():
 
 def siglip_classifier():
     t = transformers()
-    return t.SiglipForImageClassification(t.SiglipConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+    return t.SiglipForImageClassification(
+        t.SiglipConfig(vision_config=HF, text_config=TEXT, num_labels=5)
+    )
 
 
 def clip_classifier():
     t = transformers()
-    return t.CLIPForImageClassification(t.CLIPConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+    return t.CLIPForImageClassification(
+        t.CLIPConfig(vision_config=HF, text_config=TEXT, num_labels=5)
+    )
 
 
 def torchvision_vit():
@@ -87,7 +105,9 @@ BLOCK_RUNNERS = {
     "ViT": lambda: hf("ViTForImageClassification", "ViTConfig", num_labels=5),
     "ViT, features": lambda: hf("ViTModel", "ViTConfig"),
     "ViT-MAE": lambda: hf("ViTMAEModel", "ViTMAEConfig", mask_ratio=0.0),
-    "DINOv2": lambda: hf("Dinov2ForImageClassification", "Dinov2Config", num_labels=5, drop_path_rate=0.1),
+    "DINOv2": lambda: hf(
+        "Dinov2ForImageClassification", "Dinov2Config", num_labels=5, drop_path_rate=0.1
+    ),
     "DINOv2 with registers": lambda: hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
     "DINOv3": lambda: hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=3),
     "SigLIP": lambda: hf("SiglipVisionModel", "SiglipVisionConfig"),
@@ -97,7 +117,9 @@ BLOCK_RUNNERS = {
     "DeiT": lambda: hf("DeiTForImageClassification", "DeiTConfig", num_labels=5),
     "RADIO": lambda: hf("RadioModel", "RadioConfig"),  # a linear embedding
     "AIMv2": lambda: hf("Aimv2VisionModel", "Aimv2VisionConfig", use_head=False),  # RMSNorm
-    "BEiT": lambda: hf("BeitForImageClassification", "BeitConfig", num_labels=5, use_relative_position_bias=True),
+    "BEiT": lambda: hf(
+        "BeitForImageClassification", "BeitConfig", num_labels=5, use_relative_position_bias=True
+    ),
     "torchvision": torchvision_vit,
 }
 PREFIX = {
@@ -109,7 +131,15 @@ PREFIX = {
     "RADIO": 10,
     "AIMv2": 0,
 }
-CLASSIFIERS = ("ViT", "DINOv2", "SigLIP, classifier", "torchvision", "CLIP, classifier", "DeiT", "BEiT")
+CLASSIFIERS = (
+    "ViT",
+    "DINOv2",
+    "SigLIP, classifier",
+    "torchvision",
+    "CLIP, classifier",
+    "DeiT",
+    "BEiT",
+)
 
 
 def randomize(model):
@@ -121,7 +151,8 @@ def randomize(model):
 
 
 def embed(model, images):
-    """Return the tokens that enter the first block (timm or reference ViT) and the rotary table or None."""
+    """Return the tokens that enter the first block (timm or reference ViT) and the rotary table or
+    None."""
     if isinstance(model, ViT):
         return model.embed(images)
     embedded = model._pos_embed(model.patch_embed(images))

@@ -7,7 +7,8 @@ import torch
 
 
 def read_photos(data, count):
-    """Return the first validation photos of Tiny-ImageNet, preprocessed for the pretrained model, and their labels."""
+    """Return the first validation photos of Tiny-ImageNet, preprocessed for the pretrained model,
+    and their labels."""
     np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
     archive = np.load(data / "tinyimagenet100_64.npz")
     buffer, offsets = archive["buf"], archive["offsets"]

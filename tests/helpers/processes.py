@@ -1,4 +1,5 @@
-"""Python processes that start with the libraries loaded: forked from a server, which has imported them once."""
+"""Python processes that start with the libraries loaded: forked from a server, which has imported
+them once."""
 
 import contextlib
 import functools
@@ -12,7 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PRELOAD = ["torch", "cropr_kernels.cli.infer", "cropr_kernels.cli.train", "timm", "torchvision", "torchmetrics"]
+PRELOAD = [
+    "torch",
+    "cropr_kernels.cli.infer",
+    "cropr_kernels.cli.train",
+    "timm",
+    "torchvision",
+    "torchmetrics",
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ def _server() -> multiprocessing.context.BaseContext:
 
 
 def run_forked(code: str, arguments: list[str], folder: Path, **environment: str) -> Ended:
-    """Run code as `python -c` does, in a session of its own, and wait for it; `folder` takes what it prints."""
+    """Run code as `python -c` does, in a session of its own, and wait for it; `folder` takes what
+    it prints."""
     folder.mkdir(parents=True, exist_ok=True)
     process = _server().Process(target=_execute, args=(code, arguments, folder, environment))
     process.start()
@@ -43,7 +52,8 @@ def run_forked(code: str, arguments: list[str], folder: Path, **environment: str
 
 
 def left_in_session(session: int, patience: float = 60) -> list[str]:
-    """Command lines of processes that outlive their session; those that are killed already may take their time."""
+    """Command lines of processes that outlive their session; those that are killed already may take
+    their time."""
     for _ in range(int(10 * patience)):
         commands = [*_commands_of(session)]
         if not commands:

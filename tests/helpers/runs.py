@@ -26,7 +26,9 @@ class Explodes(nn.Module):
 
     def __init__(self, bad):
         super().__init__()
-        self.backbone = cropr.create_vit("vit_tiny_patch16_224", depth=2, embed_dim=8, num_heads=1, img_size=32)
+        self.backbone = cropr.create_vit(
+            "vit_tiny_patch16_224", depth=2, embed_dim=8, num_heads=1, img_size=32
+        )
         self.backbone.requires_grad_(False)
         self.weight, self.bad, self.calls = nn.Parameter(torch.ones(1)), bad, 0
 

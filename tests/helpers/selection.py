@@ -7,8 +7,11 @@ import pytest
 
 
 def each_choice(combinations: list[dict[str, Any]]) -> set[int]:
-    """Indices of few combinations in which every value of every parameter occurs (each-choice coverage)."""
-    parameters = [{(name, repr(value)) for name, value in values.items()} for values in combinations]
+    """Indices of few combinations in which every value of every parameter occurs (each-choice
+    coverage)."""
+    parameters = [
+        {(name, repr(value)) for name, value in values.items()} for values in combinations
+    ]
     uses = Counter({value: 0 for values in parameters for value in values})
     chosen: set[int] = set()
 
@@ -24,8 +27,9 @@ def each_choice(combinations: list[dict[str, Any]]) -> set[int]:
 
 
 def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
-    """Leave the full product of parameters to `make test-all`, where a test is marked `each_choice` or compiles or
-    interprets Triton kernels, whose code has no branch on a pair of parameters; of these also two shapes of three."""
+    """Leave the full product of parameters to `make test-all`, where a test is marked `each_choice`
+    or compiles or interprets Triton kernels, whose code has no branch on a pair of parameters; of
+    these also two shapes of three."""
     groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in [item for item in items if hasattr(item, "callspec")]:
         parameters = item.callspec.params
@@ -38,7 +42,10 @@ def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
             shapes = shapes[1::3]
         quick = [item for item in group if not item.get_closest_marker("slow")]
         candidates = [item for item in quick if str(item.callspec.params.get("shape")) in shapes]
-        chosen = [candidates[index] for index in each_choice([item.callspec.params for item in candidates])]
+        chosen = [
+            candidates[index]
+            for index in each_choice([item.callspec.params for item in candidates])
+        ]
         for item in group:
             if item not in chosen:
                 item.add_marker("slow")

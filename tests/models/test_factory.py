@@ -31,7 +31,8 @@ def test_a_name_determines_the_library_of_a_model(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     for name in ("resnet_of_nobody", str(tmp_path)):
         with pytest.raises(
-            ValueError, match=r"a model must be a preset .* or a folder of transformers, cropr.save or .* got "
+            ValueError,
+            match=r"a model must be a preset .* or a folder of transformers, cropr.save or .* got ",
         ):
             model_source(name)
 
@@ -39,7 +40,9 @@ def test_a_name_determines_the_library_of_a_model(tmp_path):
 def test_without_timm_presets_load_and_other_names_raise(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert isinstance(create_model("vit_tiny_patch16_224", depth=2), ViT)
-    with pytest.raises(ImportError, match=r"model 'eva_x', which is no preset .* needs timm: pip install timm"):
+    with pytest.raises(
+        ImportError, match=r"model 'eva_x', which is no preset .* needs timm: pip install timm"
+    ):
         create_model("eva_x")
 
 
@@ -71,8 +74,14 @@ def test_a_preprocessor_determines_how_photos_are_resized(tmp_path):
     name = FOLDERS["transformers features"](tmp_path)
     for processor, expected in (
         (transformers.ViTImageProcessor(resample=2), (1.0, "bilinear", True)),
-        (transformers.BitImageProcessor(size={"shortest_edge": 256}, resample=3), (0.875, "bicubic", False)),
-        (transformers.BitImageProcessor(size={"shortest_edge": 80}, do_center_crop=False), (1.0, "bicubic", False)),
+        (
+            transformers.BitImageProcessor(size={"shortest_edge": 256}, resample=3),
+            (0.875, "bicubic", False),
+        ),
+        (
+            transformers.BitImageProcessor(size={"shortest_edge": 80}, do_center_crop=False),
+            (1.0, "bicubic", False),
+        ),
     ):
         processor.save_pretrained(name)
         assert pixels_of(create_model(name), name)[3:] == expected
@@ -100,9 +109,13 @@ def test_a_model_without_its_classifier_gives_the_features_that_it_reads(name):
 
 
 def test_outputs_without_logits_or_features_raise():
-    with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got dict"):
+    with pytest.raises(
+        ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got dict"
+    ):
         outputs_of({})
     model = reference_vit()
     del model.head
-    with pytest.raises(TypeError, match="ViT must have a classifier named head, classifier or heads, has none"):
+    with pytest.raises(
+        TypeError, match="ViT must have a classifier named head, classifier or heads, has none"
+    ):
         remove_classifier(model)

@@ -59,7 +59,9 @@ def assert_as_in_table(library, name, model):
     verdict = check(randomize(model))
     assert verdict.supported == row["supported"], f"{name}: {verdict.reason or 'supported'}"
     for column in ("engine", "merges", "calibrates"):
-        assert (getattr(verdict, column) == "yes") == (row[column] == "yes"), f"{name}, {column}: {verdict}"
+        assert (getattr(verdict, column) == "yes") == (row[column] == "yes"), (
+            f"{name}, {column}: {verdict}"
+        )
 
 
 def test_the_goal_of_supported_names_is_kept():

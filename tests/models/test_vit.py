@@ -19,25 +19,37 @@ def randomize(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if "large" not in name and "384" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if "large" not in name and "384" not in name]
+)
 def test_equals_timm_with_the_same_weights(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     options = {"num_classes": 10, "depth": 3}
-    theirs, ours = randomize(timm.create_model(name, **options)), cropr.create_vit(name, **options).eval()
+    theirs, ours = (
+        randomize(timm.create_model(name, **options)),
+        cropr.create_vit(name, **options).eval(),
+    )
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, ours.config.img_size, ours.config.img_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"])
+@pytest.mark.parametrize(
+    "name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"]
+)
 def test_parameters_of_larger_models_equal_those_of_timm(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     with torch.device("meta"):
         ours = {key: value.shape for key, value in cropr.create_vit(name).state_dict().items()}
         try:
-            theirs = {key: value.shape for key, value in timm.create_model(name, num_classes=1000).state_dict().items()}
+            theirs = {
+                key: value.shape
+                for key, value in timm.create_model(name, num_classes=1000).state_dict().items()
+            }
         except RuntimeError as error:
             pytest.skip(f"timm {timm.__version__} cannot be built without memory: {error}")
     assert ours == theirs
@@ -72,7 +84,9 @@ def test_pretrained_weights_classify_real_photos_as_timm_does(data):
     logits = ours(images)
     torch.testing.assert_close(logits, theirs(images), rtol=1e-4, atol=1e-4)
     names = metadata["classes"].split()
-    accuracy = sum(names[i] == label for i, label in zip(logits.argmax(1).tolist(), labels)) / len(labels)
+    accuracy = sum(names[i] == label for i, label in zip(logits.argmax(1).tolist(), labels)) / len(
+        labels
+    )
     assert accuracy > 0.55, json.dumps({"accuracy": accuracy})
 
 
@@ -90,12 +104,27 @@ def test_drop_path_is_the_identity_in_eval_and_unbiased_in_training():
     ("call", "message"),
     [
         (lambda: cropr.create_vit("resnet50"), "name must be one of vit_tiny_patch16_224"),
-        (lambda: cropr.create_vit("vit_tiny_patch16_224", widht=3), "no such option widht; options are"),
+        (
+            lambda: cropr.create_vit("vit_tiny_patch16_224", widht=3),
+            "no such option widht; options are",
+        ),
         (lambda: ViT(ViTConfig(class_token=False)), "global_pool='token' needs class_token=True"),
-        (lambda: ViT(ViTConfig(embed_dim=100, num_heads=3)), "embed_dim must be a multiple of num_heads = 3, got 100"),
-        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 3, 30, 32)), "must be multiples of 8, got \\(30, 32\\)"),
-        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(3, 32, 32)), r"images must have shape \(B, 3, H, W\)"),
-        (lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 1, 32, 32)), r"images must have shape \(B, 3, H, W\)"),
+        (
+            lambda: ViT(ViTConfig(embed_dim=100, num_heads=3)),
+            "embed_dim must be a multiple of num_heads = 3, got 100",
+        ),
+        (
+            lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 3, 30, 32)),
+            "must be multiples of 8, got \\(30, 32\\)",
+        ),
+        (
+            lambda: ViT(ViTConfig(**SMALL))(torch.zeros(3, 32, 32)),
+            r"images must have shape \(B, 3, H, W\)",
+        ),
+        (
+            lambda: ViT(ViTConfig(**SMALL))(torch.zeros(1, 1, 32, 32)),
+            r"images must have shape \(B, 3, H, W\)",
+        ),
     ],
 )
 def test_illegal_options_and_images_raise(call, message):

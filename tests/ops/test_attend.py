@@ -9,7 +9,15 @@ from cropr_kernels.ops import reference
 pytestmark = pytest.mark.kernels
 
 # (B, M, N, D)
-SHAPES = [(2, 1, 17, 33), (1, 1, 1, 1), (3, 1, 50, 64), (2, 5, 17, 40), (1, 70, 66, 96), (2, 2, 1, 8), (0, 3, 4, 8)]
+SHAPES = [
+    (2, 1, 17, 33),
+    (1, 1, 1, 1),
+    (3, 1, 50, 64),
+    (2, 5, 17, 40),
+    (1, 70, 66, 96),
+    (2, 2, 1, 8),
+    (0, 3, 4, 8),
+]
 WIDE = [(1, 1, 197, 1536), (1, 65, 40, 1536), (2, 1, 600, 24)]
 
 
@@ -48,12 +56,15 @@ def test_attend_is_at_most_twice_as_wrong_as_pytorch(backend, shape, dtype):
     x, queries, grad, scale = make(shape, dtype, backend.device)
     out, dq = backend.attend(x, queries, scale), backend.attend_backward(grad, x, queries, scale)
     assert out.dtype == dtype and out.shape == grad.shape and dq.dtype == queries.dtype
-    for got, plain, true in zip((out, dq), pytorch(x, queries, grad, scale), exact(x, queries, grad, scale)):
+    for got, plain, true in zip(
+        (out, dq), pytorch(x, queries, grad, scale), exact(x, queries, grad, scale)
+    ):
         if true.numel() == 0:
             continue
         error, plain_error = ((value.double() - true).abs().max().item() for value in (got, plain))
         rounding = torch.finfo(dtype).eps * true.abs().max().item()
-        assert error <= 2 * plain_error + (64 if dtype == torch.float64 else 1) * rounding  # the oracle is float64 too
+        # The oracle is float64 too
+        assert error <= 2 * plain_error + (64 if dtype == torch.float64 else 1) * rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,13 +92,17 @@ def test_huge_logits_do_not_overflow(backend):
     queries = torch.randn(3, 64, device=backend.device)
     queries[0] = x[0, 0]  # the highest logit is the first
     for q in (queries, queries[:1]):
-        torch.testing.assert_close(backend.attend(x, q, 1.0), reference.attend(x.double(), q, 1.0).float())
+        torch.testing.assert_close(
+            backend.attend(x, q, 1.0), reference.attend(x.double(), q, 1.0).float()
+        )
 
 
 def test_attend_takes_float32_queries_over_half_precision_tokens(backend):
     for dtype in (torch.bfloat16, torch.float16):
         for count in (1, 4):
-            skip_if_uninterpretable(backend, dtype, (1, 1 if backend.interpreted and count == 1 else count))
+            skip_if_uninterpretable(
+                backend, dtype, (1, 1 if backend.interpreted and count == 1 else count)
+            )
             x, queries, grad, scale = make((2, count, 30, 48), dtype, backend.device)
             out = backend.attend(x, queries.float(), scale)
             dq = backend.attend_backward(grad, x, queries.float(), scale)
@@ -102,7 +117,10 @@ def test_every_layout_gives_the_same_values(kernels, count):
     x, queries, grad, scale = make((2, count, 21, 34), torch.float32, kernels.device)
     expected = kernels.attend(x, queries, scale), kernels.attend_backward(grad, x, queries, scale)
     for name, view in odd_layouts(x).items():
-        got = kernels.attend(view, queries, scale), kernels.attend_backward(grad, view, queries, scale)
+        got = (
+            kernels.attend(view, queries, scale),
+            kernels.attend_backward(grad, view, queries, scale),
+        )
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b, msg=name)
     strided = kernels.attend(x, queries.t().contiguous().t(), scale)
@@ -120,7 +138,8 @@ def test_every_run_gives_the_same_bits(kernels, count):
 
 
 def test_small_scratch_gives_the_same_result(kernels, monkeypatch):
-    """Images go through the scratch buffer a few at a time; the result does not depend on their number."""
+    """Images go through the scratch buffer a few at a time; the result does not depend on their
+    number."""
     if kernels.name == "cpp":
         pytest.skip("the C++ kernel always takes one image at a time")
     from cropr_kernels.ops.triton import attend as module

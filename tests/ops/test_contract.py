@@ -27,9 +27,12 @@ def split_inputs(dtype=torch.float32, grad=False):
 
 
 def sample(name, dtype=torch.float32, grad=False):
-    """Return the arguments of a legal call; with grad, tensors require a gradient if the op has one."""
+    """Return the arguments of a legal call; with grad, tensors require a gradient if the op has
+    one."""
     args = legal_call(name, dtype)
-    for argument in GRADIENT & set(args) if grad and not name.endswith(("_", "norm", "backward")) else ():
+    for argument in (
+        GRADIENT & set(args) if grad and not name.endswith(("_", "norm", "backward")) else ()
+    ):
         if not (argument == "x" and name.startswith("attend")) and args[argument].dtype == dtype:
             args[argument].requires_grad_()
     return tuple(args.values())
@@ -45,7 +48,9 @@ def test_every_op_passes_opcheck(name, grad):
 def test_optional_tensors_may_be_left_out(name):
     args = bare_call(name)
     schema = getattr(ops, name).default._schema
-    optional = {argument.name for argument in schema.arguments if str(argument.type) == "Optional[Tensor]"}
+    optional = {
+        argument.name for argument in schema.arguments if str(argument.type) == "Optional[Tensor]"
+    }
     assert optional == {argument for argument, value in args.items() if value is None}
     torch.library.opcheck(getattr(ops, name).default, tuple(args.values()))
 
@@ -61,12 +66,16 @@ def test_the_typed_function_equals_the_op(name):
         assert not argument.has_default_value() or default == argument.default_value
     assert function.__doc__
     args = legal_call(name)
-    copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in args.items()}
+    copies = {
+        key: value.clone() if torch.is_tensor(value) else value for key, value in args.items()
+    }
     got, expected = function(**args), getattr(ops, name)(**copies)
     assert (got is None) == (expected is None)
     for a, b in zip(*(part if isinstance(part, tuple) else (part,) for part in (got, expected))):
         assert a is None or torch.equal(a, b)
-    assert all(torch.equal(args[key], value) for key, value in copies.items() if torch.is_tensor(value))
+    assert all(
+        torch.equal(args[key], value) for key, value in copies.items() if torch.is_tensor(value)
+    )
 
 
 def test_prune_passes_opcheck_on_permuted_and_empty_inputs():
@@ -83,7 +92,9 @@ def test_fake_result_looks_like_the_real_one(name, dtype):
     args = sample(name, dtype)
     real = getattr(ops, name)(*args)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake_args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        fake_args = [
+            mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args
+        ]
         fake = getattr(ops, name)(*fake_args)
     assert (real is None) == (fake is None)
     pair = (real, fake) if isinstance(real, tuple) else ((real,), (fake,))
@@ -97,7 +108,10 @@ def test_fake_result_looks_like_the_real_one(name, dtype):
 
 
 def test_prune_passes_gradient_to_the_rows_only():
-    x, query = tokens(2, 7, 5, torch.float64, "cpu").requires_grad_(), torch.randn(5, dtype=torch.float64)
+    x, query = (
+        tokens(2, 7, 5, torch.float64, "cpu").requires_grad_(),
+        torch.randn(5, dtype=torch.float64),
+    )
     query.requires_grad_()
     kept, kept_idx, pruned, _pruned_idx = ops.prune(x, query, 3, 1)
     (kept.sum() + 2 * pruned.sum()).backward()
@@ -117,7 +131,9 @@ def test_outputs_without_gradient_do_not_ask_for_it():
         assert [result.requires_grad for result in results] == [asks, False]
     targets, candidates = ops.select(torch.randn(2, 7), 4)
     sizes = torch.ones(2, 7, requires_grad=True)
-    assert not any(result.requires_grad for result in ops.merge(x.detach(), targets, candidates, sizes, 5))
+    assert not any(
+        result.requires_grad for result in ops.merge(x.detach(), targets, candidates, sizes, 5)
+    )
 
 
 def test_attend_reads_tokens_as_detached():
@@ -135,7 +151,9 @@ def test_gradients_match_finite_differences():
     kept, pruned = parts[0].detach().requires_grad_(), parts[2].detach().requires_grad_()
     for check in (gradcheck, gradgradcheck):
         assert check(lambda x: ops.prune(x, query, 4, 1, priority)[::2], (x,))
-        assert check(lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3]), (kept, pruned))
+        assert check(
+            lambda kept, pruned: ops.restore(kept, parts[1], pruned, parts[3]), (kept, pruned)
+        )
         assert check(lambda x: ops.gather(x, torch.tensor([[1, 1], [0, 8]])), (x,))
         assert check(lambda x: ops.merge(x, parts[1], parts[3], sizes, 6, 1)[0], (x,))
     for count in (1, 3):
@@ -146,7 +164,9 @@ def test_gradients_match_finite_differences():
 # torch.compile
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_prune_and_restore_compile_to_one_graph_without_recompiling(compiler):
     torch._dynamo.reset()
 
@@ -214,7 +234,8 @@ def test_ops_without_a_gradient_reject_tensors_that_require_one(name):
         if torch.is_tensor(value) and value.is_floating_point():
             call = args | {argument: value.clone().requires_grad_()}
             with pytest.raises(
-                RuntimeError, match=f"{name}: {argument} must not require a gradient, as the op has none"
+                RuntimeError,
+                match=f"{name}: {argument} must not require a gradient, as the op has none",
             ):
                 getattr(ops, name)(*call.values())
             with torch.no_grad():
@@ -235,7 +256,9 @@ def test_a_change_in_place_invalidates_tensors_saved_for_backward(name):
     with torch.inference_mode():  # tensors from outside have versions there too
         getattr(ops, name)(*args.values())
     written = {"x", "parent", "sizes" if name == "merge_" else "cost_scale"}
-    assert all((args[key]._version > version) == (key in written) for key, version in versions.items())
+    assert all(
+        (args[key]._version > version) == (key in written) for key, version in versions.items()
+    )
 
 
 # Errors
@@ -246,20 +269,30 @@ def test_a_change_in_place_invalidates_tensors_saved_for_backward(name):
 def test_tensors_that_change_in_place_must_share_no_memory(kernels, name):
     args = legal_call(name)
     x = args["x"] = args["x"].to(kernels.device)
-    args = {key: value.to(kernels.device) if torch.is_tensor(value) else value for key, value in args.items()}
+    args = {
+        key: value.to(kernels.device) if torch.is_tensor(value) else value
+        for key, value in args.items()
+    }
     same = {
-        key: value for key, value in args.items() if torch.is_tensor(value) and value.dtype == x.dtype and key != "x"
+        key: value
+        for key, value in args.items()
+        if torch.is_tensor(value) and value.dtype == x.dtype and key != "x"
     }
     for key, value in same.items():
         if value.numel() <= x.numel():
             call = args | {key: x.flatten()[-value.numel() :].view(value.shape)}
             with pytest.raises(
-                RuntimeError, match=f"{name}: {key} must not share memory with x, which changes in place"
+                RuntimeError,
+                match=f"{name}: {key} must not share memory with x, which changes in place",
             ):
                 getattr(kernels, name)(*call.values())
-    beside = torch.zeros(2 * x.numel(), dtype=x.dtype, device=x.device)  # one storage, different parts of it
+    # One storage, different parts of it
+    beside = torch.zeros(2 * x.numel(), dtype=x.dtype, device=x.device)
     for key, value in [item for item in same.items() if item[1].numel() <= x.numel()][:1]:
-        apart = {"x": beside[: x.numel()].view(x.shape), key: beside[x.numel() :][: value.numel()].view(value.shape)}
+        apart = {
+            "x": beside[: x.numel()].view(x.shape),
+            key: beside[x.numel() :][: value.numel()].view(value.shape),
+        }
         getattr(kernels, name)(*(args | apart).values())
 
 
@@ -269,7 +302,9 @@ def test_lists_of_positions_must_ascend(name, which):
     args = legal_call(name)
     argument = [key for key in args if key.endswith("_idx")][which]
     args[argument] = args[argument].flip(1)
-    with pytest.raises(RuntimeError, match=rf"{name}: {argument} must be ascending, got \d+ before \d+ in image 0"):
+    with pytest.raises(
+        RuntimeError, match=rf"{name}: {argument} must be ascending, got \d+ before \d+ in image 0"
+    ):
         getattr(ops, name)(*args.values())
 
 
@@ -279,7 +314,9 @@ def both_errors(kernels, name, args):
     with pytest.raises(RuntimeError) as real:
         getattr(kernels, name)(*args)
     with torch._subclasses.FakeTensorMode() as mode, pytest.raises(RuntimeError) as fake:
-        getattr(ops, name)(*[mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
+        getattr(ops, name)(
+            *[mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        )
     return [str(error.value).partition("\n")[0] for error in (real, fake)]
 
 
@@ -301,14 +338,26 @@ def error_cases():
 
     x, idx = torch.zeros(2, 9, 6), torch.arange(4).expand(2, -1)
     return [
-        (*call("prune", num_keep=10), "prune: num_keep must be in [num_prefix, N] = [1, 9], got 10"),
+        (
+            *call("prune", num_keep=10),
+            "prune: num_keep must be in [num_prefix, N] = [1, 9], got 10",
+        ),
         (*call("prune", num_keep=0), "prune: num_keep must be in [num_prefix, N] = [1, 9], got 0"),
         (*call("prune", num_prefix=-1), "prune: num_prefix must be in [0, N] = [0, 9], got -1"),
-        (*call("add_select_", num_keep=5), "add_select_: num_keep must be in [num_prefix, K] = [1, 4], got 5"),
+        (
+            *call("add_select_", num_keep=5),
+            "add_select_: num_keep must be in [num_prefix, K] = [1, 4], got 5",
+        ),
         (*call("merge", num_keep=3), "merge: num_keep must be in [T, T + C] = [4, 9], got 3"),
         (*call("prune", x=x[0]), "prune: x must have shape (B, N, D), got (9, 6)"),
-        (*call("prune", query=x[0, 0, :5]), "prune: query must have shape (D = 6,) or (M, D = 6), got (5,)"),
-        (*call("prune", x=x.long()), "prune: x must be float32, float64, bfloat16 or float16, got int64"),
+        (
+            *call("prune", query=x[0, 0, :5]),
+            "prune: query must have shape (D = 6,) or (M, D = 6), got (5,)",
+        ),
+        (
+            *call("prune", x=x.long()),
+            "prune: x must be float32, float64, bfloat16 or float16, got int64",
+        ),
         (*call("select", priority=x[..., 0]), "select: priority must be int8 or bool, got float32"),
         (*call("gather", idx=idx[0]), "gather: idx must have shape (B = 2, K), got (4,)"),
         (*call("gather", idx=idx.int()), "gather: idx must be int64, got int32"),
@@ -317,12 +366,18 @@ def error_cases():
             *call("restore", pruned=x[:, :5].half()),
             "restore: pruned must be the dtype of the first tensor, float32, got float16",
         ),
-        (*call("add_", update=x), "add_: update must have shape (B = 2, K = 4, D = 6), got (2, 9, 6)"),
+        (
+            *call("add_", update=x),
+            "add_: update must have shape (B = 2, K = 4, D = 6), got (2, 9, 6)",
+        ),
         (
             *call("add_", x=x.transpose(0, 1).contiguous().transpose(0, 1)),
             "add_: x must be contiguous, as it changes in place, got strides (6, 12, 1)",
         ),
-        (*call("rotate_", table=torch.zeros(8, 6)), "rotate_: table must have shape (P, 2 C = 12), got (8, 6)"),
+        (
+            *call("rotate_", table=torch.zeros(8, 6)),
+            "rotate_: table must have shape (P, 2 C = 12), got (8, 6)",
+        ),
         (
             *call("rotate_", x=torch.zeros(2, 4, 6, 3).transpose(2, 3)),
             "rotate_: x must have a stride of 1 in the last dimension, as it changes in place, "
@@ -336,7 +391,13 @@ def error_cases():
             *call("rotate_", table=torch.zeros(2, 12), idx=None),
             "rotate_: table must have a row for each of the 3 patches, got 2",
         ),
-        *((*call(name, x=x[:, :0]), f"{name}: x must have at least one token, got shape (2, 0, 6)") for name in ATTEND),
+        *(
+            (
+                *call(name, x=x[:, :0]),
+                f"{name}: x must have at least one token, got shape (2, 0, 6)",
+            )
+            for name in ATTEND
+        ),
         (
             *call("merge", num_prefix=4),
             "merge: target_idx must hold a token after the prefix, got T = num_prefix = 4",
@@ -346,7 +407,10 @@ def error_cases():
             "merge_: target_idx must hold a token after the prefix, got T = num_prefix = 4",
         ),
         *(
-            (*call(name, num_prefix=4), f"{name}: kept_idx must hold a token after the prefix, got K = num_prefix = 4")
+            (
+                *call(name, num_prefix=4),
+                f"{name}: kept_idx must hold a token after the prefix, got K = num_prefix = 4",
+            )
             for name in ("parent_offsets", "parent_offsets_")
         ),
         (
@@ -369,13 +433,21 @@ def test_positions_that_do_not_exist_or_repeat_raise():
         ops.gather(x, torch.full((2, 1), 9))
     with pytest.raises(RuntimeError, match=r"gather: idx must hold positions in \[0, 9\), got -1"):
         ops.gather(x, torch.full((2, 1), -1))
-    with pytest.raises(RuntimeError, match=r"restore: .* each position in \[0, 9\) once, got 9 in image 0"):
+    with pytest.raises(
+        RuntimeError, match=r"restore: .* each position in \[0, 9\) once, got 9 in image 0"
+    ):
         ops.restore(kept, kept_idx.clone().fill_(9), pruned, pruned_idx)
-    with pytest.raises(RuntimeError, match=r"gather_norm: idx must hold positions in \[0, 9\), got 9"):
+    with pytest.raises(
+        RuntimeError, match=r"gather_norm: idx must hold positions in \[0, 9\), got 9"
+    ):
         ops.gather_norm(x.detach(), torch.full((2, 1), 9), None, None, 1e-6)
-    with pytest.raises(RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) after the prefix, got 4"):
+    with pytest.raises(
+        RuntimeError, match=r"rotate_: idx must hold positions in \[1, 4\) after the prefix, got 4"
+    ):
         ops.rotate_(torch.zeros(1, 2, 1, 2), torch.zeros(3, 4), torch.tensor([[0, 4]]), 1)
-    with pytest.raises(RuntimeError, match=r"merge: target_idx and .* position in \[0, 9\) once, got 9 in image 0"):
+    with pytest.raises(
+        RuntimeError, match=r"merge: target_idx and .* position in \[0, 9\) once, got 9 in image 0"
+    ):
         ops.merge(x, kept_idx.clone().fill_(9), pruned_idx, torch.ones(2, 9), 6)
     twice = kept_idx.clone()
     twice[1, 1] = twice[1, 0]
@@ -387,7 +459,9 @@ def test_positions_that_do_not_exist_or_repeat_raise():
 
 def test_tensors_on_different_devices_raise():
     x, query = torch.zeros(2, 9, 6), torch.zeros(6)
-    with pytest.raises(RuntimeError, match="query must be on the same device as the other tensors, meta, got cpu"):
+    with pytest.raises(
+        RuntimeError, match="query must be on the same device as the other tensors, meta, got cpu"
+    ):
         ops.prune(x.to("meta"), query, 4)
     with pytest.raises(RuntimeError, match="queries must be on the same device"):
         ops.attend(x.to("meta"), query.unsqueeze(0), 1.0)

@@ -1,7 +1,9 @@
-"""A model checker for select.is_last: in every interleaving the last program of an image sees all of its scores.
+"""A model checker for select.is_last: in every interleaving the last program of an image sees all
+of its scores.
 
-A model of weak memory: a store waits in a buffer until it reaches memory, at any time, at a release at the latest; what
-a program has seen early may be out of date until it acquires. A program has two warps, each stores a score, one counts.
+A model of weak memory: a store waits in a buffer until it reaches memory, at any time, at a release
+at the latest; what a program has seen early may be out of date until it acquires. A program has two
+warps, each stores a score, one counts.
 """
 
 import itertools
@@ -15,8 +17,8 @@ SCORES = [(program, warp) for program in IMAGES for warp in range(2)]
 def steps(state, barrier, release, acquire):
     """Yield the states that may follow.
 
-    A state: scores in buffers, scores in memory, (program, score) missed early, programs counted, programs that know
-    that they are last.
+    A state: scores in buffers, scores in memory, (program, score) missed early, programs counted,
+    programs that know that they are last.
     """
     buffered, memory, missed, counted, last = state
     for score in SCORES:
@@ -32,13 +34,22 @@ def steps(state, barrier, release, acquire):
         ordered = {(program, warp) for warp in (range(2) if barrier else [0])}  # before the count
         if ordered <= buffered | memory:
             pushed = buffered & ordered if release else frozenset()
-            kept = frozenset(entry for entry in missed if entry[0] != program) if acquire else missed
+            kept = (
+                frozenset(entry for entry in missed if entry[0] != program) if acquire else missed
+            )
             is_last = image <= counted | {program}
-            yield buffered - pushed, memory | pushed, kept, counted | {program}, last | {program} if is_last else last
+            yield (
+                buffered - pushed,
+                memory | pushed,
+                kept,
+                counted | {program},
+                last | {program} if is_last else last,
+            )
 
 
 def unseen(*, barrier=True, release=True, acquire=True):
-    """Return the number of states, and the scores that a program may miss although it knows that it is last."""
+    """Return the number of states, and the scores that a program may miss although it knows that it
+    is last."""
     start = (frozenset(),) * 5
     todo, known, unseen_scores = [start], {start}, set()
     while todo:

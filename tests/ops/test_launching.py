@@ -1,4 +1,5 @@
-"""Recorded launches equal those of Triton. The driver is a mock: kernels are compiled and launched, none runs."""
+"""Recorded launches equal those of Triton. The driver is a mock: kernels are compiled and launched,
+none runs."""
 
 import json
 import subprocess
@@ -82,7 +83,8 @@ def test_recorded_launches_equal_those_of_triton(cuda, op, dtype, bare):
 
 
 def test_calls_that_differ_have_recorded_launches_of_their_own(cuda):
-    """Another dtype, size, stride, alignment, number, or an argument left out: another recording."""
+    """Another dtype, size, stride, alignment, number, or an argument left out: another
+    recording."""
     x, q = torch.randn(3, 40, 48), torch.randn(48)
     storage = torch.randn(3 * 40 * 48 + 1)
     calls = [
@@ -134,8 +136,11 @@ def test_a_replay_rejects_shared_memory(cuda):
     for _ in range(2):
         cuda.ops.add_(x, None, rows, None)
     assert replayed()
-    for update, is_replay in ((x.view(2, 9, 48), False), (both[1:], True)):  # a second tensor at one address is new
-        with pytest.raises(RuntimeError, match="add_: update must not share memory with x, which changes in place"):
+    # A second tensor at one address is new
+    for update, is_replay in ((x.view(2, 9, 48), False), (both[1:], True)):
+        with pytest.raises(
+            RuntimeError, match="add_: update must not share memory with x, which changes in place"
+        ):
             cuda.ops.add_(x, None, update, None)
         assert replayed() == is_replay
 
@@ -144,7 +149,9 @@ def test_a_replay_rejects_illegal_arguments(cuda):
     x, q = torch.randn(2, 9, 48), torch.randn(48)
     for _ in range(2):
         cuda.ops.prune(x, q, 5)
-        with pytest.raises(RuntimeError, match=r"prune: num_keep must be in \[num_prefix, N\] = \[0, 9\], got 10"):
+        with pytest.raises(
+            RuntimeError, match=r"prune: num_keep must be in \[num_prefix, N\] = \[0, 9\], got 10"
+        ):
             cuda.ops.prune(x, q, 10)
 
 
@@ -174,7 +181,9 @@ def test_a_replay_keeps_no_tensor_alive(cuda):
     assert [tensor._use_count() for tensor in (x, q, kept)] == [1, 1, 1]
 
 
-def test_a_launcher_is_not_recorded_that_returns_an_argument_or_reads_another_tensor(cuda, monkeypatch):
+def test_a_launcher_is_not_recorded_that_returns_an_argument_or_reads_another_tensor(
+    cuda, monkeypatch
+):
     x, q, other = torch.randn(2, 9, 48), torch.randn(48), torch.randn(2, 9, 48)
     recorded = []
     monkeypatch.setattr(launching, "keep_launches", lambda *recording: recorded.append(recording))
@@ -187,7 +196,9 @@ def test_a_launcher_is_not_recorded_that_returns_an_argument_or_reads_another_te
 
 def test_without_triton_an_op_on_cuda_tensors_says_so(cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "cropr_kernels.ops.triton.launching", None)
-    with pytest.raises(ImportError, match=r"cropr::scores: CUDA tensors need triton: pip install triton \("):
+    with pytest.raises(
+        ImportError, match=r"cropr::scores: CUDA tensors need triton: pip install triton \("
+    ):
         cuda.ops.scores(torch.randn(2, 11, 48), torch.randn(48))
 
 
@@ -196,7 +207,9 @@ def test_an_error_of_the_driver_is_raised(cuda):
     cuda.ops.prune(x, q, 6)
     cuda.library.mock_set_error(2)
     try:
-        with pytest.raises(RuntimeError, match="cropr: a launch failed: an error of the mock driver"):
+        with pytest.raises(
+            RuntimeError, match="cropr: a launch failed: an error of the mock driver"
+        ):
             cuda.ops.prune(x, q, 6)
     finally:
         cuda.library.mock_set_error(0)
@@ -204,11 +217,35 @@ def test_an_error_of_the_driver_is_raised(cuda):
 
 @pytest.mark.slow
 def test_the_cost_of_launching_is_measured(tmp_path):
-    """Run in a separate process, as the driver does; times depend on the machine, and are only printed."""
+    """Run in a separate process, as the driver does; times depend on the machine, and are only
+    printed."""
     out = tmp_path / "cost.json"
-    command = [sys.executable, "-m", "benchmarks.kernels.launch_cost", "--rounds", "1", "--calls", "20", "--out", out]
-    print(subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.kernels.launch_cost",
+        "--rounds",
+        "1",
+        "--calls",
+        "20",
+        "--out",
+        out,
+    ]
+    print(
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        ).stdout
+    )
     rows = json.loads(out.read_text())["rows"]
-    ops = ["gather_norm", "add_norm_", "add_select_", "merge_", "parent_offsets_", "add_parents", "rotate_", "prune"]
+    ops = [
+        "gather_norm",
+        "add_norm_",
+        "add_select_",
+        "merge_",
+        "parent_offsets_",
+        "add_parents",
+        "rotate_",
+        "prune",
+    ]
     assert {row["op"] for row in rows} == {*ops}
     assert all(row["plan"] > 0 and row["triton"] > 0 for row in rows)

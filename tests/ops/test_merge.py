@@ -33,13 +33,25 @@ def problem(shape, dtype, device):
     """Return x, target_idx, candidate_idx, sizes as after some layers, num_keep, num_prefix."""
     batch, n, dim, num_targets, keep, prefix = shape
     x = tokens(batch, n, dim, dtype, device)
-    target_idx, candidate_idx = reference.select(torch.randn(batch, n, device=device), num_targets, prefix)
-    return x, target_idx, candidate_idx, torch.randint(1, 6, (batch, n), device=device).float(), keep, prefix
+    target_idx, candidate_idx = reference.select(
+        torch.randn(batch, n, device=device), num_targets, prefix
+    )
+    return (
+        x,
+        target_idx,
+        candidate_idx,
+        torch.randint(1, 6, (batch, n), device=device).float(),
+        keep,
+        prefix,
+    )
 
 
 def slow_merge(x, kept_idx, pruned_idx, sizes, rows):
     """Merge one token after the other into the given rows (B, R)."""
-    out, total = x.double().gather(1, kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[2])), sizes.gather(1, kept_idx)
+    out, total = (
+        x.double().gather(1, kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[2])),
+        sizes.gather(1, kept_idx),
+    )
     norms, out = out.norm(dim=2), out * total.double().unsqueeze(-1)
     for b in range(x.shape[0]):
         for r, row in enumerate(rows[b].tolist()):
@@ -51,34 +63,46 @@ def slow_merge(x, kept_idx, pruned_idx, sizes, rows):
 
 def cosines(features, target_idx, candidate_idx):
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    return reference.gather(unit, candidate_idx) @ reference.gather(unit, target_idx).transpose(1, 2)
+    return reference.gather(unit, candidate_idx) @ reference.gather(unit, target_idx).transpose(
+        1, 2
+    )
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_tokens_and_sizes_match_a_slow_merge(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
+    kept, kept_idx, pruned_idx, kept_sizes, dest = backend.merge(
+        x, target_idx, candidate_idx, sizes, keep, prefix
+    )
     assert kept.dtype == dtype and kept.is_contiguous() and kept_sizes.dtype == torch.float32
     everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     assert torch.equal(torch.cat([kept_idx, pruned_idx], 1).sort(1).values, everyone)
-    assert torch.equal(kept_idx, kept_idx.sort(1).values) and torch.equal(pruned_idx, pruned_idx.sort(1).values)
+    assert torch.equal(kept_idx, kept_idx.sort(1).values) and torch.equal(
+        pruned_idx, pruned_idx.sort(1).values
+    )
     rows = dest.gather(1, pruned_idx)
     expected, total = slow_merge(x, kept_idx, pruned_idx, sizes, rows)
     torch.testing.assert_close(kept, expected.to(dtype), **TOLERANCE[dtype])
     assert torch.equal(kept_sizes, total)
-    assert torch.equal(dest.gather(1, kept_idx), torch.arange(keep, device=x.device).expand_as(kept_idx))
+    assert torch.equal(
+        dest.gather(1, kept_idx), torch.arange(keep, device=x.device).expand_as(kept_idx)
+    )
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", MERGES)
 def test_the_candidates_most_like_a_target_are_merged_into_it(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
+    _, kept_idx, pruned_idx, _, dest = backend.merge(
+        x, target_idx, candidate_idx, sizes, keep, prefix
+    )
     target = kept_idx.gather(1, dest.gather(1, pruned_idx))
     assert torch.isin(target_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
-        similarity = cosines(x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        similarity = cosines(
+            x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1]
+        )[0]
         if not similarity.numel() or not pruned_idx.shape[1]:
             continue
         chosen = cosines(x[b : b + 1], target[b : b + 1], pruned_idx[b : b + 1])[0].diagonal()
@@ -97,15 +121,23 @@ def test_cost_scale_weighs_the_distance_to_the_nearest_target(backend, shape, dt
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
     cost_scale = torch.randn(x.shape[:2], device=x.device).exp()
     plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
-    _, kept_idx, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
-    ones = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(cost_scale))
+    _, kept_idx, pruned_idx, _, dest = backend.merge(
+        x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale
+    )
+    ones = backend.merge(
+        x, target_idx, candidate_idx, sizes, keep, prefix, torch.ones_like(cost_scale)
+    )
     assert all(torch.equal(got, expected) for got, expected in zip(ones, plain))
     assert torch.isin(target_idx, kept_idx).all() and torch.isin(pruned_idx, candidate_idx).all()
     for b in range(x.shape[0]):
-        similarity = cosines(x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1])[0]
+        similarity = cosines(
+            x[b : b + 1], target_idx[b : b + 1, prefix:], candidate_idx[b : b + 1]
+        )[0]
         if not similarity.numel() or not pruned_idx.shape[1]:
             continue
-        cost = (1 - similarity.max(1).values).clamp_min(0) * cost_scale[b, candidate_idx[b]].double()
+        cost = (1 - similarity.max(1).values).clamp_min(0) * cost_scale[
+            b, candidate_idx[b]
+        ].double()
         is_pruned = torch.isin(candidate_idx[b], pruned_idx[b])
         targets = kept_idx[b, dest[b, pruned_idx[b]]]
         chosen = cosines(x[b : b + 1], targets[None], pruned_idx[b : b + 1])[0].diagonal()
@@ -118,7 +150,9 @@ def test_cost_scale_weighs_the_distance_to_the_nearest_target(backend, shape, dt
 @pytest.mark.parametrize("shape", MERGES)
 def test_rows_without_merged_tokens_are_exact_copies(backend, shape, dtype):
     x, target_idx, candidate_idx, sizes, keep, prefix = problem(shape, dtype, backend.device)
-    kept, kept_idx, _, kept_sizes, _ = backend.merge(x, target_idx, candidate_idx, sizes, keep, prefix)
+    kept, kept_idx, _, kept_sizes, _ = backend.merge(
+        x, target_idx, candidate_idx, sizes, keep, prefix
+    )
     alone = kept_sizes == sizes.gather(1, kept_idx)
     assert same_bits(kept[alone], reference.gather(x, kept_idx)[alone])
 
@@ -126,7 +160,9 @@ def test_rows_without_merged_tokens_are_exact_copies(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("dim", [48, 1200])  # 1200 columns are more than a program takes at a time
 def test_norms_are_those_of_the_targets_and_all_tokens_are_counted(backend, dim, dtype):
-    x, target_idx, candidate_idx, sizes, keep, _ = problem((2, 40, dim, 20, 25, 1), dtype, backend.device)
+    x, target_idx, candidate_idx, sizes, keep, _ = problem(
+        (2, 40, dim, 20, 25, 1), dtype, backend.device
+    )
     kept, kept_idx, _, kept_sizes, _ = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1)
     assert (kept_sizes > sizes.gather(1, kept_idx)).any()
     before = reference.gather(x, kept_idx).double().norm(dim=2)
@@ -156,7 +192,9 @@ def test_a_mean_without_a_norm_that_fits_stays_the_mean(backend, dim, dtype):
     assert not pair(backend, zero, y).any(), "the target is zero, and stays it"
     huge = 1e20 if dtype == torch.float32 else 1e160
     exact = {"rtol": 1e-6, "atol": 0}
-    torch.testing.assert_close(pair(backend, huge * x, huge * y), (huge * x + huge * y) / 2, **exact)
+    torch.testing.assert_close(
+        pair(backend, huge * x, huge * y), (huge * x + huge * y) / 2, **exact
+    )
     torch.testing.assert_close(pair(backend, huge * x, y), huge * x / 2 + y / 2, **exact)
     torch.testing.assert_close(pair(backend, x, huge * y), x / 2 + huge * y / 2, **exact)
     for value in (float("inf"), float("nan")):
@@ -165,7 +203,9 @@ def test_a_mean_without_a_norm_that_fits_stays_the_mean(backend, dim, dtype):
 
 
 def test_gradients_are_those_of_the_definition():
-    x, target_idx, candidate_idx, sizes, keep, prefix = problem((2, 12, 7, 5, 7, 1), torch.float64, "cpu")
+    x, target_idx, candidate_idx, sizes, keep, prefix = problem(
+        (2, 12, 7, 5, 7, 1), torch.float64, "cpu"
+    )
     edges = x.clone()
     edges[0, target_idx[0, 1:]] = 0.0  # targets without a norm
     edges[1, target_idx[1, 1:]], edges[1, candidate_idx[1]] = 1.0, -1.0  # means without one
@@ -193,14 +233,18 @@ def test_gradients_of_every_type_are_near_those_of_float64(dtype):
 
 def test_ties_go_to_the_lowest_target_and_nan_is_like_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
-    target_idx, candidate_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
+    target_idx, candidate_idx = (
+        torch.arange(60, device=x.device)[None],
+        torch.arange(60, 80, device=x.device)[None],
+    )
     sizes = torch.ones(1, 80, device=x.device)
 
     def run():
         _, _, pruned_idx, _, dest = backend.merge(x, target_idx, candidate_idx, sizes, 70, 2)
         return pruned_idx[0].tolist(), dest[0, pruned_idx[0]].tolist()
 
-    assert run() == (list(range(70, 80)), [2] * 10)  # of equal candidates the highest positions are pruned
+    # Of equal candidates the highest positions are pruned
+    assert run() == (list(range(70, 80)), [2] * 10)
     x[0, 2, 3] = float("nan")  # like none
     x[0, 3] = 0.0  # nor is this
     x[0, 75] = 0.0  # and this is the last to be pruned
@@ -211,11 +255,16 @@ def test_ties_go_to_the_lowest_target_and_nan_is_like_none(backend):
 
 def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     x = torch.eye(8, device=backend.device)[[0, 0, 0, 0, 1, 2, 3, 3, 4]][None]
-    target_idx, candidate_idx = torch.arange(2, device=x.device)[None], torch.arange(2, 9, device=x.device)[None]
+    target_idx, candidate_idx = (
+        torch.arange(2, device=x.device)[None],
+        torch.arange(2, 9, device=x.device)[None],
+    )
     sizes, cost_scale = torch.ones(1, 9, device=x.device), torch.ones(1, 9, device=x.device)
 
     def pruned(keep):
-        return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, cost_scale)[2][0].tolist()
+        return backend.merge(x, target_idx, candidate_idx, sizes, keep, 0, cost_scale)[2][
+            0
+        ].tolist()
 
     assert pruned(8) == [3] and pruned(7) == [2, 3]  # a token equal to a target costs nothing
     cost_scale[0, 3] = 1e30
@@ -224,7 +273,8 @@ def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     assert pruned(6) == [2, 3, 7] and pruned(5) == [2, 3, 5, 7]
     assert pruned(4) == [2, 3, 5, 7, 8]  # of equal costs the higher position
     x[0, 7] = float("nan")
-    assert pruned(4) == [2, 3, 5, 6, 8] and pruned(3) == [2, 3, 4, 5, 6, 8]  # NaN is merged last, at any cost scale
+    # NaN is merged last, at any cost scale
+    assert pruned(4) == [2, 3, 5, 6, 8] and pruned(3) == [2, 3, 4, 5, 6, 8]
     cost_scale[0, 4] = float("inf")
     assert pruned(3) == [2, 3, 5, 6, 7, 8]
     cost_scale[0, 4] = float("nan")  # illegal, but must do no harm
@@ -237,7 +287,8 @@ def test_no_cost_scale_keeps_equal_tokens_apart_and_nan_goes_last(backend):
     [
         ((2, 600, 16, 488, 525, 1), torch.float32),
         ((1, 600, 16, 300, 450, 1), torch.float64),
-        ((1, 2300, 16, 1030, 1240, 3), torch.float32),  # more of everything than a program takes at a time
+        # More of everything than a program takes at a time
+        ((1, 2300, 16, 1030, 1240, 3), torch.float32),
     ],
 )
 def test_long_lists_match_the_definition(kernels, shape, dtype):
@@ -245,16 +296,25 @@ def test_long_lists_match_the_definition(kernels, shape, dtype):
     x = x.sign()  # products, lengths and cosines are exact, and many are equal
     for cost_scale in (None, torch.rand(x.shape[:2], device=x.device) + 0.5):
         kept, *lists = kernels.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
-        expected, *expected_lists = reference.merge(x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale)
-        assert all(torch.equal(got, expected_list) for got, expected_list in zip(lists, expected_lists, strict=True))
+        expected, *expected_lists = reference.merge(
+            x, target_idx, candidate_idx, sizes, keep, prefix, cost_scale
+        )
+        assert all(
+            torch.equal(got, expected_list)
+            for got, expected_list in zip(lists, expected_lists, strict=True)
+        )
         torch.testing.assert_close(kept, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_every_layout_gives_the_same_bits(backend):
-    x, target_idx, candidate_idx, sizes, keep, _ = problem((2, 50, 96, 20, 30, 1), torch.float32, backend.device)
+    x, target_idx, candidate_idx, sizes, keep, _ = problem(
+        (2, 50, 96, 20, 30, 1), torch.float32, backend.device
+    )
     cost_scale = torch.rand(x.shape[:2], device=x.device) + 0.5
     plain = backend.merge(x, target_idx, candidate_idx, sizes, keep, 1, cost_scale)
-    *flipped, cost_scale = [part.t().contiguous().t() for part in (target_idx, candidate_idx, sizes, cost_scale)]
+    *flipped, cost_scale = [
+        part.t().contiguous().t() for part in (target_idx, candidate_idx, sizes, cost_scale)
+    ]
     for name, odd in odd_layouts(x).items():
         for got, expected in zip(backend.merge(odd, *flipped, keep, 1, cost_scale), plain):
             assert torch.equal(got, expected), name
@@ -271,20 +331,33 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
     )
     # The same tokens in a longer buffer, between tokens pruned before.
     at = torch.arange(n, device=x.device) * 2 + 1
-    buffer, buffer_sizes = x.new_full((batch, 2 * n + 1, dim), 7.0), sizes.new_full((batch, 2 * n + 1), 3.0)
+    buffer, buffer_sizes = (
+        x.new_full((batch, 2 * n + 1, dim), 7.0),
+        sizes.new_full((batch, 2 * n + 1), 3.0),
+    )
     buffer_cost_scale = torch.full_like(buffer_sizes, float("nan"))
     buffer[:, at], buffer_sizes[:, at], buffer_cost_scale[:, at] = x, sizes, cost_scale
     identity = torch.arange(2 * n + 1, device=x.device).expand(batch, -1)
     parent, before, sizes_before = identity.clone(), buffer.clone(), buffer_sizes.clone()
     kept_idx, pruned_idx, got_sizes = backend.merge_(
-        buffer, at[target_idx], at[candidate_idx], buffer_sizes, parent, keep, prefix, False, buffer_cost_scale
+        buffer,
+        at[target_idx],
+        at[candidate_idx],
+        buffer_sizes,
+        parent,
+        keep,
+        prefix,
+        False,
+        buffer_cost_scale,
     )
     assert torch.equal(kept_idx, at[kept_at]) and torch.equal(pruned_idx, at[pruned_at])
     assert torch.equal(got_sizes, expected_sizes)
     assert same_bits(reference.gather(buffer, kept_idx), expected)
     assert torch.equal(buffer_sizes.gather(1, kept_idx), expected_sizes)
     assert torch.equal(parent.gather(1, pruned_idx), kept_idx.gather(1, dest.gather(1, pruned_at)))
-    untouched = torch.ones(batch, 2 * n + 1, dtype=torch.bool, device=x.device).scatter(1, kept_idx, False)
+    untouched = torch.ones(batch, 2 * n + 1, dtype=torch.bool, device=x.device).scatter(
+        1, kept_idx, False
+    )
     assert same_bits(buffer[untouched], before[untouched])
     assert torch.equal(buffer_sizes[untouched], sizes_before[untouched])
     here = torch.ones_like(untouched).scatter(1, pruned_idx, False)

@@ -1,4 +1,5 @@
-"""cropr::parent_offsets, parent_offsets_ and add_parents: pruned tokens change as their parents do."""
+"""cropr::parent_offsets, parent_offsets_ and add_parents: pruned tokens change as their parents
+do."""
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from cropr_kernels.ops import reference
 pytestmark = pytest.mark.kernels
 
 # (B, N, D, K, P); K = P has no parent
-CASES = [shape for shape in SHAPES if shape[3] > shape[4] or shape[3] == shape[1]] + [(2, 150, 24, 70, 1)]
+CASES = [shape for shape in SHAPES if shape[3] > shape[4] or shape[3] == shape[1]] + [
+    (2, 150, 24, 70, 1)
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -21,7 +24,8 @@ def problem(shape, dtype, device):
 
 
 def chains(batch, n, device, length=9):
-    """Return random parents (B, N) whose chains have at most `length` tokens; the last is its own parent."""
+    """Return random parents (B, N) whose chains have at most `length` tokens; the last is its own
+    parent."""
     parent, rank = torch.arange(n).repeat(batch, 1), torch.randint(0, length, (batch, n))
     for b in range(batch):
         for position in range(n):
@@ -36,7 +40,11 @@ def chains(batch, n, device, length=9):
 def test_a_parent_is_the_most_similar_kept_token(backend, shape, dtype):
     x, kept_idx, pruned_idx, prefix = problem(shape, dtype, backend.device)
     offset, parent_idx = backend.parent_offsets(x, kept_idx, pruned_idx, prefix)
-    assert offset.dtype == dtype and offset.shape == (*pruned_idx.shape, x.shape[2]) and offset.is_contiguous()
+    assert (
+        offset.dtype == dtype
+        and offset.shape == (*pruned_idx.shape, x.shape[2])
+        and offset.is_contiguous()
+    )
     assert parent_idx.shape == pruned_idx.shape
     if not offset.numel():
         return
@@ -53,7 +61,10 @@ def test_a_parent_is_the_most_similar_kept_token(backend, shape, dtype):
 
 def test_ties_go_to_the_lowest_parent_and_nan_is_like_none(backend):
     x = torch.ones(1, 80, 16, device=backend.device)
-    kept_idx, pruned_idx = torch.arange(60, device=x.device)[None], torch.arange(60, 80, device=x.device)[None]
+    kept_idx, pruned_idx = (
+        torch.arange(60, device=x.device)[None],
+        torch.arange(60, 80, device=x.device)[None],
+    )
 
     def parents():
         return backend.parent_offsets(x, kept_idx, pruned_idx, 2)[1][0].tolist()
@@ -82,7 +93,10 @@ def test_every_layout_gives_the_same_bits(backend):
     x, kept_idx, pruned_idx, prefix = problem((2, 50, 96, 30, 1), torch.float32, backend.device)
     parent = chains(2, 50, backend.device)
     flipped = [part.t().contiguous().t() for part in (kept_idx, pruned_idx, parent)]
-    plain, added = backend.parent_offsets(x, kept_idx, pruned_idx, prefix), backend.add_parents(x, parent)
+    plain, added = (
+        backend.parent_offsets(x, kept_idx, pruned_idx, prefix),
+        backend.add_parents(x, parent),
+    )
     for name, odd in odd_layouts(x).items():
         for got, expected in zip(backend.parent_offsets(odd, *flipped[:2], prefix), plain):
             assert torch.equal(got, expected), name
@@ -108,7 +122,9 @@ def test_in_place_changes_the_pruned_rows_and_nothing_else(backend, shape, dtype
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 33), (3, 70, 96), (1, 197, 192), (0, 4, 8), (2, 0, 8), (2, 4, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 9, 33), (3, 70, 96), (1, 197, 192), (0, 4, 8), (2, 0, 8), (2, 4, 0)]
+)
 def test_add_parents_adds_up_every_chain(backend, shape, dtype):
     x = tokens(*shape, dtype, backend.device)
     parent = chains(*shape[:2], backend.device)
@@ -121,7 +137,9 @@ def test_add_parents_adds_up_every_chain(backend, shape, dtype):
             while parent[b, at] != at:
                 at = parent[b, at].item()
                 expected[b, position] += x[b, at]
-    torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    torch.testing.assert_close(
+        got.double(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype]
+    )
     alone = parent == torch.arange(shape[1], device=x.device)
     assert same_bits(got[alone], x[alone])
 
@@ -130,20 +148,26 @@ def test_nan_reaches_only_its_descendants(backend):
     x = torch.zeros(1, 6, 40, device=backend.device)
     x[0, 2] = float("nan")
     parent = torch.tensor([[0, 2, 5, 4, 4, 5]], device=x.device)
-    assert backend.add_parents(x, parent).isnan().all(-1).tolist() == [[False, True, True, False, False, False]]
+    assert backend.add_parents(x, parent).isnan().all(-1).tolist() == [
+        [False, True, True, False, False, False]
+    ]
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_a_parent_that_was_pruned_later_is_restored_first(backend, dtype):
-    """One token after the other, from the last pruning to the first: the token + (its parent now - its parent then)."""
+    """One token after the other, from the last pruning to the first: the token + (its parent now -
+    its parent then)."""
     batch, n, dim, prefix = 2, 40, 32, 1
     buffer = tokens(batch, n, dim, dtype, backend.device)
     parent = torch.arange(n, device=buffer.device).repeat(batch, 1)
     idx, departures = parent.clone(), []
     for keep in (31, 22, 13, 6):
-        step = tokens(batch, idx.shape[1], dim, dtype, backend.device)  # a block's update of the active tokens
+        # A block's update of the active tokens
+        step = tokens(batch, idx.shape[1], dim, dtype, backend.device)
         buffer.scatter_(1, idx.unsqueeze(-1).expand_as(step), reference.gather(buffer, idx) + step)
-        kept, pruned = reference.select(torch.randn(batch, idx.shape[1], device=buffer.device), keep, prefix)
+        kept, pruned = reference.select(
+            torch.randn(batch, idx.shape[1], device=buffer.device), keep, prefix
+        )
         kept, pruned = idx.gather(1, kept), idx.gather(1, pruned)
         before = buffer.clone()
         backend.parent_offsets_(buffer, kept, pruned, parent, prefix)
@@ -170,13 +194,17 @@ def test_merging_leaves_offsets_from_the_means_on_request(backend, dtype):
     results = []
     for offsets in (False, True):
         buffer, parent = x.clone(), identity.clone()
-        lists = backend.merge_(buffer, target_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets)
+        lists = backend.merge_(
+            buffer, target_idx, candidate_idx, sizes.clone(), parent, 52, 1, offsets
+        )
         results.append((buffer, parent, *lists))
     (plain, parent, kept_idx, pruned_idx, _), (buffer, *_) = results
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:]))
     assert same_bits(reference.gather(buffer, kept_idx), reference.gather(plain, kept_idx))
     wide = plain.to(reference.accumulation_dtype(dtype))
-    expected = reference.gather(wide, pruned_idx) - reference.gather(wide, parent.gather(1, pruned_idx))
+    expected = reference.gather(wide, pruned_idx) - reference.gather(
+        wide, parent.gather(1, pruned_idx)
+    )
     assert same_bits(reference.gather(buffer, pruned_idx), expected.to(dtype))
 
 
@@ -186,7 +214,9 @@ def test_every_run_gives_the_same_bits(kernels):
     parent = chains(2, 90, kernels.device)
     first = *kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)
     for _ in range(2 if kernels.interpreted else 20):
-        for got, expected in zip((*kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)), first):
+        for got, expected in zip(
+            (*kernels.parent_offsets(x, *lists), kernels.add_parents(x, parent)), first
+        ):
             assert torch.equal(got, expected)
 
 
@@ -195,7 +225,9 @@ def test_gradients_are_those_of_the_definition():
     x.requires_grad_()
     parent = chains(2, 9, "cpu", length=4)
     ops = torch.ops.cropr
-    assert torch.autograd.gradcheck(lambda x: ops.parent_offsets(x, kept_idx, pruned_idx, prefix)[0], x)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.parent_offsets(x, kept_idx, pruned_idx, prefix)[0], x
+    )
     assert torch.autograd.gradcheck(lambda x: ops.add_parents(x, parent), x)
 
 
@@ -205,14 +237,20 @@ def test_without_a_kept_token_there_is_no_parent(name):
     parent = [torch.arange(9).repeat(2, 1)] if name.endswith("_") else []
     for device in ("cpu", "meta"):
         args = [arg.to(device) for arg in (x, kept_idx, pruned_idx, *parent)]
-        with pytest.raises(RuntimeError, match=f"{name}: kept_idx must hold a token after the prefix, got K = num_pr"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"{name}: kept_idx must hold a token after the prefix, got K = num_pr",
+        ):
             getattr(torch.ops.cropr, name)(*args, 3)
 
 
 def test_parents_must_exist_and_form_no_cycle():
     x = torch.randn(1, 4, 3)
     for parent, error in (
-        ([0, 2, 1, 3], "parent must lead to a token that is its own parent, got a cycle at 1 in image 0"),
+        (
+            [0, 2, 1, 3],
+            "parent must lead to a token that is its own parent, got a cycle at 1 in image 0",
+        ),
         ([0, 4, 1, 3], r"parent must hold positions in \[0, 4\), got 4"),
     ):
         with pytest.raises(RuntimeError, match=f"add_parents: {error}"):

@@ -15,7 +15,8 @@ if not INTERPRETED:
 import triton  # noqa: E402
 from helpers.interleaved import counting_loads, interleaved  # noqa: E402
 
-SEEDS = [2, pytest.param(int(os.environ.get("CROPR_SEEDS", 10)), marks=pytest.mark.slow)]  # how many
+# How many
+SEEDS = [2, pytest.param(int(os.environ.get("CROPR_SEEDS", 10)), marks=pytest.mark.slow)]
 
 
 def integers(*shape, low=-2, high=3):
@@ -40,7 +41,11 @@ def add_select_by_size(backend):
     x, sizes = integers(2, 9, 512), integers(2, 9, low=1, high=5)
     cost_scale = torch.zeros(2, 9)
     parts = (5, 1, sizes, 1.5, None, cost_scale, 0.5)
-    return x, cost_scale, *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), *parts)
+    return (
+        x,
+        cost_scale,
+        *backend.add_select_(x, None, integers(2, 9, 512), None, integers(512), *parts),
+    )
 
 
 def merge(backend):
@@ -52,7 +57,12 @@ def merge(backend):
 def merge_in_place(backend):
     target_idx, candidate_idx = reference.select(integers(2, 90), 70, 1)
     x, sizes, parent = torch.randn(2, 90, 8), integers(2, 90, low=1), torch.arange(90).repeat(2, 1)
-    return x, sizes, parent, *backend.merge_(x, target_idx, candidate_idx, sizes, parent, 75, 1, True)
+    return (
+        x,
+        sizes,
+        parent,
+        *backend.merge_(x, target_idx, candidate_idx, sizes, parent, 75, 1, True),
+    )
 
 
 def offsets_in_place(backend):
@@ -61,7 +71,15 @@ def offsets_in_place(backend):
     return x, parent
 
 
-CALLS = [prune, prune_by_priority, add_select, add_select_by_size, merge, merge_in_place, offsets_in_place]
+CALLS = [
+    prune,
+    prune_by_priority,
+    add_select,
+    add_select_by_size,
+    merge,
+    merge_in_place,
+    offsets_in_place,
+]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
@@ -89,7 +107,9 @@ def select_of(backend, n):
 
 def add_select_of(backend, n):
     x = integers(1, n, 16)
-    backend.add_select_(x, None, torch.zeros_like(x), None, integers(16), n // 2, 1, integers(1, n, low=1), 1.0)
+    backend.add_select_(
+        x, None, torch.zeros_like(x), None, integers(16), n // 2, 1, integers(1, n, low=1), 1.0
+    )
 
 
 def merge_of(backend, n):
@@ -117,5 +137,7 @@ def test_no_order_of_images_changes_a_result(backend, monkeypatch):
 
     expected = results()
     for module in ("utils", "residual"):
-        monkeypatch.setattr(f"cropr_kernels.ops.triton.{module}.RECENT_FIRST", triton.language.constexpr(True))
+        monkeypatch.setattr(
+            f"cropr_kernels.ops.triton.{module}.RECENT_FIRST", triton.language.constexpr(True)
+        )
     assert all(torch.equal(got, before) for got, before in zip(results(), expected, strict=True))

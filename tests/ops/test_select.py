@@ -17,7 +17,13 @@ def by_hand(scores, num_keep, num_prefix, priority=None):
     def rank(row, classes, position):
         first = (classes[position] > 0) - (classes[position] < 0)
         value = row[position] if first >= 0 else 0.0
-        return (position >= num_prefix, -first, not math.isnan(value), 0.0 if math.isnan(value) else -value, position)
+        return (
+            position >= num_prefix,
+            -first,
+            not math.isnan(value),
+            0.0 if math.isnan(value) else -value,
+            position,
+        )
 
     classes = (torch.zeros(scores.shape) if priority is None else priority).tolist()
     kept = [
@@ -151,7 +157,9 @@ def test_selection_is_exact_for_random_shapes_and_values(backend, data):
     num_prefix = data.draw(st.integers(0, num_keep))
     values = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, INF, -INF, NAN])
     scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n))])
-    priority = torch.tensor([data.draw(st.lists(st.integers(-128, 127), min_size=n, max_size=n))], dtype=torch.int8)
+    priority = torch.tensor(
+        [data.draw(st.lists(st.integers(-128, 127), min_size=n, max_size=n))], dtype=torch.int8
+    )
     check(backend, scores, num_keep, num_prefix)
     check(backend, scores, num_keep, num_prefix, priority)
 
@@ -160,5 +168,7 @@ def test_on_cuda_the_number_of_tokens_has_a_limit():
     pytest.importorskip("triton", reason="Triton is not installed")
     from cropr_kernels.ops.triton.select import key_blocks
 
-    with pytest.raises(RuntimeError, match="select: N must be at most 2097151 on CUDA, got 2097152"):
+    with pytest.raises(
+        RuntimeError, match="select: N must be at most 2097151 on CUDA, got 2097152"
+    ):
         key_blocks(2**21)

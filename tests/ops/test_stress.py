@@ -1,4 +1,5 @@
-"""Races: many launches with random sizes and ties on two streams at once. The full number runs on a GPU only."""
+"""Races: many launches with random sizes and ties on two streams at once. The full number runs on a
+GPU only."""
 
 import random
 
@@ -11,8 +12,13 @@ ops = torch.ops.cropr
 
 
 def launch(generator, device):
-    """Call prune, add_select_ and merge once at random, with scores that often tie; return inputs and results."""
-    batch, n, dim = generator.randint(1, 9), generator.choice([generator.randint(1, 300), 1025, 4097]), 16
+    """Call prune, add_select_ and merge once at random, with scores that often tie; return inputs
+    and results."""
+    batch, n, dim = (
+        generator.randint(1, 9),
+        generator.choice([generator.randint(1, 300), 1025, 4097]),
+        16,
+    )
     prefix = generator.randint(0, min(n, 5))
     keep = generator.randint(prefix, n)
     x = torch.zeros(batch, n, dim, device=device)
@@ -27,7 +33,10 @@ def launch(generator, device):
     merged = None
     if prefix < keep < n:
         stay = generator.randint(keep, n)
-        merged = [ops.merge(x, kept_idx, pruned_idx, torch.ones_like(x[..., 0]), stay, prefix) for _ in range(2)]
+        merged = [
+            ops.merge(x, kept_idx, pruned_idx, torch.ones_like(x[..., 0]), stay, prefix)
+            for _ in range(2)
+        ]
     return x, (kept, kept_idx, pruned, pruned_idx), composed, (keep, prefix, again), merged
 
 
@@ -39,13 +48,17 @@ def verify(x, split, composed, counts, merged):
         everyone = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         assert torch.equal(torch.cat([kept_at, pruned_at], 1).sort(1).values, everyone)
         assert (sizes.sum(1) == x.shape[1]).all()
-        torch.testing.assert_close(tokens.norm(dim=2), reference.gather(x, kept_at).norm(dim=2), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            tokens.norm(dim=2), reference.gather(x, kept_at).norm(dim=2), rtol=1e-4, atol=1e-4
+        )
     kept, kept_idx, pruned, pruned_idx = split
     keep, prefix, again = counts
     expected = reference.select(x[..., 0], keep, prefix)
     assert torch.equal(kept_idx, expected[0]) and torch.equal(pruned_idx, expected[1])
     assert torch.equal(ops.restore(kept, kept_idx, pruned, pruned_idx), x)
-    assert torch.equal(composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0]))
+    assert torch.equal(
+        composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0])
+    )
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])
@@ -86,7 +99,8 @@ def test_every_replay_of_a_graph_is_exact():
 
 @pytest.mark.gpu
 def test_replays_of_compiled_cuda_graphs_agree_with_eager_calls():
-    """The counter of finished programs must not outlive a launch: replays would start from its last value."""
+    """The counter of finished programs must not outlive a launch: replays would start from its last
+    value."""
 
     def step(x, update, query):
         x = x.clone()
@@ -95,7 +109,12 @@ def test_replays_of_compiled_cuda_graphs_agree_with_eager_calls():
 
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for _ in range(20):
-        x, update, query = (torch.randn(shape, device="cuda") for shape in ((8, 577, 256), (8, 577, 256), (256,)))
+        x, update, query = (
+            torch.randn(shape, device="cuda") for shape in ((8, 577, 256), (8, 577, 256), (256,))
+        )
         torch.compiler.cudagraph_mark_step_begin()
-        got, expected = [part.clone() for part in compiled(x, update, query)], step(x, update, query)
+        got, expected = (
+            [part.clone() for part in compiled(x, update, query)],
+            step(x, update, query),
+        )
         assert all(map(torch.equal, got, expected))

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles ahead of time for its GPUs, and the result passes the lint.
 
-Here the launches of models of known widths; those of the op tests are checked by their backend "compiled".
+Here the launches of models of known widths; those of the op tests are checked by their backend
+"compiled".
 """
 
 import importlib
@@ -30,7 +31,8 @@ from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
 from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
-# Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217, whose keys do not.
+# Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217,
+# whose keys do not.
 KNOWN = [
     *(("bfloat16", width, 24) for width in WIDTHS),
     *(("float32", width, 24) for width in (192, 1024)),
@@ -54,7 +56,9 @@ def verify(dtype, width, side, architecture):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = [importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in set(FILES.values())]
+    modules = [
+        importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in set(FILES.values())
+    ]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == kernels
 
@@ -98,7 +102,10 @@ def orders(op, call):
     """Return the order in which each kernel sums its floats."""
     with recording() as recorded:
         launcher(op)(**call)
-    return {launch.kernel.__name__: sum_order(compiled) for launch, compiled in compile_launches(recorded, 90)}
+    return {
+        launch.kernel.__name__: sum_order(compiled)
+        for launch, compiled in compile_launches(recorded, 90)
+    }
 
 
 @pytest.mark.each_choice
@@ -108,19 +115,33 @@ def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens
     call = legal_call("prune", dtype, N=50, D=width, M=1)
     alone = orders("scores", {"x": call["x"], "query": call["query"]})["scores_kernel"]
     for n in (50, 1000, 1200):
-        assert alone and orders("prune", legal_call("prune", dtype, N=n, D=width, M=1))["scores_kernel"] == alone
-        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {"sizes": None, "cost_scale": None}
+        assert (
+            alone
+            and orders("prune", legal_call("prune", dtype, N=n, D=width, M=1))["scores_kernel"]
+            == alone
+        )
+        call = legal_call("add_select_", dtype, N=n, K=n, D=width, M=1) | {
+            "sizes": None,
+            "cost_scale": None,
+        }
         assert orders("add_select_", call)["add_select_kernel"] == alone
 
 
 def views_of(call, in_place):
-    """Yield the call with each tensor, and with all of them, in layouts that compile differently."""
+    """Yield the call with each tensor, and with all of them, in layouts that compile
+    differently."""
     x = call["x"]
-    views = odd_layouts(x) | {"odd rows": torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=x.dtype)[:, :, :-1].copy_(x)}
+    views = odd_layouts(x) | {
+        "odd rows": torch.empty(*x.shape[:2], x.shape[2] + 1, dtype=x.dtype)[:, :, :-1].copy_(x)
+    }
     for name, view in views.items():
         if view.is_contiguous() or not in_place:
             yield f"x, {name}", call | {"x": view}
-    shifted = {name: odd_layouts(value)["odd storage offset"] for name, value in call.items() if is_rows(value)}
+    shifted = {
+        name: odd_layouts(value)["odd storage offset"]
+        for name, value in call.items()
+        if is_rows(value)
+    }
     for name, view in shifted.items():
         yield f"{name}, odd storage offset", call | {name: view}
     yield "all, odd storage offset", call | shifted
@@ -158,12 +179,16 @@ def test_every_layout_is_summed_in_one_order(op, width, dtype):
             assert orders(op, view) == plain, name
 
 
-@pytest.mark.parametrize(("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")])
+@pytest.mark.parametrize(
+    ("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")]
+)
 @pytest.mark.parametrize(("n", "after"), [(1024, []), (1025, ["select_kernel"])])
 def test_many_tokens_are_selected_by_a_launch_of_their_own(op, kernel, n, after):
     with recording() as recorded:
         launcher(op)(**legal_call(op, torch.bfloat16, N=n, K=n, D=384))
-    assert [launch.kernel.__name__ for launch in recorded if launch.kernel.__name__ != "split_kernel"] == [
+    assert [
+        launch.kernel.__name__ for launch in recorded if launch.kernel.__name__ != "split_kernel"
+    ] == [
         kernel,
         *after,
     ]
@@ -176,7 +201,9 @@ def test_products_are_copied_16_bytes_at_a_time(dtype):
     with recording() as recorded:
         launcher("attend")(**legal_call("attend", dtype, N=197, D=384, M=5))
     for launch, compiled in compile_launches(recorded, 80):
-        sizes = re.findall(r"cp\.async\.c\w\.shared\.global .*?\], \[.*?\], (\w+)", compiled.asm["ptx"])
+        sizes = re.findall(
+            r"cp\.async\.c\w\.shared\.global .*?\], \[.*?\], (\w+)", compiled.asm["ptx"]
+        )
         assert set(sizes) == ({"0x10"} if "rows" in launch.kernel.__name__ else set()), launch
 
 
@@ -198,4 +225,6 @@ def test_the_lint_reports_planted_faults(part, old, new, message):
     text = re.sub(old, new, compiled.asm[part])
     assert text != compiled.asm[part]
     planted = SimpleNamespace(asm=compiled.asm | {part: text}, metadata=compiled.metadata)
-    assert any(message in problem for problem in problems(launch, planted)), problems(launch, planted)
+    assert any(message in problem for problem in problems(launch, planted)), problems(
+        launch, planted
+    )

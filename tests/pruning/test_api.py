@@ -40,7 +40,11 @@ def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
     assert isinstance(model, model_class)
     assert not torch.equal(model(images), plain)
     assert cropr.remove(model) is model
-    assert list(model.state_dict()) == keys and type(model) is model_class and set(vars(model)) == attributes
+    assert (
+        list(model.state_dict()) == keys
+        and type(model) is model_class
+        and set(vars(model)) == attributes
+    )
     assert [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")] == drops
     assert torch.equal(model(images), plain)
 
@@ -81,7 +85,11 @@ def test_main_loss_never_reaches_the_queries(model, images):
 
 
 def test_loss_is_the_plain_sum():
-    output, aux, target = torch.randn(4, 5), [torch.randn(4, 5) for _ in range(3)], torch.randint(0, 5, (4,))
+    output, aux, target = (
+        torch.randn(4, 5),
+        [torch.randn(4, 5) for _ in range(3)],
+        torch.randint(0, 5, (4,)),
+    )
     expected = cross_entropy(output, target) + sum(cross_entropy(a, target) for a in aux)
     torch.testing.assert_close(cropr.loss(cross_entropy, output, aux, target), expected)
     soft = torch.rand(4, 5).softmax(-1)
@@ -104,7 +112,9 @@ def test_deploy_gives_the_same_bits_and_leaves_its_argument_alone(model, images,
     assert torch.equal(cropr.deploy(deployed, engine=False)(images), deployed(images))
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
-    assert torch.equal(before["patch_embed.proj.weight"], deployed.state_dict()["patch_embed.proj.weight"])
+    assert torch.equal(
+        before["patch_embed.proj.weight"], deployed.state_dict()["patch_embed.proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,7 +136,9 @@ def test_any_image_size_is_pruned_if_its_tokens_suffice():
     model = cropr.apply(reference_vit(rope=True), rate=8, llf=True).eval()
     assert model(torch.randn(1, 3, 96, 48)).shape == (1, 5)
     assert cropr.pruning_map(model, torch.randn(1, 3, 96, 48)).shape == (1, 12, 6)
-    with pytest.raises(ValueError, match=r"rate must be at most 7 for 17 tokens and 2 modules, .* got 8"):
+    with pytest.raises(
+        ValueError, match=r"rate must be at most 7 for 17 tokens and 2 modules, .* got 8"
+    ):
         model(torch.randn(1, 3, 32, 32))
 
 
@@ -182,7 +194,9 @@ def test_pruning_saves_the_flops_it_promises():
     assert kept - 0.06 < flops[1] / flops[0] < kept + 0.03
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT", "timm EVA-02"])
 def test_deployed_models_compile_to_one_graph(name, compiler, images):
     torch._dynamo.reset()
@@ -214,14 +228,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(images):
 @pytest.mark.gpu
 def test_cuda_gives_the_cpu_result(images):
     model = cropr.deploy(cropr.apply(reference_vit(rope=True), rate=8, llf=True))
-    torch.testing.assert_close(model.cuda()(images.cuda()).cpu(), model.cpu()(images), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        model.cuda()(images.cuda()).cpu(), model.cpu()(images), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_models_that_cannot_be_pruned_raise():
-    with pytest.raises(TypeError, match=r"torch.nn.modules.linear.Linear cannot be pruned: a forward of "):
+    with pytest.raises(
+        TypeError, match=r"torch.nn.modules.linear.Linear cannot be pruned: a forward of "
+    ):
         cropr.apply(nn.Linear(2, 2), rate=8)
     model = cropr.apply(reference_vit(), rate=8)
-    with pytest.raises(ValueError, match=r"the model is pruned already; cropr.set_rate changes the rate"):
+    with pytest.raises(
+        ValueError, match=r"the model is pruned already; cropr.set_rate changes the rate"
+    ):
         cropr.apply(model, rate=8)
     with pytest.raises(ValueError, match="rate must be at most 20 for 65 tokens"):
         cropr.apply(reference_vit(), rate=40)
@@ -231,7 +251,12 @@ def test_models_that_cannot_be_pruned_raise():
         cropr.set_rate(model, 40)
     with pytest.raises(ValueError, match="create it with patch_drop_rate=0"):
         cropr.apply(timm_vit(patch_drop_rate=0.5), rate=8)
-    for function in (cropr.remove, cropr.deploy, lambda m: cropr.set_rate(m, 2), lambda m: cropr.pruning_map(m, None)):
+    for function in (
+        cropr.remove,
+        cropr.deploy,
+        lambda m: cropr.set_rate(m, 2),
+        lambda m: cropr.pruning_map(m, None),
+    ):
         with pytest.raises(TypeError, match=r"the model is not pruned; call cropr.apply"):
             function(reference_vit())
     with pytest.raises(ValueError, match="dim and num_queries must be >= 1"):

@@ -20,12 +20,16 @@ def images():
 
 def clip(**vision):
     t = transformers()
-    return randomize(t.CLIPModel(t.CLIPConfig(vision_config={**HF, **vision}, text_config=TEXT))).eval()
+    return randomize(
+        t.CLIPModel(t.CLIPConfig(vision_config={**HF, **vision}, text_config=TEXT))
+    ).eval()
 
 
 def siglip(**vision):
     t = transformers()
-    return randomize(t.SiglipModel(t.SiglipConfig(vision_config={**HF, **vision}, text_config=TEXT))).eval()
+    return randomize(
+        t.SiglipModel(t.SiglipConfig(vision_config={**HF, **vision}, text_config=TEXT))
+    ).eval()
 
 
 @pytest.mark.parametrize("make", [clip, siglip])
@@ -52,7 +56,9 @@ def test_every_way_to_the_features_takes_the_engine(make, images, monkeypatch):
     assert deployed.cropr.engine is not None
     runs = []
     run_engine = cropr.pruning.block_wrapper.run_engine
-    monkeypatch.setattr(cropr.pruning.block_wrapper, "run_engine", lambda *args: runs.append(1) or run_engine(*args))
+    monkeypatch.setattr(
+        cropr.pruning.block_wrapper, "run_engine", lambda *args: runs.append(1) or run_engine(*args)
+    )
     got = deployed.get_image_features(images).pooler_output
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert len(runs) == 1
@@ -67,12 +73,16 @@ def test_every_way_to_the_features_takes_the_engine(make, images, monkeypatch):
 @torch.no_grad()
 def test_a_head_that_averages_is_found_whatever_its_family(images):
     t = transformers()
-    model = t.CLIPForImageClassification(t.CLIPConfig(vision_config=HF, text_config=TEXT, num_labels=5))
+    model = t.CLIPForImageClassification(
+        t.CLIPConfig(vision_config=HF, text_config=TEXT, num_labels=5)
+    )
     model = cropr.apply(randomize(model).eval(), rate=8, num_outputs=0)
     assert model.cropr.spec.pooling == "average" and not model.cropr.spec.class_token
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[:, 5:] = True
-    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images)
+    other = torch.where(
+        padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images
+    )
     for runner in (model, cropr.deploy(model)):
         outputs = [runner(batch, padding=padding).logits for batch in (images, other)]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
@@ -87,7 +97,9 @@ def test_a_head_that_changes_after_apply_is_followed(deployed, images):
     model = cropr.deploy(model) if deployed else model
     model.reset_classifier(7, "avg")
     other = timm_vit(num_classes=7)
-    other.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("cropr")})
+    other.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith("cropr")}
+    )
     other.reset_classifier(7, "avg")
     other.head.load_state_dict(model.head.state_dict())
     cropr.apply(other.eval(), rate=8, merge=True, num_outputs=0)
@@ -113,13 +125,17 @@ def replaced_block(model):
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("options", [{"rate": 0}, {"rate": 4, "llf": True}], ids=str)
 @torch.no_grad()
-def test_blocks_that_change_after_apply_are_noticed_at_the_next_call(change, deployed, options, images):
+def test_blocks_that_change_after_apply_are_noticed_at_the_next_call(
+    change, deployed, options, images
+):
     model = cropr.apply(randomize(timm_vit(depth=6)).eval(), num_outputs=0, **options)
     model = cropr.deploy(model) if deployed else model
     assert model(images).isfinite().all()
     change(model)
     for call in (model, model.forward_features, model.forward_intermediates):
-        with pytest.raises(RuntimeError, match=r"blocks of the model are not those of cropr.apply: .* cropr.remove"):
+        with pytest.raises(
+            RuntimeError, match=r"blocks of the model are not those of cropr.apply: .* cropr.remove"
+        ):
             call(images)
     cropr.remove(model)
     assert cropr.apply(model, num_outputs=0, **options)(images).isfinite().all()
@@ -143,7 +159,10 @@ def test_a_model_of_ones_own_is_pruned_by_its_structure(images):
             self.patches = nn.Conv2d(3, 64, 8, 8)
             self.token = nn.Parameter(torch.randn(1, 1, 64))
             self.positions = nn.Parameter(torch.randn(1, 65, 64))
-            layers = (nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, norm_first=True) for _ in range(4))
+            layers = (
+                nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, norm_first=True)
+                for _ in range(4)
+            )
             self.layers = nn.ModuleList(layers)
             self.head = nn.Linear(64, 10)
 
@@ -156,10 +175,17 @@ def test_a_model_of_ones_own_is_pruned_by_its_structure(images):
 
     model = Tutorial().eval()
     plain = model(images)
-    with pytest.raises(TypeError, match=r"Tutorial cannot be pruned: a forward of \(1, 3, 224, 224\) fails"):
+    with pytest.raises(
+        TypeError, match=r"Tutorial cannot be pruned: a forward of \(1, 3, 224, 224\) fails"
+    ):
         cropr.apply(model, rate=8)
     spec = cropr.find_spec(model, images)
-    assert (spec.num_prefix, spec.grid, spec.patch_size, spec.class_token) == (1, (8, 8), (8, 8), True)
+    assert (spec.num_prefix, spec.grid, spec.patch_size, spec.class_token) == (
+        1,
+        (8, 8),
+        (8, 8),
+        True,
+    )
     assert torch.equal(cropr.apply(model, rate=0, spec=spec)(images), plain)
     pruned = cropr.calibrate(cropr.set_rate(model, 8), images)(images)
     assert pruned.shape == plain.shape and not torch.equal(pruned, plain)
@@ -218,7 +244,9 @@ def test_a_keyword_that_blocks_do_not_name_passes(images):
 @torch.no_grad()
 def test_a_depth_model_reads_full_maps_of_its_backbone(images):
     t = transformers()
-    backbone = t.Dinov2Config(**HF, out_features=[f"stage{i}" for i in (1, 2, 3, 4)], reshape_hidden_states=False)
+    backbone = t.Dinov2Config(
+        **HF, out_features=[f"stage{i}" for i in (1, 2, 3, 4)], reshape_hidden_states=False
+    )
     sizes = dict(neck_hidden_sizes=[16] * 4, fusion_hidden_size=16, hidden_size=64, patch_size=8)
     config = t.DPTConfig(backbone_config=backbone, reassemble_factors=[4, 2, 1, 0.5], **sizes)
     model = t.DPTForDepthEstimation(config).eval()
@@ -227,6 +255,8 @@ def test_a_depth_model_reads_full_maps_of_its_backbone(images):
     cropr.apply(model, rate=0, num_outputs=0)
     assert model.cropr.spec.grid == (8, 8) and model.cropr.spec.map_layers == (0, 1, 2)
     assert torch.equal(model(images).predicted_depth, plain)
-    torch.testing.assert_close(cropr.deploy(model)(images).predicted_depth, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        cropr.deploy(model)(images).predicted_depth, plain, rtol=1e-4, atol=1e-4
+    )
     pruned = cropr.set_rate(model, 8)(images).predicted_depth
     assert pruned.shape == plain.shape and not torch.equal(pruned, plain)

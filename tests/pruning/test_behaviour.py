@@ -7,7 +7,15 @@ import threading
 
 import pytest
 import torch
-from helpers.models import BLOCK_RUNNERS, MODELS, output_and_aux, outputs_of, randomize, reference_vit, timm_vit
+from helpers.models import (
+    BLOCK_RUNNERS,
+    MODELS,
+    output_and_aux,
+    outputs_of,
+    randomize,
+    reference_vit,
+    timm_vit,
+)
 from torch import nn
 
 import cropr_kernels as cropr
@@ -22,7 +30,12 @@ FAMILIES = {
     "torchvision": BLOCK_RUNNERS["torchvision"],
 }
 MERGED = {"merge": True}
-WAYS = {"dropping": {}, "LLF": {"llf": "track_parent"}, "merging": MERGED, "merging, LLF": MERGED | {"llf": True}}
+WAYS = {
+    "dropping": {},
+    "LLF": {"llf": "track_parent"},
+    "merging": MERGED,
+    "merging, LLF": MERGED | {"llf": True},
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -48,9 +61,13 @@ def test_many_threads_get_the_serial_results(model, way):
             for turn in range(12):
                 i = (seed + turn) % len(batches)
                 if turn % 4 == 3:
-                    same = torch.equal(cropr.pruning_map(fast, batches[i], protect=protect[i]), maps[i])
+                    same = torch.equal(
+                        cropr.pruning_map(fast, batches[i], protect=protect[i]), maps[i]
+                    )
                 else:
-                    same = torch.equal(outputs_of(fast(batches[i], protect=protect[i])), expected[i])
+                    same = torch.equal(
+                        outputs_of(fast(batches[i], protect=protect[i])), expected[i]
+                    )
                 wrong.extend([] if same else [f"batch {i} differs"])
         except Exception as error:
             wrong.append(repr(error))
@@ -72,7 +89,11 @@ def test_models_survive_save_pickle_and_deepcopy(model, deployed):
     expected, file = outputs_of(model(images)), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+    for other in (
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+    ):
         assert torch.equal(outputs_of(other(images)), expected)
         cropr.set_rate(other, 0)
         assert torch.equal(outputs_of(model(images)), expected)  # nothing is shared
@@ -123,13 +144,17 @@ class Adapted(nn.Module):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adapted_projections_are_called_and_learn(model, way):
-    """At rate 0 the output is that of the unpruned model with the same layers; pruned, every layer gets a gradient."""
+    """At rate 0 the output is that of the unpruned model with the same layers; pruned, every layer
+    gets a gradient."""
     images = torch.randn(2, 3, 64, 64)
     for block in find_spec(model).blocks:
         for module in list(block.modules()):
             for name, child in list(module.named_children()):
-                # timm's EvaAttention and nn.MultiheadAttention read these weights themselves, pruned or not.
-                read = name == "out_proj" or (name == "qkv" and getattr(module, "q_bias", None) is not None)
+                # timm's EvaAttention and nn.MultiheadAttention read these weights themselves,
+                # pruned or not.
+                read = name == "out_proj" or (
+                    name == "qkv" and getattr(module, "q_bias", None) is not None
+                )
                 if type(child) is nn.Linear and not read:
                     setattr(module, name, Adapted(child))
     plain = outputs_of(model(images)).detach()
@@ -138,20 +163,28 @@ def test_adapted_projections_are_called_and_learn(model, way):
     cropr.set_rate(model, 8)
     outputs_of(model(images)).square().sum().backward()
     ups = [module.up.weight for module in model.modules() if isinstance(module, Adapted)]
-    assert len(ups) >= 8 and all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ups)
+    assert len(ups) >= 8 and all(
+        weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ups
+    )
     with torch.no_grad():
         expected = outputs_of(model(images))
-        torch.testing.assert_close(outputs_of(cropr.deploy(model)(images)), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            outputs_of(cropr.deploy(model)(images)), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "transformers DINOv3", "torchvision"])
+@pytest.mark.parametrize(
+    "name", ["timm ViT", "transformers ViT", "transformers DINOv3", "torchvision"]
+)
 @torch.no_grad()
 def test_quantized_linears_are_called(name):
     images, model = torch.randn(2, 3, 64, 64), randomize(FAMILIES[name]()).eval()
     plain = outputs_of(model(images))
     cropr.apply(model, rate=0, merge=True, num_outputs=0)
-    fast = torch.ao.quantization.quantize_dynamic(cropr.deploy(model), {nn.Linear}, dtype=torch.qint8)
+    fast = torch.ao.quantization.quantize_dynamic(
+        cropr.deploy(model), {nn.Linear}, dtype=torch.qint8
+    )
     torch.testing.assert_close(outputs_of(fast(images)), plain, rtol=0.2, atol=0.2)
     assert outputs_of(cropr.set_rate(fast, 8)(images)).isfinite().all()
 
@@ -168,14 +201,18 @@ def test_the_modules_follow_the_precision_of_the_blocks(model):
 def test_without_auxiliary_outputs_the_queries_are_fixed():
     model = cropr.apply(reference_vit(), rate=8, num_outputs=0).train()
     model(torch.randn(2, 3, 64, 64))[0].sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad
+    )
 
 
 @torch.no_grad()
 def test_hidden_states_have_all_tokens():
     images = torch.randn(2, 3, 64, 64)
     for name in ("ViT, features", "SigLIP", "CLIP"):
-        model = cropr.apply(randomize(BLOCK_RUNNERS[name]()).eval(), rate=8, llf=True, num_outputs=0)
+        model = cropr.apply(
+            randomize(BLOCK_RUNNERS[name]()).eval(), rate=8, llf=True, num_outputs=0
+        )
         for runner in (model, cropr.deploy(model)):
             states = runner(images, output_hidden_states=True).hidden_states
             assert len(states) == 5 and len({state.shape for state in states}) == 1, name
@@ -188,7 +225,9 @@ def test_a_mask_does_not_outlive_a_call_that_fails():
     expected = model(images)
     with pytest.raises(AssertionError):
         model(torch.randn(2, 3, 40, 40), protect=protect)
-    pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=8, num_outputs=0).eval()
+    pooling = cropr.apply(
+        timm_vit(class_token=False, global_pool="map"), rate=8, num_outputs=0
+    ).eval()
     with pytest.raises(ValueError, match="padding needs a head"):
         pooling(images, padding=protect)
     assert pooling.cropr.context.options is None
@@ -247,7 +286,8 @@ def test_wrapped_models_are_rejected_with_the_path_to_the_model(name):
     around.wrapped.model = FAMILIES[name]()
     class_name = type(around.wrapped.model).__name__
     with pytest.raises(
-        TypeError, match=rf"a module around a model; give cropr.apply the one at .wrapped.model, {class_name}"
+        TypeError,
+        match=rf"a module around a model; give cropr.apply the one at .wrapped.model, {class_name}",
     ):
         cropr.apply(around, rate=8)
 
@@ -255,5 +295,7 @@ def test_wrapped_models_are_rejected_with_the_path_to_the_model(name):
 def test_no_map_is_drawn_of_shuffled_patches():
     model = cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8, merge=True)
     for draw in (cropr.pruning_map, cropr.merge_map):
-        with pytest.raises(ValueError, match="maps of this model are not supported: its patches do not stand"):
+        with pytest.raises(
+            ValueError, match="maps of this model are not supported: its patches do not stand"
+        ):
             draw(model, torch.randn(1, 3, 64, 64))

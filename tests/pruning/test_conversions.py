@@ -21,7 +21,9 @@ def as_transformers(vit):
             _, layer, *rest = key.split(".")
             rest, suffix = ".".join(rest[:-1]), rest[-1]
             if rest == "attn.qkv":
-                tensors |= {(layer, part, suffix): v for part, v in zip(("q", "k", "v"), value.chunk(3))}
+                tensors |= {
+                    (layer, part, suffix): v for part, v in zip(("q", "k", "v"), value.chunk(3))
+                }
             else:
                 tensors[layer, rest, suffix] = value
     names = {
@@ -43,7 +45,9 @@ def as_transformers(vit):
         state[embeddings + "cls_token"].copy_(vit.cls_token)
         state[embeddings + "position_embeddings"].copy_(vit.pos_embed)
         for suffix in ("weight", "bias"):
-            state[f"{embeddings}patch_embeddings.projection.{suffix}"].copy_(getattr(vit.patch_embed.proj, suffix))
+            state[f"{embeddings}patch_embeddings.projection.{suffix}"].copy_(
+                getattr(vit.patch_embed.proj, suffix)
+            )
             state[f"vit.layernorm.{suffix}"].copy_(getattr(vit.norm, suffix))
             state[f"classifier.{suffix}"].copy_(getattr(vit.head, suffix))
     for module in model.modules():
@@ -101,7 +105,9 @@ def test_calibration_and_logits_are_those_of_the_reference_vit(convert, llf, ima
 @pytest.mark.parametrize("convert", [as_transformers, as_torchvision])
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
-def test_merged_models_of_other_families_equal_the_merged_timm_model(convert, llf, images, monkeypatch):
+def test_merged_models_of_other_families_equal_the_merged_timm_model(
+    convert, llf, images, monkeypatch
+):
     monkeypatch.setitem(HF, "intermediate_size", 256)
     vit = randomize(reference_vit()).eval()
     timm = timm_vit().eval()

@@ -32,7 +32,11 @@ def images():
 
 
 def vit(**options):
-    return randomize(transformers().ViTForImageClassification(transformers().ViTConfig(**HF, num_labels=5, **options)))
+    return randomize(
+        transformers().ViTForImageClassification(
+            transformers().ViTConfig(**HF, num_labels=5, **options)
+        )
+    )
 
 
 def loss_of(output):
@@ -56,7 +60,9 @@ def test_a_spawned_process_gets_the_model(images):
     answers = context.Queue()
     process = context.Process(target=work, args=(model, images, answers))
     process.start()
-    torch.testing.assert_close(torch.from_numpy(answers.get(timeout=600)), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(answers.get(timeout=600)), model(images), rtol=1e-4, atol=1e-5
+    )
     process.join()
 
 
@@ -118,7 +124,9 @@ def test_steps_in_parallel_are_those_of_one_process(make, parallel, options, ima
             optimizer.step()
     for (name, expected), got in zip(plain.named_parameters(), model.parameters()):
         got = got.full_tensor() if hasattr(got, "full_tensor") else got
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # Transforms and tracers
@@ -166,7 +174,9 @@ def test_the_features_of_a_block_are_extracted(images):
     extractor = create_feature_extractor(model, [f"{name}1", f"{name}2", "heads.head"])
     features = extractor(images)
     assert [tuple(value.shape) for value in features.values()] == [(2, 48, 64), (2, 40, 64), (2, 5)]
-    assert torch.equal(features["heads.head"], model(images)) and torch.equal(features[f"{name}2"], seen[-1])
+    assert torch.equal(features["heads.head"], model(images)) and torch.equal(
+        features[f"{name}2"], seen[-1]
+    )
 
 
 # transformers
@@ -177,7 +187,11 @@ def test_the_features_of_a_block_are_extracted(images):
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"rate": 8}, {"rate": 0, "merge": cropr.Merge(2.0)}, {"keep": [50, 40], "llf": True, "num_queries": 3}],
+    [
+        {"rate": 8},
+        {"rate": 0, "merge": cropr.Merge(2.0)},
+        {"keep": [50, 40], "llf": True, "num_queries": 3},
+    ],
     ids=str,
 )
 def test_a_saved_model_comes_back_pruned(options, deployed, images, tmp_path):
@@ -201,7 +215,9 @@ def test_a_model_of_the_hub_is_loaded_from_its_snapshot(tmp_path, monkeypatch):
     cropr.apply(vit(), rate=3).save_pretrained(tmp_path)
     snapshots = {"someone/pruned-vit": str(tmp_path)}
     monkeypatch.setattr("transformers.utils.hub.snapshot_download", snapshots.__getitem__)
-    assert cropr.from_pretrained("someone/pruned-vit").cropr.config.schedule == cropr.Schedule(rate=3)
+    assert cropr.from_pretrained("someone/pruned-vit").cropr.config.schedule == cropr.Schedule(
+        rate=3
+    )
 
 
 @HF_MODELS
@@ -211,7 +227,9 @@ def test_pipelines_and_output_attentions_take_a_pruned_model(images):
     model = cropr.apply(vit(attn_implementation="eager").eval(), rate=8, num_outputs=0)
     signature, model = inspect.signature(model.forward), cropr.deploy(model, cuda_graphs=1)
     assert inspect.signature(model.forward) == signature
-    shapes = [tuple(attention.shape) for attention in model(images, output_attentions=True).attentions]
+    shapes = [
+        tuple(attention.shape) for attention in model(images, output_attentions=True).attentions
+    ]
     assert shapes == [(2, 2, count, count) for count in (65, 56, 48, 40)]
     processor = t.ViTImageProcessor(size={"height": 64, "width": 64})
     classify = t.pipeline("image-classification", model=model, image_processor=processor)
@@ -245,7 +263,10 @@ def test_heads_that_need_the_full_map_get_it(images):
 @HF_MODELS
 def test_wrappers_name_the_model_inside_or_are_pruned(images):
     compiled = torch.compile(timm_vit(), backend="eager")
-    with pytest.raises(TypeError, match=r"OptimizedModule is a module around a model; .* at \._orig_mod, VisionTransf"):
+    with pytest.raises(
+        TypeError,
+        match=r"OptimizedModule is a module around a model; .* at \._orig_mod, VisionTransf",
+    ):
         cropr.apply(compiled, rate=8)
     t = transformers()
     settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "initializer_range": 0.02}
@@ -265,7 +286,8 @@ LORA = {
     "timm": (timm_vit, ["qkv", "proj"]),
     "timm, Eva": (timm_eva, ["attn.proj", "fc2"]),
     "transformers": (vit, "all-linear"),
-    "torchvision": (torchvision_vit, ["mlp.0", "mlp.3"]),  # nn.MultiheadAttention reads its weights itself
+    # nn.MultiheadAttention reads its weights itself
+    "torchvision": (torchvision_vit, ["mlp.0", "mlp.3"]),
 }
 
 
@@ -275,7 +297,10 @@ def test_adapters_of_peft_learn(family, images):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     make, names = LORA[family]
     adapted = peft.get_peft_model(randomize(make()), peft.LoraConfig(target_modules=names))
-    with pytest.raises(TypeError, match=r"PeftModel is a module around a model; .* the one at \.base_model\.model, "):
+    with pytest.raises(
+        TypeError,
+        match=r"PeftModel is a module around a model; .* the one at \.base_model\.model, ",
+    ):
         cropr.apply(adapted, rate=8)
     cropr.apply(adapted.base_model.model, rate=8, merge=True, num_outputs=0)
     outputs_of(adapted.train()(images)).square().sum().backward()
@@ -298,7 +323,9 @@ def test_overridden_forwards_are_kept(images):
         def forward(self, images):
             return {"scores": super().forward(images)}
 
-    model = Mine(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=5).eval()
+    model = Mine(
+        img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=5
+    ).eval()
     plain = model(images)["scores"]
     cropr.apply(model, rate=0)
     assert torch.equal(model(images)["scores"], plain)
@@ -317,14 +344,18 @@ def test_a_new_input_size_and_a_distillation_head_are_followed(images):
     model = cropr.apply(timm_vit(), rate=8)
     model.set_input_size((96, 64))
     assert cropr.pruning_map(model, torch.randn(1, 3, 96, 64)).shape == (1, 12, 8)
-    distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=3, img_size=64)
+    distilled = timm.create_model(
+        "deit_tiny_distilled_patch16_224", num_classes=5, depth=3, img_size=64
+    )
     distilled.set_distilled_training(True)
     cropr.apply(distilled, rate=2).train()
     (class_logits, distilled_logits), aux = distilled(images)
     target = torch.tensor([0, 3])
     expected = (cross_entropy(class_logits, target) + cross_entropy(distilled_logits, target)) / 2
     expected = expected + sum(cross_entropy(prediction, target) for prediction in aux)
-    torch.testing.assert_close(cropr.loss(cross_entropy, (class_logits, distilled_logits), aux, target), expected)
+    torch.testing.assert_close(
+        cropr.loss(cross_entropy, (class_logits, distilled_logits), aux, target), expected
+    )
 
 
 @HF_MODELS

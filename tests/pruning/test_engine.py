@@ -18,7 +18,10 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 def vit_with_rms_norms():
     model = reference_vit(init_values=0.5)
     for block in model.blocks:
-        block.norm1, block.norm2 = nn.RMSNorm(64), nn.RMSNorm(64, eps=1e-5, elementwise_affine=False)
+        block.norm1, block.norm2 = (
+            nn.RMSNorm(64),
+            nn.RMSNorm(64, eps=1e-5, elementwise_affine=False),
+        )
     return model
 
 
@@ -36,7 +39,9 @@ ENGINE_MODELS = {
     "reference, RMSNorm": vit_with_rms_norms,
     "timm test_vit4, RmsNorm": lambda: timm_model("test_vit4"),
     "timm AIMv2, RmsNorm": lambda: timm_model("aimv2_large_patch14_224"),
-    "timm EVA-02, RMSNorm": lambda: timm_eva(norm_layer=nn.RMSNorm, init_values=0.5, attn_only_layer_scale=True),
+    "timm EVA-02, RMSNorm": lambda: timm_eva(
+        norm_layer=nn.RMSNorm, init_values=0.5, attn_only_layer_scale=True
+    ),
 }
 BLOCK_OPS = ("add_norm_", "add_select_")
 
@@ -85,7 +90,9 @@ def test_engine_unpruned_equals_the_model_itself(name):
     assert "add_select_" not in called_ops(lambda: engine(images))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)]
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -99,7 +106,11 @@ def test_engine_unpruned_equals_the_model_itself(name):
 )
 def test_the_engine_in_lower_precision_is_within_its_rounding(name, dtype, tolerance):
     # Unpruned, so that scores within rounding of each other cannot change the selection.
-    fused = [{"rate": 8, "llf": "as_pruned"}, {"rate": 8, "llf": "track_parent"}] if dtype == torch.float32 else []
+    fused = (
+        [{"rate": 8, "llf": "as_pruned"}, {"rate": 8, "llf": "track_parent"}]
+        if dtype == torch.float32
+        else []
+    )
     for schedule in ({"rate": 0}, *fused):
         functional, engine = both(name, dtype, **schedule)
         images = torch.randn(2, 3, 64, 64, dtype=dtype)
@@ -124,17 +135,25 @@ def test_a_batch_may_run_in_parts(options, images, monkeypatch):
     _, engine = both("reference", rate=9, **options)
     x = torch.randn(5, 3, 64, 64, dtype=torch.float64)
     protect, padding = (torch.rand(2, 5, 8, 8) < 0.1).unbind()
-    for masks in ({}, {"protect": protect}, {} if "merge" in options else {"protect": protect, "padding": padding}):
+    for masks in (
+        {},
+        {"protect": protect},
+        {} if "merge" in options else {"protect": protect, "padding": padding},
+    ):
         full, tokens = engine(x, **masks), cropr.features(engine, x, **masks)
         calls = len(called_ops(lambda masks=masks: engine(x, **masks)))
         with monkeypatch.context() as patch:
             patch.setattr("cropr_kernels.pruning.engine.CACHE_BYTES", images * 65 * 64 * 8)
             torch.testing.assert_close(engine(x, **masks), full)
             torch.testing.assert_close(cropr.features(engine, x, **masks), tokens)
-            assert len(called_ops(lambda masks=masks: engine(x, **masks))) == -(-5 // images) * calls
+            assert (
+                len(called_ops(lambda masks=masks: engine(x, **masks))) == -(-5 // images) * calls
+            )
 
 
-@pytest.mark.parametrize("schedule", [{"keep": [40, 40, 9]}, {"ratio": 0.5}, {"keep": [65, 65, 65]}, {"rate": 16}])
+@pytest.mark.parametrize(
+    "schedule", [{"keep": [40, 40, 9]}, {"ratio": 0.5}, {"keep": [65, 65, 65]}, {"rate": 16}]
+)
 def test_other_schedules_and_sizes_equal_the_functional_ops(schedule):
     functional, engine = both("timm ViT, any size", **schedule)
     size = (64, 64) if "keep" in schedule else (72, 96)
@@ -173,7 +192,9 @@ def test_copies_and_pickles_are_independent_and_new_weights_take_effect():
     assert not torch.equal(engine(images), expected)
     engine.load_state_dict(twin.state_dict(), assign=True)
     assert torch.equal(engine(images), expected)
-    fused = pickle.loads(pickle.dumps(reference := cropr.deploy(cropr.apply(reference_vit(), rate=8)).cropr.engine))
+    fused = pickle.loads(
+        pickle.dumps(reference := cropr.deploy(cropr.apply(reference_vit(), rate=8)).cropr.engine)
+    )
     assert type(fused[0]) is type(reference[0])
 
 
@@ -201,7 +222,9 @@ def test_unfrozen_blocks_raise_as_they_would_not_learn():
 def test_maps_of_a_deployed_model_are_those_of_the_model():
     model = cropr.apply(reference_vit().eval(), rate=8, llf=True)
     images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(cropr.pruning_map(cropr.deploy(model), images), cropr.pruning_map(model, images))
+    assert torch.equal(
+        cropr.pruning_map(cropr.deploy(model), images), cropr.pruning_map(model, images)
+    )
 
 
 def test_unsupported_blocks_run_on_the_functional_ops_and_name_the_reason():
@@ -226,8 +249,14 @@ def test_unsupported_blocks_run_on_the_functional_ops_and_name_the_reason():
     for make, reason in (
         (hooked, "block 2: forward hooks on Block"),
         (norm_replaced, "block 1: norm2 is Odd, not LayerNorm or RMSNorm over the width"),
-        (block_replaced, "block 3: torch.nn.modules.transformer.TransformerEncoderLayer is not a block it knows"),
-        (lambda: timm_eva(use_post_norm=True), "block 0: timm.models.eva.EvaBlockPostNorm is not a block it knows"),
+        (
+            block_replaced,
+            "block 3: torch.nn.modules.transformer.TransformerEncoderLayer is not a block it knows",
+        ),
+        (
+            lambda: timm_eva(use_post_norm=True),
+            "block 0: timm.models.eva.EvaBlockPostNorm is not a block it knows",
+        ),
     ):
         model = cropr.apply(make().eval(), rate=0)
         cropr.set_rate(model, 8)
@@ -275,7 +304,9 @@ def test_the_engine_compiles_to_one_graph_and_copies_no_residual_buffer(name):
         with torch.compiler.set_stance("fail_on_recompile"):
             compiled(torch.randn(2, 3, 64, 64))
     # Functionalized and put back in place: every layer works on one buffer, not on a copy of it.
-    calls = re.findall(r"torch\.ops\.cropr\.(add_norm_|add_select_|add_)\.default\((\w+), ", "\n".join(codes))
+    calls = re.findall(
+        r"torch\.ops\.cropr\.(add_norm_|add_select_|add_)\.default\((\w+), ", "\n".join(codes)
+    )
     assert len(calls) == 2 * len(engine.blocks)
     assert len({buffer for _, buffer in calls}) == 1
 
@@ -287,7 +318,9 @@ def test_engine_on_cuda_gives_the_cpu_result(name):
     images = torch.randn(2, 3, 64, 64)
     expected = functional(images)
     with torch.no_grad():
-        torch.testing.assert_close(engine.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            engine.cuda()(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_modules_that_override_forward_run_on_the_functional_ops():
@@ -296,7 +329,9 @@ def test_modules_that_override_forward_run_on_the_functional_ops():
             return torch.zeros(64)
 
         def forward(self, x, num_keep, num_prefix=0, scores=None, priority=None):
-            return cropr.ops.split(x, torch.arange(x.shape[1]).float().expand(x.shape[:2]), num_keep, num_prefix)
+            return cropr.ops.split(
+                x, torch.arange(x.shape[1]).float().expand(x.shape[:2]), num_keep, num_prefix
+            )
 
     model = cropr.apply(reference_vit().eval(), rate=8, make_module=lambda layer, block: Last())
     fast, images = cropr.deploy(model), torch.randn(2, 3, 64, 64)

@@ -1,4 +1,5 @@
-"""Models that run their blocks themselves: Hugging Face and torchvision, random weights, small configurations."""
+"""Models that run their blocks themselves: Hugging Face and torchvision, random weights, small
+configurations."""
 
 import copy
 
@@ -45,7 +46,8 @@ def images():
 
 
 def run(model, images):
-    """Return the outputs by name, with the same random numbers every time (ViT-MAE shuffles its tokens)."""
+    """Return the outputs by name, with the same random numbers every time (ViT-MAE shuffles its
+    tokens)."""
     torch.manual_seed(1)
     output = model(images)
     return {"logits": output} if isinstance(output, torch.Tensor) else dict(output)
@@ -54,7 +56,9 @@ def run(model, images):
 def assert_equal(outputs, expected, **tolerance):
     assert outputs.keys() == expected.keys() and outputs
     for key in outputs:
-        torch.testing.assert_close(outputs[key], expected[key], **(tolerance or dict(rtol=0, atol=0)))
+        torch.testing.assert_close(
+            outputs[key], expected[key], **(tolerance or dict(rtol=0, atol=0))
+        )
 
 
 def test_blocks_width_grid_prefix_and_classes_are_found(name, model):
@@ -72,21 +76,30 @@ def test_rate_zero_equals_the_plain_model_bit_for_bit(model, images, llf):
 
 @pytest.mark.parametrize("llf", [False, True])
 def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
-    plain, keys, classes = run(model, images), list(model.state_dict()), [type(module) for module in model.modules()]
+    plain, keys, classes = (
+        run(model, images),
+        list(model.state_dict()),
+        [type(module) for module in model.modules()],
+    )
     attributes = [set(vars(module)) for module in model.modules()]
     cropr.apply(model, rate=8, llf=llf)
     assert [key for key in model.state_dict() if not key.startswith("cropr.")] == keys
     run(model, images)
     cropr.remove(model)
-    assert list(model.state_dict()) == keys and [type(module) for module in model.modules()] == classes
+    assert (
+        list(model.state_dict()) == keys and [type(module) for module in model.modules()] == classes
+    )
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert_equal(run(model, images), plain)
 
 
 def slow(model, images, queries, counts, prefix, llf):
-    """Return the output of the last block, one image and one token at a time; rotary tables are indexed by position."""
+    """Return the output of the last block, one image and one token at a time; rotary tables are
+    indexed by position."""
     blocks, seen = find_spec(model).blocks, []
-    handle = blocks[0].register_forward_pre_hook(lambda block, *inputs: seen.append(inputs), with_kwargs=True)
+    handle = blocks[0].register_forward_pre_hook(
+        lambda block, *inputs: seen.append(inputs), with_kwargs=True
+    )
     run(model, images)
     handle.remove()
     (args, kwargs), results = seen[0], []
@@ -100,7 +113,9 @@ def slow(model, images, queries, counts, prefix, llf):
             block_kwargs = dict(kwargs)
             if kwargs.get("position_embeddings") is not None:
                 rows = [i - prefix for i in alive[prefix:]]
-                block_kwargs["position_embeddings"] = tuple(table[rows] for table in kwargs["position_embeddings"])
+                block_kwargs["position_embeddings"] = tuple(
+                    table[rows] for table in kwargs["position_embeddings"]
+                )
             output = block(torch.stack(tokens)[None], *args[1:], **block_kwargs)
             tokens = list((output[0] if isinstance(output, tuple) else output)[0])
             if layer < len(counts):
@@ -141,7 +156,9 @@ def test_dropping_a_token_is_masking_it_in_every_later_block(name):
     cropr.apply(model, rate=9, num_outputs=0)
     lives = cropr.pruning_map(model, images).flatten(1)  # blocks that each patch goes through
     seen = []
-    find_spec(model).blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    find_spec(model).blocks[-1].register_forward_hook(
+        lambda block, inputs, output: seen.append(output)
+    )
     run(model, images)
     for layer, block in enumerate(spec.blocks):
         mask = torch.nn.functional.pad((lives <= layer).float() * -1e4, (spec.num_prefix, 0))
@@ -188,7 +205,9 @@ def test_tokens_equal_a_slow_implementation(name, model, images, llf):
 def test_with_llf_the_last_hidden_state_has_all_tokens(name, model, images):
     plain = run(model, images)
     pruned = run(cropr.apply(model, rate=8, llf=True), images)
-    assert {key: value.shape for key, value in pruned.items()} == {key: value.shape for key, value in plain.items()}
+    assert {key: value.shape for key, value in pruned.items()} == {
+        key: value.shape for key, value in plain.items()
+    }
 
 
 @pytest.mark.parametrize("llf", [False, True])
@@ -199,10 +218,15 @@ def test_training_gives_predictions_and_stops_their_gradient(model, images, llf)
     sum(cross_entropy(prediction, torch.tensor([0, 3])) for prediction in aux).backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == key.startswith("cropr."), key
-    main = next(iter(output.values())) if hasattr(output, "values") and not torch.is_tensor(output) else output
+    main = (
+        next(iter(output.values()))
+        if hasattr(output, "values") and not torch.is_tensor(output)
+        else output
+    )
     main.square().mean().backward()
     assert all(parameter.grad is not None for parameter in find_spec(model).blocks[0].parameters())
-    assert model.cropr.context.state is None and model.cropr.context.options is None  # nothing is kept
+    # Nothing is kept
+    assert model.cropr.context.state is None and model.cropr.context.options is None
 
 
 def test_recomputation_gives_the_same_gradients(images):
@@ -213,9 +237,14 @@ def test_recomputation_gives_the_same_gradients(images):
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         output = model.train()(images)
-        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in output.aux)).backward()
+        (
+            output.logits.square().sum()
+            + sum(prediction.square().sum() for prediction in output.aux)
+        ).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))
+    assert_equal(
+        *({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads)
+    )
 
 
 @torch.no_grad()
@@ -225,14 +254,20 @@ def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, im
     fast = cropr.deploy(model)
     assert_equal(run(fast, images), expected, rtol=1e-5, atol=1e-5)
     cropr.set_rate(fast, 12)
-    assert fast.cropr.contexts is not model.cropr.contexts and not any(p.requires_grad for p in fast.parameters())
+    assert fast.cropr.contexts is not model.cropr.contexts and not any(
+        p.requires_grad for p in fast.parameters()
+    )
     assert_equal(run(model, images), expected)
-    assert list(model.state_dict()) == keys and not any("aggregator" in key for key in fast.state_dict())
+    assert list(model.state_dict()) == keys and not any(
+        "aggregator" in key for key in fast.state_dict()
+    )
     cropr.remove(fast)
     assert not any(isinstance(module, WrappedBlock) for module in fast.modules())
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["ViT", "DINOv3", "torchvision"])
 @torch.no_grad()
 def test_compiled_and_exported_models_give_the_same_outputs(model, compiler, images):
@@ -264,7 +299,9 @@ def test_the_vision_tower_of_clip_is_found():
     cropr.remove(model)
     with torch.no_grad():
         again = model.get_text_features(input_ids=torch.tensor([[1, 2, 3]]))
-    for before, after in zip(*((x,) if torch.is_tensor(x) else x.to_tuple() for x in (text, again))):
+    for before, after in zip(
+        *((x,) if torch.is_tensor(x) else x.to_tuple() for x in (text, again))
+    ):
         assert torch.equal(before, after)
 
 
@@ -281,7 +318,10 @@ def test_masks_follow_the_tokens():
 
 
 def test_unsupported_models_and_calls_out_of_order_raise(images):
-    with pytest.raises(ValueError, match=r"windows are for timm models and cropr_kernels.ViT, got VisionTransformer"):
+    with pytest.raises(
+        ValueError,
+        match=r"windows are for timm models and cropr_kernels.ViT, got VisionTransformer",
+    ):
         cropr.apply(torchvision_vit(), rate=8, windows=cropr.Windows(4, (3,)), llf=True)
     model = cropr.apply(torchvision_vit(), rate=8)
     with pytest.raises(ValueError, match="pruned already"):
@@ -291,13 +331,23 @@ def test_unsupported_models_and_calls_out_of_order_raise(images):
     x = find_spec(model).blocks[0](torch.randn(2, 65, 64))
     with pytest.raises(RuntimeError, match="block 3 of a pruned model ran without those before it"):
         find_spec(model).blocks[3](x)
-    with pytest.raises(TypeError, match=r"ModuleDict is a module around a model; .* at \.vision_a, ViTForImageClass"):
+    with pytest.raises(
+        TypeError,
+        match=r"ModuleDict is a module around a model; .* at \.vision_a, ViTForImageClass",
+    ):
         cropr.apply(
-            torch.nn.ModuleDict({"vision_a": BLOCK_RUNNERS["ViT"](), "vision_b": BLOCK_RUNNERS["ViT"]()}), rate=8
+            torch.nn.ModuleDict(
+                {"vision_a": BLOCK_RUNNERS["ViT"](), "vision_b": BLOCK_RUNNERS["ViT"]()}
+            ),
+            rate=8,
         )
-    with pytest.raises(TypeError, match=r"Linear cannot be pruned: a forward of \(1, 3, 224, 224\) fails"):
+    with pytest.raises(
+        TypeError, match=r"Linear cannot be pruned: a forward of \(1, 3, 224, 224\) fails"
+    ):
         cropr.apply(torch.nn.Linear(2, 2), rate=8)
-    with pytest.raises(ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"):
+    with pytest.raises(
+        ValueError, match="must be a tensor or hold logits, image_embeds, pooler_output, got ViTMAE"
+    ):
         cropr.agreement(cropr.apply(BLOCK_RUNNERS["ViT-MAE"]().eval(), rate=8), images, [4])
 
 
@@ -306,15 +356,21 @@ def test_protected_patches_stay(name, model, images):
     protect = torch.zeros(2, 8, 8, dtype=torch.bool)
     protect[0, 2:4, 1:6] = protect[1, 7] = True
     if name == "ViT-MAE":
-        with pytest.raises(ValueError, match="not supported for ViTMAEModel: its patches do not stand in the order"):
+        with pytest.raises(
+            ValueError, match="not supported for ViTMAEModel: its patches do not stand in the order"
+        ):
             model(images, protect=protect)
         return
     left = cropr.pruning_map(model, images, protect=protect)
     assert (left[protect] == 4).all() and (cropr.pruning_map(model, images)[protect] < 4).any()
     before = run(model, images)
-    assert not torch.allclose(next(iter(run(model, images).values())), model(images, protect=protect)[0])
+    assert not torch.allclose(
+        next(iter(run(model, images).values())), model(images, protect=protect)[0]
+    )
     assert_equal(run(model, images), before)  # a mask is for one call
-    with pytest.raises(ValueError, match=r"cropr: protect must be bool of shape .* B = 2 and 64 patches"):
+    with pytest.raises(
+        ValueError, match=r"cropr: protect must be bool of shape .* B = 2 and 64 patches"
+    ):
         model(images, protect=protect[:, :3])
 
 
@@ -329,7 +385,9 @@ def test_the_content_of_padding_changes_nothing(name, llf, images):
     model = cropr.apply(randomize(EVERY[name]()).eval(), rate=8, llf=llf, num_outputs=0)
     padding = torch.zeros(2, 8, 8, dtype=torch.bool)
     padding[0, 6:], padding[1, :, 5:] = True, True
-    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images)
+    other = torch.where(
+        padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 9.0, images
+    )
     for runner in (model, cropr.deploy(model)):
         outputs = [runner(batch, padding=padding) for batch in (images, other)]
         pooled = [outputs_of(output) for output in outputs]
@@ -337,7 +395,9 @@ def test_the_content_of_padding_changes_nothing(name, llf, images):
         assert not torch.allclose(outputs_of(runner(images)), pooled[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str
+)
 @pytest.mark.parametrize("name", BLOCK_RUNNERS)
 @torch.no_grad()
 def test_the_engine_equals_the_functional_ops(name, options, images):
@@ -361,7 +421,9 @@ def test_merged_tokens_cover_all_positions(name, llf, images):
     plain = run(model, images)
     cropr.apply(model, rate=8, merge=True, llf=llf, num_outputs=0)
     merged = run(model, images)
-    assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in plain.items()}
+    assert {key: value.shape for key, value in merged.items()} == {
+        key: value.shape for key, value in plain.items()
+    }
     tokens = merged.get("last_hidden_state")
     if tokens is not None and not llf:
         where, prefix = cropr.merge_map(model, images).flatten(1), PREFIX.get(name, 1)
@@ -379,6 +441,11 @@ def test_merging_trains_through_recomputation(images):
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         output = model.train()(images)
-        (output.logits.square().sum() + sum(prediction.square().sum() for prediction in output.aux)).backward()
+        (
+            output.logits.square().sum()
+            + sum(prediction.square().sum() for prediction in output.aux)
+        ).backward()
         grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    assert_equal(*({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads))
+    assert_equal(
+        *({key: grad for key, grad in gradients.items() if grad is not None} for gradients in grads)
+    )

@@ -15,7 +15,9 @@ DROP, MERGE = {}, {"merge": True}
 
 def pruned(**options):
     torch.manual_seed(0)
-    return cropr.apply(randomize(reference_vit(depth=6)).eval().double(), rate=5, num_outputs=0, **options)
+    return cropr.apply(
+        randomize(reference_vit(depth=6)).eval().double(), rate=5, num_outputs=0, **options
+    )
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def fusion(model):
 
 
 def test_llf_true_tracks_parents_if_tokens_merge():
-    assert fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).tracks_parents
+    assert (
+        fusion(pruned(llf=True)) == cropr.Fusion() and not fusion(pruned(llf=True)).tracks_parents
+    )
     assert fusion(pruned(llf=True, merge=True)) == cropr.Fusion("track_parent")
     assert fusion(pruned(llf="as_pruned", merge=True)) == cropr.Fusion("as_pruned")
     assert fusion(pruned(llf=cropr.Fusion(blocks=3))) == cropr.Fusion(None, 3)
@@ -40,15 +44,17 @@ def test_calibrated_queries_track_parents_unless_told_otherwise(images, tmp_path
     unset, as_pruned = pruned(llf=True), pruned(llf="as_pruned")
     for model in (unset, as_pruned):
         cropr.calibrate(model, images)
-    assert fusion(unset) == cropr.Fusion("track_parent") and fusion(as_pruned) == cropr.Fusion("as_pruned")
+    assert fusion(unset) == cropr.Fusion("track_parent") and fusion(as_pruned) == cropr.Fusion(
+        "as_pruned"
+    )
     for model in (unset, as_pruned, cropr.calibrate(pruned(), images)):
         cropr.save_queries(model, tmp_path / "queries.safetensors")
         loaded = cropr.load_queries(pruned(llf=True), tmp_path / "queries.safetensors")
         assert fusion(loaded) == (fusion(model) or cropr.Fusion("track_parent"))
         assert fusion(cropr.set_llf(loaded, True)) == cropr.Fusion("track_parent")
-        assert fusion(cropr.load_queries(pruned(llf="as_pruned"), tmp_path / "queries.safetensors")) == cropr.Fusion(
-            "as_pruned"
-        )
+        assert fusion(
+            cropr.load_queries(pruned(llf="as_pruned"), tmp_path / "queries.safetensors")
+        ) == cropr.Fusion("as_pruned")
 
 
 @pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
@@ -73,7 +79,8 @@ def test_every_fusion_gives_a_full_map_of_its_own(images, options):
 
 @torch.no_grad()
 def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
-    """If every block shifts all tokens alike, pruned tokens get the shift that they missed from their parents."""
+    """If every block shifts all tokens alike, pruned tokens get the shift that they missed from
+    their parents."""
     model = pruned()
     for block in model.blocks:
         for part in (block.attn.proj, block.mlp.fc2):
@@ -81,7 +88,9 @@ def test_a_network_that_only_shifts_its_tokens_is_restored_exactly(images):
     unpruned = cropr.remove(copy.deepcopy(model)).forward_features(images)
     for llf in ("track_parent", cropr.Fusion("track_parent", 3), cropr.Fusion("track_parent", 0)):
         fused = pruned(llf=llf)
-        fused.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False)
+        fused.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if not k.startswith("cropr")}, strict=False
+        )
         for runner in (fused, cropr.deploy(fused)):
             torch.testing.assert_close(cropr.features(runner, images)[0], unpruned)
     left = cropr.features(cropr.set_llf(model, "as_pruned"), images)[0]
@@ -111,7 +120,8 @@ def test_fusion_after_the_last_block_changes_no_logits_and_no_kept_token(images)
         copies = cropr.features(model, images)[0][:, 1:]
         fused = cropr.deploy(cropr.set_llf(model, cropr.Fusion(blocks=0)))
         tokens = cropr.features(fused, images)[0][:, 1:]
-        torch.testing.assert_close(fused(images), plain, rtol=1e-9, atol=1e-9)  # the head reads the class token
+        # The head reads the class token
+        torch.testing.assert_close(fused(images), plain, rtol=1e-9, atol=1e-9)
         if options:
             torch.testing.assert_close(tokens[kept], copies[kept], rtol=1e-9, atol=1e-9)
             assert not torch.allclose(tokens, copies)
@@ -120,7 +130,13 @@ def test_fusion_after_the_last_block_changes_no_logits_and_no_kept_token(images)
 
 def test_flops_are_those_of_the_blocks_that_see_all_tokens(images):
     counts = {}
-    for llf in (False, cropr.Fusion(blocks=0), "as_pruned", "track_parent", cropr.Fusion("track_parent", 2)):
+    for llf in (
+        False,
+        cropr.Fusion(blocks=0),
+        "as_pruned",
+        "track_parent",
+        cropr.Fusion("track_parent", 2),
+    ):
         model = cropr.deploy(pruned(llf=llf))
         with flop_counter() as counter:
             model(images)
@@ -141,7 +157,9 @@ def test_tracking_parents_changes_no_map_and_no_mask(images):
         maps = [cropr.pruning_map(model, images, **masks) for model in (as_pruned, track_parent)]
         assert torch.equal(*maps)
         expected = track_parent(images, **masks)
-        torch.testing.assert_close(cropr.deploy(track_parent)(images, **masks), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            cropr.deploy(track_parent)(images, **masks), expected, rtol=1e-9, atol=1e-9
+        )
     other = images.clone()
     other[1, :, :, 48:] = 7.0  # padding reaches no token, through no parent
     torch.testing.assert_close(track_parent(other, padding=padding), expected, rtol=1e-9, atol=1e-9)
@@ -154,14 +172,18 @@ def test_windows_track_parents_of_the_same_window(images):
     windows = cropr.Windows(4, (1, 5))
     model = randomize(reference_vit(depth=6)).eval().double()
     as_pruned, track_parent = (
-        cropr.apply(copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0).forward_features(
-            images
-        )
+        cropr.apply(
+            copy.deepcopy(model), keep=[12, 8, 8, 5], windows=windows, llf=llf, num_outputs=0
+        ).forward_features(images)
         for llf in ("as_pruned", "track_parent")
     )
-    assert as_pruned.shape == track_parent.shape == (2, 64, 64) and not torch.allclose(as_pruned, track_parent)
+    assert as_pruned.shape == track_parent.shape == (2, 64, 64) and not torch.allclose(
+        as_pruned, track_parent
+    )
     with pytest.raises(ValueError, match="windows need llf=True"):
-        cropr.set_llf(cropr.apply(model, keep=[12, 8, 8, 5], windows=windows, llf=True, num_outputs=0), False)
+        cropr.set_llf(
+            cropr.apply(model, keep=[12, 8, 8, 5], windows=windows, llf=True, num_outputs=0), False
+        )
 
 
 @torch.no_grad()
@@ -172,7 +194,9 @@ def test_a_curriculum_leads_from_no_pruning_to_all_of_it(images):
         assert torch.equal(cropr.set_progress(model, 0.0)(images), plain)
         half = cropr.set_progress(model, 0.5)(images)
         torch.testing.assert_close(cropr.deploy(model)(images), half, rtol=1e-9, atol=1e-9)
-        assert torch.equal(cropr.set_progress(model, 1.0)(images), expected) and not torch.allclose(half, expected)
+        assert torch.equal(cropr.set_progress(model, 1.0)(images), expected) and not torch.allclose(
+            half, expected
+        )
 
 
 def test_set_llf_needs_the_modules_it_uses():
@@ -181,9 +205,13 @@ def test_set_llf_needs_the_modules_it_uses():
         cropr.set_llf(model, llf)
     assert cropr.set_llf(model, cropr.Fusion("track_parent", 2)).cropr.num_used == 3
     narrow = pruned(llf=cropr.Fusion("track_parent", 3))
-    with pytest.raises(ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")):
+    with pytest.raises(
+        ValueError, match=re.escape("cropr.set_llf: llf=True needs 4 modules, and the model has 2")
+    ):
         cropr.set_llf(narrow, True)
-    with pytest.raises(ValueError, match=re.escape("depth must be at least 7 with LLF over 5 blocks, got 6")):
+    with pytest.raises(
+        ValueError, match=re.escape("depth must be at least 7 with LLF over 5 blocks, got 6")
+    ):
         pruned(llf=cropr.Fusion(blocks=5))
     with pytest.raises(ValueError, match="restore='as_pruned' needs a block that sees the tokens"):
         cropr.Fusion("as_pruned", 0)
@@ -198,7 +226,12 @@ def test_set_llf_needs_the_modules_it_uses():
 @torch.no_grad()
 def test_a_saved_model_loads_with_its_fusion(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    for options in ({"llf": cropr.Fusion("track_parent", 2)}, {"llf": True}, {"llf": "as_pruned", "merge": True}, {}):
+    for options in (
+        {"llf": cropr.Fusion("track_parent", 2)},
+        {"llf": True},
+        {"llf": "as_pruned", "merge": True},
+        {},
+    ):
         model = pruned(**options)
         cropr.save(model, tmp_path / "one")
         again = cropr.load(tmp_path / "one")
@@ -214,14 +247,19 @@ def test_earlier_options_mean_as_pruned(images, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     from cropr_kernels.pruning.api import apply_options
 
-    model = apply_options(randomize(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0})
+    model = apply_options(
+        randomize(reference_vit()).eval(), {"rate": 4, "llf": True, "merge": {}, "num_outputs": 0}
+    )
     assert fusion(model) == cropr.Fusion("as_pruned")
 
 
 def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
     model = timm_vit(drop_path_rate=0.2, depth=6)
     cropr.apply(model, rate=5, llf=cropr.Fusion("track_parent", 2))
-    rates = [block.drop_path1.drop_prob if hasattr(block.drop_path1, "drop_prob") else 0.0 for block in model.blocks]
+    rates = [
+        block.drop_path1.drop_prob if hasattr(block.drop_path1, "drop_prob") else 0.0
+        for block in model.blocks
+    ]
     assert rates[4:] == [0.0, 0.0] and all(rates[1:4])
     assert cropr.remove(model).blocks[5].drop_path1.drop_prob == pytest.approx(0.2)
 
@@ -231,7 +269,10 @@ def test_stochastic_depth_is_off_in_every_block_that_sees_all_tokens():
 @torch.no_grad()
 def test_models_that_run_their_blocks_track_parents(name, options):
     torch.manual_seed(0)
-    model, images = randomize(BLOCK_RUNNERS[name]()).eval().double(), torch.randn(2, 3, 64, 64).double()
+    model, images = (
+        randomize(BLOCK_RUNNERS[name]()).eval().double(),
+        torch.randn(2, 3, 64, 64).double(),
+    )
     plain = outputs_of(model(images))
     cropr.apply(model, rate=8, llf="track_parent", num_outputs=0, **options)
     got, fast = outputs_of(model(images)), outputs_of(cropr.deploy(model)(images))

@@ -1,4 +1,5 @@
-"""CUDA graphs of deployed models: when a forward is captured, and on a GPU the results of replays."""
+"""CUDA graphs of deployed models: when a forward is captured, and on a GPU the results of
+replays."""
 
 import copy
 import gc
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def deployed(monkeypatch, capacity=2, model=None, **options):
-    """Return a deployed model whose tensors count as those of a GPU, and its graphs, which need none."""
+    """Return a deployed model whose tensors count as those of a GPU, and its graphs, which need
+    none."""
     model = cropr.deploy(cropr.apply(randomize(model or reference_vit()).eval(), rate=8), **options)
     on_gpu(monkeypatch)
     model.cropr.graphs = CountingGraphs(capacity)
@@ -44,7 +46,9 @@ def test_deploy_captures_small_batches_unless_cuda_graphs_is_0():
     assert GraphedForward.of(fast).max_patches == PATCHES
     asked = cropr.deploy(fast, cuda_graphs=3)  # a copy of a copy is captured anew
     assert (asked.cropr.graphs.capacity, asked.cropr.graphs.patience) == (3, 0)
-    assert GraphedForward.of(asked).model is asked and GraphedForward.of(asked).max_patches == float("inf")
+    assert GraphedForward.of(asked).model is asked and GraphedForward.of(
+        asked
+    ).max_patches == float("inf")
     for plain in (cropr.deploy(fast, cuda_graphs=0), deployed_copy(model)):
         assert plain.cropr.graphs is None and "forward" not in vars(plain)
     with pytest.raises(ValueError, match="cuda_graphs must be >= 0, got -1"):
@@ -75,7 +79,8 @@ def test_a_model_replays_one_graph_for_each_shape(monkeypatch):
         images = photos(batch)
         assert torch.equal(model(images), eager(images))
         assert torch.equal(model(images=images), eager(images=images))
-    assert graphs.captures == 8 and len(graphs.captured) == 2  # two shapes, two ways to call, two graphs at a time
+    # Two shapes, two ways to call, two graphs at a time
+    assert graphs.captures == 8 and len(graphs.captured) == 2
 
 
 def test_masks_are_inputs_of_a_graph(monkeypatch):
@@ -124,7 +129,9 @@ def test_whatever_changes_the_result_captures_anew(monkeypatch):
     assert captures() == 1
     torch.use_deterministic_algorithms(False)
     swapped = {"head.bias": eager.head.bias + 3}
-    torch.testing.assert_close(torch.func.functional_call(model, swapped, (images,)), model(images) + 3)
+    torch.testing.assert_close(
+        torch.func.functional_call(model, swapped, (images,)), model(images) + 3
+    )
     assert captures() == 0
 
 
@@ -155,7 +162,8 @@ def test_hooks_see_every_call_and_get_no_graph(where, monkeypatch):
     handle.remove()
     model(images)
     assert len(seen) == 3 and graphs.replays == 2
-    around = model.register_forward_hook(lambda *args: seen.append("model"))  # outside of the captured forward
+    # Outside of the captured forward
+    around = model.register_forward_hook(lambda *args: seen.append("model"))
     captures = graphs.captures
     model(images)
     assert seen[3:] == ["model"] and graphs.captures == captures
@@ -214,7 +222,9 @@ def test_shapes_that_alternate_do_not_evict_each_other(monkeypatch):
 def test_a_model_that_cannot_be_captured_warns_once_and_runs(monkeypatch):
     model, graphs = deployed(monkeypatch)
     graphs.cannot_capture, images = True, photos()
-    with pytest.warns(UserWarning, match="without CUDA graphs, as it cannot be captured: an operation waits"):
+    with pytest.warns(
+        UserWarning, match="without CUDA graphs, as it cannot be captured: an operation waits"
+    ):
         got = model(images)
     assert torch.equal(model(images), got)
 
@@ -237,7 +247,13 @@ def test_threads_get_their_own_results(monkeypatch):
 
 @pytest.mark.parametrize(
     "schedule",
-    [{"rate": 8}, {"keep": [40, 30, 20]}, {"ratio": 0.5}, {"const": [2, 25]}, {"keep": (40, 30, 20)}],
+    [
+        {"rate": 8},
+        {"keep": [40, 30, 20]},
+        {"ratio": 0.5},
+        {"const": [2, 25]},
+        {"keep": (40, 30, 20)},
+    ],
     ids=str,
 )
 def test_every_schedule_is_hashable(schedule):
@@ -273,7 +289,8 @@ def test_graphs_do_not_swallow_gradients():
 def test_streams_that_take_turns_on_one_graph_get_their_own_results():
     model = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=8)).cuda()
     eager, streams = cropr.deploy(model, cuda_graphs=0), [torch.cuda.Stream() for _ in range(3)]
-    batches = [torch.randn(1 + i % 4, 3, 64, 64, device="cuda") for i in range(60)]  # graphs that share memory
+    # Graphs that share memory
+    batches = [torch.randn(1 + i % 4, 3, 64, 64, device="cuda") for i in range(60)]
     expected = [eager(images) for images in batches]
     torch.cuda.synchronize()
     got = []

@@ -1,4 +1,5 @@
-"""CUDA graphs of a function: captures and the order of streams, on a torch.cuda that records its calls."""
+"""CUDA graphs of a function: captures and the order of streams, on a torch.cuda that records its
+calls."""
 
 import copy
 from collections import OrderedDict
@@ -43,13 +44,18 @@ def test_there_is_room_again_once_a_graph_was_not_used_for_long():
     assert impatient.has_room() and copy.deepcopy(graphs).patience == 3
 
 
-def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_outlive_it(monkeypatch):
+def test_capture_warms_up_on_a_stream_of_its_own_without_autograd_or_casts_that_outlive_it(
+    monkeypatch,
+):
     cuda = RecordedCuda(monkeypatch)
 
     def run(x):
         cache = "cached" if torch.is_autocast_cache_enabled() else "uncached"
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        cuda.note(f"runs, casts {cache}, {torch.get_autocast_dtype('cpu')} {torch.is_autocast_enabled('cpu')}, {mode}")
+        cuda.note(
+            f"runs, casts {cache}, {torch.get_autocast_dtype('cpu')} "
+            f"{torch.is_autocast_enabled('cpu')}, {mode}"
+        )
         return x * 2
 
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -79,7 +85,9 @@ def test_the_graphs_of_a_device_share_stream_and_memory(monkeypatch):
     graphs(torch.neg, (torch.ones(1),), "c")
     captures = [line for line in cuda.log if " captures" in line]
     assert captures == [f"stream {i}: captures, thread_local, in pool {i}" for i in (1, 1, 2)]
-    assert cuda.log.count("caller's: waits for the record") == cuda.log.count("caller's: records") == 3
+    assert (
+        cuda.log.count("caller's: waits for the record") == cuda.log.count("caller's: records") == 3
+    )
 
 
 def test_a_call_waits_for_the_one_before_on_another_stream(monkeypatch):
@@ -96,7 +104,14 @@ def test_a_call_waits_for_the_one_before_on_another_stream(monkeypatch):
     assert cuda.log == [
         f"{name}: {event}"
         for name, value in (("one", 3.0), ("two", 4.0))
-        for event in ("enters cpu", "waits for the record", "replays", f"reads {value}", "records", "leaves cpu")
+        for event in (
+            "enters cpu",
+            "waits for the record",
+            "replays",
+            f"reads {value}",
+            "records",
+            "leaves cpu",
+        )
     ]
     assert [result.item() for result in results] == [6.0, 8.0] and not results[0].requires_grad
     assert not captured.inputs[0].requires_grad

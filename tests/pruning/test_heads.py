@@ -1,4 +1,5 @@
-"""Auxiliary heads exist if and only if queries learn, from `apply` on, and have the width of the classifier."""
+"""Auxiliary heads exist if and only if queries learn, from `apply` on, and have the width of the
+classifier."""
 
 import copy
 import json
@@ -41,7 +42,12 @@ def test_without_outputs_there_are_no_heads_and_queries_are_fixed(make):
     model = pruned(make, num_outputs=0)
     plain = sum(parameter.numel() for parameter in make().parameters())
     cropr.calibrate(model, IMAGES)
-    model(IMAGES), cropr.agreement(model, IMAGES, [4]), cropr.deploy(model)(IMAGES), model.train()(IMAGES)
+    (
+        model(IMAGES),
+        cropr.agreement(model, IMAGES, [4]),
+        cropr.deploy(model)(IMAGES),
+        model.train()(IMAGES),
+    )
     assert heads(model) == [] and heads(pruned(lambda: reference_vit(num_classes=0))) == []
     assert sum(parameter.numel() for parameter in model.parameters()) == plain + 3 * 64
     assert not any(module.queries.requires_grad for module in model.cropr)
@@ -64,21 +70,33 @@ def test_no_later_call_makes_or_replaces_parameters(make, tmp_path):
     cropr.calibrate(model, IMAGES)
     cropr.save_queries(model, tmp_path / "queries")
     calls = [
-        model.train, lambda: model(IMAGES), model.eval, lambda: model(IMAGES), lambda: cropr.set_rate(model, 4),
-        lambda: cropr.set_llf(model, cropr.Fusion(blocks=2)), lambda: cropr.set_progress(model, 0.5),
+        model.train, lambda: model(IMAGES), model.eval, lambda: model(IMAGES),
+        lambda: cropr.set_rate(model, 4),
+        lambda: cropr.set_llf(model, cropr.Fusion(blocks=2)),
+        lambda: cropr.set_progress(model, 0.5),
         lambda: cropr.load_queries(model, tmp_path / "queries"), lambda: cropr.deploy(model),
         lambda: cropr.pruning_map(model, IMAGES), lambda: model.load_state_dict(model.state_dict()),
-        lambda: model.load_state_dict(cropr.deploy(model).state_dict()), lambda: model.requires_grad_(True).train(),
+        lambda: model.load_state_dict(cropr.deploy(model).state_dict()),
+        lambda: model.requires_grad_(True).train(),
     ]  # fmt: skip
     for call in calls:
         call()
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected]
-        assert all(parameter is before for parameter, (_, before) in zip(model.parameters(), expected))
+        assert all(
+            parameter is before for parameter, (_, before) in zip(model.parameters(), expected)
+        )
 
 
 def moving_averages(model):
-    """The averages of timm and torch, each with the call after a step, and the module that holds the weights."""
-    averages = [(average := torch.optim.swa_utils.AveragedModel(model), average.update_parameters, average.module)]
+    """The averages of timm and torch, each with the call after a step, and the module that holds
+    the weights."""
+    averages = [
+        (
+            average := torch.optim.swa_utils.AveragedModel(model),
+            average.update_parameters,
+            average.module,
+        )
+    ]
     timm = pytest.importorskip("timm", reason="timm is not installed")
     for name in ("ModelEmaV2", "ModelEmaV3"):
         average = getattr(timm.utils, name)(model, decay=0.5)
@@ -124,7 +142,12 @@ def replace_head(model, classes):
 
 def arguments_of(make):
     """Arguments of a forward in training, for each way to call it."""
-    ways = [{}, {"labels": TARGET}, {"labels": TARGET, "return_dict": False}, {"return_dict": False}]
+    ways = [
+        {},
+        {"labels": TARGET},
+        {"labels": TARGET, "return_dict": False},
+        {"return_dict": False},
+    ]
     return ways if make is hf_vit else ways[:1]
 
 
@@ -136,7 +159,8 @@ def test_a_classifier_of_another_width_than_the_heads_raises_in_training(make, c
     for arguments in arguments_of(make):
         with pytest.raises(
             ValueError,
-            match=rf"heads were made for 5 classes, and the model gives {classes}; .* or with num_outputs={classes}",
+            match=rf"heads were made for 5 classes, and the model gives {classes}; .* or with "
+            rf"num_outputs={classes}",
         ):
             model.train()(IMAGES, **arguments)
     replaced = cropr.apply(replace_head(make(), classes), rate=8)
@@ -169,7 +193,9 @@ def test_weights_load_with_heads_and_without(options):
     without.load_state_dict(state)
     assert heads(without) == [] and torch.equal(without.cropr[0].queries, model.cropr[0].queries)
     incomplete = {
-        name: value for name, value in pruned().state_dict().items() if not name.endswith("0.aggregator.head.bias")
+        name: value
+        for name, value in pruned().state_dict().items()
+        if not name.endswith("0.aggregator.head.bias")
     }
     with pytest.raises(RuntimeError, match=r"Missing key.* \"cropr.0.aggregator.head.bias\""):
         other.load_state_dict(incomplete)
@@ -189,7 +215,10 @@ def test_saved_models_keep_heads_if_there_are_any(options, tmp_path):
             others.append(cropr.load(folders[0], make()))
         for other in others:
             assert heads(other) == heads(model) and bool(heads(other)) == (not options)
-            assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+            assert all(
+                torch.equal(value, other.state_dict()[name])
+                for name, value in model.state_dict().items()
+            )
 
 
 @pytest.mark.parametrize("make", [reference_vit, hf_vit])

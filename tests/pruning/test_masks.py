@@ -1,4 +1,5 @@
-"""Protected patches and padding: model(images, protect=..., padding=...), against slow versions of both."""
+"""Protected patches and padding: model(images, protect=..., padding=...), against slow versions of
+both."""
 
 import copy
 
@@ -20,7 +21,9 @@ def prepared(name, **options):
 
 
 def batch_of_sizes():
-    return cropr.pad_images([torch.randn(3, *size, dtype=torch.float64) for size in SIZES], PATCH, (64, 64))
+    return cropr.pad_images(
+        [torch.randn(3, *size, dtype=torch.float64) for size in SIZES], PATCH, (64, 64)
+    )
 
 
 @torch.no_grad()
@@ -36,7 +39,10 @@ def alone(model, images, padding):
         counts = modules.config.counts(embedded.shape[1], len(model.blocks), prefix)
         for layer, block in enumerate(model.blocks):
             if modules.config.llf and layer == len(model.blocks) - 1 and pruned:
-                rows, positions = torch.cat([x, *(t for t, _ in pruned)]), torch.cat([here, *(p for _, p in pruned)])
+                rows, positions = (
+                    torch.cat([x, *(t for t, _ in pruned)]),
+                    torch.cat([here, *(p for _, p in pruned)]),
+                )
                 x, here = rows[positions.argsort()], positions.sort().values
             kwargs = {} if table is None else {"rope": table[here[prefix:] - prefix]}
             x = block(x[None], **kwargs)[0]
@@ -44,7 +50,10 @@ def alone(model, images, padding):
                 scores = x @ modules[layer].query().double()
                 scores[:prefix] = float("inf")
                 order = scores.argsort(descending=True, stable=True)
-                stay, leave = order[: counts[layer]].sort().values, order[counts[layer] :].sort().values
+                stay, leave = (
+                    order[: counts[layer]].sort().values,
+                    order[counts[layer] :].sort().values,
+                )
                 pruned.append((x[leave], here[leave]))
                 x, here = x[stay], here[stay]
         outputs.append(model.forward_head(model.norm(x[None])))
@@ -68,9 +77,13 @@ def test_padding_changes_nothing_for_the_patches_that_are_there(name, llf):
 def test_the_content_of_padding_changes_nothing():
     model = cropr.deploy(prepared("reference", rate=9))
     images, padding = batch_of_sizes()
-    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 1e3, images)
+    other = torch.where(
+        padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 1e3, images
+    )
     # Padding is never selected by score, and its attention weight is zero.
-    torch.testing.assert_close(model(other, padding=padding), model(images, padding=padding), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model(other, padding=padding), model(images, padding=padding), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,7 +93,9 @@ def test_padding_weighs_nothing_in_sixteen_bits_either(dtype):
     images = images.to(dtype)
     got = model(images, padding=padding)
     assert got.isfinite().all()
-    other = torch.where(padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 3.0, images).to(dtype)
+    other = torch.where(
+        padding.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 3.0, images
+    ).to(dtype)
     torch.testing.assert_close(model(other, padding=padding), got, rtol=2e-2, atol=2e-2)
 
 
@@ -103,12 +118,16 @@ def test_padding_is_pruned_first_and_protected_patches_last():
 def test_protected_patches_stay_and_the_engine_agrees(name, merge):
     model = prepared(name, rate=9, merge=merge)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    protect = cropr.protect_boxes([torch.tensor([[3.0, 3.0, 20.0, 30.0]]), torch.zeros(0, 4)], GRID, PATCH)
+    protect = cropr.protect_boxes(
+        [torch.tensor([[3.0, 3.0, 20.0, 30.0]]), torch.zeros(0, 4)], GRID, PATCH
+    )
     assert protect[0].sum() == 3 * 4 and not protect[1].any()
     assert (cropr.pruning_map(model, images, protect=protect)[protect] == 4).all()
     with torch.no_grad():
         expected = model(images, protect=protect)
-        torch.testing.assert_close(cropr.deploy(model)(images, protect=protect), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            cropr.deploy(model)(images, protect=protect), expected, rtol=1e-9, atol=1e-9
+        )
         torch.testing.assert_close(expected[1], model(images)[1], rtol=1e-9, atol=1e-9)
         assert not torch.allclose(expected[0], model(images)[0])
     if merge:
@@ -144,7 +163,11 @@ def test_auxiliary_predictions_do_not_see_padding(options):
     criterion = torch.nn.functional.cross_entropy
     predictions = [p.mean(1) if p.ndim == 3 else p for p in aux]
     cropr.loss(criterion, output, predictions, target).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.cropr.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in model.cropr.parameters()
+        if p.requires_grad
+    )
 
 
 def test_masks_work_under_checkpointing_compilation_and_windows():
@@ -155,7 +178,9 @@ def test_masks_work_under_checkpointing_compilation_and_windows():
     fast, masks = cropr.deploy(model), {"protect": protect, "padding": padding}
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images, **masks), fast(images, **masks), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            compiled(images, **masks), fast(images, **masks), rtol=1e-9, atol=1e-9
+        )
     model.train().set_grad_checkpointing()
     recomputed = model(images, **masks)[0]
     model.set_grad_checkpointing(False)
@@ -164,7 +189,9 @@ def test_masks_work_under_checkpointing_compilation_and_windows():
     left = cropr.pruning_map(windowed, images, protect=protect)
     assert (left[protect] == 4).all()
     with torch.no_grad():
-        assert not torch.equal(cropr.features(windowed, images, protect=protect)[0], windowed.forward_features(images))
+        assert not torch.equal(
+            cropr.features(windowed, images, protect=protect)[0], windowed.forward_features(images)
+        )
 
 
 @pytest.mark.gpu
@@ -201,24 +228,39 @@ def test_masks_that_do_not_fit_the_images_or_the_model_raise():
     images, padding = batch_of_sizes()
     for name in ("protect", "padding"):
         for bad in (padding.float(), padding[:2], padding[:, :3], padding.flatten(1)):
-            with pytest.raises(ValueError, match=f"cropr: {name} must be bool of shape .* B = 3 and 64 patches, got"):
+            with pytest.raises(
+                ValueError,
+                match=f"cropr: {name} must be bool of shape .* B = 3 and 64 patches, got",
+            ):
                 model(images, **{name: bad})
     with pytest.raises(ValueError, match="padding is not supported with merge=True"):
         prepared("reference", rate=9, merge=True)(images, padding=padding)
     windowed = prepared("timm EVA-02", rate=3, llf=True, windows=Windows(4))
     with pytest.raises(ValueError, match="padding is not supported with window attention"):
         cropr.features(windowed, images, padding=padding)
-    pooling = cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=9, num_outputs=0).double().eval()
-    with pytest.raises(ValueError, match="padding needs a head that takes the class token or averages"):
+    pooling = (
+        cropr.apply(timm_vit(class_token=False, global_pool="map"), rate=9, num_outputs=0)
+        .double()
+        .eval()
+    )
+    with pytest.raises(
+        ValueError, match="padding needs a head that takes the class token or averages"
+    ):
         pooling(images, padding=padding)
     mute = timm_eva()
     mute.blocks[1].attn.forward = lambda x, **kwargs: x
-    with pytest.raises(ValueError, match=r"merging and padding need attention by scaled_.*, and EvaBlock has none"):
+    with pytest.raises(
+        ValueError, match=r"merging and padding need attention by scaled_.*, and EvaBlock has none"
+    ):
         cropr.apply(mute, rate=9, num_outputs=0).double()(images, padding=padding)
-    with pytest.raises(ValueError, match=r"protect_boxes: boxes must have shape \(n, 4\), got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"protect_boxes: boxes must have shape \(n, 4\), got \(4,\)"
+    ):
         cropr.protect_boxes([torch.zeros(4)], GRID)
     with pytest.raises(ValueError, match="pad_images: needs at least one image"):
         cropr.pad_images([])
-    with pytest.raises(ValueError, match=r"pad_images: image 1 must fit into \(3, 16, 16\), got \(3, 20, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"pad_images: image 1 must fit into \(3, 16, 16\), got \(3, 20, 8\)"
+    ):
         cropr.pad_images([torch.ones(3, 8, 8), torch.ones(3, 20, 8)], size=(16, 16))
     assert make_masks(None, None, 1, 4, 1) is None

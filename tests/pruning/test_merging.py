@@ -1,4 +1,5 @@
-"""Merging in full models: against a slow implementation, on the engine, in training, compiled, exported."""
+"""Merging in full models: against a slow implementation, on the engine, in training, compiled,
+exported."""
 
 import copy
 import itertools
@@ -30,7 +31,8 @@ WAYS = {
 
 
 def slow_logits(model, images, counts, merge):
-    """Return logits, one image and one token at a time: tokens are (value, size, patches) in a list."""
+    """Return logits, one image and one token at a time: tokens are (value, size, patches) in a
+    list."""
     with torch.no_grad():
         embedded = model.embed(images)[0]
         return torch.stack([slow_image(model, tokens, counts, merge) for tokens in embedded])
@@ -49,7 +51,15 @@ def slow_image(model, tokens, counts, merge):
         x = x + block.ls2(block.mlp(block.norm2(x)))
         alive = [(value, size, patches) for value, (_, size, patches) in zip(x, alive)]
         if layer < len(counts):
-            alive = slow_merge(alive, x, model.cropr[layer].query().to(x.dtype), counts[layer], prefix, merge, layer)
+            alive = slow_merge(
+                alive,
+                x,
+                model.cropr[layer].query().to(x.dtype),
+                counts[layer],
+                prefix,
+                merge,
+                layer,
+            )
     rows = torch.empty_like(tokens)
     for value, _, patches in alive:
         rows[patches] = value
@@ -57,26 +67,41 @@ def slow_image(model, tokens, counts, merge):
 
 
 def slow_merge(alive, features, query, keep, prefix, merge, layer):
-    """Merge one token after the other; a token is at the first of its patches, on a grid of 8 x 8."""
+    """Merge one token after the other; a token is at the first of its patches, on a grid of 8 x
+    8."""
     scores = [float(value @ query) for value, _, _ in alive]
     patches = torch.tensor(scores[prefix:], dtype=torch.float64)
     mean, spread = patches.mean().item(), patches.std(correction=0).item()
-    weighed = [score + merge.size_weight * spread * math.log(size) for score, (_, size, _) in zip(scores, alive)]
+    weighed = [
+        score + merge.size_weight * spread * math.log(size)
+        for score, (_, size, _) in zip(scores, alive)
+    ]
     cells = [patches[0] - prefix for _, _, patches in alive]
-    first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]  # of the color that goes first
-    order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))  # least important first
+    # Of the color that goes first
+    first = [(cell // 8 + cell % 8) % 2 == layer % 2 for cell in cells]
+    # Least important first
+    order = sorted(range(prefix, len(alive)), key=lambda i: (not first[i], weighed[i]))
     candidates = order[: len(alive) - merge.num_targets(len(alive), keep, prefix)]
     targets = [i for i in range(prefix, len(alive)) if i not in candidates]
     nearest, cost = {}, {}
     for i in candidates:
-        nearest[i] = max((F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in targets)
+        nearest[i] = max(
+            (F.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in targets
+        )
         cost[i] = max(1 - nearest[i][0], 0) * math.exp(COST_WEIGHT * (weighed[i] - mean) / spread)
     leaving = sorted(candidates, key=lambda i: cost[i])[: len(alive) - keep]
     merged = dict(enumerate(alive))
     for i in leaving:
-        (value, size, patches), (taken, taken_size, taken_patches) = merged.pop(i), merged[nearest[i][1]]
+        (value, size, patches), (taken, taken_size, taken_patches) = (
+            merged.pop(i),
+            merged[nearest[i][1]],
+        )
         total = size + taken_size
-        merged[nearest[i][1]] = ((value * size + taken * taken_size) / total, total, taken_patches + patches)
+        merged[nearest[i][1]] = (
+            (value * size + taken * taken_size) / total,
+            total,
+            taken_patches + patches,
+        )
     for i in {nearest[i][1] for i in leaving}:
         mean, *rest = merged[i]
         merged[i] = (mean * alive[i][0].norm() / mean.norm(), *rest)
@@ -86,7 +111,12 @@ def slow_merge(alive, features, query, keep, prefix, merge, layer):
 @pytest.mark.parametrize("merge", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3, "qk_norm": True}],
+    [
+        {},
+        {"global_pool": "avg"},
+        {"class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 3, "qk_norm": True},
+    ],
     ids=["class token", "average pool", "no class token", "registers"],
 )
 def test_logits_are_those_of_a_slow_merge(options, merge):
@@ -135,7 +165,9 @@ def test_a_token_of_size_s_weighs_as_much_as_s_equal_tokens():
     got = proportional_attention(q, k, v, sizes.log())
     for b in range(2):
         repeated = [part[b].repeat_interleave(sizes[b].long(), dim=1) for part in (k, v)]
-        torch.testing.assert_close(got[b], F.scaled_dot_product_attention(q[b], *repeated), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            got[b], F.scaled_dot_product_attention(q[b], *repeated), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("width", [8, 16, 64, 72, 248])
@@ -161,16 +193,22 @@ def test_sixteen_bit_keys_lose_nothing_of_the_size():
 
 @pytest.mark.parametrize("make", [reference_vit, timm_vit, lambda: reference_vit(qkv_bias=False)])
 def test_attention_with_projected_size_columns_is_the_same(make, monkeypatch):
-    """The path of CUDA in 16 bits, on the CPU in float64: attention, and a full network on the engine."""
+    """The path of CUDA in 16 bits, on the CPU in float64: attention, and a full network on the
+    engine."""
     model = randomize(make()).eval().double()
-    attn, x, sizes = model.blocks[0].attn, torch.randn(3, 30, 64).double(), torch.randint(1, 9, (3, 30)).double()
+    attn, x, sizes = (
+        model.blocks[0].attn,
+        torch.randn(3, 30, 64).double(),
+        torch.randint(1, 9, (3, 30)).double(),
+    )
     expected = proportional_attention(*project_heads(attn, x), sizes.log())
     torch.testing.assert_close(attention_by_projection(attn, x, sizes.log()), expected)
     images = torch.randn(2, 3, 64, 64).double()
     engine, calls = cropr.deploy(cropr.apply(model, rate=9, merge=True)), []
     expected = engine(images)
     monkeypatch.setattr(
-        "cropr_kernels.models.adapters.reference.pads_projection", lambda attn, x: calls.append(x) or True
+        "cropr_kernels.models.adapters.reference.pads_projection",
+        lambda attn, x: calls.append(x) or True,
     )
     torch.testing.assert_close(engine(images), expected)
     assert calls
@@ -182,7 +220,9 @@ def test_only_a_plain_joint_projection_is_padded(monkeypatch):
     assert not pads_projection(reference_vit(qk_norm=True).blocks[0].attn, tokens)
     assert not pads_projection(reference_vit(qkv="split").blocks[0].attn, tokens)
     for other in ({"is_cuda": False}, {"dtype": torch.float32}, {"shape": (1, 64, 64)}):
-        assert not pads_projection(reference_vit().blocks[0].attn, SimpleNamespace(**{**vars(tokens), **other}))
+        assert not pads_projection(
+            reference_vit().blocks[0].attn, SimpleNamespace(**{**vars(tokens), **other})
+        )
     attn = reference_vit().blocks[0].attn
     attn.qkv = type("Lora", (torch.nn.Linear,), {})(64, 192)
     assert not pads_projection(attn, tokens)
@@ -216,13 +256,19 @@ def test_merged_tokens_are_copied_to_all_their_positions():
     model = cropr.apply(randomize(reference_vit()).eval(), rate=9, merge=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        tokens, where = model.forward_features(images)[:, 1:], cropr.merge_map(model, images).flatten(1)
+        tokens, where = (
+            model.forward_features(images)[:, 1:],
+            cropr.merge_map(model, images).flatten(1),
+        )
         deployed = cropr.deploy(model)
-        torch.testing.assert_close(cropr.features(deployed, images)[0][:, 1:], tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            cropr.features(deployed, images)[0][:, 1:], tokens, rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(cropr.merge_map(deployed, images).flatten(1), where)
     left = cropr.pruning_map(model, images).flatten(1) == 4
     for b in range(2):
-        assert where[b, left[b]].tolist() == list(range(int(left[b].sum())))  # those that stayed, in order
+        # Those that stayed, in order
+        assert where[b, left[b]].tolist() == list(range(int(left[b].sum())))
         for token in where[b].unique():
             assert (tokens[b, where[b] == token] == tokens[b, where[b] == token][0]).all()
 
@@ -237,7 +283,10 @@ def test_an_average_counts_every_patch_once():
 
 def test_merge_maps_need_merging_and_are_the_identity_at_rate_0():
     images = torch.randn(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"merge_map: the model's tokens do not merge; cropr.apply\(model, ..., merge"):
+    with pytest.raises(
+        ValueError,
+        match=r"merge_map: the model's tokens do not merge; cropr.apply\(model, ..., merge",
+    ):
         cropr.merge_map(cropr.apply(reference_vit().eval(), rate=8), images)
     unmerged = cropr.merge_map(cropr.apply(reference_vit().eval(), rate=0, merge=True), images)
     assert unmerged.flatten().tolist() == list(range(64))
@@ -265,11 +314,17 @@ def test_enough_tokens_are_candidates_and_at_least_one_is_a_target():
 
 
 def test_options_out_of_range_raise():
-    with pytest.raises(ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got 0.5"):
+    with pytest.raises(
+        ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got 0.5"
+    ):
         cropr.Merge(candidates=0.5)
-    with pytest.raises(ValueError, match=r"Merge: size_weight must be a number that is finite and >= 0, got -1"):
+    with pytest.raises(
+        ValueError, match=r"Merge: size_weight must be a number that is finite and >= 0, got -1"
+    ):
         cropr.Merge(size_weight=-1)
-    with pytest.raises(ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got nan"):
+    with pytest.raises(
+        ValueError, match=r"Merge: candidates must be a number that is finite and >= 1, got nan"
+    ):
         cropr.Merge(candidates=float("nan"))
 
 
@@ -277,7 +332,9 @@ def test_blocks_that_cannot_weigh_tokens_raise():
     model = timm_vit()
     model.blocks[1].attn.forward = lambda x, **kwargs: x
     cropr.apply(model, rate=8, merge=True)
-    with pytest.raises(ValueError, match=r"merging and padding need attention by scaled_.*, and Block has none"):
+    with pytest.raises(
+        ValueError, match=r"merging and padding need attention by scaled_.*, and Block has none"
+    ):
         model(torch.randn(1, 3, 64, 64))
 
 
@@ -361,12 +418,15 @@ def test_calibration_ignores_merging():
 # Compilers
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("engine", [True, False])
 def test_merging_compiles_to_one_graph(engine, compiler):
     torch._dynamo.reset()
     model = cropr.deploy(
-        cropr.apply(randomize(reference_vit(global_pool="avg")).eval(), rate=8, merge=True), engine=engine
+        cropr.apply(randomize(reference_vit(global_pool="avg")).eval(), rate=8, merge=True),
+        engine=engine,
     )
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     images = torch.randn(2, 3, 64, 64)

@@ -1,4 +1,5 @@
-"""The pruned ViT against an independent, slow implementation of the paper: one image, one token at a time."""
+"""The pruned ViT against an independent, slow implementation of the paper: one image, one token at
+a time."""
 
 import math
 
@@ -14,7 +15,9 @@ FAMILIES = {
     "class token": {},
     "class token, registers": dict(reg_tokens=2, no_embed_class=True, init_values=0.5),
     "average pool, no class token": dict(class_token=False, global_pool="avg"),
-    "rotary, class token": dict(rope=True, rope_ref_grid=4, swiglu=True, qkv="joint_eva", global_pool="avg"),
+    "rotary, class token": dict(
+        rope=True, rope_ref_grid=4, swiglu=True, qkv="joint_eva", global_pool="avg"
+    ),
     "rotary, no class token": dict(
         rope=True, swiglu=True, scale_mlp=True, qkv="split", class_token=False, global_pool="avg"
     ),
@@ -23,7 +26,10 @@ FAMILIES = {
 
 def norm(x, state, name):
     centred = x - x.mean()
-    return centred / math.sqrt(centred.square().mean() + 1e-6) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (
+        centred / math.sqrt(centred.square().mean() + 1e-6) * state[f"{name}.weight"]
+        + state[f"{name}.bias"]
+    )
 
 
 def linear(x, state, name):
@@ -31,7 +37,8 @@ def linear(x, state, name):
 
 
 def turn(vector, position, config):
-    """Return a head's vector, rotated by angles of the patch's row (first half) and column (second half)."""
+    """Return a head's vector, rotated by angles of the patch's row (first half) and column (second
+    half)."""
     side, head_dim = config.img_size // config.patch_size, vector.shape[0]
     out, bands = vector.clone(), head_dim // 4
     for pair in range(head_dim // 2):
@@ -56,7 +63,8 @@ def project(x, state, name, config):
 
 
 def attention(tokens, positions, state, name, config):
-    """Return the attention output of a list of vectors; a position is a patch, or None for prefix tokens."""
+    """Return the attention output of a list of vectors; a position is a patch, or None for prefix
+    tokens."""
     head_dim = config.embed_dim // config.num_heads
     projected = [project(token, state, name, config) for token in tokens]
     outputs = [[] for _ in tokens]
@@ -89,20 +97,29 @@ def mlp(x, state, name, config):
 
 def block(tokens, positions, state, layer, config):
     name = f"blocks.{layer}"
-    attended = attention([norm(t, state, f"{name}.norm1") for t in tokens], positions, state, f"{name}.attn", config)
+    attended = attention(
+        [norm(t, state, f"{name}.norm1") for t in tokens], positions, state, f"{name}.attn", config
+    )
     scale1 = state.get(f"{name}.ls1.gamma", 1.0)
     tokens = [t + scale1 * a for t, a in zip(tokens, attended)]
     scale2 = state.get(f"{name}.ls2.gamma", 1.0)
-    return [t + scale2 * mlp(norm(t, state, f"{name}.norm2"), state, f"{name}.mlp", config) for t in tokens]
+    return [
+        t + scale2 * mlp(norm(t, state, f"{name}.norm2"), state, f"{name}.mlp", config)
+        for t in tokens
+    ]
 
 
 def parent_of(token, others):
     """Return the position of the row most similar to a token, of [(position, row)]."""
-    return max(others, key=lambda other: torch.nn.functional.cosine_similarity(token, other[1], dim=0).item())[0]
+    return max(
+        others,
+        key=lambda other: torch.nn.functional.cosine_similarity(token, other[1], dim=0).item(),
+    )[0]
 
 
 def restored(departures, alive):
-    """Return rows by position; from the last pruning to the first: the token + (its parent now - its parent then)."""
+    """Return rows by position; from the last pruning to the first: the token + (its parent now -
+    its parent then)."""
     rows = dict(alive)
     for left, then, parents in reversed(departures):
         for position, row in left.items():
@@ -118,11 +135,16 @@ def slow_cropr(image, state, queries, config, fusion):
     for index in range(side * side):
         row, column = index // side * patch, index % side * patch
         window = image[:, row : row + patch, column : column + patch]
-        projected = (state["patch_embed.proj.weight"] * window).flatten(1).sum(1) + state["patch_embed.proj.bias"]
+        projected = (state["patch_embed.proj.weight"] * window).flatten(1).sum(1) + state[
+            "patch_embed.proj.bias"
+        ]
         tokens.append(projected)
         positions.append(index)
     prefix = [
-        state[name][0, i] for name in ("cls_token", "reg_token") if name in state for i in range(state[name].shape[1])
+        state[name][0, i]
+        for name in ("cls_token", "reg_token")
+        if name in state
+        for i in range(state[name].shape[1])
     ]
     num_prefix, table = len(prefix), state["pos_embed"][0]
     if config.no_embed_class:
@@ -150,7 +172,9 @@ def slow_cropr(image, state, queries, config, fusion):
         left, then = ({order[i]: tokens[i] for i in part} for part in (leaving, stay))
         patches = [(order[i], tokens[i]) for i in stay if i >= num_prefix]
         tracks = fusion is not None and fusion.restore == "track_parent"
-        parents = {position: parent_of(row, patches) if tracks else None for position, row in left.items()}
+        parents = {
+            position: parent_of(row, patches) if tracks else None for position, row in left.items()
+        }
         departures.append((left, then, parents))
         order, tokens, positions = ([part[i] for i in stay] for part in (order, tokens, positions))
         kept_positions.append(order)
@@ -159,7 +183,11 @@ def slow_cropr(image, state, queries, config, fusion):
         tokens = [rows[position] for position in range(len(rows))]
     if "norm.weight" in state:
         tokens = [norm(t, state, "norm") for t in tokens]
-    pooled = tokens[0] if config.global_pool == "token" else sum(tokens[num_prefix:]) / (len(tokens) - num_prefix)
+    pooled = (
+        tokens[0]
+        if config.global_pool == "token"
+        else sum(tokens[num_prefix:]) / (len(tokens) - num_prefix)
+    )
     if "fc_norm.weight" in state:
         pooled = norm(pooled, state, "fc_norm")
     return linear(pooled, state, "head"), kept_positions
@@ -200,7 +228,10 @@ def test_auxiliary_prediction_is_the_aggregator_of_the_paper():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    state, got = {name: p.detach() for name, p in module.named_parameters()}, module.predict(x)[0].detach()
+    state, got = (
+        {name: p.detach() for name, p in module.named_parameters()},
+        module.predict(x)[0].detach(),
+    )
     for b in range(2):
         for m in range(3):
             weights = torch.stack([state["queries"][m] @ t / 4.0 for t in x[b]]).softmax(0)

@@ -1,4 +1,5 @@
-"""Auxiliary predictions in training: in the outputs of Hugging Face models, and in what Trainer makes of them."""
+"""Auxiliary predictions in training: in the outputs of Hugging Face models, and in what Trainer
+makes of them."""
 
 import copy
 import pickle
@@ -25,11 +26,15 @@ def images():
 
 def vit(**options):
     config = transformers().ViTConfig(**HF, num_labels=5, hidden_dropout_prob=0.0)
-    return cropr.apply(randomize(transformers().ViTForImageClassification(config)), rate=8, **options).train()
+    return cropr.apply(
+        randomize(transformers().ViTForImageClassification(config)), rate=8, **options
+    ).train()
 
 
 def summed(criterion, output, aux):
-    return criterion(output, LABELS) + sum(criterion(prediction.mean(1), LABELS) for prediction in aux)
+    return criterion(output, LABELS) + sum(
+        criterion(prediction.mean(1), LABELS) for prediction in aux
+    )
 
 
 def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
@@ -40,7 +45,9 @@ def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
     torch.testing.assert_close(output[0], expected)
     output.loss.backward()
     assert all(module.queries.grad.abs().sum() > 0 for module in model.cropr)
-    torch.testing.assert_close(model.eval()(images, labels=LABELS).loss, cross_entropy(output.logits, LABELS))
+    torch.testing.assert_close(
+        model.eval()(images, labels=LABELS).loss, cross_entropy(output.logits, LABELS)
+    )
 
 
 @pytest.mark.parametrize("labels", [None, LABELS], ids=["", "labels"])
@@ -102,7 +109,9 @@ def test_ddp_gives_output_and_gradients_of_the_model(find_unused_parameters, ima
     model.zero_grad()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        shared = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+        shared = nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=find_unused_parameters
+        )
         for _ in range(2):
             model.zero_grad()
             output = shared(images, labels=LABELS)
@@ -119,13 +128,22 @@ def trained(folder, model, batch_size=2, trainer_class=None, loss=None, **option
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     t = transformers()
     generator = torch.Generator().manual_seed(0)
-    data = [{"pixel_values": torch.randn(3, 64, 64, generator=generator), "labels": i % 5} for i in range(8)]
+    data = [
+        {"pixel_values": torch.randn(3, 64, 64, generator=generator), "labels": i % 5}
+        for i in range(8)
+    ]
     arguments = t.TrainingArguments(
-        str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size, max_steps=2,
-        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", optim="sgd", learning_rate=0.1, **options,
+        str(folder), per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=4 // batch_size, max_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", optim="sgd",
+        learning_rate=0.1, **options,
     )  # fmt: skip
     trainer = (trainer_class or t.Trainer)(
-        copy.deepcopy(model), arguments, train_dataset=data, eval_dataset=data, compute_loss_func=loss
+        copy.deepcopy(model),
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_loss_func=loss,
     )
     assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
     assert trainer.predict(data).predictions.shape == (8, 5)
@@ -135,9 +153,13 @@ def trained(folder, model, batch_size=2, trainer_class=None, loss=None, **option
 def learned(model, other):
     """Tell whether the weights, and whether the queries, of two models differ."""
     changed = {
-        name for name, parameter in model.named_parameters() if not torch.equal(parameter, other.get_parameter(name))
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, other.get_parameter(name))
     }
-    return "classifier.weight" in changed, all(f"cropr.{layer}.queries" in changed for layer in range(3))
+    return "classifier.weight" in changed, all(
+        f"cropr.{layer}.queries" in changed for layer in range(3)
+    )
 
 
 def test_the_trainer_trains_alike_in_accumulated_parts(tmp_path):
@@ -150,7 +172,12 @@ def test_the_trainer_trains_alike_in_accumulated_parts(tmp_path):
 
 def smooth(output, labels, num_items_in_batch=None):
     """The loss with label smoothing, of output and auxiliary predictions."""
-    return cropr.loss(partial(cross_entropy, label_smoothing=0.1), output.logits, getattr(output, "aux", []), labels)
+    return cropr.loss(
+        partial(cross_entropy, label_smoothing=0.1),
+        output.logits,
+        getattr(output, "aux", []),
+        labels,
+    )
 
 
 def test_trainers_with_losses_of_their_own_train(tmp_path):

@@ -63,7 +63,9 @@ def test_a_deployed_model_warns_when_it_begins_to_prune():
     with pytest.warns(UserWarning, match=f"cropr.set_rate: {WARNING}"):
         cropr.set_rate(cropr.deploy(model), 3)
     assert is_quiet(lambda: cropr.set_rate(model, 3)), "it may still be calibrated"
-    assert is_quiet(lambda: cropr.set_rate(deployed_copy(model), 3)), "measuring time needs no queries"
+    assert is_quiet(lambda: cropr.set_rate(deployed_copy(model), 3)), (
+        "measuring time needs no queries"
+    )
 
 
 def trained(model, tmp_path):

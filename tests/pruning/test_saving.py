@@ -6,7 +6,15 @@ from functools import partialmethod
 
 import pytest
 import torch
-from helpers.models import BLOCK_RUNNERS, outputs_of, randomize, reference_vit, timm_eva, timm_vit, torchvision_vit
+from helpers.models import (
+    BLOCK_RUNNERS,
+    outputs_of,
+    randomize,
+    reference_vit,
+    timm_eva,
+    timm_vit,
+    torchvision_vit,
+)
 
 import cropr_kernels as cropr
 from cropr_kernels.models.architecture import architecture_of
@@ -47,13 +55,21 @@ def test_a_saved_model_loads_bit_for_bit(family, options, dtype, tmp_path):
     for saved in (model, cropr.deploy(model, engine=False)):
         cropr.save(saved, tmp_path / "model")
         other = cropr.load(tmp_path / "model")
-        assert type(other) is type(model) and other.cropr.config == model.cropr.config and not other.training
-        again = other if saved is model else cropr.deploy(other, engine=False)  # frozen, as the saved model
+        assert (
+            type(other) is type(model)
+            and other.cropr.config == model.cropr.config
+            and not other.training
+        )
+        # Frozen, as the saved model
+        again = other if saved is model else cropr.deploy(other, engine=False)
         assert torch.equal(outputs_of(again(images)), outputs_of(saved(images)))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             cropr.deploy(other)  # no warning of random queries
-        assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+        assert {path.name for path in (tmp_path / "model").iterdir()} == {
+            "config.json",
+            "model.safetensors",
+        }
     names = {name for name in model.state_dict() if not name.startswith("cropr.")}
     assert {name for name in other.state_dict() if not name.startswith("cropr.")} == names
 
@@ -77,7 +93,9 @@ def test_windows_and_half_a_curriculum_are_saved(tmp_path):
     options = dict(rate=1, llf=True, windows=cropr.Windows(4, (1,)), num_queries=16)
     model = cropr.apply(randomize(timm_vit()), **options).eval()
     cropr.set_progress(model, 0.0)
-    with pytest.warns(UserWarning, match=r"no known constructor makes this timm\.models\.vision_transformer\.Vis"):
+    with pytest.warns(
+        UserWarning, match=r"no known constructor makes this timm\.models\.vision_transformer\.Vis"
+    ):
         cropr.save(model, tmp_path)
     other = cropr.load(tmp_path, timm_vit())
     assert other.cropr.config == model.cropr.config
@@ -90,14 +108,20 @@ def test_unknown_architectures_load_into_a_model_of_the_caller(tmp_path):
         return timm_eva(scale_attn_inner=True)
 
     model = cropr.calibrate(cropr.apply(make().eval(), rate=4, merge=True), IMAGES)
-    with pytest.warns(UserWarning, match=r"cropr.load will need a model: cropr.load\(path, model=\.\.\.\)"):
+    with pytest.warns(
+        UserWarning, match=r"cropr.load will need a model: cropr.load\(path, model=\.\.\.\)"
+    ):
         cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("):
+    with pytest.raises(
+        ValueError, match=r"makes the timm.models.eva.Eva in .*; pass a model: cropr.load\("
+    ):
         cropr.load(tmp_path)
     for target in (make(), cropr.apply(make(), rate=9, num_outputs=0)):
         other = cropr.load(tmp_path, model=target)
         assert other is target and torch.equal(other(IMAGES), model(IMAGES))
-    with pytest.raises(ValueError, match=r"does not fit this VisionTransformer: \d+ tensors differ, the first are "):
+    with pytest.raises(
+        ValueError, match=r"does not fit this VisionTransformer: \d+ tensors differ, the first are "
+    ):
         cropr.load(tmp_path, model=timm_vit(depth=4))
 
 
@@ -116,7 +140,9 @@ def test_custom_modules_load_into_a_model_that_has_them(tmp_path):
 
     model = make()
     cropr.save(model, tmp_path)
-    with pytest.raises(ValueError, match="has custom modules: prune a model with the same make_module and pass it"):
+    with pytest.raises(
+        ValueError, match="has custom modules: prune a model with the same make_module and pass it"
+    ):
         cropr.load(tmp_path)
     assert torch.equal(cropr.load(tmp_path, make())(IMAGES), model(IMAGES))
 
@@ -126,7 +152,9 @@ class Reversed(cropr.Cropr):
         return -super().query()
 
 
-@pytest.mark.parametrize("make_module", [lambda *_: Reversed(64), lambda *_: cropr.Cropr(64, 5, mlp_ratio=2.0)])
+@pytest.mark.parametrize(
+    "make_module", [lambda *_: Reversed(64), lambda *_: cropr.Cropr(64, 5, mlp_ratio=2.0)]
+)
 def test_subclassed_and_configured_modules_count_as_custom(make_module, tmp_path):
     model = cropr.apply(randomize(reference_vit()), rate=8, make_module=make_module).eval()
     cropr.save(model, tmp_path)
@@ -153,8 +181,12 @@ def test_damaged_files_raise(family, tmp_path):
     intact = weights.read_bytes(), config.read_text()
     (tmp_path / "a.safetensors").write_bytes(intact[0])  # of another model
     for index in (len(intact[0]) // 2, len(intact[0]) - 1):
-        weights.write_bytes(intact[0][:index] + bytes([intact[0][index] ^ 1]) + intact[0][index + 1 :])
-        with pytest.raises(ValueError, match=r"is damaged, or not all of it was written: .*; save it again"):
+        weights.write_bytes(
+            intact[0][:index] + bytes([intact[0][index] ^ 1]) + intact[0][index + 1 :]
+        )
+        with pytest.raises(
+            ValueError, match=r"is damaged, or not all of it was written: .*; save it again"
+        ):
             cropr.load(tmp_path)
     weights.write_bytes(intact[0])
     metadata = json.loads(intact[1])
@@ -169,10 +201,14 @@ def test_damaged_files_raise(family, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("shard_size", [None, "50KB"])
 @pytest.mark.parametrize("family", ["reference", "transformers"])
-def test_other_files_of_tensors_in_the_folder_are_ignored_and_stay(family, shard_size, tmp_path, monkeypatch):
+def test_other_files_of_tensors_in_the_folder_are_ignored_and_stay(
+    family, shard_size, tmp_path, monkeypatch
+):
     if shard_size and family == "transformers":
         base = pytest.importorskip("transformers").PreTrainedModel
-        monkeypatch.setattr(base, "save_pretrained", partialmethod(base.save_pretrained, max_shard_size=shard_size))
+        monkeypatch.setattr(
+            base, "save_pretrained", partialmethod(base.save_pretrained, max_shard_size=shard_size)
+        )
     model = cropr.apply(randomize(FAMILIES[family]()), rate=2, num_outputs=0).eval()
     cropr.save_queries(model, tmp_path / "queries.safetensors")
     (tmp_path / "model_old.safetensors").write_bytes(b"not ours")
@@ -202,7 +238,9 @@ class Wrapping(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        result = function(*(arg.values if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+        result = function(
+            *(arg.values if isinstance(arg, cls) else arg for arg in args), **(kwargs or {})
+        )
         return cls(result) if function is torch.ops.aten.detach.default else result
 
 
@@ -212,12 +250,19 @@ class Wrapping(torch.Tensor):
     [Wrapping, torch.Tensor.to_sparse, lambda x: torch.empty_like(x, device="meta")],
     ids=["wrapped", "sparse", "meta"],
 )
-def test_tensors_that_hold_no_values_of_their_own_raise_and_nothing_is_written(wrap, family, tmp_path):
+def test_tensors_that_hold_no_values_of_their_own_raise_and_nothing_is_written(
+    wrap, family, tmp_path
+):
     model = cropr.apply(FAMILIES[family](), rate=2, num_outputs=0)
-    name, linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    name, linear = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ][-1]
     linear.weight = torch.nn.Parameter(wrap(linear.weight.detach()), requires_grad=False)
     with pytest.raises(
-        ValueError, match=rf"got a quantized or wrapped {name}.weight of type \w+; save the model first"
+        ValueError,
+        match=rf"got a quantized or wrapped {name}.weight of type \w+; save the model first",
     ):
         cropr.save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -230,7 +275,9 @@ def test_paths_without_a_saved_model_raise(tmp_path):
         cropr.load(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("[]")
     for path in (tmp_path, tmp_path / "config.json"):
-        with pytest.raises(ValueError, match=r"holds no pruned model; cropr.save writes one into a folder"):
+        with pytest.raises(
+            ValueError, match=r"holds no pruned model; cropr.save writes one into a folder"
+        ):
             cropr.load(path)
     with pytest.raises(ValueError, match=r"the path must be a folder, .*config.json is a file"):
         cropr.save(cropr.apply(reference_vit(), rate=2), tmp_path / "config.json")
@@ -251,7 +298,9 @@ def test_a_full_disk_raises_and_keeps_the_previous_files(tmp_path, monkeypatch):
         (lambda: cropr.save(model, tmp_path), tmp_path / "model.safetensors"),
         (lambda: cropr.save_queries(model, queries), queries),
     ):
-        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device; fix this or choose"):
+        with pytest.raises(
+            OSError, match=rf"{path} cannot be written: No space left on device; fix this or choose"
+        ):
             call()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert cropr.load(tmp_path).cropr.config == model.cropr.config
@@ -269,10 +318,14 @@ def test_states_of_pruned_models_load_into_pruned_and_plain_ones():
         other = cropr.deploy(cropr.apply(reference_vit(), rate=4), engine=False)
         assert not any(other.load_state_dict(state)) and torch.equal(other(IMAGES), model(IMAGES))
     other = cropr.apply(reference_vit(), rate=4, num_outputs=0).eval()
-    assert not any(other.load_state_dict(fast.state_dict())) and torch.equal(other(IMAGES), model(IMAGES))
+    assert not any(other.load_state_dict(fast.state_dict())) and torch.equal(
+        other(IMAGES), model(IMAGES)
+    )
     plain = reference_vit().eval()
     missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
     assert not missing and all(name.startswith("cropr.") for name in unexpected)
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"cropr.0.queries\""):
+    with pytest.raises(
+        RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"cropr.0.queries\""
+    ):
         plain.load_state_dict(model.state_dict())
     assert torch.equal(plain(IMAGES), cropr.set_rate(model, 0)(IMAGES))

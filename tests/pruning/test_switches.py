@@ -13,7 +13,9 @@ X = dict(size=(2, 17, 24))
 
 def test_no_mlp_leaves_norm_and_head():
     module = Cropr(24, 5, mlp_ratio=0)
-    assert {name.split(".")[1] for name in module.state_dict() if name.startswith("aggregator")} == {"norm2", "head"}
+    assert {
+        name.split(".")[1] for name in module.state_dict() if name.startswith("aggregator")
+    } == {"norm2", "head"}
     x = torch.randn(**X)
     out = F.softmax(module.queries @ x.mT / 24**0.5, -1) @ x
     expected = module.aggregator.head(module.aggregator.norm2(out)).squeeze(1)
@@ -39,17 +41,29 @@ def test_progress_prunes_a_share_of_the_rate_in_integers():
 def test_a_single_reduction_prunes_once():
     assert cropr.Schedule(const=(4, 99)).counts(197, 12) == [197] * 3 + [99] * 8
     model = cropr.apply(reference_vit(), const=(1, 33))
-    assert cropr.pruning_map(model, torch.randn(1, 3, 64, 64)).flatten().bincount().tolist() == [0, 32, 0, 0, 32]
+    assert cropr.pruning_map(model, torch.randn(1, 3, 64, 64)).flatten().bincount().tolist() == [
+        0,
+        32,
+        0,
+        0,
+        32,
+    ]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Cropr(24, 5, mlp_ratio=-1), "mlp_ratio >= 0"),
-        (lambda: cropr.Schedule(const=(12, 99)).counts(197, 12), r"after in \[1, 11\] for 12 blocks"),
+        (
+            lambda: cropr.Schedule(const=(12, 99)).counts(197, 12),
+            r"after in \[1, 11\] for 12 blocks",
+        ),
         (lambda: cropr.Schedule(const=(4,)).counts(197, 12), r"const must be \(after, count\)"),
         (lambda: cropr.Schedule(rate=8, share=1.5), r"share must be a number in \[0, 1\], got 1.5"),
-        (lambda: cropr.set_progress(reference_vit(), 0.5), "cropr.set_progress: the model is not pruned"),
+        (
+            lambda: cropr.set_progress(reference_vit(), 0.5),
+            "cropr.set_progress: the model is not pruned",
+        ),
     ],
 )
 def test_illegal_options_raise(call, message):

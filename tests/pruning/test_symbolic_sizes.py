@@ -8,8 +8,10 @@ from torch._dynamo.testing import CompileCounter
 import cropr_kernels as cropr
 
 SCHEDULES = [
-    {"rate": 0}, {"rate": 2, "llf": "as_pruned"}, {"rate": 2, "merge": True, "llf": True}, {"keep": [20, 15, 12]},
-    {"ratio": 0.5, "merge": cropr.Merge(2.5)}, {"ratio": 0.9, "llf": "track_parent"}, {"const": (2, 9)},
+    {"rate": 0}, {"rate": 2, "llf": "as_pruned"}, {"rate": 2, "merge": True, "llf": True},
+    {"keep": [20, 15, 12]},
+    {"ratio": 0.5, "merge": cropr.Merge(2.5)}, {"ratio": 0.9, "llf": "track_parent"},
+    {"const": (2, 9)},
 ]  # fmt: skip
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
@@ -22,18 +24,26 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.ex
 def test_a_program_takes_images_of_other_sizes(name, options):
     if name == "DINOv3" and "keep" in options:
         options = {"keep": [20, 15, 13]}  # beside its prefix
-    model = cropr.apply(randomize({**MODELS, **BLOCK_RUNNERS}[name]()).eval(), num_outputs=0, **options)
+    model = cropr.apply(
+        randomize({**MODELS, **BLOCK_RUNNERS}[name]()).eval(), num_outputs=0, **options
+    )
     for exported in (model, cropr.deploy(model)):
-        program = torch.export.export(exported, (torch.randn(2, 3, 64, 64),), dynamic_shapes=(DYNAMIC,)).module()
+        program = torch.export.export(
+            exported, (torch.randn(2, 3, 64, 64),), dynamic_shapes=(DYNAMIC,)
+        ).module()
         for size in ((1, 3, 64, 64), (2, 3, 48, 40), (3, 3, 160, 80)):
             images = torch.randn(size)
-            torch.testing.assert_close(outputs_of(program(images)), outputs_of(exported(images)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                outputs_of(program(images)), outputs_of(exported(images)), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.filterwarnings("ignore:cropr.deploy. the queries are random")
 @pytest.mark.parametrize("change", ["rate", "share"])
 @pytest.mark.parametrize("deployed", [False, True])
-@pytest.mark.parametrize("options", [{"rate": 12}, {"rate": 12, "merge": True, "llf": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rate": 12}, {"rate": 12, "merge": True, "llf": True}], ids=str
+)
 @torch.no_grad()
 def test_two_graphs_serve_every_rate(options, deployed, change):
     model = cropr.apply(randomize(reference_vit()).eval(), num_outputs=0, **options)

@@ -45,13 +45,18 @@ def full_maps(model, images, count, norm=False):
     """Return the last maps, (B, prefix + patches, D) each."""
     if not hasattr(model, "forward_intermediates"):
         return model(images, output_hidden_states=True).hidden_states[-count:]
-    options = {"intermediates_only": True, "return_prefix_tokens": model.num_prefix_tokens > 0, "norm": norm}
+    options = {
+        "intermediates_only": True,
+        "return_prefix_tokens": model.num_prefix_tokens > 0,
+        "norm": norm,
+    }
     maps = model.forward_intermediates(images, count, output_fmt="NLC", **options)
     return [torch.cat(part[::-1], 1) if isinstance(part, tuple) else part for part in maps]
 
 
 def last_block(model, images, x):
-    """Return the output of the last block for tokens x, with its other arguments as for these images."""
+    """Return the output of the last block for tokens x, with its other arguments as for these
+    images."""
     called, block = [], find_spec(model).blocks[-1]
     handle = block.register_forward_pre_hook(
         lambda block, args, kwargs: called.append((args, kwargs)), with_kwargs=True
@@ -79,13 +84,18 @@ def test_the_last_maps_are_full(name, deployed, merge, images):
     assert before.shape == last.shape == expected[0].shape
     assert not torch.allclose(before, expected[0])
     if name in ("ViT", "DINOv2"):  # their last hidden state is after the norm
-        before, last = find_spec(plain).norm(before), find_spec(plain).norm(last_block(plain, images, before))
+        before, last = (
+            find_spec(plain).norm(before),
+            find_spec(plain).norm(last_block(plain, images, before)),
+        )
         torch.testing.assert_close(model(images).last_hidden_state, last, rtol=1e-4, atol=1e-4)
     else:
         torch.testing.assert_close(last, last_block(plain, images, before), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"merge": True}, {"llf": "as_pruned"}, {"llf": TWO}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"merge": True}, {"llf": "as_pruned"}, {"llf": TWO}], ids=str
+)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_the_map_of_any_block_is_that_of_fusion_after_it(name, options, images):
@@ -121,7 +131,11 @@ def test_timm_asks_for_maps_in_every_way(name, images):
         assert [tuple(block_map.shape) for block_map in maps] == [(2, 64, 8, 8)] * DEPTH
         assert last.shape == (2, 64 + model.num_prefix_tokens, 64)
         for indices in (2, [1, 4], (-1, -5)):
-            expected = maps[-2:] if indices == 2 else [maps[i] for i in sorted(index % DEPTH for index in indices)]
+            expected = (
+                maps[-2:]
+                if indices == 2
+                else [maps[i] for i in sorted(index % DEPTH for index in indices)]
+            )
             got = runner.forward_intermediates(images, indices, intermediates_only=True)
             assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
         early = runner.forward_intermediates(images, [2], stop_early=True, intermediates_only=True)
@@ -145,18 +159,25 @@ def test_copies_give_their_own_maps(name, deployed, images):
     expected, file = full_maps(model, images, 3), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+    for other in (
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+    ):
         assert all(torch.equal(*pair) for pair in zip(full_maps(other, images, 3), expected))
         for parameter in other.cropr.spec.blocks[0].parameters():
             parameter.data.zero_()
         assert not torch.allclose(full_maps(other, images, 3)[0], expected[0])
-        assert all(torch.equal(*pair) for pair in zip(full_maps(model, images, 3), expected))  # nothing is shared
+        # Nothing is shared
+        assert all(torch.equal(*pair) for pair in zip(full_maps(model, images, 3), expected))
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02"])
 @torch.no_grad()
 def test_compiled_models_give_the_same_maps(name, images):
-    model = cropr.deploy(cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0))
+    model = cropr.deploy(
+        cropr.apply(randomize(FAMILIES[name]()).eval(), rate=8, llf=TWO, num_outputs=0)
+    )
     torch._dynamo.reset()
     for call in (model, lambda images: full_maps(model, images, 3)):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -167,7 +188,9 @@ class OfMaps(nn.Module):
     """Mixin of a model whose forward reads the maps of two blocks."""
 
     def forward(self, images):
-        return torch.cat([part.mean((2, 3)) for part in self.forward_intermediates(images, 2)[1]], 1)
+        return torch.cat(
+            [part.mean((2, 3)) for part in self.forward_intermediates(images, 2)[1]], 1
+        )
 
 
 @torch.no_grad()
@@ -185,14 +208,20 @@ def test_feature_wrappers_and_models_that_read_their_maps_agree(images):
     expected = subclassed(images)
     torch.testing.assert_close(cropr.deploy(subclassed)(images), expected)
     assert subclassed.cropr.context.options is None
-    wrapper = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(4, 5), **options).eval()
+    wrapper = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, out_indices=(4, 5), **options
+    ).eval()
     wrapper.model.load_state_dict(plain.state_dict(), strict=False)
-    with pytest.raises(TypeError, match=r"FeatureGetterNet is a module around a model; .* at \.model, VisionTransf"):
+    with pytest.raises(
+        TypeError, match=r"FeatureGetterNet is a module around a model; .* at \.model, VisionTransf"
+    ):
         cropr.apply(wrapper, rate=8)
     cropr.apply(wrapper.model, rate=8, llf=TWO, num_outputs=0)
     for mine, other in zip(wrapper.model.cropr, subclassed.cropr):
         mine.queries.copy_(other.queries)
-    torch.testing.assert_close(torch.cat([part.mean((2, 3)) for part in wrapper(images)], 1), expected)
+    torch.testing.assert_close(
+        torch.cat([part.mean((2, 3)) for part in wrapper(images)], 1), expected
+    )
 
 
 @torch.no_grad()
@@ -220,7 +249,9 @@ def test_window_attention_has_the_last_map_only():
 def llava(vision="CLIPVisionConfig", **options):
     t = transformers()
     text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
-    config = t.LlavaConfig(vision_config=getattr(t, vision)(**DEEP), text_config=text, image_token_index=5, **options)
+    config = t.LlavaConfig(
+        vision_config=getattr(t, vision)(**DEEP), text_config=text, image_token_index=5, **options
+    )
     return t.LlavaForConditionalGeneration(config), 64
 
 
@@ -228,24 +259,36 @@ def llava_next():
     t = transformers()
     text = t.LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "pad_token_id": None})
     config = t.LlavaNextConfig(
-        vision_config=t.CLIPVisionConfig(**DEEP), text_config=text, image_token_index=5, image_grid_pinpoints=[[64, 64]]
+        vision_config=t.CLIPVisionConfig(**DEEP),
+        text_config=text,
+        image_token_index=5,
+        image_grid_pinpoints=[[64, 64]],
     )
-    return t.LlavaNextForConditionalGeneration(config), 64 + 64 + 8  # the full image, one tile, and ends of its rows
+    # The full image, one tile, and ends of its rows
+    return t.LlavaNextForConditionalGeneration(config), 64 + 64 + 8
 
 
 def paligemma():
     t = transformers()
     text = t.GemmaConfig(**{**TEXT, "num_key_value_heads": 1, "head_dim": 32, "pad_token_id": 0})
     vision = t.SiglipVisionConfig(**DEEP, vision_use_head=False)
-    config = t.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=5, projection_dim=64)
+    config = t.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=5, projection_dim=64
+    )
     return t.PaliGemmaForConditionalGeneration(config), 64
 
 
 AROUND = {
     "LLaVA": (llava, {"llf": TWO}),  # vision_feature_layer=-2
     "LLaVA, merging": (llava, {"llf": TWO, "merge": True}),
-    "LLaVA, SigLIP": (lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"), {"llf": TWO}),
-    "LLaVA, layers": (lambda: llava(vision_feature_layer=[-3, -1]), {"llf": cropr.Fusion("track_parent", blocks=3)}),
+    "LLaVA, SigLIP": (
+        lambda: llava("SiglipVisionConfig", vision_feature_select_strategy="full"),
+        {"llf": TWO},
+    ),
+    "LLaVA, layers": (
+        lambda: llava(vision_feature_layer=[-3, -1]),
+        {"llf": cropr.Fusion("track_parent", blocks=3)},
+    ),
     "LLaVA, last layer": (lambda: llava(vision_feature_layer=-1), {"llf": True}),
     "LLaVA-NeXT": (llava_next, {"llf": TWO, "merge": True}),
     "PaliGemma": (paligemma, {"llf": "track_parent"}),  # the last hidden state
@@ -258,7 +301,10 @@ def asked_of(name, num_tokens):
     ids = torch.tensor([[1, *[5] * num_tokens, 2, 3]] * 2)
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "LLaVA-NeXT":
-        return asked | {"pixel_values": torch.randn(2, 2, 3, 64, 64), "image_sizes": torch.tensor([[64, 64]] * 2)}
+        return asked | {
+            "pixel_values": torch.randn(2, 2, 3, 64, 64),
+            "image_sizes": torch.tensor([[64, 64]] * 2),
+        }
     return asked | {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 

@@ -70,7 +70,9 @@ def slowly(model, images, counts, queries, global_blocks):
 @torch.no_grad()
 def test_features_equal_a_slow_implementation(name, global_blocks):
     model, images = build(name)
-    cropr.apply(model, keep=[12, 5], llf=True, windows=cropr.Windows(SIZE, global_blocks), num_outputs=0)
+    cropr.apply(
+        model, keep=[12, 5], llf=True, windows=cropr.Windows(SIZE, global_blocks), num_outputs=0
+    )
     features = model.forward_features(images)
     queries = [module.query().double() for module in model.cropr]
     expected = slowly(cropr.remove(model), images, [12, 5], queries, global_blocks)
@@ -83,7 +85,9 @@ def test_every_window_keeps_the_same_number_of_tokens():
     cropr.apply(model, keep=[10, 3], llf=True, windows=cropr.Windows(SIZE), num_outputs=0)
     left = cropr.pruning_map(model, images)
     assert left.shape == (2, *GRID)
-    windows = left.unflatten(1, (2, SIZE)).unflatten(3, (3, SIZE)).transpose(2, 3).reshape(-1, SIZE**2)
+    windows = (
+        left.unflatten(1, (2, SIZE)).unflatten(3, (3, SIZE)).transpose(2, 3).reshape(-1, SIZE**2)
+    )
     for window in windows:
         assert window.bincount(minlength=5).tolist() == [0, 6, 7, 0, 3]
 
@@ -93,13 +97,20 @@ def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_feature
     windows = cropr.Windows(SIZE, (1,))
     cropr.apply(model, rate=3, llf=True, windows=windows, num_queries=SIZE**2, num_outputs=7)
     features, aux = cropr.features(model.double().train(), images, predict=True)
-    assert features.shape == (2, 96, 64) and [prediction.shape for prediction in aux] == [(2, 96, 7)] * 2
+    assert (
+        features.shape == (2, 96, 64)
+        and [prediction.shape for prediction in aux] == [(2, 96, 7)] * 2
+    )
     x = torch.arange(2 * 96 * 5.0).view(2, 96, 5)
     assert torch.equal(windows.join(windows.split(x, GRID), GRID), x)
     sum(prediction.square().sum() for prediction in aux).backward()
-    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("cropr"))
+    assert all(
+        p.grad is None for name, p in model.named_parameters() if not name.startswith("cropr")
+    )
     with torch.no_grad():
-        assert torch.equal(cropr.deploy(model).forward_features(images), model.eval().forward_features(images))
+        assert torch.equal(
+            cropr.deploy(model).forward_features(images), model.eval().forward_features(images)
+        )
 
 
 def test_remove_restores_the_model():
@@ -133,7 +144,9 @@ def test_patches_that_form_no_known_grid_have_no_windows_and_no_map():
         for options in ({}, dict(llf=True, windows=cropr.Windows(SIZE)))
     )
     tokens = torch.zeros(2, 1 + 15, 64)
-    with pytest.raises(ValueError, match="cannot tell height and width of 15 patches, which windows need"):
+    with pytest.raises(
+        ValueError, match="cannot tell height and width of 15 patches, which windows need"
+    ):
         PruningState(windowed.cropr, tokens, PruningOptions(), None)
     state = PruningState(plain.cropr, tokens, PruningOptions(), None)
     with pytest.raises(ValueError, match="cannot tell height and width of 15 patches"):

@@ -20,7 +20,9 @@ def test_soft_targets_and_smoothing_reach_every_head():
     torch.testing.assert_close(losses["main"], expected[0])
     torch.testing.assert_close(losses["aux"], sum(expected[1:]))
     mixed = torch.rand(3, 5).softmax(1)
-    torch.testing.assert_close(Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean())
+    torch.testing.assert_close(
+        Classifier(model)(images, mixed)["main"], -(mixed * output.log_softmax(1)).sum(1).mean()
+    )
     task.eval()
     assert torch.equal(task(images), model(images)) and len(task.predictions(images)) == 4
     assert torch.equal(task.predictions(images)[-1], model(images))

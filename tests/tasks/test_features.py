@@ -22,4 +22,6 @@ def test_patches_have_the_last_norm_of_the_tokens_also_if_it_is_after_the_poolin
     tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
     expected = model.fc_norm(tokens)  # the identity if the tokens are normed before the pooling
     for backbone in (model, cropr.deploy(cropr.apply(model, rate=0, llf=True))):
-        torch.testing.assert_close(patch_features(backbone, images, predict=False)[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            patch_features(backbone, images, predict=False)[0], expected, rtol=1e-4, atol=1e-5
+        )

@@ -18,7 +18,8 @@ def test_a_recipe_learns_and_its_commands_measure_and_draw(name, scenes, tmp_pat
     from cropr_kernels.train import Config, train
 
     config = Config(
-        data=str(scenes), model_options=("depth=5", "embed_dim=64", "num_heads=2"), patch_size=8, rate=3, llf=True,
+        data=str(scenes), model_options=("depth=5", "embed_dim=64", "num_heads=2"), patch_size=8,
+        rate=3, llf=True,
         batch_size=4, workers=0, device="cpu", eval_epochs=100, **RECIPES[name],
     )  # fmt: skip
     reached = train(config, tmp_path, show=False)

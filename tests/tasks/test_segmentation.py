@@ -69,13 +69,17 @@ def test_sliding_windows_average_overlaps_and_pad_small_images():
     total, count = torch.zeros(1, CLASSES, 80, 112), torch.zeros(80, 112)
     for top in (0, 16):
         for left in (0, 40, 48):
-            total[:, :, top : top + 64, left : left + 64] += task(images[:, :, top : top + 64, left : left + 64])
+            total[:, :, top : top + 64, left : left + 64] += task(
+                images[:, :, top : top + 64, left : left + 64]
+            )
             count[top : top + 64, left : left + 64] += 1
     torch.testing.assert_close(task.slide(images, (64, 64), (40, 40)), total / count)
     small = images[:, :, :50, :30]
     expected = task(F.pad(small, (0, 34, 0, 14)))[:, :, :50, :30]
     torch.testing.assert_close(task.slide(small, (64, 64), (40, 40)), expected)
-    with pytest.raises(ValueError, match=r"stride must be from 1 to the window's size \(64, 64\), got \(65, 40\)"):
+    with pytest.raises(
+        ValueError, match=r"stride must be from 1 to the window's size \(64, 64\), got \(65, 40\)"
+    ):
         task.slide(images, (64, 64), (65, 40))
 
 
@@ -89,13 +93,17 @@ def test_maps_that_are_not_square_are_learned():
 
 def test_a_segmenter_needs_the_full_map():
     pruned = cropr.apply(reference_vit(num_classes=0), rate=4)
-    with pytest.raises(ValueError, match=r"dense tasks need the full map: cropr.apply\(..., llf=True\)"):
+    with pytest.raises(
+        ValueError, match=r"dense tasks need the full map: cropr.apply\(..., llf=True\)"
+    ):
         Segmenter(pruned, 3, grid=(8, 8))(torch.rand(1, 3, 64, 64))
 
 
 def test_a_task_is_a_module_without_wrappers():
     task = segmenter()
-    assert isinstance(task, nn.Module) and not any(key.startswith("module") for key in task.state_dict())
+    assert isinstance(task, nn.Module) and not any(
+        key.startswith("module") for key in task.state_dict()
+    )
 
 
 def test_missing_label_maps_and_illegal_labels_are_named(scenes, tmp_path):
@@ -105,14 +113,19 @@ def test_missing_label_maps_and_illegal_labels_are_named(scenes, tmp_path):
     (tmp_path / "photos").symlink_to(scenes / "train" / "photos")
     (tmp_path / "labels").mkdir()
     parts = ("photos", "labels")
-    config = Config(task="segmentation", data=str(tmp_path), num_classes=3, train_split=parts, val_split=parts)
+    config = Config(
+        task="segmentation", data=str(tmp_path), num_classes=3, train_split=parts, val_split=parts
+    )
     with pytest.raises(ValueError, match=r"00.png has no label map in .*labels"):
         load_data(config)
     fewer = Config(
         task="segmentation", data=str(scenes), num_classes=2, ignore_index=3, img_size=(64, 64),
         train_split=("train/photos", "train/labels"), val_split=("val/photos", "val/labels"),
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"01.png has label 2; labels must be below num_classes=2 or ignore_index=3"):
+    with pytest.raises(
+        ValueError,
+        match=r"01.png has label 2; labels must be below num_classes=2 or ignore_index=3",
+    ):
         load_data(fewer).train[1]
 
 
@@ -131,7 +144,9 @@ def test_overlap_is_the_mean_over_classes_that_occur():
             return F.one_hot(guesses, 5).permute(0, 3, 1, 2).float()
 
     metric = Overlap(
-        Config(task="segmentation", num_classes=5, ignore_index=9, img_size=(32, 32)), 5, torch.device("cpu")
+        Config(task="segmentation", num_classes=5, ignore_index=9, img_size=(32, 32)),
+        5,
+        torch.device("cpu"),
     )
     metric.update(Guess(), torch.zeros(2, 3, 6, 7), truth)
     valid, overlaps = truth != 9, []
@@ -140,4 +155,6 @@ def test_overlap_is_the_mean_over_classes_that_occur():
         overlaps.append(((guessed & true).sum() / (guessed | true).sum()).item())
     metrics = metric.compute()
     assert metrics["mIoU"] == pytest.approx(100 * sum(overlaps) / 3, abs=1e-3)
-    assert metrics["pixels"] == pytest.approx(100 * (guesses == truth)[valid].double().mean().item(), abs=1e-3)
+    assert metrics["pixels"] == pytest.approx(
+        100 * (guesses == truth)[valid].double().mean().item(), abs=1e-3
+    )

@@ -24,7 +24,9 @@ def scenes(tmp_path):
 
 
 def load(folder, masks=True):
-    return load_data(Config(data=str(folder), masks=masks, batch_size=4, workers=0, **RECIPES["detection"])).train
+    return load_data(
+        Config(data=str(folder), masks=masks, batch_size=4, workers=0, **RECIPES["detection"])
+    ).train
 
 
 def unchanged(folder):
@@ -52,10 +54,16 @@ ENCODED = "segmentation must be polygons of 3 points or more, or a run-length en
 SIZE = "size of its run-length encoding must be that of its image, [64, 80], got "
 COUNTS = "counts of its run-length encoding must add up to 5120 pixels, got "
 FAULTS = {
-    "box of 3 numbers": (dict(bbox=[1, 2, 3]), "bbox must be 4 finite numbers, x, y, width and height, got [1, 2, 3]"),
+    "box of 3 numbers": (
+        dict(bbox=[1, 2, 3]),
+        "bbox must be 4 finite numbers, x, y, width and height, got [1, 2, 3]",
+    ),
     "box of text": (dict(bbox=["1", 2, 3, 4]), "bbox must be 4 finite numbers"),
     "box of NaN": (dict(bbox=[1, 2, 3, float("nan")]), "bbox must be 4 finite numbers"),
-    "category in a gap": (dict(category_id=8), "category_id must be that of a category in the file, got 8"),
+    "category in a gap": (
+        dict(category_id=8),
+        "category_id must be that of a category in the file, got 8",
+    ),
     "no segmentation": (dict(segmentation=None), f"{ENCODED}None"),
     "no polygon": (dict(segmentation=[]), f"{ENCODED}[]"),
     "bare polygon": (dict(segmentation=[1, 1, 5, 1, 5, 5]), f"{ENCODED}[1, 1, 5, 1, 5, 5]"),
@@ -75,7 +83,9 @@ FAULTS = {
 def test_an_annotation_that_does_not_fit_is_named(fault, scenes):
     values, message = FAULTS[fault]
     path = change(scenes, **values)
-    with pytest.raises(ValueError, match=re.escape(f"detection: {path}, annotation {NUMBER}: {message}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"detection: {path}, annotation {NUMBER}: {message}")
+    ):
         load(scenes)
     if "segmentation" in values:
         load(scenes, masks=False)  # it is not read
@@ -97,7 +107,9 @@ def test_an_annotation_that_does_not_fit_is_named(fault, scenes):
 )
 def test_entries_without_a_field_or_with_the_id_of_another_are_named(kind, values, message, scenes):
     path = change(scenes, kind, 2, **values)
-    with pytest.raises(ValueError, match=re.escape(f"{path} is not a file of COCO annotations: {message}") + "$"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path} is not a file of COCO annotations: {message}") + "$"
+    ):
         load(scenes)
 
 
@@ -105,7 +117,9 @@ def test_entries_without_a_field_or_with_the_id_of_another_are_named(kind, value
 def test_files_of_other_content_are_named(content, scenes):
     path = scenes / "train" / "boxes.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=re.escape(f"detection: {path} is not a file of COCO annotations: ")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"detection: {path} is not a file of COCO annotations: ")
+    ):
         load(scenes)
 
 
@@ -129,7 +143,10 @@ def test_run_length_encodings_give_the_masks_of_their_polygons(scenes):
     packed = mask.encode(shape)["counts"]
     column = torch.from_numpy(shape).T.flatten()
     _, runs = column.unique_consecutive(return_counts=True)
-    for counts in (packed if isinstance(packed, str) else packed.decode(), [0] * int(column[0]) + runs.tolist()):
+    for counts in (
+        packed if isinstance(packed, str) else packed.decode(),
+        [0] * int(column[0]) + runs.tolist(),
+    ):
         change(scenes, **rle(counts, 64, 80))
         assert torch.equal(unchanged(scenes)[3][1]["masks"], expected)
 
@@ -137,7 +154,9 @@ def test_run_length_encodings_give_the_masks_of_their_polygons(scenes):
 def test_damaged_encodings_and_photos_of_another_size_are_named(scenes):
     path = change(scenes, **rle("01", 64, 80))
     data = load(scenes)
-    with pytest.raises(ValueError, match=re.escape(f"detection: {path}, annotation {NUMBER}: Invalid RLE")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"detection: {path}, annotation {NUMBER}: Invalid RLE")
+    ):
         data[3]
     change(scenes, "images", 2, height=32, width=40)
     change(scenes, index=2, **rle([0, 32 * 40], 32, 40))

@@ -1,4 +1,5 @@
-"""Defaults of a run: calibrated queries, the dtype of autocast, the choice between weights and their average."""
+"""Defaults of a run: calibrated queries, the dtype of autocast, the choice between weights and
+their average."""
 
 import io
 import json
@@ -18,7 +19,8 @@ require("torchmetrics")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = Config(
-    model_options=("depth=4", "embed_dim=48", "num_heads=2", "mlp_ratio=2.0"), patch_size=8, img_size=(32, 32), rate=3,
+    model_options=("depth=4", "embed_dim=48", "num_heads=2", "mlp_ratio=2.0"), patch_size=8,
+    img_size=(32, 32), rate=3,
     batch_size=8, epochs=1, workers=0, log_steps=1, device="cpu", lr=1e-3,
 )  # fmt: skip
 
@@ -39,7 +41,8 @@ def notes(out):
 
 
 def write_images(folder, images):
-    """Write (label, picture) pairs into a folder per class, every third one for validation; return the path."""
+    """Write (label, picture) pairs into a folder per class, every third one for validation; return
+    the path."""
     for index, (label, picture) in enumerate(images):
         path = folder / ("train" if index % 3 else "val") / str(label) / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,20 +52,28 @@ def write_images(folder, images):
 
 def test_workers_need_a_short_temporary_path_for_their_sockets(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 120)))
-    with pytest.raises(ValueError, match=r"at most 75 bytes, got .*xxx: set TMPDIR to another, or workers=0"):
+    with pytest.raises(
+        ValueError, match=r"at most 75 bytes, got .*xxx: set TMPDIR to another, or workers=0"
+    ):
         train(SMALL.changed(workers=1), tmp_path / "run", data=DATA, show=False)
 
 
 @pytest.mark.slow
 def test_40_steps_of_the_preset_on_digits_are_far_above_chance(tmp_path):
-    """A new head on a backbone trained for 160 steps; an average that starts too slowly is no better than chance."""
+    """A new head on a backbone trained for 160 steps; an average that starts too slowly is no
+    better than chance."""
     digits = pytest.importorskip("sklearn.datasets", reason="needs the demo extra").load_digits()
     image = pytest.importorskip("PIL.Image", reason="needs the train extra")
     pictures = (digits.images[:1200] * 15.9).astype("uint8")
-    pairs = ((label, image.fromarray(picture).resize((32, 32))) for label, picture in zip(digits.target, pictures))
+    pairs = (
+        (label, image.fromarray(picture).resize((32, 32)))
+        for label, picture in zip(digits.target, pictures)
+    )
     config = PRESETS["finetune"].changed(
-        data=write_images(tmp_path, pairs), model_options=SMALL.model_options, pretrained=False, rate=3, flip=0.0,
-        model="vit_tiny_patch16_224", patch_size=4, img_size=(32, 32), calibrate=64, batch_size=40, epochs=2,
+        data=write_images(tmp_path, pairs), model_options=SMALL.model_options, pretrained=False,
+        rate=3, flip=0.0,
+        model="vit_tiny_patch16_224", patch_size=4, img_size=(32, 32), calibrate=64, batch_size=40,
+        epochs=2,
         warmup_epochs=0.2, lr=2e-3, workers=0, device="cpu",
     )  # fmt: skip
     plain = config.changed(
@@ -78,7 +89,11 @@ def test_40_steps_of_the_preset_on_digits_are_far_above_chance(tmp_path):
     )
     before, task = loop.build.task(plain, 10), loop.build.task(config, 10)
     train(plain, tmp_path / "before", task=before, show=False)
-    learned = {name: value for name, value in before.backbone.state_dict().items() if not name.startswith("head.")}
+    learned = {
+        name: value
+        for name, value in before.backbone.state_dict().items()
+        if not name.startswith("head.")
+    }
     assert not task.backbone.load_state_dict(learned, strict=False).unexpected_keys
     reached = train(config, tmp_path / "run", task=task, show=False)
     assert max(reached["weights"], reached["average"]) == reached["top-1"] >= 60, reached
@@ -92,31 +107,50 @@ def test_40_steps_of_the_preset_on_photos_are_far_above_chance(data, tmp_path):
     photos = numpy.load(data / "imagenette_160.npz")
     buffer, offsets, labels = (photos[name] for name in ("buf", "offsets", "labels"))
     chosen = [i for label in range(10) for i in numpy.flatnonzero(labels == label)[:36]]
-    pairs = ((labels[i], image.open(io.BytesIO(buffer[offsets[i] : offsets[i + 1]].tobytes()))) for i in chosen)
+    pairs = (
+        (labels[i], image.open(io.BytesIO(buffer[offsets[i] : offsets[i + 1]].tobytes())))
+        for i in chosen
+    )
     config = PRESETS["finetune"].changed(
-        data=write_images(tmp_path, ((label, photo.convert("RGB")) for label, photo in pairs)), batch_size=12, epochs=2,
+        data=write_images(tmp_path, ((label, photo.convert("RGB")) for label, photo in pairs)),
+        batch_size=12, epochs=2,
         weights=str(data / "vit_tiny_p16_224_tin200_fp16.safetensors"), workers=0, device="cpu",
     )  # fmt: skip
     reached = train(config, tmp_path / "run", show=False)
     assert reached["top-1"] >= 50, reached
     assert min(reached["weights"], reached["average"]) >= 30, reached
-    assert notes(tmp_path / "run")[1] == "queries calibrated on 128 training photos (calibrate=0: random ones)"
+    assert (
+        notes(tmp_path / "run")[1]
+        == "queries calibrated on 128 training photos (calibrate=0: random ones)"
+    )
 
 
-def test_a_pretrained_network_starts_from_calibrated_queries_of_its_own_photos(tmp_path, monkeypatch):
+def test_a_pretrained_network_starts_from_calibrated_queries_of_its_own_photos(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(loop.Run, "run", lambda self: self.task)
     weights = tmp_path / "weights.pt"
     torch.save(cropr.create_vit("eva02_tiny_patch14_224", num_classes=7).state_dict(), weights)
     config = Config(
-        weights=str(weights), img_size=(56, 56), rate=1, batch_size=8, workers=0, device="cpu", grad_checkpointing=True
+        weights=str(weights),
+        img_size=(56, 56),
+        rate=1,
+        batch_size=8,
+        workers=0,
+        device="cpu",
+        grad_checkpointing=True,
     )
     data = Data(*(Large(part.count, set()) for part in DATA[:2]), DATA.classes)
     tasks = [train(config, tmp_path / name, data=data, show=False) for name in ("one", "two")]
-    assert notes(tmp_path / "one") == ["queries calibrated on 40 training photos (calibrate=0: random ones)"]
+    assert notes(tmp_path / "one") == [
+        "queries calibrated on 40 training photos (calibrate=0: random ones)"
+    ]
     fresh = loop.build.task(config, 2)
     images = torch.stack([Samples(data.train, config.seed)[-1, i].image for i in range(40)])
     cropr.calibrate(fresh.backbone, images)
-    for first, second, expected in zip(*(task.backbone.cropr for task in tasks), fresh.backbone.cropr):
+    for first, second, expected in zip(
+        *(task.backbone.cropr for task in tasks), fresh.backbone.cropr
+    ):
         assert torch.equal(first.queries, second.queries)
         torch.testing.assert_close(first.query(), expected.query(), rtol=1e-4, atol=1e-5)
     for name, options, task in [
@@ -141,7 +175,9 @@ def test_calibration_photos_come_from_the_full_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(
         loop,
         "calibrate",
-        lambda model, batches: seen.extend(int(image[0, 0, 0]) for batch in batches for image in batch),
+        lambda model, batches: seen.extend(
+            int(image[0, 0, 0]) for batch in batches for image in batch
+        ),
     )
     monkeypatch.setattr(loop.Run, "run", lambda self: {})
     data = Data(Broken(300, set()), *DATA[1:])
@@ -154,7 +190,11 @@ def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("bfloat16", "it is fast"))
     reached = train(config, tmp_path, data=DATA, show=False)
     assert notes(tmp_path) == ["amp=auto is amp=bfloat16: it is fast"]
-    assert Config.read(tmp_path / "config.json") == config.changed(amp="bfloat16") == rebuild(tmp_path)[1]
+    assert (
+        Config.read(tmp_path / "config.json")
+        == config.changed(amp="bfloat16")
+        == rebuild(tmp_path)[1]
+    )
     monkeypatch.setattr(loop, "measured_amp", lambda device: pytest.fail("measured again"))
     assert train(config, tmp_path, data=DATA, show=False) == reached and len(notes(tmp_path)) == 1
     with pytest.raises(ValueError, match="holds another run: amp: 'none', not 'bfloat16'"):
@@ -167,13 +207,19 @@ def test_bfloat16_is_chosen_if_it_is_measured_to_be_faster(monkeypatch):
     for gain, verdict in [(2.0, "bfloat16"), (1.1, "none"), (1 / 46, "none")]:
         times = {"bfloat16": Timing(1.0, 1.0, 1.0), "float32": Timing(gain, gain, gain)}
         monkeypatch.setattr(precision, "time_interleaved", lambda *_, times=times, **__: times)
-        assert precision.measured_amp(device) == (verdict, f"bfloat16 is {gain:.2g} times as fast as float32 here")
+        assert precision.measured_amp(device) == (
+            verdict,
+            f"bfloat16 is {gain:.2g} times as fast as float32 here",
+        )
 
 
 @pytest.mark.parametrize(
-    ("best", "tops"), [("weights", (60.0, 50.0)), ("average", (50.0, 60.0)), ("weights", (60.0, 60.0))]
+    ("best", "tops"),
+    [("weights", (60.0, 50.0)), ("average", (50.0, 60.0)), ("weights", (60.0, 60.0))],
 )
-def test_the_weights_and_their_average_are_evaluated_and_the_better_is_kept(best, tops, tmp_path, monkeypatch):
+def test_the_weights_and_their_average_are_evaluated_and_the_better_is_kept(
+    best, tops, tmp_path, monkeypatch
+):
     accuracies = iter(tops)
     monkeypatch.setattr(loop, "evaluate", lambda *_: {"top-1": next(accuracies)})
     reached = train(SMALL.changed(ema=0.99), tmp_path, data=DATA, show=False)
@@ -183,7 +229,8 @@ def test_the_weights_and_their_average_are_evaluated_and_the_better_is_kept(best
     average = {name.removeprefix("module."): value for name, value in last["ema"].items()}
     assert kept["metrics"] == reached
     assert all(
-        torch.equal(kept["model"][name], (last["model"] if best == "weights" else average)[name]) for name in average
+        torch.equal(kept["model"][name], (last["model"] if best == "weights" else average)[name])
+        for name in average
     )
     assert not all(torch.equal(last["model"][name], average[name]) for name in average)
 

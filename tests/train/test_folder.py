@@ -44,7 +44,10 @@ def ended(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (dict(classes=("red", "blue")), "classes[0] was 'blue', is 'red'; classes[1] was 'red', is 'blue'"),
+        (
+            dict(classes=("red", "blue")),
+            "classes[0] was 'blue', is 'red'; classes[1] was 'red', is 'blue'",
+        ),
         (dict(classes=("blue", "red", "white")), "number of classes was 2, is 3"),
         (dict(train_count=25), "number of training samples was 24, is 25"),
         (dict(val_count=3), "number of validation samples was 4, is 3"),
@@ -53,14 +56,18 @@ def ended(tmp_path):
 def test_a_run_resumes_on_its_own_data_only(ended, other, message):
     out, _ = ended
     before = {path: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match=re.escape(f"train: {out} holds a run on other data: {message}") + "$"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"train: {out} holds a run on other data: {message}") + "$"
+    ):
         run(out, **other)
     assert {path: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == {
         path: content for path, content in before.items() if path.name != ".lock"
     }
 
 
-@pytest.mark.parametrize("name", ["model", "config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals"])
+@pytest.mark.parametrize(
+    "name", ["model", "config", "classes", "optimizer", "scaler", "ema", "step", "best", "totals"]
+)
 def test_a_missing_field_of_a_checkpoint_is_named(ended, name):
     out, _ = ended
     state = torch.load(out / "last.pt")
@@ -102,9 +109,18 @@ def test_lines_of_the_log_that_cannot_be_read_are_dropped_and_counted(ended):
     out, metrics = ended
     log, intact = out / "metrics.jsonl", steps(out)
     first, *rest = log.read_bytes().splitlines(keepends=True)
-    for damaged in (b"\0" * len(first), b"\0" * 8 + first, b"\xff" + first, b"3\n", b"{}\n", first[: len(first) // 2]):
+    for damaged in (
+        b"\0" * len(first),
+        b"\0" * 8 + first,
+        b"\xff" + first,
+        b"3\n",
+        b"{}\n",
+        first[: len(first) // 2],
+    ):
         log.write_bytes(damaged.rstrip(b"\n") + b"\n" + b"".join(rest))
-        with pytest.warns(UserWarning, match=r"metrics\.jsonl: 1 line\(s\) cannot be read and are skipped"):
+        with pytest.warns(
+            UserWarning, match=r"metrics\.jsonl: 1 line\(s\) cannot be read and are skipped"
+        ):
             assert run(out) == metrics
         assert steps(out) == intact[1:]
     assert len(folder.read_log(log)) == len(intact) - 1
@@ -122,7 +138,8 @@ def test_a_finished_run_is_evaluated_again_if_its_last_evaluation_is_lost(ended,
 
 
 def hold(out, pipe):
-    """Lock a folder, and start a process that outlives this one, as workers that read photos may."""
+    """Lock a folder, and start a process that outlives this one, as workers that read photos
+    may."""
     with folder.locked(out):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
         child.start()
@@ -136,7 +153,9 @@ def test_a_folder_is_locked_until_its_process_ends_even_by_kill(tmp_path):
     holder.start()
     child = ours.recv()
     try:
-        here = re.escape(f"train: {tmp_path} is in use by process {holder.pid} on {socket.gethostname()}")
+        here = re.escape(
+            f"train: {tmp_path} is in use by process {holder.pid} on {socket.gethostname()}"
+        )
         with pytest.raises(RuntimeError, match=here):
             run(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -160,7 +179,10 @@ def test_a_process_stops_when_its_torchrun_has_ended(tmp_path, monkeypatch):
     parents = iter([10, 10, 10] + [1] * 99)
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(RuntimeError, match=r"train: torchrun, which started this process, is gone; the same command"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"train: torchrun, which started this process, is gone; the same command",
+    ):
         run(tmp_path)
     assert steps(tmp_path) == [1, 2]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # nohup: only the shell is gone
@@ -188,7 +210,9 @@ def test_weights_that_are_nan_raise(tmp_path):
 
 def test_a_checkpoint_and_its_folder_are_synced_before_training_goes_on(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(stat.S_ISDIR(os.fstat(file).st_mode)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(stat.S_ISDIR(os.fstat(file).st_mode))
+    )
     checkpoint.save(tmp_path / "last.pt", {"model": {}})
     assert synced == [False, True]
 

@@ -20,7 +20,9 @@ def scenes(tmp_path):
 
 
 def load(folder, **options):
-    return load_data(Config(data=str(folder), batch_size=4, workers=0, **{**RECIPES["segmentation"], **options}))
+    return load_data(
+        Config(data=str(folder), batch_size=4, workers=0, **{**RECIPES["segmentation"], **options})
+    )
 
 
 def rewrite(folder, convert, split="train"):
@@ -41,7 +43,9 @@ def with_palette(image):
 
 
 def with_16_bits(image):
-    return Image.fromarray(torch.tensor(list(image.getdata())).view(64, 80).numpy().astype("uint16"))
+    return Image.fromarray(
+        torch.tensor(list(image.getdata())).view(64, 80).numpy().astype("uint16")
+    )
 
 
 @pytest.mark.parametrize("convert", [with_palette, with_16_bits])
@@ -62,7 +66,8 @@ def test_binary_masks_are_labels_0_and_1(scenes):
 def test_masks_of_several_channels_are_named(mode, scenes):
     paths = rewrite(scenes, lambda image: image.convert(mode))
     message = (
-        rf"segmentation: {re.escape(str(paths[0]))} must have one channel of integers or a palette .*, got mode {mode}$"
+        rf"segmentation: {re.escape(str(paths[0]))} must have one channel of integers or a "
+        rf"palette .*, got mode {mode}$"
     )
     with pytest.raises(ValueError, match=message):
         load(scenes)
@@ -78,7 +83,10 @@ def test_masks_of_several_channels_are_named(mode, scenes):
 def test_label_maps_without_any_labelled_pixel_raise(split, scenes):
     rewrite(scenes, lambda image: image.point(lambda _: 3), split)
     folder = re.escape(str(scenes / split / "labels"))
-    message = f"segmentation: a label map in {folder} must have a pixel of another label than ignore_index=3, none has$"
+    message = (
+        f"segmentation: a label map in {folder} must have a pixel of another label than "
+        "ignore_index=3, none has$"
+    )
     with pytest.raises(ValueError, match=message):
         load(scenes)
     rewrite(scenes, lambda image: image.point(lambda _: 0), split)
@@ -95,5 +103,7 @@ def test_a_photo_without_a_labelled_pixel_is_replaced_and_counted_in_training_on
     data = load(scenes)
     assert Samples(data.train, 0)[0, 2].skipped == 1 and Samples(data.train, 0)[0, 1].skipped == 0
     assert Samples(data.val, 0)[0, 2].skipped == 0
-    with pytest.raises(OSError, match=r"train/labels/02.png has no labelled pixel, all are ignore_index=3"):
+    with pytest.raises(
+        OSError, match=r"train/labels/02.png has no labelled pixel, all are ignore_index=3"
+    ):
         data.train[2]

@@ -16,14 +16,15 @@ from torch import nn
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.train import Config, checkpoint, loop, train
-from cropr_kernels.train.data import Batches, Data, Samples, load_data, mixing
+from cropr_kernels.train.data import Data, load_data
 from cropr_kernels.train.loop import rebuild
 
 require("torchmetrics")
 image = pytest.importorskip("PIL.Image", reason="needs the train extra")
 
 SMALL = dict(
-    model_options=("depth=4", "embed_dim=48", "num_heads=2", "mlp_ratio=2.0"), patch_size=8, img_size=(32, 32),
+    model_options=("depth=4", "embed_dim=48", "num_heads=2", "mlp_ratio=2.0"), patch_size=8,
+    img_size=(32, 32),
     rate=3, epochs=2, batch_size=8, lr=1e-3, workers=0, log_steps=1, device="cpu", scale=(0.8, 1.0),
 )  # fmt: skip
 CLASSES = ["blue", "red"]
@@ -66,19 +67,28 @@ def test_it_learns_and_every_part_of_a_run_is_written(photos, tmp_path):
     run_config = config(photos, epochs=10, flip=0.0, lr=3e-3, warmup_epochs=1)
     metrics = train(run_config, tmp_path, show=False)
     assert metrics["top-1"] >= 90 and len(metrics["aux"]) == 3 and metrics["images"] == 40
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+    }
     lines = losses(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 51))
     assert lines[0]["loss"] == pytest.approx(lines[0]["main"] + lines[0]["aux"])
     task, saved_config, classes = rebuild(tmp_path)
     assert classes == CLASSES and saved_config == run_config and not task.training
-    assert train(saved_config, tmp_path, show=False) == metrics  # a run that is over tells how it ended
+    # A run that is over tells how it ended
+    assert train(saved_config, tmp_path, show=False) == metrics
 
 
 RECIPES = {
     "plain": {},
-    "everything": dict(ema=0.9, accumulate=2, mixup=0.5, cutmix=0.5, drop_path=0.2, clip_grad=1.0, curriculum=0.5,
-                       llf=True, amp="bfloat16", auto_augment="rand-m5-mstd0.5", erasing=0.3, workers=1, calibrate=8),
+    "everything": dict(ema=0.9, accumulate=2, mixup=0.5, cutmix=0.5, drop_path=0.2, clip_grad=1.0,
+                       curriculum=0.5,
+                       llf=True, amp="bfloat16", auto_augment="rand-m5-mstd0.5", erasing=0.3,
+                       workers=1, calibrate=8),
     "float16": dict(amp="float16", grad_checkpointing=True),
 }  # fmt: skip
 
@@ -104,7 +114,11 @@ loop.train(Config.read(out + "/config.json"), out, show=False)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+    "name",
+    [
+        name if name == "everything" else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+    ],
 )
 def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_path):
     run_config = config(photos, save_steps=3, epochs=3, **RECIPES[name])
@@ -112,17 +126,23 @@ def test_killed_at_any_moment_it_resumes_to_the_same_losses(name, photos, tmp_pa
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "config.json").write_text(run_config.to_json())
-    for moment, count in (("Run._log", 5), ("checkpoint.torch.save", 2), ("checkpoint.atomic_write", 1)):
+    for moment, count in (
+        ("Run._log", 5),
+        ("checkpoint.torch.save", 2),
+        ("checkpoint.atomic_write", 1),
+    ):
         ended = run_forked(KILLED, [str(cut), moment, str(count)], tmp_path / moment)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert cli.main(["train", "--out", str(cut), "--quiet"]) == 0
     assert losses(cut) == losses(tmp_path / "whole")
-    uninterrupted, resumed = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut))
+    uninterrupted, resumed = (
+        torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "whole", cut)
+    )
     assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
-# A thread of gloo's that still ran when Python exits would abort the process, now and then: none may be left. One that
-# has ended stays in /proc for a moment.
+# A thread of gloo's that still ran when Python exits would abort the process, now and then: none
+# may be left. One that has ended stays in /proc for a moment.
 PROCESSES = """
 import contextlib, glob, os, sys, time
 import torch
@@ -148,7 +168,9 @@ else:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkeypatch):
-    shared = dict(epochs=2, accumulate=2, clip_grad=1.0, llf=True, save_steps=4, calibrate=12, amp="auto")
+    shared = dict(
+        epochs=2, accumulate=2, clip_grad=1.0, llf=True, save_steps=4, calibrate=12, amp="auto"
+    )
     run_config = config(photos, parallel=parallel, **shared)
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("none", "measured"))
     train(run_config, tmp_path / "one", show=False)
@@ -157,12 +179,18 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkey
     (tmp_path / "run.py").write_text(PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, tmp_path / "run.py", tmp_path / "two"], capture_output=True, text=True, timeout=1200
+        [*launch, tmp_path / "run.py", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     alone_log, shared_log = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(alone_log) == len(shared_log)
-    assert [line["note"].split(" ")[0] for line in shared_log if "note" in line] == ["amp=auto", "queries"]
+    assert [line["note"].split(" ")[0] for line in shared_log if "note" in line] == [
+        "amp=auto",
+        "queries",
+    ]
     for alone, shared in zip(alone_log, shared_log):
         assert {**alone, **dict.fromkeys(("loss", "main", "aux", "val"))} == {
             **shared, **dict.fromkeys(("loss", "main", "aux", "val"))
@@ -170,7 +198,9 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkey
         if "loss" in alone:
             torch.testing.assert_close(shared["loss"], alone["loss"], rtol=2e-4, atol=2e-4)
     assert alone_log[-1]["val"]["images"] == shared_log[-1]["val"]["images"] == 40
-    alone, shared = (torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "one", tmp_path / "two"))
+    alone, shared = (
+        torch.load(folder / "last.pt")["model"] for folder in (tmp_path / "one", tmp_path / "two")
+    )
     for key in alone:
         torch.testing.assert_close(shared[key], alone[key], rtol=1e-2, atol=3e-3)
     # and goes on where it stopped, with any number of processes
@@ -178,15 +208,6 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkey
     assert longer["step"] == alone_log[-1]["step"]
     rebuilt, _, _ = rebuild(tmp_path / "two")
     assert isinstance(rebuilt, nn.Module)
-
-
-def test_a_sample_that_cannot_be_read_is_replaced_and_counted():
-    samples = Samples(Broken(10, {3, 4}), seed=0)
-    sample = samples[0, 3]
-    assert sample.image[0, 0, 0] == 5 and sample.target == 1 and sample.skipped == 2
-    assert samples[0, 2].skipped == 0
-    with pytest.raises(RuntimeError, match=r"10 samples in a row|16 samples in a row .* truncated"):
-        Samples(Broken(40, set(range(40))), seed=0)[0, 0]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -200,57 +221,19 @@ def test_a_corrupt_image_is_counted_in_the_log(tmp_path):
     assert lines[-2]["skipped"] == 1 and lines[-1]["val"]["skipped"] == 1
 
 
-def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_index():
-    class Noise(Broken):
-        def __getitem__(self, index):
-            return torch.rand(3), index
-
-    before = torch.random.get_rng_state()
-    samples = Samples(Noise(4, set()), seed=1)
-    first = samples[0, 2].image
-    assert torch.equal(first, samples[0, 2].image) and torch.equal(before, torch.random.get_rng_state())
-    others = [samples[1, 2], samples[0, 1], Samples(Noise(4, set()), seed=2)[0, 2]]
-    assert all(not torch.equal(first, other.image) for other in others)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_step_takes_the_same_samples_however_it_is_shared(world, accumulate):
-    run_config = Config(batch_size=8, accumulate=accumulate)
-    alone = [set(batch) for batch in Batches(37, Config(batch_size=8), 3)]
-    ranks = [list(Batches(37, run_config, 3, rank=rank, world=world)) for rank in range(world)]
-    for step, expected in enumerate(alone):
-        parts = [part for rank in ranks for part in rank[step * accumulate : (step + 1) * accumulate]]
-        assert {key for part in parts for key in part} == expected
-        assert all(len(part) == 8 // world // accumulate for part in parts)
-    rest = list(Batches(37, run_config, 3, world=world, first_step=2))
-    assert rest == ranks[0][2 * accumulate :] and len(alone) == 4
-    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of accumulate x processes = 3"):
-        Batches(37, Config(batch_size=8), 0, world=3)
-    with pytest.raises(ValueError, match="must be at most the 5 training samples"):
-        Batches(5, run_config, 0)
-
-
-def test_mixing_leaves_smoothing_to_the_loss_and_takes_images_in_pairs():
-    mixed = Config(mixup=0.5, smoothing=0.1, batch_size=6, accumulate=2)
-    pytest.importorskip("timm", reason="needs the train extra")
-    _, target = mixing(mixed, 4)(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
-    assert (target[:, 2:] == 0).all() and torch.allclose(target.sum(1), torch.ones(4))
-    with pytest.raises(
-        ValueError, match="batch_size=6 must be a multiple of 2 x 2: mixup and cutmix take images in pairs"
-    ):
-        Batches(37, mixed, 0)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     data = Data(Broken(24, set()), Broken(4, set()), CLASSES)
-    small = Config(batch_size=8, epochs=2, workers=0, log_steps=1, device="cpu", lr=0.1, max_bad_steps=2)
+    small = Config(
+        batch_size=8, epochs=2, workers=0, log_steps=1, device="cpu", lr=0.1, max_bad_steps=2
+    )
     task = Explodes({2})
     train(small, tmp_path / "one", data=data, task=task, show=False)
     assert losses(tmp_path / "one")[-2]["not_finite"] == 1
     assert bool(task.weight.isfinite())
-    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row, the last 3 .* a lower lr"):
+    with pytest.raises(
+        RuntimeError, match=r"not finite in 2 steps in a row, the last 3 .* a lower lr"
+    ):
         train(small, tmp_path / "two", data=data, task=Explodes({3, 4}), show=False)
 
 
@@ -268,7 +251,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_either(tmp_path):
     data = Data(Broken(24, set()), Broken(4, set()), CLASSES)
     task = Steep({2})
     train(
-        Config(batch_size=8, epochs=1, workers=0, log_steps=1, device="cpu"), tmp_path, data=data, task=task, show=False
+        Config(batch_size=8, epochs=1, workers=0, log_steps=1, device="cpu"),
+        tmp_path,
+        data=data,
+        task=task,
+        show=False,
     )
     assert losses(tmp_path)[-2]["not_finite"] == 1 and bool(task.weight.isfinite())
 
@@ -301,7 +288,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(RuntimeError, match=r"last.pt cannot be written: .*; the previous one is kept"):
+        with pytest.raises(
+            RuntimeError, match=r"last.pt cannot be written: .*; the previous one is kept"
+        ):
             checkpoint.save(path, {"model": {"w": torch.ones(10**5)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -313,14 +302,17 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
 def test_other_settings_damaged_checkpoints_and_missing_data_raise(photos, tmp_path):
     out = tmp_path / "run"
     train(config(photos, epochs=1), out, show=False)
-    with pytest.raises(ValueError, match=r"holds another run: rate: 4, not 3; lr: 0.002, not 0.001\. Use another"):
+    with pytest.raises(
+        ValueError, match=r"holds another run: rate: 4, not 3; lr: 0.002, not 0.001\. Use another"
+    ):
         train(config(photos, epochs=1, rate=4, lr=2e-3), out, show=False)
     state = torch.load(out / "best.pt")
     state["model"]["backbone.more"] = state["model"].pop("backbone.norm.weight")
     checkpoint.save(out / "best.pt", state)
     with pytest.raises(
         ValueError,
-        match=r"(?s)not fit this model: .*Missing key.*backbone.norm.weight.*Unexpected key.*backbone.more",
+        match=r"(?s)not fit this model: .*Missing key.*backbone.norm.weight.*Unexpected "
+        r"key.*backbone.more",
     ):
         rebuild(out)
     (out / "best.pt").write_bytes(b"nothing")
@@ -336,31 +328,82 @@ def test_other_settings_damaged_checkpoints_and_missing_data_raise(photos, tmp_p
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
-    options = [f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in SMALL.items()]
+    options = [
+        f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for name, v in SMALL.items()
+    ]
     out = tmp_path / "run"
-    arguments = ["train", "--data", str(photos), "--out", str(out), "--quiet", *options, "calibrate=8", "epochs=1"]
+    arguments = [
+        "train",
+        "--data",
+        str(photos),
+        "--out",
+        str(out),
+        "--quiet",
+        *options,
+        "calibrate=8",
+        "epochs=1",
+    ]
     assert cli.main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 40
     assert cli.main(["eval", str(out), "--rates", "0", "3", "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "rate=0" in text and "rate=3" in text and "top-1" in text
-    assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == ["rate=0", "rate=3"]
+    assert [row["schedule"] for row in json.loads((out / "eval.json").read_text())] == [
+        "rate=0",
+        "rate=3",
+    ]
     for name in ("maps.png", "curves.png"):
         assert image.open(out / name).size[0] > 300
     queries = tmp_path / "queries.safetensors"
     for command, message in [
         (["info", str(out)], "kept after each block  13 10 7"),
-        (["map", str(out), str(photos / "val" / "red"), "--out", str(tmp_path / "maps")], "6 of 16 patches are kept"),
-        (["calibrate", str(out), str(photos / "val"), "--out", str(queries), "--quiet"], "recommended: rate"),
-        (["bench", str(out), "--rounds", "1", "--out", str(tmp_path / "bench"), "--quiet"], "zero-copy"),
+        (
+            ["map", str(out), str(photos / "val" / "red"), "--out", str(tmp_path / "maps")],
+            "6 of 16 patches are kept",
+        ),
+        (
+            ["calibrate", str(out), str(photos / "val"), "--out", str(queries), "--quiet"],
+            "recommended: rate",
+        ),
+        (
+            ["bench", str(out), "--rounds", "1", "--out", str(tmp_path / "bench"), "--quiet"],
+            "zero-copy",
+        ),
     ]:
         assert cli.main(command) == 0
         printed = capsys.readouterr().out
         assert message in printed, printed
-    assert cli.main(["export", str(out), "--format", "torch", "--rounds", "1", "--out", str(tmp_path / "files")]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                str(out),
+                "--format",
+                "torch",
+                "--rounds",
+                "1",
+                "--out",
+                str(tmp_path / "files"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "files" / "run.pt2").is_file() and "run.pt2" in capsys.readouterr().out
     assert (
-        cli.main(["infer", str(out), str(photos / "val"), "--rate", "2", "--out", str(tmp_path / "r"), "--quiet"]) == 0
+        cli.main(
+            [
+                "infer",
+                str(out),
+                str(photos / "val"),
+                "--rate",
+                "2",
+                "--out",
+                str(tmp_path / "r"),
+                "--quiet",
+            ]
+        )
+        == 0
     )
     assert "40 photos, 0 of them unreadable" in capsys.readouterr().out
     mixed = tmp_path / "mixed"
@@ -373,13 +416,25 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         path.write_bytes(b"no picture")
     for arguments, message in [
         (
-            ["train", "--data", str(mixed), "--out", str(tmp_path / "y"), "--quiet", *options, "workers=1"],
+            [
+                "train",
+                "--data",
+                str(mixed),
+                "--out",
+                str(tmp_path / "y"),
+                "--quiet",
+                *options,
+                "workers=1",
+            ],
             "16 samples in a row",
         ),
         (["train", "--out", str(tmp_path / "x"), "rate"], "options must be name=value, got 'rate'"),
         (["train", "--out", str(tmp_path / "x")], "name the folder of the dataset: --data FOLDER"),
         (["train", "--out", str(out), "epochs=3"], "holds another run: epochs: 3, not 1"),
-        (["train", "--data", str(other), "--out", str(out)], "other data: classes[0] was 'blue', is 'green'"),
+        (
+            ["train", "--data", str(other), "--out", str(out)],
+            "other data: classes[0] was 'blue', is 'green'",
+        ),
         (["eval", str(out), "--data", str(other)], "other data: classes[0] was 'blue', is 'green'"),
         (
             ["eval", str(tmp_path / "none")],
@@ -391,5 +446,15 @@ def test_the_commands_train_measure_and_draw(photos, tmp_path, capsys):
         printed = capsys.readouterr().err
         assert message in printed and "Traceback" not in printed
     # a folder without a checkpoint is free
-    again = ["train", "--data", str(photos), "--out", str(tmp_path / "y"), "--quiet", *options, "epochs=1", "lr=0.002"]
+    again = [
+        "train",
+        "--data",
+        str(photos),
+        "--out",
+        str(tmp_path / "y"),
+        "--quiet",
+        *options,
+        "epochs=1",
+        "lr=0.002",
+    ]
     assert cli.main(again) == 0

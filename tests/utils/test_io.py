@@ -59,12 +59,15 @@ def test_only_utils_io_renames_files():
     """All other files are written through `atomic_write`."""
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
         if path != Path(io.__file__):
-            assert not re.search(r"os\.replace|os\.rename|\.rename\(|\.replace\(path\)|fsync", path.read_text()), path
+            assert not re.search(
+                r"os\.replace|os\.rename|\.rename\(|\.replace\(path\)|fsync", path.read_text()
+            ), path
 
 
 def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)  # another test may have imported it
+    # Another test may have imported it
+    monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
     message = "a picture needs pillow: pip install pillow (or the extra [viz] of cropr_kernels)"
     with pytest.raises(ImportError, match=re.escape(message)):
         optional.import_optional("PIL.Image", "viz", "a picture")
@@ -74,7 +77,9 @@ def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
 def test_a_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"):
+    with pytest.raises(
+        ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"
+    ):
         optional.import_optional("broken_library", "viz", "a picture")
 
 
@@ -89,7 +94,9 @@ def test_every_extra_that_the_code_names_exists_and_installs_the_library():
                 assert extra in extras, f"{path} names the extra {extra}"
                 if isinstance(node.args[0], ast.Constant):
                     library = optional.distribution(node.args[0].value)
-                    assert library in extras[extra], f"{path}: the extra {extra} does not install {library}"
+                    assert library in extras[extra], (
+                        f"{path}: the extra {extra} does not install {library}"
+                    )
                 calls += 1
     assert calls > 20
 
@@ -97,7 +104,9 @@ def test_every_extra_that_the_code_names_exists_and_installs_the_library():
 def test_optional_libraries_are_imported_through_one_guard():
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
         if path.name not in CATCH and path.parent.name != "ops":  # the C++ extension, Triton
-            assert not re.search(r"except (ImportError|ModuleNotFoundError)", path.read_text()), path
+            assert not re.search(r"except (ImportError|ModuleNotFoundError)", path.read_text()), (
+                path
+            )
 
 
 def extras_of(path):
@@ -105,7 +114,9 @@ def extras_of(path):
     section = path.read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     bodies = re.findall(r"^(\w+) = \[(.*?)\]$", section, flags=re.MULTILINE | re.DOTALL)
     lists = {name: re.findall(r'"([^"]+)"', body) for name, body in bodies}
-    libraries = {name: {re.split(r"[><=\[]", item)[0] for item in items} for name, items in lists.items()}
+    libraries = {
+        name: {re.split(r"[><=\[]", item)[0] for item in items} for name, items in lists.items()
+    }
     for name, items in lists.items():
         for item in items:
             for other in re.findall(r"cropr_kernels\[(\w+)\]", item):
@@ -119,7 +130,10 @@ def test_tables_are_aligned():
         "a     1.5",
         "bcd    10",
     ]
-    assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left=2).splitlines() == ["a  b   c", "x  yy  1"]
+    assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left=2).splitlines() == [
+        "a  b   c",
+        "x  yy  1",
+    ]
 
 
 def test_photos_are_cropped_to_any_size_and_other_files_raise_os_errors(tmp_path, monkeypatch):
@@ -144,5 +158,7 @@ def test_flops_of_torchvision_attention_are_counted():
     block = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * tokens * dim * 128
     with torch.no_grad(), flop_counter() as counter:
         model(torch.randn(1, 3, 64, 64))
-    assert counter.get_total_flops() == 2 * (depth * block + (tokens - 1) * dim * 3 * 8 * 8 + dim * 5)
+    assert counter.get_total_flops() == 2 * (
+        depth * block + (tokens - 1) * dim * 3 * 8 * 8 + dim * 5
+    )
     assert torch.backends.mha.get_fastpath_enabled()

@@ -91,7 +91,10 @@ def test_without_tqdm_a_terminal_gets_lines(clock, monkeypatch):
 
 
 def test_calls_are_interleaved_and_their_spread_is_reported(monkeypatch, capsys):
-    now, seconds = [0.0], {"a": itertools.cycle([1.0, 2.0, 3.0, 4.0, 5.0]), "b": itertools.repeat(2.0)}
+    now, seconds = (
+        [0.0],
+        {"a": itertools.cycle([1.0, 2.0, 3.0, 4.0, 5.0]), "b": itertools.repeat(2.0)},
+    )
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     order = []
 
@@ -112,4 +115,8 @@ def test_rounds_fit_the_time_budget():
 
 
 def test_speedups_beyond_the_flops_are_detected():
-    assert timing.above_flops(1.6, 1.5) and not timing.above_flops(1.52, 1.5) and not timing.above_flops(1.2, 1.5)
+    assert (
+        timing.above_flops(1.6, 1.5)
+        and not timing.above_flops(1.52, 1.5)
+        and not timing.above_flops(1.2, 1.5)
+    )

@@ -1,4 +1,5 @@
-"""Model families: an `Adapter` each for those whose attributes tell all, and probing for all others."""
+"""Model families: an `Adapter` each for those whose attributes tell all, and probing for all
+others."""
 
 from typing import Protocol
 
@@ -22,20 +23,23 @@ class Adapter(Protocol):
         """Specify a model of the family; None for any other."""
 
     def parts(self, block: nn.Module) -> BlockParts | None:
-        """Name the parts of a block of the family; raise `EngineRefusal` if the engine cannot run it."""
+        """Name the parts of a block of the family; raise `EngineRefusal` if the engine cannot run
+        it."""
 
 
 ADAPTERS: tuple[Adapter, ...] = (reference, timm, torchvision)
 
 
 def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
-    """Specify a model for pruning, by its attributes if its family is known, else by a few forwards of a random image.
+    """Specify a model for pruning, by its attributes if its family is known, else by a few forwards
+    of a random image.
 
     Args:
-        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other that calls its
-            blocks one after the other with the tokens (B, N, D). Hugging Face models with text may be given whole.
-        example: (B, C, H, W), images as the model takes them, for one that is not known; default: of the size that its
-            attributes or its configuration name.
+        model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other
+            that calls its blocks one after the other with the tokens (B, N, D). Hugging Face models
+            with text may be given whole.
+        example: (B, C, H, W), images as the model takes them, for one that is not known; default:
+            of the size that its attributes or its configuration name.
 
     Raises:
         TypeError: it cannot be pruned; the message is the reason.
@@ -51,9 +55,13 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
     if transformers.is_model(model):
         return transformers.find(model, example)
     for path, module in model.named_modules():
-        if path and (transformers.is_model(module) or any(adapter.find(module) is not None for adapter in ADAPTERS)):
+        if path and (
+            transformers.is_model(module)
+            or any(adapter.find(module) is not None for adapter in ADAPTERS)
+        ):
             raise TypeError(
-                f"cropr.apply: {type(model).__name__} is a module around a model; give cropr.apply the one at .{path}, "
+                f"cropr.apply: {type(model).__name__} is a module around a model; give "
+                f"cropr.apply the one at .{path}, "
                 f"{type(module).__name__}"
             )
     reason = ""
@@ -62,7 +70,9 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
             return probe(model, model, model, images)
         except ProbeError as error:
             reason = str(error)
-    raise TypeError(f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {reason}")
+    raise TypeError(
+        f"cropr.apply: {type(model).__module__}.{type(model).__name__} cannot be pruned: {reason}"
+    )
 
 
 def engine_parts(spec: ModelSpec) -> list[BlockParts]:

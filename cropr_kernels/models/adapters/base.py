@@ -1,4 +1,5 @@
-"""Specifications of a model for pruning (`ModelSpec`) and of its blocks for the engine (`BlockParts`)."""
+"""Specifications of a model for pruning (`ModelSpec`) and of its blocks for the engine
+(`BlockParts`)."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +14,11 @@ from ..head_probing import Pooling
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Vision Transformer as pruning sees it. Its own forward calls the blocks one after the other.
+    """A Vision Transformer as pruning sees it. Its own forward calls the blocks one after the
+    other.
 
-    Blocks take the tokens (B, N, D) first, and return them, alone or as the first of a tuple. `find_spec` makes one;
-    of a model that it does not know, `apply` takes one of yours.
+    Blocks take the tokens (B, N, D) first, and return them, alone or as the first of a tuple.
+    `find_spec` makes one; of a model that it does not know, `apply` takes one of yours.
     """
 
     blocks: list[nn.Module]
@@ -24,7 +26,8 @@ class ModelSpec:
     num_prefix: int  # P, first tokens that are no patches
     dim: int
     num_heads: int
-    image_shape: tuple[int, ...]  # of one image of the model's own size, (C, H, W); of a video (frames, C, H, W)
+    # Of one image of the model's own size, (C, H, W); of a video (frames, C, H, W)
+    image_shape: tuple[int, ...]
     patch_size: tuple[int, int]  # pixels from one patch to the next
     grid: tuple[int, int]  # patches in height and width of such an image
     num_classes: int = 0  # 0: it has no classifier
@@ -33,15 +36,18 @@ class ModelSpec:
     returns_tokens: bool = True  # the output also holds the tokens, or the head reads the patches
     needs_map: bool = False  # the head puts all patches back to where they were
     map_layers: tuple[int, ...] = ()  # blocks whose output the model reads past the next block
-    projection: nn.Module | None = None  # its output (B, D, grid height, grid width) is the patch grid
+    # Its output (B, D, grid height, grid width) is the patch grid
+    projection: nn.Module | None = None
     norm: nn.Module | None = None  # the last norm of the tokens
-    inner: nn.Module | None = None  # the innermost module that takes the images and runs the blocks; None: the tower
+    # The innermost module that takes the images and runs the blocks; None: the tower
+    inner: nn.Module | None = None
     block_outputs: int = 0  # values in the tuple that a block returns; 0: the tokens alone
     rotary_heads: bool = False  # its rotary tables are (heads, patches, C)
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
-    head: tuple[tuple[str, object], ...] = ()  # attributes of the model that decide on its head, and their values
+    # Attributes of the model that decide on its head, and their values
+    head: tuple[tuple[str, object], ...] = ()
     engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
     engine_refusal: str = ""
 
@@ -94,15 +100,24 @@ class BlockParts:
     attn: str
     attend: Attend
     scales: Scales
-    norm_classes: tuple[type, ...] = ()  # classes of norms that probing has seen to be LayerNorm or RMSNorm
-    opened: tuple[str, ...] = ()  # modules of the attention that `attend` uses without their forward
+    # Classes of norms that probing has seen to be LayerNorm or RMSNorm
+    norm_classes: tuple[type, ...] = ()
+    # Modules of the attention that `attend` uses without their forward
+    opened: tuple[str, ...] = ()
     mlp: str = "mlp"
 
     def watched(self) -> list[Submodule]:
-        """Modules that the engine uses or bypasses, and would miss a change of; it calls the MLP as it is."""
+        """Modules that the engine uses or bypasses, and would miss a change of; it calls the MLP as
+        it is."""
         owners = (self.block, getattr(self.block, self.attn))
-        submodules = [Submodule(owner, *child) for owner in owners for child in owner.named_children()]
-        return [submodule for submodule in submodules if submodule.module is not getattr(self.block, self.mlp)]
+        submodules = [
+            Submodule(owner, *child) for owner in owners for child in owner.named_children()
+        ]
+        return [
+            submodule
+            for submodule in submodules
+            if submodule.module is not getattr(self.block, self.mlp)
+        ]
 
 
 def known_classes(module: str, *names: str) -> tuple[type, ...]:
@@ -126,12 +141,20 @@ class EngineRefusal(Exception):
 
 
 def require_plain(parts: BlockParts) -> None:
-    """Raise EngineRefusal if a block has other layers, hooks or parametrizations than its library gave it."""
-    norms = (nn.LayerNorm, nn.RMSNorm, *known_classes("timm.layers.norm", "LayerNorm", "RmsNorm"), *parts.norm_classes)
+    """Raise EngineRefusal if a block has other layers, hooks or parametrizations than its library
+    gave it."""
+    norms = (
+        nn.LayerNorm,
+        nn.RMSNorm,
+        *known_classes("timm.layers.norm", "LayerNorm", "RmsNorm"),
+        *parts.norm_classes,
+    )
     for name in (parts.norm1, parts.norm2):
         norm = getattr(parts.block, name)
         if type(norm) not in norms or len(getattr(norm, "normalized_shape", (0,))) != 1:
-            raise EngineRefusal(f"{name} is {type(norm).__name__}, not LayerNorm or RMSNorm over the width")
+            raise EngineRefusal(
+                f"{name} is {type(norm).__name__}, not LayerNorm or RMSNorm over the width"
+            )
     for name in parts.opened:
         layer = getattr(getattr(parts.block, parts.attn), name, None)
         if layer is not None and type(layer) not in (nn.Linear, nn.LayerNorm, nn.Identity):
@@ -144,10 +167,15 @@ def require_plain(parts: BlockParts) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Tell whether a module has forward hooks of a third party, or another forward than its class."""
+    """Tell whether a module has forward hooks of a third party, or another forward than its
+    class."""
     if module._forward_hooks or module._forward_pre_hooks:
-        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for, `apply` its own.
+        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for,
+        # `apply` its own.
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         origins = (getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)
-        return not all(origin.startswith(("transformers.", "cropr_kernels.pruning.model")) for origin in origins)
+        return not all(
+            origin.startswith(("transformers.", "cropr_kernels.pruning.model"))
+            for origin in origins
+        )
     return "forward" in module.__dict__

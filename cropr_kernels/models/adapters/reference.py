@@ -73,7 +73,8 @@ def parts(block: nn.Module) -> BlockParts | None:
 
 
 def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
-    """Run an attention with timm's names: its own forward unless positions or sizes enter its heads."""
+    """Run an attention with timm's names: its own forward unless positions or sizes enter its
+    heads."""
     attn: TimmAttention = module  # type: ignore[assignment]
     if rotary is None and log_sizes is None:
         return attn(h)

@@ -1,4 +1,5 @@
-"""Models by their structure: a specification by probing, and blocks for the engine by the roles of their modules."""
+"""Models by their structure: a specification by probing, and blocks for the engine by the roles of
+their modules."""
 
 import inspect
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from ..probing import (
 )
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class
 
-ROTARY_TABLES = ("rope", "position_embeddings")  # of timm and this package's ViT, and of Hugging Face
+# Of timm and this package's ViT, and of Hugging Face
+ROTARY_TABLES = ("rope", "position_embeddings")
 _IMAGE_SIZES = ("img_size", "image_size", "input_resolution")  # attributes of models
 _TOLERANCE = 1e-3  # of the largest update, between a block and its parts
 
@@ -77,7 +79,9 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             block_outputs=len(calls[0].output) if isinstance(calls[0].output, tuple) else 0,
             has_bias=has_bias,
             frames=layout.frames,
-            refusal=None if layout.in_order else "its patches do not stand in the order of the rows of the image",
+            refusal=None
+            if layout.in_order
+            else "its patches do not stand in the order of the rows of the image",
             engine=engine,
             engine_refusal=refusal,
         )
@@ -91,14 +95,20 @@ def examples_of(model: nn.Module) -> list[Tensor]:
     values = [getattr(config, "image_size", None)]
     values += [getattr(module, name, None) for module in model.modules() for name in _IMAGE_SIZES]
     values.append((getattr(model, "pretrained_cfg", None) or {}).get("input_size"))
-    sizes = dict.fromkeys(size for value in values if (size := _height_and_width(value)) is not None)
+    sizes = dict.fromkeys(
+        size for value in values if (size := _height_and_width(value)) is not None
+    )
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), None)
     channels = getattr(config, "num_channels", 3)
-    return [torch.zeros(1, channels, *size, device=device_of(model), dtype=dtype) for size in sizes or [(224, 224)]]
+    return [
+        torch.zeros(1, channels, *size, device=device_of(model), dtype=dtype)
+        for size in sizes or [(224, 224)]
+    ]
 
 
 def _height_and_width(value: object) -> tuple[int, int] | None:
-    """The height and width of images in an attribute: a number, two, three with the channels, or a dictionary."""
+    """The height and width of images in an attribute: a number, two, three with the channels, or a
+    dictionary."""
     if isinstance(value, dict):
         value = (value.get("height"), value.get("width"))
     if isinstance(value, int):
@@ -120,7 +130,11 @@ def num_heads_of(block: nn.Module) -> int:
 
 
 def select_arguments(
-    block: nn.Module, args: Args, kwargs: Kwargs, positions: Tensor | None, rows: Callable[[Tensor], Tensor]
+    block: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    positions: Tensor | None,
+    rows: Callable[[Tensor], Tensor],
 ) -> tuple[Args, dict[str, object]]:
     """Reduce masks among the arguments of a block to positions (B, K), and rotary tables by `rows`.
 
@@ -143,19 +157,22 @@ def select_arguments(
 
 
 def _is_for_others(block: nn.Module, name: str, value: object) -> bool:
-    """Tell whether a keyword is a tensor of another shape than a mask, which the block's forward does not name."""
+    """Tell whether a keyword is a tensor of another shape than a mask, which the block's forward
+    does not name."""
     if not isinstance(value, Tensor) or value.ndim == 4:
         return False
     return name not in inspect.signature(base_class(block).forward).parameters
 
 
 def _argument_at(value: object, positions: Tensor | None) -> object:
-    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); other values pass."""
+    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); other
+    values pass."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.ndim != 4 or positions is None:
         raise ValueError(
-            f"cropr: a block of a pruned model is called with a tensor of shape {tuple(value.shape)}; it may be a mask "
+            "cropr: a block of a pruned model is called with a tensor of shape "
+            f"{tuple(value.shape)}; it may be a mask "
             "(B, 1, N, N), without window attention"
         )
     return mask_at(value, positions)
@@ -180,9 +197,12 @@ def _find_bias(calls: list[BlockCall], num_prefix: int) -> bool:
 
 
 def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) -> None:
-    """Raise ProbeError unless a block takes its tokens as a set: in any order, and any part of them."""
+    """Raise ProbeError unless a block takes its tokens as a set: in any order, and any part of
+    them."""
     num_tokens = call.x.shape[1]
-    order = torch.cat([torch.arange(num_prefix), num_prefix + torch.randperm(num_tokens - num_prefix)])
+    order = torch.cat(
+        [torch.arange(num_prefix), num_prefix + torch.randperm(num_tokens - num_prefix)]
+    )
     kept = order[: num_prefix + (num_tokens - num_prefix) // 2]
     for positions in (order, kept):
         positions = positions.to(call.x.device).unsqueeze(0)
@@ -194,23 +214,31 @@ def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) 
             with SizeWeightedAttention(None, positions=positions if has_bias else None):
                 output = tokens_of(call.block(call.x[:, positions[0]], *args, **kwargs))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ProbeError(f"block {layer} does not take a part of its tokens: {error}") from error
+            raise ProbeError(
+                f"block {layer} does not take a part of its tokens: {error}"
+            ) from error
         expected = call.tokens[:, positions[0]]
         if output.shape != expected.shape:
-            raise ProbeError(f"block {layer} returns {tuple(output.shape)} for tokens {tuple(expected.shape)}")
+            raise ProbeError(
+                f"block {layer} returns {tuple(output.shape)} for tokens {tuple(expected.shape)}"
+            )
         if positions.shape[1] == num_tokens and not _is_close(output, expected, call):
             raise ProbeError(f"block {layer} reads positions from the order of its tokens")
 
 
 def _is_close(output: Tensor, expected: Tensor, call: BlockCall) -> bool:
-    """Tell whether outputs of a block differ by no more than rounding, beside what the block adds."""
+    """Tell whether outputs of a block differ by no more than rounding, beside what the block
+    adds."""
     tolerance = _TOLERANCE if output.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
     difference = (output - expected).float().abs().max()
     return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
 
 
-def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tuple[list[BlockParts] | None, str]:
-    """Return the parts of all blocks if each computes what its block does; else None, and the reason."""
+def _check_parts(
+    calls: list[BlockCall], num_prefix: int, has_bias: bool
+) -> tuple[list[BlockParts] | None, str]:
+    """Return the parts of all blocks if each computes what its block does; else None, and the
+    reason."""
     if calls[0].x.is_meta:
         return None, "the model was specified on the meta device"
     if has_bias:
@@ -233,7 +261,9 @@ def _check_parts(calls: list[BlockCall], num_prefix: int, has_bias: bool) -> tup
 def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     """Tell whether parts compute what a block did."""
     block = parts.block
-    table = next((call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None)
+    table = next(
+        (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
+    )
     rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
     gamma1, gamma2 = parts.scales(block)
     try:
@@ -242,7 +272,8 @@ def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
         x = call.x + (update if gamma1 is None else update * gamma1)
         update = getattr(block, parts.mlp)(_normalize(x, getattr(block, parts.norm2)))
         x = x + (update if gamma2 is None else update * gamma2)
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # modules of other roles than their names say
+    # Modules of other roles than their names say
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     if x.shape != call.tokens.shape:
         return False
@@ -255,24 +286,34 @@ def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def parts_of(block: nn.Module) -> BlockParts:
-    """Name the parts of a pre-norm block: two norms, an attention, an MLP, two factors of LayerScale or none.
+    """Name the parts of a pre-norm block: two norms, an attention, an MLP, two factors of
+    LayerScale or none.
 
     Raises:
         EngineRefusal: it has others.
     """
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
-    attentions = [name for name, child in children.items() if "attention" in type(child).__name__.lower()]
-    mlps = [name for name, child in children.items() if name in ("mlp", "ffn", "feed_forward", "feedforward")]
+    attentions = [
+        name for name, child in children.items() if "attention" in type(child).__name__.lower()
+    ]
+    mlps = [
+        name
+        for name, child in children.items()
+        if name in ("mlp", "ffn", "feed_forward", "feedforward")
+    ]
     if len(norms) != 2 or len(attentions) != 1 or len(mlps) != 1:
         raise EngineRefusal(
-            f"{base_class(block).__name__} has {len(norms)} norms, {len(attentions)} attentions and {len(mlps)} MLPs, "
+            f"{base_class(block).__name__} has {len(norms)} norms, {len(attentions)} attentions "
+            f"and {len(mlps)} MLPs, "
             "not 2, 1 and 1"
         )
     known = {*norms, *attentions, *mlps}
     factors = [name for name, _ in block.named_parameters() if name.partition(".")[0] not in known]
     if len(factors) not in (0, 2):
-        raise EngineRefusal(f"{base_class(block).__name__} has {len(factors)} parameters of its own, not 2 or none")
+        raise EngineRefusal(
+            f"{base_class(block).__name__} has {len(factors)} parameters of its own, not 2 or none"
+        )
     attend: Attend | AttendMultihead = AttendMultihead()
     attention = children[attentions[0]]
     if not isinstance(attention, nn.MultiheadAttention):
@@ -303,7 +344,9 @@ class Attend:
 
     takes_mask: bool
 
-    def __call__(self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+    def __call__(
+        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+    ) -> Tensor:
         kwargs: dict[str, object] = {"attention_mask": None} if self.takes_mask else {}
         if rotary is not None:
             kwargs["position_embeddings"] = rotary.rows()
@@ -316,6 +359,8 @@ class Attend:
 class AttendMultihead:
     """The call of an nn.MultiheadAttention with the batch first."""
 
-    def __call__(self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
+    def __call__(
+        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+    ) -> Tensor:
         with SizeWeightedAttention.maybe(log_sizes):
             return attn(h, h, h, need_weights=False)[0]

@@ -1,4 +1,5 @@
-"""timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP towers) and Eva (EVA, EVA-02, DINOv3, rotary ViTs)."""
+"""timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP towers) and Eva (EVA, EVA-02, DINOv3,
+rotary ViTs)."""
 
 from dataclasses import replace
 
@@ -15,10 +16,14 @@ def find(model: nn.Module) -> ModelSpec | None:
     if not isinstance(model, known_classes(_VIT, "VisionTransformer") + known_classes(_EVA, "Eva")):
         return None
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
-        raise ValueError("cropr.apply: the model already drops patches; create it with patch_drop_rate=0")
+        raise ValueError(
+            "cropr.apply: the model already drops patches; create it with patch_drop_rate=0"
+        )
     spec = spec_of(model)
     if getattr(model, "rope_mixed", False):
-        return replace(spec, rotary_heads=True, engine_refusal="a rotary table for each block and head")
+        return replace(
+            spec, rotary_heads=True, engine_refusal="a rotary table for each block and head"
+        )
     return spec
 
 
@@ -28,7 +33,9 @@ def parts(block: nn.Module) -> BlockParts | None:
         attentions = known_classes(_VIT, "Attention")
         block_scales: Scales = scales
     elif cls in known_classes(_EVA, "EvaBlock"):
-        attentions = known_classes(_EVA, "EvaAttention") + known_classes("timm.layers.attention", "AttentionRope")
+        attentions = known_classes(_EVA, "EvaAttention") + known_classes(
+            "timm.layers.attention", "AttentionRope"
+        )
         block_scales = _eva_scales
     else:
         return None

@@ -18,7 +18,8 @@ def is_model(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module, example: Tensor | None) -> ModelSpec:
-    """Specify a Hugging Face model; of one with several towers that take images, the only one that can be pruned.
+    """Specify a Hugging Face model; of one with several towers that take images, the only one that
+    can be pruned.
 
     Raises:
         TypeError: there is none, or several.
@@ -34,14 +35,16 @@ def find(model: nn.Module, example: Tensor | None) -> ModelSpec:
         return specs[0]
     if specs:
         raise TypeError(
-            f"cropr.apply: {type(model).__name__} has {len(specs)} vision towers; give cropr.apply the one to prune"
+            f"cropr.apply: {type(model).__name__} has {len(specs)} vision towers; give "
+            "cropr.apply the one to prune"
         )
     reason = "; ".join(reasons) or "it has no part that takes images"
     raise TypeError(f"cropr.apply: {type(model).__name__} cannot be pruned: {reason}")
 
 
 def _towers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules that take images alone: the model itself, or the towers of one with text."""
+    """Return the outermost modules that take images alone: the model itself, or the towers of one
+    with text."""
     if _takes_images(model):
         return [model]
     towers: list[nn.Module] = []

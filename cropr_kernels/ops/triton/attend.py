@@ -78,7 +78,9 @@ def attend_one_kernel(
     for start in range(first, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         tile_ptr = x.ptr + b * x.stride_b + rows.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
-        tile = tl.load(tile_ptr, mask=(rows[:, None] < end) & (cols[None, :] < dim), other=0.0).to(acc_type)
+        tile = tl.load(tile_ptr, mask=(rows[:, None] < end) & (cols[None, :] < dim), other=0.0).to(
+            acc_type
+        )
         raw = tl.sum(tile * q[None, :], axis=1)
         if raw_ptr is not None:
             tl.store(raw_ptr + b * n + rows, raw.to(tl.float32), mask=rows < end)
@@ -127,8 +129,12 @@ def add_parts(parts, out_ptr, b, count, cols, dim, BACKWARD: tl.constexpr, BLOCK
         new_top = tl.maximum(top, tl.max(tops, axis=0))
         rescale = tl.exp(top - new_top)
         p = tl.exp(tops - new_top)
-        total = total * rescale + tl.sum(p * tl.load(scalars_ptr + 1, inside, other=0.0, cache_modifier=".cg"), axis=0)
-        out = out * rescale + tl.sum(p[:, None] * tl.load(rows_ptr, mask, other=0.0, cache_modifier=".cg"), axis=0)
+        total = total * rescale + tl.sum(
+            p * tl.load(scalars_ptr + 1, inside, other=0.0, cache_modifier=".cg"), axis=0
+        )
+        out = out * rescale + tl.sum(
+            p[:, None] * tl.load(rows_ptr, mask, other=0.0, cache_modifier=".cg"), axis=0
+        )
         if BACKWARD:
             means = tl.load(scalars_ptr + 2, inside, other=0.0, cache_modifier=".cg")
             mean = mean * rescale + tl.sum(p * means, axis=0)
@@ -143,7 +149,15 @@ def add_parts(parts, out_ptr, b, count, cols, dim, BACKWARD: tl.constexpr, BLOCK
 
 @triton.jit(do_not_specialize=["m", "n"])
 def rows_dot_rows_kernel(
-    a, x, out_ptr, stride_om, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    a,
+    x,
+    out_ptr,
+    stride_om,
+    m,
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """out[b, i, j] = a[b, i] . x[b, j]: logits (a = queries, the same for all images) and their
     slopes."""
@@ -187,7 +201,10 @@ def softmax_kernel(logits_ptr, slope_ptr, stride, n, BLOCK_N: tl.constexpr):
     average = tl.sum(mean, axis=0) * norm
     for start in range(0, stride, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        p = tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum) * norm
+        p = (
+            tl.exp(tl.load(logits_ptr + row + cols, mask=cols < n, other=float("-inf")) - maximum)
+            * norm
+        )
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + row + cols, mask=cols < n, other=0.0)
             p = p * (slope - average)
@@ -218,7 +235,12 @@ def weighted_rows_kernel(
             tokens = start + tl.arange(0, BLOCK_K)
             w_ptr = weight_ptr + (image_idx * m + rows[:, None]) * stride_wm + tokens[None, :]
             w = tl.load(w_ptr, mask=(rows[:, None] < m) & (tokens[None, :] < stride_wm), other=0.0)
-            tile_ptr = x.ptr + image_idx * x.stride_b + tokens.to(tl.int64)[:, None] * x.stride_n + cols[None, :]
+            tile_ptr = (
+                x.ptr
+                + image_idx * x.stride_b
+                + tokens.to(tl.int64)[:, None] * x.stride_n
+                + cols[None, :]
+            )
             tile = tl.load(tile_ptr, mask=(tokens[:, None] < n) & (cols[None, :] < dim), other=0.0)
             acc = tl.dot(w.to(tile.dtype), tile, acc, input_precision="ieee", out_dtype=acc.dtype)
     out_ptr += (rows[:, None] if SUM_BATCH else b * m + rows[:, None]) * dim + cols[None, :]
@@ -236,7 +258,9 @@ def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     count = triton.cdiv(n, part)
     parts = Parts(None, None, None)
     if count > 1:
-        rows, scalars = (x.new_empty((batch, count, *shape), dtype=acc) for shape in ((2, dim), (3,)))
+        rows, scalars = (
+            x.new_empty((batch, count, *shape), dtype=acc) for shape in ((2, dim), (3,))
+        )
         parts = Parts(rows, scalars, block_counters(x))
     launch(
         attend_one_kernel, batch * count,
@@ -265,7 +289,8 @@ def _launch_dot(a: Tensor, x: Tensor, out: Tensor) -> None:
     edge = tiles["edge"]
     launch(
         rows_dot_rows_kernel, count * triton.cdiv(m, edge) * triton.cdiv(n, edge),
-        rows_of(a), rows_of(x), out, out.stride(1), m, n, BLOCK_M=edge, BLOCK_N=edge, BLOCK_K=tiles["inner"],
+        rows_of(a), rows_of(x), out, out.stride(1), m, n, BLOCK_M=edge, BLOCK_N=edge,
+        BLOCK_K=tiles["inner"],
         num_warps=tiles["num_warps"], maxnreg=_REGISTERS,
     )  # fmt: skip
 
@@ -274,7 +299,8 @@ def _launch_softmax(logits: Tensor, slope: Tensor | None) -> None:
     count, m, n = logits.shape
     launch(
         softmax_kernel, count * m,
-        logits, slope, logits.stride(1), n, BLOCK_N=min(max(triton.next_power_of_2(n), 128), 1024), num_warps=4,
+        logits, slope, logits.stride(1), n, BLOCK_N=min(max(triton.next_power_of_2(n), 128), 1024),
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -300,7 +326,9 @@ def _chunk(x: Tensor, m: int) -> int:
 def _scratch(x: Tensor, m: int) -> Tensor:
     """Allocate logits (B, M, N) whose rows begin at multiples of 16 elements."""
     batch, n, _ = x.shape
-    return x.new_empty((batch, m, triton.cdiv(n, 16) * 16), dtype=accumulation_dtype(x.dtype))[:, :, :n]
+    return x.new_empty((batch, m, triton.cdiv(n, 16) * 16), dtype=accumulation_dtype(x.dtype))[
+        :, :, :n
+    ]
 
 
 def _scaled(queries: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

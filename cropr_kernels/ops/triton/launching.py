@@ -36,7 +36,8 @@ _EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.defa
 _ZEROS = (aten.zeros.default, aten.new_zeros.default)
 
 _state = threading.local()  # recorder: the one that is entered in this thread
-_kernels: set[Any] = set()  # compiled kernels of recorded launches: Triton unloads unreferenced ones
+# Compiled kernels of recorded launches: Triton unloads unreferenced ones
+_kernels: set[Any] = set()
 
 
 class _TensorReference(NamedTuple):
@@ -87,7 +88,11 @@ class _Recorder(TorchDispatchMode):
         self.computes = False
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         result = func(*args, **kwargs or {})
         if func in _EMPTY or func in _ZEROS:
@@ -100,9 +105,13 @@ class _Recorder(TorchDispatchMode):
         """The arguments of keep_launches, or None if the launcher cannot be replayed."""
         if self.computes or len(self.launches) > _MAX_LAUNCHES:
             return None
-        references = [_TensorReference(_ALLOCATION, i, tensor) for i, (tensor, _) in enumerate(self.allocated)]
+        references = [
+            _TensorReference(_ALLOCATION, i, tensor) for i, (tensor, _) in enumerate(self.allocated)
+        ]
         references += [
-            _TensorReference(_ARGUMENT, i, arg) for i, arg in enumerate(self.args) if isinstance(arg, Tensor)
+            _TensorReference(_ARGUMENT, i, arg)
+            for i, arg in enumerate(self.args)
+            if isinstance(arg, Tensor)
         ]
         launches = []
         for compiled, grid, values in self.launches:
@@ -120,7 +129,11 @@ class _Recorder(TorchDispatchMode):
             outputs.append(output.index)
         _kernels.update(compiled for compiled, *_ in self.launches)
         allocations = [
-            (str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor.nbytes if zero else 0)
+            (
+                str(tensor.dtype).removeprefix("torch."),
+                list(tensor.shape),
+                tensor.nbytes if zero else 0,
+            )
             for tensor, zero in self.allocated
         ]
         return allocations, launches, outputs
@@ -129,10 +142,15 @@ class _Recorder(TorchDispatchMode):
 def _find(tensor: Tensor, references: list[_TensorReference]) -> _TensorReference | None:
     """Return the reference to this tensor, or else the only one that it can be a view of."""
     for reference in references:
-        if reference.tensor is tensor:  # an argument passed twice is so in every call of this recording
+        # An argument passed twice is so in every call of this recording
+        if reference.tensor is tensor:
             return reference
     storage = tensor.untyped_storage()._cdata
-    bases = [reference for reference in references if reference.tensor.untyped_storage()._cdata == storage]
+    bases = [
+        reference
+        for reference in references
+        if reference.tensor.untyped_storage()._cdata == storage
+    ]
     return bases[0] if len(bases) == 1 else None
 
 
@@ -159,7 +177,9 @@ def _parameters(
     # Triton appends scratch buffers, which are of size 0 here: null.
     entry = re.search(r"\.entry\s+\w+\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     num_scratch = entry.group(1).count(".param") - len(parameters) if entry else -1
-    sizes = [getattr(compiled.metadata, f"{name}_scratch_size", 0) for name in ("global", "profile")]
+    sizes = [
+        getattr(compiled.metadata, f"{name}_scratch_size", 0) for name in ("global", "profile")
+    ]
     return None if num_scratch < 0 or any(sizes) else parameters + [(_NUMBER, 0, 0)] * num_scratch
 
 

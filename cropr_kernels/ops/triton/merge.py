@@ -19,7 +19,15 @@ import triton.language as tl
 from ..reference import accumulation_dtype
 from ..validation import check
 from .launching import launch
-from .nearest import BLOCK, load_positions, nearest_in_image, nearest_in_tile, sum_pairs, sum_rows, target_blocks
+from .nearest import (
+    BLOCK,
+    load_positions,
+    nearest_in_image,
+    nearest_in_tile,
+    sum_pairs,
+    sum_rows,
+    target_blocks,
+)
 from .prune import gather
 from .select import Selection, is_last, select_image
 from .utils import dense_rows, rows_of
@@ -95,7 +103,9 @@ def choose_targets(
     tl.debug_barrier()
     for start in range(0, num_stay, BLOCK):
         offs = start + lanes
-        chosen = tl.load(scratch.order + offs, mask=offs < num_stay, other=num_candidates, cache_modifier=".cg")
+        chosen = tl.load(
+            scratch.order + offs, mask=offs < num_stay, other=num_candidates, cache_modifier=".cg"
+        )
         position, exists = load_positions(tokens.candidate_idx, chosen, num_candidates, n)
         tl.store(scratch.zeros + position, 1, mask=exists)
     tl.debug_barrier()
@@ -115,15 +125,23 @@ def choose_targets(
     for start in range(0, num_prune, BLOCK):
         offs = start + lanes
         inside = offs < num_prune
-        chosen = tl.load(scratch.order + num_stay + offs, mask=inside, other=num_candidates, cache_modifier=".cg")
+        chosen = tl.load(
+            scratch.order + num_stay + offs, mask=inside, other=num_candidates, cache_modifier=".cg"
+        )
         position, exists = load_positions(tokens.candidate_idx, chosen, num_candidates, n)
-        nearest = tl.load(scratch.nearest_idx + chosen, mask=inside, other=num_targets, cache_modifier=".cg")
+        nearest = tl.load(
+            scratch.nearest_idx + chosen, mask=inside, other=num_targets, cache_modifier=".cg"
+        )
         target, has_target = load_positions(tokens.target_idx, nearest, num_targets, n)
         moves = exists & has_target
         kept_row = tl.load(scratch.zeros + target, mask=moves, other=-1, cache_modifier=".cg")
         tl.store(assignment.pruned_idx + offs, position, mask=exists)
         tl.store(assignment.row_idx + offs, kept_row, mask=inside)
-        tl.store(assignment.dest_idx + position, target if IN_PLACE else kept_row.to(tl.int64), mask=moves)
+        tl.store(
+            assignment.dest_idx + position,
+            target if IN_PLACE else kept_row.to(tl.int64),
+            mask=moves,
+        )
 
 
 @triton.jit
@@ -154,7 +172,10 @@ def targets_kernel(
     cost_scale = tokens.cost_scale
     if cost_scale is not None:
         cost_scale += b * n
-    target_idx, candidate_idx = tokens.target_idx + b * num_targets, tokens.candidate_idx + b * num_candidates
+    target_idx, candidate_idx = (
+        tokens.target_idx + b * num_targets,
+        tokens.candidate_idx + b * num_candidates,
+    )
     tokens = Tokens(target_idx, candidate_idx, tokens.sizes + b * n, cost_scale)
     scratch = Scratch(
         scratch.partial + b * tiles * num_candidates,
@@ -175,14 +196,27 @@ def targets_kernel(
     tl.store(scratch.partial_idx + partial_offs, nearest, mask=inside)
     counters = scratch.zeros + n
     if is_last(counters + group, tiles):
-        best, nearest = nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS)
+        best, nearest = nearest_in_image(
+            scratch, candidates, tiles, num_candidates, num_prefix, BLOCKS
+        )
         cost = load_costs(best, tokens, candidates, num_candidates, n)
         tl.store(scratch.cost + candidates, cost, mask=inside)
         tl.store(scratch.nearest_idx + candidates, nearest, mask=inside)
         if is_last(counters + groups, groups):
-            assignment = assignment_of(assignment, b, n, num_targets + num_candidates - num_prune, num_prune)
+            assignment = assignment_of(
+                assignment, b, n, num_targets + num_candidates - num_prune, num_prune
+            )
             choose_targets(
-                tokens, scratch, assignment, n, num_targets, num_candidates, num_prune, IN_PLACE, BLOCKS, KEYS
+                tokens,
+                scratch,
+                assignment,
+                n,
+                num_targets,
+                num_candidates,
+                num_prune,
+                IN_PLACE,
+                BLOCKS,
+                KEYS,
             )
 
 
@@ -234,7 +268,8 @@ def mean_of(
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
 def means_kernel(
     x, assignment, sizes_ptr, out_ptr, n, num_keep, num_prune,
-    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write one merged row per program; with OFFSETS, in place, pruned rows become their offsets
     from it.
@@ -249,7 +284,9 @@ def means_kernel(
     assignment = assignment_of(assignment, b, n, num_keep, num_prune)
     sizes_ptr += b * n
     kept_row = tl.load(assignment.row_idx + pruned_row)
-    if (kept_row >= 0) & (next_joining(assignment.row_idx, kept_row, 0, num_prune, BLOCK) == pruned_row):
+    if (kept_row >= 0) & (
+        next_joining(assignment.row_idx, kept_row, 0, num_prune, BLOCK) == pruned_row
+    ):
         x_ptr = x.ptr + b * x.stride_b
         target = tl.load(assignment.kept_idx + kept_row)
         out_ptr += (b * n + target if IN_PLACE else b * num_keep + kept_row) * dim
@@ -296,32 +333,58 @@ def means_kernel(
                     ACC,
                     BLOCK,
                 )
-            tl.debug_barrier()  # in place, all threads must have read the row and the size before one stores them
+            # In place, all threads must have read the row and the size before one stores them
+            tl.debug_barrier()
             # Rounded here, so that offsets subtract the stored value.
             merged = tl.fma(mean, factor, tl.zeros([BLOCK_D], ACC)).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + cols, merged, mask=inside)
             if OFFSETS:
                 start = pruned_row
                 while start < num_prune:
-                    pruned_row_ptr = x_ptr + tl.load(assignment.pruned_idx + start) * x.stride_n + cols
+                    pruned_row_ptr = (
+                        x_ptr + tl.load(assignment.pruned_idx + start) * x.stride_n + cols
+                    )
                     row = tl.load(pruned_row_ptr, mask=inside, other=0.0)
                     tl.debug_barrier()
-                    tl.store(pruned_row_ptr, (row.to(ACC) - merged.to(ACC)).to(row.dtype), mask=inside)
+                    tl.store(
+                        pruned_row_ptr, (row.to(ACC) - merged.to(ACC)).to(row.dtype), mask=inside
+                    )
                     start = next_joining(assignment.row_idx, kept_row, start + 1, num_prune, BLOCK)
         tl.store(assignment.kept_sizes + kept_row, total)
         if IN_PLACE:
             tl.store(sizes_ptr + target, total)
 
 
-def _launch(x, target_idx, candidate_idx, sizes, cost_scale, dest, num_keep, num_prefix, *, in_place, offsets=False):
-    (batch, n, dim), (num_targets, num_candidates) = x.shape, (target_idx.shape[1], candidate_idx.shape[1])
+def _launch(
+    x,
+    target_idx,
+    candidate_idx,
+    sizes,
+    cost_scale,
+    dest,
+    num_keep,
+    num_prefix,
+    *,
+    in_place,
+    offsets=False,
+):
+    (batch, n, dim), (num_targets, num_candidates) = (
+        x.shape,
+        (target_idx.shape[1], candidate_idx.shape[1]),
+    )
     num_prune = num_targets + num_candidates - num_keep
-    kept_idx, pruned_idx = (x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune))
+    kept_idx, pruned_idx = (
+        x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune)
+    )
     kept_sizes = sizes.new_empty((batch, num_keep))
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     cost_scale = None if cost_scale is None else cost_scale.contiguous()
-    target_idx, candidate_idx, acc = target_idx.contiguous(), candidate_idx.contiguous(), accumulation_dtype(x.dtype)
+    target_idx, candidate_idx, acc = (
+        target_idx.contiguous(),
+        candidate_idx.contiguous(),
+        accumulation_dtype(x.dtype),
+    )
     blocks, keys = target_blocks(x.dtype, num_candidates)
     tiles = max(triton.cdiv(num_targets - num_prefix, blocks.targets), 1)
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)
@@ -330,20 +393,26 @@ def _launch(x, target_idx, candidate_idx, sizes, cost_scale, dest, num_keep, num
     order = x.new_empty(candidate_idx.shape, dtype=torch.int64)
     zeros = x.new_zeros((batch, n + groups + 1), dtype=torch.int32)
     scratch = Scratch(partial, partial_idx, cost, nearest, order, zeros)
-    assignment = Assignment(kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest)
+    assignment = Assignment(
+        kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest
+    )
     launch(
         targets_kernel, batch * tiles * groups,
         rows_of(x), Tokens(target_idx, candidate_idx, sizes, cost_scale), scratch, assignment,
-        n, num_targets, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks, KEYS=keys,
+        n, num_targets, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
+        KEYS=keys,
         num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
     out = x if in_place else gather(x, kept_idx)
     if num_prune and dim:
-        block_d = min(max(triton.next_power_of_2(dim), 128), 1024 if acc == torch.float32 else 256)  # registers
+        # Registers
+        block_d = min(max(triton.next_power_of_2(dim), 128), 1024 if acc == torch.float32 else 256)
         launch(
             means_kernel, batch * num_prune,
-            rows_of(x), assignment, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place, OFFSETS=offsets,
-            ONE_BLOCK=dim <= block_d, BLOCK=BLOCK, BLOCK_D=block_d, num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
+            rows_of(x), assignment, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place,
+            OFFSETS=offsets,
+            ONE_BLOCK=dim <= block_d, BLOCK=BLOCK, BLOCK_D=block_d, num_warps=_NUM_WARPS,
+            maxnreg=_REGISTERS,
         )  # fmt: skip
     return out, kept_idx, pruned_idx, kept_sizes
 
@@ -358,10 +427,31 @@ def merge(x, target_idx, candidate_idx, sizes, num_keep, num_prefix=0, cost_scal
     return *_launch(x, target_idx, candidate_idx, *parts, in_place=False), dest
 
 
-def merge_(x, target_idx, candidate_idx, sizes, parent, num_keep, num_prefix=0, offsets=False, cost_scale=None):
+def merge_(
+    x,
+    target_idx,
+    candidate_idx,
+    sizes,
+    parent,
+    num_keep,
+    num_prefix=0,
+    offsets=False,
+    cost_scale=None,
+):
     """Launch cropr::merge_. Positions must be distinct and in [0, N): they are not checked on the
     device."""
-    check("merge_", x, target_idx, candidate_idx, sizes, parent, num_keep, num_prefix, offsets, cost_scale)
+    check(
+        "merge_",
+        x,
+        target_idx,
+        candidate_idx,
+        sizes,
+        parent,
+        num_keep,
+        num_prefix,
+        offsets,
+        cost_scale,
+    )
     parts = (sizes, cost_scale, parent, num_keep, num_prefix)
     parts = _launch(x, target_idx, candidate_idx, *parts, in_place=True, offsets=offsets)
     _, kept_idx, pruned_idx, kept_sizes = parts

@@ -59,7 +59,17 @@ def lowest_of_nearest(similarity, target_rows):
 
 
 @triton.jit
-def nearest_in_tile(features, b, tokens, target_rows, candidates, num_targets, num_candidates, n, BLOCKS: tl.constexpr):
+def nearest_in_tile(
+    features,
+    b,
+    tokens,
+    target_rows,
+    candidates,
+    num_targets,
+    num_candidates,
+    n,
+    BLOCKS: tl.constexpr,
+):
     """Find the target most similar to each candidate among `target_rows`, by cosine; NaN is the
     lowest."""
     ACC: tl.constexpr = tl.float64 if features.ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -78,13 +88,22 @@ def nearest_in_tile(features, b, tokens, target_rows, candidates, num_targets, n
     for first in range(0, dim, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)[None, :]
         targets = tl.load(target_ptr + cols, mask=is_target[:, None] & (cols < dim), other=0.0)
-        candidate_tile = tl.load(candidate_ptr + cols, mask=is_candidate[:, None] & (cols < dim), other=0.0)
-        product = tl.dot(targets, tl.trans(candidate_tile), product, input_precision="ieee", out_dtype=ACC)
+        candidate_tile = tl.load(
+            candidate_ptr + cols, mask=is_candidate[:, None] & (cols < dim), other=0.0
+        )
+        product = tl.dot(
+            targets, tl.trans(candidate_tile), product, input_precision="ieee", out_dtype=ACC
+        )
         target_squares += sum_pairs(targets.to(ACC) * targets.to(ACC), 3)
         candidate_squares += sum_pairs(candidate_tile.to(ACC) * candidate_tile.to(ACC), 3)
-    target_length, candidate_length = tl.sqrt(sum_rows(target_squares)), tl.sqrt(sum_rows(candidate_squares))
+    target_length, candidate_length = (
+        tl.sqrt(sum_rows(target_squares)),
+        tl.sqrt(sum_rows(candidate_squares)),
+    )
     similarity = product / target_length[:, None] / candidate_length[None, :]
-    similarity = tl.where(is_target[:, None] & (similarity == similarity), similarity, float("-inf"))
+    similarity = tl.where(
+        is_target[:, None] & (similarity == similarity), similarity, float("-inf")
+    )
     return lowest_of_nearest(similarity, target_rows[:, None])
 
 
@@ -102,8 +121,12 @@ def nearest_in_image(scratch, candidates, tiles, num_candidates, num_prefix, BLO
         tile = start + tl.arange(0, BLOCK_TILES)[:, None]
         offsets = tile.to(tl.int64) * num_candidates + candidates[None, :]
         mask = (tile < tiles) & inside
-        tile_best = tl.load(scratch.partial + offsets, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        target_rows = tl.load(scratch.partial_idx + offsets, mask=mask, other=0x7FFFFFFF, cache_modifier=".cg")
+        tile_best = tl.load(
+            scratch.partial + offsets, mask=mask, other=float("-inf"), cache_modifier=".cg"
+        )
+        target_rows = tl.load(
+            scratch.partial_idx + offsets, mask=mask, other=0x7FFFFFFF, cache_modifier=".cg"
+        )
         group_best, row = lowest_of_nearest(tile_best, target_rows)
         nearest = tl.where(group_best > best, row, nearest)
         best = tl.maximum(best, group_best)

@@ -50,7 +50,9 @@ class Offsets(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["n", "num_keep", "num_prune", "num_prefix"])
-def offsets_kernel(x, tokens, scratch, offsets, n, num_keep, num_prune, num_prefix, BLOCKS: tl.constexpr):
+def offsets_kernel(
+    x, tokens, scratch, offsets, n, num_keep, num_prune, num_prefix, BLOCKS: tl.constexpr
+):
     BLOCK_D: tl.constexpr = BLOCKS.cols
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
@@ -69,7 +71,9 @@ def offsets_kernel(x, tokens, scratch, offsets, n, num_keep, num_prune, num_pref
     target_rows = num_prefix + tile * BLOCKS.targets + tl.arange(0, BLOCKS.targets)
     pruned = group * BLOCKS.candidates + tl.arange(0, BLOCKS.candidates)
     inside = pruned < num_prune
-    best, nearest = nearest_in_tile(x, b, tokens, target_rows, pruned, num_keep, num_prune, n, BLOCKS)
+    best, nearest = nearest_in_tile(
+        x, b, tokens, target_rows, pruned, num_keep, num_prune, n, BLOCKS
+    )
     partial_offs = tile.to(tl.int64) * num_prune + pruned
     tl.store(scratch.partial + partial_offs, best, mask=inside)
     tl.store(scratch.partial_idx + partial_offs, nearest, mask=inside)
@@ -101,7 +105,9 @@ def _launch_offsets(x, kept_idx, pruned_idx, offsets, num_prefix):
     if not (batch and num_prune):
         return
     blocks, _ = target_blocks(x.dtype, num_prune)
-    blocks = blocks._replace(candidates=min(blocks.candidates, max(triton.next_power_of_2(num_prune), 16)))
+    blocks = blocks._replace(
+        candidates=min(blocks.candidates, max(triton.next_power_of_2(num_prune), 16))
+    )
     tiles = max(triton.cdiv(num_keep - num_prefix, blocks.targets), 1)
     groups = triton.cdiv(num_prune, blocks.candidates)
     partial = x.new_empty((batch, tiles, num_prune), dtype=accumulation_dtype(x.dtype))
@@ -145,7 +151,9 @@ def parents_of(parent_ptr, position, active, n):
 def sum_ancestors(x_ptr, stride_n, parent_ptr, rows, inside, cols, dim, n, ACC: tl.constexpr):
     """Add to each row, in these columns, those of all its ancestors."""
     mask = (cols < dim)[None, :]
-    token = tl.load(x_ptr + rows[:, None] * stride_n + cols[None, :], mask=inside[:, None] & mask, other=0.0)
+    token = tl.load(
+        x_ptr + rows[:, None] * stride_n + cols[None, :], mask=inside[:, None] & mask, other=0.0
+    )
     sums = tl.zeros(token.shape, ACC)
     position, active = parents_of(parent_ptr, rows, inside, n)
     step = n * 0

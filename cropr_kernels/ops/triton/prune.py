@@ -30,7 +30,16 @@ def move_tile(source, source_rows, target, target_rows, b, valid, BLOCK_D: tl.co
 
 @triton.jit
 def move_side(
-    full, part, idx_ptr, b, tile, count, n, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    full,
+    part,
+    idx_ptr,
+    b,
+    tile,
+    count,
+    n,
+    SCATTER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Move the rows of one part: part[i] = full[idx[i]], or the inverse with SCATTER."""
     rows = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -55,7 +64,18 @@ def split_kernel(
     if tile < kept_tiles:
         move_side(full, kept, kept_idx_ptr, b, tile, num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
     else:
-        move_side(full, pruned, pruned_idx_ptr, b, tile - kept_tiles, n - num_keep, n, SCATTER, BLOCK_R, BLOCK_D)
+        move_side(
+            full,
+            pruned,
+            pruned_idx_ptr,
+            b,
+            tile - kept_tiles,
+            n - num_keep,
+            n,
+            SCATTER,
+            BLOCK_R,
+            BLOCK_D,
+        )
 
 
 def _launch_split(full, kept, kept_idx, pruned, pruned_idx, *, scatter):
@@ -84,9 +104,13 @@ def split(x, scores, num_keep, num_prefix=0, priority=None):
     return _split(x, *select(scores, num_keep, num_prefix, priority))
 
 
-def _split(x: Tensor, kept_idx: Tensor, pruned_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split(
+    x: Tensor, kept_idx: Tensor, pruned_idx: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = dense_rows(x)
-    kept, pruned = (x.new_empty((x.shape[0], idx.shape[1], x.shape[2])) for idx in (kept_idx, pruned_idx))
+    kept, pruned = (
+        x.new_empty((x.shape[0], idx.shape[1], x.shape[2])) for idx in (kept_idx, pruned_idx)
+    )
     _launch_split(x, kept, kept_idx, pruned, pruned_idx, scatter=False)
     return kept, kept_idx, pruned, pruned_idx
 

@@ -24,7 +24,17 @@ from .select import (
     priority_bytes,
     weigh_and_select,
 )
-from .utils import RECENT_FIRST, STREAM, Rows, aligned_rows, block_counters, image_of, load_vector, row_blocks, rows_of
+from .utils import (
+    RECENT_FIRST,
+    STREAM,
+    Rows,
+    aligned_rows,
+    block_counters,
+    image_of,
+    load_vector,
+    row_blocks,
+    rows_of,
+)
 
 
 class Update(NamedTuple):
@@ -68,7 +78,9 @@ def load_rows(x_ptr, update, flat, cols, valid, dim, ACC: tl.constexpr):
     x = tl.load(x_ptr + cols[None, :], mask=mask, other=0.0)
     if update.ptr is not None:
         step_ptr = update.ptr + flat[:, None] * dim + cols[None, :]
-        step = tl.load(step_ptr, mask=mask, other=0.0, eviction_policy="evict_first" if RECENT_FIRST else "").to(ACC)
+        step = tl.load(
+            step_ptr, mask=mask, other=0.0, eviction_policy="evict_first" if RECENT_FIRST else ""
+        ).to(ACC)
         if update.gamma is not None:
             step = step * load_vector(update.gamma, cols, dim, 1.0, ACC)[None, :]
         x = (x.to(ACC) + step).to(x.dtype)
@@ -81,7 +93,11 @@ def store_norm(out_ptr, value, mean, scale, norm, cols, inside, dim, ACC: tl.con
     weight = load_vector(norm.weight, cols, dim, 1.0, ACC)
     bias = load_vector(norm.bias, cols, dim, 0.0, ACC)
     out = (value - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < dim)[None, :])
+    tl.store(
+        out_ptr + cols[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (cols < dim)[None, :],
+    )
 
 
 @triton.jit
@@ -92,12 +108,16 @@ def squares(value, mean, cols, dim):
 
 
 @triton.jit(do_not_specialize=["n", "count"])
-def add_norm_kernel(x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr, RMS: tl.constexpr):
+def add_norm_kernel(
+    x, idx_ptr, update, norm, out_ptr, n, count, BLOCKS: tl.constexpr, RMS: tl.constexpr
+):
     """x[idx] += gamma * update (B, K, D), if given; out (B, K, D) = LayerNorm of x[idx], or with
     RMS its RMSNorm, if given."""
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, update.ptr is None)
+    b, flat, inside, position, valid = locate_rows(
+        idx_ptr, n, count, BLOCKS.rows, update.ptr is None
+    )
     x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
     cols = tl.arange(0, BLOCKS.first)
     value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
@@ -143,7 +163,9 @@ def add_select_kernel(
     if selection.counters is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
         if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
             scores_ptr = selection.scores + b * count
-            weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS)
+            weigh_and_select(
+                scores_ptr, weights, selection, b, idx_ptr, n, count, num_keep, num_prefix, KEYS
+            )
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -163,13 +185,20 @@ def _launch_add_norm(x, idx, update, norm, out, rms=False):
 
 
 def gather_norm(
-    x: Tensor, idx: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+    x: Tensor,
+    idx: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool = False,
 ) -> Tensor:
     """Launch cropr::gather_norm. Positions outside [0, N) are not checked on the device; they read
     nothing."""
     dims = check("gather_norm", x, idx, weight, bias, eps, rms)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
-    _launch_add_norm(aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out, rms)
+    _launch_add_norm(
+        aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out, rms
+    )
     return out
 
 
@@ -184,20 +213,26 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps, rms=False):
     """Launch cropr::add_norm_; positions as in add_."""
     check("add_norm_", x, idx, update, gamma, weight, bias, eps, rms)
     out = x.new_empty(update.shape)
-    parts = Update(aligned_rows(update.contiguous()), _dense(gamma)), Norm(_dense(weight), _dense(bias), eps)
+    parts = (
+        Update(aligned_rows(update.contiguous()), _dense(gamma)),
+        Norm(_dense(weight), _dense(bias), eps),
+    )
     _launch_add_norm(x, idx, *parts, out, rms)
     return out
 
 
 def add_select_(
-    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0, priority=None, cost_scale=None,
+    x, idx, update, gamma, query, num_keep, num_prefix=0, sizes=None, size_weight=0.0,
+    priority=None, cost_scale=None,
     cost_weight=0.0,
 ):  # fmt: skip
     """Launch cropr::add_select_; positions as in add_."""
     parts = (sizes, size_weight, priority, cost_scale, cost_weight)
     check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, *parts)
     (batch, n, dim), count = x.shape, update.shape[1]
-    kept_idx, pruned_idx = (x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep))
+    kept_idx, pruned_idx = (
+        x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep)
+    )
     if not (batch and count and dim):
         return kept_idx, pruned_idx
     blocks, keys = row_blocks(dim, x.dtype), embedded_keys(count)
@@ -208,7 +243,8 @@ def add_select_(
     weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)), fold_query(query), selection,
+        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)),
+        fold_query(query), selection,
         weights, n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
     if keys is None:
@@ -245,8 +281,14 @@ def rotate_kernel(
         sin_c = tl.load(table_ptr + low + distance, mask=inside, other=0.0).to(ACC)[None, :]
         cos_a = tl.load(table_ptr + width + low, mask=inside, other=0.0).to(ACC)[None, :]
         cos_c = tl.load(table_ptr + width + low + distance, mask=inside, other=0.0).to(ACC)[None, :]
-        tl.store(x_ptr + low[None, :], (a.to(ACC) * cos_a - c.to(ACC) * sin_a).to(a.dtype), mask=mask)
-        tl.store(x_ptr + low[None, :] + distance, (c.to(ACC) * cos_c + a.to(ACC) * sin_c).to(a.dtype), mask=mask)
+        tl.store(
+            x_ptr + low[None, :], (a.to(ACC) * cos_a - c.to(ACC) * sin_a).to(a.dtype), mask=mask
+        )
+        tl.store(
+            x_ptr + low[None, :] + distance,
+            (c.to(ACC) * cos_c + a.to(ACC) * sin_c).to(a.dtype),
+            mask=mask,
+        )
     else:
         cols = tl.arange(0, BLOCK_W)
         mask = (head < heads)[:, None] & (cols < width)[None, :]
@@ -256,11 +298,19 @@ def rotate_kernel(
         a, c = tl.split(tl.reshape(pairs.to(ACC), (BLOCK_H, BLOCK_W // 2, 2)))
         sin_a, sin_c = tl.split(tl.reshape(sin, (BLOCK_W // 2, 2)))
         cos_a, cos_c = tl.split(tl.reshape(cos, (BLOCK_W // 2, 2)))
-        rotated = tl.join(a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :])
-        tl.store(x_ptr + cols[None, :], tl.reshape(rotated, (BLOCK_H, BLOCK_W)).to(pairs.dtype), mask=mask)
+        rotated = tl.join(
+            a * cos_a[None, :] - c * sin_a[None, :], c * cos_c[None, :] + a * sin_c[None, :]
+        )
+        tl.store(
+            x_ptr + cols[None, :],
+            tl.reshape(rotated, (BLOCK_H, BLOCK_W)).to(pairs.dtype),
+            mask=mask,
+        )
 
 
-def rotate_(x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False) -> None:
+def rotate_(
+    x: Tensor, table: Tensor, idx: Tensor | None, num_prefix: int = 0, half: bool = False
+) -> None:
     """Launch cropr::rotate_. Positions must lie inside the table: they are not checked on the
     device."""
     check("rotate_", x, table, idx, num_prefix, half)

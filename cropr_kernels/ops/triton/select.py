@@ -116,7 +116,9 @@ def count_three(keys, threshold, shift):
 
 
 @triton.jit
-def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr):
+def select_image(
+    scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr
+):
     """Split the n positions of image b, or with from_idx n positions of its `num_tokens` tokens."""
     BLOCK_N: tl.constexpr = KEYS.tokens
     IN_REGISTERS: tl.constexpr = KEYS.in_registers
@@ -138,7 +140,9 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep
         counts = count_three(keys, threshold, shift)
         if not IN_REGISTERS:
             for start in range(BLOCK_N, n, BLOCK_N):
-                chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded)
+                chunk = load_keys(
+                    scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded
+                )
                 counts += count_three(chunk, threshold, shift)
         packed = tl.sum(counts, axis=0)
         digit = (
@@ -151,7 +155,9 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep
     above = (keys > threshold).to(tl.int32)
     if not IN_REGISTERS:
         for start in range(BLOCK_N, n, BLOCK_N):
-            chunk = load_keys(scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded)
+            chunk = load_keys(
+                scores_ptr, priority_ptr, from_idx_ptr, start + lanes, n, num_prefix, crowded
+            )
             above += (chunk > threshold).to(tl.int32)
     ties_left = num_keep - tl.sum(above, axis=0)
 
@@ -163,7 +169,8 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep
         tied = (keys == threshold).to(tl.int32)
         keep = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, axis=0) <= ties_left))
         keep = keep & (offs < n)
-        rank = kept_before + tl.cumsum(keep.to(tl.int32), axis=0)  # kept tokens up to and with this one
+        # Kept tokens up to and with this one
+        rank = kept_before + tl.cumsum(keep.to(tl.int32), axis=0)
         positions = offs.to(tl.int64)
         if from_idx_ptr is not None:
             positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
@@ -174,7 +181,9 @@ def select_image(scores_ptr, selection, b, from_idx_ptr, num_tokens, n, num_keep
 
 
 @triton.jit
-def weigh_scores(scores_ptr, weights, b, idx_ptr, num_tokens, count, num_prefix, BLOCK_N: tl.constexpr):
+def weigh_scores(
+    scores_ptr, weights, b, idx_ptr, num_tokens, count, num_prefix, BLOCK_N: tl.constexpr
+):
     """Weigh the scores of image b in place, and write cost scales of patches, 1 without a spread.
 
     scores += size_weight * standard deviation over the patches * log(size)
@@ -199,7 +208,8 @@ def weigh_scores(scores_ptr, weights, b, idx_ptr, num_tokens, count, num_prefix,
         spread += tl.where(inside, distance * distance, 0.0)
     deviation = tl.sqrt(tl.sum(spread, axis=0) / patches)
     scale = weights.size_weight * deviation
-    scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)  # scores with NaN or infinity have no spread
+    # Scores with NaN or infinity have no spread
+    scale = tl.where(tl.abs(scale) < float("inf"), scale, 0.0)
     has_spread = (deviation > 0.0) & (deviation < float("inf"))
     for start in range(0, count, BLOCK_N):
         offs = start + lanes
@@ -210,20 +220,34 @@ def weigh_scores(scores_ptr, weights, b, idx_ptr, num_tokens, count, num_prefix,
         exists = inside & (position >= 0) & (position < num_tokens)
         score = tl.load(scores_ptr + offs, inside, other=0.0, cache_modifier=".cg")
         if weights.sizes is not None:
-            tl.debug_barrier()  # threads that share an element must all load it before one stores it
-            score += scale * tl.log(tl.load(weights.sizes + b * num_tokens + position, exists, other=1.0))
+            # Threads that share an element must all load it before one stores it
+            tl.debug_barrier()
+            score += scale * tl.log(
+                tl.load(weights.sizes + b * num_tokens + position, exists, other=1.0)
+            )
             tl.store(scores_ptr + offs, score, inside)
         if weights.cost_scale is not None:
             exponent = weights.cost_weight * ((score - mean) / deviation)
             exponent = tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT)
             cost = tl.exp(tl.where(has_spread, exponent, 0.0))
-            tl.store(weights.cost_scale + b * num_tokens + position, cost, exists & (offs >= num_prefix))
+            tl.store(
+                weights.cost_scale + b * num_tokens + position, cost, exists & (offs >= num_prefix)
+            )
     tl.debug_barrier()
 
 
 @triton.jit
 def weigh_and_select(
-    scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr
+    scores_ptr,
+    weights,
+    selection,
+    b,
+    idx_ptr,
+    num_tokens,
+    n,
+    num_keep,
+    num_prefix,
+    KEYS: tl.constexpr,
 ):
     """Weigh scores if asked for, then select_image; tokens are at idx (B, n), if given."""
     if idx_ptr is not None:
@@ -245,10 +269,14 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit(do_not_specialize=["stride_sb", "num_tokens", "n", "num_keep", "num_prefix"])
-def select_kernel(selection, stride_sb, weights, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr):
+def select_kernel(
+    selection, stride_sb, weights, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr
+):
     b = tl.program_id(0).to(tl.int64)
     scores_ptr = selection.scores + b * stride_sb
-    weigh_and_select(scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS)
+    weigh_and_select(
+        scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS
+    )
 
 
 def key_blocks(n: int) -> tuple[KeyBlocks, int]:
@@ -275,7 +303,9 @@ def priority_bytes(priority: Tensor | None) -> Tensor | None:
     return priority.view(torch.int8) if priority.dtype == torch.bool else priority
 
 
-def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch cropr::select; shapes as in the op's contract."""
     check("select", scores, num_keep, num_prefix, priority)
     scores = dense_rows(scores)
@@ -283,7 +313,9 @@ def select(scores: Tensor, num_keep: int, num_prefix: int = 0, priority: Tensor 
     kept_idx = scores.new_empty((batch, num_keep), dtype=torch.int64)
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
-        launch_select(Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx), num_prefix)
+        launch_select(
+            Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx), num_prefix
+        )
     return kept_idx, pruned_idx
 
 
@@ -301,6 +333,7 @@ def launch_select(
     blocks, num_warps = key_blocks(n)
     launch(
         select_kernel, batch,
-        selection, scores.stride(0), weights or Weights(None, 0.0, None, 0.0), idx, num_tokens or n, n,
+        selection, scores.stride(0), weights or Weights(None, 0.0, None, 0.0), idx,
+        num_tokens or n, n,
         selection.kept_idx.shape[1], num_prefix, blocks, num_warps=num_warps,
     )  # fmt: skip

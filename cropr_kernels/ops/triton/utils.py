@@ -58,7 +58,9 @@ def aligned_rows(x: Tensor) -> Tensor:
     multiple of 16 are never loaded so.
     """
     x = dense_rows(x)
-    if x.shape[-1] % 16 == 0 and (x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])):
+    if x.shape[-1] % 16 == 0 and (
+        x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])
+    ):
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -101,7 +103,9 @@ def row_blocks(dim: int, dtype: torch.dtype) -> RowBlocks:
     first, rest = split_width(dim)
     rows = max(1, (32 if dim % 16 else 64) // dtype.itemsize * threads // (first + rest))
     rows = 1 << (rows.bit_length() - 1)
-    return RowBlocks(rows, max(first, min_elements // rows), rest and max(rest, min_elements // rows))
+    return RowBlocks(
+        rows, max(first, min_elements // rows), rest and max(rest, min_elements // rows)
+    )
 
 
 @triton.jit

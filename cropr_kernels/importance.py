@@ -12,7 +12,7 @@ from .models.blocks import is_attention_softmax
 
 
 class AttentionInput(NamedTuple):
-    """What tells the probabilities of one attention."""
+    """The tensors from which the probabilities of one attention follow."""
 
     query: Tensor  # (B, heads, N, C)
     key: Tensor

@@ -1,4 +1,4 @@
-"""What the head of an unknown model reads: its blocks return chosen tokens, and whatever changes
+"""Probing of the head of an unknown model: its blocks return chosen tokens, and whatever changes
 the output is read."""
 
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ class HeadReads:
 @contextmanager
 def _returning(calls: list[BlockCall], outputs: list[Tensor]) -> Iterator[None]:
     """Let each block return chosen tokens, whatever enters it."""
-    own = [vars(call.block).get("forward") for call in calls]
+    forwards = [vars(call.block).get("forward") for call in calls]
     try:
         for call, tokens in zip(calls, outputs):
             output = call.with_tokens(tokens)
             call.block.forward = partial(_constant, output)  # type: ignore[method-assign]
         yield
     finally:
-        for call, forward in zip(calls, own):
+        for call, forward in zip(calls, forwards):
             del call.block.forward
             if forward is not None:
                 call.block.forward = forward  # type: ignore[method-assign]

@@ -291,7 +291,8 @@ def layout_of_shapes(
             handle.remove()
     if not grids:
         raise ProbeError("its parameters are on the meta device, and no convolution shows its grid")
-    rows, columns = math.prod(grids[-1][:-1]), grids[-1][-1]
+    rows = math.prod(grids[-1][:-1])
+    columns = grids[-1][-1]
     return Layout(num_tokens - rows * columns, (rows, columns), rows // grids[-1][-2], True)
 
 

@@ -146,6 +146,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Of several processes that share the tests
     shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")
     items[:] = items[int(shard) :: int(shards)]
+    # Two processes are done at the same time if those that take long come first.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     left_out = choose_combinations(items)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

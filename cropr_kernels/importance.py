@@ -25,7 +25,7 @@ def attention_prefix_first(
     attention: AttentionInput | Tensor, token_format: TokenFormat
 ) -> AttentionInput | Tensor:
     """Order the tokens of an attention as pruning does."""
-    if not token_format.num_suffix:
+    if token_format.around is None:
         return attention
 
     def ordered(values: Tensor, dim: int) -> Tensor:

@@ -130,12 +130,8 @@ def _last_outputs(spec: cropr.ModelSpec) -> Iterator[list[Tensor]]:
 
 
 def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tensor) -> str:
-    """Compare dropped tokens with tokens that no later block sees: "yes" if they are the same, or
-    the reason why they cannot be compared.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Compare dropped tokens with tokens that no later block sees: "yes" if they are the same, "no"
+    as where heads mix weights with a bias after the softmax, or why they cannot be compared."""
     torch.manual_seed(1)
     options = PruningOptions(maps=frozenset(spec.map_layers))
     with _last_outputs(spec) as dropped:
@@ -167,9 +163,7 @@ def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tenso
         tokens[is_kept] if tokens.shape[:2] == shape else tokens.flatten(0, 1)
         for tokens in (dropped[0], masked[0])
     ]
-    if not _is_close(*kept):
-        raise ValueError("dropping a token is not masking it")
-    return "yes"
+    return "yes" if _is_close(*kept) else "no"
 
 
 def _under(

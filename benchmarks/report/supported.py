@@ -16,14 +16,16 @@ from benchmarks.report.render import (
 
 # Reasons against a model, in the order in which they are looked for, as the page says them.
 _REASONS = {
-    "run apart": "windows, stages or other tokens between the blocks",
-    "no two blocks": "windows, stages or other tokens between the blocks",
-    "something else than the tokens": "windows, stages or other tokens between the blocks",
-    "reads positions": "positions are read from the order of the tokens",
-    "do not all stand before": "tokens that are no patches stand after them",
-    "take a part": "blocks take all tokens only",
     "packed": "images of a batch are packed or cut into tiles",
-    "form no grid": "patches form no grid",
+    "tiles": "images of a batch are packed or cut into tiles",
+    "outputs": "images of a batch are packed or cut into tiles",
+    "maps (B, H, W, D)": "windows, stages or maps (B, H, W, D) between the blocks",
+    "run apart": "windows, stages or maps (B, H, W, D) between the blocks",
+    "no two blocks": "windows, stages or maps (B, H, W, D) between the blocks",
+    "reads positions": "blocks read positions from the order of the tokens",
+    "stand between": "other tokens stand between the patches",
+    "take a part": "blocks take all tokens only",
+    "with text": "patches stand in one row with text",
     "fails": "a forward takes other inputs than images of one size",
 }
 
@@ -33,18 +35,19 @@ def table() -> Table | None:
     measured = load("supported_models")
     if measured is None:
         return None
-    head = ["library", "model", "pruned", "engine", "merging", "calibration", "reason"]
+    head = ["library", "model", "pruned", "engine", "merging", "calibration", "masking", "reason"]
     rows: list[list[Cell]] = []
     for row in measured[1]:
         pruned = "yes" if row["supported"] else "no"
-        cells = (row["engine"], row["merges"], row["calibrates"], row["reason"])
+        masking = row.get("masking", "")
+        cells = (row["engine"], row["merges"], row["calibrates"], masking, row["reason"])
         rows.append([row["library"], row["name"], pruned, *map(_short, cells)])
     return Table(head, rows)
 
 
 def _short(text: str) -> str:
     """A reason without the names of classes in front of it."""
-    return re.sub(r"^\S+ cannot be pruned: (\w+: )?", "", text)[:160]
+    return re.sub(r"^(\S+ cannot be pruned: (\w+: )?|not tried: )", "", text)[:160]
 
 
 def supported_models() -> str:
@@ -74,7 +77,8 @@ def supported_models() -> str:
     note = (
         f"Small models of every name with random weights: {link('supported_models', full)}. "
         "Pruned: rate 0 equals the "
-        "unpruned model bit for bit, and a deployed model the functional ops. timm "
+        "unpruned model bit for bit, and a deployed model the functional ops; masking: dropping "
+        "equals hiding tokens as keys. timm "
         f"{env['timm']}, transformers "
         f"{env['transformers']}, torch {env['torch']}. Not supported:"
     )

@@ -19,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .importance import AttentionInput, AttentionInputs, importance
+from .importance import (
+    AttentionInput,
+    AttentionInputs,
+    attention_prefix_first,
+    importance,
+)
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
 from .pruning.fusion import Fusion, Restore
@@ -62,7 +67,7 @@ def _observe(
                     "(scaled_dot_product_attention, or a softmax over "
                     f"(B, heads, N, N)), attended {len(attention.inputs)} times"
                 )
-            record(x, attention.inputs[0])
+            record(x, attention_prefix_first(attention.inputs[0], spec.token_format))
             attention.inputs.clear()  # a softmax of `importance` may be among them
 
         handle = spec.blocks[0].register_forward_pre_hook(
@@ -70,7 +75,7 @@ def _observe(
         )
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
-            run(model, lambda: spec.tower(images, **kwargs), PruningOptions(observe=observe))
+            run(model, lambda: spec.run(images, **kwargs), PruningOptions(observe=observe))
         finally:
             handle.remove()
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -153,6 +158,12 @@ class _NormalEquations:
             importances.append(importance(attention, spec.num_prefix, class_token=spec.class_token))
 
         _observe(model, images.to(self.gram.device), record, kwargs)
+        counts = {(len(x), x.shape[1]) for x in (*tokens, *importances)}
+        if len(counts) > 1:
+            raise ValueError(
+                "cropr.calibrate: every block must attend over the tokens it takes, got attention "
+                f"over {sorted(counts)} (rows, patches)"
+            )
         for layer in range(len(self.gram)):
             target = _ranks(torch.stack(importances[layer + 1 :]).mean(0))
             rows = tokens[layer].double()
@@ -351,9 +362,9 @@ def agreement(
     outputs: dict[int, list[Tensor]] = {}
     for batch in _batches(images, batch_size):
         for rate in dict.fromkeys((0, *rates)):
-            tower = modules_of(set_rate(deployed, rate)).spec.tower
+            spec = modules_of(set_rate(deployed, rate)).spec
             with nullcontext() if rate in flops else flop_counter() as counter:
-                output = outputs_of(tower(batch.to(device), **kwargs)).double()
+                output = outputs_of(spec.run(batch.to(device), **kwargs)).double()
             outputs.setdefault(rate, []).append(output)
             if counter is not None:
                 flops[rate] = counter.get_total_flops()

@@ -45,7 +45,7 @@ class _Outputs(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         output, state = run(
-            self.model, lambda: modules_of(self.model).spec.tower(images), PruningOptions()
+            self.model, lambda: modules_of(self.model).spec.run(images), PruningOptions()
         )
         return (
             (*_tensors(output), state.pruning_map(images.device))

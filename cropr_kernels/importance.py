@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .models.blocks import is_attention_softmax
+from .models.token_format import TokenFormat
 
 
 class AttentionInput(NamedTuple):
@@ -17,6 +18,27 @@ class AttentionInput(NamedTuple):
     query: Tensor  # (B, heads, N, C)
     key: Tensor
     bias: Tensor | None = None  # of the logits, (B or 1, heads or 1, N or 1, N)
+    scale: float | None = None  # of query times key; None: C^-0.5
+
+
+def attention_prefix_first(
+    attention: AttentionInput | Tensor, token_format: TokenFormat
+) -> AttentionInput | Tensor:
+    """Order the tokens of an attention as pruning does."""
+    if token_format.around is None:
+        return attention
+
+    def ordered(values: Tensor, dim: int) -> Tensor:
+        if values.shape[dim] == 1:
+            return values
+        return token_format.prefix_first(values.transpose(1, dim)).transpose(1, dim)
+
+    if isinstance(attention, Tensor):
+        return ordered(ordered(attention, 2), 3)
+    bias = None if attention.bias is None else ordered(ordered(attention.bias, 2), 3)
+    return attention._replace(
+        query=ordered(attention.query, 2), key=ordered(attention.key, 2), bias=bias
+    )
 
 
 class AttentionInputs(TorchFunctionMode):
@@ -35,10 +57,7 @@ class AttentionInputs(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         if func is F.scaled_dot_product_attention:
-            arguments = dict(zip(("query", "key", "value", "attn_mask"), args)) | dict(kwargs or {})
-            mask = arguments.get("attn_mask")
-            bias = None if mask is None or mask.dtype == torch.bool else mask
-            self.inputs.append(AttentionInput(arguments["query"], arguments["key"], bias))
+            self.inputs.append(_attention_input(*args, **(kwargs or {})))
         elif func is F.multi_head_attention_forward:  # a mode does not see its calls
             query, key, _, dim, num_heads, weight, bias = args[:7]  # (N, B, D)
             q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
@@ -48,6 +67,28 @@ class AttentionInputs(TorchFunctionMode):
         elif is_attention_softmax(func, args):
             self.inputs.append(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _attention_input(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionInput:
+    """The arguments of scaled_dot_product_attention; keys are one for each head, masks a bias."""
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if is_causal:
+        attn_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = query.new_zeros(attn_mask.shape).masked_fill(~attn_mask, float("-inf"))
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    return AttentionInput(query, key, attn_mask, scale)
 
 
 def importance(attention: AttentionInput | Tensor, num_prefix: int, *, class_token: bool) -> Tensor:
@@ -63,7 +104,7 @@ def importance(attention: AttentionInput | Tensor, num_prefix: int, *, class_tok
     if isinstance(attention, Tensor):
         probabilities = attention[:, :, rows].float().softmax(-1).mean((1, 2))[:, num_prefix:]
     else:
-        scale = attention.query.shape[-1] ** -0.5
+        scale = attention.query.shape[-1] ** -0.5 if attention.scale is None else attention.scale
         pooled = attention.query[:, :, rows].float()
         bias = (
             [None] * len(pooled)

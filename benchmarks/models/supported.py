@@ -5,7 +5,7 @@ python -m benchmarks.models.supported [--only TEXT] [--results FILE]
 
 A model is supported if rate 0 gives the outputs of the unpruned model bit for bit, a higher rate
 runs, and a deployed model gives the outputs of the functional ops. Whether it merges, calibrates
-and runs on the engine is noted beside.
+and runs on the engine, and whether dropping a token equals masking it, is noted beside.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cropr_kernels as cropr
-from benchmarks.models.towers import TOWERS
+from benchmarks.models.towers import TOWERS, UNTRIED
 from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.models.blocks import SizeWeightedAttention
+from cropr_kernels.pruning.model import run
+from cropr_kernels.pruning.state import PruningOptions
 from cropr_kernels.utils.progress import each
 
 # Modules of timm with transformers of one resolution, or what looks like one.
@@ -71,6 +76,7 @@ class Verdict(NamedTuple):
     engine: str = ""  # "yes", or why not
     merges: str = ""
     calibrates: str = ""
+    masking: str = ""  # "yes" if dropping a token is masking it in later blocks
 
 
 @torch.no_grad()
@@ -81,18 +87,19 @@ def check(model: nn.Module, spec: cropr.ModelSpec | None = None) -> Verdict:
     except (TypeError, ValueError) as error:
         return Verdict(False, _sentence(error))
     images = _images_of(spec)
-    plain = _outputs(spec.tower, images)
+    plain = _outputs(spec, images)
     cropr.apply(model, rate=0, num_outputs=0, spec=spec)
     try:
-        unpruned = _outputs(spec.tower, images)
+        unpruned = _outputs(spec, images)
         if not all(map(torch.equal, unpruned, plain)):
             return Verdict(False, "rate 0 gives other outputs than the unpruned model")
         cropr.set_rate(model, _rate(spec))
-        expected = _outputs(spec.tower, images)
+        expected = _outputs(spec, images)
+        masking = _compare_with_masking(model, spec, images)
         if not all(output.isfinite().all() for output in expected if output.is_floating_point()):
             return Verdict(False, "pruned outputs are not finite")
         deployed = cropr.deploy(model)
-        if not all(map(_is_close, _outputs(deployed.cropr.spec.tower, images), expected)):
+        if not all(map(_is_close, _outputs(deployed.cropr.spec, images), expected)):
             return Verdict(False, "a deployed model gives other outputs")
         calibrates = _reason(lambda: cropr.calibrate(model, images))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -105,13 +112,71 @@ def check(model: nn.Module, spec: cropr.ModelSpec | None = None) -> Verdict:
         deployed.cropr.engine_reason or "yes",
         _reason(lambda: _merge(model, spec, images)),
         calibrates,
+        masking,
     )
+
+
+@contextmanager
+def _last_outputs(spec: cropr.ModelSpec) -> Iterator[list[Tensor]]:
+    """The tokens (B, N, D) that the last block returns."""
+    outputs: list[Tensor] = []
+    handle = spec.blocks[-1].register_forward_hook(
+        lambda block, args, output: outputs.append(spec.token_format.decode(output))
+    )
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tensor) -> str:
+    """Compare dropped tokens with tokens that no later block sees: "yes" if they are the same, "no"
+    as where heads mix weights with a bias after the softmax, or why they cannot be compared."""
+    torch.manual_seed(1)
+    options = PruningOptions(maps=frozenset(spec.map_layers))
+    with _last_outputs(spec) as dropped:
+        _, state = run(model, lambda: spec.run(images), options)
+    shape = (state.num_images, state.num_tokens)
+    last_seen = torch.full(shape, len(spec.blocks))
+    for layer, idx in state.pruned_idx:
+        last_seen.scatter_(1, idx, layer)
+    cropr.set_rate(model, 0)
+    forwards = [block.forward for block in spec.blocks]
+    calls: list[bool] = []
+    try:
+        for layer, block in enumerate(spec.blocks):
+            log_sizes = torch.zeros(shape).masked_fill(last_seen < layer, -1e4)
+            mode = SizeWeightedAttention(spec.token_format.in_place(log_sizes), calls)
+            block.forward = partial(_under, mode, forwards[layer])
+        with _last_outputs(spec) as masked:
+            _outputs(spec, images)
+    except (RuntimeError, ValueError) as error:
+        return _sentence(error)
+    finally:
+        for block in spec.blocks:
+            del block.forward
+        cropr.set_rate(model, _rate(spec))
+    if not calls:
+        return "no attention that takes a mask"
+    is_kept = last_seen >= len(spec.blocks) - 1
+    kept = [
+        tokens[is_kept] if tokens.shape[:2] == shape else tokens.flatten(0, 1)
+        for tokens in (dropped[0], masked[0])
+    ]
+    return "yes" if _is_close(*kept) else "no"
+
+
+def _under(
+    mode: SizeWeightedAttention, forward: Callable[..., object], *args: object, **kwargs: object
+) -> object:
+    with mode:
+        return forward(*args, **kwargs)
 
 
 def _merge(model: nn.Module, spec: cropr.ModelSpec, images: Tensor) -> None:
     cropr.apply(model, rate=_rate(spec), merge=True, num_outputs=0, spec=spec)
     try:
-        _outputs(spec.tower, images)
+        _outputs(spec, images)
     finally:
         cropr.remove(model)
 
@@ -125,9 +190,9 @@ def _images_of(spec: cropr.ModelSpec) -> Tensor:
     return torch.randn(2, *spec.image_shape)
 
 
-def _outputs(tower: nn.Module, images: Tensor) -> list[Tensor]:
+def _outputs(spec: cropr.ModelSpec, images: Tensor) -> list[Tensor]:
     torch.manual_seed(1)
-    return [leaf for leaf in tree_leaves(tower(images)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(spec.run(images)) if isinstance(leaf, Tensor)]
 
 
 def _is_close(output: Tensor, expected: Tensor) -> bool:
@@ -145,6 +210,12 @@ def _reason(function: Callable[[], object]) -> str:
 
 def _sentence(error: Exception) -> str:
     return str(error).partition("\n")[0].removeprefix("cropr.apply: ").removeprefix("cropr: ")
+
+
+def untried() -> Iterator[tuple[str, Verdict]]:
+    """Architectures of transformers that are not tried, and what is in the way."""
+    for name, reason in UNTRIED.items():
+        yield name, Verdict(False, f"not tried: {reason}")
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -211,6 +282,10 @@ def main() -> None:
         except TypeError as error:
             verdict = Verdict(False, _sentence(error))
         results.add({"library": library, "name": name, **verdict._asdict()})
+    rows = [("transformers", name) for name, _ in untried() if options.only in name]
+    verdicts = dict(untried())
+    for library, name in results.remaining(rows):
+        results.add({"library": library, "name": name, **verdicts[name]._asdict()})
 
 
 @torch.no_grad()

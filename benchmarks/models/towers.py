@@ -2,6 +2,7 @@
 random weights."""
 
 import importlib
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +48,10 @@ class Tower:
 
 def _class_of(architecture: str, kind: str, name: str) -> Any:
     folder, _, module = architecture.partition("/")
-    return getattr(
-        importlib.import_module(f"transformers.models.{folder}.{kind}_{module or folder}"), name
-    )
+    package = importlib.import_module(f"transformers.models.{folder}")
+    names = (f"{kind}_{module or folder}", f"{kind}_{folder}", module)
+    path = next(name for name in names if importlib.util.find_spec(f"{package.__name__}.{name}"))
+    return getattr(importlib.import_module(f"{package.__name__}.{path}"), name)
 
 
 def _vision(architecture: str, prefix: str, model: str = "VisionModel", **options: Any) -> Tower:
@@ -164,7 +166,14 @@ TOWERS = (
         {},
         False,
     ),
-    _plain("yolos", "Yolos", "ForObjectDetection", image_size=[64, 64], num_detection_tokens=5),
+    _plain(
+        "yolos",
+        "Yolos",
+        "ForObjectDetection",
+        image_size=[64, 64],
+        num_detection_tokens=5,
+        use_mid_position_embeddings=False,  # as yolos-tiny
+    ),
     _vision("mlcd", "MLCD", num_key_value_groups=1),
     Tower(
         "vjepa2",
@@ -215,6 +224,94 @@ TOWERS = (
         {},
         False,
     ),
+    _plain(
+        "eomt_dinov3",
+        "EomtDinov3",
+        "ForUniversalSegmentation",
+        num_blocks=1,
+        num_queries=5,
+        num_labels=3,
+    ),
+    _plain("videomt", "Videomt", "ForUniversalSegmentation", num_blocks=1, num_queries=5),
+    _vision("step3p7", "Step3p7"),
+    _plain(
+        "sapiens2",
+        "Sapiens2",
+        num_first_full_attention_layers=1,
+        num_last_full_attention_layers=1,
+        num_key_value_attention_heads=1,
+    ),
+    _vision("phi4_multimodal", "Phi4Multimodal"),
+    _vision("granite_docling", "GraniteDocling", deepstack_visual_indexes=[1], out_hidden_size=32),
+    Tower("idefics/vision", "IdeficsVisionTransformer", "IdeficsVisionConfig"),
+    Tower(
+        "molmo2",
+        "Molmo2VisionModel",
+        "Molmo2VisionConfig",
+        {
+            **WIDTH,
+            "head_dim": 32,
+            "num_key_value_heads": 2,
+            "image_size": [64, 64],
+            "patch_size": 8,
+        },
+        {},
+        False,
+    ),
+    _vision("gemma4", "Gemma4", head_dim=32, num_key_value_heads=2, pooling_kernel_size=2),
+    _vision("pix2struct", "Pix2Struct", patch_embed_hidden_size=192, d_ff=64, d_kv=32, seq_len=64),
+    _vision("kosmos2_5", "Kosmos2_5", patch_embed_hidden_size=192, head_dim=32),
+    Tower(
+        "bridgetower",
+        "BridgeTowerVisionModel",
+        "BridgeTowerVisionConfig",
+        {"hidden_size": 64, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8},
+        {},
+        False,
+    ),
+    _vision("x_clip", "XCLIP", num_frames=4, mit_num_hidden_layers=1),
+    _vision(
+        "videoprism",
+        "VideoPrism",
+        num_spatial_layers=4,
+        num_temporal_layers=2,
+        num_frames=4,
+        tubelet_size=[1, 8, 8],
+    ),
+    Tower(
+        "lw_detr",
+        "LwDetrViTBackbone",
+        "LwDetrViTConfig",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "pretrain_image_size": 64,
+            "patch_size": 8,
+            "num_windows": 4,
+            "window_block_indices": [0, 2],
+        },
+        {},
+        False,
+    ),
+    Tower(
+        "rf_detr",
+        "RfDetrDinov2Backbone",
+        "RfDetrDinov2Config",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "mlp_ratio": 2,
+            "image_size": 64,
+            "patch_size": 8,
+            "num_windows": 2,
+            "window_block_indexes": [0, 2],
+        },
+        {},
+        False,
+    ),
     _vision("pixtral", "Pixtral"),
     _plain("timesformer", "Timesformer", num_frames=2),
     Tower(
@@ -251,4 +348,60 @@ TOWERS = (
         "GroupViTVisionConfig",
         {"depths": [2, 2], "num_group_tokens": [8, 0], "num_output_groups": [8, 8]},
     ),
+)
+
+# What is in the way of architectures that are not tried.
+_MAPS = "maps (B, H, W, D) and windows between the blocks, as SAM"
+_PACKED = "images of a batch are packed into one row, which cu_seqlens cuts"
+_WITH_TEXT = "patches stand in one row with text, whose length changes"
+UNTRIED = {
+    "sam_hq": _MAPS,
+    "got_ocr2": _MAPS,
+    "deepseek_ocr2": _MAPS,
+    "unlimited_ocr": _MAPS,
+    "sam3": _MAPS,
+    "slanext": _MAPS,
+    "pp_formulanet": _MAPS,
+    "seggpt": "an image and its prompt are maps (B, H, W, D), averaged after a block",
+    "vilt": _WITH_TEXT,
+    "layoutlmv3": _WITH_TEXT,
+    "udop": _WITH_TEXT,
+    "mllama": "tiles stand in one row, each with a class token and padding",
+    "gemma4_unified": "it has no vision tower: patches go to the language model",
+} | dict.fromkeys(
+    (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen2_5_omni",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_omni_moe",
+        "qwen4_exp",
+        "glm4v",
+        "glm4v_moe",
+        "glm_ocr",
+        "glm_image",
+        "glm5_next",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "paddleocr_vl",
+        "kimi_k25",
+        "video_llama_3",
+        "cohere_compass",
+        "cosmos3_edge",
+        "dots3_note",
+        "minimax_m3_vl",
+        "hunyuan_vl",
+        "lfm3_vl",
+        "muse_spark",
+        "muse_glimmer",
+        "hy_v4_vl",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minicpm_ocr",
+        "inkling2",
+    ),
+    _PACKED,
 )

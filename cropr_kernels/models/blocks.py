@@ -245,7 +245,8 @@ class SizeWeightedAttention(TorchFunctionMode):
 
     So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per
     attention. With the positions (B, K) of the active tokens, the mask or bias of an attention is
-    one for all N tokens.
+    one for all N tokens. With num_images the B images of a batch stand in one row, (1, heads, B K,
+    C), and attend apart.
     """
 
     def __init__(
@@ -253,11 +254,13 @@ class SizeWeightedAttention(TorchFunctionMode):
         log_sizes: Tensor | None,
         calls: list[bool] | None = None,
         positions: Tensor | None = None,
+        num_images: int | None = None,
     ) -> None:
         super().__init__()
         self.log_sizes = log_sizes
         self.calls = [] if calls is None else calls
         self.positions = positions
+        self.num_images = num_images
 
     @classmethod
     def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[object]:
@@ -297,6 +300,27 @@ class SizeWeightedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if self.num_images is None:
+            return self._attend_apart(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+        query, key, value = (_unpack(heads, self.num_images) for heads in (query, key, value))
+        output = self._attend_apart(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+        return output.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+    def _attend_apart(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
         if attn_mask is not None and self.positions is not None:
             attn_mask = mask_at(attn_mask, self.positions)
         if self.log_sizes is None:
@@ -310,15 +334,32 @@ class SizeWeightedAttention(TorchFunctionMode):
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-        if is_causal or enable_gqa:
-            raise ValueError(
-                "cropr: causal attention and shared keys cannot weigh tokens by their size"
-            )
-        if attn_mask is None:
-            return proportional_attention(query, key, value, self.log_sizes, dropout_p, scale)
-        bias = self.log_sizes.to(query.dtype)[:, None, None, :]
-        allows = attn_mask.dtype == torch.bool
-        bias = bias.masked_fill(~attn_mask, float("-inf")) if allows else bias + attn_mask
+        log_sizes = self._log_sizes_of(key)
+        if attn_mask is None and not is_causal and not enable_gqa:
+            return proportional_attention(query, key, value, log_sizes, dropout_p, scale)
+        bias = log_sizes.to(query.dtype)[:, None, None, :]
+        if is_causal:
+            attn_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            allows = attn_mask.dtype == torch.bool
+            bias = bias.masked_fill(~attn_mask, float("-inf")) if allows else bias + attn_mask
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale
+            query, key, value, bias, dropout_p, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _log_sizes_of(self, key: Tensor) -> Tensor:
+        """The log_sizes of the keys (B, heads, K, C) of an attention, which may see several rows of
+        the batch at once, as windows."""
+        log_sizes = self.log_sizes
+        if log_sizes is None or log_sizes.numel() != key.shape[0] * key.shape[2]:
+            raise ValueError(
+                f"cropr: attention over {key.shape[2]} keys cannot weigh "
+                f"{0 if log_sizes is None else log_sizes.shape[1]} tokens by their size: it sees "
+                "others too"
+            )
+        return log_sizes.reshape(key.shape[0], key.shape[2])
+
+
+def _unpack(heads: Tensor, num_images: int) -> Tensor:
+    """(1, heads, B K, C) as (B, heads, K, C)."""
+    return heads[0].unflatten(1, (num_images, -1)).transpose(0, 1)

@@ -2,7 +2,7 @@
 the output is read."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .probing import Args, BlockCall, Forward, Layout
+from .probing import Args, BlockCall, Forward, Layout, ProbeError
+from .token_format import tokens_of
 
 Pooling = Literal["token", "average", "other"]
 
@@ -26,24 +27,37 @@ class HeadReads:
     needs_map: bool  # it fails without all patches
     # The module that reads the tokens after the last block and returns (B, N, D)
     norm: nn.Module | None
-    map_layers: tuple[int, ...]  # blocks whose output it reads past the next block
+    map_layers: tuple[int, ...]  # blocks whose output it reads past the next block, or by hooks
     num_classes: int
 
 
 @contextmanager
-def _returning(calls: list[BlockCall], outputs: list[Tensor]) -> Iterator[None]:
-    """Let each block return chosen tokens, whatever enters it."""
-    forwards = [vars(call.block).get("forward") for call in calls]
+def _returning(
+    calls: list[BlockCall], outputs: list[Tensor], hooked: Tensor | None = None
+) -> Iterator[None]:
+    """Let each block return chosen tokens (B, N, D), whatever enters it; hooks on the last one see
+    other tokens, `hooked`."""
+    seen = outputs if hooked is None else [*outputs[:-1], hooked]
+    output = calls[-1].with_tokens(outputs[-1])
+    with ExitStack() as stack:
+        for call, tokens in zip(calls, seen):
+            stack.enter_context(_returning_as_is(call.block, call.with_tokens(tokens)))
+        handle = calls[-1].block.register_forward_hook(partial(_constant, output))
+        stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _returning_as_is(block: nn.Module, output: object) -> Iterator[None]:
+    """Let a block return an output, whatever enters it."""
+    forward = vars(block).get("forward")
+    block.forward = partial(_constant, output)  # type: ignore[method-assign]
     try:
-        for call, tokens in zip(calls, outputs):
-            output = call.with_tokens(tokens)
-            call.block.forward = partial(_constant, output)  # type: ignore[method-assign]
         yield
     finally:
-        for call, forward in zip(calls, forwards):
-            del call.block.forward
-            if forward is not None:
-                call.block.forward = forward  # type: ignore[method-assign]
+        del block.forward
+        if forward is not None:
+            block.forward = forward  # type: ignore[method-assign]
 
 
 def _constant(value: object, *args: object, **kwargs: object) -> object:
@@ -61,6 +75,9 @@ def read_head(
         images: (1, C, H, W).
         calls: of its blocks.
         layout: of its tokens.
+
+    Raises:
+        ProbeError: its output mixes the images of a batch.
     """
     prefix = layout.num_prefix
     if images.is_meta:  # nothing to compare
@@ -70,39 +87,47 @@ def read_head(
     # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, 4 in what all earlier
     # blocks return.
     count = 5
-    last = calls[-1].tokens[:1].repeat(count, 1, 1)
-    last[2, 0] = last[2, 0].roll(1)
-    last[3, -1] = last[3, -1].roll(1)
-    with _returning(calls, [*(_varied(call, count, 4) for call in calls[:-1]), last]):
+    num_rows = layout.num_rows
+    last = calls[-1].tokens.repeat(count, 1, 1)
+    last[2 * num_rows, 0] = last[2 * num_rows, 0].roll(1)
+    last[3 * num_rows, -1] = last[3 * num_rows, -1].roll(1)
+    varied = [_varied(call, count, 4) for call in calls]
+    with _returning(calls, [*varied[:-1], last], varied[-1]):
         output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
     pooled = pooled_output(output)
     leaves = _leaves(output, count)
+    if pooled is not None and len(pooled) % count:
+        raise ProbeError(f"{count} images become {len(pooled)} outputs")
+    if pooled is not None and num_rows > 1:
+        pooled = pooled.unflatten(0, (count, -1))
     reads_patches = pooled is not None and _differs(pooled, 3)
     returns_tokens = any(_differs(leaf, 3) for leaf in leaves)
     class_token = prefix > 0 and (pooled is None or _differs(pooled, 2))
     map_layers: list[int] = []
     # As after a ReLU: it may read all
     if not any(_differs(leaf, row) for leaf in leaves for row in (2, 3, 4)):
-        map_layers = list(range(len(calls) - 1))
+        map_layers = list(range(len(calls)))
     elif any(_differs(leaf, 4) for leaf in leaves):
         map_layers = [
-            layer for layer in range(len(calls) - 1) if _reads_map(layer, forward, images, calls)
+            layer for layer in range(len(calls)) if _reads_map(layer, forward, images, calls)
         ]
     norm = _module_after(model, forward, images, calls)
     pooling: Pooling = "token"
-    needs_map = False
-    half = prefix + (calls[0].x.shape[1] - prefix + 1) // 2
-    fewer = [call.tokens[:1, :half] for call in calls]
+    without = None
+    # One patch less is no rectangle
+    num_fewer = max(calls[0].x.shape[1] - 1, prefix + 1)
+    fewer = [call.tokens[:, :num_fewer] for call in calls]
     try:
         with _returning(calls, fewer):
-            without = pooled_output(forward(images))
-    except (RuntimeError, ValueError, TypeError, IndexError):
+            output_of_fewer = forward(images)
+        without = pooled_output(output_of_fewer)
+        needs_map = _reshapes(output_of_fewer, forward(images))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         needs_map = True
-        without = None
     if reads_patches and not needs_map:
         pooling = (
             "average"
-            if _averages(norm, forward, images, calls, (prefix, half), without)
+            if _averages(norm, forward, images, calls, (prefix, num_fewer), without)
             else "other"
         )
     elif reads_patches:
@@ -118,29 +143,47 @@ def read_head(
     )
 
 
+def _reshapes(output: object, full: object) -> bool:
+    """Tell whether fewer tokens change the shape of a map (B, D, height, width) in an output."""
+    pairs = zip(tree_leaves(output), tree_leaves(full))
+    return any(
+        isinstance(leaf, Tensor) and leaf.ndim > 3 and leaf.shape != other.shape
+        for leaf, other in pairs
+    )
+
+
 def _varied(call: BlockCall, count: int, row: int) -> Tensor:
-    """The tokens that a block returned for image 0, count times, and others in one row."""
-    tokens = call.tokens[:1].repeat(count, 1, 1)
+    """The tokens that a block returned for an image, count times, and others in one of these."""
+    tokens = call.tokens.repeat(count, 1, 1).unflatten(0, (count, -1))
     tokens[row] = tokens[row].roll(1, -1)
-    return tokens
+    return tokens.flatten(0, 1)
 
 
 def _leaves(output: object, count: int) -> list[Tensor]:
-    """The tensors (count, ...) of an output, without those that are random: image 1 is as image
+    """The tensors of an output as (count, ...), without those that are random: image 1 is as image
     0."""
-    leaves = [
-        leaf
-        for leaf in tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,)
-    ]
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    leaves: list[Tensor] = []
+    for tensor in tensors:
+        # Maps of all blocks in one tensor are (blocks, B, N, D); tokens of all images (B N, D)
+        dim = next((i for i, size in enumerate(tensor.shape[:2]) if size == count), None)
+        if dim is not None:
+            leaves.append(tensor.movedim(dim, 0))
+        elif tensor.ndim and tensor.shape[0] % count == 0:
+            leaves.append(tensor.unflatten(0, (count, -1)))
     return [leaf for leaf in leaves if not _differs(leaf, 1)]
 
 
 def _reads_map(layer: int, forward: Forward, images: Tensor, calls: list[BlockCall]) -> bool:
-    """Tell whether the output depends on what one block returns, whatever the last one does."""
-    outputs = [call.tokens[:1].expand(3, -1, -1) for call in calls]
-    outputs[layer] = _varied(calls[layer], 3, 2)
-    with _returning(calls, outputs):
+    """Tell whether the output depends on what one block returns, whatever the last one does; of
+    the last one, on what its hooks see."""
+    outputs = [call.tokens.repeat(3, 1, 1) for call in calls]
+    hooked = outputs[-1]
+    if layer == len(calls) - 1:
+        hooked = _varied(calls[layer], 3, 2)
+    else:
+        outputs[layer] = _varied(calls[layer], 3, 2)
+    with _returning(calls, outputs, hooked):
         output = forward(images.repeat(3, *[1] * (images.ndim - 1)))
     return any(_differs(leaf, 2) for leaf in _leaves(output, 3))
 
@@ -176,7 +219,8 @@ def _module_after(
 ) -> nn.Module | None:
     """Return the module that reads the tokens after the last block, and returns as many, if there
     is one."""
-    tokens = calls[-1].tokens[:1].clone()
+    last = calls[-1].with_tokens(calls[-1].tokens.clone())
+    tokens = tokens_of(last)
     found: list[nn.Module] = []
 
     def after(module: nn.Module, args: Args, output: object) -> None:
@@ -192,7 +236,10 @@ def _module_after(
     candidates = [module for module in model.modules() if id(module) not in blocks]
     handles = [module.register_forward_hook(after) for module in candidates]
     try:
-        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
+        with (
+            _returning(calls[:-1], [call.tokens for call in calls[:-1]]),
+            _returning_as_is(calls[-1].block, last),
+        ):
             forward(images)
     finally:
         for handle in handles:
@@ -209,20 +256,24 @@ def _averages(
     without: Tensor | None,
 ) -> bool:
     """Tell whether tokens that are the mean of the patches before them count as none."""
-    tokens = calls[-1].tokens[:1].clone()
+    tokens = calls[-1].tokens.clone()
+    token_format = calls[-1].token_format
 
     def level(module: nn.Module | None, args: Args, output: Tensor) -> Tensor:
         start, stop = patches
-        mean = output[:, start:stop].mean(1, keepdim=True)
-        return torch.cat([output[:, :stop], mean.expand(-1, output.shape[1] - stop, -1)], 1)
+        x = token_format.prefix_first(output)
+        mean = x[:, start:stop].mean(1, keepdim=True)
+        return token_format.in_place(
+            torch.cat([x[:, :stop], mean.expand(-1, x.shape[1] - stop, -1)], 1)
+        )
 
     handle = None
     if norm is None:
-        tokens = level(norm, (), tokens)
+        tokens = token_format.prefix_first(level(norm, (), token_format.in_place(tokens)))
     else:
         handle = norm.register_forward_hook(level)
     try:
-        with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [tokens]):
+        with _returning(calls, [call.tokens for call in calls[:-1]] + [tokens]):
             pooled = pooled_output(forward(images))
     finally:
         if handle is not None:

@@ -8,57 +8,81 @@ patches, and the corners of an image tell the grid.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .token_format import BATCH_FIRST, TokenFormat, tokens_of
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 Forward = Callable[[Tensor], object]  # images -> output of the model
 
 
+_TOLERANCE = 1e-3  # of the largest update
+
+
 class ProbeError(ValueError):
     """A model is not one that can be pruned; the message is the reason."""
+
+
+class ForwardError(ProbeError):
+    """A model does not take an example."""
 
 
 class BlockCall(NamedTuple):
     """One call of a block."""
 
     block: nn.Module
-    x: Tensor  # (B, N, D), its tokens
+    argument: object  # the tokens as the model passes them
     args: Args  # the other arguments
     kwargs: Kwargs
     output: object
+    token_format: TokenFormat = BATCH_FIRST
+
+    @property
+    def x(self) -> Tensor:
+        """The tokens (B, N, D) that it took."""
+        return self.token_format.decode(self.argument)
 
     @property
     def tokens(self) -> Tensor:
-        """The tokens that it returned."""
-        return tokens_of(self.output)
+        """The tokens (B, N, D) that it returned."""
+        return self.token_format.decode(self.output)
 
     def with_tokens(self, tokens: Tensor) -> object:
-        """Return the output with other tokens."""
-        return (tokens, *self.output[1:]) if isinstance(self.output, tuple) else tokens
+        """Return the output with other tokens (B, N, D)."""
+        return self.token_format.encode(tokens, self.output)
+
+    def is_close(self, output: Tensor, expected: Tensor) -> bool:
+        """Tell whether outputs of the block differ by no more than rounding, beside what it
+        adds."""
+        is_exact = output.dtype in (torch.float32, torch.float64)
+        tolerance = _TOLERANCE if is_exact else 30 * _TOLERANCE
+        difference = (output - expected).float().abs().max()
+        return bool(difference <= tolerance * (self.tokens - self.x).float().abs().max())
+
+    def run(self, x: Tensor, args: Args, kwargs: Kwargs, *, in_row: bool = False) -> Tensor:
+        """Run the block on other tokens x (B, K, D), in one row or not, and return those that it
+        returns."""
+        argument = self.token_format.encode(x, self.argument, in_row=in_row)
+        output = self.block(argument, *args, **kwargs)
+        return self.token_format.decode(output, len(x) if in_row else None)
 
 
 @dataclass(frozen=True)
 class Layout:
     """The tokens that enter the first block."""
 
-    num_prefix: int  # P, first tokens that are no patches
+    token_format: TokenFormat
+    num_prefix: int  # P, tokens that are no patches
     # Patches in height and width; of a video, those of its frames below each other
     grid: tuple[int, int]
     frames: int
     in_order: bool  # patches stand in the order of the rows of the image
-
-
-def tokens_of(output: object) -> Tensor:
-    """Return the tokens in the output of a block."""
-    tokens = output[0] if isinstance(output, tuple) else output
-    if not isinstance(tokens, Tensor):
-        raise ProbeError(f"a block returns {type(output).__name__}")
-    return tokens
+    num_rows: int = 1  # rows of a batch that hold the tokens of one image, as frames or windows
 
 
 @contextmanager
@@ -86,12 +110,19 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+class Chain(NamedTuple):
+    """The blocks that can be pruned, and the number of their kind that cannot."""
+
+    calls: list[BlockCall]
+    num_apart: int  # after other modules, or not called
+
+
+def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> Chain:
     """Return the calls of the blocks of a model in one forward.
 
     Raises:
-        ProbeError: no two modules of a class are called one after the other, or others of their
-            list are not.
+        ProbeError: no two modules of a class are called one after the other, or as many others of
+            their kind are not.
     """
     calls = _record_calls(model, forward, images)
     chain: list[BlockCall] = []
@@ -104,32 +135,31 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
             "no two blocks are called one after the other, each with the tokens (B, N, D) that "
             "the one before returned"
         )
-    blocks = [call.block for call in chain]
-    width = chain[0].x.shape[2]
-    apart = [
-        call for call in calls if type(call.block) is type(blocks[0]) and call.block not in blocks
-    ]
-    if any(call.x.shape[2] == width for call in apart):
+    num_apart = _count_apart(model, calls, chain)
+    if num_apart >= len(chain):
         raise ProbeError(
-            f"{len(apart)} blocks run apart from a list of {len(blocks)}, as in stages or branches"
+            f"{num_apart} blocks run apart from a list of {len(chain)}, as in stages or branches"
         )
+    x = tokens_of(chain[0].argument)
+    token_format = TokenFormat(
+        sequence_first=x.shape[0] > 1 and x.shape[1] == 1,
+        in_list=isinstance(chain[0].argument, list),
+    )
+    return Chain([call._replace(token_format=token_format) for call in chain], num_apart)
+
+
+def _count_apart(model: nn.Module, calls: list[BlockCall], chain: list[BlockCall]) -> int:
+    """Count the blocks of the class and the width of a chain, or of its list, that stand outside
+    it."""
+    blocks = {call.block for call in chain}
+    block_class = type(chain[0].block)
+    width = tokens_of(chain[0].argument).shape[2]
+    apart = {call.block for call in calls if tokens_of(call.argument).shape[2] == width}
     for container in model.modules():
-        children = list(container.children())
-        if isinstance(container, nn.ModuleList | nn.Sequential) and any(
-            child in blocks for child in children
-        ):
-            others = [
-                child
-                for child in children
-                if type(child) is type(blocks[0]) and child not in blocks
-            ]
-            if others:
-                raise ProbeError(
-                    "something else than the tokens of the block before goes into block "
-                    f"{len(blocks)} of "
-                    f"{len(blocks) + len(others)}"
-                )
-    return chain
+        children = set(container.children())
+        if isinstance(container, nn.ModuleList | nn.Sequential) and blocks & children:
+            apart |= children
+    return sum(type(block) is block_class for block in apart - blocks)
 
 
 def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
@@ -146,13 +176,14 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 
     def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         start = started[module].pop()
-        x, args, kwargs = split_tokens(args, kwargs)
-        tokens = output[0] if isinstance(output, tuple) and output else output
-        if x is None or not isinstance(tokens, Tensor) or tokens.shape != x.shape:
+        argument, args, kwargs = split_tokens(args, kwargs)
+        tokens = output[0] if isinstance(output, tuple | list) and output else output
+        if argument is None or not isinstance(tokens, Tensor):
             return
+        x = tokens_of(argument)
         # Else it changes the class token only
-        if x.is_meta or not torch.equal(tokens[:, -1], x[:, -1]):
-            calls.append((start, BlockCall(module, x, args, kwargs, output)))
+        if tokens.shape == x.shape and (x.is_meta or not torch.equal(tokens[:, -1], x[:, -1])):
+            calls.append((start, BlockCall(module, argument, args, kwargs, output)))
 
     handles = []
     for module in model.modules():
@@ -162,7 +193,7 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
     try:
         forward(images)
     except Exception as error:
-        raise ProbeError(
+        raise ForwardError(
             f"a forward of {tuple(images.shape)} fails: {error}; for other images give it "
             "cropr.apply(model, spec=cropr.find_spec(model, images))"
         ) from error
@@ -175,21 +206,21 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
 
 
-def split_tokens(args: Args, kwargs: Kwargs) -> tuple[Tensor | None, Args, Kwargs]:
-    """Return the tokens (B, N, D) among the arguments of a block, if any, and the other
-    arguments."""
+def split_tokens(args: Args, kwargs: Kwargs) -> tuple[object | None, Args, Kwargs]:
+    """Return the tokens among the arguments of a block, a tensor of three dimensions or a list of
+    one, if any, and the other arguments."""
     if args:
-        first = args[0]
-        return (
-            (first, args[1:], kwargs)
-            if isinstance(first, Tensor) and first.ndim == 3
-            else (None, args, kwargs)
-        )
+        return (args[0], args[1:], kwargs) if _is_tokens(args[0]) else (None, args, kwargs)
     for name in TOKEN_ARGUMENTS:
-        value = kwargs.get(name)
-        if isinstance(value, Tensor) and value.ndim == 3:
-            return value, args, {key: kwargs[key] for key in kwargs if key != name}
+        if _is_tokens(kwargs.get(name)):
+            return kwargs[name], args, {key: kwargs[key] for key in kwargs if key != name}
     return None, args, kwargs
+
+
+def _is_tokens(value: object) -> bool:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return isinstance(value, Tensor) and value.ndim == 3
 
 
 def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
@@ -197,7 +228,9 @@ def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
     one returned."""
     chain = [calls[start]]
     for call in calls[start + 1 :]:
-        if type(call.block) is type(chain[0].block) and _is_same(call.x, chain[-1].tokens):
+        if type(call.block) is type(chain[0].block) and _is_same(
+            tokens_of(call.argument), tokens_of(chain[-1].output)
+        ):
             chain.append(call)
     return chain
 
@@ -217,59 +250,72 @@ class _Stop(Exception):
     """The first block was reached."""
 
 
-def find_layout(block: nn.Module, forward: Forward, images: Tensor) -> Layout:
+def find_layout(call: BlockCall, forward: Forward, images: Tensor) -> Layout:
     """Find prefix and grid of the tokens that enter the first block.
 
     Args:
-        block: the first one.
+        call: of the first block.
         forward: runs the model.
-        images: (1, ..., H, W): images (1, C, H, W), videos (1, frames, C, H, W) or spectrograms (1,
-            H, W).
+        images: an image (1, C, H, W), a video (1, frames, C, H, W), or a spectrogram (1, H, W).
 
     Raises:
-        ProbeError: the tokens that are no patches do not stand first, or the patches form no grid.
+        ProbeError: images are packed, or tokens that are no patches stand between patches.
     """
-    x = _first_tokens(block, forward, torch.cat([images, torch.randn_like(images)]))
-    if len(x) != 2:
+    x = _first_tokens(call, forward, torch.cat([images, torch.randn_like(images)]))
+    num_rows = len(call.x)
+    if len(x) != 2 * num_rows:
         raise ProbeError(
             f"a batch of 2 images becomes {tuple(x.shape)} tokens: images are packed, or split "
             "into tiles"
         )
-    is_patch = (x[0] != x[1]).any(-1)
-    num_patches = int(is_patch.sum())
-    num_prefix = len(is_patch) - num_patches
+    is_patch = (x[0] != x[num_rows]).any(-1)
+    patches = is_patch.nonzero().flatten()
+    num_patches = len(patches)
     if not num_patches:
         raise ProbeError("no token that enters the first block depends on the image")
-    if not is_patch[num_prefix:].all():
-        raise ProbeError(
-            f"{num_prefix} of {len(is_patch)} tokens are no patches, and do not all stand before "
-            "these"
+    first, last = int(patches[0]), int(patches[-1])
+    if last - first + 1 != num_patches:
+        raise ProbeError("tokens that are no patches stand between these")
+    after = len(is_patch) - 1 - last
+    token_format = replace(call.token_format, around=(first, after) if after else None)
+    num_prefix = first + after
+    call = call._replace(token_format=token_format)
+    corners = _corner_tokens(call, forward, images, num_patches)
+    grid = _grid_of(corners, num_patches)
+    if grid is not None:
+        rows, columns = grid
+        num_patch_rows = num_patches // columns
+        return Layout(
+            token_format,
+            num_prefix,
+            (num_patch_rows, columns),
+            num_patch_rows // rows,
+            num_rows == 1,
+            num_rows,
         )
-    first, right, below, last = _corner_tokens(block, forward, images, num_prefix, num_patches)
-    # Rows of the image, or its columns
+    height, width = images.shape[-2:]
+    widest = max(round(math.sqrt(num_patches * width / height)), 1)
+    columns = next(count for count in range(widest, 0, -1) if num_patches % count == 0)
+    grid = num_patches // columns, columns
+    return Layout(token_format, num_prefix, grid, 1, False, num_rows)
+
+
+def _grid_of(corners: tuple[int, int, int, int], num_patches: int) -> tuple[int, int] | None:
+    """The patches of a frame in height and width, from those at its corners; None if they stand in
+    another order than its rows or its columns."""
+    first, right, below, last = corners
     for columns, rows in ((right + 1, below), (below + 1, right)):
-        per_frame = rows + columns
         if (
             first == 0
             and last == num_patches - 1
             and rows % columns == 0
-            and num_patches % per_frame == 0
+            and num_patches % (rows + columns) == 0
         ):
-            return Layout(
-                num_prefix, (num_patches // columns, columns), num_patches // per_frame, True
-            )
-    height, width = images.shape[-2:]
-    columns = max(round(math.sqrt(num_patches * width / height)), 1)
-    if num_patches % columns:
-        raise ProbeError(
-            f"{num_patches} patches form no grid for an image of {height} x {width} px"
-        )
-    return Layout(num_prefix, (num_patches // columns, columns), 1, False)
+            return rows // columns + 1, columns
+    return None
 
 
-def layout_of_shapes(
-    tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module
-) -> Layout:
+def layout_of_shapes(tower: nn.Module, forward: Forward, images: Tensor, call: BlockCall) -> Layout:
     """The layout of tokens without values (meta device): the prefix is what the grid of a
     convolution leaves.
 
@@ -285,7 +331,7 @@ def layout_of_shapes(
         for module in convolutions
     ]
     try:
-        num_tokens = _first_tokens(block, forward, images).shape[1]
+        num_tokens = _first_tokens(call, forward, images).shape[1]
     finally:
         for handle in handles:
             handle.remove()
@@ -293,17 +339,20 @@ def layout_of_shapes(
         raise ProbeError("its parameters are on the meta device, and no convolution shows its grid")
     rows = math.prod(grids[-1][:-1])
     columns = grids[-1][-1]
-    return Layout(num_tokens - rows * columns, (rows, columns), rows // grids[-1][-2], True)
+    num_prefix = num_tokens - rows * columns
+    frames = rows // grids[-1][-2]
+    return Layout(call.token_format, num_prefix, (rows, columns), frames, True)
 
 
 def _corner_tokens(
-    block: nn.Module, forward: Forward, images: Tensor, num_prefix: int, num_patches: int
+    call: BlockCall, forward: Forward, images: Tensor, num_patches: int
 ) -> tuple[int, int, int, int]:
     """Return the patches that change most with the corners: top left, right and below, and the last
     of the last frame.
 
     The first three are of the first frame.
     """
+    num_rows = len(call.x)
     side = max(int(math.sqrt(math.prod(images.shape[-2:]) / num_patches)), 1)
     corners = images.repeat(5, *[1] * (images.ndim - 1))
     start = slice(None, side)
@@ -313,24 +362,22 @@ def _corner_tokens(
     ):
         frames = corners[i]
         if images.ndim == 5:
-            frames = frames[-1] if i == 4 else frames[0]
+            frames = frames[-1] if i == 4 and num_rows == 1 else frames[0]
         frames[..., rows, columns].normal_(std=3)
-    x = _first_tokens(block, forward, corners)[:, num_prefix:].float()
+    x = _first_tokens(call, forward, corners)[::num_rows, -num_patches:].float()
     first, right, below, last = (x[1:] - x[:1]).norm(dim=-1).argmax(1).tolist()
     return first, right, below, last
 
 
-def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:
+def _first_tokens(call: BlockCall, forward: Forward, images: Tensor) -> Tensor:
     """Return the tokens (B, N, D) that enter the first block."""
-    entered: list[Tensor] = []
+    entered: list[object] = []
 
     def stop(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        x, _, _ = split_tokens(args, kwargs)
-        if x is not None:
-            entered.append(x)
+        entered.append(split_tokens(args, kwargs)[0])
         raise _Stop
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = call.block.register_forward_pre_hook(stop, with_kwargs=True)
     state = torch.random.get_rng_state()
     try:
         forward(images)
@@ -339,11 +386,11 @@ def _first_tokens(block: nn.Module, forward: Forward, images: Tensor) -> Tensor:
     finally:
         handle.remove()
         torch.random.set_rng_state(state)
-    return entered[0]
+    return call.token_format.decode(entered[0])
 
 
 def pixels_entered(
-    tower: nn.Module, forward: Forward, images: Tensor, block: nn.Module, layout: Layout
+    tower: nn.Module, forward: Forward, images: Tensor, call: BlockCall, layout: Layout
 ) -> tuple[nn.Module, nn.Module | None]:
     """Return the innermost module that takes the images and runs the blocks, and the projection to
     patches, if any.
@@ -352,7 +399,9 @@ def pixels_entered(
     width).
     """
     owners = [
-        module for module in tower.modules() if any(child is block for child in module.modules())
+        module
+        for module in tower.modules()
+        if any(child is call.block for child in module.modules())
     ]
     inner = [tower]
     projections: list[nn.Module] = []
@@ -376,7 +425,7 @@ def pixels_entered(
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in owners]
     handles += [module.register_forward_hook(after) for module in tower.modules()]
     try:
-        _first_tokens(block, forward, images)
+        _first_tokens(call, forward, images)
     finally:
         for handle in handles:
             handle.remove()

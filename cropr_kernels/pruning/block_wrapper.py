@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.adapters import Submodule
-from ..models.adapters.structure import ROTARY_TABLES, select_arguments
+from ..models.arguments import ROTARY_TABLES, Selection, has_tensors, select_arguments
 from ..models.blocks import Rotary, SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
+from ..models.token_format import tokens_of
 from .engine import run_engine
 from .masks import level_padding
 from .state import PruningModules, PruningOptions, PruningState
@@ -32,7 +33,8 @@ class BlockInputs(NamedTuple):
 
     log_sizes: Tensor | None  # (B, K), for its attention
     positions: Tensor | None  # (B, K), at which its attention has a bias
-    tokens: Tensor | None  # (B, K, D), in place of the map that the model carries
+    num_images: int | None  # B, if they stand in one row
+    tokens: object | None  # in place of the map that the model carries
     full_map: Callable[[Tensor], Tensor] | None  # of its output, for who reads it
 
 
@@ -53,7 +55,7 @@ class WrappedBlock:
         if isinstance(x, torch.fx.Proxy):
             return _trace_call(cast(nn.Module, self), x, tuple(others), kwargs)
         forward = super().__call__  # type: ignore[misc]
-        return run_block(*self.cropr_layer, forward, cast(Tensor, x), tuple(others), kwargs)
+        return run_block(*self.cropr_layer, forward, x, tuple(others), kwargs)
 
     def forward(
         self, *args: object, cropr_inputs: BlockInputs | None = None, **kwargs: object
@@ -62,20 +64,30 @@ class WrappedBlock:
         again."""
         if cropr_inputs is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if cropr_inputs.tokens is not None:
-            args = (cropr_inputs.tokens, *args[1:])
+        token_format = self.cropr_layer[0].spec.token_format
+        argument, *others = (
+            args if cropr_inputs.tokens is None else (cropr_inputs.tokens, *args[1:])
+        )
+        num_images = cropr_inputs.num_images
+        if num_images is not None:
+            x = token_format.decode(argument)
+            argument = token_format.encode(x, argument, in_row=True)
         attention_calls: list[bool] = []
-        with SizeWeightedAttention(cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions):
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        with SizeWeightedAttention(
+            cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions, num_images
+        ):
+            output = super().forward(argument, *others, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
                 "cropr: merging and padding need attention by scaled_dot_product_attention or by "
                 "a softmax over "
                 f"(B, heads, N, N), and {self.cropr_base.__name__} has none"
             )
+        if num_images is not None:
+            output = token_format.encode(token_format.decode(output, num_images), output)
         if cropr_inputs.full_map is None:
             return output
-        return _with_tokens(output, cropr_inputs.full_map(_tokens_of(output)))
+        return token_format.encode(cropr_inputs.full_map(token_format.decode(output)), output)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -139,27 +151,28 @@ def run_block(
     modules: PruningModules,
     layer: int,
     block: Callable[..., object],
-    x: Tensor,
+    argument: object,
     args: Args,
     kwargs: Kwargs,
 ) -> object:
     """Run block `layer` on the active tokens, and return its output without those that are pruned
     after it."""
     context = modules.context
+    token_format = modules.spec.token_format
     options = context.options or PruningOptions()
     if options.observe is not None:
-        output = block(x, *args, **kwargs)
-        options.observe(layer, _tokens_of(output))
+        output = block(argument, *args, **kwargs)
+        options.observe(layer, token_format.decode(output))
         return output
     if layer == 0:
         modules.require_same_blocks()
+        x = token_format.decode(argument)
         context.state = PruningState(context.modules or modules, x, options, context.grid)
         context.grid = None  # while an export traces, of symbols that nothing may keep
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
-            return _engine_output(
-                modules, run_engine(context.state, x, _rotary(context.state, kwargs))
-            )
+            tokens = run_engine(context.state, x, _rotary(context.state, kwargs))
+            return _engine_output(modules, token_format.encode(tokens, argument))
     state = context.state
     if state is None or layer != state.next_layer:
         raise RuntimeError(
@@ -169,76 +182,87 @@ def run_block(
         )
     state.next_layer += 1
     output = (
-        _engine_output(modules, x)
+        _engine_output(modules, argument)
         if state.done
-        else _run_and_prune(state, layer, block, x, args, kwargs)
+        else _run_and_prune(state, layer, block, argument, args, kwargs)
     )
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
             if modules.spec.norm is None:
-                output = _with_tokens(output, fill_padding(modules, _tokens_of(output)))
+                tokens = fill_padding(modules, tokens_of(output))
+                output = token_format.encode(token_format.decode(tokens), output)
         if context.options is None:  # nobody reads the state
             context.state = None
     return output
 
 
-def _engine_output(modules: PruningModules, x: Tensor) -> object:
+def _engine_output(modules: PruningModules, argument: object) -> object:
     """Return the tokens as the blocks do."""
     count = modules.spec.block_outputs
-    return (x, *[None] * (count - 1)) if count else x
+    return (argument, *[None] * (count - 1)) if count else argument
 
 
 def fill_padding(modules: PruningModules, x: Tensor) -> Tensor:
-    """Replace padding by the mean of the image's patches, for heads that average over patches x (B,
-    K, D)."""
+    """Replace padding by the mean of the image's patches, for heads that average over patches, in
+    the tokens x of the model."""
     context = modules.context
     padding = context.padding
     context.padding = None
-    return x if padding is None else level_padding(x, padding, modules.spec.num_prefix)
+    if padding is None:
+        return x
+    token_format = modules.spec.token_format
+    tokens = level_padding(token_format.decode(x), padding, modules.spec.num_prefix)
+    return tokens_of(token_format.encode(tokens, x))
 
 
 def _run_and_prune(
     state: PruningState,
     layer: int,
     block: Callable[..., object],
-    x: Tensor,
+    argument: object,
     args: Args,
     kwargs: Kwargs,
 ) -> object:
     modules = state.modules
-    args, kwargs = _select_active(state, layer, args, kwargs)
+    spec = modules.spec
+    token_format = spec.token_format
+    positions = state.positions
+    if positions is not None:
+        positions = token_format.positions_in_place(positions, state.num_tokens)
+    args, kwargs = _select_active(state, layer, positions, args, kwargs)
     log_sizes = state.log_sizes()
-    tokens = state.active  # x is the map that the model carries, or that of the block before
-    if tokens is None:
-        x = state.before_block(layer, x)
+    if log_sizes is not None:
+        log_sizes = token_format.in_place(log_sizes)
+    tokens: object | None = None
+    if state.active is not None:  # the argument is the map that the model carries
+        tokens = token_format.encode(state.active, argument)
+    elif modules.config.windows is not None:
+        argument = state.before_block(layer, token_format.decode(argument))
+    packs = positions is not None and spec.argument_rule.packed_axis is not None
     is_read = layer in state.options.maps
-    positions = state.positions if modules.spec.has_bias else None
-    if is_read or any(value is not None for value in (log_sizes, positions, tokens)):
+    biased = positions if spec.has_bias else None
+    if is_read or packs or any(value is not None for value in (log_sizes, biased, tokens)):
         kwargs["cropr_inputs"] = BlockInputs(
-            log_sizes, positions, tokens, state.full_map if is_read else None
+            log_sizes,
+            biased,
+            state.num_images if packs else None,
+            tokens,
+            state.full_map if is_read else None,
         )
     if modules.recompute and modules.training:
-        output: object = checkpoint(block, x, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
+        output: object = checkpoint(block, argument, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
     else:
-        output = block(x, *args, **kwargs)
+        output = block(argument, *args, **kwargs)
+    active = token_format.decode(output)
     if not state.options.maps:
-        return _with_tokens(output, state.after_block(layer, _tokens_of(output)))
-    active = _tokens_of(output)
+        return token_format.encode(state.after_block(layer, active), output)
     if is_read and state.positions is not None:
         active = torch.ops.cropr.gather(active, state.positions)
     state.active = state.after_block(layer, active)
-    return (
-        _with_tokens(output, state.active) if layer == state.last_layer or not is_read else output
-    )
-
-
-def _with_tokens(output: object, tokens: Tensor) -> object:
-    return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-
-def _tokens_of(output: object) -> Tensor:
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    if layer == state.last_layer or not is_read:
+        return token_format.encode(state.active, output)
+    return output
 
 
 def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> bool:
@@ -259,8 +283,7 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
-    arguments = [*args, *(value for name, value in kwargs.items() if name not in ROTARY_TABLES)]
-    return not any(isinstance(value, Tensor) for value in arguments) and modules.engine_is_clear()
+    return not has_tensors(args, kwargs) and modules.engine_is_clear()
 
 
 def _exporting() -> bool:
@@ -280,10 +303,12 @@ def _rotary(state: PruningState, kwargs: Kwargs) -> Rotary | None:
 
 
 def _select_active(
-    state: PruningState, layer: int, args: Args, kwargs: Kwargs
+    state: PruningState, layer: int, positions: Tensor | None, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
     """Reduce rotary tables and masks among a block's arguments to the rows of the active tokens."""
-    if state.modules.spec.has_bias or (state.positions is None and state.config.windows is None):
+    spec = state.modules.spec
+    if spec.has_bias or (positions is None and state.config.windows is None):
         return args, dict(kwargs)
-    block = state.modules.spec.blocks[layer]
-    return select_arguments(block, args, kwargs, state.positions, partial(state.rotary_rows, layer))
+    rows = partial(state.rotary_rows, layer, positions)
+    selection = Selection(positions, state.num_tokens, state.num_prefix, rows, spec.argument_rule)
+    return select_arguments(spec.blocks[layer], args, kwargs, selection)

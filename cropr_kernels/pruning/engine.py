@@ -110,7 +110,7 @@ def _run_blocks(
         active_rotary = None if rotary is None else rotary._replace(idx=idx)
         update = parts.attend(getattr(block, parts.attn), h, active_rotary, log_sizes)
         h = ops.add_norm_(x, idx, update, gamma1, *norm2)
-        update = getattr(block, parts.mlp)(h)
+        update = parts.run_mlp(block, h)
         if layer == state.last_layer:
             ops.add_(x, idx, update, gamma2)
             break

@@ -1,5 +1,7 @@
 """Maps of pruning and merging over the patch grid."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +33,10 @@ def pruning_map(
         TypeError: the model is not pruned.
         ValueError: a mask does not fit.
     """
-    tower = require_pruned(model, "cropr.pruning_map").spec.tower
+    spec = require_pruned(model, "cropr.pruning_map").spec
     warn_of_random_queries(model, "cropr.pruning_map", 4)
     options = PruningOptions(protect=protect, padding=padding)
-    _, state = run(model, lambda: tower(images, **kwargs), options)
+    _, state = run(model, lambda: spec.run(images, **kwargs), options)
     return state.pruning_map(images.device)
 
 
@@ -62,8 +64,8 @@ def merge_map(
             "cropr.merge_map: the model's tokens do not merge; cropr.apply(model, ..., merge=True)"
         )
     warn_of_random_queries(model, "cropr.merge_map", 4)
-    tower = modules.spec.tower
-    _, state = run(model, lambda: tower(images, **kwargs), PruningOptions(protect=protect))
+    call = partial(modules.spec.run, images, **kwargs)
+    _, state = run(model, call, PruningOptions(protect=protect))
     grid = state.require_grid()
     row_idx = state.row_idx
     if row_idx is None:  # nothing was pruned

@@ -190,23 +190,21 @@ class PruningState:
             self.positions = None
         return self._finish(x) if layer == self.last_layer else x
 
-    def rotary_rows(self, layer: int, table: Tensor) -> Tensor:
-        """Rows of a rotary table (patches, C) for the active tokens, (B, 1, K, C); the table if all
-        are active.
+    def rotary_rows(self, layer: int, positions: Tensor | None, table: Tensor) -> Tensor:
+        """Rows of a rotary table (patches, C) for the active tokens at positions (B, K) of the
+        model, (B, 1, K, C); the table if all are active.
 
         Tables (heads, patches, C) give (B, heads, K, C).
         """
         windows = self.config.windows
         if windows is None:
-            if self.positions is None:
+            if positions is None:
                 return table
             if self.modules.spec.rotary_heads:
-                return table[:, self.positions[:, self.num_prefix :] - self.num_prefix].transpose(
-                    0, 1
-                )
-            return rotary_at(table, self.positions, self.num_prefix, self.num_tokens)
+                return table[:, positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
+            return rotary_at(table, positions, self.num_prefix, self.num_tokens)
         rows = windows.rope(table, self.grid or (0, 0), self.num_images)
-        rows = rows.unsqueeze(1) if self.positions is None else rope_at(rows, self.positions, 0)
+        rows = rows.unsqueeze(1) if positions is None else rope_at(rows, positions, 0)
         return (
             rows.reshape(self.num_images, 1, -1, rows.shape[-1])
             if layer in windows.global_blocks

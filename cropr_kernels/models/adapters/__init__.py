@@ -67,7 +67,7 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
     reason = ""
     for images in examples_of(model) if example is None else [example[:1]]:
         try:
-            return probe(model, model, model, images)
+            return probe(model, model, images)
         except ProbeError as error:
             reason = str(error)
     raise TypeError(

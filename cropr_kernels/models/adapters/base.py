@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..arguments import PLAIN, ArgumentRule
 from ..blocks import Rotary
 from ..head_probing import Pooling
+from ..token_format import BATCH_FIRST, TokenFormat
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,22 @@ class ModelSpec:
     block_outputs: int = 0  # values in the tuple that a block returns; 0: the tokens alone
     rotary_heads: bool = False  # its rotary tables are (heads, patches, C)
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
+    argument_rule: ArgumentRule = PLAIN  # of rotary tables and positions
+    token_format: TokenFormat = BATCH_FIRST
+    # Arguments of the tower, made of images (B, C, H, W); None: it takes these
+    make_inputs: Callable[[Tensor], dict[str, Tensor]] | None = None
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     # Attributes of the model that decide on its head, and their values
     head: tuple[tuple[str, object], ...] = ()
     engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
     engine_refusal: str = ""
+
+    def run(self, images: Tensor, **kwargs: object) -> object:
+        """Run the tower on images (B, C, H, W), or on what it takes."""
+        if self.make_inputs is None or images.ndim != 1 + len(self.image_shape):
+            return self.tower(images, **kwargs)
+        return self.tower(**self.make_inputs(images), **kwargs)
 
     def img_size_of(self, grid: tuple[int, int]) -> tuple[int, int]:
         """The height and width in pixels of images of such a patch grid."""
@@ -104,7 +116,13 @@ class BlockParts:
     norm_classes: tuple[type, ...] = ()
     # Modules of the attention that `attend` uses without their forward
     opened: tuple[str, ...] = ()
-    mlp: str = "mlp"
+    mlp: tuple[str, ...] = ("mlp",)  # the second of two adds its second argument
+
+    def run_mlp(self, block: nn.Module, h: Tensor) -> Tensor:
+        """Compute the update mlp(h) of normalized tokens h (B, K, D)."""
+        first, *rest = (getattr(block, name) for name in self.mlp)
+        update = first(h)
+        return rest[0](update, update.new_zeros(())) if rest else update
 
     def watched(self) -> list[Submodule]:
         """Modules that the engine uses or bypasses, and would miss a change of; it calls the MLP as
@@ -116,7 +134,7 @@ class BlockParts:
         return [
             submodule
             for submodule in submodules
-            if submodule.module is not getattr(self.block, self.mlp)
+            if not any(submodule.module is getattr(self.block, name) for name in self.mlp)
         ]
 
 

@@ -1,5 +1,4 @@
-"""Models by their structure: a specification by probing, and blocks for the engine by the roles of
-their modules."""
+"""Models by their structure: a specification by probing."""
 
 import inspect
 from collections.abc import Callable
@@ -9,13 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Rotary, SizeWeightedAttention, mask_at, norm_parameters, rotary_at
+from ..arguments import (
+    PLAIN,
+    ArgumentRule,
+    Selection,
+    packed_axes,
+    parameters_of,
+    select_arguments,
+)
+from ..blocks import SizeWeightedAttention, rotary_at
 from ..head_probing import read_head
 from ..probing import (
-    Args,
     BlockCall,
-    Forward,
-    Kwargs,
     ProbeError,
     device_of,
     find_blocks,
@@ -23,40 +27,58 @@ from ..probing import (
     layout_of_shapes,
     pixels_entered,
     probing,
-    tokens_of,
 )
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class
+from .parts import find_parts
 
-# Of timm and this package's ViT, and of Hugging Face
-ROTARY_TABLES = ("rope", "position_embeddings")
 _IMAGE_SIZES = ("img_size", "image_size", "input_resolution")  # attributes of models
-_TOLERANCE = 1e-3  # of the largest update, between a block and its parts
+_MAP_REFUSAL = "its patches do not stand in the order of the rows of the image, in one row"
 
 
-def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) -> ModelSpec:
+@dataclass(frozen=True)
+class Trial:
+    """A way to run a block on a part of its tokens."""
+
+    rule: ArgumentRule = PLAIN
+    has_bias: bool = False  # its attention adds a bias that it makes for all tokens
+    is_causal: bool = False  # tokens see those before them
+
+
+def probe(
+    model: nn.Module,
+    tower: nn.Module,
+    images: Tensor,
+    make_inputs: Callable[[Tensor], dict[str, Tensor]] | None = None,
+) -> ModelSpec:
     """Specify a model by a few forwards of a random image.
 
     Args:
         model: as it was given to `apply`.
         tower: the part of it that takes images alone.
-        forward: runs the tower.
         images: (1, C, H, W), an example.
+        make_inputs: makes the arguments of the tower of it; None: the tower takes it.
 
     Raises:
         ProbeError: it is not one that can be pruned.
     """
+
+    def forward(images: Tensor) -> object:
+        return tower(images) if make_inputs is None else tower(**make_inputs(images))
+
     with probing(model):
         images = torch.randn_like(images)
-        calls = find_blocks(tower, forward, images)
-        block = calls[0].block
+        chain = find_blocks(tower, forward, images)
+        first = chain.calls[0]
         if images.is_meta:
-            layout = layout_of_shapes(tower, forward, images, block)
+            layout = layout_of_shapes(tower, forward, images, first)
         else:
-            layout = find_layout(block, forward, images)
+            layout = find_layout(first, forward, images)
+        calls = [call._replace(token_format=layout.token_format) for call in chain.calls]
         head = read_head(tower, forward, images, calls, layout)
-        encoder, projection = pixels_entered(tower, forward, images, block, layout)
-        has_bias = not images.is_meta and _find_bias(calls, layout.num_prefix)
-        engine, refusal = _check_parts(calls, layout.num_prefix, has_bias)
+        encoder, projection = pixels_entered(tower, forward, images, first, layout)
+        trial = Trial() if images.is_meta else _find_trial(calls, layout.num_prefix)
+        engine, refusal = _find_engine(calls, layout.num_prefix, trial)
+        output = first.output
         height, width = images.shape[-2:]
         return ModelSpec(
             blocks=[call.block for call in calls],
@@ -66,22 +88,23 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             inner=encoder,
             num_prefix=layout.num_prefix,
             dim=calls[0].x.shape[2],
-            num_heads=num_heads_of(block),
+            num_heads=num_heads_of(first.block),
             image_shape=tuple(images.shape[1:]),
+            make_inputs=make_inputs,
             patch_size=(height * layout.frames // layout.grid[0], width // layout.grid[1]),
             grid=layout.grid,
             num_classes=head.num_classes,
             class_token=head.class_token,
             pooling=head.pooling,
             returns_tokens=head.returns_tokens,
-            needs_map=head.needs_map,
+            needs_map=head.needs_map or chain.num_apart > 0,
             map_layers=head.map_layers,
-            block_outputs=len(calls[0].output) if isinstance(calls[0].output, tuple) else 0,
-            has_bias=has_bias,
+            block_outputs=len(output) if isinstance(output, tuple) else 0,
+            has_bias=trial.has_bias,
+            argument_rule=trial.rule,
+            token_format=layout.token_format,
             frames=layout.frames,
-            refusal=None
-            if layout.in_order
-            else "its patches do not stand in the order of the rows of the image",
+            refusal=None if layout.in_order else _MAP_REFUSAL,
             engine=engine,
             engine_refusal=refusal,
         )
@@ -129,238 +152,132 @@ def num_heads_of(block: nn.Module) -> int:
     return 1
 
 
-def select_arguments(
-    block: nn.Module,
-    args: Args,
-    kwargs: Kwargs,
-    positions: Tensor | None,
-    rows: Callable[[Tensor], Tensor],
-) -> tuple[Args, dict[str, object]]:
-    """Reduce masks among the arguments of a block to positions (B, K), and rotary tables by `rows`.
-
-    Keywords that the block's forward does not name pass: they are for others.
+def _find_trial(calls: list[BlockCall], num_prefix: int) -> Trial:
+    """Find in which way blocks compute the same with their tokens in another order, or with a part
+    of them.
 
     Raises:
-        ValueError: another tensor is among them.
+        ProbeError: in none; the reason is that of the plainest.
     """
-    selected: dict[str, object] = {}
-    for name, value in kwargs.items():
-        if name in ROTARY_TABLES and isinstance(value, tuple):
-            selected[name] = tuple(map(rows, value))
-        elif name in ROTARY_TABLES and isinstance(value, Tensor):
-            selected[name] = rows(value)
-        elif _is_for_others(block, name, value):
-            selected[name] = value
-        else:
-            selected[name] = _argument_at(value, positions)
-    return tuple(_argument_at(value, positions) for value in args), selected
-
-
-def _is_for_others(block: nn.Module, name: str, value: object) -> bool:
-    """Tell whether a keyword is a tensor of another shape than a mask, which the block's forward
-    does not name."""
-    if not isinstance(value, Tensor) or value.ndim == 4:
-        return False
-    return name not in inspect.signature(base_class(block).forward).parameters
-
-
-def _argument_at(value: object, positions: Tensor | None) -> object:
-    """Select an attention mask (B or 1, heads or 1, queries or 1, N) at positions (B, K); other
-    values pass."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if value.ndim != 4 or positions is None:
-        raise ValueError(
-            "cropr: a block of a pruned model is called with a tensor of shape "
-            f"{tuple(value.shape)}; it may be a mask "
-            "(B, 1, N, N), without window attention"
-        )
-    return mask_at(value, positions)
-
-
-def _find_bias(calls: list[BlockCall], num_prefix: int) -> bool:
-    """Tell whether the attention of a block adds a bias that it makes for all tokens.
-
-    Raises:
-        ProbeError: with tokens in another order, or with fewer, a block computes something else.
-    """
-    for has_bias in (False, True):
+    first = calls[0]
+    num_tokens = first.x.shape[1]
+    trials = [Trial(), Trial(has_bias=True)]
+    trials += [
+        Trial(rule=ArgumentRule(packed_axis=axis))
+        for axis in packed_axes(first.args, first.kwargs, num_tokens)
+    ]
+    trials += [Trial(rule=ArgumentRule(positions=argument)) for argument in _unset_arguments(first)]
+    trials.append(Trial(is_causal=True))
+    errors: list[ProbeError] = []
+    for trial in trials:
         try:
             for layer, call in enumerate(calls):
-                _require_sets(layer, call, num_prefix, has_bias)
-        except ProbeError:
-            if has_bias:
-                raise
+                _require_sets(layer, call, num_prefix, trial)
+        except ProbeError as error:
+            errors.append(error)
         else:
-            return has_bias
-    return False
+            return trial
+    raise errors[0]
 
 
-def _require_sets(layer: int, call: BlockCall, num_prefix: int, has_bias: bool) -> None:
+def _unset_arguments(call: BlockCall) -> list[tuple[int, str]]:
+    """Arguments of a block, by index and name, that are None in a call."""
+    names = parameters_of(call.block)[1:]
+    values = dict(zip(names, call.args)) | dict(call.kwargs)
+    parameters = inspect.signature(base_class(call.block).forward).parameters
+    return [
+        (index, name)
+        for index, name in enumerate(names)
+        if values.get(name, parameters[name].default) is None
+    ]
+
+
+def _require_sets(layer: int, call: BlockCall, num_prefix: int, trial: Trial) -> None:
     """Raise ProbeError unless a block takes its tokens as a set: in any order, and any part of
-    them."""
-    num_tokens = call.x.shape[1]
-    order = torch.cat(
-        [torch.arange(num_prefix), num_prefix + torch.randperm(num_tokens - num_prefix)]
-    )
-    kept = order[: num_prefix + (num_tokens - num_prefix) // 2]
-    for positions in (order, kept):
-        positions = positions.to(call.x.device).unsqueeze(0)
-        rows = partial(rotary_at, positions=positions, num_prefix=num_prefix, num_tokens=num_tokens)
+    them; a causal one any part in order."""
+    # Images that differ: a block may mix those of a batch
+    x = call.x if len(call.x) > 1 else torch.cat([call.x, call.x.roll(1, -1)])
+    num_tokens = x.shape[1]
+    num_patches = num_tokens - num_prefix
+    order = torch.stack([torch.randperm(num_patches) for _ in x])
+    half = order[:, : (num_patches + 1) // 2]
+    orders = [half.sort(1).values] if trial.is_causal else [order, half]
+    for patches in orders:
+        positions = torch.nn.functional.pad(patches + num_prefix, (num_prefix, 0))
+        positions[:, :num_prefix] = torch.arange(num_prefix)
+        positions = positions.to(x.device)
         try:
-            args, kwargs = call.args, call.kwargs
-            if not has_bias:
-                args, kwargs = select_arguments(call.block, args, kwargs, positions, rows)
-            with SizeWeightedAttention(None, positions=positions if has_bias else None):
-                output = tokens_of(call.block(call.x[:, positions[0]], *args, **kwargs))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            output = _run_at(call, x, positions, num_prefix, trial)
+            seen = positions if trial.is_causal else None
+            tokens = _run_all(call, x, seen)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise ProbeError(
                 f"block {layer} does not take a part of its tokens: {error}"
             ) from error
-        expected = call.tokens[:, positions[0]]
+        expected = _gather(tokens, positions)
         if output.shape != expected.shape:
             raise ProbeError(
                 f"block {layer} returns {tuple(output.shape)} for tokens {tuple(expected.shape)}"
             )
-        if positions.shape[1] == num_tokens and not _is_close(output, expected, call):
-            raise ProbeError(f"block {layer} reads positions from the order of its tokens")
+        is_full = positions.shape[1] == num_tokens
+        if (is_full or trial.is_causal) and not call.is_close(output, expected):
+            raise ProbeError(
+                f"block {layer} reads positions from the order of its tokens, or other images of "
+                "the batch"
+            )
 
 
-def _is_close(output: Tensor, expected: Tensor, call: BlockCall) -> bool:
-    """Tell whether outputs of a block differ by no more than rounding, beside what the block
-    adds."""
-    tolerance = _TOLERANCE if output.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
-    difference = (output - expected).float().abs().max()
-    return bool(difference <= tolerance * (call.tokens - call.x).float().abs().max())
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Tokens x (B, N, D) at positions (B, K)."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _check_parts(
-    calls: list[BlockCall], num_prefix: int, has_bias: bool
+def _run_at(call: BlockCall, x: Tensor, positions: Tensor, num_prefix: int, trial: Trial) -> Tensor:
+    """Run a block on the tokens of x (B, N, D) at positions (B, K)."""
+    num_tokens = x.shape[1]
+    in_place = call.token_format.positions_in_place(positions, num_tokens)
+    rows = partial(rotary_at, positions=in_place, num_prefix=num_prefix, num_tokens=num_tokens)
+    selection = Selection(in_place, num_tokens, num_prefix, rows, trial.rule)
+    args, kwargs = call.args, call.kwargs
+    if not trial.has_bias:
+        args, kwargs = select_arguments(call.block, args, kwargs, selection)
+    x = _gather(x, positions)
+    in_row = trial.rule.packed_axis is not None
+    with SizeWeightedAttention(
+        None,
+        positions=in_place if trial.has_bias else None,
+        num_images=len(x) if in_row else None,
+    ):
+        return call.run(x, args, kwargs, in_row=in_row)
+
+
+def _run_all(call: BlockCall, x: Tensor, seen: Tensor | None) -> Tensor:
+    """Run a block on all tokens x (B, N, D), of which those at the positions `seen` (B, K) are
+    seen."""
+    if seen is None:
+        return call.run(x, call.args, call.kwargs)
+    log_sizes = torch.full(x.shape[:2], -torch.inf, device=x.device).scatter(1, seen, 0)
+    with SizeWeightedAttention(call.token_format.in_place(log_sizes)):
+        return call.run(x, call.args, call.kwargs)
+
+
+def _find_engine(
+    calls: list[BlockCall], num_prefix: int, trial: Trial
 ) -> tuple[list[BlockParts] | None, str]:
-    """Return the parts of all blocks if each computes what its block does; else None, and the
-    reason."""
+    """Return the parts of all blocks for the engine, or None and the reason why it cannot run
+    them."""
     if calls[0].x.is_meta:
         return None, "the model was specified on the meta device"
-    if has_bias:
+    if trial.has_bias:
         return None, "attention adds a bias that it makes for all tokens"
+    if trial.is_causal:
+        return None, "attention is causal"
+    if trial.rule != PLAIN:
+        return None, "rotary positions take more than rows of a table"
     blocks: list[BlockParts] = []
     for layer, call in enumerate(calls):
         try:
-            parts = parts_of(call.block)
-            others = [value for name, value in call.kwargs.items() if name not in ROTARY_TABLES]
-            if any(isinstance(value, Tensor) for value in (*call.args, *others)):
-                raise EngineRefusal("its blocks take a mask")
-            if not _computes(parts, call, num_prefix):
-                raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
+            blocks.append(find_parts(call, num_prefix))
         except EngineRefusal as refusal:
             return None, f"block {layer}: {refusal}"
-        blocks.append(parts)
     return blocks, ""
-
-
-def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
-    """Tell whether parts compute what a block did."""
-    block = parts.block
-    table = next(
-        (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
-    )
-    rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
-    gamma1, gamma2 = parts.scales(block)
-    try:
-        h = _normalize(call.x, getattr(block, parts.norm1))
-        update = parts.attend(getattr(block, parts.attn), h, rotary, None)
-        x = call.x + (update if gamma1 is None else update * gamma1)
-        update = getattr(block, parts.mlp)(_normalize(x, getattr(block, parts.norm2)))
-        x = x + (update if gamma2 is None else update * gamma2)
-    # Modules of other roles than their names say
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
-    if x.shape != call.tokens.shape:
-        return False
-    return _is_close(x, call.tokens, call)
-
-
-def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
-    """Normalize x (B, N, D) as the engine does."""
-    return torch.ops.cropr.gather_norm(x, None, *norm_parameters(norm, x.dtype))
-
-
-def parts_of(block: nn.Module) -> BlockParts:
-    """Name the parts of a pre-norm block: two norms, an attention, an MLP, two factors of
-    LayerScale or none.
-
-    Raises:
-        EngineRefusal: it has others.
-    """
-    children = dict(block.named_children())
-    norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
-    attentions = [
-        name for name, child in children.items() if "attention" in type(child).__name__.lower()
-    ]
-    mlps = [
-        name
-        for name, child in children.items()
-        if name in ("mlp", "ffn", "feed_forward", "feedforward")
-    ]
-    if len(norms) != 2 or len(attentions) != 1 or len(mlps) != 1:
-        raise EngineRefusal(
-            f"{base_class(block).__name__} has {len(norms)} norms, {len(attentions)} attentions "
-            f"and {len(mlps)} MLPs, "
-            "not 2, 1 and 1"
-        )
-    known = {*norms, *attentions, *mlps}
-    factors = [name for name, _ in block.named_parameters() if name.partition(".")[0] not in known]
-    if len(factors) not in (0, 2):
-        raise EngineRefusal(
-            f"{base_class(block).__name__} has {len(factors)} parameters of its own, not 2 or none"
-        )
-    attend: Attend | AttendMultihead = AttendMultihead()
-    attention = children[attentions[0]]
-    if not isinstance(attention, nn.MultiheadAttention):
-        parameters = inspect.signature(attention.forward).parameters
-        takes_mask = "attention_mask" in parameters
-        attend = Attend(takes_mask)
-    return BlockParts(
-        block,
-        norms[0],
-        norms[1],
-        attentions[0],
-        attend,
-        partial(_factors_at, tuple(factors)),
-        norm_classes=(type(children[norms[0]]), type(children[norms[1]])),
-        mlp=mlps[0],
-    )
-
-
-def _factors_at(names: tuple[str, ...], block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    if not names:
-        return None, None
-    return block.get_parameter(names[0]), block.get_parameter(names[1])
-
-
-@dataclass(frozen=True)
-class Attend:
-    """The call of an attention with its own forward; rotary tables as `position_embeddings`."""
-
-    takes_mask: bool
-
-    def __call__(
-        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
-    ) -> Tensor:
-        kwargs: dict[str, object] = {"attention_mask": None} if self.takes_mask else {}
-        if rotary is not None:
-            kwargs["position_embeddings"] = rotary.rows()
-        with SizeWeightedAttention.maybe(log_sizes):
-            output = attn(h, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-@dataclass(frozen=True)
-class AttendMultihead:
-    """The call of an nn.MultiheadAttention with the batch first."""
-
-    def __call__(
-        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
-    ) -> Tensor:
-        with SizeWeightedAttention.maybe(log_sizes):
-            return attn(h, h, h, need_weights=False)[0]

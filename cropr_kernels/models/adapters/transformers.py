@@ -1,16 +1,11 @@
 """Hugging Face vision models, with or without their heads, by probing: no list of names."""
 
-import inspect
-from typing import Any
-
 from torch import Tensor, nn
 
-from ..probing import ProbeError
+from ..probing import ForwardError, ProbeError
 from .base import ModelSpec, known_classes
-from .structure import examples_of, probe
-
-# Names of images, videos and spectrograms.
-_INPUTS = ("pixel_values", "pixel_values_videos", "input_values")
+from .inputs import input_of, inputs_of
+from .structure import probe
 
 
 def is_model(module: nn.Module) -> bool:
@@ -56,33 +51,23 @@ def _towers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _takes_images(module: nn.Module) -> bool:
-    """Tell whether a Hugging Face model takes images, and no text."""
-    return is_model(module) and _input_of(module) is not None
-
-
-def _input_of(module: nn.Module) -> str | None:
-    """Return the name of the images of a model that takes no text."""
-    parameters = inspect.signature(module.forward).parameters
-    if any(name.endswith(("input_ids", "inputs_embeds")) for name in parameters):
-        return None
-    return next((name for name in _INPUTS if name in parameters), None)
+    """Tell whether a module of transformers takes images, and no text."""
+    is_known = is_model(module) or (
+        type(module).__module__.startswith("transformers.") and hasattr(module, "config")
+    )
+    return is_known and input_of(module) is not None
 
 
 def _probe(model: nn.Module, tower: nn.Module, example: Tensor | None) -> ModelSpec:
-    name = _input_of(tower) or ""
-    images = _example_of(tower) if example is None else example[:1]
+    """Specify a model by the first example that its tower takes.
 
-    def forward(images: Tensor) -> object:
-        return tower(**{name: images})
-
-    return probe(model, tower, forward, images)
-
-
-def _example_of(tower: nn.Module) -> Tensor:
-    """Make an image, a video or a spectrogram of the size in the configuration of a tower."""
-    images = examples_of(tower)[0]
-    config: Any = tower.config
-    if hasattr(config, "num_mel_bins"):  # (1, time, frequencies)
-        return images.new_zeros(1, config.max_length, config.num_mel_bins)
-    frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", None))
-    return images if frames is None else images.unsqueeze(1).repeat(1, frames, 1, 1, 1)
+    Raises:
+        ProbeError: it takes none, or cannot be pruned.
+    """
+    errors: list[ProbeError] = []
+    for images, make_inputs in inputs_of(tower, example):
+        try:
+            return probe(model, tower, images, make_inputs)
+        except ProbeError as error:
+            errors.append(error)
+    raise next((error for error in errors if not isinstance(error, ForwardError)), errors[0])

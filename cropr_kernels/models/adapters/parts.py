@@ -1,0 +1,167 @@
+"""Blocks for the engine by the roles of their modules."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import ROTARY_TABLES, has_tensors
+from ..blocks import Rotary, SizeWeightedAttention, norm_parameters
+from ..probing import BlockCall
+from .base import BlockParts, EngineRefusal, base_class
+
+_MLPS = ("mlp", "ffn", "feed_forward", "feedforward")
+
+
+def find_parts(call: BlockCall, num_prefix: int) -> BlockParts:
+    """Return the parts of a block that compute what it did in a call.
+
+    Raises:
+        EngineRefusal: none do.
+    """
+    candidates = _candidates_of(call.block)
+    if has_tensors(call.args, call.kwargs):
+        raise EngineRefusal("its blocks take a mask, or a table by another name")
+    for parts in candidates:
+        if _computes(parts, call, num_prefix):
+            return parts
+    raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
+
+
+def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
+    """Tell whether parts compute what a block did."""
+    block = parts.block
+    table = next(
+        (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
+    )
+    rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
+    gamma1, gamma2 = parts.scales(block)
+    try:
+        h = _normalize(call.x, getattr(block, parts.norm1))
+        update = parts.attend(getattr(block, parts.attn), h, rotary, None)
+        x = call.x + (update if gamma1 is None else update * gamma1)
+        update = parts.run_mlp(block, _normalize(x, getattr(block, parts.norm2)))
+        x = x + (update if gamma2 is None else update * gamma2)
+    # Modules of other roles than their names say
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    if x.shape != call.tokens.shape:
+        return False
+    return call.is_close(x, call.tokens)
+
+
+def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """Normalize x (B, N, D) as the engine does."""
+    return torch.ops.cropr.gather_norm(x, None, *norm_parameters(norm, x.dtype))
+
+
+def _candidates_of(block: nn.Module) -> list[BlockParts]:
+    """Name the parts that a pre-norm block may have: two norms, an attention, an MLP, at most two
+    factors of LayerScale.
+
+    Raises:
+        EngineRefusal: it has others.
+    """
+    children = dict(block.named_children())
+    norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
+    attentions = [
+        name for name, child in children.items() if "attention" in type(child).__name__.lower()
+    ]
+    mlp = _mlp_of(children, {*norms, *attentions})
+    if len(norms) != 2 or len(attentions) != 1 or not mlp:
+        raise EngineRefusal(
+            f"{base_class(block).__name__} has {len(norms)} norms, {len(attentions)} attentions "
+            f"and {1 if mlp else 0} MLPs, not 2, 1 and 1"
+        )
+    known = {*norms, *attentions, *mlp}
+    factors = [name for name, _ in block.named_parameters() if name.partition(".")[0] not in known]
+    if len(factors) > 2:
+        raise EngineRefusal(
+            f"{base_class(block).__name__} has {len(factors)} parameters of its own, not 2 at most"
+        )
+    attention = children[attentions[0]]
+    attend: Attend | AttendMultihead = AttendMultihead()
+    if not isinstance(attention, nn.MultiheadAttention):
+        attend = Attend("attention_mask" in inspect.signature(attention.forward).parameters)
+    parts = BlockParts(
+        block,
+        norms[0],
+        norms[1],
+        attentions[0],
+        attend,
+        partial(_factors_at, (None, None)),
+        norm_classes=(type(children[norms[0]]), type(children[norms[1]])),
+        mlp=mlp,
+    )
+    orders = [(norms[0], norms[1]), (norms[1], norms[0])]
+    return [
+        replace(parts, norm1=norm1, norm2=norm2, scales=partial(_factors_at, scales))
+        for norm1, norm2 in orders
+        for scales in _scales_of(factors)
+    ]
+
+
+def _scales_of(factors: list[str]) -> Iterator[tuple[str | None, str | None]]:
+    """The factors of the attention and of the MLP that a block may have."""
+    first, second, *_ = *factors, None, None
+    yield first, second
+    if first is not None and second is None:
+        yield None, first
+
+
+def _mlp_of(children: dict[str, nn.Module], others: set[str]) -> tuple[str, ...]:
+    """The MLP of a block: a module, or one that widens and one that narrows and adds its second
+    argument."""
+    named = tuple(name for name in children if name in _MLPS)
+    if named:
+        return named if len(named) == 1 else ()
+    rest = [
+        name
+        for name, child in children.items()
+        if name not in others and next(child.parameters(), None) is not None
+    ]
+    if len(rest) != 2:
+        return ()
+    num_arguments = [len(inspect.signature(children[name].forward).parameters) for name in rest]
+    return tuple(rest) if num_arguments == [1, 2] else ()
+
+
+def _factors_at(
+    names: tuple[str | None, str | None], block: nn.Module
+) -> tuple[Tensor | None, Tensor | None]:
+    first, second = (None if name is None else block.get_parameter(name) for name in names)
+    return first, second
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The call of an attention with its own forward; rotary tables as `position_embeddings`."""
+
+    takes_mask: bool
+
+    def __call__(
+        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+    ) -> Tensor:
+        kwargs: dict[str, object] = {"attention_mask": None} if self.takes_mask else {}
+        if rotary is not None:
+            kwargs["position_embeddings"] = rotary.rows()
+        with SizeWeightedAttention.maybe(log_sizes):
+            output = attn(h, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class AttendMultihead:
+    """The call of an nn.MultiheadAttention."""
+
+    def __call__(
+        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+    ) -> Tensor:
+        with SizeWeightedAttention.maybe(log_sizes):
+            if attn.batch_first:
+                return attn(h, h, h, need_weights=False)[0]
+            h = h.transpose(0, 1)
+            return attn(h, h, h, need_weights=False)[0].transpose(0, 1)

@@ -6,6 +6,7 @@ name finds it; parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex, cast
 
@@ -64,7 +65,13 @@ class WrappedBlock:
         if cropr_inputs.tokens is not None:
             args = (cropr_inputs.tokens, *args[1:])
         attention_calls: list[bool] = []
-        with SizeWeightedAttention(cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions):
+        mode: AbstractContextManager[object] = nullcontext()
+        # Any mode takes the fast path of nn.MultiheadAttention away, which rounds otherwise
+        if cropr_inputs.log_sizes is not None or cropr_inputs.positions is not None:
+            mode = SizeWeightedAttention(
+                cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions
+            )
+        with mode:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(

@@ -16,6 +16,7 @@ from benchmarks.report.render import (
 
 # Reasons against a model, in the order in which they are looked for, as the page says them.
 _REASONS = {
+    "four dimensions": "windows, stages or other tokens between the blocks",
     "run apart": "windows, stages or other tokens between the blocks",
     "no two blocks": "windows, stages or other tokens between the blocks",
     "something else than the tokens": "windows, stages or other tokens between the blocks",

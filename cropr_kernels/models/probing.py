@@ -100,10 +100,7 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
         if len(chain) > 1:
             break
     else:
-        raise ProbeError(
-            "no two blocks are called one after the other, each with the tokens (B, N, D) that "
-            "the one before returned"
-        )
+        raise ProbeError(_reason_against_blocks(model, forward, images))
     blocks = [call.block for call in chain]
     width = chain[0].x.shape[2]
     apart = [
@@ -132,9 +129,24 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> list[Bloc
     return chain
 
 
-def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+def _reason_against_blocks(model: nn.Module, forward: Forward, images: Tensor) -> str:
+    """Say why a model has no blocks over tokens (B, N, D)."""
+    calls = _record_calls(model, forward, images, ndim=4)
+    for start in range(len(calls)):
+        if len(_chain_from(calls, start)) > 1:
+            name = type(calls[start].block).__name__
+            return f"{name} takes maps of four dimensions, as for windows, and not tokens (B, N, D)"
+    return (
+        "no two blocks are called one after the other, each with the tokens (B, N, D) that the "
+        "one before returned"
+    )
+
+
+def _record_calls(
+    model: nn.Module, forward: Forward, images: Tensor, ndim: int = 3
+) -> list[BlockCall]:
     """Record the calls of all modules that are larger than a layer and return tokens of the shape
-    of their input."""
+    of their input, which has `ndim` dimensions."""
     calls: list[tuple[int, BlockCall]] = []
     started: dict[nn.Module, list[int]] = {}
     count = 0
@@ -146,7 +158,7 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 
     def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         start = started[module].pop()
-        x, args, kwargs = split_tokens(args, kwargs)
+        x, args, kwargs = split_tokens(args, kwargs, ndim)
         tokens = output[0] if isinstance(output, tuple) and output else output
         if x is None or not isinstance(tokens, Tensor) or tokens.shape != x.shape:
             return
@@ -175,19 +187,19 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
 
 
-def split_tokens(args: Args, kwargs: Kwargs) -> tuple[Tensor | None, Args, Kwargs]:
+def split_tokens(args: Args, kwargs: Kwargs, ndim: int = 3) -> tuple[Tensor | None, Args, Kwargs]:
     """Return the tokens (B, N, D) among the arguments of a block, if any, and the other
     arguments."""
     if args:
         first = args[0]
         return (
             (first, args[1:], kwargs)
-            if isinstance(first, Tensor) and first.ndim == 3
+            if isinstance(first, Tensor) and first.ndim == ndim
             else (None, args, kwargs)
         )
     for name in TOKEN_ARGUMENTS:
         value = kwargs.get(name)
-        if isinstance(value, Tensor) and value.ndim == 3:
+        if isinstance(value, Tensor) and value.ndim == ndim:
             return value, args, {key: kwargs[key] for key in kwargs if key != name}
     return None, args, kwargs
 

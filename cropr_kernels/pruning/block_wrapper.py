@@ -159,8 +159,12 @@ def run_block(
         return output
     if layer == 0:
         modules.require_same_blocks()
-        context.state = PruningState(context.modules or modules, x, options, context.grid)
-        context.grid = None  # while an export traces, of symbols that nothing may keep
+        context.state = PruningState(
+            context.modules or modules, x, options, context.grid, context.frames
+        )
+        # While an export traces, of symbols that nothing may keep
+        context.grid = None
+        context.frames = None
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
             return _engine_output(

@@ -313,9 +313,11 @@ def forward_intermediates(
 
 
 def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Tensor) -> None:
-    """Note the patch grid that the embedding makes."""
-    height, width = output.shape[-2:]
-    modules.context.grid = height, width
+    """Note the patch grid (B, D, height, width) that the embedding makes, of a video (B, D, frames,
+    height, width)."""
+    *frames, height, width = output.shape[2:]
+    modules.context.frames = frames[0] if frames else None
+    modules.context.grid = (frames[0] * height if frames else height), width
 
 
 def after_norm(modules: CroprModules, norm: nn.Module, args: object, output: Tensor) -> Tensor:

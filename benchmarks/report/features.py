@@ -46,26 +46,26 @@ def maps_table() -> Table | None:
         cells = where(rows, method=method, rate=rate)
         body.append(
             [
-                f"{method.partition(',')[0]}, R = {rate}",
+                f"{method.partition(',')[0]}, {rate}",
                 *(spread(where(cells, block=block), "error", 2) for block in blocks),
                 f"{cells[0]['FLOPs']:.2f}x",
             ]
         )
     head = [f"block {blocks[0]}", *map(str, blocks[1:])]
-    return Table(["method", *head, "FLOPs fewer"], body)
+    return Table(["method, R", *head, "FLOPs fewer"], body)
 
 
 def dense_features() -> str:
-    """The middle rate, and a link to all."""
+    """The middle rate, without the methods of `dense_maps`, and a link to all."""
     measured, full = load("dense_features"), table()
     if measured is None or full is None:
         return NOT_MEASURED
     env, rows = measured
     rates = unique(rows, "rate")
     rate = f"R = {rates[len(rates) // 2]}"
-    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(
-        ["method", "error", "FLOPs fewer"]
-    )
+    mapped = unique(where(rows, block=min(unique(rows, "block"))), "method")
+    body = [row for row in full.rows if row[0] == rate and row[1] not in mapped]
+    shown = Table(full.head, body).select(["method", "error", "FLOPs fewer"])
     note = (
         f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, "
         f"{env['patches']} "
@@ -80,7 +80,9 @@ def dense_features() -> str:
 def dense_maps() -> str:
     """Mean errors of the maps of several blocks."""
     full = maps_table()
-    return NOT_MEASURED if full is None else full.means().markdown()
+    if full is None:
+        return NOT_MEASURED
+    return f"{full.means().markdown()}\n\nRanges: {link('dense_maps', full)}."
 
 
 SECTIONS: Sections = {"dense_features": dense_features, "dense_maps": dense_maps}

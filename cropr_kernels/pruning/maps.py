@@ -23,7 +23,7 @@ def pruning_map(
 
     Args:
         model: pruned by `apply`; it is read in its current mode.
-        images: (B, C, H, W), or as the model takes them.
+        images: as the model takes them.
         protect, padding: bool of the shape of the map, as the model takes them.
         kwargs: further arguments of the model, such as interpolate_pos_encoding=True.
 
@@ -48,7 +48,7 @@ def merge_map(
 
     Args:
         model: pruned by `apply` with merge; it is read in its current mode.
-        images: (B, C, H, W), or as the model takes them.
+        images: as the model takes them.
         protect: bool of the shape of the map, as the model takes it.
         kwargs: further arguments of the model.
 

@@ -1,4 +1,4 @@
-"""What the head of an unknown model reads: its blocks return chosen tokens, and whatever changes
+"""Probing of the head of an unknown model: its blocks return chosen tokens, and whatever changes
 the output is read."""
 
 from collections.abc import Iterator
@@ -16,10 +16,6 @@ from .probing import Args, BlockCall, Forward, Layout
 Pooling = Literal["token", "average", "other"]
 
 
-# Of a head that is given more or fewer tokens
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
-
-
 @dataclass(frozen=True)
 class HeadReads:
     """The tokens after the last block that the output of a model depends on."""
@@ -27,7 +23,7 @@ class HeadReads:
     class_token: bool  # the pooled output reads the first token
     pooling: Pooling  # of the patches
     returns_tokens: bool  # some output depends on the patches
-    needs_map: bool  # it fails without all patches, or reads their places or their number
+    needs_map: bool  # it fails without all patches
     # The module that reads the tokens after the last block and returns (B, N, D)
     norm: nn.Module | None
     map_layers: tuple[int, ...]  # blocks whose output it reads past the next block
@@ -37,14 +33,14 @@ class HeadReads:
 @contextmanager
 def _returning(calls: list[BlockCall], outputs: list[Tensor]) -> Iterator[None]:
     """Let each block return chosen tokens, whatever enters it."""
-    own = [vars(call.block).get("forward") for call in calls]
+    forwards = [vars(call.block).get("forward") for call in calls]
     try:
         for call, tokens in zip(calls, outputs):
             output = call.with_tokens(tokens)
             call.block.forward = partial(_constant, output)  # type: ignore[method-assign]
         yield
     finally:
-        for call, forward in zip(calls, own):
+        for call, forward in zip(calls, forwards):
             del call.block.forward
             if forward is not None:
                 call.block.forward = forward  # type: ignore[method-assign]
@@ -71,15 +67,12 @@ def read_head(
         return HeadReads(
             prefix > 0, "token", True, False, None, (), _num_classes(model, forward(images))
         )
-    # Image 1 is as image 0, 2 differs in the class token, 3 in the patches, 4 in what all earlier
-    # blocks return, 5 in the order of the patches.
-    count = 6
-    num_tokens = calls[-1].tokens.shape[1]
-    order = _other_order(num_tokens - prefix)
+    # Image 1 is as image 0, 2 differs in the class token, 3 in a patch, 4 in what all earlier
+    # blocks return.
+    count = 5
     last = calls[-1].tokens[:1].repeat(count, 1, 1)
     last[2, 0] = last[2, 0].roll(1)
-    last[3, prefix:] = last[3, prefix:].roll(1, -1)
-    last[5, prefix:] = last[5, prefix:][order]
+    last[3, -1] = last[3, -1].roll(1)
     with _returning(calls, [*(_varied(call, count, 4) for call in calls[:-1]), last]):
         output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
     pooled = pooled_output(output)
@@ -97,15 +90,13 @@ def read_head(
         ]
     norm = _module_after(model, forward, images, calls)
     pooling: Pooling = "token"
-    needs_map = any(_reads_order(leaf, order, num_tokens) for leaf in leaves) or (
-        reads_patches and _reads_number(forward, images, calls, prefix)
-    )
+    needs_map = False
     half = prefix + (calls[0].x.shape[1] - prefix + 1) // 2
     fewer = [call.tokens[:1, :half] for call in calls]
     try:
         with _returning(calls, fewer):
             without = pooled_output(forward(images))
-    except _FAILURES:
+    except (RuntimeError, ValueError, TypeError, IndexError):
         needs_map = True
         without = None
     if reads_patches and not needs_map:
@@ -132,49 +123,6 @@ def _varied(call: BlockCall, count: int, row: int) -> Tensor:
     tokens = call.tokens[:1].repeat(count, 1, 1)
     tokens[row] = tokens[row].roll(1, -1)
     return tokens
-
-
-def _other_order(count: int) -> Tensor:
-    """Draw a permutation that leaves nothing in its place."""
-    cycle = torch.randperm(count)
-    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
-
-
-def _reads_order(leaf: Tensor, order: Tensor, num_tokens: int) -> bool:
-    """Tell whether an output depends on the order of the patches, more than that some axis follows
-    it: image 5 has it changed."""
-    if not leaf.is_floating_point() or _is_near(leaf[5], leaf[0]):
-        return False
-    patches = order.to(leaf.device)
-    prefix = torch.arange(num_tokens - len(order), device=leaf.device)
-    orders = (patches, torch.cat([prefix, patches + len(prefix)]))
-    return not any(
-        leaf.shape[axis + 1] == len(rows) and _is_near(leaf[5], leaf[0].index_select(axis, rows))
-        for axis in range(leaf.ndim - 1)
-        for rows in orders
-    )
-
-
-def _reads_number(forward: Forward, images: Tensor, calls: list[BlockCall], prefix: int) -> bool:
-    """Tell whether the pooled output changes if all patches, or all tokens, are there twice."""
-    tokens = calls[-1].tokens[:1]
-    outputs: list[Tensor | None] = []
-    for last in (tokens, torch.cat([tokens, tokens[:, prefix:]], 1), tokens.repeat(1, 2, 1)):
-        try:
-            with _returning(calls, [call.tokens[:1] for call in calls[:-1]] + [last]):
-                outputs.append(pooled_output(forward(images)))
-        except _FAILURES:
-            outputs.append(None)
-    plain, *doubled = outputs
-    return not any(
-        plain is not None and pooled is not None and _is_near(pooled, plain) for pooled in doubled
-    )
-
-
-def _is_near(x: Tensor, expected: Tensor) -> bool:
-    """Tell whether an output is another one but for the order of its sums."""
-    tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
-    return bool((x - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _leaves(output: object, count: int) -> list[Tensor]:
@@ -283,3 +231,72 @@ def _averages(
         return False
     tolerance = 20 * torch.finfo(pooled.dtype).eps
     return bool((pooled - without).abs().max() <= tolerance * without.abs().max())
+
+
+def reads_places(forward: Forward, images: Tensor, calls: list[BlockCall], num_prefix: int) -> bool:
+    """Tell whether an output depends on the places of the patches after the last block, or on their
+    number: kept patches in a row are then others than it means.
+
+    Args:
+        forward: runs the model.
+        images: (1, C, H, W).
+        calls: of its blocks.
+        num_prefix: P, first tokens that are no patches.
+    """
+    count = 3  # image 1 is as image 0, 2 has its patches in another order
+    num_tokens = calls[-1].tokens.shape[1]
+    order = _other_order(num_tokens - num_prefix)
+    last = calls[-1].tokens.repeat(count, 1, 1).unflatten(0, (count, -1))
+    last[2, :, num_prefix:] = last[2, :, num_prefix:][:, order]
+    earlier = [call.tokens.repeat(count, 1, 1) for call in calls[:-1]]
+    with _returning(calls, [*earlier, last.flatten(0, 1)]):
+        output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
+    if any(_reads_order(leaf, order, num_tokens) for leaf in _leaves(output, count)):
+        return True
+    return pooled_output(output) is not None and _reads_number(forward, images, calls, num_prefix)
+
+
+def _other_order(count: int) -> Tensor:
+    """Draw a permutation that leaves nothing in its place."""
+    cycle = torch.randperm(count)
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+
+def _reads_order(leaf: Tensor, order: Tensor, num_tokens: int) -> bool:
+    """Tell whether an output depends on the order of the patches, more than that some axis follows
+    it: image 2 has it changed."""
+    if not leaf.is_floating_point() or _is_near(leaf[2], leaf[0]):
+        return False
+    patches = order.to(leaf.device)
+    prefix = torch.arange(num_tokens - len(order), device=leaf.device)
+    orders = (patches, torch.cat([prefix, patches + len(prefix)]))
+    return not any(
+        leaf.shape[axis + 1] == len(rows) and _is_near(leaf[2], leaf[0].index_select(axis, rows))
+        for axis in range(leaf.ndim - 1)
+        for rows in orders
+    )
+
+
+def _reads_number(
+    forward: Forward, images: Tensor, calls: list[BlockCall], num_prefix: int
+) -> bool:
+    """Tell whether the pooled output changes if all patches, or all tokens, are there twice."""
+    tokens = calls[-1].tokens
+    outputs: list[Tensor | None] = []
+    for last in (tokens, torch.cat([tokens, tokens[:, num_prefix:]], 1), tokens.repeat(1, 2, 1)):
+        try:
+            with _returning(calls, [*(call.tokens for call in calls[:-1]), last]):
+                outputs.append(pooled_output(forward(images)))
+        # A head for so many tokens
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            outputs.append(None)
+    plain, *doubled = outputs
+    return not any(
+        plain is not None and pooled is not None and _is_near(pooled, plain) for pooled in doubled
+    )
+
+
+def _is_near(x: Tensor, expected: Tensor) -> bool:
+    """Tell whether an output is another one but for the order of its sums."""
+    tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
+    return bool((x - expected).abs().max() <= tolerance * expected.abs().max())

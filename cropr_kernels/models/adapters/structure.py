@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Rotary, SizeWeightedAttention, mask_at, norm_parameters, rotary_at
-from ..head_probing import read_head
+from ..head_probing import read_head, reads_places
 from ..probing import (
     Args,
     BlockCall,
@@ -74,7 +74,8 @@ def probe(model: nn.Module, tower: nn.Module, forward: Forward, images: Tensor) 
             class_token=head.class_token,
             pooling=head.pooling,
             returns_tokens=head.returns_tokens,
-            needs_map=head.needs_map,
+            needs_map=head.needs_map
+            or (not images.is_meta and reads_places(forward, images, calls, layout.num_prefix)),
             map_layers=head.map_layers,
             block_outputs=len(calls[0].output) if isinstance(calls[0].output, tuple) else 0,
             has_bias=has_bias,

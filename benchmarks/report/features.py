@@ -1,4 +1,6 @@
-"""The section and CSV file of docs/dense-features.md: error of the features of all patches."""
+"""The sections and CSV files of docs/dense-features.md: error of the features of all patches."""
+
+import itertools
 
 from benchmarks.report.render import (
     NOT_MEASURED,
@@ -16,11 +18,11 @@ from benchmarks.report.render import (
 
 
 def table() -> Table | None:
-    """Error and FLOPs of every method at every rate."""
+    """Error after the last block and FLOPs of every method at every rate."""
     measured = load("dense_features")
     if measured is None:
         return None
-    rows = measured[1]
+    rows = where(measured[1], block=max(unique(measured[1], "block")))
     body: list[list[Cell]] = []
     for rate in unique(rows, "rate"):
         for method in unique(rows, "method"):
@@ -31,17 +33,39 @@ def table() -> Table | None:
     return Table(["R", "method", "error", "FLOPs fewer"], body)
 
 
+def maps_table() -> Table | None:
+    """Error of the maps of several blocks, at every rate."""
+    measured = load("dense_features")
+    if measured is None:
+        return None
+    rows = measured[1]
+    blocks = sorted(unique(rows, "block"))
+    methods = unique(where(rows, block=blocks[0]), "method")
+    body: list[list[Cell]] = []
+    for method, rate in itertools.product(methods, unique(rows, "rate")):
+        cells = where(rows, method=method, rate=rate)
+        body.append(
+            [
+                f"{method.partition(',')[0]}, {rate}",
+                *(spread(where(cells, block=block), "error", 2) for block in blocks),
+                f"{cells[0]['FLOPs']:.2f}x",
+            ]
+        )
+    head = [f"block {blocks[0]}", *map(str, blocks[1:])]
+    return Table(["method, R", *head, "FLOPs fewer"], body)
+
+
 def dense_features() -> str:
-    """The middle rate, and a link to all."""
+    """The middle rate, without the methods of `dense_maps`, and a link to all."""
     measured, full = load("dense_features"), table()
     if measured is None or full is None:
         return NOT_MEASURED
     env, rows = measured
     rates = unique(rows, "rate")
     rate = f"R = {rates[len(rates) // 2]}"
-    shown = Table(full.head, [row for row in full.rows if row[0] == rate]).select(
-        ["method", "error", "FLOPs fewer"]
-    )
+    mapped = unique(where(rows, block=min(unique(rows, "block"))), "method")
+    body = [row for row in full.rows if row[0] == rate and row[1] not in mapped]
+    shown = Table(full.head, body).select(["method", "error", "FLOPs fewer"])
     note = (
         f"{rate}; others: {link('dense_features', full)}. {env['network']} at {env['size']} px, "
         f"{env['patches']} "
@@ -53,5 +77,13 @@ def dense_features() -> str:
     return f"{shown.markdown()}\n\n{note}"
 
 
-SECTIONS: Sections = {"dense_features": dense_features}
-FILES: Files = {"dense_features": table}
+def dense_maps() -> str:
+    """Mean errors of the maps of several blocks."""
+    full = maps_table()
+    if full is None:
+        return NOT_MEASURED
+    return f"{full.means().markdown()}\n\nRanges: {link('dense_maps', full)}."
+
+
+SECTIONS: Sections = {"dense_features": dense_features, "dense_maps": dense_maps}
+FILES: Files = {"dense_features": table, "dense_maps": maps_table}

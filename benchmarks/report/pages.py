@@ -11,6 +11,7 @@ from benchmarks.report import (
     schedules,
     supported,
     training,
+    windows,
 )
 from benchmarks.report.render import Files
 from benchmarks.utils.results import DOCS, RESULTS, ROOT
@@ -24,7 +25,7 @@ PAGES = {
     | saliency.SECTIONS
     | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
-    DOCS / "supported-models.md": supported.SECTIONS,
+    DOCS / "supported-models.md": supported.SECTIONS | windows.SECTIONS,
 }
 MODULES = (
     comparison,
@@ -36,6 +37,7 @@ MODULES = (
     training,
     features,
     supported,
+    windows,
 )
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 

@@ -20,6 +20,7 @@ _REASONS = {
     "packed": "images are packed or cut into tiles",
     "tiles": "images are packed or cut into tiles",
     "outputs": "images are packed or cut into tiles",
+    "four dimensions": "windows, stages or maps (B, H, W, D) between blocks",
     "maps (B, H, W, D)": "windows, stages or maps (B, H, W, D) between blocks",
     "run apart": "windows, stages or maps (B, H, W, D) between blocks",
     "no two blocks": "windows, stages or maps (B, H, W, D) between blocks",

@@ -253,13 +253,13 @@ def segmentation() -> str:
         return NOT_MEASURED
     by_name = {"8 epochs, mIoU": measured[1], "60 epochs, mIoU": longer[1]}
     body: list[list[Cell]] = []
-    for method in unique(measured[1], "method"):
+    for method in unique(longer[1], "method"):
         cells = [where(rows, method=method) for rows in by_name.values()]
-        body.append([method, *(spread(cell, "mIoU", 1) if cell else "-" for cell in cells)])
+        body.append([method, *(spread(cell, "mIoU", 1) for cell in cells)])
     notes = "CamVid, ViT-Ti/16, photos of 240 x 180, crops of 160 x 160. "
     notes += f"{recipe('segmentation', measured[0])} {recipe('segmentation_long', longer[0])}"
     all_figures = (
-        "Ranges, pixels, GFLOPs, a lower learning rate: "
+        "Ranges, other methods, pixels, GFLOPs, a lower learning rate: "
         f"{link('segmentation', segmentation_table())}."
     )
     return f"{Table(['method', *by_name], body).means().markdown()}\n\n{notes} {all_figures}"

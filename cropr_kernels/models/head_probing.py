@@ -282,3 +282,72 @@ def _averages(
         return False
     tolerance = 20 * torch.finfo(pooled.dtype).eps
     return bool((pooled - without).abs().max() <= tolerance * without.abs().max())
+
+
+def reads_places(forward: Forward, images: Tensor, calls: list[BlockCall], num_prefix: int) -> bool:
+    """Tell whether an output depends on the places of the patches after the last block, or on their
+    number: kept patches in a row are then others than it means.
+
+    Args:
+        forward: runs the model.
+        images: (1, C, H, W).
+        calls: of its blocks.
+        num_prefix: P, first tokens that are no patches.
+    """
+    count = 3  # image 1 is as image 0, 2 has its patches in another order
+    num_tokens = calls[-1].tokens.shape[1]
+    order = _other_order(num_tokens - num_prefix)
+    last = calls[-1].tokens.repeat(count, 1, 1).unflatten(0, (count, -1))
+    last[2, :, num_prefix:] = last[2, :, num_prefix:][:, order]
+    earlier = [call.tokens.repeat(count, 1, 1) for call in calls[:-1]]
+    with _returning(calls, [*earlier, last.flatten(0, 1)]):
+        output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
+    if any(_reads_order(leaf, order, num_tokens) for leaf in _leaves(output, count)):
+        return True
+    return pooled_output(output) is not None and _reads_number(forward, images, calls, num_prefix)
+
+
+def _other_order(count: int) -> Tensor:
+    """Draw a permutation that leaves nothing in its place."""
+    cycle = torch.randperm(count)
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+
+def _reads_order(leaf: Tensor, order: Tensor, num_tokens: int) -> bool:
+    """Tell whether an output depends on the order of the patches, more than that some axis follows
+    it: image 2 has it changed."""
+    if not leaf.is_floating_point() or _is_near(leaf[2], leaf[0]):
+        return False
+    patches = order.to(leaf.device)
+    prefix = torch.arange(num_tokens - len(order), device=leaf.device)
+    orders = (patches, torch.cat([prefix, patches + len(prefix)]))
+    return not any(
+        leaf.shape[axis + 1] == len(rows) and _is_near(leaf[2], leaf[0].index_select(axis, rows))
+        for axis in range(leaf.ndim - 1)
+        for rows in orders
+    )
+
+
+def _reads_number(
+    forward: Forward, images: Tensor, calls: list[BlockCall], num_prefix: int
+) -> bool:
+    """Tell whether the pooled output changes if all patches, or all tokens, are there twice."""
+    tokens = calls[-1].tokens
+    outputs: list[Tensor | None] = []
+    for last in (tokens, torch.cat([tokens, tokens[:, num_prefix:]], 1), tokens.repeat(1, 2, 1)):
+        try:
+            with _returning(calls, [*(call.tokens for call in calls[:-1]), last]):
+                outputs.append(pooled_output(forward(images)))
+        # A head for so many tokens
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            outputs.append(None)
+    plain, *doubled = outputs
+    return not any(
+        plain is not None and pooled is not None and _is_near(pooled, plain) for pooled in doubled
+    )
+
+
+def _is_near(x: Tensor, expected: Tensor) -> bool:
+    """Tell whether an output is another one but for the order of its sums."""
+    tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
+    return bool((x - expected).abs().max() <= tolerance * expected.abs().max())

@@ -131,10 +131,7 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> Chain:
         if len(chain) > 1:
             break
     else:
-        raise ProbeError(
-            "no two blocks are called one after the other, each with the tokens (B, N, D) that "
-            "the one before returned"
-        )
+        raise ProbeError(_reason_against_blocks(model, forward, images))
     num_apart = _count_apart(model, calls, chain)
     if num_apart >= len(chain):
         raise ProbeError(
@@ -162,9 +159,24 @@ def _count_apart(model: nn.Module, calls: list[BlockCall], chain: list[BlockCall
     return sum(type(block) is block_class for block in apart - blocks)
 
 
-def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+def _reason_against_blocks(model: nn.Module, forward: Forward, images: Tensor) -> str:
+    """Say why a model has no blocks over tokens (B, N, D)."""
+    calls = _record_calls(model, forward, images, ndim=4)
+    for start in range(len(calls)):
+        if len(_chain_from(calls, start)) > 1:
+            name = type(calls[start].block).__name__
+            return f"{name} takes maps of four dimensions, as for windows, and not tokens (B, N, D)"
+    return (
+        "no two blocks are called one after the other, each with the tokens (B, N, D) that the "
+        "one before returned"
+    )
+
+
+def _record_calls(
+    model: nn.Module, forward: Forward, images: Tensor, ndim: int = 3
+) -> list[BlockCall]:
     """Record the calls of all modules that are larger than a layer and return tokens of the shape
-    of their input."""
+    of their input, which has `ndim` dimensions."""
     calls: list[tuple[int, BlockCall]] = []
     started: dict[nn.Module, list[int]] = {}
     count = 0
@@ -176,7 +188,7 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 
     def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         start = started[module].pop()
-        argument, args, kwargs = split_tokens(args, kwargs)
+        argument, args, kwargs = split_tokens(args, kwargs, ndim)
         tokens = output[0] if isinstance(output, tuple | list) and output else output
         if argument is None or not isinstance(tokens, Tensor):
             return
@@ -206,21 +218,21 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[Bl
 TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
 
 
-def split_tokens(args: Args, kwargs: Kwargs) -> tuple[object | None, Args, Kwargs]:
-    """Return the tokens among the arguments of a block, a tensor of three dimensions or a list of
+def split_tokens(args: Args, kwargs: Kwargs, ndim: int = 3) -> tuple[object | None, Args, Kwargs]:
+    """Return the tokens among the arguments of a block, a tensor of `ndim` dimensions or a list of
     one, if any, and the other arguments."""
     if args:
-        return (args[0], args[1:], kwargs) if _is_tokens(args[0]) else (None, args, kwargs)
+        return (args[0], args[1:], kwargs) if _is_tokens(args[0], ndim) else (None, args, kwargs)
     for name in TOKEN_ARGUMENTS:
-        if _is_tokens(kwargs.get(name)):
+        if _is_tokens(kwargs.get(name), ndim):
             return kwargs[name], args, {key: kwargs[key] for key in kwargs if key != name}
     return None, args, kwargs
 
 
-def _is_tokens(value: object) -> bool:
+def _is_tokens(value: object, ndim: int) -> bool:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return isinstance(value, Tensor) and value.ndim == 3
+    return isinstance(value, Tensor) and value.ndim == ndim
 
 
 def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:

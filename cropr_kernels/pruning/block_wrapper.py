@@ -6,6 +6,7 @@ name finds it; parameters, hooks, pickling and copying are the block's own.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex, cast
 
@@ -73,9 +74,16 @@ class WrappedBlock:
             x = token_format.decode(argument)
             argument = token_format.encode(x, argument, in_row=True)
         attention_calls: list[bool] = []
-        with SizeWeightedAttention(
-            cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions, num_images
+        mode: AbstractContextManager[object] = nullcontext()
+        # Any mode takes the fast path of nn.MultiheadAttention away, which rounds otherwise
+        if any(
+            value is not None
+            for value in (cropr_inputs.log_sizes, cropr_inputs.positions, num_images)
         ):
+            mode = SizeWeightedAttention(
+                cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions, num_images
+            )
+        with mode:
             output = super().forward(argument, *others, **kwargs)  # type: ignore[misc]
         if cropr_inputs.log_sizes is not None and not attention_calls:
             raise ValueError(
@@ -167,8 +175,12 @@ def run_block(
     if layer == 0:
         modules.require_same_blocks()
         x = token_format.decode(argument)
-        context.state = PruningState(context.modules or modules, x, options, context.grid)
-        context.grid = None  # while an export traces, of symbols that nothing may keep
+        context.state = PruningState(
+            context.modules or modules, x, options, context.grid, context.frames
+        )
+        # While an export traces, of symbols that nothing may keep
+        context.grid = None
+        context.frames = None
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
             tokens = run_engine(context.state, x, _rotary(context.state, kwargs))

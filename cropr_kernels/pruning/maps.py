@@ -19,14 +19,14 @@ def pruning_map(
     **kwargs: object,
 ) -> Tensor:
     """Count the blocks that each patch went through before it was pruned: (B, grid height, grid
-    width) int64.
+    width) int64, of videos (B, frames, grid height, grid width).
 
     Patches that are never pruned hold the depth of the network.
 
     Args:
         model: pruned by `apply`; it is read in its current mode.
-        images: (B, C, H, W).
-        protect, padding: (B, grid height, grid width) bool, as the model takes them.
+        images: as the model takes them.
+        protect, padding: bool of the shape of the map, as the model takes them.
         kwargs: further arguments of the model, such as interpolate_pos_encoding=True.
 
     Raises:
@@ -44,14 +44,14 @@ def pruning_map(
 def merge_map(
     model: nn.Module, images: Tensor, *, protect: Tensor | None = None, **kwargs: object
 ) -> Tensor:
-    """Number the kept token that each patch merged into: (B, grid height, grid width) int64.
+    """Number the kept token that each patch merged into: int64 of the shape of `pruning_map`.
 
     Kept patches count from 0 in order of position. With LLF, the state before tokens are restored.
 
     Args:
         model: pruned by `apply` with merge; it is read in its current mode.
-        images: (B, C, H, W).
-        protect: (B, grid height, grid width) bool, as the model takes it.
+        images: as the model takes them.
+        protect: bool of the shape of the map, as the model takes it.
         kwargs: further arguments of the model.
 
     Raises:
@@ -66,8 +66,7 @@ def merge_map(
     warn_of_random_queries(model, "cropr.merge_map", 4)
     call = partial(modules.spec.run, images, **kwargs)
     _, state = run(model, call, PruningOptions(protect=protect))
-    grid = state.require_grid()
     row_idx = state.row_idx
     if row_idx is None:  # nothing was pruned
         row_idx = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)
-    return (row_idx[:, state.num_prefix :] - state.num_prefix).unflatten(1, grid)
+    return state.to_map(row_idx[:, state.num_prefix :] - state.num_prefix)

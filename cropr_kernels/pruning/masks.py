@@ -41,10 +41,15 @@ class Masks(NamedTuple):
 
 
 def make_masks(
-    protect: Tensor | None, padding: Tensor | None, batch: int, num_patches: int, num_prefix: int
+    protect: Tensor | None,
+    padding: Tensor | None,
+    batch: int,
+    num_patches: int,
+    num_prefix: int,
+    is_video: bool = False,
 ) -> Masks | None:
-    """Make the masks of a batch from those of its grids, (B, grid height, grid width) bool; None if
-    there are none.
+    """Make the masks of a batch from those of its grids, (B, grid height, grid width) bool, of
+    videos (B, frames, grid height, grid width); None if there are none.
 
     A patch that is both is padding. Raises ValueError if a mask is not of this type or shape.
     """
@@ -54,12 +59,13 @@ def make_masks(
             continue
         if (
             mask.dtype != torch.bool
-            or mask.ndim != 3
+            or mask.ndim != 3 + is_video
             or len(mask) != batch
             or mask[0].numel() != num_patches
         ):
             raise ValueError(
-                f"cropr: {name} must be bool of shape (B, grid height, grid width) with B = "
+                f"cropr: {name} must be bool of shape (B, {'frames, ' if is_video else ''}grid "
+                "height, grid width) with B = "
                 f"{batch} and {num_patches} "
                 f"patches, got {str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
             )

@@ -231,7 +231,12 @@ def before_forward(
     modules.follow_head(model)
     maps = _maps_asked_for(modules, model, kwargs)
     options = PruningOptions(
-        protect, padding, engine=not maps, full=modules.spec.returns_tokens, maps=maps
+        protect,
+        padding,
+        engine=not maps,
+        full=modules.spec.returns_tokens,
+        maps=maps,
+        restore=_reads_last(modules, maps),
     )
     _check_masks(model, options)
     context.options = options
@@ -252,7 +257,11 @@ def before_encoder(
         context.opened_by_encoder = True
         options = PruningOptions(engine=True)
     maps = options.maps | _maps_asked_for(modules, encoder, kwargs)
-    context.options = options._replace(engine=options.engine and not maps, maps=maps)
+    context.options = options._replace(
+        engine=options.engine and not maps,
+        maps=maps,
+        restore=options.restore or _reads_last(modules, maps),
+    )
 
 
 def after_encoder(
@@ -307,9 +316,11 @@ def with_full_maps(
 
 
 def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Tensor) -> None:
-    """Note the patch grid that the embedding makes."""
-    height, width = output.shape[-2:]
-    modules.context.grid = height, width
+    """Note the patch grid (B, D, height, width) that the embedding makes, of a video (B, D, frames,
+    height, width)."""
+    *frames, height, width = output.shape[2:]
+    modules.context.frames = frames[0] if frames else None
+    modules.context.grid = (frames[0] * height if frames else height), width
 
 
 def after_norm(modules: CroprModules, norm: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -329,6 +340,12 @@ def _maps_asked_for(modules: CroprModules, model: nn.Module, kwargs: Kwargs) -> 
         return frozenset(range(len(modules.spec.blocks)))
     layers = modules.spec.map_layers
     return frozenset((*layers, len(modules.spec.blocks) - 1)) if layers else frozenset()
+
+
+def _reads_last(modules: CroprModules, maps: frozenset[int]) -> bool:
+    """Tell whether the tokens after the last block are a map, and whatever pools them does not see
+    it: models that collect hidden states in their own loop take the last from there."""
+    return bool(maps) and modules.spec.pooling == "token"
 
 
 def _check_masks(model: nn.Module, options: PruningOptions) -> None:

@@ -19,7 +19,8 @@ from .module import Scorer
 from .strategies import Priorities, PruningStrategy, Reduction, make_strategy
 from .windows import Windows
 
-Grid = tuple[int, int]  # patches in height and width
+# Patches in height and width; of a video, those of its frames below each other
+Grid = tuple[int, int]
 
 
 class PruningModules(Protocol):
@@ -68,7 +69,9 @@ class ForwardContext:
         self.opened_by_encoder = False
         self.model: nn.Module | None = None  # a replica's own, if there are several
         self.modules: PruningModules | None = None
-        self.grid: Grid | None = None  # of the images that were just embedded
+        # Of the images or videos that were just embedded
+        self.grid: Grid | None = None
+        self.frames: int | None = None
         self.state: PruningState | None = None
         # (B, K), of the tokens that the last norm is about to see
         self.padding: Tensor | None = None
@@ -100,14 +103,20 @@ class PruningState:
         modules: the Cropr modules of the model.
         x: (B, N, D), the tokens that enter the first block.
         options: those of the caller.
-        grid: patches in height and width, if the embedding showed them.
+        grid, frames: patches in height and width, and frames of a video, if the embedding showed
+            them.
 
     Raises:
         ValueError: a mask, the schedule or windows do not fit the batch.
     """
 
     def __init__(
-        self, modules: PruningModules, x: Tensor, options: PruningOptions, grid: Grid | None
+        self,
+        modules: PruningModules,
+        x: Tensor,
+        options: PruningOptions,
+        grid: Grid | None,
+        frames: int | None = None,
     ):
         config = modules.config
         prefix = modules.spec.num_prefix
@@ -117,13 +126,16 @@ class PruningState:
         self.config = config
         self.options = options
         self.grid = _infer_grid(num_patches, grid, config.grid)
+        self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
         self.counts = config.counts(x.shape[1], depth, prefix)
         self.num_images = x.shape[0]
         self.num_prefix = prefix
         self.num_tokens = x.shape[1]
-        self.masks = make_masks(options.protect, options.padding, x.shape[0], num_patches, prefix)
+        self.masks = make_masks(
+            options.protect, options.padding, x.shape[0], num_patches, prefix, self.is_video
+        )
         if config.windows is not None:
             self._split_windows(config.windows)
         self.tracks_parents = config.tracks_parents or bool(options.maps) or options.restore
@@ -155,6 +167,10 @@ class PruningState:
             self.masks = Masks(windows.split(priority, self.grid).squeeze(-1), None)
         self.num_prefix = 0
         self.num_tokens = windows.size**2
+
+    @property
+    def is_video(self) -> bool:
+        return self.modules.spec.frames > 1
 
     @property
     def predicts(self) -> bool:
@@ -216,7 +232,7 @@ class PruningState:
         return attention_log_sizes(self.masks, self.strategy, self.positions)
 
     def pruning_map(self, device: torch.device) -> Tensor:
-        """(B, grid height, grid width) int64: the number of blocks that each patch went through."""
+        """The number of blocks that each patch went through, as `to_map` gives it."""
         windows = self.config.windows
         grid = self.require_grid()
         num_rows = self.num_images * (1 if windows is None else windows.count(grid))
@@ -227,7 +243,14 @@ class PruningState:
             blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
         if windows is not None:
             blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
-        return blocks.unflatten(1, grid)
+        return self.to_map(blocks)
+
+    def to_map(self, patches: Tensor) -> Tensor:
+        """Arrange values of all patches (B, patches) on their grid: (B, height, width), of a video
+        (B, frames, height, width)."""
+        rows, columns = self.require_grid()
+        shape = (self.frames, rows // self.frames, columns) if self.is_video else (rows, columns)
+        return patches.unflatten(1, shape)
 
     def require_grid(self) -> Grid:
         """Patches in height and width; ValueError if they are unknown, or patches are not where

@@ -16,6 +16,19 @@ from .optional import import_optional
 CAPTION = 16  # pixels above a frame
 
 
+def _to_pictures(images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Make pictures (B, C, H, W) of videos and spectrograms, with maps (B, height, width) of them.
+
+    Of a video the frames stand beside each other, the first one of each that has patches; of a
+    spectrogram time runs from left to right.
+    """
+    if images.ndim == 5:
+        count = maps.shape[1]
+        frames = images[:, :: images.shape[1] // count][:, :count]
+        return frames.permute(0, 2, 3, 1, 4).flatten(3), maps.transpose(1, 2).flatten(2)
+    return (images.transpose(1, 2).unsqueeze(1), maps) if images.ndim == 3 else (images, maps)
+
+
 def _figure(width: float, height: float) -> Any:
     return import_optional("matplotlib.figure", "viz", "a picture").Figure(
         figsize=(width, height), layout="constrained"
@@ -40,7 +53,10 @@ def _two_rows(
         raise ValueError(
             f"pictures: images and maps must have one batch size, got {len(images)}, {len(maps)}"
         )
-    figure = _figure(1.9 * len(images) + margin, 4.2)
+    height, width = images.shape[2:]
+    # A photo has 1.9 inches
+    scale = max(width / height, 1.0)
+    figure = _figure(1.9 * scale * len(images) + margin, 4.2)
     axes = figure.subplots(2, len(images), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -56,10 +72,12 @@ def save_pruning_maps(
 ) -> None:
     """Write one PNG: each image with its title, and below it with its pruning map.
 
-    Images are (B, C, H, W), C = 1 or 3, in [0, 1]; maps (B, grid height, grid width) from
+    Images are (B, C, H, W), C = 1 or 3, in [0, 1], videos (B, frames, C, H, W), whose frames are
+    drawn beside each other, or spectrograms (B, time, frequencies); maps are those of
     `pruning_map`: the number of blocks each patch passed, `depth` if it was never pruned. Raises
     ValueError if the batch sizes differ.
     """
+    images, maps = _to_pictures(images, maps)
     figure, axes = _two_rows(images, maps, titles, margin=0.9)
     extent = (-0.5, images.shape[3] - 0.5, images.shape[2] - 0.5, -0.5)
     for axis, image, pruning_map in zip(axes[1], images, maps):
@@ -80,6 +98,7 @@ def save_merge_maps(
     Lines separate patches of different tokens. Arguments as in `save_pruning_maps`, with maps from
     `merge_map`: patches of one number are one token.
     """
+    images, maps = _to_pictures(images, maps)
     figure, axes = _two_rows(images, maps, titles, margin=0.0)
     patches = F.adaptive_avg_pool2d(images.float(), (maps.shape[1], maps.shape[2])).flatten(2).cpu()
     for axis, colors, token_map in zip(axes[1], patches, maps.cpu()):
@@ -100,8 +119,12 @@ def save_pruning_frames(
     """Write an animation (GIF) and a strip (PNG) of the patches that each block sees.
 
     Captions name the block and its number of patches. The image is (C, H, W), C = 1 or 3, in [0,
-    1]; pruned_after (grid height, grid width) is its `pruning_map`.
+    1], a video (frames, C, H, W) or a spectrogram (time, frequencies); pruned_after is its
+    `pruning_map`.
     """
+    image, pruned_after = (
+        part[0] for part in _to_pictures(image.unsqueeze(0), pruned_after.unsqueeze(0))
+    )
     Image = import_optional("PIL.Image", "viz", "a picture")
     ImageDraw = import_optional("PIL.ImageDraw", "viz", "a picture")
     height, width = image.shape[1:]

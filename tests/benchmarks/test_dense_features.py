@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import randomize, reference_vit
+from helpers.models import randomize, timm_vit
 
 from benchmarks.accuracy import dense_features
 from benchmarks.accuracy.dense_features import METHODS, Colours, draw, errors, pruned_features
@@ -12,16 +12,20 @@ pytestmark = pytest.mark.slow
 
 @torch.no_grad()
 def test_at_rate_zero_every_method_gives_the_unpruned_features():
-    model, images = randomize(reference_vit(depth=6)).eval(), torch.randn(2, 3, 64, 64)
-    plain = model.forward_features(images)[:, 1:]
+    model, images = randomize(timm_vit(depth=6)).eval(), torch.randn(2, 3, 64, 64)
+    plain = dense_features.block_features(model, images, range(1, 7))
     queries, counts = [torch.randn(64) for _ in range(5)], {}
     for method in METHODS:
         same, full = pruned_features(model, queries, images, method, 0)
-        assert torch.allclose(same, plain, atol=1e-5) and max(errors(same, plain)) < 1e-5
-        pruned, count = pruned_features(model, queries, images, method, 8)
-        assert pruned.shape == plain.shape and min(errors(pruned, plain)) > 0.01 and count < full
+        assert [*same] == ([1, 2, 3, 4, 5, 6] if method in dense_features.MAPPED else [6])
+        assert all(torch.equal(same[block], plain[block]) for block in same)
+        features, count = pruned_features(model, queries, images, method, 8)
+        assert all(features[block].shape == plain[block].shape for block in features)
+        for block, block_map in features.items():
+            assert (min(errors(block_map, plain[block])) > 0.01) == (block > 1)
+        assert count < full
         counts[method] = count
-    fewer = [counts.pop(method) for method in METHODS if "copies" in method or "behind" in method]
+    fewer = [counts.pop(method) for method in METHODS if "copies" in method or "after" in method]
     assert max(fewer) < min(counts.values())  # one block less sees all tokens
     assert not hasattr(model, "cropr")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.models import BLOCK_RUNNERS, HF, MODELS, TEXT, randomize, timm_vit, transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters.structure import probe
@@ -260,3 +261,43 @@ def test_a_depth_model_reads_full_maps_of_its_backbone(images):
     )
     pruned = cropr.set_rate(model, 8)(images).predicted_depth
     assert pruned.shape == plain.shape and not torch.equal(pruned, plain)
+
+
+@pytest.mark.parametrize("pool", [True, False], ids=["average", "class token"])
+@torch.no_grad()
+def test_hidden_states_of_a_loop_are_full_but_the_last_where_it_is_averaged(pool, images):
+    class Collecting(nn.Module):
+        """Blocks on the fast path of nn.MultiheadAttention, and hidden states of a loop."""
+
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 64, 8, 8)
+            self.token = nn.Parameter(torch.randn(1, 1, 64))
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, norm_first=True)
+                for _ in range(4)
+            )
+
+        def forward(self, images, output_hidden_states=False):
+            x = self.patches(images).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+            states = [x]
+            for layer in self.layers:
+                x = layer(x)
+                states.append(x)
+            pooled = x[:, 1:].mean(1) if pool else x[:, 0]
+            return (pooled, states) if output_hidden_states else pooled
+
+    model = randomize(Collecting()).eval()
+    spec = cropr.find_spec(model, images)
+    plain = model(images, output_hidden_states=True)
+    cropr.apply(model, rate=0, num_outputs=0, spec=spec)
+    for got, expected in zip(
+        tree_leaves(model(images, output_hidden_states=True)), tree_leaves(plain)
+    ):
+        assert torch.equal(got, expected)
+    expected = cropr.set_rate(model, 8)(images)
+    for runner in (model, cropr.deploy(model)):
+        pooled, states = runner(images, output_hidden_states=True)
+        assert [state.shape[1] for state in states] == [65, 65, 65, 65, 40 if pool else 65]
+        torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)

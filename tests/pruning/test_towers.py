@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.models import HF, TEXT, randomize, timm_eva, timm_vit, transformers
+from helpers.models import HF, TEXT, randomize, timm_eva, timm_model, timm_vit, transformers
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -234,6 +234,52 @@ def test_the_timm_wrapper_of_transformers_gives_hidden_states():
     assert [tuple(state.shape) for state in output.hidden_states] == [(1, 192, 14, 14)] * 2
     torch.testing.assert_close(output.logits, model(photo).logits)
     assert len(model(photo, output_hidden_states=True).hidden_states) == 12
+
+
+def backbone(prefix, **options):
+    t = transformers()
+    config = getattr(t, f"{prefix}Config")(**{**HF, **options}, out_indices=[2, 4])
+    return getattr(t, f"{prefix.removesuffix('Backbone')}Backbone")(config)
+
+
+READERS = {  # model, and the maps of two blocks
+    "DINOv2": (lambda: backbone("Dinov2"), lambda model, images: model(images).feature_maps),
+    "DINOv3": (lambda: backbone("DINOv3ViT"), lambda model, images: model(images).feature_maps),
+    "BEiT": (
+        lambda: backbone("Beit", use_relative_position_bias=True),
+        lambda model, images: model(images).feature_maps,
+    ),
+    "ViTPose": (
+        lambda: backbone("VitPoseBackbone", image_size=[64, 64], patch_size=[8, 8]),
+        lambda model, images: model(images).feature_maps,
+    ),
+    "timm BEiT": (
+        lambda: timm_model("beit_base_patch16_224"),
+        lambda model, images: model.forward_intermediates(images, [1, 3])[1],
+    ),
+    "timm DeiT, distilled": (
+        lambda: timm_model("deit_tiny_distilled_patch16_224"),
+        lambda model, images: model.get_intermediate_layers(images, [1, 3], reshape=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@torch.no_grad()
+def test_backbones_give_full_maps_of_the_blocks_that_are_read(name, images):
+    make, read = READERS[name]
+    model = randomize(make()).eval()
+    plain = read(model, images)
+    cropr.apply(model, rate=0, num_outputs=0)
+    for got, expected in zip(read(model, images), plain, strict=True):
+        assert torch.equal(got, expected)
+    for merge in (False, True):
+        cropr.apply(cropr.remove(model), rate=8, merge=merge, num_outputs=0)
+        maps = read(model, images)
+        for got, expected in zip(maps, plain, strict=True):
+            assert got.shape == expected.shape and not torch.allclose(got, expected)
+        for got, expected in zip(read(cropr.deploy(model), images), maps, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_window_attention_has_the_last_map_only():

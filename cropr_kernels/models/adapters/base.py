@@ -36,7 +36,7 @@ class ModelSpec:
     class_token: bool = True  # the head looks at the class token; else at the patches
     pooling: Pooling = "token"  # of the tokens, in the head
     returns_tokens: bool = True  # the output also holds the tokens, or the head reads the patches
-    needs_map: bool = False  # the head puts all patches back to where they were
+    needs_map: bool = False  # the head reads all patches, their places or their number
     map_layers: tuple[int, ...] = ()  # blocks whose output the model reads past the next block
     # Its output (B, D, grid height, grid width) is the patch grid
     projection: nn.Module | None = None

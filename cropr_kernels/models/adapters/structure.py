@@ -17,7 +17,7 @@ from ..arguments import (
     select_arguments,
 )
 from ..blocks import SizeWeightedAttention, rotary_at
-from ..head_probing import read_head
+from ..head_probing import read_head, reads_places
 from ..probing import (
     BlockCall,
     ProbeError,
@@ -97,7 +97,9 @@ def probe(
             class_token=head.class_token,
             pooling=head.pooling,
             returns_tokens=head.returns_tokens,
-            needs_map=head.needs_map or chain.num_apart > 0,
+            needs_map=head.needs_map
+            or chain.num_apart > 0
+            or (not images.is_meta and reads_places(forward, images, calls, layout.num_prefix)),
             map_layers=head.map_layers,
             block_outputs=len(output) if isinstance(output, tuple) else 0,
             has_bias=trial.has_bias,

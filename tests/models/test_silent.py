@@ -95,8 +95,8 @@ def of_class_token(net, x):
 
 
 BLOCKS = [
-    "rotary", "part of a bias", "bias, written out", "distances", "causal", "positions",
-    "convolution", "shift",
+    "rotary", "part of a bias", "bias, written out", "distances", "positions", "convolution",
+    "shift",
 ]  # fmt: skip
 
 
@@ -109,11 +109,12 @@ def test_a_block_that_reads_places_from_the_order_of_its_tokens_is_refused(kind,
     assert not hasattr(model, "cropr")
 
 
+@pytest.mark.parametrize("kind", ["bias", "causal"])
 @torch.no_grad()
-def test_a_bias_of_all_tokens_is_gathered():
-    model = Net(of_class_token, "bias").eval()
+def test_kept_tokens_attend_with_the_bias_and_in_the_order_that_they_had(kind):
+    model = Net(of_class_token, kind).eval()
     cropr.apply(model, rate=8, num_outputs=0)
-    assert model.cropr.spec.has_bias
+    assert model.cropr.spec.has_bias == (kind == "bias")
     entered = {}
     for layer in (2, 3):
         model.layers[layer].register_forward_pre_hook(
@@ -130,7 +131,9 @@ def test_a_bias_of_all_tokens_is_gathered():
         x = entered[2][i : i + 1]
         qkv = block.attn.qkv(block.norm(x)).unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)
         bias = block.attn.bias[:, rows][:, :, rows]
-        y = F.scaled_dot_product_attention(*qkv, attn_mask=bias[None])
+        y = F.scaled_dot_product_attention(
+            *qkv, attn_mask=bias[None] if kind == "bias" else None, is_causal=kind == "causal"
+        )
         output = x + block.attn.proj(y.transpose(1, 2).flatten(2))
         expected = output[0, torch.isin(rows, next_rows)]
         torch.testing.assert_close(entered[3][i], expected, rtol=1e-4, atol=1e-4)

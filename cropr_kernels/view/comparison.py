@@ -1,0 +1,337 @@
+"""Comparison of a pruned model with the unpruned one, photo by photo: all that the page shows."""
+
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import calibration
+from ..models.outputs import outputs_of
+from ..models.pixels import Pixels
+from ..pruning.api import deployed_copy
+from ..pruning.merging import Merge
+from ..pruning.model import modules_of, require_pruned, run
+from ..pruning.state import PruningOptions
+from ..schedule import Schedule
+from ..utils.flops import flop_counter
+from ..utils.timing import fitting, seconds_of
+
+BATCH = 8  # photos at a time in calibration
+_SECONDS = 1.0  # of a measurement of time
+
+
+class Setting(NamedTuple):
+    """The choice of a viewer: a rate and merging, or the schedule of the model."""
+
+    rate: int | None  # None: the schedule that the model was loaded with
+    merge: bool = True
+
+
+class Counts(NamedTuple):
+    """The tokens that enter each block, and the FLOPs up to the next; the last also has the
+    head's."""
+
+    tokens: list[int]
+    flops: list[int]
+
+
+class Comparison(NamedTuple):
+    """A photo at one setting, and unpruned."""
+
+    pruned: Tensor  # (C,) logits or features, float32
+    unpruned: Tensor
+    pruned_features: Tensor | None  # (patches, D), of a model without classifier
+    unpruned_features: Tensor | None
+    # (blocks + 1, grid height, grid width): before the first and after each block, the token that
+    # holds each patch; -1 if it was dropped
+    token_maps: Tensor
+    pruned_counts: Counts
+    unpruned_counts: Counts
+    agreement: float  # 1 if the best class is the same, else 0; of features the cosine
+    divergence: float  # KL divergence from the unpruned probabilities; NaN for features
+
+    @property
+    def flop_ratio(self) -> float:
+        """Times fewer FLOPs than unpruned."""
+        return sum(self.unpruned_counts.flops) / sum(self.pruned_counts.flops)
+
+    @property
+    def feature_error(self) -> float | None:
+        """Norm of the difference of the features over the norm of the unpruned ones."""
+        if self.pruned_features is None or self.unpruned_features is None:
+            return None
+        difference = self.pruned_features - self.unpruned_features
+        return (difference.norm() / self.unpruned_features.norm()).item()
+
+
+class Time(NamedTuple):
+    """Median milliseconds of a forward of one photo."""
+
+    pruned: float
+    unpruned: float
+    rounds: int
+
+
+class Calibrated(NamedTuple):
+    """The photos that a viewer calibrated on, and how well half of them served the others."""
+
+    num_photos: int
+    num_fit: int  # photos of the half
+    agreement: float  # mean over the others, as in `Comparison`; NaN without others
+    rate: int
+
+
+@dataclass
+class Photo:
+    """A photo as the model takes it, and its comparisons so far, which live as long as it does."""
+
+    name: str
+    pixels: Tensor  # (3, H, W) in [0, 1]
+    comparisons: dict[Setting, Comparison] = field(default_factory=dict)
+    unpruned: "Forward | None" = None
+    address: str | None = None  # of its picture, once it is drawn
+
+
+class Forward(NamedTuple):
+    """The result of a forward of one photo."""
+
+    output: Tensor
+    features: Tensor | None
+    token_maps: Tensor
+    tokens: list[int]
+
+
+class Viewer:
+    """A model whose pruning is looked at. Methods may be called from any thread.
+
+    Args:
+        model: pruned by `apply`; it is copied.
+        pixels: the preparation of its images.
+        class_names: of its classes, in order; None: they have numbers only.
+        device, dtype: of the copy; default those of the model.
+
+    Raises:
+        TypeError: the model is not pruned.
+        ValueError: it has windows, takes videos, or its patches have no place in the image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pixels: Pixels,
+        class_names: Sequence[str] | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        modules = require_pruned(model, "cropr view")
+        refusal = modules.spec.refusal
+        if modules.config.windows is not None:
+            refusal = "it has window attention"
+        elif modules.spec.frames != 1:
+            refusal = f"it takes videos of {modules.spec.frames} frames"
+        if refusal is not None:
+            raise ValueError(f"cropr view: this model cannot be shown: {refusal}")
+        self.model = deployed_copy(model).to(device, dtype)
+        self.modules = modules_of(self.model)
+        self.config = self.modules.config
+        self.pixels = pixels
+        self.class_names = class_names
+        self.lock = threading.Lock()
+        self.calibrated: Calibrated | None = None
+        self._flops: dict[Setting, list[int]] = {}
+        self._times: dict[Setting, Time] = {}
+
+    @property
+    def classifies(self) -> bool:
+        """The model has a classifier; else its output is features."""
+        return self.modules.spec.num_classes > 0
+
+    @property
+    def depth(self) -> int:
+        return len(self.modules.spec.blocks)
+
+    @property
+    def has_schedule(self) -> bool:
+        """The model was loaded with another schedule than a rate."""
+        return self.config.schedule.rate is None
+
+    @property
+    def highest_rate(self) -> int:
+        prefix = self.modules.spec.num_prefix
+        patches = self.config.grid[0] * self.config.grid[1]
+        return (patches - 1 - prefix % 4) // self.modules.num_used
+
+    @property
+    def default(self) -> Setting:
+        """The schedule and the merging that the model was loaded with."""
+        rate = self.config.schedule.rate
+        return Setting(
+            None if rate is None else min(rate, self.highest_rate), self.config.merge is not None
+        )
+
+    def class_name(self, index: int) -> str:
+        return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def calibrate(
+        self, photos: Sequence[Tensor], report: Callable[[int, int], None] | None = None
+    ) -> Calibrated:
+        """Calibrate on photos (3, H, W) in [0, 1]; before, on half of them, to compare the others.
+
+        Calls report(steps done, all steps). A second call returns the result of the first.
+
+        Raises:
+            ValueError: there are no photos, or `cropr.calibrate` refuses the model.
+        """
+        if not photos:
+            raise ValueError("cropr view: calibration needs photos, got none")
+        with self.lock:
+            if self.calibrated is None:
+                self.calibrated = self._calibrate(photos, report or (lambda done, steps: None))
+            return self.calibrated
+
+    def _calibrate(
+        self, photos: Sequence[Tensor], report: Callable[[int, int], None]
+    ) -> Calibrated:
+        fit = photos[::2]
+        others = photos[1::2]
+        steps = len(fit) + len(others) + len(photos)
+        done = 0
+        device, dtype = self._device_and_dtype()
+
+        def batches(subset: Sequence[Tensor]) -> Iterator[Tensor]:
+            nonlocal done
+            for first in range(0, len(subset), BATCH):
+                batch = self.pixels.normalize(torch.stack([*subset[first : first + BATCH]]))
+                yield batch.to(device, dtype)
+                done += min(BATCH, len(subset) - first)
+                report(done, steps)
+
+        rate = self.default.rate
+        rate = min(8, self.highest_rate) if rate is None else rate
+        agreement = float("nan")
+        if others:
+            calibration.calibrate(self.model, batches(fit))
+            [row] = calibration.agreement(self.model, batches(others), [rate])
+            agreement = row.agreement
+        calibration.calibrate(self.model, batches(photos))
+        self.config = replace(self.config, llf=self.modules.config.llf)
+        return Calibrated(len(photos), len(fit), agreement, rate)
+
+    def compare(self, photo: Photo, setting: Setting) -> Comparison:
+        """Compare the pruned with the unpruned model on a photo; the model runs once a setting.
+
+        Raises:
+            ValueError: the rate is too high.
+        """
+        with self.lock:
+            if setting not in photo.comparisons:
+                photo.comparisons[setting] = self._compare(photo, setting)
+            return photo.comparisons[setting]
+
+    def _compare(self, photo: Photo, setting: Setting) -> Comparison:
+        unpruned_setting = Setting(0)
+        if photo.unpruned is None:
+            photo.unpruned = self._forward(photo, unpruned_setting)
+        unpruned = photo.unpruned
+        pruned = self._forward(photo, setting)
+        agreement, divergence = calibration.compare_outputs(
+            pruned.output.double().unsqueeze(0),
+            unpruned.output.double().unsqueeze(0),
+            self.classifies,
+        )
+        return Comparison(
+            pruned.output,
+            unpruned.output,
+            pruned.features,
+            unpruned.features,
+            pruned.token_maps,
+            Counts(pruned.tokens, self._flops[setting]),
+            Counts(unpruned.tokens, self._flops[unpruned_setting]),
+            agreement,
+            divergence,
+        )
+
+    @torch.inference_mode()
+    def _forward(self, photo: Photo, setting: Setting) -> Forward:
+        """Run the functional ops, which tell where each token is after each block."""
+        self._set(setting)
+        spec = self.modules.spec
+        flops: list[int] = []
+        features: list[Tensor] = []
+        counter = nullcontext() if setting in self._flops else flop_counter()
+        shows_features = not self.classifies and spec.norm is not None
+        options = PruningOptions(collect=True, restore=shows_features)
+        with ExitStack() as stack:
+            counted = stack.enter_context(counter)
+
+            def enter_block(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+                flops.append(0 if counted is None else counted.get_total_flops())
+
+            for block in spec.blocks:
+                stack.callback(block.register_forward_pre_hook(enter_block).remove)
+            if shows_features and spec.norm is not None:
+                keep = spec.norm.register_forward_hook(
+                    lambda norm, args, output: features.append(output[0])
+                )
+                stack.callback(keep.remove)
+            output, state = run(
+                self.model, lambda: outputs_of(spec.tower(self._input(photo))), options
+            )
+            if counted is not None:
+                ends = [*flops[1:], counted.get_total_flops()]
+                # The embedding counts with the first block
+                self._flops[setting] = [
+                    end - start for start, end in zip([0, *flops[1:]], ends, strict=True)
+                ]
+        patches = features[0][spec.num_prefix :].float().cpu() if features else None
+        tokens = [state.num_tokens, *state.counts]
+        tokens += [state.num_tokens] * (self.depth - len(tokens))  # restored by Last Layer Fusion
+        return Forward(output[0].float().cpu(), patches, state.token_maps()[:, 0].cpu(), tokens)
+
+    def measured(self, setting: Setting) -> Time | None:
+        """The time of a setting, if `measure` knows it."""
+        return self._times.get(setting)
+
+    def measure(self, setting: Setting) -> Time:
+        """Measure a forward of one photo on the engine, pruned and unpruned in turns, in about a
+        second; once a setting."""
+        if setting in self._times:
+            return self._times[setting]
+        image = torch.zeros(1, 3, *self.pixels.img_size)
+        device, dtype = self._device_and_dtype()
+        image = image.to(device, dtype)
+        pairs = (setting, Setting(0, setting.merge))
+        warm_up = sum(self._seconds(image, pair) for pair in pairs)
+        rounds = fitting(warm_up, _SECONDS)
+        times: dict[Setting, list[float]] = {pair: [] for pair in pairs}
+        for _ in range(rounds):
+            for pair in pairs:
+                times[pair].append(self._seconds(image, pair))
+        pruned, unpruned = (1e3 * statistics.median(times[pair]) for pair in pairs)
+        self._times[setting] = Time(pruned, unpruned, rounds)
+        return self._times[setting]
+
+    def _seconds(self, image: Tensor, setting: Setting) -> float:
+        """Time one forward; a comparison may come between two."""
+        with self.lock, torch.inference_mode():
+            self._set(setting)
+            return seconds_of(lambda: self.modules.spec.tower(image), image.device)
+
+    def _set(self, setting: Setting) -> None:
+        """Prune as a setting says; raises ValueError if the rate is too high."""
+        schedule = self.config.schedule if setting.rate is None else Schedule(rate=setting.rate)
+        merge = (self.config.merge or Merge()) if setting.merge else None
+        self.modules.config = replace(self.config, schedule=schedule, merge=merge)
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        parameter = next(self.model.parameters())
+        return parameter.device, parameter.dtype
+
+    def _input(self, photo: Photo) -> Tensor:
+        return self.pixels.normalize(photo.pixels.unsqueeze(0)).to(*self._device_and_dtype())

@@ -1,0 +1,240 @@
+"""HTML of the page, complete: pictures are in it, and nothing refers to another address."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from torch import Tensor
+
+from .comparison import Calibrated, Comparison, Counts, Photo, Time, Viewer
+from .drawing import data_uri, draw_features, draw_tiles, picture
+
+TOP = 5  # classes in a table
+STYLE = """
+.cropr { font-variant-numeric: tabular-nums; }
+.cropr .pictures { display: flex; flex-wrap: wrap; gap: 12px; }
+.cropr figure { flex: 1 1 200px; margin: 0; max-width: 448px; }
+.cropr figure img { width: 100%; border-radius: 8px; display: block; margin: 0; }
+.cropr figure img.features { image-rendering: pixelated; }
+.cropr figcaption { font-size: 0.85em; padding: 4px 2px 8px; color: var(--body-text-color); }
+.cropr table { border-collapse: collapse; width: 100%; font-size: 0.92em; }
+.cropr caption { text-align: left; font-weight: 600; padding: 6px 0; }
+.cropr table, .cropr tr, .cropr th, .cropr td { border: 0 !important; }
+.cropr th, .cropr td { padding: 4px 8px; text-align: left; }
+.cropr tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
+.cropr thead th { font-weight: 600; }
+.cropr td.number { text-align: right; white-space: nowrap; }
+.cropr td.share { background: linear-gradient(to right, var(--share-color) var(--share),
+  transparent var(--share)); border-radius: 3px; text-align: right; white-space: nowrap; }
+.cropr .scroll { overflow-x: auto; }
+.cropr .counts td, .cropr .counts th { text-align: right; padding: 3px 6px; white-space: nowrap; }
+.cropr .counts th:first-child { text-align: left; }
+.cropr .bars td { vertical-align: bottom; height: 64px; padding: 0 3px; }
+.cropr .bar { position: relative; background: #8884; border-radius: 3px 3px 0 0; height: 60px; }
+.cropr .bar span { position: absolute; bottom: 0; left: 0; right: 0; background: #f97316;
+  border-radius: 3px 3px 0 0; }
+.cropr .facts { display: flex; flex-wrap: wrap; gap: 8px 24px; padding: 8px 0; margin: 0; }
+.cropr .facts div { display: flex; flex-direction: column-reverse; }
+.cropr .facts dt { font-size: 0.8em; }
+.cropr .facts dd { margin: 0; font-size: 1.25em; font-weight: 600; }
+.cropr .same { color: #15803d; } .cropr .changed { color: #b91c1c; }
+.dark .cropr .same { color: #4ade80; } .dark .cropr .changed { color: #fca5a5; }
+[id$="-examples"] .grid-container { padding: 34px 6px 6px !important;
+  gap: 6px !important; height: auto;
+  grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)) !important; }
+[id$="-examples"] .caption-label { font-size: 0.6em; padding: 0 4px; inset: auto 0 0 auto; }
+.cropr .alert { border-left: 4px solid #b91c1c; padding: 8px 12px; }
+.cropr td.share.unpruned { --share-color: #8885; }
+.cropr td.share.pruned { --share-color: #f9731666; }
+"""
+
+
+def _wrapped(content: str, **attributes: str) -> str:
+    text = "".join(f' {name}="{value}"' for name, value in attributes.items())
+    return f'<div class="cropr"{text}>{content}</div>'
+
+
+def _figure(address: str, alternative: str, caption: str, style: str) -> str:
+    return (
+        f'<figure><img class="{style}" src="{address}" alt="{escape(alternative)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _facts(facts: dict[str, str]) -> str:
+    rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def alert(message: str) -> str:
+    """A sentence that screen readers announce at once."""
+    return _wrapped(f'<p class="alert" role="alert">{escape(message)}</p>')
+
+
+def invitation() -> str:
+    return _wrapped("<p>Drop a photo below, take one, or choose an example.</p>")
+
+
+def describe_tiles(token_map: Tensor, block: int) -> str:
+    """Count the tokens after a block, and the patches of the largest tile."""
+    sizes = token_map[token_map >= 0].bincount()
+    sizes = sizes[sizes > 0]
+    dropped = int((token_map < 0).sum())
+    where = "before block 1" if block == 0 else f"after block {block}"
+    text = f"{where}: {token_map.numel()} patches in {len(sizes)} tokens"
+    if dropped:
+        return f"{text}, {dropped} patches dropped"
+    return f"{text}; {int((sizes == 1).sum())} hold one patch, the largest {int(sizes.max())}"
+
+
+def photo_markup(viewer: Viewer, photo: Photo, comparison: Comparison, block: int) -> str:
+    """A photo, its tiles after a block, and what the model answers."""
+    token_map = comparison.token_maps[block]
+    grid = (token_map.shape[0], token_map.shape[1])
+    if photo.address is None:
+        photo.address = data_uri(picture(photo.pixels))
+    tiles = data_uri(draw_tiles(photo.pixels, token_map))
+    figures = [
+        _figure(
+            photo.address, f"photo {photo.name}", f"{photo.name}, as the model takes it", "photo"
+        ),
+        _figure(
+            data_uri(draw_tiles(photo.pixels, token_map)), f"tiles of {photo.name}", tiles, "tiles"
+        ),
+    ]
+    if comparison.unpruned_features is not None and comparison.pruned_features is not None:
+        addresses = draw_features(comparison.unpruned_features, comparison.pruned_features, grid)
+        for image, state in zip(addresses, ("unpruned", "pruned"), strict=True):
+            figures.append(
+                _figure(
+                    data_uri(image),
+                    f"features of {photo.name}, {state}",
+                    f"features, {state}: three principal components as colors",
+                    "features",
+                )
+            )
+    answer = _classes(viewer, comparison) if viewer.classifies else _features(comparison)
+    return _wrapped(f'<div class="pictures">{"".join(figures)}</div>{answer}')
+
+
+def _classes(viewer: Viewer, comparison: Comparison) -> str:
+    rows = [""] * min(TOP, len(comparison.unpruned))
+    columns = {"unpruned": comparison.unpruned, "pruned": comparison.pruned}
+    for column, logits in columns.items():
+        best = logits.softmax(0).topk(len(rows))
+        for row, (index, share) in enumerate(zip(best.indices.tolist(), best.values.tolist())):
+            rows[row] += (
+                f"<td>{escape(viewer.class_name(index))}</td>"
+                f'<td class="share {column}" style="--share: {100 * share:.0f}%">'
+                f"{100 * share:.1f} %</td>"
+            )
+    same = comparison.agreement == 1
+    answer = '<span class="same">same</span>' if same else '<span class="changed">changed</span>'
+    facts = _facts({"best class": answer, "KL divergence": f"{comparison.divergence:.3f}"})
+    head = '<th scope="col">unpruned</th><td></td><th scope="col">pruned</th><td></td>'
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f"{facts}<table><caption>Best classes</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def _features(comparison: Comparison) -> str:
+    facts = {"cosine of the output": f"{comparison.agreement:.4f}"}
+    error = comparison.feature_error
+    if error is not None:
+        facts["error of the features"] = f"{100 * error:.1f} %"
+    return _facts(facts)
+
+
+def counts_markup(comparisons: Sequence[Comparison]) -> str:
+    """Tokens and FLOPs of each block; of each photo where they differ."""
+    if not comparisons:
+        return ""
+    pruned = list({str(c.pruned_counts): c.pruned_counts for c in comparisons}.values())
+    unpruned = comparisons[0].unpruned_counts
+    blocks = "".join(f'<th scope="col">{block + 1}</th>' for block in range(len(unpruned.tokens)))
+    rows = "".join(
+        _count_rows(counts, unpruned, f", photo {number + 1}" if len(pruned) > 1 else "")
+        for number, counts in enumerate(pruned)
+    )
+    rows += _row("MFLOPs unpruned", [f"{flops / 2e6:.0f}" for flops in unpruned.flops])
+    if len(comparisons) < 2:
+        note = ""
+    elif len(pruned) > 1:
+        note = "<p>The schedule keeps another number of tokens of each photo.</p>"
+    else:
+        note = (
+            "<p>The schedule keeps as many tokens of both photos; which patches they hold is up to "
+            "each photo.</p>"
+        )
+    return _wrapped(
+        '<div class="scroll" tabindex="0" role="group" aria-label="Tokens and FLOPs of each block">'
+        '<table class="counts"><caption>Tokens that enter each block, and its multiply-adds'
+        f"</caption><thead><tr><th scope='col'>block</th>{blocks}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>{note}"
+    )
+
+
+def _row(head: str, cells: Sequence[str], style: str = "") -> str:
+    body = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr class="{style}"><th scope="row">{head}</th>{body}</tr>'
+
+
+def _count_rows(counts: Counts, unpruned: Counts, suffix: str) -> str:
+    most = max(unpruned.tokens)
+    bars = [
+        f'<div class="bar"><span style="height: {100 * count / most:.0f}%"></span></div>'
+        for count in counts.tokens
+    ]
+    return (
+        f'<tr class="bars" aria-hidden="true"><td></td>'
+        f"{''.join(f'<td>{bar}</td>' for bar in bars)}</tr>"
+        + _row(f"tokens{suffix}", [str(count) for count in counts.tokens])
+        + _row(f"MFLOPs{suffix}", [f"{flops / 2e6:.0f}" for flops in counts.flops])
+    )
+
+
+def speed_markup(comparisons: Sequence[Comparison], time: Time | None, device: str) -> str:
+    """FLOPs and, once measured, the time of a forward."""
+    if not comparisons:
+        return ""
+    comparison = comparisons[0]
+    pruned, unpruned = (
+        sum(counts.flops) / 2e9 for counts in (comparison.pruned_counts, comparison.unpruned_counts)
+    )
+    facts = {
+        "times fewer FLOPs": f"{comparison.flop_ratio:.2f}",
+        "GFLOPs, from and to": f"{unpruned:.2f} → {pruned:.2f}",
+        "ms a photo": "measuring ..."
+        if time is None
+        else f"{time.unpruned:.1f} → {time.pruned:.1f}",
+    }
+    if time is not None:
+        facts["times as fast"] = f"{time.unpruned / time.pruned:.2f}"
+    rounds = "" if time is None else f", median of {time.rounds}"
+    note = f"Measured on {escape(device)}, one photo at a time{rounds}; batches gain more."
+    return _wrapped(f"{_facts(facts)}<p>{note}</p>", role="status")
+
+
+def calibration_markup(viewer: Viewer, calibrated: Calibrated | None, queries: str) -> str:
+    """A sentence on where the queries are from, and on what they are worth."""
+    if calibrated is None:
+        return _wrapped(f"<p>Queries: {escape(queries)}.</p>")
+    photos = f"{calibrated.num_photos} photo{'s' * (calibrated.num_photos > 1)}"
+    worth = ""
+    if not math.isnan(calibrated.agreement):
+        others = calibrated.num_photos - calibrated.num_fit
+        measured = (
+            f"the best class of {round(calibrated.agreement * others)} of the {others} others stays"
+            if viewer.classifies
+            else f"the output of the {others} others has a cosine of {calibrated.agreement:.3f}"
+        )
+        worth = (
+            f" Calibrated on {calibrated.num_fit} of them, {measured} at rate {calibrated.rate}."
+        )
+    return _wrapped(
+        f"<p>No queries were passed, so the page calibrated on {photos}.{worth} So few are enough "
+        "to look, not to deploy: <code>cropr calibrate MODEL FOLDER</code> on a few hundred photos "
+        "of yours gives better queries and measures them.</p>"
+    )

@@ -42,6 +42,9 @@ STYLE = """
 [id$="-examples"] .grid-container { padding: 34px 6px 6px !important;
   gap: 6px !important; height: auto;
   grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)) !important; }
+[id$="-examples"] :is(.grid-wrap, .gallery-container) { height: auto !important;
+  min-height: 0 !important; }
+[id$="-examples"] .thumbnail-lg { aspect-ratio: 1 !important; height: auto !important; }
 [id$="-examples"] .caption-label { font-size: 0.6em; padding: 0 4px; inset: auto 0 0 auto; }
 .cropr .alert { border-left: 4px solid #b91c1c; padding: 8px 12px; }
 .cropr td.share.unpruned { --share-color: #8885; }
@@ -98,9 +101,7 @@ def photo_markup(viewer: Viewer, photo: Photo, comparison: Comparison, block: in
         _figure(
             photo.address, f"photo {photo.name}", f"{photo.name}, as the model takes it", "photo"
         ),
-        _figure(
-            data_uri(draw_tiles(photo.pixels, token_map)), f"tiles of {photo.name}", tiles, "tiles"
-        ),
+        _figure(tiles, f"tiles of {photo.name}", describe_tiles(token_map, block), "tiles"),
     ]
     if comparison.unpruned_features is not None and comparison.pruned_features is not None:
         addresses = draw_features(comparison.unpruned_features, comparison.pruned_features, grid)

@@ -79,14 +79,13 @@ def invitation() -> str:
 
 
 def describe_tiles(token_map: Tensor, block: int) -> str:
-    """Count the tokens after a block, and the patches of the largest tile."""
+    """Count the tokens after a block, and the patches of the largest tile or those dropped."""
     sizes = token_map[token_map >= 0].bincount()
     sizes = sizes[sizes > 0]
-    dropped = int((token_map < 0).sum())
     where = "before block 1" if block == 0 else f"after block {block}"
+    if (token_map < 0).any():
+        return f"{where}: {len(sizes)} of {token_map.numel()} patches are left"
     text = f"{where}: {token_map.numel()} patches in {len(sizes)} tokens"
-    if dropped:
-        return f"{text}, {dropped} patches dropped"
     return f"{text}; {int((sizes == 1).sum())} hold one patch, the largest {int(sizes.max())}"
 
 

@@ -13,7 +13,7 @@ from ..models.adapters import find_spec
 from ..models.class_names import class_names
 from ..train.loop import rebuild
 from ..utils.images import describe_skipped, find_named_photos
-from ..utils.optional import import_optional
+from ..utils.optional import import_optional, is_installed
 from ..view.comparison import Viewer
 from ..view.page import Content, serving
 from .common import device_and_dtype, is_run_folder, load_model
@@ -23,8 +23,9 @@ _LIMIT = 16  # examples
 
 
 def run(options: argparse.Namespace) -> None:
-    for library in ("PIL.Image", "gradio"):
-        import_optional(library, "view", "cropr view")
+    for library in ("PIL", "gradio"):
+        if not is_installed(library):  # Gradio is imported once its folder is set
+            import_optional(library, "view", "cropr view")
     device, dtype = device_and_dtype(options)
     skipped: Counter[str] = Counter()
     folders = options.photos or ([EXAMPLES] if EXAMPLES.is_dir() else [])

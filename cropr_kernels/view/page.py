@@ -289,7 +289,7 @@ def serving(
         ImportError: Gradio is not installed.
         OSError: the port is taken, or no page can be served there.
     """
-    with _nothing_kept():
+    with _nothing_kept():  # before Gradio is imported, which reads the name of its folder
         Middleware = import_optional("starlette.middleware", "view", "cropr view").Middleware
         page = make_page(viewer, content)
         try:

@@ -11,6 +11,7 @@ from benchmarks.report import (
     schedules,
     supported,
     training,
+    view,
 )
 from benchmarks.report.render import Files
 from benchmarks.utils.results import DOCS, RESULTS, ROOT
@@ -25,6 +26,7 @@ PAGES = {
     | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS,
+    DOCS / "view.md": view.SECTIONS,
 }
 MODULES = (
     comparison,

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.browser import browsing, drop_file
 from helpers.extras import require
 from helpers.models import reference_vit
 
 import cropr_kernels as cropr
+from benchmarks.utils.browser import browsing, drop_file, missing
 from cropr_kernels.models.pixels import Pixels
 from cropr_kernels.view.comparison import Setting, Viewer
 from cropr_kernels.view.page import Content, Session, serving
 
-require("PIL", "gradio", "selenium")
+require("PIL", "gradio")
 # Gradio leaves sockets and event loops to the garbage collector
 IGNORED = "ignore::pytest.PytestUnraisableExceptionWarning"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(IGNORED)]
@@ -90,6 +90,8 @@ def uploads():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
+    if missing():
+        pytest.skip(missing())
     torch.manual_seed(0)
     model = cropr.apply(reference_vit().eval(), rate=5, merge=True, num_outputs=0)
     viewer = Viewer(model, PIXELS, NAMES)

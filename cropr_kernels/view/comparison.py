@@ -91,7 +91,7 @@ class Photo:
     """A photo as the model takes it, and its comparisons so far, which live as long as it does."""
 
     name: str
-    pixels: Tensor  # (3, H, W) in [0, 1]
+    pixels: Tensor  # (C, H, W) in [0, 1], C = 1 or 3
     comparisons: dict[Setting, Comparison] = field(default_factory=dict)
     unpruned: "Forward | None" = None
     address: str | None = None  # of its picture, once it is drawn
@@ -181,7 +181,7 @@ class Viewer:
     def calibrate(
         self, photos: Sequence[Tensor], report: Callable[[int, int], None] | None = None
     ) -> Calibrated:
-        """Calibrate on photos (3, H, W) in [0, 1]; before, on half of them, to compare the others.
+        """Calibrate on photos (C, H, W) in [0, 1]; before, on half of them, to compare the others.
 
         Calls report(steps done, all steps). A second call returns the result of the first.
 
@@ -303,9 +303,9 @@ class Viewer:
         second; once a setting."""
         if setting in self._times:
             return self._times[setting]
-        image = torch.zeros(1, 3, *self.pixels.img_size)
         device, dtype = self._device_and_dtype()
-        image = image.to(device, dtype)
+        shape = (1, len(self.pixels.mean), *self.pixels.img_size)
+        image = torch.zeros(shape, device=device, dtype=dtype)
         pairs = (setting, Setting(0, setting.merge))
         warm_up = sum(self._seconds(image, pair) for pair in pairs)
         rounds = fitting(warm_up, _SECONDS)

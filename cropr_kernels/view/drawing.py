@@ -30,8 +30,9 @@ def _scaled(image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
 
 
 def picture(image: Tensor) -> Any:
-    """Convert an image (3, H, W) in [0, 1] to one of Pillow."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    """Convert an image (1 or 3, H, W) in [0, 1] to one of Pillow."""
+    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
     Image = import_optional("PIL.Image", "view", "a picture")
     return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.numpy().tobytes())
 
@@ -39,7 +40,7 @@ def picture(image: Tensor) -> Any:
 def draw_tiles(image: Tensor, token_map: Tensor) -> Any:
     """Draw the tokens of a photo: each is a tile in its mean color, with a white edge.
 
-    Dropped patches are faded. The image is (3, H, W) in [0, 1]; token_map (grid height, grid width)
+    Dropped patches are faded. The image is (1 or 3, H, W) in [0, 1]; token_map (grid height, grid width)
     numbers the tokens, -1 for dropped patches.
     """
     height, width = token_map.shape

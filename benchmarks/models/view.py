@@ -1,10 +1,11 @@
 """The page of `cropr view`: milliseconds a move, what queries of its examples are worth, pictures.
 
-python -m benchmarks.models.view --data FOLDER [--pictures]
+python -m benchmarks.models.view --data FOLDER [--parts moves queries pictures]
 
 FOLDER as in accuracy/data.py. Needs Gradio, Selenium and a browser (benchmarks/utils/browser.py).
 A move is timed in the browser, from the event of the slider to the decoded pictures of both photos.
-Writes benchmarks/results/view.json; with --pictures docs/view.jpg and docs/view.gif instead.
+Writes benchmarks/results/view.json, in which the rows of other parts stay, docs/view.jpg and
+docs/view.gif.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from cropr_kernels.view.page import Content, serving
 NAME = "vit_tiny_patch16_224"
 PHOTOS = sorted((ROOT / "examples" / "photos").glob("*.jpg"))
 SHOWN = ("cat_chelsea", "coffee")  # in the pictures
+PARTS = ("moves", "queries", "pictures")
 RATE = 8
 PHOTO_COUNT = 300  # to calibrate on, and to compare on
 SEEDS = (5, 6, 7)  # of off_the_shelf
@@ -101,6 +103,7 @@ def move(driver: Any, control: str, value: int) -> float:
 
 def time_moves(folder: Path) -> list[dict[str, Any]]:
     """Time moves to rates that are new, to those that were seen, and to blocks."""
+    load = os.getloadavg()[0]  # of other processes
     with page(folder, PHOTOS) as (viewer, driver):
         rates = [rate for rate in range(1, viewer.highest_rate + 1) if rate != RATE]
         random.Random(0).shuffle(rates)
@@ -113,7 +116,13 @@ def time_moves(folder: Path) -> list[dict[str, Any]]:
         for block in range(viewer.depth - 2, 0, -1):
             moves["block"].append(move(driver, "block", block))
     return [
-        {"move": name, "ms": statistics.median(times), "slowest": max(times), "moves": len(times)}
+        {
+            "move": name,
+            "ms": round(statistics.median(times)),
+            "slowest": round(max(times)),
+            "moves": len(times),
+            "load": round(load, 1),
+        }
         for name, times in moves.items()
     ]
 
@@ -205,19 +214,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--pictures", action="store_true", help="write the pictures instead")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "view.json")
     options = parser.parse_args()
-    if options.pictures:
+    metadata = {"rate": RATE, "model": NAME}
+    results = Results(options.out, environment("cpu") | metadata, keys=("part",))
+    for part, measure in (("moves", time_moves), ("queries", measure_queries)):
+        if part in options.parts:
+            rows = [{"part": part, **row} for row in measure(options.data)]
+            results.replace([*(row for row in results.rows if row["part"] != part), *rows])
+            for row in rows:
+                print(row)
+    if "pictures" in options.parts:
         save_pictures(options.data)
-        return
-    busy = f"{os.getloadavg()[0]:.1f} processes running before"
-    measured_in = environment("cpu") | {"busy": busy, "rate": RATE, "model": NAME}
-    results = Results(options.out, measured_in)
-    results.add(*time_moves(options.data))
-    results.add(*measure_queries(options.data))
-    for row in results.rows:
-        print(row)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ def view() -> str:
     env, rows = measured
     moves = [row for row in rows if "move" in row]
     body: list[list[Cell]] = [
-        [_MOVES[row["move"]], f"{row['ms']:.0f}", f"{row['slowest']:.0f}", str(row["moves"])]
-        for row in moves
+        [_MOVES[row["move"]], str(row["ms"]), str(row["slowest"])] for row in moves
     ]
     calibrated = [row for row in rows if "photos" in row]
     worth = ", ".join(
@@ -36,12 +35,13 @@ def view() -> str:
         for photos in unique(calibrated, "photos")
     )
     note = (
-        f"`{env['model']}`, two photos: from the event of the slider to both decoded pictures in "
-        f"a headless Chromium on the same cores. {measured_on(env)}, {env['busy']}."
-        f"\n\nAgreement at R = {env['rate']} on Tiny-ImageNet, calibrated on the examples and on "
-        f"photos of that kind, mean of {len(unique(calibrated, 'seed'))} seeds: {worth} photos."
+        f"`{env['model']}`, two photos, {moves[0]['moves']} moves: from the slider's event to both "
+        "pictures in a headless Chromium on the same cores, load average "
+        f"{moves[0]['load']} before. {measured_on(env)}.\n\n"
+        f"Agreement at R = {env['rate']} on Tiny-ImageNet, by the photos that it is calibrated on, "
+        f"mean of {len(unique(calibrated, 'seed'))} seeds: {worth} (7: the examples)."
     )
-    table = Table(["slider", "ms, median", "slowest", "moves"], body)
+    table = Table(["slider", "ms, median", "slowest"], body)
     return f"{table.markdown()}\n\n{note}"
 
 

@@ -20,6 +20,7 @@ from ..pruning.state import PruningOptions
 from ..schedule import Schedule
 from ..utils.flops import flop_counter
 from ..utils.timing import fitting, seconds_of
+from .colors import ColorScale
 
 BATCH = 8  # photos at a time in calibration
 _SECONDS = 1.0  # of a measurement of time
@@ -45,8 +46,10 @@ class Comparison(NamedTuple):
 
     pruned: Tensor  # (C,) logits or features, float32
     unpruned: Tensor
-    pruned_features: Tensor | None  # (patches, D), of a model without classifier
-    unpruned_features: Tensor | None
+    pruned_colors: Tensor | None  # (patches, 3), of the features of a model without classifier
+    unpruned_colors: Tensor | None
+    # Norm of the difference of the features over the norm of the unpruned ones
+    feature_error: float | None
     # (blocks + 1, grid height, grid width): before the first and after each block, the token that
     # holds each patch; -1 if it was dropped
     token_maps: Tensor
@@ -59,14 +62,6 @@ class Comparison(NamedTuple):
     def flop_ratio(self) -> float:
         """Times fewer FLOPs than unpruned."""
         return sum(self.unpruned_counts.flops) / sum(self.pruned_counts.flops)
-
-    @property
-    def feature_error(self) -> float | None:
-        """Norm of the difference of the features over the norm of the unpruned ones."""
-        if self.pruned_features is None or self.unpruned_features is None:
-            return None
-        difference = self.pruned_features - self.unpruned_features
-        return (difference.norm() / self.unpruned_features.norm()).item()
 
 
 class Time(NamedTuple):
@@ -94,6 +89,7 @@ class Photo:
     pixels: Tensor  # (C, H, W) in [0, 1], C = 1 or 3
     comparisons: dict[Setting, Comparison] = field(default_factory=dict)
     unpruned: "Forward | None" = None
+    scale: ColorScale | None = None
     address: str | None = None  # of its picture, once it is drawn
 
 
@@ -245,11 +241,22 @@ class Viewer:
             unpruned.output.double().unsqueeze(0),
             self.classifies,
         )
+        pruned_colors: Tensor | None = None
+        unpruned_colors: Tensor | None = None
+        error: float | None = None
+        if pruned.features is not None and unpruned.features is not None:
+            if photo.scale is None:
+                photo.scale = ColorScale(unpruned.features)
+            pruned_colors = photo.scale.colors(pruned.features)
+            unpruned_colors = photo.scale.colors(unpruned.features)
+            difference = pruned.features - unpruned.features
+            error = (difference.norm() / unpruned.features.norm()).item()
         return Comparison(
             pruned.output,
             unpruned.output,
-            pruned.features,
-            unpruned.features,
+            pruned_colors,
+            unpruned_colors,
+            error,
             pruned.token_maps,
             Counts(pruned.tokens, self._flops[setting]),
             Counts(unpruned.tokens, self._flops[unpruned_setting]),

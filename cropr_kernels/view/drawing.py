@@ -40,8 +40,8 @@ def picture(image: Tensor) -> Any:
 def draw_tiles(image: Tensor, token_map: Tensor) -> Any:
     """Draw the tokens of a photo: each is a tile in its mean color, with a white edge.
 
-    Dropped patches are faded. The image is (1 or 3, H, W) in [0, 1]; token_map (grid height, grid width)
-    numbers the tokens, -1 for dropped patches.
+    Dropped patches are faded. The image is (1 or 3, H, W) in [0, 1]; token_map (grid height, grid
+    width) numbers the tokens, -1 for dropped patches.
     """
     height, width = token_map.shape
     tiles, side = _scaled(tile_colors(image, token_map), (height, width))
@@ -55,26 +55,9 @@ def draw_tiles(image: Tensor, token_map: Tensor) -> Any:
     return picture(tiles.masked_fill(is_edge, 1.0))
 
 
-def feature_colors(unpruned: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """Project features (patches, D) on the first three principal components of the unpruned ones.
-
-    Returns:
-        Both as colors (patches, 3) in [0, 1], on one scale.
-    """
-    mean = unpruned.mean(0)
-    components = torch.linalg.svd(unpruned - mean, full_matrices=False).Vh[:3]
-    unpruned_values = (unpruned - mean) @ components.T
-    pruned_values = (pruned - mean) @ components.T
-    low, high = unpruned_values.quantile(torch.tensor([0.02, 0.98]), dim=0)
-    span = (high - low).clamp_min(1e-12)
-    return ((unpruned_values - low) / span).clamp(0, 1), ((pruned_values - low) / span).clamp(0, 1)
-
-
-def draw_features(unpruned: Tensor, pruned: Tensor, grid: tuple[int, int]) -> tuple[Any, Any]:
-    """Draw features (patches, D), unpruned and pruned, in the colors of `feature_colors`."""
-    maps = [colors.T.unflatten(1, grid) for colors in feature_colors(unpruned, pruned)]
-    first, second = (picture(_scaled(colors, grid)[0]) for colors in maps)
-    return first, second
+def draw_colors(colors: Tensor, grid: tuple[int, int]) -> Any:
+    """Draw colors (patches, 3) in [0, 1], each as a square."""
+    return picture(_scaled(colors.T.unflatten(1, grid), grid)[0])
 
 
 def data_uri(image: Any) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from torch import Tensor
 
 from .comparison import Calibrated, Comparison, Counts, Photo, Time, Viewer
-from .drawing import data_uri, draw_features, draw_tiles, picture
+from .drawing import data_uri, draw_colors, draw_tiles, picture
 
 TOP = 5  # classes in a table
 STYLE = """
@@ -102,12 +102,14 @@ def photo_markup(viewer: Viewer, photo: Photo, comparison: Comparison, block: in
         ),
         _figure(tiles, f"tiles of {photo.name}", describe_tiles(token_map, block), "tiles"),
     ]
-    if comparison.unpruned_features is not None and comparison.pruned_features is not None:
-        addresses = draw_features(comparison.unpruned_features, comparison.pruned_features, grid)
-        for image, state in zip(addresses, ("unpruned", "pruned"), strict=True):
+    for colors, state in (
+        (comparison.unpruned_colors, "unpruned"),
+        (comparison.pruned_colors, "pruned"),
+    ):
+        if colors is not None:
             figures.append(
                 _figure(
-                    data_uri(image),
+                    data_uri(draw_colors(colors, grid)),
                     f"features of {photo.name}, {state}",
                     f"features, {state}: three principal components as colors",
                     "features",

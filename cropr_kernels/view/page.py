@@ -24,6 +24,7 @@ SIDES = ("first", "second")  # photos side by side
 MODES = {"merging": True, "dropping": False}
 SCHEDULES = {"constant rate": False, "the model's own": True}
 UPLOAD = 64 << 20  # bytes of an uploaded file, at most
+SESSIONS = 100  # whose photos stay in memory, at most
 # Gradio's components know addresses elsewhere; the browser loads none of them
 _POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -303,6 +304,7 @@ def serving(
                 footer_links=[],
                 run_history=False,
                 max_file_size=UPLOAD,
+                state_session_capacity=SESSIONS,
                 css=STYLE,
                 app_kwargs={"middleware": [Middleware(ContentPolicy)]},
             )

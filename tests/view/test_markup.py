@@ -17,8 +17,9 @@ import cropr_kernels as cropr
 from cropr_kernels.models.class_names import class_names
 from cropr_kernels.models.pixels import Pixels
 from cropr_kernels.view import markup
+from cropr_kernels.view.colors import ColorScale
 from cropr_kernels.view.comparison import Calibrated, Photo, Setting, Viewer
-from cropr_kernels.view.drawing import draw_tiles, feature_colors
+from cropr_kernels.view.drawing import draw_tiles
 from cropr_kernels.view.page import Content, Session
 
 require("PIL")
@@ -60,10 +61,14 @@ def test_features_keep_their_colors_where_pruning_leaves_them():
     unpruned = torch.randn(40, 16)
     pruned = unpruned.clone()
     pruned[3] += 5
-    first, second = feature_colors(unpruned, pruned)
+    scale = ColorScale(unpruned)
+    first, second = scale.colors(unpruned), scale.colors(pruned)
     assert first.min() == 0 and first.max() == 1
     differs = (first != second).any(1)
     assert differs[3] and differs.sum() == 1
+    centered = unpruned - unpruned.mean(0)
+    variances = torch.linalg.svdvals(centered)[:3].square()
+    torch.testing.assert_close((centered @ scale.components).square().sum(0), variances)
 
 
 def test_the_answer_of_a_photo_lists_five_classes_before_and_after_escaped(session):

@@ -3,7 +3,7 @@
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -33,14 +33,6 @@ class Setting(NamedTuple):
     merge: bool = True
 
 
-class Counts(NamedTuple):
-    """The tokens that enter each block, and the FLOPs up to the next; the last also has the
-    head's."""
-
-    tokens: list[int]
-    flops: list[int]
-
-
 class Comparison(NamedTuple):
     """A photo at one setting, and unpruned."""
 
@@ -53,23 +45,24 @@ class Comparison(NamedTuple):
     # (blocks + 1, grid height, grid width): before the first and after each block, the token that
     # holds each patch; -1 if it was dropped
     token_maps: Tensor
-    pruned_counts: Counts
-    unpruned_counts: Counts
+    tokens: list[int]  # that enter each block
     agreement: float  # 1 if the best class is the same, else 0; of features the cosine
     divergence: float  # KL divergence from the unpruned probabilities; NaN for features
+
+
+class Cost(NamedTuple):
+    """FLOPs and time of a forward of one photo at a setting, and unpruned."""
+
+    flops: list[int]  # of each block; the first also has the embedding's, the last the head's
+    unpruned_flops: list[int]
+    ms: float  # median of the rounds
+    unpruned_ms: float
+    rounds: int
 
     @property
     def flop_ratio(self) -> float:
         """Times fewer FLOPs than unpruned."""
-        return sum(self.unpruned_counts.flops) / sum(self.pruned_counts.flops)
-
-
-class Time(NamedTuple):
-    """Median milliseconds of a forward of one photo."""
-
-    pruned: float
-    unpruned: float
-    rounds: int
+        return sum(self.unpruned_flops) / sum(self.flops)
 
 
 class Calibrated(NamedTuple):
@@ -138,10 +131,10 @@ class Viewer:
         self.config = self.modules.config
         self.pixels = pixels
         self.class_names = class_names
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # of a forward
+        self.measuring = threading.Lock()
         self.calibrated: Calibrated | None = None
-        self._flops: dict[Setting, list[int]] = {}
-        self._times: dict[Setting, Time] = {}
+        self._costs: dict[Setting, Cost] = {}
 
     @property
     def classifies(self) -> bool:
@@ -231,9 +224,8 @@ class Viewer:
             return photo.comparisons[setting]
 
     def _compare(self, photo: Photo, setting: Setting) -> Comparison:
-        unpruned_setting = Setting(0)
         if photo.unpruned is None:
-            photo.unpruned = self._forward(photo, unpruned_setting)
+            photo.unpruned = self._forward(photo, Setting(0))
         unpruned = photo.unpruned
         pruned = self._forward(photo, setting)
         agreement, divergence = calibration.compare_outputs(
@@ -258,8 +250,7 @@ class Viewer:
             unpruned_colors,
             error,
             pruned.token_maps,
-            Counts(pruned.tokens, self._flops[setting]),
-            Counts(unpruned.tokens, self._flops[unpruned_setting]),
+            pruned.tokens,
             agreement,
             divergence,
         )
@@ -269,60 +260,64 @@ class Viewer:
         """Run the functional ops, which tell where each token is after each block."""
         self._set(setting)
         spec = self.modules.spec
-        flops: list[int] = []
         features: list[Tensor] = []
-        counter = nullcontext() if setting in self._flops else flop_counter()
         shows_features = not self.classifies and spec.norm is not None
         options = PruningOptions(collect=True, restore=shows_features)
+        image = self.pixels.normalize(photo.pixels.unsqueeze(0)).to(*self._device_and_dtype())
         with ExitStack() as stack:
-            counted = stack.enter_context(counter)
-
-            def enter_block(block: nn.Module, args: tuple[Tensor, ...]) -> None:
-                flops.append(0 if counted is None else counted.get_total_flops())
-
-            for block in spec.blocks:
-                stack.callback(block.register_forward_pre_hook(enter_block).remove)
             if shows_features and spec.norm is not None:
                 keep = spec.norm.register_forward_hook(
                     lambda norm, args, output: features.append(output[0])
                 )
                 stack.callback(keep.remove)
-            output, state = run(
-                self.model, lambda: outputs_of(spec.tower(self._input(photo))), options
-            )
-            if counted is not None:
-                ends = [*flops[1:], counted.get_total_flops()]
-                # The embedding counts with the first block
-                self._flops[setting] = [
-                    end - start for start, end in zip([0, *flops[1:]], ends, strict=True)
-                ]
+            output, state = run(self.model, lambda: outputs_of(spec.tower(image)), options)
         patches = features[0][spec.num_prefix :].float().cpu() if features else None
         tokens = [state.num_tokens, *state.counts]
         tokens += [state.num_tokens] * (self.depth - len(tokens))  # restored by Last Layer Fusion
         return Forward(output[0].float().cpu(), patches, state.token_maps()[:, 0].cpu(), tokens)
 
-    def measured(self, setting: Setting) -> Time | None:
-        """The time of a setting, if `measure` knows it."""
-        return self._times.get(setting)
+    def measured(self, setting: Setting) -> Cost | None:
+        """The cost of a setting, if `measure` knows it."""
+        return self._costs.get(setting)
 
-    def measure(self, setting: Setting) -> Time:
-        """Measure a forward of one photo on the engine, pruned and unpruned in turns, in about a
-        second; once a setting."""
-        if setting in self._times:
-            return self._times[setting]
+    def measure(self, setting: Setting) -> Cost:
+        """Count FLOPs, and time forwards, pruned and unpruned in turns, in about a second; once a
+        setting. The engine runs them if it knows the model."""
+        with self.measuring:
+            if setting not in self._costs:
+                self._costs[setting] = self._measure(setting)
+            return self._costs[setting]
+
+    def _measure(self, setting: Setting) -> Cost:
         device, dtype = self._device_and_dtype()
         shape = (1, len(self.pixels.mean), *self.pixels.img_size)
         image = torch.zeros(shape, device=device, dtype=dtype)
-        pairs = (setting, Setting(0, setting.merge))
-        warm_up = sum(self._seconds(image, pair) for pair in pairs)
+        unpruned = Setting(0, setting.merge)
+        flops, unpruned_flops = (self._count(image, each) for each in (setting, unpruned))
+        warm_up = sum(self._seconds(image, each) for each in (setting, unpruned))
         rounds = fitting(warm_up, _SECONDS)
-        times: dict[Setting, list[float]] = {pair: [] for pair in pairs}
+        times: list[float] = []
+        unpruned_times: list[float] = []
         for _ in range(rounds):
-            for pair in pairs:
-                times[pair].append(self._seconds(image, pair))
-        pruned, unpruned = (1e3 * statistics.median(times[pair]) for pair in pairs)
-        self._times[setting] = Time(pruned, unpruned, rounds)
-        return self._times[setting]
+            times.append(self._seconds(image, setting))
+            unpruned_times.append(self._seconds(image, unpruned))
+        ms, unpruned_ms = (1e3 * statistics.median(series) for series in (times, unpruned_times))
+        return Cost(flops, unpruned_flops, ms, unpruned_ms, rounds)
+
+    def _count(self, image: Tensor, setting: Setting) -> list[int]:
+        """Count the FLOPs of each block, with all that runs before the next."""
+        blocks = self.modules.spec.blocks
+        starts: list[int] = []
+        with self.lock, torch.inference_mode(), flop_counter() as counter, ExitStack() as stack:
+            self._set(setting)
+            for block in blocks:
+                hook = block.register_forward_pre_hook(
+                    lambda block, args: starts.append(counter.get_total_flops())
+                )
+                stack.callback(hook.remove)
+            self.modules.spec.tower(image)
+        ends = [*starts[1:], counter.get_total_flops()]
+        return [end - start for start, end in zip([0, *starts[1:]], ends, strict=True)]
 
     def _seconds(self, image: Tensor, setting: Setting) -> float:
         """Time one forward; a comparison may come between two."""
@@ -339,6 +334,3 @@ class Viewer:
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         parameter = next(self.model.parameters())
         return parameter.device, parameter.dtype
-
-    def _input(self, photo: Photo) -> Tensor:
-        return self.pixels.normalize(photo.pixels.unsqueeze(0)).to(*self._device_and_dtype())

@@ -6,7 +6,7 @@ from html import escape
 
 from torch import Tensor
 
-from .comparison import Calibrated, Comparison, Counts, Photo, Time, Viewer
+from .comparison import Calibrated, Comparison, Cost, Photo, Setting, Viewer
 from .drawing import data_uri, draw_colors, draw_tiles, picture
 
 TOP = 5  # classes in a table
@@ -28,7 +28,8 @@ STYLE = """
   transparent var(--share)); border-radius: 3px; text-align: right; white-space: nowrap; }
 .cropr .scroll { overflow-x: auto; }
 .cropr .counts td, .cropr .counts th { text-align: right; padding: 3px 6px; white-space: nowrap; }
-.cropr .counts th:first-child { text-align: left; }
+.cropr .counts { table-layout: fixed; min-width: 640px; }
+.cropr .counts th:first-child { text-align: left; width: 120px; }
 .cropr .bars td { vertical-align: bottom; height: 64px; padding: 0 3px; }
 .cropr .bar { position: relative; background: #8884; border-radius: 3px 3px 0 0; height: 60px; }
 .cropr .bar span { position: absolute; bottom: 0; left: 0; right: 0; background: #f97316;
@@ -150,73 +151,74 @@ def _features(comparison: Comparison) -> str:
 
 
 def counts_markup(comparisons: Sequence[Comparison]) -> str:
-    """Tokens and FLOPs of each block; of each photo where they differ."""
+    """Tokens that enter each block, of each photo where they differ."""
     if not comparisons:
         return ""
-    pruned = list({str(c.pruned_counts): c.pruned_counts for c in comparisons}.values())
-    unpruned = comparisons[0].unpruned_counts
-    blocks = "".join(f'<th scope="col">{block + 1}</th>' for block in range(len(unpruned.tokens)))
+    counts = list(dict.fromkeys(tuple(comparison.tokens) for comparison in comparisons))
     rows = "".join(
-        _count_rows(counts, unpruned, f", photo {number + 1}" if len(pruned) > 1 else "")
-        for number, counts in enumerate(pruned)
+        _token_rows(tokens, f", photo {number + 1}" if len(counts) > 1 else "")
+        for number, tokens in enumerate(counts)
     )
-    rows += _row("MFLOPs unpruned", [f"{flops / 2e6:.0f}" for flops in unpruned.flops])
     if len(comparisons) < 2:
         note = ""
-    elif len(pruned) > 1:
+    elif len(counts) > 1:
         note = "<p>The schedule keeps another number of tokens of each photo.</p>"
     else:
         note = (
             "<p>The schedule keeps as many tokens of both photos; which patches they hold is up to "
             "each photo.</p>"
         )
-    return _wrapped(
-        '<div class="scroll" tabindex="0" role="group" aria-label="Tokens and FLOPs of each block">'
-        '<table class="counts"><caption>Tokens that enter each block, and its multiply-adds'
-        f"</caption><thead><tr><th scope='col'>block</th>{blocks}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>{note}"
-    )
+    return _wrapped(_block_table("Tokens that enter each block", len(counts[0]), rows) + note)
 
 
-def _row(head: str, cells: Sequence[str], style: str = "") -> str:
-    body = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr class="{style}"><th scope="row">{head}</th>{body}</tr>'
-
-
-def _count_rows(counts: Counts, unpruned: Counts, suffix: str) -> str:
-    most = max(unpruned.tokens)
-    bars = [
-        f'<div class="bar"><span style="height: {100 * count / most:.0f}%"></span></div>'
-        for count in counts.tokens
-    ]
+def _block_table(caption: str, num_blocks: int, rows: str) -> str:
+    head = "".join(f"<th scope='col'>{block + 1}</th>" for block in range(num_blocks))
     return (
-        f'<tr class="bars" aria-hidden="true"><td></td>'
-        f"{''.join(f'<td>{bar}</td>' for bar in bars)}</tr>"
-        + _row(f"tokens{suffix}", [str(count) for count in counts.tokens])
-        + _row(f"MFLOPs{suffix}", [f"{flops / 2e6:.0f}" for flops in counts.flops])
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{caption}">'
+        f'<table class="counts"><caption>{caption}</caption>'
+        f"<thead><tr><th scope='col'>block</th>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def speed_markup(comparisons: Sequence[Comparison], time: Time | None, device: str) -> str:
-    """FLOPs and, once measured, the time of a forward."""
-    if not comparisons:
-        return ""
-    comparison = comparisons[0]
-    pruned, unpruned = (
-        sum(counts.flops) / 2e9 for counts in (comparison.pruned_counts, comparison.unpruned_counts)
+def _row(head: str, cells: Sequence[str]) -> str:
+    body = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"<tr><th scope='row'>{head}</th>{body}</tr>"
+
+
+def _token_rows(tokens: Sequence[int], suffix: str) -> str:
+    shares = [100 * count / tokens[0] for count in tokens]
+    bars = "".join(
+        f'<td><div class="bar"><span style="height: {share:.0f}%"></span></div></td>'
+        for share in shares
     )
+    numbers = _row(f"tokens{suffix}", [str(count) for count in tokens])
+    return f'<tr class="bars" aria-hidden="true"><td></td>{bars}</tr>{numbers}'
+
+
+def cost_markup(setting: Setting, cost: Cost | None, device: str) -> str:
+    """FLOPs and time of a forward at a setting, once measured."""
+    schedule = "the model's own counts" if setting.rate is None else f"rate {setting.rate}"
+    title = f"{schedule}, {'merging' if setting.merge else 'dropping'}"
+    if cost is None:
+        return _wrapped(f"<p>Measuring {title} on {escape(device)} ...</p>", role="status")
+    rows = "".join(
+        _row(name, [f"{count / 2e6:.0f}" for count in counts])
+        for name, counts in (("pruned", cost.flops), ("unpruned", cost.unpruned_flops))
+    )
+    flops, unpruned_flops = (sum(counts) / 2e9 for counts in (cost.flops, cost.unpruned_flops))
     facts = {
-        "times fewer FLOPs": f"{comparison.flop_ratio:.2f}",
-        "GFLOPs, from and to": f"{unpruned:.2f} → {pruned:.2f}",
-        "ms a photo": "measuring ..."
-        if time is None
-        else f"{time.unpruned:.1f} → {time.pruned:.1f}",
+        "times fewer FLOPs": f"{cost.flop_ratio:.2f}",
+        "GFLOPs, from and to": f"{unpruned_flops:.2f} → {flops:.2f}",
+        "ms a photo, from and to": f"{cost.unpruned_ms:.1f} → {cost.ms:.1f}",
+        "times as fast": f"{cost.unpruned_ms / cost.ms:.2f}",
     }
-    if time is not None:
-        facts["times as fast"] = f"{time.unpruned / time.pruned:.2f}"
-    rounds = "" if time is None else f", median of {time.rounds}"
-    note = f"Measured on {escape(device)}, one photo at a time{rounds}; batches gain more."
-    return _wrapped(f"{_facts(facts)}<p>{note}</p>", role="status")
+    note = (
+        f"At {title}, measured on {escape(device)}: one photo at a time, median of {cost.rounds}; "
+        "batches gain more. GFLOPs and MFLOPs are multiply-adds."
+    )
+    table = _block_table("MFLOPs of each block", len(cost.flops), rows)
+    return _wrapped(f"{table}{_facts(facts)}<p>{note}</p>", role="status")
 
 
 def calibration_markup(viewer: Viewer, calibrated: Calibrated | None, queries: str) -> str:

@@ -14,10 +14,10 @@ from .markup import (
     STYLE,
     alert,
     calibration_markup,
+    cost_markup,
     counts_markup,
     invitation,
     photo_markup,
-    speed_markup,
 )
 
 SIDES = ("first", "second")  # photos side by side
@@ -110,7 +110,7 @@ class Session:
         setting: Setting,
         block: int,
     ) -> list[str]:
-        """Markup of each photo, of the counts, and of the speed before it is measured."""
+        """Markup of each photo, of the counts, and of the cost as far as it is measured."""
         comparisons: list[Comparison] = []
         sections: list[str] = []
         for photo, message in zip(photos, messages, strict=True):
@@ -119,13 +119,15 @@ class Session:
                 continue
             comparisons.append(self.viewer.compare(photo, setting))
             sections.append(photo_markup(self.viewer, photo, comparisons[-1], block))
-        speed = speed_markup(comparisons, self.viewer.measured(setting), self.content.device)
+        cost = self.viewer.measured(setting)
+        speed = cost_markup(setting, cost, self.content.device) if comparisons else ""
         return [*sections, counts_markup(comparisons), speed]
 
     def measure(self, photos: Sequence[Photo | None], setting: Setting) -> str:
-        comparisons = [self.viewer.compare(photo, setting) for photo in photos if photo is not None]
-        time = self.viewer.measure(setting) if comparisons else None
-        return speed_markup(comparisons, time, self.content.device)
+        """Markup of the cost, which it measures."""
+        if not any(photos):
+            return ""
+        return cost_markup(setting, self.viewer.measure(setting), self.content.device)
 
 
 def make_page(viewer: Viewer, content: Content) -> Any:
@@ -211,7 +213,7 @@ def make_page(viewer: Viewer, content: Content) -> Any:
             api_visibility="private",
         )
         changes = [control.change for control in controls]
-        gradio.on(
+        shown = gradio.on(
             changes,
             show,
             controls,
@@ -219,7 +221,10 @@ def make_page(viewer: Viewer, content: Content) -> Any:
             trigger_mode="always_last",
             concurrency_limit=2,
             **quiet,
-        ).then(measure, controls, speed, trigger_mode="always_last", concurrency_limit=1, **quiet)
+        )
+        shown.then(
+            measure, controls, speed, trigger_mode="always_last", concurrency_limit=1, **quiet
+        )
     return page
 
 

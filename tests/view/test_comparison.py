@@ -9,8 +9,6 @@ from helpers.models import MODELS, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.models.pixels import Pixels
-from cropr_kernels.pruning.model import run
-from cropr_kernels.pruning.state import PruningOptions
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.view.colors import ColorScale
 from cropr_kernels.view.comparison import Photo, Setting, Viewer
@@ -42,7 +40,7 @@ def test_a_comparison_is_that_of_agreement_and_of_the_model(name):
         [row] = cropr.agreement(model, images, [rate])
         assert comparison.agreement == row.agreement
         assert comparison.divergence == pytest.approx(row.divergence, abs=1e-5)
-        assert comparison.flop_ratio == pytest.approx(row.flops, rel=0.02)
+        assert viewer.measure(Setting(rate)).flop_ratio == pytest.approx(row.flops, rel=0.02)
         with torch.no_grad():
             torch.testing.assert_close(
                 comparison.pruned, cropr.set_rate(model, rate)(images)[0], rtol=1e-4, atol=1e-5
@@ -77,12 +75,14 @@ def test_flops_and_tokens_of_the_blocks_add_up_to_those_of_the_forward():
     viewer = Viewer(model, PIXELS)
     for setting in SETTINGS:
         comparison = viewer.compare(photo(), setting)
+        cost = viewer.measure(setting)
         viewer._set(setting)
         with flop_counter() as counter, torch.inference_mode():
-            run(viewer.model, lambda: viewer.model(torch.zeros(1, 3, 64, 64)), PruningOptions())
-        assert sum(comparison.pruned_counts.flops) == counter.get_total_flops()
+            viewer.model(torch.zeros(1, 3, 64, 64))
+        assert sum(cost.flops) == counter.get_total_flops() and len(cost.flops) == 4
+        assert cost.flop_ratio == 1 if setting.rate == 0 else cost.flop_ratio > 1
         maps = comparison.token_maps
-        for block, count in enumerate(comparison.pruned_counts.tokens):
+        for block, count in enumerate(comparison.tokens):
             assert len(maps[block][maps[block] >= 0].unique()) == count - 1  # the class token
 
 
@@ -134,9 +134,9 @@ def test_comparisons_from_several_threads_while_time_is_measured_are_those_of_a_
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[number], output) for number, output in enumerate(expected))
-    time = viewer.measured(Setting(12))
-    assert time is not None and time.pruned > 0 and time.unpruned > 0 and time.rounds >= 3
-    assert viewer.measure(Setting(12)) is time and viewer.measured(Setting(5)) is None
+    cost = viewer.measured(Setting(12))
+    assert cost is not None and cost.ms > 0 and cost.unpruned_ms > 0 and cost.rounds >= 3
+    assert viewer.measure(Setting(12)) is cost and viewer.measured(Setting(5)) is None
 
 
 def test_calibration_sets_the_queries_of_all_photos_and_reports_on_half_of_them():
@@ -187,11 +187,11 @@ def test_a_schedule_of_the_model_can_be_chosen_beside_rates():
     viewer = Viewer(calibrated(reference_vit(), rate=None, keep=[60, 30, 10]), PIXELS)
     assert viewer.has_schedule and viewer.default == Setting(None)
     comparison = viewer.compare(photo(), viewer.default)
-    assert comparison.pruned_counts.tokens == [65, 60, 30, 10]
-    assert viewer.compare(photo(), Setting(5)).pruned_counts.tokens == [65, 59, 54, 49]
+    assert comparison.tokens == [65, 60, 30, 10]
+    assert viewer.compare(photo(), Setting(5)).tokens == [65, 59, 54, 49]
     fused = Viewer(calibrated(reference_vit(), llf=True), PIXELS)
     assert not fused.has_schedule
-    assert fused.compare(photo(), Setting(5)).pruned_counts.tokens == [65, 59, 54, 65]
+    assert fused.compare(photo(), Setting(5)).tokens == [65, 59, 54, 65]
 
 
 def test_the_highest_rate_is_the_one_that_the_schedule_allows():

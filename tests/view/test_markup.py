@@ -81,8 +81,12 @@ def test_the_answer_of_a_photo_lists_five_classes_before_and_after_escaped(sessi
     assert shares[::2] == [f"{100 * p:.1f}" for p in logits.unpruned.softmax(0).sort().values][::-1]
     assert shares[1::2] == [f"{100 * p:.1f}" for p in logits.pruned.softmax(0).sort().values][::-1]
     assert "a &lt;b&gt;" in text and "a <b>" not in text
-    assert "measuring" in speed and f"{logits.flop_ratio:.2f}" in speed
-    assert "times as fast" in session.measure([photo, None], Setting(12))
+    assert "Measuring rate 12, merging on cpu" in speed
+    speed = session.measure([photo, None], Setting(12))
+    assert session.measure([None, None], Setting(12)) == ""
+    cost = session.viewer.measure(Setting(12))
+    assert f"{cost.flop_ratio:.2f}" in speed and "times as fast" in speed
+    assert f"<td>{cost.flops[2] / 2e6:.0f}</td>" in speed and "At rate 12, merging" in speed
     same = logits.pruned.argmax() == logits.unpruned.argmax()
     assert (">same<" in text) == same and (">changed<" in text) != same
 
@@ -141,7 +145,7 @@ def test_counts_that_differ_have_rows_for_each_photo(session):
     photo, _ = session.example(0)
     rates = [session.viewer.compare(photo, Setting(rate)) for rate in (5, 8)]
     text = markup.counts_markup(rates)
-    assert "tokens, photo 1" in text and "MFLOPs, photo 2" in text and "another number" in text
+    assert "tokens, photo 1" in text and "tokens, photo 2" in text and "another number" in text
 
 
 def test_the_page_says_what_queries_of_a_few_photos_are_worth(viewer):

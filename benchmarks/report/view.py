@@ -29,18 +29,22 @@ def view() -> str:
     body: list[list[Cell]] = [
         [_MOVES[row["move"]], str(row["ms"]), str(row["slowest"])] for row in moves
     ]
-    calibrated = [row for row in rows if "photos" in row]
-    worth = ", ".join(
-        f"{mean(where(calibrated, photos=photos), 'agreement'):.1f} % on {photos}"
-        for photos in unique(calibrated, "photos")
-    )
     note = (
         f"`{env['model']}`, two photos, {moves[0]['moves']} moves: from the slider's event to both "
         "pictures in a headless Chromium on the same cores, load average "
-        f"{moves[0]['load']} before. {measured_on(env)}.\n\n"
-        f"Agreement at R = {env['rate']} on Tiny-ImageNet, by the photos that it is calibrated on, "
-        f"mean of {len(unique(calibrated, 'seed'))} seeds: {worth} (7: the examples)."
+        f"{moves[0]['load']} before. {measured_on(env)}."
     )
+    calibrated = [row for row in rows if "photos" in row]
+    if calibrated:
+        worth = ", ".join(
+            f"{mean(where(calibrated, photos=photos), 'agreement'):.1f} % on {photos}"
+            for photos in unique(calibrated, "photos")
+        )
+        note += (
+            f"\n\nAgreement at R = {env['rate']} on Tiny-ImageNet, by the photos that it is "
+            f"calibrated on, mean of {len(unique(calibrated, 'seed'))} seeds: {worth} (7: the "
+            "examples)."
+        )
     table = Table(["slider", "ms, median", "slowest"], body)
     return f"{table.markdown()}\n\n{note}"
 

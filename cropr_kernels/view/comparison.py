@@ -134,7 +134,7 @@ class Viewer:
         self.lock = threading.Lock()  # of a forward
         self.measuring = threading.Lock()
         self.calibrated: Calibrated | None = None
-        self._costs: dict[Setting, Cost] = {}
+        self._results: dict[Setting, Cost] = {}
 
     @property
     def classifies(self) -> bool:
@@ -278,15 +278,15 @@ class Viewer:
 
     def measured(self, setting: Setting) -> Cost | None:
         """The cost of a setting, if `measure` knows it."""
-        return self._costs.get(setting)
+        return self._results.get(setting)
 
     def measure(self, setting: Setting) -> Cost:
         """Count FLOPs, and time forwards, pruned and unpruned in turns, in about a second; once a
         setting. The engine runs them if it knows the model."""
         with self.measuring:
-            if setting not in self._costs:
-                self._costs[setting] = self._measure(setting)
-            return self._costs[setting]
+            if setting not in self._results:
+                self._results[setting] = self._measure(setting)
+            return self._results[setting]
 
     def _measure(self, setting: Setting) -> Cost:
         device, dtype = self._device_and_dtype()

@@ -36,14 +36,14 @@ def view() -> str:
     )
     calibrated = [row for row in rows if "photos" in row]
     if calibrated:
-        worth = ", ".join(
-            f"{mean(where(calibrated, photos=photos), 'agreement'):.1f} % on {photos}"
-            for photos in unique(calibrated, "photos")
+        few, many = (
+            f"{mean(where(calibrated, photos=photos), 'agreement'):.1f} %"
+            for photos in sorted(unique(calibrated, "photos"))
         )
         note += (
-            f"\n\nAgreement at R = {env['rate']} on Tiny-ImageNet, by the photos that it is "
-            f"calibrated on, mean of {len(unique(calibrated, 'seed'))} seeds: {worth} (7: the "
-            "examples)."
+            f"\n\nAgreement at R = {env['rate']} on Tiny-ImageNet, mean of "
+            f"{len(unique(calibrated, 'seed'))} seeds: {few} calibrated on the examples, {many} on "
+            f"{max(unique(calibrated, 'photos'))} photos."
         )
     table = Table(["slider", "ms, median", "slowest"], body)
     return f"{table.markdown()}\n\n{note}"

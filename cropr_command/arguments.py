@@ -194,6 +194,32 @@ def _add_map(commands: Commands) -> None:
     )
 
 
+def _add_view(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "view",
+        help="open a local page on which photos show what pruning does",
+        description="Serve a page: drop a photo, move the rate, and see the tokens it ends in, "
+        "the classes before and after, FLOPs and time. Nothing is kept, and nothing leaves this "
+        "machine. Without --queries the model is calibrated on the examples.",
+    )
+    add_pruning(parser)
+    add_arguments(parser, "--device", "--dtype")
+    parser.add_argument(
+        "photos",
+        type=Path,
+        nargs="*",
+        help="examples: photos, or folders of them (default: examples/photos of a checkout)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: other machines too (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=count, help="default: the first free one from 7860 on")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.set_defaults(run="view.run", after_stop="the page is closed, nothing was kept")
+
+
 def _add_tune(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
@@ -388,6 +414,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_doctor,
         _add_calibrate,
         _add_map,
+        _add_view,
         _add_tune,
         _add_bench,
         _add_export,

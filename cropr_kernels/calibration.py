@@ -373,13 +373,15 @@ def agreement(
     unpruned = torch.cat(outputs[0])
     return [
         Agreement(
-            rate, *_compare(torch.cat(outputs[rate]), unpruned, classifies), flops[0] / flops[rate]
+            rate,
+            *compare_outputs(torch.cat(outputs[rate]), unpruned, classifies),
+            flops[0] / flops[rate],
         )
         for rate in rates
     ]
 
 
-def _compare(pruned: Tensor, unpruned: Tensor, classifies: bool) -> tuple[float, float]:
+def compare_outputs(pruned: Tensor, unpruned: Tensor, classifies: bool) -> tuple[float, float]:
     """Agreement and divergence of outputs (B, classes) or (B, D)."""
     if not classifies:
         return F.cosine_similarity(unpruned, pruned).mean().item(), math.nan

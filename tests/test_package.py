@@ -37,7 +37,7 @@ ORDER = [
     "tasks",
     "train",
 ]
-ORDER += ["cli"]
+ORDER += ["view", "cli"]
 
 
 def imported(path):

@@ -11,6 +11,7 @@ from benchmarks.report import (
     schedules,
     supported,
     training,
+    view,
     windows,
 )
 from benchmarks.report.render import Files
@@ -26,6 +27,7 @@ PAGES = {
     | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS | windows.SECTIONS,
+    DOCS / "view.md": view.SECTIONS,
 }
 MODULES = (
     comparison,

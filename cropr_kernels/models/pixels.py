@@ -59,9 +59,9 @@ class Pixels(NamedTuple):
         )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalize images (..., 3, H, W) in [0, 1] by mean and standard deviation."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        """Normalize images (..., C, H, W) in [0, 1] by mean and standard deviation."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images - mean) / std
 
 

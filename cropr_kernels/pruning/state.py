@@ -51,7 +51,8 @@ class PruningOptions(NamedTuple):
     predict: bool | None = None  # compute auxiliary predictions; None: if the model is in training
     # Called after every block with its tokens; nothing is pruned
     observe: Callable[[int, Tensor], None] | None = None
-    collect: bool = False  # keep the pruned tokens, and those after the last block
+    # Keep the pruned tokens, those after the last block, and the rows after each pruning
+    collect: bool = False
     engine: bool = False  # the engine may run the blocks: the caller looks at nothing between them
     full: bool = True  # copy each merged token to all positions that it stands for
     maps: frozenset[int] = frozenset()  # blocks whose output someone reads: it has all tokens
@@ -154,6 +155,8 @@ class PruningState:
         self.offsets: list[Tensor] = []  # (B, R, D), from their parents
         self.parent_idx: list[Tensor] = []  # (B, R), positions of the parents
         self.tokens: Tensor | None = None  # after the last block, if they are collected
+        # (B, N) after each pruning: `row_idx` then, if it is collected
+        self.collected_rows: list[Tensor] = []
 
     def _split_windows(self, windows: Windows) -> None:
         """Make masks and counts of tokens those of windows, which hold patches only."""
@@ -252,6 +255,31 @@ class PruningState:
         shape = (self.frames, rows // self.frames, columns) if self.is_video else (rows, columns)
         return patches.unflatten(1, shape)
 
+    def token_maps(self) -> Tensor:
+        """(blocks + 1, B, grid height, grid width) int64: before the first and after each block,
+        the token that holds each patch, counted in order of position; -1 if it was dropped.
+
+        With LLF, the state before tokens are restored. Merged ones need `collect`. Not for windows.
+        """
+        grid = self.require_grid()
+        rows = {layer: row_idx for (layer, _), row_idx in zip(self.pruned_idx, self.collected_rows)}
+        pruned = dict(self.pruned_idx)
+        device = next(iter(pruned.values())).device if pruned else None
+        all_rows = torch.arange(self.num_tokens, device=device).repeat(self.num_images, 1)
+        maps = [all_rows]
+        active = torch.ones_like(all_rows, dtype=torch.bool)
+        for layer in range(self.last_layer + 1):
+            if layer in pruned:
+                active = active.scatter(1, pruned[layer], False)
+            if layer in rows:
+                maps.append(rows[layer])
+            elif layer in pruned:
+                maps.append((active.cumsum(1) - 1).masked_fill(~active, -1))
+            else:
+                maps.append(maps[-1])
+        patches = torch.stack(maps)[:, :, self.num_prefix :]
+        return torch.where(patches < 0, -1, patches - self.num_prefix).unflatten(2, grid)
+
     def require_grid(self) -> Grid:
         """Patches in height and width; ValueError if they are unknown, or patches are not where
         they were."""
@@ -315,6 +343,8 @@ class PruningState:
             self.parent_idx.append(reduction.parent_idx)
         if reduction.pruned is not None and self.keeps_pruned:
             self.pruned_tokens.append(reduction.pruned)
+        if self.options.collect and self.row_idx is not None:
+            self.collected_rows.append(self.row_idx)
 
     def full_map(self, x: Tensor) -> Tensor:
         """All tokens (B, N, D) at block output x (B, K, D): pruned ones with the change of their

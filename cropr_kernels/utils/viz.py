@@ -100,17 +100,28 @@ def save_merge_maps(
     """
     images, maps = _to_pictures(images, maps)
     figure, axes = _two_rows(images, maps, titles, margin=0.0)
-    patches = F.adaptive_avg_pool2d(images.float(), (maps.shape[1], maps.shape[2])).flatten(2).cpu()
-    for axis, colors, token_map in zip(axes[1], patches, maps.cpu()):
-        labels = token_map.flatten()
-        sums = colors.new_zeros(len(colors), int(labels.max()) + 1).index_add_(1, labels, colors)
-        tiles = (sums / labels.bincount().clamp_min(1))[:, labels]
-        axis.imshow(_pixels(tiles.unflatten(1, token_map.shape)))
+    for axis, image, token_map in zip(axes[1], images, maps.cpu()):
+        axis.imshow(_pixels(tile_colors(image, token_map)))
         for row, col in (token_map[:, 1:] != token_map[:, :-1]).nonzero().tolist():
             axis.plot([col + 0.5] * 2, [row - 0.5, row + 0.5], color="white", linewidth=0.6)
         for row, col in (token_map[1:] != token_map[:-1]).nonzero().tolist():
             axis.plot([col - 0.5, col + 0.5], [row + 0.5] * 2, color="white", linewidth=0.6)
     _save(figure, path)
+
+
+def tile_colors(image: Tensor, token_map: Tensor) -> Tensor:
+    """Mean color of the token of each patch, (C, grid height, grid width); white if it was dropped.
+
+    The image is (C, H, W) in [0, 1]; token_map (grid height, grid width) is its `merge_map`, with
+    -1 for dropped patches.
+    """
+    grid = (token_map.shape[0], token_map.shape[1])
+    colors = F.adaptive_avg_pool2d(image.float().cpu(), grid).flatten(1)
+    labels = token_map.flatten() + 1
+    sums = colors.new_zeros(len(colors), int(labels.max()) + 1).index_add_(1, labels, colors)
+    means = sums / labels.bincount().clamp_min(1)
+    means[:, 0] = 1.0
+    return means[:, labels].unflatten(1, grid)
 
 
 def save_pruning_frames(

@@ -3,14 +3,13 @@ early."""
 
 import io
 import os
-import struct
 import tarfile
 import threading
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.photos import png_header
 
 import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
@@ -36,21 +35,6 @@ def infer(model, source, out):
 def rows_of(out):
     dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
     return dataset.dataset(out, format="parquet").to_table().to_pylist()
-
-
-def png_header(width, height):
-    """Return a PNG with a header of this size and hardly any pixels."""
-
-    def chunk(chunk_type, data):
-        return (
-            struct.pack(">I", len(data))
-            + chunk_type
-            + data
-            + struct.pack(">I", zlib.crc32(chunk_type + data))
-        )
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture

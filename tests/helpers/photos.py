@@ -1,6 +1,8 @@
-"""Real photos of the data folder."""
+"""Real photos of the data folder, and files that claim to be photos."""
 
 import io
+import struct
+import zlib
 
 import pytest
 import torch
@@ -21,3 +23,18 @@ def read_photos(data, count):
         pixels.append(torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 127.5 - 1)
         labels.append(classes[int(archive["labels"][i])])
     return torch.stack(pixels), labels
+
+
+def png_header(width, height):
+    """Return a PNG with a header of this size and hardly any pixels."""
+
+    def chunk(chunk_type, data):
+        return (
+            struct.pack(">I", len(data))
+            + chunk_type
+            + data
+            + struct.pack(">I", zlib.crc32(chunk_type + data))
+        )
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")

@@ -1,0 +1,1 @@
+"""A page that shows pruning: comparisons of photos, pictures of tokens, and the page itself."""

@@ -2,8 +2,10 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ SIDES = ("first", "second")  # photos side by side
 MODES = {"merging": True, "dropping": False}
 SCHEDULES = {"constant rate": False, "the model's own": True}
 UPLOAD = 64 << 20  # bytes of an uploaded file, at most
+AGE = 10.0  # seconds that a file may wait to be read
 SESSIONS = 100  # whose photos stay in memory, at most
 # Gradio's components know addresses elsewhere; the browser loads none of them
 _POLICY = (
@@ -69,20 +72,16 @@ class Session:
         self.viewer = viewer
         self.content = content
 
-    def read(self, path: Path | str | None, name: str) -> tuple[Photo | None, str]:
+    def read(self, path: Path | str, name: str) -> tuple[Photo | None, str]:
         """Read a photo as all commands do; return it, or None and a sentence."""
-        if path is None:
-            return None, invitation()
         try:
             return Photo(name, self.viewer.pixels.load(path)), ""
         except OSError as error:
             reason = str(error).replace(str(path), name)
             return None, alert(f"{name} cannot be read as a photo: {reason}")
 
-    def take(self, path: str | None) -> tuple[Photo | None, str]:
+    def take(self, path: str) -> tuple[Photo | None, str]:
         """Read an upload and delete its file."""
-        if path is None:
-            return None, invitation()
         try:
             return self.read(path, printable(Path(path).name))
         finally:
@@ -125,9 +124,8 @@ class Session:
 
     def measure(self, photos: Sequence[Photo | None], setting: Setting) -> str:
         """Markup of the cost, which it measures."""
-        if not any(photos):
-            return ""
-        return cost_markup(setting, self.viewer.measure(setting), self.content.device)
+        cost = self.viewer.measure(setting) if any(photos) else None
+        return "" if cost is None else cost_markup(setting, cost, self.content.device)
 
 
 def make_page(viewer: Viewer, content: Content) -> Any:
@@ -242,7 +240,9 @@ def _add_inputs(gradio: Any, session: Session, side: str, photo: Any, message: A
     # Not by Gradio's decoder: `Session.read` checks files as all commands do
     drop.preprocess = lambda payload: None if payload is None else payload.path
 
-    def take(path: str | None) -> tuple[Photo | None, str, None]:
+    def take(path: str | None) -> tuple[Any, Any, Any]:
+        if path is None:  # the source was changed: the photo stays
+            return gradio.skip(), gradio.skip(), gradio.skip()
         return (*session.take(path), None)
 
     drop.input(take, drop, [photo, message, drop], **quiet)
@@ -266,16 +266,40 @@ def _add_inputs(gradio: Any, session: Session, side: str, photo: Any, message: A
     gallery.select(choose, None, [photo, message], **quiet)
 
 
+def delete_old(folder: Path, names: Container[str]) -> None:
+    """Delete files older than AGE seconds but those of these names."""
+    for path in folder.rglob("*"):
+        if path.name not in names and path.is_file():
+            with suppress(FileNotFoundError):  # it was read and deleted just now
+                if time.time() - path.stat().st_mtime > AGE:
+                    path.unlink()
+
+
+def _keep_deleting(folder: Path, names: Container[str], closed: threading.Event) -> None:
+    while not closed.wait(AGE):
+        delete_old(folder, names)
+
+
 @contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Keep uploads in a folder that is removed at the end, and Gradio from reporting its use."""
+def _nothing_kept(names: Container[str]) -> Iterator[None]:
+    """Keep uploads in a folder that is removed at the end, and Gradio from reporting its use.
+
+    Files but those of these names go before: of uploads that nothing reads, and second copies of
+    the camera's.
+    """
     with tempfile.TemporaryDirectory(prefix="cropr-view-") as folder:
         values = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         before = {name: os.environ.get(name) for name in values}
         os.environ.update(values)
+        closed = threading.Event()
+        arguments = (Path(folder), names, closed)
+        deleting = threading.Thread(target=_keep_deleting, args=arguments, daemon=True)
+        deleting.start()
         try:
             yield
         finally:
+            closed.set()
+            deleting.join()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -295,7 +319,8 @@ def serving(
         ImportError: Gradio is not installed.
         OSError: the port is taken, or no page can be served there.
     """
-    with _nothing_kept():  # before Gradio is imported, which reads the name of its folder
+    names = {path.name for path in content.examples}
+    with _nothing_kept(names):  # before Gradio is imported, which reads the name of its folder
         Middleware = import_optional("starlette.middleware", "view", "cropr view").Middleware
         page = make_page(viewer, content)
         try:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from cropr_kernels.view import markup
 from cropr_kernels.view.colors import ColorScale
 from cropr_kernels.view.comparison import Calibrated, Photo, Setting, Viewer
 from cropr_kernels.view.drawing import draw_tiles
-from cropr_kernels.view.page import Content, Session
+from cropr_kernels.view.page import Content, Session, delete_old
 
 require("PIL")
 PIXELS = Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)
@@ -130,6 +131,16 @@ def test_an_upload_is_deleted_when_it_is_read_and_a_bomb_is_not_decoded(session,
     (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
     photo, message = session.take(str(tmp_path / "bomb.png"))
     assert photo is None and "decompression bomb" in message
+
+
+def test_files_that_nothing_reads_are_deleted_when_they_are_old(tmp_path):
+    for name in ("old.jpg", "new.jpg", "example.jpg"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(b"")
+    for name in ("old.jpg", "example.jpg"):
+        os.utime(tmp_path / "folder" / name, (0, 0))
+    delete_old(tmp_path, {"example.jpg"})
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"new.jpg", "example.jpg"}
 
 
 def test_two_photos_share_their_counts_and_differ_in_their_tiles(session):

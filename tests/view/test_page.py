@@ -61,6 +61,9 @@ class Page:
     def press(self, selector, *keys):
         self.driver.find_element("css selector", selector).send_keys(*keys)
 
+    def click(self, selector):
+        self.driver.find_element("css selector", selector).click()
+
     def classes(self, side):
         """Names and shares in the table of a photo, row by row."""
         script = """return [...document.querySelectorAll(arguments[0])].map(
@@ -150,11 +153,11 @@ def test_the_slider_of_the_block_shows_the_tiles_grow_and_runs_no_model(page):
 
 
 def test_dropped_tokens_are_shown_as_such(page):
-    page.driver.find_element("css selector", "#mode label:nth-of-type(2)").click()
+    page.click("#mode label:nth-of-type(2)")
     page.wait(lambda: "48 of 64 patches are left" in page.text("#first-photo"))
     expected = page.expected_classes(PHOTOS[0], Setting(5, merge=False))
     assert page.classes("first") == expected
-    page.driver.find_element("css selector", "#mode label:nth-of-type(1)").click()
+    page.click("#mode label:nth-of-type(1)")
     page.wait(lambda: "64 patches in 48 tokens" in page.text("#first-photo"))
 
 
@@ -162,6 +165,23 @@ def test_a_photo_that_is_dropped_is_classified_and_its_file_deleted(page):
     drop_file(page.driver, "#first-drop button[aria-dropeffect]", PHOTOS[3])
     page.wait(lambda: f"{PHOTOS[3].name}, as the model takes it" in page.text("#first-photo"))
     assert page.classes("first") == page.expected_classes(PHOTOS[3], Setting(5))
+    page.wait(lambda: uploads() == set())
+
+
+def test_the_camera_takes_a_photo_and_until_then_the_last_one_stays(page):
+    before = page.tiles("first")
+    page.click("#first-drop [aria-label='Capture from camera']")
+    page.wait(lambda: "Webcam" in page.text("#first-drop"))
+    assert page.tiles("first") == before
+    access = "//*[@id='first-drop']//button[contains(., 'Webcam')]"
+    page.driver.find_element("xpath", access).click()
+    capture = "#first-drop [aria-label='capture photo']"
+    page.wait(lambda: page.driver.find_elements("css selector", capture))
+    film = "return document.querySelector('#first-drop video')?.readyState >= 3"
+    page.wait(lambda: page.driver.execute_script(film))
+    page.click(capture)
+    page.wait(lambda: "image.png, as the model takes it" in page.text("#first-photo"))
+    assert page.tiles("first") != before
     page.wait(lambda: uploads() == set())
 
 
@@ -225,7 +245,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
     assert images and all(images)
     assert page.driver.execute_script("return document.documentElement.lang") == "en"
     assert len(page.driver.find_elements("css selector", "h1")) == 1
-    page.driver.find_element("css selector", "h1").click()  # the keyboard goes on from there
+    page.click("h1")  # the keyboard goes on from there
     order = []
     for _ in range(60):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)

@@ -18,7 +18,7 @@ from ..utils.io import table, write_text
 from ..utils.progress import each
 from ..utils.timing import ABOVE_FLOPS, above_flops, time_interleaved
 from ..utils.viz import save_speed_curves
-from .common import device_and_dtype, load_model
+from ..inference.loading import device_and_dtype, load_model
 from .outputs import check_file, checked_rates
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}

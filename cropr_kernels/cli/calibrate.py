@@ -18,7 +18,7 @@ from ..utils.images import describe_skipped, find_photos, read_photos
 from ..utils.io import table
 from ..utils.optional import import_optional
 from ..utils.progress import each
-from .common import load_model
+from ..inference.loading import load_model
 from .outputs import check_file, checked_rates
 
 

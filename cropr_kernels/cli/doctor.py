@@ -19,7 +19,7 @@ from ..ops.sample_inputs import DTYPES, bare_call, legal_call
 from ..ops.validation import OPS
 from ..pruning.api import apply, deployed_copy
 from ..utils.progress import Progress
-from .common import device_and_dtype
+from ..inference.loading import device_and_dtype
 from .info import versions
 
 # Sizes of a small network: several programs per image, several blocks per row.

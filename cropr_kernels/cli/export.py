@@ -16,7 +16,7 @@ from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress
 from ..utils.timing import time_interleaved
-from .common import device_and_dtype, load_with_queries
+from ..inference.loading import device_and_dtype, load_with_queries
 from .outputs import check_folder
 
 

@@ -15,7 +15,7 @@ from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deployed_copy, remove, set_rate
 from ..utils.flops import flop_counter
-from .common import load_model
+from ..inference.loading import load_model
 
 
 def run(options: argparse.Namespace) -> None:

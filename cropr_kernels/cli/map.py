@@ -16,7 +16,7 @@ from ..utils.images import describe_skipped, find_named_photos, printable, read_
 from ..utils.optional import import_optional
 from ..utils.progress import each
 from ..utils.viz import save_merge_maps, save_pruning_frames, save_pruning_maps
-from .common import load_model
+from ..inference.loading import load_model
 from .outputs import check_folder
 
 

@@ -22,7 +22,7 @@ from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
 from ..utils.optional import import_optional
 from ..utils.viz import save_curves, save_pruning_maps
-from .common import is_run_folder, load_with_queries
+from ..inference.loading import is_run_folder, load_with_queries
 from .outputs import check_file, check_folder, checked_rates
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ..tuning import save_tuned, tune
 from ..utils.timing import ABOVE_FLOPS, above_flops
-from .common import device_and_dtype, load_model
+from ..inference.loading import device_and_dtype, load_model
 from .outputs import check_file
 
 

@@ -1,4 +1,4 @@
-"""Loading of the models that commands name, and their device and dtype."""
+"""Loading of the models that commands and predictors name, and their device and dtype."""
 
 import argparse
 import math
@@ -56,10 +56,12 @@ def is_run_folder(name: str | Path) -> bool:
     )
 
 
-def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
+def load_model(
+    options: argparse.Namespace, *, pretrained: bool = True, announce: bool = True
+) -> Loaded:
     """Load the model that the arguments name, and prune it as they say; a run as it was trained.
 
-    Commands without a rate prune at rate 0. Raises the errors of `create_model`, `rebuild` and
+    Commands without a rate prune at rate 0; announce: print what a file of queries sets. Raises the errors of `create_model`, `rebuild` and
     `apply`, and ValueError if the arguments do not fit the model.
     """
     name = options.model
@@ -89,9 +91,8 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
     trained = is_pruned(model)
     requested = _pruning_options(options)
     if not trained:
-        _prune(
-            model, requested, {"rate": 8 if "rate" in vars(options) else 0}, values.get("queries")
-        )
+        default = {"rate": 8 if "rate" in vars(options) else 0}
+        _prune(model, requested, default, values.get("queries"), announce)
     elif requested.keys() - {"rate"}:
         raise ValueError(f"{name} defines the pruning: leave out --llf, --merge and --keep")
     elif requested:
@@ -126,7 +127,9 @@ def _schedule_of(options: _Options) -> _Options:
     return {name: options[name] for name in SCHEDULES if name in options}
 
 
-def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Path | None) -> None:
+def _prune(
+    model: nn.Module, requested: _Options, default: _Options, queries: Path | None, announce: bool
+) -> None:
     """Prune a model by the command line, then by the file of queries, then by the default."""
     saved: _Options = {}
     if queries is not None:
@@ -139,15 +142,15 @@ def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Pa
     options = {name: value for name, value in (saved | requested).items() if name not in SCHEDULES}
     options.setdefault("merge", True)  # better than dropping without training
     apply(model, **schedule, **options, num_outputs=0)
-    if queries is not None and os.environ.get("RANK", "0") == "0":
+    if queries is not None and announce and os.environ.get("RANK", "0") == "0":
         overrides = f" (as asked: {', '.join(requested)})" if requested else ""
         modules: CroprModules = model.cropr  # type: ignore[assignment]
         print(f"pruned as {queries} says: {modules.config}{overrides}")
 
 
-def load_with_queries(options: argparse.Namespace) -> Loaded:
+def load_with_queries(options: argparse.Namespace, *, announce: bool = True) -> Loaded:
     """Load the model of these arguments with its queries; raises ValueError if there are none."""
-    loaded = load_model(options)
+    loaded = load_model(options, announce=announce)
     if options.queries is not None:
         load_queries(loaded.model, options.queries)
     elif not loaded.trained and options.rate != 0:

@@ -1,0 +1,103 @@
+"""Ray Data as the engine of `cropr infer`: a pool of actors takes units and writes their parts.
+
+A unit is a task. Ray runs it again, elsewhere, if its actor or its node is lost; the part is the
+same and replaces that of the first try, so that nothing is lost or doubled.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..utils.optional import import_optional
+from .parts import Outcome, Run, write_part
+from .predictor import Predictor
+
+
+class PartWriter:
+    """The work of an actor: units to parts, by a predictor that is loaded once."""
+
+    def __init__(self, predictor: Predictor, settings: dict[str, Any]):
+        """Load the model; raises ValueError if it is not that of the run on this node."""
+        if predictor.describe() != settings:
+            raise ValueError(
+                f"the model of this node must be that of the first, {settings}, got "
+                f"{predictor.describe()}"
+            )
+        self.predictor = predictor
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Write the part of the unit in a batch of one row; return its outcome."""
+        unit, part = pickle.loads(batch["task"][0])
+        outcome = write_part(self.predictor, unit, part)
+        return {name: [value] for name, value in outcome._asdict().items()}
+
+
+class Cluster:
+    """The Ray cluster that RAY_ADDRESS names, or one of this machine; a context that leaves it.
+
+    Args:
+        actors: at most; default one for each GPU, or without GPUs for each CPU.
+        show: show Ray's progress bars.
+    """
+
+    def __init__(self, actors: int | None, *, show: bool):
+        self.actors = actors
+        self.show = show
+        self.ray = import_optional("ray", "ray", "cropr infer --engine ray")
+        self.data = import_optional("ray.data", "ray", "cropr infer --engine ray")
+
+    def __enter__(self) -> "Cluster":
+        self.joins = not self.ray.is_initialized()
+        if self.joins:
+            with self._errors():
+                self.ray.init(log_to_driver=False)
+        resources = self.ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        self.resources = {"num_cpus": 1, "num_gpus": int(gpus > 0)}
+        self.actors = self.actors or gpus or int(resources["CPU"])
+        context = self.data.DataContext.get_current()
+        context.enable_progress_bars = self.show
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.joins:
+            self.ray.shutdown()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise errors of Ray as RuntimeError, with the error of the actor."""
+        try:
+            yield
+        except (self.ray.exceptions.RayError, ConnectionError) as error:
+            cause = getattr(error, "cause", None) or error
+            raise RuntimeError(f"Ray: {cause}") from error
+
+    def describe(self, predictor: Predictor) -> tuple[str, dict[str, Any]]:
+        """Return how photos are read, and the settings of the model, from a node that runs it."""
+        describe = self.ray.remote(**self.resources)(_describe)
+        with self._errors():
+            return self.ray.get(describe.remote(predictor))
+
+    def write_parts(
+        self, predictor: Predictor, settings: dict[str, Any], run: Run, indices: Sequence[int]
+    ) -> Iterator[Outcome]:
+        """Write the parts of these units, and yield the outcome of each as it ends."""
+        tasks = [{"task": pickle.dumps((run.units[i], run.part(i)))} for i in indices]
+        units = self.data.from_items(tasks, override_num_blocks=len(tasks))
+        outcomes = units.map_batches(
+            PartWriter,
+            fn_constructor_args=(predictor, settings),
+            batch_size=1,
+            compute=self.data.ActorPoolStrategy(
+                size=min(self.actors, len(tasks)), max_tasks_in_flight_per_actor=1
+            ),
+            **self.resources,
+        )
+        with self._errors():
+            for row in outcomes.iter_rows():
+                yield Outcome(**row)
+
+
+def _describe(predictor: Predictor) -> tuple[str, dict[str, Any]]:
+    return str(predictor.pixels), predictor.describe()

@@ -9,7 +9,6 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ..inference.parts import Outcome, Run, write_part
 from ..inference.predictor import OPTIONS, Predictor
@@ -48,8 +47,8 @@ def run(options: argparse.Namespace) -> None:
     job = Run(units, out)
     if options.engine == "ray":
         with Cluster(options.actors, show=not options.quiet) as cluster:
-            pixels, settings = cluster.describe(predictor)
-            print(f"photos: {pixels}{describe_skipped(skipped)}")
+            summary, settings = cluster.describe(predictor)
+            print(f"{summary}{describe_skipped(skipped)}")
             job.claim(settings)
             pending = job.missing(range(len(units)))
             outcomes = [*cluster.write_parts(predictor, settings, job, pending)] if pending else []
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     settings = predictor.describe()
     if rank == 0:
-        print(f"photos: {predictor.pixels}{describe_skipped(skipped)}")
+        print(f"{predictor.summary}{describe_skipped(skipped)}")
     job.claim(settings)
     assigned = range(len(units))[rank::world]
     pending = job.missing(assigned)

@@ -109,7 +109,9 @@ def _table(
     results: list[dict[str, Any]], columns: Sequence[str], source: str, names: list[str]
 ) -> Any:
     """Return an Arrow table with a row per photo; lists are null in rows with an error."""
-    numpy, pyarrow = (import_optional(name, "infer", "cropr infer") for name in ("numpy", "pyarrow"))
+    numpy, pyarrow = (
+        import_optional(name, "infer", "cropr infer") for name in ("numpy", "pyarrow")
+    )
     errors = numpy.concatenate([batch["error"] for batch in results] or [[]])
     bad = ~numpy.equal(errors, None).astype(bool)
     text = pyarrow.string()

@@ -24,8 +24,10 @@ from ..utils.storage import RemotePath, StorageError
 from .loading import device_and_dtype, load_with_queries
 
 # Options of loading, pruning and reading photos besides the named ones; those of `cropr infer`
-OPTIONS = ("arch", "img_size", "num_classes", "keep", "llf", "merge")
-OPTIONS += ("mean", "std", "crop_pct", "interpolation", "max_pixels")
+OPTIONS = (
+    *("arch", "img_size", "num_classes", "keep", "llf", "merge"),
+    *("mean", "std", "crop_pct", "interpolation", "max_pixels"),
+)
 
 Results = dict[str, Any]  # arrays by name
 _Read = tuple[Tensor | None, str | None]  # pixels, or the reason why there are none
@@ -137,9 +139,10 @@ class Predictor:
                 yield loaded.results([future.result() for future in batch])
 
     @property
-    def pixels(self) -> Pixels:
-        """The preparation of the photos."""
-        return self._loaded_model().pixels
+    def summary(self) -> str:
+        """Lines for a log: what a file of queries sets, and how photos are read."""
+        loaded = self._loaded_model()
+        return f"{loaded.note}{loaded.note and chr(10)}photos: {loaded.pixels}"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -153,8 +156,8 @@ class Predictor:
 
     def _loaded_model(self) -> "_Loaded":
         if self._loaded is None:
-            paths = [Path(self._settings["model"]), self._settings["queries"]]
-            stamps = [_stamp(path) for path in paths if path is not None]
+            paths = (self._settings["model"], self._settings["queries"])
+            stamps = [_stamp(Path(path)) for path in paths if path]
             key = tuple((name, _hashable(value)) for name, value in self._settings.items())
             self._loaded = _load(key, tuple(stamps))
         return self._loaded
@@ -166,6 +169,7 @@ class _Loaded:
 
     model: nn.Module
     pixels: Pixels
+    note: str
     device: torch.device
     dtype: torch.dtype
     top: int
@@ -227,14 +231,14 @@ def _load(key: tuple[tuple[str, Any], ...], stamps: tuple[Any, ...]) -> _Loaded:
     device, dtype = device_and_dtype(settings)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    model, pixels, _ = load_with_queries(settings, announce=False)
+    model, pixels, _, note = load_with_queries(settings, announce=False)
     classifies = find_spec(model).num_classes > 0
     if settings.features and classifies:
         remove_classifier(model)
     prunes = model.cropr.config.schedule.rate != 0  # unpruned, the functional ops are bit-exact
     top = settings.top if classifies and not settings.features else 0
     deployed = deploy(model.to(device, dtype), engine=prunes)
-    return _Loaded(deployed, pixels, device, dtype, top)
+    return _Loaded(deployed, pixels, note, device, dtype, top)
 
 
 def _read(photo: Any, pixels: Pixels) -> _Read:

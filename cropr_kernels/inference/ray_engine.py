@@ -55,7 +55,7 @@ class Cluster:
         resources = self.ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         self.resources = {"num_cpus": 1, "num_gpus": int(gpus > 0)}
-        self.actors = self.actors or gpus or int(resources["CPU"])
+        self.size = self.actors or gpus or int(resources["CPU"])
         context = self.data.DataContext.get_current()
         context.enable_progress_bars = self.show
         return self
@@ -74,7 +74,7 @@ class Cluster:
             raise RuntimeError(f"Ray: {cause}") from error
 
     def describe(self, predictor: Predictor) -> tuple[str, dict[str, Any]]:
-        """Return how photos are read, and the settings of the model, from a node that runs it."""
+        """Return the summary and the settings of the model, from a node that runs it."""
         describe = self.ray.remote(**self.resources)(_describe)
         with self._errors():
             return self.ray.get(describe.remote(predictor))
@@ -90,7 +90,7 @@ class Cluster:
             fn_constructor_args=(predictor, settings),
             batch_size=1,
             compute=self.data.ActorPoolStrategy(
-                size=min(self.actors, len(tasks)), max_tasks_in_flight_per_actor=1
+                size=min(self.size, len(tasks)), max_tasks_in_flight_per_actor=1
             ),
             **self.resources,
         )
@@ -100,4 +100,4 @@ class Cluster:
 
 
 def _describe(predictor: Predictor) -> tuple[str, dict[str, Any]]:
-    return str(predictor.pixels), predictor.describe()
+    return predictor.summary, predictor.describe()

@@ -90,6 +90,8 @@ def open_photo(file: PhotoFile, *, upright: bool = True) -> Any:
         raise OSError(f"{printable(Path(file))} is not a file")
     try:
         with _open_image(file, Image) as opened:
+            if 0 in opened.size:
+                raise ValueError(f"a photo must have pixels, its size is {opened.size}")
             image = ImageOps.exif_transpose(opened) if upright else opened
             if image.mode == "F" or image.mode.startswith("I"):
                 image = _to_8_bits(image)

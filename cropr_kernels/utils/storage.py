@@ -40,8 +40,12 @@ class RemotePath:
         return RemotePath(f"{self.url.rstrip('/')}/{name}")
 
     @property
+    def name(self) -> str:
+        return PurePosixPath(self.url.partition("://")[2]).name
+
+    @property
     def suffix(self) -> str:
-        return PurePosixPath(self.url.partition("://")[2]).suffix
+        return PurePosixPath(self.name).suffix
 
     def relative_to(self, folder: "RemotePath") -> str:
         """Return the rest of the URL of an object in a folder."""

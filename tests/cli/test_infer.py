@@ -275,7 +275,9 @@ def test_missing_sources_damaged_shards_and_libraries_are_named(
     assert "there is no folder or shard" in error(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no photos and no shards in" in error(tmp_path / "empty")
-    assert "a source must be a folder, a WebDataset shard (.tar) or a .parquet file" in error(PHOTOS[0])
+    assert "a source must be a folder, a WebDataset shard (.tar) or a .parquet file" in error(
+        PHOTOS[0]
+    )
     (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
     assert "torn.tar" in error(tmp_path / "torn.tar")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

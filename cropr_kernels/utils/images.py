@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -97,7 +98,8 @@ def open_photo(file: PhotoFile, *, upright: bool = True) -> Any:
                 image = _to_8_bits(image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise errors of every type
-        raise OSError(str(error) or type(error).__name__) from error
+        reason = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))  # or no two runs are alike
+        raise OSError(reason or type(error).__name__) from error
 
 
 def _open_image(file: PhotoFile, Image: Any) -> contextlib.AbstractContextManager[Any]:
@@ -105,6 +107,10 @@ def _open_image(file: PhotoFile, Image: Any) -> contextlib.AbstractContextManage
         file = io.BytesIO(file)
     if hasattr(file, "__array_interface__") and not isinstance(file, Image.Image):
         file = Image.fromarray(file)
+    if not isinstance(file, str | os.PathLike | Image.Image) and not hasattr(file, "read"):
+        raise TypeError(
+            f"a photo must be bytes, an array, an image, a file or a path, got {type(file).__name__}"
+        )
     return contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file)
 
 

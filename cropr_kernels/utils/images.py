@@ -109,7 +109,8 @@ def _open_image(file: PhotoFile, Image: Any) -> contextlib.AbstractContextManage
         file = Image.fromarray(file)
     if not isinstance(file, str | os.PathLike | Image.Image) and not hasattr(file, "read"):
         raise TypeError(
-            f"a photo must be bytes, an array, an image, a file or a path, got {type(file).__name__}"
+            "a photo must be bytes, an array, an image, a file or a path, got "
+            f"{type(file).__name__}"
         )
     return contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file)
 

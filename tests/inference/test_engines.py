@@ -29,7 +29,6 @@ def run(engine, inputs, out, *launcher):
     command = [sys.executable, *launcher, str(ENGINES / engine), model, str(photos), str(out)]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_SUBMIT_ARGS": "--master local[1] pyspark-shell",
         "SPARK_LOCAL_IP": "127.0.0.1",

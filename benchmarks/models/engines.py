@@ -6,9 +6,9 @@ python -m benchmarks.models.engines [--photos 2000] [--growth 1000 2000 4000 800
 
 Times whole commands, each in an empty folder, on photos of 96 pixels and a ViT-Ti at 64 pixels with
 random weights, with one thread a process: so little work a photo that an engine's overhead shows.
-A start is the command on 32 photos; images a second are those of the rest. Memory is the highest
-sum over the processes of a command, shared pages divided among them. All engines must write the
-same rows. Needs the extra `ray`.
+A start ends with the first part, of 250 photos; images a second are those of the parts after it, or
+after the first of each worker. Memory is the highest sum over the processes of a command, shared
+pages divided among them. All engines must write the same rows. Needs the extra `ray`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import cropr_kernels as cropr
-from benchmarks.utils.results import RESULTS, ROOT, Results, environment
+from benchmarks.utils.results import RESULTS, ROOT, Results, Row, environment
 from cropr_kernels.utils.optional import import_optional
 
 CLI = [sys.executable, "-m", "cropr_kernels.cli"]
@@ -37,7 +37,7 @@ ENGINES: dict[str, tuple[list[str], list[str]]] = {  # command, options
     "Ray, 1 actor": (CLI, [*RAY, "1"]),
     "Ray, 2 actors": (CLI, [*RAY, "2"]),
 }
-FEW = 32  # photos of a command that measures the start
+UNIT = 250  # photos in a part
 GROWS = ("plain", "Ray, 1 actor")
 
 
@@ -78,16 +78,27 @@ def children(parent: Any, psutil: Any) -> list[Any]:
         return []
 
 
-def measure(engine: str, model: Path, photos: Path, scratch: Path) -> tuple[float, int, Any]:
-    """Run an engine on a folder; return seconds, MiB, and the rows."""
+def throughput(out: Path, workers: int, started: float) -> dict[str, float]:
+    """Return the start and the images a second by the times of the parts."""
+    times = sorted(part.stat().st_mtime for part in out.glob("part-*.parquet"))
+    photos = UNIT * (len(times) - workers)
+    return {
+        "start": round(times[0] - started, 2),
+        "images/s": round(photos / (times[-1] - times[0]), 1),
+    }
+
+
+def measure(engine: str, model: Path, photos: Path, scratch: Path) -> tuple[Row, Any]:
+    """Run an engine on a folder; return what it took, and the rows."""
     dataset = import_optional("pyarrow.dataset", "infer", "rows")
     launcher, options = ENGINES[engine]
-    settings = ["--unit", "250", "--workers", "1", "--quiet"]
+    settings = ["--unit", str(UNIT), "--workers", "1", "--quiet"]
     variables = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
     variables |= {"RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         command = [*launcher, "infer", str(model), str(photos), "--out", f"{out}/results"]
         start = time.perf_counter()
+        started = time.time()
         with subprocess.Popen(
             [*command, *settings, *options],
             env=os.environ | variables,
@@ -99,7 +110,9 @@ def measure(engine: str, model: Path, photos: Path, scratch: Path) -> tuple[floa
         if process.returncode:
             raise RuntimeError(f"{engine} failed: {' '.join([*command, *settings, *options])}")
         table = dataset.dataset(f"{out}/results", format="parquet").to_table()
-    return seconds, memory, table.sort_by("name").drop_columns("source")
+        row: Row = {"seconds": round(seconds, 2), "MiB": memory}
+        row |= throughput(Path(out) / "results", 1 + ("2" in engine), started)
+    return row, table.sort_by("name").drop_columns("source")
 
 
 def main() -> None:
@@ -119,10 +132,7 @@ def main() -> None:
         plain = cropr.create_vit("vit_tiny_patch16_224", img_size=64)
         cropr.save(cropr.apply(plain, rate=1, num_outputs=0), scratch / "model")
         cells = [
-            (engine, count, index)
-            for index in range(options.rounds)
-            for count in (FEW, options.photos)
-            for engine in ENGINES
+            (engine, options.photos, index) for index in range(options.rounds) for engine in ENGINES
         ]
         cells += [(engine, count, -1) for count in options.growth for engine in GROWS]
         expected: dict[int, Any] = {}
@@ -130,11 +140,10 @@ def main() -> None:
             photos = scratch / f"{count}"
             if not photos.exists():
                 write_photos(photos, count)
-            seconds, memory, rows = measure(engine, scratch / "model", photos, scratch)
+            measured, rows = measure(engine, scratch / "model", photos, scratch)
             if not rows.equals(expected.setdefault(count, rows)) or len(rows) != count:
                 raise RuntimeError(f"{engine} writes other rows than the first engine")
-            row = {"engine": engine, "photos": count, "round": index}
-            row |= {"seconds": round(seconds, 2), "MiB": memory}
+            row = {"engine": engine, "photos": count, "round": index, **measured}
             results.add(row)
             print(json.dumps(row), flush=True)
 

@@ -36,24 +36,23 @@ _Read = tuple[Tensor | None, str | None]  # pixels, or the reason why there are 
 class Predictor:
     """A pruned model as a picklable function of a batch of photos, as `cropr infer` runs it.
 
-    It loads the model at its first call, once a process, however often it is pickled: only its
-    settings are. So it is at home in `map_batches` of Ray Data, `Dataset.map` of Hugging Face and
-    pandas UDFs of Spark.
+    `predictor(photos, names=None)` takes bytes of files, uint8 arrays (height, width, 3), images of
+    Pillow or paths, and returns arrays by name with a row per photo: `error`, None or a reason,
+    with `classes` and `probabilities` (B, top), or `features` (B, D). Pickles hold settings only;
+    the model is loaded at the first call, once a process.
 
     Args:
-        source: the model, as commands name it: a preset, a timm or torchvision model, a weight
-            file, or a folder of Hugging Face, `cropr.save` or `cropr train`.
-        queries: file of `cropr calibrate`; it also sets rate, merge and llf, unless options do.
-        rate: tokens pruned after each block; default that of the queries or the model, or 8.
+        source: the model, as commands name it.
+        queries: file of `cropr calibrate`.
+        rate: tokens pruned after each block; default that of the queries or the model.
         device: default cuda if there is a GPU (under torchrun that of the process), else cpu.
-        dtype: "float32", "bfloat16" or "float16"; default bfloat16 on cuda, else float32.
+        dtype: default "bfloat16" on cuda, else "float32".
         batch_size: photos in one forward.
-        features: the features that the head reads in place of classes; also of models without a
-            classifier.
+        features: features in place of classes.
         top: classes of each photo.
-        threads: threads that decode photos while the model runs.
+        threads: threads that decode photos.
         options: arch, img_size, num_classes, keep, llf, merge, mean, std, crop_pct, interpolation,
-            max_pixels, as `cropr infer` takes them.
+            max_pixels, as of `cropr infer`.
 
     Raises:
         TypeError: an option is not known.
@@ -100,17 +99,11 @@ class Predictor:
         return vars(self) | {"_loaded": None}
 
     def __call__(self, photos: Iterable[Any], names: Iterable[str] | None = None) -> Results:
-        """Classify or embed photos; each is a row, also one that cannot be read.
+        """Classify or embed photos of any number; None and what cannot be read are rows too.
 
-        Args:
-            photos: of any number; each is the bytes of a file, an array (height, width, 3) of
-                uint8, an image of Pillow, a path, or None.
-            names: of the photos; returned as they are.
-
-        Returns:
-            Arrays by name, with a row per photo: `name` (with names); `error`, None or why there is
-            no result; and `classes` (B, top) int32 with `probabilities` (B, top) float32, or
-            `features` (B, D) float32. Rows with an error hold -1 and NaN.
+        Returns `name` as given (with names); `error`, object; and `classes` (B, top) int32 with
+        `probabilities` (B, top) float32, or `features` (B, D) float32. Rows with an error hold -1
+        and NaN.
         """
         numpy = import_optional("numpy", "infer", "cropr.Predictor")
         parts = [*self.stream(photos)] or [self._loaded_model().results([])]

@@ -2,6 +2,7 @@
 
 from benchmarks.report import (
     comparison,
+    engines,
     features,
     measured,
     off_the_shelf,
@@ -25,6 +26,7 @@ PAGES = {
     | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS,
+    DOCS / "scale.md": engines.SECTIONS,
 }
 MODULES = (
     comparison,

@@ -67,10 +67,15 @@ class Run(NamedTuple):
             raise ValueError(
                 f"{path} is damaged: {error}; start again in another folder"
             ) from error
-        differing = [name for name, value in settings.items() if saved.get(name) != value]
-        changed = [f"{name} was {saved.get(name)}, is {settings[name]}" for name in differing]
+        changed = changes(saved, settings)
         if changed:
-            raise ValueError(f"{self.out} holds the results of another run: {'; '.join(changed)}")
+            raise ValueError(f"{self.out} holds the results of another run: {changed}")
+
+
+def changes(saved: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Describe the settings that differ from those saved; empty if none does."""
+    differing = [name for name, value in settings.items() if saved.get(name) != value]
+    return "; ".join(f"{name} was {saved.get(name)}, is {settings[name]}" for name in differing)
 
 
 def write_part(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..utils.optional import import_optional
-from .parts import Outcome, Run, write_part
+from .parts import Outcome, Run, changes, write_part
 from .predictor import Predictor
 
 
@@ -19,11 +19,9 @@ class PartWriter:
 
     def __init__(self, predictor: Predictor, settings: dict[str, Any]):
         """Load the model; raises ValueError if it is not that of the run on this node."""
-        if predictor.describe() != settings:
-            raise ValueError(
-                f"the model of this node must be that of the first, {settings}, got "
-                f"{predictor.describe()}"
-            )
+        changed = changes(settings, predictor.describe())
+        if changed:
+            raise ValueError(f"the model must be the same on every node: {changed}")
         self.predictor = predictor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -286,6 +286,13 @@ def test_missing_sources_damaged_shards_and_libraries_are_named(
     )
 
 
+def test_the_ray_engine_without_ray_names_its_extra(model, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["infer", *model[0], str(photos), "--out", str(tmp_path / "out"), "--engine", "ray"]
+    assert cli.main(command) == 1
+    assert "needs ray: pip install ray (or the extra [ray] of" in capsys.readouterr().err
+
+
 def test_bench_measures_after_checking_the_engine(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench"
     arguments = [

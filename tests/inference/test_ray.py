@@ -109,6 +109,34 @@ def test_a_damaged_shard_is_named_and_the_others_are_done(cluster, command, tmp_
     assert len(table_of(out)) == 20 and not (out / "_SUCCESS").exists()
 
 
+class OtherPredictor(Predictor):
+    """A predictor with other weights wherever it is loaded again."""
+
+    folder = None
+
+    def describe(self):
+        try:
+            (self.folder / "first").touch(exist_ok=False)
+        except FileExistsError:
+            return super().describe() | {"weights": "others"}
+        return super().describe()
+
+
+def test_an_actor_with_other_weights_is_refused(cluster, command, tmp_path, monkeypatch, capsys):
+    def make(*args, **options):
+        predictor = OtherPredictor(*args, **options)
+        predictor.folder = tmp_path
+        return predictor
+
+    monkeypatch.setattr(infer, "Predictor", make)
+    assert cli.main([*command, "--engine", "ray", "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert re.search(
+        r"the model must be the same on every node: weights was \w+, is others", message
+    )
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
 # Where an actor dies: while the model is loaded, at a batch of a unit, before and after the rename
 MOMENTS = ["load", "load", "read 0", "read 1", "read 3", "computed 0", "computed 1", "computed 1"]
 MOMENTS += ["before write", "after write"]

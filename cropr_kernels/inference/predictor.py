@@ -135,7 +135,7 @@ class Predictor:
     def summary(self) -> str:
         """Lines for a log: what a file of queries sets, and how photos are read."""
         loaded = self._loaded_model()
-        return f"{loaded.note}{loaded.note and chr(10)}photos: {loaded.pixels}"
+        return "\n".join(filter(None, (loaded.note, f"photos: {loaded.pixels}")))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -174,9 +174,9 @@ class _Loaded:
         errors = numpy.array([error for _, error in reads], dtype=object)
         photos = [photo for photo, _ in reads if photo is not None]
         output = self._forward(torch.stack(photos)) if photos else self._no_output
-        finite = output.isfinite().all(1)
+        finite = output.isfinite().all(1).numpy()
         readable = numpy.flatnonzero(numpy.equal(errors, None))
-        errors[readable[~finite.numpy()]] = "the model's output is not finite"
+        errors[readable[~finite]] = "the model's output is not finite"
         values: dict[str, tuple[Tensor, Any]] = {"features": (output, numpy.nan)}
         if self.top:
             best = output.softmax(1).topk(min(self.top, output.shape[1]))
@@ -188,7 +188,7 @@ class _Loaded:
         for name, (rows, missing) in values.items():
             array = rows.numpy()
             results[name] = numpy.full((len(reads), rows.shape[1]), missing, array.dtype)
-            results[name][readable[finite.numpy()]] = array[finite.numpy()]
+            results[name][readable[finite]] = array[finite]
         return results
 
     def _forward(self, photos: Tensor) -> Tensor:

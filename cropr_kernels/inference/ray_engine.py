@@ -5,6 +5,7 @@ same and replaces that of the first try, so that nothing is lost or doubled.
 """
 
 import contextlib
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +18,12 @@ from .predictor import Predictor
 class PartWriter:
     """The work of an actor: units to parts, by a predictor that is loaded once."""
 
-    def __init__(self, predictor: Predictor, settings: dict[str, Any]):
-        """Load the model; raises ValueError if it is not that of the run on this node."""
+    def __init__(self, predictor: Predictor, settings: dict[str, Any], folder: str):
+        """Load the model; raises ValueError if it is not that of the run on this node.
+
+        folder: the working directory of the command, which relative paths mean.
+        """
+        enter(folder)
         changed = changes(settings, predictor.describe())
         if changed:
             raise ValueError(f"the model must be the same on every node: {changed}")
@@ -75,7 +80,7 @@ class Cluster:
         """Return the summary and the settings of the model, from a node that runs it."""
         describe = self.ray.remote(**self.resources)(_describe)
         with self._errors():
-            return self.ray.get(describe.remote(predictor))
+            return self.ray.get(describe.remote(predictor, os.getcwd()))
 
     def write_parts(
         self, predictor: Predictor, settings: dict[str, Any], run: Run, indices: Sequence[int]
@@ -85,7 +90,7 @@ class Cluster:
         units = self.data.from_items(tasks, override_num_blocks=len(tasks))
         outcomes = units.map_batches(
             PartWriter,
-            fn_constructor_args=(predictor, settings),
+            fn_constructor_args=(predictor, settings, os.getcwd()),
             batch_size=1,
             compute=self.data.ActorPoolStrategy(
                 size=min(self.size, len(tasks)), max_tasks_in_flight_per_actor=1
@@ -97,5 +102,12 @@ class Cluster:
                 yield Outcome(**row)
 
 
-def _describe(predictor: Predictor) -> tuple[str, dict[str, Any]]:
+def enter(folder: str) -> None:
+    """Change into a folder if this node has it; URLs and absolute paths do not need it."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
+def _describe(predictor: Predictor, folder: str) -> tuple[str, dict[str, Any]]:
+    enter(folder)
     return predictor.summary, predictor.describe()

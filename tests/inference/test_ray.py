@@ -76,10 +76,11 @@ def assert_same(out, plain):
 
 
 def test_ray_writes_the_rows_of_the_plain_engine_and_both_resume_a_run(
-    cluster, command, plain, tmp_path, capsys
+    cluster, command, plain, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)  # nodes were started elsewhere
     out = tmp_path / "out"
-    run = [*command, "--engine", "ray", "--out", str(out)]
+    run = [*command, "--engine", "ray", "--out", "out"]
     assert cli.main(run) == 0
     printed = capsys.readouterr().out
     assert "8 units; 20 photos, 2 of them unreadable" in printed and "all 8 units" in printed
@@ -88,7 +89,7 @@ def test_ray_writes_the_rows_of_the_plain_engine_and_both_resume_a_run(
     for engine in ("ray", "plain"):
         for index in (1, 6):
             (out / f"part-{index:05d}.parquet").unlink()
-        assert cli.main([*command, "--engine", engine, "--out", str(out)]) == 0
+        assert cli.main([*command, "--engine", engine, "--out", "out"]) == 0
         assert "2 units, 6 were there; 6 photos" in capsys.readouterr().out
         assert_same(out, plain)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}

@@ -1,4 +1,4 @@
-"""Engines of `cropr infer`, interleaved: images a second, their start, memory from few to many
+"""Engines of `cropr infer`, interleaved: start, images a second, CPU time, memory from few to many
 photos.
 
 python -m benchmarks.models.engines [--photos 2000] [--growth 1000 2000 4000 8000 16000]
@@ -7,8 +7,9 @@ python -m benchmarks.models.engines [--photos 2000] [--growth 1000 2000 4000 800
 Times whole commands, each in an empty folder, on photos of 96 pixels and a ViT-Ti at 64 pixels with
 random weights, with one thread a process: so little work a photo that an engine's overhead shows.
 A start ends with the first part, of 250 photos; images a second are those of the parts after it, or
-after the first of each worker. Memory is the highest sum over the processes of a command, shared
-pages divided among them. All engines must write the same rows. Needs the extra `ray`.
+after the first of each worker. CPU seconds, sampled, and the highest memory are sums over the
+processes of a command, shared pages divided among them. All engines must write the same rows. Needs
+the extra `ray`.
 """
 
 import argparse
@@ -54,21 +55,25 @@ def write_photos(folder: Path, count: int) -> Path:
     return folder
 
 
-def memory_of(process: subprocess.Popen[str], start: float) -> tuple[float, int]:
-    """Wait for a command; return its seconds, and the highest memory of its processes in MiB."""
+def watch(process: subprocess.Popen[str], start: float) -> Row:
+    """Wait for a command; return its seconds, the CPU seconds of its processes, and their highest
+    memory in MiB."""
     psutil = import_optional("psutil", "ray", "memory")
     highest = 0
+    cpu: dict[int, float] = {}  # by process, as it was last seen
     parent = psutil.Process(process.pid)
     while process.poll() is None:
         total = 0
         for child in [parent, *children(parent, psutil)]:
             try:
                 total += child.memory_full_info().pss
+                cpu[child.pid] = sum(child.cpu_times()[:2])
             except psutil.Error:  # it ends just now
                 continue
         highest = max(highest, total)
         time.sleep(0.5)
-    return time.perf_counter() - start, highest >> 20
+    seconds = round(time.perf_counter() - start, 2)
+    return {"seconds": seconds, "CPU": round(sum(cpu.values()), 1), "MiB": highest >> 20}
 
 
 def children(parent: Any, psutil: Any) -> list[Any]:
@@ -106,11 +111,10 @@ def measure(engine: str, model: Path, photos: Path, scratch: Path) -> tuple[Row,
             stderr=subprocess.DEVNULL,
             text=True,
         ) as process:
-            seconds, memory = memory_of(process, start)
+            row = watch(process, start)
         if process.returncode:
             raise RuntimeError(f"{engine} failed: {' '.join([*command, *settings, *options])}")
         table = dataset.dataset(f"{out}/results", format="parquet").to_table()
-        row: Row = {"seconds": round(seconds, 2), "MiB": memory}
         row |= throughput(Path(out) / "results", 1 + ("2" in engine), started)
     return row, table.sort_by("name").drop_columns("source")
 

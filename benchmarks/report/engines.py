@@ -21,15 +21,15 @@ def engines() -> str:
     env, rows = measured
     timed = [row for row in rows if row["round"] >= 0]
     plain = {row["round"]: row for row in timed if row["engine"] == "plain"}
-    table = Table(["engine", "start", "images/s", "MiB"], [])
+    table = Table(["engine", "start", "images/s", "CPU seconds", "MiB"], [])
     for engine in unique(row["engine"] for row in timed):
         alike = [row for row in timed if row["engine"] == engine]
         ratios = {
-            name: Spread([row[name] / plain[row["round"]][name] for row in alike], 2)
-            for name in ("start", "images/s")
+            name: Spread([row[name] / plain[row["round"]][name] for row in alike if name in row], 2)
+            for name in ("start", "images/s", "CPU")
         }
         memory = f"{max(row['MiB'] for row in alike)}"
-        table.rows.append([engine, ratios["start"], ratios["images/s"], memory])
+        table.rows.append([engine, *ratios.values(), memory])
     growth = ". ".join(
         growth_of(engine, [row for row in rows if row["round"] < 0 and row["engine"] == engine])
         for engine in unique(row["engine"] for row in rows if row["round"] < 0)

@@ -99,7 +99,7 @@ def measure(engine: str, model: Path, photos: Path, scratch: Path) -> tuple[Row,
     launcher, options = ENGINES[engine]
     settings = ["--unit", str(UNIT), "--workers", "1", "--quiet"]
     variables = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
-    variables |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    variables |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}  # a cluster of its own
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         command = [*launcher, "infer", str(model), str(photos), "--out", f"{out}/results"]
         start = time.perf_counter()

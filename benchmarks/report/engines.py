@@ -20,9 +20,10 @@ def engines() -> str:
         return NOT_MEASURED
     env, rows = measured
     timed = [row for row in rows if row["round"] >= 0]
+    growing = [row for row in rows if row["round"] < 0]
     plain = {row["round"]: row for row in timed if row["engine"] == "plain"}
     table = Table(["engine", "start", "images/s", "CPU seconds", "MiB"], [])
-    for engine in unique(row["engine"] for row in timed):
+    for engine in unique(timed, "engine"):
         alike = [row for row in timed if row["engine"] == engine]
         ratios = {
             name: Spread([row[name] / plain[row["round"]][name] for row in alike if name in row], 2)
@@ -31,8 +32,8 @@ def engines() -> str:
         memory = f"{max(row['MiB'] for row in alike)}"
         table.rows.append([engine, *ratios.values(), memory])
     growth = ". ".join(
-        growth_of(engine, [row for row in rows if row["round"] < 0 and row["engine"] == engine])
-        for engine in unique(row["engine"] for row in rows if row["round"] < 0)
+        growth_of(engine, [row for row in growing if row["engine"] == engine])
+        for engine in unique(growing, "engine")
     )
     return (
         f"{table.markdown()}\n\nOver *plain*, {timed[0]['photos']} photos of 96 pixels, ViT-Ti at "

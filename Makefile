@@ -37,7 +37,7 @@ test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not slow" $(ARGS) || [ $$? = 5 ]  # 5: not one of these is for kernels
 
-test-all: test asan
+test-all: test asan $(VENV)/test-all.done
 	$(PYTEST) -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(ARGS)
 

@@ -311,17 +311,21 @@ def _add_export(commands: Commands) -> None:
 def _add_infer(commands: Commands) -> None:
     parser = commands.add_parser(
         "infer",
-        help="classify or embed a folder of photos or WebDataset shards, into Parquet",
+        help="classify or embed photos, of folders, WebDataset shards or Parquet, into Parquet",
         description="Run a pruned model over photos. Writes part-00000.parquet and so on; the same "
-        "command resumes "
-        "where it was stopped. Under torchrun all processes share the work.",
+        "command resumes where it was stopped. Under torchrun all processes share the work; with "
+        "--engine ray a cluster does. Folders, shards and results may be URLs of fsspec "
+        "(s3://bucket/photos).",
     )
     add_pruning(parser)
     add_arguments(parser, "--device", "--dtype", "--quiet")
     parser.add_argument(
-        "source", type=Path, nargs="+", help="folders of photos, or WebDataset shards (.tar)"
+        "source",
+        nargs="+",
+        help="folders of photos or of WebDataset shards (.tar); shards; .parquet files with a "
+        "column of bytes; URLs may contain *",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--features", action="store_true", help="features in place of classes")
     parser.add_argument("--top", type=count, default=5, help="classes of each photo (default: 5)")
     parser.add_argument("--batch", type=count, default=32, help="images at a time (default: 32)")
@@ -330,6 +334,14 @@ def _add_infer(commands: Commands) -> None:
     )
     parser.add_argument(
         "--workers", type=count, default=4, help="threads that read photos (default: 4)"
+    )
+    parser.add_argument(
+        "--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--actors",
+        type=count,
+        help="of --engine ray, at most (default: one for each GPU, or CPU, of the cluster)",
     )
     parser.set_defaults(
         run="infer.run", after_stop="the same command resumes with the missing files"

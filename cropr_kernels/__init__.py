@@ -16,6 +16,7 @@ from .calibration import calibrate as calibrate
 from .calibration import load_queries as load_queries
 from .calibration import save_queries as save_queries
 from .exporting import export as export
+from .inference.predictor import Predictor as Predictor
 from .models.adapters import ModelSpec as ModelSpec
 from .models.adapters import find_spec as find_spec
 from .models.pixels import Pixels as Pixels

@@ -170,7 +170,7 @@ def print_table(subject: Subject, rows: list[dict[str, Any]], device: torch.devi
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     print(f"\n{subject.description}; batch {subject.batch}, float32, {hardware}:")
-    print(table(head, lines, left=1))
+    print(table(head, lines, left_aligned=1))
     if any(above_flops(row["speedup"], row["flop_ratio"]) for row in rows):
         print(f"Some are {ABOVE_FLOPS}.")
 

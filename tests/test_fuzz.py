@@ -88,7 +88,7 @@ def test_a_damaged_photo_is_read_or_raises(file_format):
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar to compare with")
 def test_a_damaged_shard_gives_the_names_that_tar_lists_or_raises(tmp_path):
-    from cropr_kernels.cli.infer import Unit, samples
+    from cropr_kernels.inference.units import Unit, samples
 
     path, photo = tmp_path / "a.tar", encoded("JPEG")
     with tarfile.open(path, "w") as shard:

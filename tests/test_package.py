@@ -17,7 +17,7 @@ import torch
 import cropr_kernels
 from cropr_kernels import ops
 from cropr_kernels.cli import __main__ as cli
-from cropr_kernels.cli import common
+from cropr_kernels.inference import loading
 from cropr_kernels.utils import flops
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +36,10 @@ ORDER = [
     "exporting",
     "tasks",
     "train",
+    "inference",
+    "view",
+    "cli",
 ]
-ORDER += ["view", "cli"]
 
 
 def imported(path):
@@ -116,7 +118,7 @@ def test_info_of_a_model_names_its_schedule_and_its_engine(capsys):
 
 def test_info_names_heads_without_room_for_the_size_dimension(capsys, monkeypatch):
     wide = cropr_kernels.create_vit("vit_tiny_patch16_224", embed_dim=256, num_heads=1, depth=3)
-    monkeypatch.setattr(common, "create_model", lambda name, pretrained: wide)
+    monkeypatch.setattr(loading, "create_model", lambda name, pretrained: wide)
     assert cli.main(["info", "wide", "--merge"]) == 0
     assert (
         "an additive bias: heads of width 256 leave no room for one more dimension"

@@ -131,7 +131,7 @@ def table(rows: list[Row]) -> str:
     return text_table(
         ("model", "method", "images/s", "speed-up", "GFLOPs", "FLOP ratio", "pruning"),
         lines,
-        left=2,
+        left_aligned=2,
     )
 
 

@@ -2,6 +2,7 @@
 
 from benchmarks.report import (
     comparison,
+    engines,
     features,
     measured,
     off_the_shelf,
@@ -28,6 +29,7 @@ PAGES = {
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS | windows.SECTIONS,
     DOCS / "view.md": view.SECTIONS,
+    DOCS / "scale.md": engines.SECTIONS,
 }
 MODULES = (
     comparison,

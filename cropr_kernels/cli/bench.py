@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cropr_kernels import __version__
 
+from ..inference.loading import device_and_dtype, load_model
 from ..models.outputs import outputs_of
 from ..pruning.api import deployed_copy, hold_graphs, set_rate
 from ..utils.flops import flop_counter
@@ -18,7 +19,6 @@ from ..utils.io import table, write_text
 from ..utils.progress import each
 from ..utils.timing import ABOVE_FLOPS, above_flops, time_interleaved
 from ..utils.viz import save_speed_curves
-from .common import device_and_dtype, load_model
 from .outputs import check_file, checked_rates
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     out, picture = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
     check_file(out, ".json")
     device, dtype = device_and_dtype(options)
-    model, pixels, _ = load_model(options, pretrained=False)
+    model, pixels, *_ = load_model(options, pretrained=False)
     rates = [0, *(rate for rate in checked_rates(model, options.rates) if rate)]
     model.to(device, dtype)
     rows: list[dict[str, float]] = []

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import calibration
+from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..models.pixels import Pixels
 from ..utils.images import describe_skipped, find_photos, read_photos
 from ..utils.io import table
 from ..utils.optional import import_optional
 from ..utils.progress import each
-from .common import load_model
 from .outputs import check_file, checked_rates
 
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     random.Random(options.seed).shuffle(paths)
     num_fit = min(options.photos, max(len(paths) * 2 // 3, 1))
     held_out = paths[num_fit : num_fit + options.held_out]
-    model, pixels, _ = load_model(options)
+    model, pixels, *_ = load_model(options)
     rates = checked_rates(model, options.rates)
     show = not options.quiet
     print(f"photos: {pixels}{describe_skipped(skipped)}")

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..inference.loading import device_and_dtype
 from ..models.vit import create_vit
 from ..ops import NAMES, build_info, reference
 from ..ops.sample_inputs import DTYPES, bare_call, legal_call
 from ..ops.validation import OPS
 from ..pruning.api import apply, deployed_copy
 from ..utils.progress import Progress
-from .common import device_and_dtype
 from .info import versions
 
 # Sizes of a small network: several programs per image, several blocks per row.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ..exporting import FORMATS, export, load_exported, need_libraries
+from ..inference.loading import device_and_dtype, load_with_queries
 from ..pruning.api import deploy, set_rate
 from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress
 from ..utils.timing import time_interleaved
-from .common import device_and_dtype, load_with_queries
 from .outputs import check_folder
 
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     for format in options.format:
         need_libraries(format)
     device, dtype = device_and_dtype(options)
-    model, pixels, _ = load_with_queries(options)
+    model, pixels, *_ = load_with_queries(options)
     if options.images is None:
         photos = torch.rand(options.batch, 3, *pixels.img_size)
     else:

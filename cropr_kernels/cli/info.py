@@ -11,11 +11,11 @@ import torch
 from cropr_kernels import __version__
 
 from .. import ops
+from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
 from ..pruning.api import deployed_copy, remove, set_rate
 from ..utils.flops import flop_counter
-from .common import load_model
 
 
 def run(options: argparse.Namespace) -> None:
@@ -60,7 +60,7 @@ def build_facts() -> dict[str, Any]:
 @torch.inference_mode()
 def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     """Schedule, FLOPs and engine of a model under these options."""
-    model, pixels, _ = load_model(options, pretrained=False)
+    model, pixels, *_ = load_model(options, pretrained=False)
     spec = find_spec(model)
     image = torch.zeros(1, 3, *pixels.img_size)
     deployed = deployed_copy(model)

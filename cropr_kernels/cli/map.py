@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import calibration
+from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import merge_map, pruning_map
@@ -16,7 +17,6 @@ from ..utils.images import describe_skipped, find_named_photos, printable, read_
 from ..utils.optional import import_optional
 from ..utils.progress import each
 from ..utils.viz import save_merge_maps, save_pruning_frames, save_pruning_maps
-from .common import load_model
 from .outputs import check_folder
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     skipped = Counter[str]()
     paths = find_named_photos(options.images, skipped)
     unreadable: list[str] = []
-    model, pixels, trained = load_model(options)
+    model, pixels, trained, _ = load_model(options)
     num_photos = len(paths)
     reading = read_photos(each(paths, "reading photos", show=show), pixels.load, unreadable)
     readable = list(islice(reading, options.limit))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..inference.loading import is_run_folder, load_with_queries
 from ..models.adapters import find_spec
 from ..pruning.api import set_rate
 from ..pruning.maps import pruning_map
@@ -22,7 +23,6 @@ from ..train.loop import processes, rebuild, train
 from ..utils.io import table, write_text
 from ..utils.optional import import_optional
 from ..utils.viz import save_curves, save_pruning_maps
-from .common import is_run_folder, load_with_queries
 from .outputs import check_file, check_folder, checked_rates
 
 
@@ -84,7 +84,7 @@ def _load_classifier(options: argparse.Namespace) -> tuple[Task, Config, Data]:
             "val/CLASS/*.jpg, --data FOLDER"
         )
     options.rate = 0 if options.rates == [0] else None
-    model, pixels, _ = load_with_queries(options)
+    model, pixels, *_ = load_with_queries(options)
     config = Config(data=options.data).changed(
         img_size=pixels.img_size, mean=pixels.mean, std=pixels.std
     )

@@ -5,9 +5,9 @@ import warnings
 
 import torch
 
+from ..inference.loading import device_and_dtype, load_model
 from ..tuning import save_tuned, tune
 from ..utils.timing import ABOVE_FLOPS, above_flops
-from .common import device_and_dtype, load_model
 from .outputs import check_file
 
 
@@ -15,7 +15,7 @@ def run(options: argparse.Namespace) -> None:
     check_file(options.out, ".json")
     device, dtype = device_and_dtype(options)
     batch = options.batch
-    model, pixels, _ = load_model(options, pretrained=False)
+    model, pixels, *_ = load_model(options, pretrained=False)
     images = torch.randn(batch, 3, *pixels.img_size).to(device, dtype)
     goal = {"speedup": options.speedup, "latency_ms": options.latency_ms}
     with warnings.catch_warnings(record=True) as caught:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..calibration import load_queries
+from ..inference.loading import device_and_dtype, is_run_folder, load_model
 from ..models.adapters import find_spec
 from ..models.class_names import class_names
 from ..train.loop import rebuild
@@ -16,7 +17,6 @@ from ..utils.images import describe_skipped, find_named_photos
 from ..utils.optional import import_optional, is_installed
 from ..view.comparison import Viewer
 from ..view.page import Content, serving
-from .common import device_and_dtype, is_run_folder, load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "photos"  # in a checkout
 _LIMIT = 16  # examples
@@ -30,12 +30,13 @@ def run(options: argparse.Namespace) -> None:
     skipped: Counter[str] = Counter()
     folders = options.photos or ([EXAMPLES] if EXAMPLES.is_dir() else [])
     photos = find_named_photos(folders, skipped) if folders else []
-    model, pixels, trained = load_model(options)
+    loaded = load_model(options)
+    model = loaded.model
     queries = None
     if options.queries is not None:
         load_queries(model, options.queries)
         queries = str(options.queries)
-    elif trained:
+    elif loaded.trained:
         queries = f"those that {options.model} was saved with"
     elif not photos:
         raise ValueError(
@@ -47,9 +48,9 @@ def run(options: argparse.Namespace) -> None:
         if is_run_folder(options.model)
         else class_names(model, options.model, find_spec(model).num_classes)
     )
-    viewer = Viewer(model, pixels, names, device=device, dtype=dtype)
+    viewer = Viewer(model, loaded.pixels, names, device=device, dtype=dtype)
     content = Content(Path(options.model).name, photos[:_LIMIT], queries, _describe(device))
-    print(f"photos: {pixels}{describe_skipped(skipped)}")
+    print(f"photos: {loaded.pixels}{describe_skipped(skipped)}")
     with serving(viewer, content, listen=options.host, port=options.port) as address:
         print(f"{address} until Ctrl-C", flush=True)
         if options.open:

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.images import load_photo
+from ..utils.images import PhotoFile, load_photo
 from ..utils.optional import import_optional
 from .adapters import find_spec
 from .vit import PRESETS, ViT, ViTConfig
@@ -47,7 +47,7 @@ class Pixels(NamedTuple):
         }
         return cls(**values)
 
-    def load(self, file: str | Path | IO[bytes]) -> Tensor:
+    def load(self, file: PhotoFile) -> Tensor:
         """Read a photo as the model takes it, (3, height, width) in [0, 1]; errors are those of
         `load_photo`."""
         return load_photo(

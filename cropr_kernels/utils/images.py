@@ -1,7 +1,10 @@
 """Finding and reading photos."""
 
+import contextlib
+import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +16,8 @@ from torch import Tensor
 from .optional import import_optional
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-PhotoFile = str | os.PathLike[str] | IO[bytes]  # a path, or a binary file object
+# A path, or the photo: a file object, its bytes, an image of Pillow, an array (height, width, 3)
+PhotoFile = str | os.PathLike[str] | IO[bytes] | bytes | Any
 _MAX_ASPECT = 8  # longer photos are cropped to their center first
 
 
@@ -74,6 +78,9 @@ def describe_skipped(skipped: Counter[str]) -> str:
 def open_photo(file: PhotoFile, *, upright: bool = True) -> Any:
     """Open a photo as an RGB image of Pillow, rotated by its EXIF data, pixels scaled to 8 bits.
 
+    Takes a path, a file object, the bytes of a file, an image of Pillow, or an array that
+    `PIL.Image.fromarray` takes, such as (height, width, 3) uint8.
+
     Raises OSError for every problem of the file: it does not exist, is not an image, is damaged, or
     has more pixels than Pillow allows (2 * PIL.Image.MAX_IMAGE_PIXELS, about 179 million). Raises
     ImportError if Pillow is not installed.
@@ -83,13 +90,29 @@ def open_photo(file: PhotoFile, *, upright: bool = True) -> Any:
     if isinstance(file, str | os.PathLike) and Path(file).exists() and not Path(file).is_file():
         raise OSError(f"{printable(Path(file))} is not a file")
     try:
-        with Image.open(file) as opened:
+        with _open_image(file, Image) as opened:
+            if 0 in opened.size:
+                raise ValueError(f"a photo must have pixels, its size is {opened.size}")
             image = ImageOps.exif_transpose(opened) if upright else opened
             if image.mode == "F" or image.mode.startswith("I"):
                 image = _to_8_bits(image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise errors of every type
-        raise OSError(str(error) or type(error).__name__) from error
+        reason = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))  # or no two runs are alike
+        raise OSError(reason or type(error).__name__) from error
+
+
+def _open_image(file: PhotoFile, Image: Any) -> contextlib.AbstractContextManager[Any]:
+    if isinstance(file, bytes | bytearray | memoryview):
+        file = io.BytesIO(file)
+    if hasattr(file, "__array_interface__") and not isinstance(file, Image.Image):
+        file = Image.fromarray(file)
+    if not isinstance(file, str | os.PathLike | Image.Image) and not hasattr(file, "read"):
+        raise TypeError(
+            "a photo must be bytes, an array, an image, a file or a path, got "
+            f"{type(file).__name__}"
+        )
+    return contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file)
 
 
 def _to_8_bits(image: Any) -> Any:
@@ -122,7 +145,7 @@ def load_photo(
     `open_photo`.
 
     Args:
-        file: a path, or a binary file object.
+        file: a path, or a photo as `open_photo` takes it.
         size: height and width in pixels.
         crop_pct: side of the crop over that of the resized photo.
         interpolation: "bicubic", "bilinear", "lanczos" or another of Pillow's filters.

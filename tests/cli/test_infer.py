@@ -275,13 +275,22 @@ def test_missing_sources_damaged_shards_and_libraries_are_named(
     assert "there is no folder or shard" in error(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no photos and no shards in" in error(tmp_path / "empty")
-    assert "a source must be a folder or a WebDataset shard (.tar), got" in error(PHOTOS[0])
+    assert "a source must be a folder, a WebDataset shard (.tar) or a .parquet file" in error(
+        PHOTOS[0]
+    )
     (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
     assert "torn.tar" in error(tmp_path / "torn.tar")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "cropr infer: needs pyarrow: pip install pyarrow (or the extra [infer] of" in error(
         photos
     )
+
+
+def test_the_ray_engine_without_ray_names_its_extra(model, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["infer", *model[0], str(photos), "--out", str(tmp_path / "out"), "--engine", "ray"]
+    assert cli.main(command) == 1
+    assert "needs ray: pip install ray (or the extra [ray] of" in capsys.readouterr().err
 
 
 def test_bench_measures_after_checking_the_engine(tmp_path, capsys, monkeypatch):

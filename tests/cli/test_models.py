@@ -302,7 +302,7 @@ def test_info_takes_a_torchvision_model_by_name(run):
 
 
 def test_pixels_are_those_of_the_model_unless_overridden(tmp_path):
-    from cropr_kernels.cli.common import load_with_queries
+    from cropr_kernels.inference.loading import load_with_queries
 
     name = FOLDERS["transformers classifier"](tmp_path)
     options = dict(

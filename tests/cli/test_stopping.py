@@ -219,7 +219,7 @@ STOPS = {
     ),
     "infer": (
         WRITES["infer"] + " --unit 2",
-        "cropr_kernels.cli.infer:results",
+        "cropr_kernels.cli.infer:write_part",
         2,
         "resumes with the missing files",
         2,

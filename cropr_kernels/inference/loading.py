@@ -1,4 +1,4 @@
-"""Loading of the models that commands name, and their device and dtype."""
+"""Loading of the models that commands and predictors name, and their device and dtype."""
 
 import argparse
 import math
@@ -45,6 +45,7 @@ class Loaded(NamedTuple):
     model: Any
     pixels: Pixels
     trained: bool  # a run of cropr train, or saved pruned: it has a schedule and queries
+    note: str = ""  # what a file of queries sets
 
 
 def is_run_folder(name: str | Path) -> bool:
@@ -56,11 +57,14 @@ def is_run_folder(name: str | Path) -> bool:
     )
 
 
-def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loaded:
+def load_model(
+    options: argparse.Namespace, *, pretrained: bool = True, announce: bool = True
+) -> Loaded:
     """Load the model that the arguments name, and prune it as they say; a run as it was trained.
 
-    Commands without a rate prune at rate 0. Raises the errors of `create_model`, `rebuild` and
-    `apply`, and ValueError if the arguments do not fit the model.
+    Commands without a rate prune at rate 0; announce: print what a file of queries sets. Raises the
+    errors of `create_model`, `rebuild` and `apply`, and ValueError if the arguments do not fit the
+    model.
     """
     name = options.model
     values = {key: value for key, value in vars(options).items() if value is not None}
@@ -87,11 +91,11 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
             require_pretrained_head(name, model, architecture["num_classes"])
         pixels = pixels_of(model, architecture.get("arch", name))
     trained = is_pruned(model)
+    note = ""
     requested = _pruning_options(options)
     if not trained:
-        _prune(
-            model, requested, {"rate": 8 if "rate" in vars(options) else 0}, values.get("queries")
-        )
+        default = {"rate": 8 if "rate" in vars(options) else 0}
+        note = _prune(model, requested, default, values.get("queries"))
     elif requested.keys() - {"rate"}:
         raise ValueError(f"{name} defines the pruning: leave out --llf, --merge and --keep")
     elif requested:
@@ -112,7 +116,9 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
         import_optional("PIL.Image", "viz", "reading photos").MAX_IMAGE_PIXELS = (
             values["max_pixels"] // 2
         )
-    return Loaded(model, pixels, trained)
+    if announce and note and os.environ.get("RANK", "0") == "0":
+        print(note)
+    return Loaded(model, pixels, trained, note)
 
 
 def _pruning_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -126,8 +132,9 @@ def _schedule_of(options: _Options) -> _Options:
     return {name: options[name] for name in SCHEDULES if name in options}
 
 
-def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Path | None) -> None:
-    """Prune a model by the command line, then by the file of queries, then by the default."""
+def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Path | None) -> str:
+    """Prune a model by the command line, then by the file of queries, then by the default; return
+    what the file sets."""
     saved: _Options = {}
     if queries is not None:
         metadata = read_queries(queries)[1]
@@ -139,15 +146,16 @@ def _prune(model: nn.Module, requested: _Options, default: _Options, queries: Pa
     options = {name: value for name, value in (saved | requested).items() if name not in SCHEDULES}
     options.setdefault("merge", True)  # better than dropping without training
     apply(model, **schedule, **options, num_outputs=0)
-    if queries is not None and os.environ.get("RANK", "0") == "0":
-        overrides = f" (as asked: {', '.join(requested)})" if requested else ""
-        modules: CroprModules = model.cropr  # type: ignore[assignment]
-        print(f"pruned as {queries} says: {modules.config}{overrides}")
+    if queries is None:
+        return ""
+    overrides = f" (as asked: {', '.join(requested)})" if requested else ""
+    modules: CroprModules = model.cropr  # type: ignore[assignment]
+    return f"pruned as {queries} says: {modules.config}{overrides}"
 
 
-def load_with_queries(options: argparse.Namespace) -> Loaded:
+def load_with_queries(options: argparse.Namespace, *, announce: bool = True) -> Loaded:
     """Load the model of these arguments with its queries; raises ValueError if there are none."""
-    loaded = load_model(options)
+    loaded = load_model(options, announce=announce)
     if options.queries is not None:
         load_queries(loaded.model, options.queries)
     elif not loaded.trained and options.rate != 0:

@@ -21,6 +21,8 @@ SANITIZERS = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # What pip says is shown only where it fails.
 install = $(BIN)/python -m pip install $(1) > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+# Processes of asan, which share the tests
+SHARES = $(if $(ARGS),0,0 1)
 
 .PHONY: install demo test test-all asan bench lint clean
 .DELETE_ON_ERROR:
@@ -39,15 +41,19 @@ test-all: test asan
 	$(PYTEST) -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(ARGS)
 
-# In one process and uncaptured: a report ends it. The package that is built here is not the one that is installed.
+# Uncaptured: a report ends a process. The package that is built here is not the one that is installed.
 asan: $(VENV)/test.done
 	@test $(words $(wildcard $(SANITIZERS))) = 3 || \
 		{ echo "make asan needs GCC with libasan and libubsan; $(CXX) has none" >&2; exit 1; }
 	CXX=$(CXX) CMAKE_BUILD_TYPE=RelWithDebInfo CXXFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(THREADS) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
-		--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" tests/ops $(ARGS)
+	code=0; pids=; export LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	for share in $(SHARES); do \
+		CROPR_SHARD=$$share/$(words $(SHARES)) $(THREADS) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
+			--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" tests/ops $(ARGS) & \
+		pids="$$pids $$!"; \
+	done; \
+	for pid in $$pids; do wait $$pid || code=$$?; done; exit $$code
 
 bench: $(VENV)/test.done
 	$(BIN)/python -m benchmarks.kernels.prune_cpu $(ARGS)

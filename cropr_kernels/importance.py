@@ -13,7 +13,7 @@ from .models.token_format import TokenFormat
 
 
 class AttentionInput(NamedTuple):
-    """What tells the probabilities of one attention."""
+    """The tensors from which the probabilities of one attention follow."""
 
     query: Tensor  # (B, heads, N, C)
     key: Tensor

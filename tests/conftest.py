@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import INTERPRETED
-from helpers.selection import mark_other_combinations_slow
+from helpers.selection import choose_combinations
 
 from cropr_kernels.ops.cuda import FILES  # importing the package registers the ops
 
@@ -146,7 +146,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Of several processes that share the tests
     shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")
     items[:] = items[int(shard) :: int(shards)]
-    mark_other_combinations_slow(items)
+    # Two processes are done at the same time if those that take long come first.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    left_out = choose_combinations(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,8 +1,8 @@
-"""The choice of what `make test` runs: each value of every parameter, in few combinations."""
+"""The combinations of parameters that the tests run: each value, and each pair of values."""
 
 import itertools
 
-from helpers.selection import each_choice
+from helpers.selection import covering
 
 
 def test_each_choice_holds_every_value_in_as_few_combinations_as_the_longest_parameter_has_values():
@@ -11,7 +11,7 @@ def test_each_choice_holds_every_value_in_as_few_combinations_as_the_longest_par
         dict(letter=letter, number=number, flag=flag)
         for letter, number, flag in itertools.product(letters, numbers, flags)
     ]
-    chosen = [combinations[index] for index in each_choice(combinations)]
+    chosen = [combinations[index] for index in covering(combinations)]
     assert len(chosen) == len(letters)
     for name, values in (("letter", letters), ("number", numbers), ("flag", flags)):
         assert {combination[name] for combination in chosen} == set(values)
@@ -23,6 +23,23 @@ def test_values_that_occur_with_few_others_are_chosen_too():
         dict(op="add", dtype="float"),
         dict(op="rotate", dtype="float"),
     ]
-    chosen = [combinations[index] for index in each_choice(combinations)]
+    chosen = [combinations[index] for index in covering(combinations)]
     assert {combination["op"] for combination in chosen} == {"add", "rotate"}
     assert {combination["dtype"] for combination in chosen} == {"half", "float"}
+
+
+def test_pairwise_holds_every_pair_of_values_in_less_than_the_product():
+    parameters = dict(letter="abcdef", number=range(3), flag=(False, True))
+    combinations = [
+        dict(zip(parameters, values)) for values in itertools.product(*parameters.values())
+    ]
+    chosen = [combinations[index] for index in covering(combinations, strength=2)]
+    assert len(chosen) <= 20 < len(combinations)
+    for first, second in itertools.combinations(parameters, 2):
+        pairs = {(combination[first], combination[second]) for combination in chosen}
+        assert pairs == {*itertools.product(parameters[first], parameters[second])}
+
+
+def test_a_combination_with_a_parameter_of_its_own_is_chosen_for_it():
+    combinations = [dict(op="add"), dict(op="rotate", table="half"), dict(op="rotate", table="all")]
+    assert covering(combinations, strength=2) == {0, 1, 2}

@@ -68,7 +68,7 @@ _LARGEST = 300_000_000  # parameters
 
 
 class Verdict(NamedTuple):
-    """What pruning does to one model."""
+    """Verdict on one model: support by pruning, merging, calibration and the engine."""
 
     supported: bool
     reason: str  # why not

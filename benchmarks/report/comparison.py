@@ -53,7 +53,7 @@ Timed = dict[str, dict[str, Any]]  # by system, a row of the table
 
 
 def systems() -> Table:
-    """What each system keeps, where in a block it acts and what it needs there."""
+    """Table of systems: tokens kept, position in the block, requirements."""
     body: list[list[Cell]] = []
     for baseline in BASELINES:
         if baseline.variant:

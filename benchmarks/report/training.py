@@ -94,7 +94,7 @@ def accuracy() -> str:
 
 
 def later() -> str:
-    """How the other trainings of the file were made."""
+    """Describe the recipes of the other trainings of the file."""
     notes = []
     for name in ("accuracy_long", "accuracy_variants"):
         measured = load(name)

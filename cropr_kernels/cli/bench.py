@@ -112,7 +112,9 @@ def report(rows: list[dict[str, float]]) -> str:
         flop_ratio=".2f",
     )
     cells = [[format(row[name], spec) for name, spec in formats.items()] for row in rows]
-    text = table(["rate", "images/s", "spread", "speed-up", "GFLOPs", "FLOP ratio"], cells, left=0)
+    text = table(
+        ["rate", "images/s", "spread", "speed-up", "GFLOPs", "FLOP ratio"], cells, left_aligned=0
+    )
     notable = [str(row["rate"]) for row in rows if above_flops(row["speedup"], row["flop_ratio"])]
     return f"batch {rows[0]['batch']}\n{text}" + (
         f"\nrate {', '.join(notable)}: {ABOVE_FLOPS}" if notable else ""

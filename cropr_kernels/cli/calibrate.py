@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         table(
             ["rate", "times fewer FLOPs", "same class, %" if classifies else "cosine, %", "KL"],
             cells,
-            left=0,
+            left_aligned=0,
         )
     )
     num_used = num_fit - len(unreadable[0])

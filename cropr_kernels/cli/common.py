@@ -76,7 +76,8 @@ def load_model(options: argparse.Namespace, *, pretrained: bool = True) -> Loade
         task, config, _ = rebuild(name)
         if config.task != "classification":
             raise ValueError(f"{name} must be a run of classification, got {config.task}")
-        model, pixels = task.backbone, Pixels(config.img_size, config.mean, config.std)
+        model = task.backbone
+        pixels = Pixels(config.img_size, config.mean, config.std)
     elif was_saved(name):
         model = load(name).to(torch.float32)
         pixels = model.cropr.pixels or pixels_of(model, name)

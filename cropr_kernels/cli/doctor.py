@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import textwrap
 from collections.abc import Callable, Iterator
@@ -69,20 +70,13 @@ class Check(NamedTuple):
 
 def checks(device: torch.device) -> list[Check]:
     """List the checks of a device."""
-    graph_options = (True, False) if device.type == "cuda" else (True,)
+    plain_options = {name: {False, bool(OPS[name].optional)} for name in NAMES}
+    graph_options = {True, False} if device.type == "cuda" else {True}
+    plain_options |= dict.fromkeys(NETWORKS, graph_options)
     return [
-        *(
-            Check(op, dtype, plain)
-            for op in NAMES
-            for dtype in DTYPES
-            for plain in {False, bool(OPS[op].optional)}
-        ),
-        *(
-            Check(name, dtype, plain)
-            for name in NETWORKS
-            for dtype in DTYPES
-            for plain in graph_options
-        ),
+        Check(name, dtype, plain)
+        for name, dtype in itertools.product(plain_options, DTYPES)
+        for plain in plain_options[name]
     ]
 
 

@@ -90,6 +90,6 @@ def run(options: argparse.Namespace) -> None:
         table(
             ["", "ops", "MB", "difference", "unpruned", "pruned", "speed-up", "spread"],
             rows,
-            left=2,
+            left_aligned=2,
         )
     )

@@ -193,7 +193,8 @@ def run(options: argparse.Namespace) -> None:
     assigned = list(zip(units, parts))[rank::world]
     pending = [(unit, part) for unit, part in assigned if not part.exists()]
     parent = os.getppid()
-    texts, floats = pyarrow.string(), pyarrow.list_(pyarrow.float32())
+    texts = pyarrow.string()
+    floats = pyarrow.list_(pyarrow.float32())
     columns = (
         {"classes": pyarrow.list_(pyarrow.int32()), "probabilities": floats}
         if top

@@ -51,18 +51,18 @@ def run(options: argparse.Namespace) -> None:
     paths = find_named_photos(options.images, skipped)
     unreadable: list[str] = []
     model, pixels, trained = load_model(options)
-    found = len(paths)
+    num_photos = len(paths)
     reading = read_photos(each(paths, "reading photos", show=show), pixels.load, unreadable)
     readable = list(islice(reading, options.limit))
     if not readable:
-        raise ValueError(f"none of the {found} photos can be read; {unreadable[0]}")
+        raise ValueError(f"none of the {num_photos} photos can be read; {unreadable[0]}")
     paths = [path for path, _ in readable]
     names = distinct_names(paths)
     photos = torch.stack([photo for _, photo in readable])
     print(f"photos: {pixels}{describe_skipped(skipped)}")
     print("".join(f"skipped {line}\n" for line in unreadable), end="")
-    if len(paths) + len(unreadable) < found:
-        print(f"the first {len(paths)} of {found} photos: --limit {found} draws all")
+    if len(paths) + len(unreadable) < num_photos:
+        print(f"the first {len(paths)} of {num_photos} photos: --limit {num_photos} draws all")
     images = pixels.normalize(photos)
     calibrated = options.queries is None and not trained
     if calibrated:

@@ -122,24 +122,26 @@ def find_architecture(state: State, path: Path, build: Callable[[str], nn.Module
     tensors that differ.
     """
     shapes = without_head(shapes_of(state))
-    known: dict[str, Shapes] = {}
+    candidates: dict[str, Shapes] = {}
     for name in TORCHVISION if "conv_proj.weight" in state else PRESETS:
-        known[name] = _shapes_on_meta(build, name)
-        if known[name] == shapes:
+        candidates[name] = _shapes_on_meta(build, name)
+        if candidates[name] == shapes:
             return name
-    known |= {
-        name: _shapes_on_meta(build, name) for name in _timm_models_like(state) if name not in known
+    candidates |= {
+        name: _shapes_on_meta(build, name)
+        for name in _timm_models_like(state)
+        if name not in candidates
     }
-    nearest = max(known, key=lambda name: _similarity(known[name], shapes))
+    nearest = max(candidates, key=lambda name: _similarity(candidates[name], shapes))
     problem = f"load_weights: {path} has the tensors of no known architecture"
     advice = "name a preset of cropr_kernels, a model of timm or of torchvision with arch= (--arch"
-    if not _similarity(known[nearest], shapes):
+    if not _similarity(candidates[nearest], shapes):
         first = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:3])
         raise ValueError(
             f"{problem}, nor of a similar one: it begins with {first}; if it is a Vision "
             f"Transformer, {advice})"
         )
-    mismatches = differences(known[nearest], shapes)
+    mismatches = differences(candidates[nearest], shapes)
     fit = f"which differs in {len(mismatches)} of them: {'; '.join(mismatches[:3])}"
     raise ValueError(
         f"{problem}; the nearest is {nearest}, {fit if mismatches else 'which has the same'}; "

@@ -36,7 +36,8 @@ def select(
     positions = torch.arange(n, device=scores.device).expand(batch, -1)
     if num_keep in (num_prefix, n):
         return positions[:, :num_keep], positions[:, num_keep:]
-    patches, count = scores[:, num_prefix:], num_keep - num_prefix
+    patches = scores[:, num_prefix:]
+    count = num_keep - num_prefix
     if priority is not None:
         order = patches.topk(n - num_prefix, dim=1).indices
         # Of each token in that order
@@ -72,7 +73,8 @@ def prune(
 
 
 def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
-    rows, positions = torch.cat([kept, pruned], 1), torch.cat([kept_idx, pruned_idx], 1)
+    rows = torch.cat([kept, pruned], 1)
+    positions = torch.cat([kept_idx, pruned_idx], 1)
     order = positions.float().topk(positions.shape[1], dim=1, largest=False).indices
     return gather(rows, order)
 

@@ -103,7 +103,8 @@ def split(
 
 def restore(kept: Tensor, kept_idx: Tensor, pruned: Tensor, pruned_idx: Tensor) -> Tensor:
     """out[b, kept_idx[b, i]] = kept[b, i], and the same for pruned."""
-    rows, positions = torch.cat([kept, pruned], 1), torch.cat([kept_idx, pruned_idx], 1)
+    rows = torch.cat([kept, pruned], 1)
+    positions = torch.cat([kept_idx, pruned_idx], 1)
     return torch.empty_like(rows).scatter(1, positions.unsqueeze(-1).expand_as(rows), rows)
 
 
@@ -290,7 +291,8 @@ def gather_norm(
 
 def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) -> None:
     """x[b, idx[b, i]] += gamma * update[b, i], rounded once."""
-    rows, step = _rows(x, idx), update.to(accumulation_dtype(x.dtype))
+    rows = _rows(x, idx)
+    step = update.to(accumulation_dtype(x.dtype))
     rows = (rows + (step if gamma is None else step * gamma.to(step.dtype))).to(x.dtype)
     if idx is None:
         x.copy_(rows)

@@ -29,7 +29,7 @@ Kwargs = dict[str, object]
 
 
 class BlockInputs(NamedTuple):
-    """What a block is given beside its own arguments."""
+    """Inputs of a block from pruning, beside its arguments."""
 
     log_sizes: Tensor | None  # (B, K), for its attention
     positions: Tensor | None  # (B, K), at which its attention has a bias
@@ -49,7 +49,8 @@ class WrappedBlock:
         if args:
             x, *others = args
         else:
-            x, others = kwargs.pop(next(name for name in TOKEN_ARGUMENTS if name in kwargs)), []
+            x = kwargs.pop(next(name for name in TOKEN_ARGUMENTS if name in kwargs))
+            others = []
         # To symbolic tracing a block is one call, as those of torch.nn are
         if isinstance(x, torch.fx.Proxy):
             return _trace_call(cast(nn.Module, self), x, tuple(others), kwargs)

@@ -36,5 +36,6 @@ class PruningConfig:
         """Kept tokens after each module, for images of num_tokens tokens; with windows for a
         window."""
         if self.windows is not None:
-            num_tokens, num_prefix = self.windows.size**2, 0
+            num_tokens = self.windows.size**2
+            num_prefix = 0
         return self.schedule.counts(num_tokens, depth, num_prefix, self.full_blocks)

@@ -37,11 +37,11 @@ def read_coco(path: Path, *, masks: bool) -> Any:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
-        for kind, fields in _FIELDS.items():
+        for section, fields in _FIELDS.items():
             _check_fields(
-                content.get(kind, []),
-                kind,
-                (*fields, *("height", "width") * (masks and kind == "images")),
+                content.get(section, []),
+                section,
+                (*fields, *("height", "width") * (masks and section == "images")),
             )
         read = coco(content, print_function=lambda *_: None)
     except (TypeError, ValueError) as error:
@@ -59,17 +59,17 @@ def read_coco(path: Path, *, masks: bool) -> Any:
     return read
 
 
-def _check_fields(entries: list[Entry], kind: str, fields: tuple[str, ...]) -> None:
+def _check_fields(entries: list[Entry], section: str, fields: tuple[str, ...]) -> None:
     """Raise ValueError for an entry that lacks a field, or has the id of another."""
     ids = set()
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise TypeError(f"{kind}[{index}] is {reprlib.repr(entry)}")
+            raise TypeError(f"{section}[{index}] is {reprlib.repr(entry)}")
         missing = [field for field in fields if entry.get(field) is None]
         if missing:
-            raise ValueError(f"{kind}[{index}], of id {entry.get('id')}, has no {missing[0]}")
+            raise ValueError(f"{section}[{index}], of id {entry.get('id')}, has no {missing[0]}")
         if entry["id"] in ids:
-            raise ValueError(f"several {kind} have the id {entry['id']}")
+            raise ValueError(f"several {section} have the id {entry['id']}")
         ids.add(entry["id"])
 
 

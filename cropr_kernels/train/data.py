@@ -81,7 +81,8 @@ class Samples(Dataset[Sample]):
     """
 
     def __init__(self, dataset: LabeledDataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+        self.dataset = dataset
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -130,14 +131,13 @@ class Batches:
             )
         if count < config.batch_size:
             raise ValueError(f"{size} must be at most the {count} training samples")
-        self.count, self.config, self.epoch, self.rank, self.world = (
-            count,
-            config,
-            epoch,
-            rank,
-            world,
-        )
-        self.first_step, self.steps = first_step, count // config.batch_size
+        self.count = count
+        self.config = config
+        self.epoch = epoch
+        self.rank = rank
+        self.world = world
+        self.first_step = first_step
+        self.steps = count // config.batch_size
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.config.accumulate
@@ -281,7 +281,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             )
             raise ValueError(f"segmentation: {problem}")
         self.pairs = [(path, by_name[path.relative_to(images).with_suffix("")]) for path in photos]
-        self.config, self.train = config, train
+        self.config = config
+        self.train = train
         self.classes = [str(index) for index in range(config.num_classes)]
         if not any(self._is_labelled(path) for _, path in self.pairs):
             raise ValueError(
@@ -312,11 +313,10 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        config, (photo_path, label_path) = self.config, self.pairs[index]
-        pixels, classes = (
-            _to_tensor(open_photo(photo_path, upright=False)),
-            self._labels(label_path),
-        )
+        config = self.config
+        photo_path, label_path = self.pairs[index]
+        pixels = _to_tensor(open_photo(photo_path, upright=False))
+        classes = self._labels(label_path)
         if pixels.shape[1:] != classes.shape[1:]:
             raise OSError(
                 f"{label_path} is {tuple(classes.shape[1:])}, its photo {tuple(pixels.shape[1:])}"
@@ -337,7 +337,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         image, label = tv_tensors.Image(pixels), tv_tensors.Mask(classes)
         if self.train:
             fill = {type(image): 0, type(label): config.ignore_index}
-            factor, jitter = random.uniform(*config.scale), config.color_jitter
+            factor = random.uniform(*config.scale)
+            jitter = config.color_jitter
             image, label = v2.Compose(
                 [
                     v2.Resize([max(round(side * factor), 1) for side in image.shape[1:]]),
@@ -358,7 +359,10 @@ class Boxes(Dataset[tuple[Tensor, dict[str, Any]]]):
     """
 
     def __init__(self, images: Path, annotations: Path, config: Config, *, train: bool):
-        self.root, self.annotations, self.config, self.train = images, annotations, config, train
+        self.root = images
+        self.annotations = annotations
+        self.config = config
+        self.train = train
         self.coco = read_coco(annotations, masks=config.masks)
         self.ids = sorted(self.coco.getImgIds())
         self.categories = sorted(self.coco.getCatIds())

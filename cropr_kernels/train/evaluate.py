@@ -108,7 +108,8 @@ class Overlap:
             num_classes, average="micro", ignore_index=config.ignore_index
         )
         overlap = metrics.MulticlassJaccardIndex(num_classes, ignore_index=config.ignore_index)
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.metrics = {"mIoU": overlap.to(device), "pixels": pixels.to(device)}
         height, width = config.img_size
         self.stride = config.stride or (max(height * 2 // 3, 1), max(width * 2 // 3, 1))
@@ -132,7 +133,8 @@ class Precision:
             self.metric = import_optional(
                 "torchmetrics.detection", "train", "cropr train"
             ).MeanAveragePrecision(iou_type=iou_types, backend="faster_coco_eval")
-        self.device, self.masks = device, config.masks
+        self.device = device
+        self.masks = config.masks
 
     def update(
         self, task: Detector, images: list[Tensor], targets: list[dict[str, Tensor]]

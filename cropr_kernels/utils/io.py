@@ -155,11 +155,11 @@ def require_launcher(parent: int, command: str) -> None:
         )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format cells as aligned text: the first `left` columns to the left, all others to the
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left_aligned: int = 1) -> str:
+    """Format cells as aligned text: the first `left_aligned` columns to the left, all others to the
     right."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
-    sides = ["<"] * left + [">"] * (len(head) - left)
+    sides = ["<"] * left_aligned + [">"] * (len(head) - left_aligned)
     lines = [
         [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)]
         for line in (head, *rows)

@@ -9,7 +9,10 @@ import torch
 
 from .progress import Progress, announce
 
-ROUNDS, LEAST_ROUNDS, SECONDS = 9, 3, 45.0  # as many rounds as there is time for
+# As many rounds as there is time for
+ROUNDS = 9
+LEAST_ROUNDS = 3
+SECONDS = 45.0
 
 ABOVE_FLOPS = (
     "faster than the FLOP ratio: not less arithmetic, but fewer tokens that fit the caches "

@@ -124,15 +124,25 @@ def test_all_steps_run_in_order_and_their_commands_parse(tree, monkeypatch):
     assert paths and all((ROOT / path).exists() for path in paths)
 
 
+# In one process, which imports the tests once
+COLLECT = """
+import shlex, sys, pytest
+for selection in sys.argv[1:]:
+    code = pytest.main([*shlex.split(selection), "--collect-only"])
+    if code:
+        sys.exit(f"{code!r}: {selection}")
+"""
+
+
 def test_every_selection_of_tests_is_not_empty(tree):
     code, printed, calls = run(tree, "tests", "stress", "sanitize", "models")
     assert code == 0, printed
     # After the number of the share
-    selections = {call.partition(" ")[2] for call in calls if "pytest" in call}
-    for selection in selections:
-        command = [sys.executable, *shlex.split(selection), "--collect-only"]
-        collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert collected.returncode == 0 and "::" in collected.stdout, selection
+    selections = {call.partition("-m pytest ")[2] for call in calls if "pytest" in call}
+    collected = subprocess.run(
+        [sys.executable, "-c", COLLECT, *selections], capture_output=True, text=True, cwd=ROOT
+    )
+    assert collected.returncode == 0, collected.stdout
 
 
 def test_a_call_ends_in_time_and_the_next_one_goes_on(tree):

@@ -48,7 +48,7 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """What the commands need, by name: a model, queries, photos, classes of photos, a run."""
+    """Inputs of the commands, by name: a model, queries, photos, classes of photos, a run."""
     torch.manual_seed(0)
     for library in (
         "PIL",

@@ -1,51 +1,62 @@
-"""The choice of what `make test` runs: each value of every parameter, in few combinations."""
+"""The combinations of parameters that `make test` and `make test-all` run."""
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import pytest
 
 
-def each_choice(combinations: list[dict[str, Any]]) -> set[int]:
+def covering(combinations: list[dict[str, Any]], strength: int = 1) -> set[int]:
     """Indices of few combinations in which every value of every parameter occurs (each-choice
-    coverage)."""
-    parameters = [
-        {(name, repr(value)) for name, value in values.items()} for values in combinations
+    coverage, strength 1), or every pair of values that occurs in any (pairwise, strength 2)."""
+    parts = [
+        set(itertools.combinations([(name, repr(value)) for name, value in values.items()], width))
+        for values in combinations
+        for width in [min(strength, len(values))]
     ]
-    uses = Counter({value: 0 for values in parameters for value in values})
+    uses = Counter({part: 0 for combination in parts for part in combination})
     chosen: set[int] = set()
 
     def gain(index: int) -> tuple[int, int]:
-        counts = [uses[value] for value in parameters[index]]
+        counts = [uses[part] for part in parts[index]]
         return counts.count(0), -sum(counts)
 
     while not all(uses.values()):
-        best = max((index for index in range(len(parameters)) if index not in chosen), key=gain)
+        best = max((index for index in range(len(parts)) if index not in chosen), key=gain)
         chosen.add(best)
-        uses.update(parameters[best])
+        uses.update(parts[best])
     return chosen
 
 
-def mark_other_combinations_slow(items: list[pytest.Item]) -> None:
-    """Leave the full product of parameters to `make test-all`, where a test is marked `each_choice`
-    or compiles or interprets Triton kernels, whose code has no branch on a pair of parameters; of
-    these also two shapes of three."""
+def choose_combinations(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Choose combinations of the tests that are marked `each_choice`, or compile or interpret
+    Triton kernels, whose code has no branch on a pair of parameters.
+
+    `make test` runs each choice, of the last two in every third shape; `make test-all` all pairs.
+    Marks the difference slow and returns the tests that neither runs.
+    """
     groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in [item for item in items if hasattr(item, "callspec")]:
         parameters = item.callspec.params
         backend = parameters.get("backend", parameters.get("kernels"))
         if backend in ("compiled", "triton") or item.get_closest_marker("each_choice"):
             groups.setdefault((item.nodeid.partition("[")[0], str(backend)), []).append(item)
+    left_out: set[pytest.Item] = set()
     for (_, backend), group in groups.items():
         shapes = [*dict.fromkeys(str(item.callspec.params.get("shape")) for item in group)]
         if backend in ("compiled", "triton") and len(shapes) > 4:  # each of them takes seconds
             shapes = shapes[1::3]
         quick = [item for item in group if not item.get_closest_marker("slow")]
         candidates = [item for item in quick if str(item.callspec.params.get("shape")) in shapes]
-        chosen = [
-            candidates[index]
-            for index in each_choice([item.callspec.params for item in candidates])
-        ]
+        each_choice = _covering_items(candidates, 1)
         for item in group:
-            if item not in chosen:
+            if item not in each_choice:
                 item.add_marker("slow")
+        left_out |= {*group} - each_choice - _covering_items(group, 2)
+    return left_out
+
+
+def _covering_items(items: list[pytest.Item], strength: int) -> set[pytest.Item]:
+    parameters = [item.callspec.params for item in items]  # type: ignore[attr-defined]
+    return {items[index] for index in covering(parameters, strength)}

@@ -54,7 +54,7 @@ def config(photos, **options):
 
 
 def losses(out):
-    """What was logged, without times."""
+    """Lines of the log, without times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images/s", None)

@@ -130,7 +130,7 @@ def test_tables_are_aligned():
         "a     1.5",
         "bcd    10",
     ]
-    assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left=2).splitlines() == [
+    assert io.table(["a", "b", "c"], [["x", "yy", "1"]], left_aligned=2).splitlines() == [
         "a  b   c",
         "x  yy  1",
     ]

@@ -252,7 +252,8 @@ def weighted_rows_kernel(
 
 def _launch_one(x, query, scale, out, *, grad=None, raw=None):
     batch, n, dim = x.shape
-    acc, block = accumulation_dtype(x.dtype), one_query_rows(x.dtype)
+    acc = accumulation_dtype(x.dtype)
+    block = one_query_rows(x.dtype)
     # Parts of at least 64 tokens, in full tiles.
     part = triton.cdiv(max(64, triton.cdiv(n, max(1, _PROGRAMS // batch))), block) * block
     count = triton.cdiv(n, part)
@@ -354,7 +355,8 @@ def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Ten
 
 def _attend(x: Tensor, queries: Tensor, scale: float, raw: Tensor | None) -> Tensor:
     x = aligned_rows(x)
-    (batch, _, dim), m = x.shape, queries.shape[0]
+    batch, _, dim = x.shape
+    m = queries.shape[0]
     out = x.new_empty((batch, m, dim))
     if not out.numel():
         return out
@@ -375,15 +377,18 @@ def attend_backward(grad_out: Tensor, x: Tensor, queries: Tensor, scale: float) 
     """Launch the gradient of cropr::attend for the queries: (M, D) in their dtype, the same bits on
     every run."""
     check("attend_backward", grad_out, x, queries, scale)
-    x, acc = aligned_rows(x), accumulation_dtype(x.dtype)
-    (batch, _, dim), m = x.shape, queries.shape[0]
+    x = aligned_rows(x)
+    acc = accumulation_dtype(x.dtype)
+    batch, _, dim = x.shape
+    m = queries.shape[0]
     if not grad_out.numel():
         return torch.zeros_like(queries, memory_format=torch.contiguous_format)
     if m == 1:
         per_image = x.new_empty((batch, dim), dtype=acc)
         _launch_one(x, queries, scale, per_image, grad=grad_out.contiguous())
         return (per_image.sum(0, keepdim=True) * scale).to(queries.dtype)
-    scaled, grad = _scaled(queries, scale, x.dtype).to(x.dtype), grad_out.to(x.dtype).contiguous()
+    scaled = _scaled(queries, scale, x.dtype).to(x.dtype)
+    grad = grad_out.to(x.dtype).contiguous()
     total = x.new_zeros((m, dim), dtype=acc)
     for start in range(0, batch, step := _chunk(x, m)):
         part = x[start : start + step]

@@ -368,10 +368,8 @@ def _launch(
     in_place,
     offsets=False,
 ):
-    (batch, n, dim), (num_targets, num_candidates) = (
-        x.shape,
-        (target_idx.shape[1], candidate_idx.shape[1]),
-    )
+    batch, n, dim = x.shape
+    num_targets, num_candidates = target_idx.shape[1], candidate_idx.shape[1]
     num_prune = num_targets + num_candidates - num_keep
     kept_idx, pruned_idx = (
         x.new_empty((batch, count), dtype=torch.int64) for count in (num_keep, num_prune)
@@ -380,11 +378,9 @@ def _launch(
     if not batch:
         return gather(x, kept_idx), kept_idx, pruned_idx, kept_sizes
     cost_scale = None if cost_scale is None else cost_scale.contiguous()
-    target_idx, candidate_idx, acc = (
-        target_idx.contiguous(),
-        candidate_idx.contiguous(),
-        accumulation_dtype(x.dtype),
-    )
+    target_idx = target_idx.contiguous()
+    candidate_idx = candidate_idx.contiguous()
+    acc = accumulation_dtype(x.dtype)
     blocks, keys = target_blocks(x.dtype, num_candidates)
     tiles = max(triton.cdiv(num_targets - num_prefix, blocks.targets), 1)
     groups = max(triton.cdiv(num_candidates, blocks.candidates), 1)

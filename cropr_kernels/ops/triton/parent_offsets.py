@@ -101,7 +101,9 @@ def offsets_kernel(
 
 
 def _launch_offsets(x, kept_idx, pruned_idx, offsets, num_prefix):
-    (batch, n, _), num_keep, num_prune = x.shape, kept_idx.shape[1], pruned_idx.shape[1]
+    batch, n, _ = x.shape
+    num_keep = kept_idx.shape[1]
+    num_prune = pruned_idx.shape[1]
     if not (batch and num_prune):
         return
     blocks, _ = target_blocks(x.dtype, num_prune)
@@ -174,7 +176,8 @@ def add_parents_kernel(x, parent_ptr, out_ptr, n, BLOCKS: tl.constexpr):
     b = (pid // tiles).to(tl.int64)
     rows = ((pid % tiles) * BLOCKS.rows + tl.arange(0, BLOCKS.rows)).to(tl.int64)
     inside = rows < n
-    x_ptr, parent_ptr = x.ptr + b * x.stride_b, parent_ptr + b * n
+    x_ptr = x.ptr + b * x.stride_b
+    parent_ptr = parent_ptr + b * n
     out_ptr += (b * n + rows)[:, None] * dim
     cols = tl.arange(0, BLOCKS.first)
     total = sum_ancestors(x_ptr, x.stride_n, parent_ptr, rows, inside, cols, dim, n, ACC)

@@ -137,7 +137,8 @@ def gather_kernel(x, idx_ptr, out_ptr, n, count, BLOCK_R: tl.constexpr, BLOCK_D:
 def gather(x: Tensor, idx: Tensor) -> Tensor:
     """Launch cropr::gather. Positions must lie in [0, N): they are not checked on the device."""
     check("gather", x, idx)
-    x, idx = dense_rows(x), idx.contiguous()
+    x = dense_rows(x)
+    idx = idx.contiguous()
     batch, n, dim = x.shape
     count = idx.shape[1]
     out = x.new_empty((batch, count, dim))

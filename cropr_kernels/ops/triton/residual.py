@@ -62,8 +62,10 @@ def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
     pid = tl.program_id(0)
     b = image_of(pid, tiles, AGAIN)
     rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    flat, inside = b * count + rows, rows < count
-    position, valid = rows.to(tl.int64), inside
+    flat = b * count + rows
+    inside = rows < count
+    position = rows.to(tl.int64)
+    valid = inside
     if idx_ptr is not None:
         position = tl.load(idx_ptr + flat, mask=inside, other=-1)
         valid = (position >= 0) & (position < n)
@@ -229,17 +231,20 @@ def add_select_(
     """Launch cropr::add_select_; positions as in add_."""
     parts = (sizes, size_weight, priority, cost_scale, cost_weight)
     check("add_select_", x, idx, update, gamma, query, num_keep, num_prefix, *parts)
-    (batch, n, dim), count = x.shape, update.shape[1]
+    batch, n, dim = x.shape
+    count = update.shape[1]
     kept_idx, pruned_idx = (
         x.new_empty((batch, k), dtype=torch.int64) for k in (num_keep, count - num_keep)
     )
     if not (batch and count and dim):
         return kept_idx, pruned_idx
-    blocks, keys = row_blocks(dim, x.dtype), embedded_keys(count)
+    blocks = row_blocks(dim, x.dtype)
+    keys = embedded_keys(count)
     scores = x.new_empty((batch, count), dtype=torch.float32)
     counters = None if keys is None else block_counters(x)
     selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
-    sizes, idx = _dense(sizes) if size_weight else None, _dense(idx)
+    sizes = _dense(sizes) if size_weight else None
+    idx = _dense(idx)
     weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),

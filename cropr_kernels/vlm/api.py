@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..schedule import Schedule
 from .choice import Keep, checked_keep, choose, num_kept
+from .dense import PrunedTower, find_pruned
 from .features import (
     entries_of,
-    finite_rows,
     image_features,
     language_model,
     select_features,
     total_rows,
 )
+from .packed import PackedTower, find_tower
 from .prompts import KeptColumns, placeholder_runs, shorten_tensors, split_at_both
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,15 +50,18 @@ class ImageTokens(nn.Module):
     """`model.cropr_image_tokens`: how image tokens are chosen.
 
     Args:
-        keep: tokens an image (or tile) keeps, or their share.
+        keep: tokens an image (or tile) keeps, or their share; 1.0: all that leave the tower.
         query: (D,), D the width of the language model; None: evenly spaced tokens.
+        tower: pruning inside the tower, if there is any.
     """
 
     query: Tensor | None
 
-    def __init__(self, keep: Keep, query: Tensor | None):
+    def __init__(self, keep: Keep, query: Tensor | None, tower: PackedTower | None = None):
         super().__init__()
         self.keep = keep
+        self.tower = tower
+        self.dense: PrunedTower | None = None
         self.register_buffer("query", query, persistent=False)
         self.hooks: list[RemovableHandle] = []
         self.probe = _Probe()
@@ -72,7 +77,9 @@ class ImageTokens(nn.Module):
         return f"keep={self.keep}, {chosen}"
 
 
-def prune_image_tokens(model: Model, keep: Keep, *, query: Tensor | None = None) -> Model:
+def prune_image_tokens(
+    model: Model, keep: Keep = 1.0, *, query: Tensor | None = None, tower: Schedule | None = None
+) -> Model:
     """Let the language model of a vision-language model see fewer image tokens, in place.
 
     The features of an image are computed as before. Then the chosen ones go on, and the
@@ -85,8 +92,13 @@ def prune_image_tokens(model: Model, keep: Keep, *, query: Tensor | None = None)
         model: of Hugging Face, with `get_image_features` and `mm_encoder_outputs` (transformers
             5.18 or newer): LLaVA, PaliGemma, Gemma3, SmolVLM, InternVL, Qwen-VL, GLM-V and others.
         keep: int >= 1, tokens an image or tile keeps; float in (0, 1], their share, rounded up.
+            1.0: all that leave the tower; of one that `apply` has pruned, with or without llf,
+            those that it kept.
         query: (D,) of the width of the language model: tokens with the highest product with it are
             kept. `calibrate_image_tokens` sets it; None: evenly spaced tokens.
+        tower: also prune inside a tower that packs its images (Qwen-VL, GLM-V): groups of patches
+            that become one token, after each block as the schedule says, of each image. Prune
+            other towers by `apply`.
 
     Returns:
         The same model.
@@ -103,7 +115,11 @@ def prune_image_tokens(model: Model, keep: Keep, *, query: Tensor | None = None)
     width = _width(model)
     if query is not None and tuple(query.shape) != (width,):
         raise ValueError(f"{_CALLER}: query must be ({width},), got {tuple(query.shape)}")
-    tokens = ImageTokens(keep, None if query is None else query.detach().float())
+    packed = None if tower is None else _packed_tower(model, tower)
+    tokens = ImageTokens(keep, None if query is None else query.detach().float(), packed)
+    pruned = find_pruned(model)
+    if pruned is not None:
+        tokens.dense = PrunedTower(pruned)
     setattr(model, _ATTRIBUTE, tokens)
     tokens.hooks = [
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -121,8 +137,9 @@ def restore_image_tokens(model: Model) -> Model:
         TypeError: image tokens are not pruned.
     """
     tokens = require_image_tokens(model, "cropr.restore_image_tokens")
-    for hook in tokens.hooks:
-        hook.remove()
+    for part in (tokens, tokens.tower, tokens.dense):
+        for hook in () if part is None else part.hooks:
+            hook.remove()
     delattr(model, _ATTRIBUTE)
     del model.generate
     return model
@@ -135,7 +152,11 @@ def num_image_tokens(model: nn.Module, count: int) -> int:
     Raises:
         TypeError: image tokens are not pruned.
     """
-    return num_kept(require_image_tokens(model, "cropr.num_image_tokens").keep, count)
+    tokens = require_image_tokens(model, "cropr.num_image_tokens")
+    kept = num_kept(tokens.keep, count)
+    if tokens.tower is not None:
+        return min(kept, tokens.tower.num_kept(count))
+    return tokens.dense.num_kept(count) if tokens.dense is not None and kept == count else kept
 
 
 def require_image_tokens(model: nn.Module, caller: str) -> ImageTokens:
@@ -171,6 +192,16 @@ def _require_supported(model: Any) -> None:
         raise TypeError(f"{_CALLER}: {type(model).__name__} cannot be pruned: {reason}")
 
 
+def _packed_tower(model: nn.Module, schedule: Schedule) -> PackedTower:
+    tower = find_tower(model)
+    if tower is None:
+        raise TypeError(
+            f"{_CALLER}: tower is for towers that pack their images, and {type(model).__name__} "
+            "has none; prune its tower by cropr.apply"
+        )
+    return PackedTower(tower, schedule)
+
+
 def _width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
@@ -185,13 +216,56 @@ def _pad_token(model: Any) -> int:
     raise AssertionError  # 0 and 1 are not both the placeholder
 
 
-def _kept_rows(tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor]) -> Tensor:
-    """Choose rows of image features: (total rows,) bool.
-
-    An image is a run of placeholders within the features of one entry.
+def _kept_rows(
+    tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor], present: Tensor | None
+) -> Tensor:
+    """Choose rows of image features, of those that are present: (total rows,) bool.
 
     Raises:
         ValueError: there are more or fewer placeholders than rows.
+    """
+    lengths = image_runs(placeholders, entries)
+    rows = torch.cat(entries)
+    if present is None:
+        present = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    start = 0
+    for length in lengths:
+        candidates = start + present[start : start + length].nonzero().squeeze(1)
+        if len(candidates) == 0:
+            raise ValueError("cropr: the tower leaves no token of an image; lower its rate")
+        number = min(num_kept(tokens.keep, length), len(candidates))
+        kept[candidates[choose(rows[candidates], number, tokens.query)]] = True
+        start += length
+    return kept
+
+
+def _features(
+    model: Any, tokens: ImageTokens, inputs: Mapping[str, object]
+) -> tuple[Any, Tensor | None]:
+    """Compute image features, and tell of each row whether the tower has left it; None: all."""
+
+    def call() -> Any:
+        return image_features(model.base_model, inputs)
+
+    if tokens.tower is not None:
+        return tokens.tower.features(call)
+    if tokens.dense is None or tokens.keep != 1.0:
+        return call(), None
+    output, present, num_patches = tokens.dense.features(call)
+    if 2 * len(present) <= num_patches:
+        raise ValueError(
+            f"cropr: {type(model).__name__} pools patches, which its tower prunes singly; choose "
+            "image tokens behind it: cropr.prune_image_tokens(model, keep=...)"
+        )
+    return output, present
+
+
+def image_runs(placeholders: Tensor, entries: list[Tensor]) -> list[int]:
+    """Lengths of the images in a prompt: runs of placeholders within the features of one entry.
+
+    Raises:
+        ValueError: there are more or fewer placeholders (B, L) bool than rows of features.
     """
     count = int(placeholders.sum())
     if total_rows(entries) != count:
@@ -199,18 +273,13 @@ def _kept_rows(tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor])
             f"cropr: the prompt has {count} image placeholders, the images have "
             f"{total_rows(entries)} tokens; they must be equally many (videos are not pruned)"
         )
-    present = finite_rows(entries)
-    rows = torch.cat(entries)
-    kept = torch.zeros(count, dtype=torch.bool, device=rows.device)
-    start = 0
-    for length in split_at_both(
-        placeholder_runs(placeholders), [len(entry) for entry in entries]
-    ):
-        candidates = start + present[start : start + length].nonzero().squeeze(1)
-        number = min(num_kept(tokens.keep, length), len(candidates))
-        kept[candidates[choose(rows[candidates], number, tokens.query)]] = True
-        start += length
-    return kept
+    return split_at_both(placeholder_runs(placeholders), [len(entry) for entry in entries])
+
+
+def accepted(module: Any, inputs: Mapping[str, object]) -> dict[str, object]:
+    """The inputs that a module's forward names."""
+    names = inspect.signature(module.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def _cache_of(inputs: Mapping[str, object]) -> Any:
@@ -248,8 +317,8 @@ def _shorten(
     kept: Tensor | None = None
     output: Any = None
     if inputs.get("pixel_values") is not None:
-        output = image_features(model.base_model, inputs)
-        kept = _kept_rows(tokens, placeholders, entries_of(output.pooler_output))
+        output, present = _features(model, tokens, inputs)
+        kept = _kept_rows(tokens, placeholders, entries_of(output.pooler_output), present)
         encoded["mm_encoder_outputs"] = {"image": output}
         if bool(kept.all()) and record is None:
             return encoded, None
@@ -277,8 +346,7 @@ def _positions_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         positions: Tensor = inputs["position_ids"]
         return positions
     probe = require_image_tokens(model, _CALLER).probe
-    names = inspect.signature(model.base_model.forward).parameters
-    arguments = {name: value for name, value in inputs.items() if name in names}
+    arguments = accepted(model.base_model, inputs)
     probe.active = True
     try:
         model.base_model.forward(**arguments)
@@ -308,12 +376,10 @@ def _before_forward(
     """Shorten the prompt of a forward with images, and place the tokens that follow on it."""
     tokens = require_image_tokens(model, _CALLER)
     tokens.probe.columns = None
-    inputs = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+    inputs: dict[str, Any] = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
     if inputs.get("pixel_values") is not None:
         if _cache_of(inputs) is not None and _cache_of(inputs).get_seq_length() > 0:
-            raise ValueError(
-                "cropr: a forward with images goes on from a cache only in generate"
-            )
+            raise ValueError("cropr: a forward with images goes on from a cache only in generate")
         mask = inputs.get("attention_mask")
         pad_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
         shortened, tokens.probe.columns = _shorten(model, inputs, None, pad_left)

@@ -48,8 +48,7 @@ def _select(features: object, kept: Tensor) -> object:
         counts = kept.unflatten(0, features.shape[:2]).sum(1)
         if bool((counts != counts[0]).any()):
             raise ValueError(
-                "cropr: images of this model must keep equally many tokens, got "
-                f"{counts.tolist()}"
+                f"cropr: images of this model must keep equally many tokens, got {counts.tolist()}"
             )
         return features.flatten(0, 1)[kept].unflatten(0, (len(features), -1))
     if not isinstance(features, tuple | list):

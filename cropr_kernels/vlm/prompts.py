@@ -1,5 +1,6 @@
 """Prompts without the placeholders of pruned image tokens."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def split_at_both(first: Sequence[int], second: Sequence[int]) -> list[int]:
     for lengths in (first, second):
         ends |= {sum(lengths[: count + 1]) for count in range(len(lengths))}
     edges = [0, *sorted(ends)]
-    return [end - start for start, end in zip(edges, edges[1:]) if end > start]
+    return [end - start for start, end in itertools.pairwise(edges) if end > start]
 
 
 def shorten_tensors(

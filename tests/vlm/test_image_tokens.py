@@ -63,9 +63,10 @@ def test_dropping_equals_masking_at_the_same_positions(name, case):
     expected = expected.gather(1, columns.index.clamp_min(0).unsqueeze(-1).expand(-1, -1, 60))
     torch.testing.assert_close(logits[present], expected[present], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(
-        logits[present], plain(**inputs).logits.gather(
+        logits[present],
+        plain(**inputs).logits.gather(
             1, columns.index.clamp_min(0).unsqueeze(-1).expand(-1, -1, 60)
-        )[present]
+        )[present],
     )
 
 
@@ -82,7 +83,7 @@ def full_positions(plain, inputs):
 @pytest.mark.parametrize("name", vlm.MODELS)
 @torch.no_grad()
 def test_generating_equals_masking_at_the_same_positions(name):
-    model, answer, expected = generated(name)
+    _, answer, expected = generated(name)
     assert torch.equal(answer.sequences, expected.sequences)
     for scores, others in zip(answer.scores, expected.scores):
         torch.testing.assert_close(scores, others, rtol=1e-5, atol=1e-5)
@@ -97,10 +98,8 @@ def generated(name, one_row=False, **options):
     positions = plain._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
     _, columns = _shorten(model, inputs, positions, True)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, **options}
-    expected = plain.generate(
-        **masked(plain, inputs, columns), position_ids=positions, **options
-    )
-    return model, model.generate(**inputs, **options), expected
+    expected = plain.generate(**masked(plain, inputs, columns), position_ids=positions, **options)
+    return columns, model.generate(**inputs, **options), expected
 
 
 MANNERS = {
@@ -252,9 +251,7 @@ def test_total_lengths_count_the_full_prompt():
     inputs = vlm.inputs_for("LLaVA")
     total = inputs["input_ids"].shape[1] + 3
     assert model.generate(**inputs, max_length=total, do_sample=False).shape[1] <= total
-    answer = model.generate(
-        **inputs, max_length=total, min_length=total, do_sample=False
-    )
+    answer = model.generate(**inputs, max_length=total, min_length=total, do_sample=False)
     assert answer.shape[1] == total
 
 

@@ -82,23 +82,18 @@ def prune_image_tokens(
 ) -> Model:
     """Let the language model of a vision-language model see fewer image tokens, in place.
 
-    The features of an image are computed as before. Then the chosen ones go on, and the
-    placeholders of the others leave the prompt, with their columns of masks, labels and token
-    types. Kept tokens have the positions that they had, 3-D ones too. `model(**inputs)`, `generate`
-    and `Trainer` are called as before; logits and `labels` are those of the shortened prompt,
-    `generate` returns the full one with its answer.
+    The placeholders of the others leave the prompt, with their columns of masks, labels and token
+    types; kept tokens keep their positions. `model(**inputs)`, `generate` and `Trainer` are called
+    as before; logits are those of the shortened prompt, `generate` returns the full one.
 
     Args:
-        model: of Hugging Face, with `get_image_features` and `mm_encoder_outputs` (transformers
-            5.18 or newer): LLaVA, PaliGemma, Gemma3, SmolVLM, InternVL, Qwen-VL, GLM-V and others.
+        model: of Hugging Face, with `get_image_features` and `mm_encoder_outputs`.
         keep: int >= 1, tokens an image or tile keeps; float in (0, 1], their share, rounded up.
-            1.0: all that leave the tower; of one that `apply` has pruned, with or without llf,
-            those that it kept.
-        query: (D,) of the width of the language model: tokens with the highest product with it are
-            kept. `calibrate_image_tokens` sets it; None: evenly spaced tokens.
-        tower: also prune inside a tower that packs its images (Qwen-VL, GLM-V): groups of patches
-            that become one token, after each block as the schedule says, of each image. Prune
-            other towers by `apply`.
+            1.0: all that leave the tower; of one pruned by `apply` those that it kept.
+        query: (D,), D the width of the language model: tokens with the highest product are kept.
+            None: evenly spaced ones.
+        tower: also prune inside a tower that packs its images: groups of patches that become one
+            token, of each image.
 
     Returns:
         The same model.
@@ -146,8 +141,7 @@ def restore_image_tokens(model: Model) -> Model:
 
 
 def num_image_tokens(model: nn.Module, count: int) -> int:
-    """Count the tokens that an image (or tile) of `count` placeholders keeps, before it is seen:
-    for processors and servers.
+    """Count the tokens that an image or tile of `count` placeholders keeps, before it is seen.
 
     Raises:
         TypeError: image tokens are not pruned.

@@ -46,16 +46,13 @@ def calibrate_image_tokens(
 ) -> Model:
     """Set the queries for image tokens in closed form, from prompts with images and no answers.
 
-    The query behind the tower: least squares from the features of an image to the attention that
-    the text after it pays to them (mean over layers, heads and text, as a rank). Queries inside a
-    packed tower: from the groups that leave a block to the attention of later blocks to them. The
-    unpruned model runs once on each batch.
+    Behind the tower: ridge regression from features to the attention of the text after an image;
+    inside a packed tower: from groups to the attention of later blocks.
 
     Args:
-        model: after `prune_image_tokens`; its own parameters are only read.
-        batches: inputs of the model (input_ids, pixel_values, ...), as a processor makes them. A
-            few hundred images are enough.
-        ridge: regularization, as a share of the mean squared channel.
+        model: after `prune_image_tokens`.
+        batches: inputs of the model, as a processor makes them.
+        ridge: as in `calibrate`.
 
     Returns:
         The same model.

@@ -34,11 +34,6 @@ class KeptColumns:
             return cls(index.masked_fill(slots < shift, -1), mask.shape[1])
         return cls(order.masked_fill(slots >= counts.unsqueeze(1), -1), mask.shape[1])
 
-    @property
-    def pads(self) -> bool:
-        """Tell whether any row is padded."""
-        return bool((self.index < 0).any())
-
     def take(self, values: Tensor, padding: int) -> Tensor:
         """Select the columns of values (..., B, L)."""
         index = self.index.to(values.device)

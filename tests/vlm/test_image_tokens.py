@@ -185,6 +185,28 @@ def test_training_takes_the_labels_of_the_full_prompt(name):
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
+def test_the_trainer_of_transformers_runs_as_it_is(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    t = vlm.transformers()
+    model = pruned("LLaVA")
+    inputs = vlm.inputs_for("LLaVA")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == vlm.IMAGE, -100)
+    options = t.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    samples = [{name: value[row] for name, value in inputs.items()} for row in (0, 1)]
+    before = model.lm_head.weight.detach().clone()
+    result = t.Trainer(model=model, args=options, train_dataset=samples * 2).train()
+    assert result.global_step == 2 and result.training_loss > 0
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 @torch.no_grad()
 def test_threads_do_not_see_each_other():
     model = pruned("LLaVA")

@@ -208,6 +208,9 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
     assert logits.shape[1] < length and logits.isfinite().all()
     answer = model.generate(**inputs, **GREEDY)
     assert answer.shape[1] == length + 4
+    other = copy.deepcopy(model)
+    cropr.restore_image_tokens(other)
+    assert torch.equal(model(**inputs).logits, logits)
 
     # The kept rows are those that the same tower gives, all restored
     shortened, columns = _shorten(model, inputs, None, True)
@@ -227,6 +230,9 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
 def test_refusals_of_towers_name_the_reason():
     with pytest.raises(TypeError, match=r"that pack .* prune its tower by cropr\.apply"):
         cropr.prune_image_tokens(vlm.make("LLaVA"), tower=RATIO)
+    for part in (vlm.make("Qwen2-VL"), vlm.make("Qwen2-VL").model.visual):
+        with pytest.raises(TypeError, match=r"packs images .* cropr\.prune_image_tokens"):
+            cropr.apply(part, rate=4)
     model = vlm.make("InternVL")
     cropr.apply(model.model.vision_tower, rate=4, llf=True, num_outputs=0)
     cropr.prune_image_tokens(model)

@@ -25,7 +25,7 @@ def attention_prefix_first(
     attention: AttentionInput | Tensor, token_format: TokenFormat
 ) -> AttentionInput | Tensor:
     """Order the tokens of an attention as pruning does."""
-    if not token_format.num_suffix:
+    if token_format.around is None:
         return attention
 
     def ordered(values: Tensor, dim: int) -> Tensor:
@@ -83,9 +83,11 @@ def _attention_input(
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     if is_causal:
-        attn_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        attn_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = query.new_zeros(attn_mask.shape).masked_fill(~attn_mask, float("-inf"))
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     return AttentionInput(query, key, attn_mask, scale)
 
 

@@ -14,16 +14,19 @@ from benchmarks.report.render import (
     where,
 )
 
+NOT_TRIED = "not tried"
 # Reasons against a model, in the order in which they are looked for, as the page says them.
 _REASONS = {
-    "run apart": "windows, stages or other tokens between the blocks",
-    "no two blocks": "windows, stages or other tokens between the blocks",
-    "something else than the tokens": "windows, stages or other tokens between the blocks",
-    "reads positions": "positions are read from the order of the tokens",
-    "do not all stand before": "tokens that are no patches stand after them",
+    "packed": "images are packed or cut into tiles",
+    "tiles": "images are packed or cut into tiles",
+    "outputs": "images are packed or cut into tiles",
+    "maps (B, H, W, D)": "windows, stages or maps (B, H, W, D) between blocks",
+    "run apart": "windows, stages or maps (B, H, W, D) between blocks",
+    "no two blocks": "windows, stages or maps (B, H, W, D) between blocks",
+    "reads positions": "blocks read positions from the order of tokens",
+    "stand between": "other tokens stand between the patches",
     "take a part": "blocks take all tokens only",
-    "packed": "images of a batch are packed or cut into tiles",
-    "form no grid": "patches form no grid",
+    "with text": "patches stand beside text",
     "fails": "a forward takes other inputs than images of one size",
 }
 
@@ -33,18 +36,19 @@ def table() -> Table | None:
     measured = load("supported_models")
     if measured is None:
         return None
-    head = ["library", "model", "pruned", "engine", "merging", "calibration", "reason"]
+    head = ["library", "model", "pruned", "engine", "merging", "calibration", "masking", "reason"]
     rows: list[list[Cell]] = []
     for row in measured[1]:
         pruned = "yes" if row["supported"] else "no"
-        cells = (row["engine"], row["merges"], row["calibrates"], row["reason"])
+        masking = row.get("masking", "")
+        cells = (row["engine"], row["merges"], row["calibrates"], masking, row["reason"])
         rows.append([row["library"], row["name"], pruned, *map(_short, cells)])
     return Table(head, rows)
 
 
 def _short(text: str) -> str:
     """A reason without the names of classes in front of it."""
-    return re.sub(r"^\S+ cannot be pruned: (\w+: )?", "", text)[:160]
+    return re.sub(rf"^(\S+ cannot be pruned: (\w+: )?|{NOT_TRIED}: )", "", text)[:160]
 
 
 def supported_models() -> str:
@@ -55,13 +59,15 @@ def supported_models() -> str:
     env, rows = measured
     body: list[list[Cell]] = []
     for library in unique(rows, "library"):
-        tried = where(rows, library=library)
+        names = where(rows, library=library)
+        tried = [row for row in names if not row["reason"].startswith(NOT_TRIED)]
         pruned = where(tried, supported=True)
         counts = [
             len(where(pruned, **{column: "yes"})) for column in ("engine", "merges", "calibrates")
         ]
-        body.append([library, *map(str, (len(tried), len(pruned), *counts))])
-    counts = Table(["library", "tried", "pruned", "on the engine", "merging", "calibration"], body)
+        body.append([library, *map(str, (len(names), len(tried), len(pruned), *counts))])
+    head = ["library", "names", "tried", "pruned", "on the engine", "merging", "calibration"]
+    counts = Table(head, body)
     refused = [row for row in rows if not row["supported"]]
     reasons: dict[str, list[str]] = {}
     for row in refused:
@@ -72,9 +78,10 @@ def supported_models() -> str:
         for reason, names in reasons.items()
     ]
     note = (
-        f"Small models of every name with random weights: {link('supported_models', full)}. "
+        f"Small random models: {link('supported_models', full)}. "
         "Pruned: rate 0 equals the "
-        "unpruned model bit for bit, and a deployed model the functional ops. timm "
+        "unpruned model bit for bit, and a deployed model the functional ops; masking: dropping "
+        "equals hiding keys. timm "
         f"{env['timm']}, transformers "
         f"{env['transformers']}, torch {env['torch']}. Not supported:"
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .blocks import mask_at
 from .probing import Args, Kwargs
@@ -126,14 +127,16 @@ def _is_table(value: Tensor, selection: Selection) -> bool:
     return value.shape[-2 if axis is None else axis] in counts
 
 
+def has_tensors(args: Args, kwargs: Kwargs) -> bool:
+    """Tell whether a block takes more tensors than its tokens and rotary tables."""
+    others = [value for name, value in kwargs.items() if name not in ROTARY_TABLES]
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves([args, others]))
+
+
 def packed_axes(args: Args, kwargs: Kwargs, num_tokens: int) -> list[int]:
     """The axes, from the end, along which an argument of a block has a row for each token."""
-    values = [*args, *kwargs.values()]
     axes: dict[int, None] = {}
-    while values:
-        value = values.pop()
-        if isinstance(value, tuple | list):
-            values.extend(value)
-        elif isinstance(value, Tensor) and value.ndim in (2, 3) and num_tokens in value.shape[:2]:
+    for value in tree_leaves([args, dict(kwargs)]):
+        if isinstance(value, Tensor) and value.ndim in (2, 3) and num_tokens in value.shape[:2]:
             axes[value.shape.index(num_tokens) - value.ndim] = None
     return [*axes]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .probing import Args, BlockCall, Forward, Layout
+from .probing import Args, BlockCall, Forward, Layout, ProbeError
 from .token_format import tokens_of
 
 Pooling = Literal["token", "average", "other"]
@@ -75,6 +75,9 @@ def read_head(
         images: (1, C, H, W).
         calls: of its blocks.
         layout: of its tokens.
+
+    Raises:
+        ProbeError: its output mixes the images of a batch.
     """
     prefix = layout.num_prefix
     if images.is_meta:  # nothing to compare
@@ -93,6 +96,8 @@ def read_head(
         output = forward(images.repeat(count, *[1] * (images.ndim - 1)))
     pooled = pooled_output(output)
     leaves = _leaves(output, count)
+    if pooled is not None and len(pooled) % count:
+        raise ProbeError(f"{count} images become {len(pooled)} outputs")
     if pooled is not None and num_rows > 1:
         pooled = pooled.unflatten(0, (count, -1))
     reads_patches = pooled is not None and _differs(pooled, 3)

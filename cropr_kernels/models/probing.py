@@ -64,10 +64,12 @@ class BlockCall(NamedTuple):
         difference = (output - expected).float().abs().max()
         return bool(difference <= tolerance * (self.tokens - self.x).float().abs().max())
 
-    def run(self, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        """Run the block on other tokens x (B, K, D), and return those that it returns."""
-        argument = self.token_format.encode(x, self.argument)
-        return self.token_format.decode(self.block(argument, *args, **kwargs))
+    def run(self, x: Tensor, args: Args, kwargs: Kwargs, *, in_row: bool = False) -> Tensor:
+        """Run the block on other tokens x (B, K, D), in one row or not, and return those that it
+        returns."""
+        argument = self.token_format.encode(x, self.argument, in_row=in_row)
+        output = self.block(argument, *args, **kwargs)
+        return self.token_format.decode(output, len(x) if in_row else None)
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,12 @@ class Layout:
     """The tokens that enter the first block."""
 
     token_format: TokenFormat
+    num_prefix: int  # P, tokens that are no patches
     # Patches in height and width; of a video, those of its frames below each other
     grid: tuple[int, int]
     frames: int
     in_order: bool  # patches stand in the order of the rows of the image
     num_rows: int = 1  # rows of a batch that hold the tokens of one image, as frames or windows
-
-    @property
-    def num_prefix(self) -> int:
-        """P, tokens that are no patches."""
-        return self.token_format.num_prefix
 
 
 @contextmanager
@@ -261,7 +259,7 @@ def find_layout(call: BlockCall, forward: Forward, images: Tensor) -> Layout:
         images: an image (1, C, H, W), a video (1, frames, C, H, W), or a spectrogram (1, H, W).
 
     Raises:
-        ProbeError: tokens that are no patches stand between these, or the patches form no grid.
+        ProbeError: images are packed, or tokens that are no patches stand between patches.
     """
     x = _first_tokens(call, forward, torch.cat([images, torch.randn_like(images)]))
     num_rows = len(call.x)
@@ -278,8 +276,9 @@ def find_layout(call: BlockCall, forward: Forward, images: Tensor) -> Layout:
     first, last = int(patches[0]), int(patches[-1])
     if last - first + 1 != num_patches:
         raise ProbeError("tokens that are no patches stand between these")
-    num_suffix = len(is_patch) - 1 - last
-    token_format = replace(call.token_format, num_prefix=first + num_suffix, num_suffix=num_suffix)
+    after = len(is_patch) - 1 - last
+    token_format = replace(call.token_format, around=(first, after) if after else None)
+    num_prefix = first + after
     call = call._replace(token_format=token_format)
     corners = _corner_tokens(call, forward, images, num_patches)
     grid = _grid_of(corners, num_patches)
@@ -287,15 +286,18 @@ def find_layout(call: BlockCall, forward: Forward, images: Tensor) -> Layout:
         rows, columns = grid
         num_patch_rows = num_patches // columns
         return Layout(
-            token_format, (num_patch_rows, columns), num_patch_rows // rows, num_rows == 1, num_rows
+            token_format,
+            num_prefix,
+            (num_patch_rows, columns),
+            num_patch_rows // rows,
+            num_rows == 1,
+            num_rows,
         )
     height, width = images.shape[-2:]
-    columns = max(round(math.sqrt(num_patches * width / height)), 1)
-    if num_patches % columns:
-        raise ProbeError(
-            f"{num_patches} patches form no grid for an image of {height} x {width} px"
-        )
-    return Layout(token_format, (num_patches // columns, columns), 1, False, num_rows)
+    widest = max(round(math.sqrt(num_patches * width / height)), 1)
+    columns = next(count for count in range(widest, 0, -1) if num_patches % count == 0)
+    grid = num_patches // columns, columns
+    return Layout(token_format, num_prefix, grid, 1, False, num_rows)
 
 
 def _grid_of(corners: tuple[int, int, int, int], num_patches: int) -> tuple[int, int] | None:
@@ -336,8 +338,9 @@ def layout_of_shapes(tower: nn.Module, forward: Forward, images: Tensor, call: B
     if not grids:
         raise ProbeError("its parameters are on the meta device, and no convolution shows its grid")
     rows, columns = math.prod(grids[-1][:-1]), grids[-1][-1]
-    token_format = replace(call.token_format, num_prefix=num_tokens - rows * columns)
-    return Layout(token_format, (rows, columns), rows // grids[-1][-2], True)
+    num_prefix = num_tokens - rows * columns
+    frames = rows // grids[-1][-2]
+    return Layout(call.token_format, num_prefix, (rows, columns), frames, True)
 
 
 def _corner_tokens(

@@ -23,19 +23,26 @@ def tokens_of(value: object) -> Tensor:
 class TokenFormat:
     """How a model passes tokens between its blocks."""
 
-    num_prefix: int = 0  # P, tokens that are no patches
-    num_suffix: int = 0  # S of these stand after the patches
+    # Tokens that are no patches, before these and after these; None: before them, if any
+    around: tuple[int, int] | None = None
     sequence_first: bool = False  # (N, B, D)
     in_list: bool = False  # in a list of one tensor
 
-    def decode(self, value: object) -> Tensor:
-        """Return the tokens (B, N, D), prefix first, in what a block takes or returns."""
+    def decode(self, value: object, num_images: int | None = None) -> Tensor:
+        """Return the tokens (B, N, D), prefix first, in what a block takes or returns; with
+        num_images they stand in one row there, (1, B N, D)."""
         tokens = tokens_of(value)
-        return self.prefix_first(tokens.transpose(0, 1) if self.sequence_first else tokens)
+        tokens = tokens.transpose(0, 1) if self.sequence_first else tokens
+        if num_images is not None:
+            tokens = tokens[0].unflatten(0, (num_images, -1))
+        return self.prefix_first(tokens)
 
-    def encode(self, x: Tensor, like: object) -> object:
-        """Return `like`, which a block takes or returns, with other tokens x (B, K, D)."""
+    def encode(self, x: Tensor, like: object, *, in_row: bool = False) -> object:
+        """Return `like`, which a block takes or returns, with other tokens x (B, K, D), in one row
+        or not."""
         tokens = self.in_place(x)
+        if in_row:
+            tokens = tokens.flatten(0, 1).unsqueeze(0)
         if self.sequence_first:
             tokens = tokens.transpose(0, 1)
         if isinstance(like, tuple):
@@ -44,21 +51,23 @@ class TokenFormat:
 
     def prefix_first(self, x: Tensor) -> Tensor:
         """Move what stands after the patches of x (B, K, ...) in front of them."""
-        if not self.num_suffix:
+        if self.around is None:
             return x
-        first, last = self.num_prefix - self.num_suffix, x.shape[1] - self.num_suffix
-        return torch.cat([x[:, :first], x[:, last:], x[:, first:last]], 1)
+        before, after = self.around
+        end = x.shape[1] - after
+        return torch.cat([x[:, :before], x[:, end:], x[:, before:end]], 1)
 
     def in_place(self, x: Tensor) -> Tensor:
         """Undo `prefix_first`."""
-        if not self.num_suffix:
+        if self.around is None:
             return x
-        first = self.num_prefix - self.num_suffix
-        return torch.cat([x[:, :first], x[:, self.num_prefix :], x[:, first : self.num_prefix]], 1)
+        before, after = self.around
+        prefix = before + after
+        return torch.cat([x[:, :before], x[:, prefix:], x[:, before:prefix]], 1)
 
     def positions_in_place(self, positions: Tensor, num_tokens: int) -> Tensor:
         """Positions (B, K) of tokens in the order in which the model has them, of N."""
-        if not self.num_suffix:
+        if self.around is None:
             return positions
         order = torch.arange(num_tokens, device=positions.device).unsqueeze(0)
         return self.in_place(self.prefix_first(order)[0][positions])

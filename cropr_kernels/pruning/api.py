@@ -19,6 +19,7 @@ from .fusion import Fusion, Restore
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
 from .merging import Merge
 from .model import (
+    MAP_METHODS,
     CroprModules,
     ReplacedAttribute,
     after_encoder,
@@ -26,12 +27,12 @@ from .model import (
     after_norm,
     before_encoder,
     before_forward,
-    forward_intermediates,
     is_pruned,
     keep_grid,
     modules_of,
     require_pruned,
     warn_of_random_queries,
+    with_full_maps,
 )
 from .module import Cropr, FoldedCropr, Scorer
 from .options import write_to_config
@@ -212,13 +213,9 @@ def _replace_attributes(modules: CroprModules) -> None:
         modules.recompute = bool(encoder.grad_checkpointing)
         _replace(modules, encoder, "grad_checkpointing", False)
         _replace(modules, encoder, "set_grad_checkpointing", partial(_set_recompute, modules))
-    if hasattr(encoder, "forward_intermediates"):
-        _replace(
-            modules,
-            encoder,
-            "forward_intermediates",
-            partial(forward_intermediates, modules, encoder),
-        )
+    for name in MAP_METHODS:
+        if hasattr(encoder, name):
+            _replace(modules, encoder, name, partial(with_full_maps, modules, encoder, name))
 
 
 def _keep_last_blocks(modules: CroprModules) -> None:

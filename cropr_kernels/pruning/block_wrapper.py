@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.adapters import Submodule
-from ..models.arguments import ROTARY_TABLES, Selection, select_arguments
+from ..models.arguments import ROTARY_TABLES, Selection, has_tensors, select_arguments
 from ..models.blocks import Rotary, SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
 from ..models.token_format import tokens_of
@@ -71,7 +71,7 @@ class WrappedBlock:
         num_images = cropr_inputs.num_images
         if num_images is not None:
             x = token_format.decode(argument)
-            argument = token_format.encode(x.flatten(0, 1).unsqueeze(0), argument)
+            argument = token_format.encode(x, argument, in_row=True)
         attention_calls: list[bool] = []
         with SizeWeightedAttention(
             cropr_inputs.log_sizes, attention_calls, cropr_inputs.positions, num_images
@@ -84,8 +84,7 @@ class WrappedBlock:
                 f"(B, heads, N, N), and {self.cropr_base.__name__} has none"
             )
         if num_images is not None:
-            x = token_format.decode(output)[0].unflatten(0, (num_images, -1))
-            output = token_format.encode(x, output)
+            output = token_format.encode(token_format.decode(output, num_images), output)
         if cropr_inputs.full_map is None:
             return output
         return token_format.encode(cropr_inputs.full_map(token_format.decode(output)), output)
@@ -284,8 +283,7 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
-    arguments = [*args, *(value for name, value in kwargs.items() if name not in ROTARY_TABLES)]
-    return not any(isinstance(value, Tensor) for value in arguments) and modules.engine_is_clear()
+    return not has_tensors(args, kwargs) and modules.engine_is_clear()
 
 
 def _exporting() -> bool:

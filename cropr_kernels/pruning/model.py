@@ -280,12 +280,15 @@ def after_forward(
     return add_predictions(model, args, kwargs, output, aux, modules.spec.num_classes)
 
 
-def forward_intermediates(
-    modules: CroprModules, encoder: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+# Methods of encoders that return maps of their blocks: of timm, and of DINOv2's and DINOv3's code
+MAP_METHODS = ("forward_intermediates", "get_intermediate_layers")
+
+
+def with_full_maps(
+    modules: CroprModules, encoder: nn.Module, name: str, *args: Any, **kwargs: Any
 ) -> object:
-    """Run timm's forward_intermediates on a pruned model: the maps of all blocks have all
-    tokens."""
-    base_forward: Callable[..., object] = type(encoder).forward_intermediates  # type: ignore[attr-defined]
+    """Run a method that returns maps of blocks on a pruned model: all of them have all tokens."""
+    method: Callable[..., object] = getattr(type(encoder), name)
     if modules.config.windows is not None:
         raise ValueError(
             "cropr: with window attention there are no maps but the last: "
@@ -296,7 +299,7 @@ def forward_intermediates(
     maps = frozenset(range(len(modules.spec.blocks)))
     context.options = (outer or PruningOptions())._replace(engine=False, maps=maps, restore=True)
     try:
-        return base_forward(encoder, x, *args, **kwargs)
+        return method(encoder, *args, **kwargs)
     finally:
         context.options = outer
         if outer is None:  # else the model's own forward calls it

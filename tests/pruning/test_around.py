@@ -207,7 +207,7 @@ def test_attention_that_is_written_out_weighs_tokens_too():
 def test_a_trial_forward_shows_what_the_attributes_of_known_families_say(name):
     model = randomize({**MODELS, **BLOCK_RUNNERS}[name]()).eval()
     named = cropr.find_spec(model)
-    probed = probe(model, model, model, torch.zeros(1, 3, 64, 64))
+    probed = probe(model, model, torch.zeros(1, 3, 64, 64))
     own = ("inner", "head", "engine", "engine_refusal")  # of one way or the other
     for field in fields(named):
         if field.name not in own:
@@ -253,7 +253,7 @@ def test_a_depth_model_reads_full_maps_of_its_backbone(images):
     model.head.head[-1] = nn.Identity()  # a ReLU, which random weights may leave nothing
     plain = randomize(model)(images).predicted_depth
     cropr.apply(model, rate=0, num_outputs=0)
-    assert model.cropr.spec.grid == (8, 8) and model.cropr.spec.map_layers == (0, 1, 2)
+    assert model.cropr.spec.grid == (8, 8) and model.cropr.spec.map_layers == (0, 1, 2, 3)
     assert torch.equal(model(images).predicted_depth, plain)
     torch.testing.assert_close(
         cropr.deploy(model)(images).predicted_depth, plain, rtol=1e-4, atol=1e-4

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_spec
-from cropr_kernels.models.adapters.structure import _argument_at
+from cropr_kernels.models.arguments import PLAIN, Selection, select_arguments
 from cropr_kernels.models.blocks import SizeWeightedAttention
 from cropr_kernels.pruning.block_wrapper import WrappedBlock
 
@@ -308,13 +308,18 @@ def test_the_vision_tower_of_clip_is_found():
 def test_masks_follow_the_tokens():
     alive = torch.tensor([[0, 2, 3], [1, 2, 4]])
     mask = torch.randn(2, 1, 5, 5)
-    got = _argument_at(mask, alive)
+    selection = Selection(alive, 5, 1, lambda table: table, PLAIN)
+
+    def at(value):
+        return select_arguments(torch.nn.Identity(), (value,), {}, selection)[0][0]
+
+    got = at(mask)
     for b in range(2):
         assert torch.equal(got[b, 0], mask[b, 0][alive[b]][:, alive[b]])
-    assert torch.equal(_argument_at(mask[:1, :, :1], alive)[1, 0, 0], mask[0, 0, 0][alive[1]])
-    assert _argument_at(None, alive) is None
-    with pytest.raises(ValueError, match=r"called with a tensor of shape \(2, 5\)"):
-        _argument_at(mask[:, 0, 0], alive)
+    assert torch.equal(at(mask[:1, :, :1])[1, 0, 0], mask[0, 0, 0][alive[1]])
+    assert at(None) is None
+    with pytest.raises(ValueError, match=r"called with a tensor of shape \(2, 3\)"):
+        at(mask[:, 0, 0, :3])
 
 
 def test_unsupported_models_and_calls_out_of_order_raise(images):

@@ -32,8 +32,6 @@ class ModelSpec:
     image_shape: tuple[int, ...]
     patch_size: tuple[int, int]  # pixels from one patch to the next
     grid: tuple[int, int]  # patches in height and width of such an image
-    # Arguments of the tower, made of images (B, C, H, W); None: it takes these
-    make_inputs: Callable[[Tensor], dict[str, Tensor]] | None = None
     num_classes: int = 0  # 0: it has no classifier
     class_token: bool = True  # the head looks at the class token; else at the patches
     pooling: Pooling = "token"  # of the tokens, in the head
@@ -50,6 +48,8 @@ class ModelSpec:
     has_bias: bool = False  # its attention adds a bias that it makes for all tokens
     argument_rule: ArgumentRule = PLAIN  # of rotary tables and positions
     token_format: TokenFormat = BATCH_FIRST
+    # Arguments of the tower, made of images (B, C, H, W); None: it takes these
+    make_inputs: Callable[[Tensor], dict[str, Tensor]] | None = None
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     # Attributes of the model that decide on its head, and their values

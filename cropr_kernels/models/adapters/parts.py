@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..arguments import ROTARY_TABLES
+from ..arguments import ROTARY_TABLES, has_tensors
 from ..blocks import Rotary, SizeWeightedAttention, norm_parameters
 from ..probing import BlockCall
 from .base import BlockParts, EngineRefusal, base_class
@@ -16,29 +16,28 @@ from .base import BlockParts, EngineRefusal, base_class
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward")
 
 
-def find_parts(call: BlockCall) -> BlockParts:
+def find_parts(call: BlockCall, num_prefix: int) -> BlockParts:
     """Return the parts of a block that compute what it did in a call.
 
     Raises:
         EngineRefusal: none do.
     """
-    others = [value for name, value in call.kwargs.items() if name not in ROTARY_TABLES]
     candidates = _candidates_of(call.block)
-    if any(isinstance(value, Tensor) for value in (*call.args, *others)):
-        raise EngineRefusal("its blocks take a mask")
+    if has_tensors(call.args, call.kwargs):
+        raise EngineRefusal("its blocks take a mask, or a table by another name")
     for parts in candidates:
-        if _computes(parts, call):
+        if _computes(parts, call, num_prefix):
             return parts
     raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
 
 
-def _computes(parts: BlockParts, call: BlockCall) -> bool:
+def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     """Tell whether parts compute what a block did."""
     block = parts.block
     table = next(
         (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
     )
-    rotary = None if table is None else Rotary(table, None, call.token_format.num_prefix)  # type: ignore[arg-type]
+    rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
     gamma1, gamma2 = parts.scales(block)
     try:
         h = _normalize(call.x, getattr(block, parts.norm1))

@@ -76,8 +76,8 @@ def probe(
         calls = [call._replace(token_format=layout.token_format) for call in chain.calls]
         head = read_head(tower, forward, images, calls, layout)
         encoder, projection = pixels_entered(tower, forward, images, first, layout)
-        trial = Trial() if images.is_meta else _find_trial(calls)
-        engine, refusal = _find_engine(calls, trial)
+        trial = Trial() if images.is_meta else _find_trial(calls, layout.num_prefix)
+        engine, refusal = _find_engine(calls, layout.num_prefix, trial)
         output = first.output
         height, width = images.shape[-2:]
         return ModelSpec(
@@ -152,7 +152,7 @@ def num_heads_of(block: nn.Module) -> int:
     return 1
 
 
-def _find_trial(calls: list[BlockCall]) -> Trial:
+def _find_trial(calls: list[BlockCall], num_prefix: int) -> Trial:
     """Find in which way blocks compute the same with their tokens in another order, or with a part
     of them.
 
@@ -172,7 +172,7 @@ def _find_trial(calls: list[BlockCall]) -> Trial:
     for trial in trials:
         try:
             for layer, call in enumerate(calls):
-                _require_sets(layer, call, trial)
+                _require_sets(layer, call, num_prefix, trial)
         except ProbeError as error:
             errors.append(error)
         else:
@@ -192,12 +192,11 @@ def _unset_arguments(call: BlockCall) -> list[tuple[int, str]]:
     ]
 
 
-def _require_sets(layer: int, call: BlockCall, trial: Trial) -> None:
+def _require_sets(layer: int, call: BlockCall, num_prefix: int, trial: Trial) -> None:
     """Raise ProbeError unless a block takes its tokens as a set: in any order, and any part of
     them; a causal one any part in order."""
-    token_format = call.token_format
-    num_prefix = token_format.num_prefix
-    x = _rows(call.x)
+    # Images that differ: a block may mix those of a batch
+    x = call.x if len(call.x) > 1 else torch.cat([call.x, call.x.roll(1, -1)])
     num_tokens = x.shape[1]
     num_patches = num_tokens - num_prefix
     order = torch.stack([torch.randperm(num_patches) for _ in x])
@@ -208,8 +207,9 @@ def _require_sets(layer: int, call: BlockCall, trial: Trial) -> None:
         positions[:, :num_prefix] = torch.arange(num_prefix)
         positions = positions.to(x.device)
         try:
-            output = _run_at(call, positions, trial)
-            tokens = _run_masked(call, positions) if trial.is_causal else _rows(call.tokens)
+            output = _run_at(call, x, positions, num_prefix, trial)
+            seen = positions if trial.is_causal else None
+            tokens = _run_all(call, x, seen)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise ProbeError(
                 f"block {layer} does not take a part of its tokens: {error}"
@@ -221,12 +221,10 @@ def _require_sets(layer: int, call: BlockCall, trial: Trial) -> None:
             )
         is_full = positions.shape[1] == num_tokens
         if (is_full or trial.is_causal) and not call.is_close(output, expected):
-            raise ProbeError(f"block {layer} reads positions from the order of its tokens")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tokens of one image, in two rows at least."""
-    return x if len(x) > 1 else x.expand(2, -1, -1)
+            raise ProbeError(
+                f"block {layer} reads positions from the order of its tokens, or other images of "
+                "the batch"
+            )
 
 
 def _gather(x: Tensor, positions: Tensor) -> Tensor:
@@ -234,35 +232,38 @@ def _gather(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _run_at(call: BlockCall, positions: Tensor, trial: Trial) -> Tensor:
-    """Run a block on the tokens at positions (B, K)."""
-    token_format = call.token_format
-    num_tokens = call.x.shape[1]
-    in_place = token_format.positions_in_place(positions, num_tokens)
-    num_prefix = token_format.num_prefix
+def _run_at(call: BlockCall, x: Tensor, positions: Tensor, num_prefix: int, trial: Trial) -> Tensor:
+    """Run a block on the tokens of x (B, N, D) at positions (B, K)."""
+    num_tokens = x.shape[1]
+    in_place = call.token_format.positions_in_place(positions, num_tokens)
     rows = partial(rotary_at, positions=in_place, num_prefix=num_prefix, num_tokens=num_tokens)
     selection = Selection(in_place, num_tokens, num_prefix, rows, trial.rule)
     args, kwargs = call.args, call.kwargs
     if not trial.has_bias:
         args, kwargs = select_arguments(call.block, args, kwargs, selection)
-    x = _gather(_rows(call.x), positions)
-    packs = trial.rule.packed_axis is not None
+    x = _gather(x, positions)
+    in_row = trial.rule.packed_axis is not None
     with SizeWeightedAttention(
-        None, positions=in_place if trial.has_bias else None, num_images=len(x) if packs else None
+        None,
+        positions=in_place if trial.has_bias else None,
+        num_images=len(x) if in_row else None,
     ):
-        output = call.run(x.flatten(0, 1).unsqueeze(0) if packs else x, args, kwargs)
-    return output.reshape(*x.shape[:2], -1) if packs else output
+        return call.run(x, args, kwargs, in_row=in_row)
 
 
-def _run_masked(call: BlockCall, positions: Tensor) -> Tensor:
-    """Run a block on all tokens, of which those at positions (B, K) are seen, and return it all."""
-    x = _rows(call.x)
-    log_sizes = torch.full(x.shape[:2], -torch.inf, device=x.device).scatter(1, positions, 0)
+def _run_all(call: BlockCall, x: Tensor, seen: Tensor | None) -> Tensor:
+    """Run a block on all tokens x (B, N, D), of which those at the positions `seen` (B, K) are
+    seen."""
+    if seen is None:
+        return call.run(x, call.args, call.kwargs)
+    log_sizes = torch.full(x.shape[:2], -torch.inf, device=x.device).scatter(1, seen, 0)
     with SizeWeightedAttention(call.token_format.in_place(log_sizes)):
         return call.run(x, call.args, call.kwargs)
 
 
-def _find_engine(calls: list[BlockCall], trial: Trial) -> tuple[list[BlockParts] | None, str]:
+def _find_engine(
+    calls: list[BlockCall], num_prefix: int, trial: Trial
+) -> tuple[list[BlockParts] | None, str]:
     """Return the parts of all blocks for the engine, or None and the reason why it cannot run
     them."""
     if calls[0].x.is_meta:
@@ -276,7 +277,7 @@ def _find_engine(calls: list[BlockCall], trial: Trial) -> tuple[list[BlockParts]
     blocks: list[BlockParts] = []
     for layer, call in enumerate(calls):
         try:
-            blocks.append(find_parts(call))
+            blocks.append(find_parts(call, num_prefix))
         except EngineRefusal as refusal:
             return None, f"block {layer}: {refusal}"
     return blocks, ""

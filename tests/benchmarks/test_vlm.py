@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from helpers import vlm
 from PIL import Image
 
 from benchmarks.accuracy.vlm import Reader, compare, read_questions
 from benchmarks.models.vlm import MODELS, llava_1_5_7b_flops, measure
-from tests.helpers import vlm
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ TEXT = dict(
     head_dim=16,
 )
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 PACKED = {"Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "GLM-4V"}
 
 
@@ -225,3 +226,21 @@ def inputs_for(name, images=(1, 1), texts=(4, 4), pad="left"):
     if name == "PaliGemma":
         inputs["token_type_ids"] = torch.zeros_like(is_image)
     return inputs
+
+
+def masked(model, inputs, columns):
+    """Return the inputs of the full prompt with the pruned tokens masked, at true positions."""
+    kept = torch.zeros_like(inputs["input_ids"])
+    rows, slots = (columns.index >= 0).nonzero().T
+    kept[rows, columns.index[rows, slots]] = 1
+    return inputs | {"attention_mask": kept * inputs["attention_mask"]}
+
+
+def full_positions(plain, inputs):
+    """Return the positions of the full prompt, as the forward of a model makes them."""
+    count = inputs["input_ids"].shape[1]
+    if hasattr(plain.model, "get_rope_index"):
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        return plain.model.get_rope_index(**{name: inputs[name] for name in names})[0]
+    first = int("PaliGemma" in type(plain).__name__)
+    return torch.arange(first, first + count).expand(len(inputs["input_ids"]), -1)

@@ -6,25 +6,17 @@ import threading
 
 import pytest
 import torch
+from helpers import vlm
+from helpers.vlm import GREEDY, full_positions, masked
 
 import cropr_kernels as cropr
 from cropr_kernels.vlm.api import _shorten
-from tests.helpers import vlm
 
-GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 CASES = {
     "two rows": {},
     "several images, left padding": {"images": (2, 1), "texts": (3, 5)},
     "right padding": {"images": (1, 1), "texts": (6, 3), "pad": "right"},
 }
-
-
-def masked(model, inputs, columns):
-    """Return the inputs of the full prompt with the pruned tokens masked, at true positions."""
-    kept = torch.zeros_like(inputs["input_ids"])
-    rows, slots = (columns.index >= 0).nonzero().T
-    kept[rows, columns.index[rows, slots]] = 1
-    return inputs | {"attention_mask": kept * inputs["attention_mask"]}
 
 
 def pruned(name, keep=0.4, **options):
@@ -68,16 +60,6 @@ def test_dropping_equals_masking_at_the_same_positions(name, case):
             1, columns.index.clamp_min(0).unsqueeze(-1).expand(-1, -1, 60)
         )[present],
     )
-
-
-def full_positions(plain, inputs):
-    """Return the positions of the full prompt, as the forward of a model makes them."""
-    count = inputs["input_ids"].shape[1]
-    if hasattr(plain.model, "get_rope_index"):
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        return plain.model.get_rope_index(**{name: inputs[name] for name in names})[0]
-    first = int("PaliGemma" in type(plain).__name__)
-    return torch.arange(first, first + count).expand(len(inputs["input_ids"]), -1)
 
 
 @pytest.mark.parametrize("name", vlm.MODELS)

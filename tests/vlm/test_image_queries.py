@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers import vlm
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import ranks
-from tests.helpers import vlm
+from cropr_kernels.vlm.api import _shorten
 
 
 def attention_of_text(model, inputs):
@@ -60,8 +61,6 @@ def test_calibrated_tokens_get_more_attention_than_evenly_spaced_ones(name):
 def kept_attention(model, inputs):
     """Return the attention of the text to the image tokens that would be kept, by eager attention
     of the unpruned model."""
-    from cropr_kernels.vlm.api import _shorten
-
     tokens = model.cropr_image_tokens
     tower, tokens.tower = tokens.tower, None
     if tower is not None:

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers import vlm
+from helpers.vlm import GREEDY, full_positions, masked
 
 import cropr_kernels as cropr
 from cropr_kernels.vlm.api import _shorten
 from cropr_kernels.vlm.packed import blocks_of, find_tower
-from tests.helpers import vlm
-from tests.vlm.test_image_tokens import GREEDY, full_positions, masked
 
 PACKED = sorted(vlm.PACKED)
 RATIO = cropr.Schedule(ratio=0.8)

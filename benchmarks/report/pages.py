@@ -11,6 +11,7 @@ from benchmarks.report import (
     schedules,
     supported,
     training,
+    vlm,
 )
 from benchmarks.report.render import Files
 from benchmarks.utils.results import DOCS, RESULTS, ROOT
@@ -25,6 +26,7 @@ PAGES = {
     | schedules.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS,
+    DOCS / "vlm.md": vlm.SECTIONS,
 }
 MODULES = (
     comparison,
@@ -36,6 +38,7 @@ MODULES = (
     training,
     features,
     supported,
+    vlm,
 )
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 

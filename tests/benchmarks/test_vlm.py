@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from helpers import vlm
-from PIL import Image
+from helpers.extras import require
 
 from benchmarks.accuracy.vlm import Reader, compare, read_questions
 from benchmarks.models.vlm import MODELS, llava_1_5_7b_flops, measure
+from benchmarks.report import vlm as report
+
+require("transformers", "PIL")
 
 
 @pytest.mark.slow
@@ -16,6 +19,27 @@ def test_flops_of_llava_1_5_are_those_of_the_table():
     full = llava_1_5_7b_flops(576)
     assert full / llava_1_5_7b_flops(288) == pytest.approx(1.76, rel=0.02)
     assert full / llava_1_5_7b_flops(144) == pytest.approx(2.83, rel=0.02)
+
+
+def test_the_page_has_a_row_a_model_and_place(monkeypatch):
+    common = {"prompt tokens": 9, "times fewer FLOPs": 1.5}
+    rows = [
+        {"model": model, "dropped": dropped, "inside": inside, **common, **timed}
+        for model, inside, timed in (
+            ("llava_1_5_7b", False, {}),
+            ("qwen2_5_vl_small", False, {"times faster": 1.25}),
+            ("qwen2_5_vl_small", True, {"times faster": 2.0}),
+        )
+        for dropped in (0.0, 0.5, 0.75)
+        if dropped or not inside
+    ]
+    env = {"device": "cpu", "torch": "2", "commit": "a", "date": "b"}
+    monkeypatch.setattr(report, "load", lambda name: (env, rows))
+    lines = report.section().splitlines()
+    assert lines[0] == "| FLOPs fewer, speed-up | 50 % | 75 % |"
+    assert lines[2] == "| LLaVA-1.5-7B | 1.50x, - | 1.50x, - |"
+    assert lines[4] == "| a small Qwen2.5-VL, inside too | 1.50x, 2.00x | 1.50x, 2.00x |"
+    assert len(report.table().rows) == 6
 
 
 @pytest.mark.slow
@@ -62,6 +86,8 @@ def saved_model(folder):
 
 
 def test_answers_with_and_without_pruning_are_compared(tmp_path):
+    from PIL import Image
+
     folder = saved_model(tmp_path / "model")
     lines = []
     for index in range(6):

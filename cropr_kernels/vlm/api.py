@@ -172,6 +172,8 @@ def _require_supported(model: Any) -> None:
         reason = "it is no generating model of transformers; give the one with generate()"
     elif base is model or not hasattr(base, "get_image_features"):
         reason = "it has no get_image_features, which would give rows in place of placeholders"
+    elif "pixel_values" not in inspect.signature(base.get_image_features).parameters:
+        reason = "its images are no pixel_values"
     elif getattr(config, "is_encoder_decoder", False):
         reason = "it has an encoder for its prompt"
     elif getattr(config, "image_token_id", None) is None:

@@ -20,7 +20,10 @@ def image_features(base: Any, inputs: Mapping[str, object]) -> Any:
 
 
 def entries_of(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The rows (N, D) of each image, from a tensor (images, N, D) or a sequence."""
+    """The rows (N, D) of each image, from a tensor (images, N, D) or a sequence; a tensor (N, D) is
+    one entry."""
+    if isinstance(features, Tensor) and features.ndim == 2:
+        return [features]
     return [entry.reshape(-1, entry.shape[-1]) for entry in features]
 
 

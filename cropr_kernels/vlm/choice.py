@@ -35,6 +35,6 @@ def choose(rows: Tensor, count: int, query: Tensor | None) -> Tensor:
     if query is None or count == num_tokens:
         index = torch.arange(count, device=rows.device)
         return (index * num_tokens + num_tokens // 2).div(count, rounding_mode="floor")
-    scores = rows.detach().float() @ query.to(rows.device)
+    scores = rows.detach().float() @ query.to(rows.device, torch.float32)
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     return scores.argsort(descending=True, stable=True)[:count].sort().values

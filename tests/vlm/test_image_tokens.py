@@ -225,6 +225,24 @@ def test_a_copy_and_a_pickled_model_prune_on_their_own():
     assert model(**inputs).logits.shape[1] < inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2.5-VL"])
+@torch.no_grad()
+def test_a_model_changes_its_dtype_and_is_saved(name, tmp_path):
+    tower = cropr.Schedule(ratio=0.9) if name in vlm.PACKED else None
+    model = pruned(name, tower=tower)
+    inputs = vlm.inputs_for(name)
+    cropr.calibrate_image_tokens(model, [inputs])
+    length = model(**inputs).logits.shape[1]
+    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and logits.shape[1] == length
+    assert logits.isfinite().all()
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
 @torch.no_grad()
 def test_restoring_leaves_the_model_as_it_was(tmp_path):
     plain = vlm.make("LLaVA")

@@ -250,3 +250,8 @@ def full_positions(plain, inputs):
         return plain.model.get_rope_index(**{name: inputs[name] for name in names})[0]
     first = int("PaliGemma" in type(plain).__name__)
     return torch.arange(first, first + count).expand(len(inputs["input_ids"]), -1)
+
+
+def cache_of(output):
+    """Return the cache in an output, by its name today or before transformers 5.24."""
+    return getattr(output, "cache", None) or output.past_key_values

@@ -7,14 +7,16 @@ import threading
 import pytest
 import torch
 from helpers import vlm
-from helpers.vlm import GREEDY, full_positions, masked
+from helpers.vlm import GREEDY, cache_of, full_positions, masked
 
 import cropr_kernels as cropr
 from cropr_kernels.vlm.api import _shorten
 
+SEVERAL = "several images, left padding"
 CASES = {
     "two rows": {},
-    "several images, left padding": {"images": (2, 1), "texts": (3, 5)},
+    SEVERAL: {"images": (2, 1), "texts": (3, 5)},
+    "one row": {"images": (2,), "texts": (3,)},
     "right padding": {"images": (1, 1), "texts": (6, 3), "pad": "right"},
 }
 
@@ -71,12 +73,11 @@ def test_generating_equals_masking_at_the_same_positions(name):
         torch.testing.assert_close(scores, others, rtol=1e-5, atol=1e-5)
 
 
-def generated(name, one_row=False, **options):
+def generated(name, case=SEVERAL, **options):
     """Generate after a shortened prompt, and after the full one with the same tokens masked."""
     plain = vlm.make(name)
     model = pruned(name)
-    batch = {"images": (2,), "texts": (3,)} if one_row else CASES["several images, left padding"]
-    inputs = vlm.inputs_for(name, **batch)
+    inputs = vlm.inputs_for(name, **CASES[case])
     positions = plain._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
     _, columns = _shorten(model, inputs, positions, True)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, **options}
@@ -100,7 +101,9 @@ MANNERS = {
 def test_generating_in_any_manner_equals_masking(name, manner):
     if manner == "chunked prefill" and name in ("PaliGemma", "Gemma3"):
         pytest.skip("chunks cut its bidirectional attention, with and without pruning")
-    _, answer, expected = generated(name, one_row=manner == "prompt lookup", **MANNERS[manner])
+    # Beams of transformers before 5.24 mix up the images of a row
+    case = {"prompt lookup": "one row", "beams": "two rows"}.get(manner, SEVERAL)
+    _, answer, expected = generated(name, case, **MANNERS[manner])
     assert torch.equal(answer.sequences, expected.sequences)
     for scores, others in zip(answer.scores or (), expected.scores or ()):
         torch.testing.assert_close(scores, others, rtol=1e-5, atol=1e-5)
@@ -123,7 +126,7 @@ def test_a_chat_goes_on_from_the_cache_of_a_shortened_prompt(name):
     # All of the conversation once more, without a cache
     expected = model.generate(**again, **GREEDY)
     cached = {k: v for k, v in again.items() if k in ("input_ids", *turn)}
-    answer = model.generate(**cached, past_key_values=first.cache, **GREEDY)
+    answer = model.generate(**cached, past_key_values=cache_of(first), **GREEDY)
     assert torch.equal(answer, expected)
 
 
@@ -143,7 +146,7 @@ def test_a_loop_of_forwards_generates_the_same(name, with_mask):
         extra = {"attention_mask": mask} if with_mask else {}
         if name == "PaliGemma":
             extra["token_type_ids"] = torch.ones_like(ids[:, -1:])
-        output = model(ids[:, -1:], past_key_values=output.cache, use_cache=True, **extra)
+        output = model(ids[:, -1:], past_key_values=cache_of(output), use_cache=True, **extra)
     assert torch.equal(ids, expected)
 
 

@@ -46,5 +46,9 @@ from .pruning.saving import save as save
 from .pruning.windows import Windows as Windows
 from .schedule import Schedule as Schedule
 from .tuning import tune as tune
+from .vlm.api import num_image_tokens as num_image_tokens
+from .vlm.api import prune_image_tokens as prune_image_tokens
+from .vlm.api import restore_image_tokens as restore_image_tokens
+from .vlm.calibration import calibrate_image_tokens as calibrate_image_tokens
 
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ _METADATA = "about"  # key in the header of a file of queries
 Images = Tensor | Iterable[Tensor | Sequence[Any]]
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """Rank of each value in its row, from 0 to 1, minus one half."""
     order = values.argsort(dim=1, stable=True).argsort(dim=1)
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
@@ -165,7 +165,7 @@ class _NormalEquations:
                 f"over {sorted(counts)} (rows, patches)"
             )
         for layer in range(len(self.gram)):
-            target = _ranks(torch.stack(importances[layer + 1 :]).mean(0))
+            target = ranks(torch.stack(importances[layer + 1 :]).mean(0))
             rows = tokens[layer].double()
             rows = rows - rows.mean(1, keepdim=True)
             self.gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
@@ -175,7 +175,10 @@ class _NormalEquations:
     def solve(self, ridge: float) -> Tensor:
         """Queries (modules, D)."""
         return torch.stack(
-            [_solve(layer, *pair, ridge) for layer, pair in enumerate(zip(self.gram, self.moment))]
+            [
+                solve_ridge(layer, *pair, ridge)
+                for layer, pair in enumerate(zip(self.gram, self.moment))
+            ]
         )
 
 
@@ -187,7 +190,7 @@ def _mark_calibrated(modules: CroprModules, restore: Restore) -> None:
         modules.config = replace(modules.config, llf=modules.config.llf.with_default(restore))
 
 
-def _solve(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+def solve_ridge(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
     """Solve (gram + ridge * its mean diagonal) q = moment by Cholesky; warn if float64 needs a
     stronger ridge."""
     mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)

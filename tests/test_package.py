@@ -33,6 +33,7 @@ ORDER = [
     "pruning",
     "calibration",
     "tuning",
+    "vlm",
     "exporting",
     "tasks",
     "train",

@@ -13,6 +13,7 @@ from benchmarks.report import (
     supported,
     training,
     view,
+    vlm,
     windows,
 )
 from benchmarks.report.render import Files
@@ -30,6 +31,7 @@ PAGES = {
     DOCS / "supported-models.md": supported.SECTIONS | windows.SECTIONS,
     DOCS / "view.md": view.SECTIONS,
     DOCS / "scale.md": engines.SECTIONS,
+    DOCS / "vlm.md": vlm.SECTIONS,
 }
 MODULES = (
     comparison,
@@ -42,6 +44,7 @@ MODULES = (
     features,
     supported,
     windows,
+    vlm,
 )
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 

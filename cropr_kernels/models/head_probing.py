@@ -1,4 +1,4 @@
-"""Probing of the head of an unknown model: its blocks return chosen tokens, and whatever changes
+"""What the head of an unknown model reads: its blocks return chosen tokens, and whatever changes
 the output is read."""
 
 from collections.abc import Iterator

@@ -33,8 +33,17 @@ def find(model: nn.Module, example: Tensor | None) -> ModelSpec:
             f"cropr.apply: {type(model).__name__} has {len(specs)} vision towers; give "
             "cropr.apply the one to prune"
         )
-    reason = "; ".join(reasons) or "it has no part that takes images"
+    reason = "; ".join(reasons) or _reason_without_towers(model)
     raise TypeError(f"cropr.apply: {type(model).__name__} cannot be pruned: {reason}")
+
+
+def _reason_without_towers(model: nn.Module) -> str:
+    if any(hasattr(module, "spatial_merge_size") for module in model.modules()):
+        return (
+            "its tower packs images into one row; cropr.prune_image_tokens(model, tower=...) "
+            "prunes inside it"
+        )
+    return "it has no part that takes images"
 
 
 def _towers_of(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,278 @@
+"""Wall time and FLOPs of vision-language models with fewer image tokens: prefill and 16 tokens.
+
+python -m benchmarks.models.vlm [--models smolvlm_256m qwen2_5_vl_small] [--rounds 3] [--minutes 6]
+[--out FILE]
+
+Random weights, one prompt with an image and 64 text tokens, shares of image tokens that are dropped
+behind the tower, or inside a packed one too. Ratios within a run, interleaved. FLOPs are those of
+the prefill, tower included.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cropr_kernels as cropr
+from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.timing import interleaved, keep_memory, quantile
+from cropr_kernels.utils.flops import flop_counter
+from cropr_kernels.utils.optional import import_optional
+
+IMAGE = 5  # the id of a placeholder
+NUM_TEXT = 64
+NUM_NEW = 16
+RATES = (0.0, 0.5, 0.75)  # shares of image tokens that are dropped
+Inputs = dict[str, Any]
+
+
+def smolvlm_256m(tiles: int = 2, scale: int = 1) -> tuple[Any, Inputs]:
+    """SmolVLM-256M's shapes, with fewer tiles than the 17 of a large image; `scale` divides
+    them."""
+    t: Any = import_optional("transformers", "test", "benchmarks.models.vlm")
+    vision = t.SmolVLMVisionConfig(
+        hidden_size=768 // scale,
+        intermediate_size=3072 // scale,
+        num_hidden_layers=12 // scale,
+        num_attention_heads=12 // scale,
+        image_size=512 // scale,
+        patch_size=16,
+    )
+    text = t.LlamaConfig(
+        hidden_size=576 // scale,
+        intermediate_size=1536 // scale,
+        num_hidden_layers=30 // scale,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49280 // scale,
+        pad_token_id=2,
+    )
+    config = t.SmolVLMConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=4, pad_token_id=2
+    )
+    side = 512 // scale
+    ids = [10]
+    for _ in range(tiles):
+        ids += [7, *[IMAGE] * (side // 64) ** 2]
+    inputs = {"pixel_values": torch.randn(1, tiles, 3, side, side)}
+    return t.SmolVLMForConditionalGeneration(config), inputs | _prompt(ids)
+
+
+def qwen2_5_vl_small(size: int = 560, scale: int = 1) -> tuple[Any, Inputs]:
+    """Qwen2.5-VL's structure: windows, 2 x 2 merger, 3-D positions; `size` pixels a side."""
+    t: Any = import_optional("transformers", "test", "benchmarks.models.vlm")
+    size //= scale
+    vision = dict(
+        hidden_size=320,
+        depth=8,
+        num_heads=4,
+        intermediate_size=864,
+        out_hidden_size=512,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[1, 3, 5, 7],
+    )
+    text = dict(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=32000,
+        rope_parameters={
+            "rope_type": "default",
+            "mrope_section": [8, 12, 12],
+            "rope_theta": 1e6,
+        },
+        pad_token_id=2,
+    )
+    config = t.Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    side = size // 14
+    prompt = _prompt([10, 7, *[IMAGE] * (side * side // 4)])
+    inputs = {
+        "pixel_values": torch.randn(side * side, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+        "mm_token_type_ids": (prompt["input_ids"] == IMAGE).long(),
+    }
+    return t.Qwen2_5_VLForConditionalGeneration(config), inputs | prompt
+
+
+def _prompt(ids: list[int]) -> Inputs:
+    row = torch.tensor([[*ids, *range(20, 20 + NUM_TEXT)]])
+    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+MODELS: dict[str, Callable[..., tuple[Any, Inputs]]] = {
+    "smolvlm_256m": smolvlm_256m,
+    "qwen2_5_vl_small": qwen2_5_vl_small,
+}
+
+
+def inside_schedule(num_groups: int, depth: int, keep: float) -> cropr.Schedule:
+    """The rate that leaves the share `keep` of the groups of an image."""
+    return cropr.Schedule(rate=round((1 - keep) * num_groups / (depth - 1)))
+
+
+def counted() -> list[dict[str, Any]]:
+    """Rows of LLaVA-1.5-7B, whose FLOPs are counted and which is not run."""
+    full = llava_1_5_7b_flops(576)
+    return [
+        {
+            "model": "llava_1_5_7b",
+            "dropped": rate,
+            "inside": False,
+            "prompt tokens": round(576 * (1 - rate)) + NUM_TEXT,
+            "times fewer FLOPs": round(full / llava_1_5_7b_flops(round(576 * (1 - rate))), 3),
+        }
+        for rate in RATES
+    ]
+
+
+def llava_1_5_7b_flops(image_tokens: int, text_tokens: int = NUM_TEXT) -> int:
+    """FLOPs of a prefill of LLaVA-1.5-7B, tower included, counted on shapes alone."""
+    t: Any = import_optional("transformers", "test", "benchmarks.models.vlm")
+    with torch.device("meta"):
+        model = t.LlavaForConditionalGeneration(t.LlavaConfig())
+        with flop_counter() as tower, torch.no_grad():
+            model.model.get_image_features(torch.empty(1, 3, 336, 336))
+        decoder = model.model.language_model
+        count = image_tokens + text_tokens
+        head = decoder.config.hidden_size // decoder.config.num_attention_heads
+        with flop_counter() as layer, torch.no_grad():
+            decoder.layers[0](
+                torch.empty(1, count, decoder.config.hidden_size),
+                position_embeddings=(torch.empty(1, count, head), torch.empty(1, count, head)),
+                attention_mask=None,
+            )
+    return int(tower.get_total_flops() + len(decoder.layers) * layer.get_total_flops())
+
+
+class Variant:
+    """A model at one setting, which is switched on for each call: all share the weights."""
+
+    def __init__(self, model: Any, inputs: Inputs, rate: float, inside: bool):
+        self.model = model
+        self.inputs = inputs
+        self.rate = rate
+        self.inside = inside
+
+    def switch_on(self) -> None:
+        if self.inside:
+            grid = self.inputs["image_grid_thw"][0]
+            depth = len(self.model.model.visual.blocks)
+            schedule = inside_schedule(int(grid.prod()) // 4, depth, 1 - self.rate)
+            cropr.prune_image_tokens(self.model, tower=schedule)
+        elif self.rate:
+            cropr.prune_image_tokens(self.model, 1 - self.rate)
+
+    def switch_off(self) -> None:
+        if self.rate:
+            cropr.restore_image_tokens(self.model)
+
+    @torch.inference_mode()
+    def seconds(self, new_tokens: int = NUM_NEW) -> float:
+        keep_memory()
+        self.switch_on()
+        try:
+            start = time.perf_counter()
+            ids = self.model.generate(
+                **self.inputs,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+            )
+            seconds = time.perf_counter() - start
+        finally:
+            self.switch_off()
+        if ids.shape[1] != self.inputs["input_ids"].shape[1] + new_tokens:
+            raise RuntimeError(f"generated {tuple(ids.shape)}, not {new_tokens} tokens; not timed")
+        return seconds
+
+    @torch.inference_mode()
+    def flops(self) -> tuple[int, int]:
+        """FLOPs of the prefill, and the tokens that the language model sees."""
+        self.switch_on()
+        try:
+            with flop_counter() as counter:
+                logits = self.model(**self.inputs).logits
+        finally:
+            self.switch_off()
+        return int(counter.get_total_flops()), logits.shape[1]
+
+
+def measure(
+    name: str, model: Any, inputs: Inputs, rounds: int, minutes: float | None = None
+) -> list[dict[str, Any]]:
+    """Rows of all variants of a model: time by medians, as ratios to no pruning."""
+    packed = "image_grid_thw" in inputs
+    settings = [(rate, False) for rate in RATES]
+    if packed:
+        settings += [(rate, True) for rate in RATES if rate]
+    variants = {setting: Variant(model.eval(), inputs, *setting) for setting in settings}
+    flops = {setting: variant.flops() for setting, variant in variants.items()}
+    start = time.monotonic()
+    for variant in variants.values():  # warm-up
+        variant.seconds()
+    turn = time.monotonic() - start
+    if minutes is not None:
+        rounds = max(1, min(rounds, int(60 * minutes / turn) - 1))
+    calls = {setting: variant.seconds for setting, variant in variants.items()}
+    times = interleaved(calls, rounds)
+    plain = quantile(times[0.0, False], 0.5)
+    rows: list[dict[str, Any]] = []
+    for setting in settings:
+        rate, inside = setting
+        median = quantile(times[setting], 0.5)
+        rows.append(
+            {
+                "model": name,
+                "dropped": rate,
+                "inside": inside,
+                "prompt tokens": flops[setting][1],
+                "times fewer FLOPs": round(flops[0.0, False][0] / flops[setting][0], 3),
+                "times faster": round(plain / median, 3),
+                "p10 p90": [
+                    round(plain / quantile(times[setting], share), 3) for share in (0.9, 0.1)
+                ],
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0, help="of timing, for all models")
+    parser.add_argument("--scale", type=int, default=1, help="divides the sizes, to try the script")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_vlm.json")
+    options = parser.parse_args()
+    results = Results(options.out, environment("cpu"), keys=("model", "dropped", "inside"))
+    results.replace([row for row in results.rows if row["model"] != "llava_1_5_7b"] + counted())
+    for name in options.models:
+        torch.manual_seed(0)
+        model, inputs = MODELS[name](scale=options.scale)
+        minutes = options.minutes / len(options.models)
+        rows = measure(name, model, inputs, options.rounds, minutes)
+        results.replace([row for row in results.rows if row["model"] != name] + rows)
+        for row in rows:
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

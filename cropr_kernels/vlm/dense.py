@@ -1,0 +1,106 @@
+"""Tokens that a tower pruned by `apply` leaves, marked for the language model."""
+
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..pruning.model import is_pruned, modules_of
+from .features import entries_of, finite_rows
+
+
+class _Marks(threading.local):
+    active = False
+    survivors: Tensor | None = None  # (B, N) bool, of the last forward
+    repeats = False  # the marks are those of the last forward
+    num_patches = 0  # of the images of the last forward
+
+
+class PrunedTower:
+    """A tower pruned by `apply`: in its output, NaN stands for what it pruned.
+
+    Args:
+        model: the module that `apply` was given.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.marks = _Marks()
+        encoder = modules_of(model).spec.encoder
+        # After the hooks of `apply` that open the forward, and before those that close it
+        self.hooks: list[RemovableHandle] = [
+            encoder.register_forward_pre_hook(self._before),
+            encoder.register_forward_hook(self._mark, prepend=True),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "marks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, marks=_Marks())
+
+    def features(self, call: Callable[[], Any]) -> tuple[Any, Tensor, int]:
+        """Compute image features with all rows in place, tell of each row whether the tower has
+        kept it, and count the patches.
+
+        NaN in rows that count for nothing would be NaN in gradients of what reads them. So with
+        gradients these rows are 0, and NaN marks them in a second pass.
+        """
+        self.marks.active = True
+        try:
+            output = marked = call()
+            if torch.is_grad_enabled():
+                self.marks.repeats = True
+                with torch.no_grad():
+                    marked = call()
+        finally:
+            self.marks.active = False
+            self.marks.repeats = False
+        return output, finite_rows(entries_of(marked.pooler_output)), self.marks.num_patches
+
+    def num_kept(self, num_patches: int) -> int:
+        """Count the patches of an image that the tower keeps, of `num_patches`."""
+        modules = modules_of(self.model)
+        prefix = modules.spec.num_prefix
+        counts = modules.config.counts(num_patches + prefix, len(modules.spec.blocks), prefix)
+        return counts[-1] - prefix
+
+    def _before(self, encoder: nn.Module, args: object) -> None:
+        """Have all tokens restored after the last block."""
+        context = modules_of(self.model).context
+        if self.marks.active and context.options is not None:
+            context.options = context.options._replace(engine=False, restore=True)
+
+    def _mark(self, encoder: nn.Module, args: object, output: Any) -> Any:
+        state = modules_of(self.model).context.state
+        if not self.marks.active or state is None:
+            return output
+        self.marks.num_patches = state.num_images * (state.num_tokens - state.num_prefix)
+        if not self.marks.repeats:
+            kept = torch.ones(state.num_images, state.num_tokens, dtype=torch.bool)
+            for _, positions in state.pruned_idx:
+                kept = kept.to(positions.device).scatter(1, positions, False)
+            self.marks.survivors = kept
+        pruned = ~cast(Tensor, self.marks.survivors)
+        if not pruned.any():
+            return output
+        fill = 0.0 if torch.is_grad_enabled() else float("nan")
+        fields = {name: _marked(value, pruned, fill) for name, value in output.items()}
+        return type(output)(**fields)
+
+
+def find_pruned(model: nn.Module) -> nn.Module | None:
+    """Find the module inside a model, or the model, that `apply` has pruned."""
+    return next((module for module in model.modules() if is_pruned(module)), None)
+
+
+def _marked(value: object, pruned: Tensor, fill: float) -> object:
+    """Put `fill` at the pruned tokens of maps (B, N, D)."""
+    if isinstance(value, tuple | list):
+        return type(value)(_marked(part, pruned, fill) for part in value)
+    if not isinstance(value, Tensor) or value.shape[:2] != pruned.shape:
+        return value
+    return value.masked_fill(pruned.unsqueeze(-1), fill)

@@ -34,7 +34,6 @@ MODULES = (
     "typing.",
     "pathlib.",
 )
-ENGINE = ("gather_norm", "add_", "add_norm_", "add_select_", "merge_", "parent_offsets_", "rotate_")
 
 
 def signature(name: str, member: Any) -> str:
@@ -59,9 +58,9 @@ def signature(name: str, member: Any) -> str:
 
 
 def documentation(name: str, member: Any) -> str:
-    """The docstring without its section of errors; of the engine's ops only the first paragraph."""
+    """The docstring without its section of errors; of an op only the first paragraph."""
     text = inspect.cleandoc(member.__doc__ or "")
-    if name.removeprefix("cropr.ops.") in ENGINE:
+    if name.startswith("cropr.ops."):
         return text.split("\n\n")[0]
     text = "\n".join(line for line in text.splitlines() if line not in COMMON)
     text = re.sub(r"\n\nRaises:\n(?:    .*(?:\n|$))+", "", text).strip()

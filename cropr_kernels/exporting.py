@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from .ops.decompositions import decompositions
 from .pruning.api import deploy
 from .pruning.model import modules_of, require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
@@ -38,15 +37,16 @@ class Exported(NamedTuple):
 class _Outputs(nn.Module):
     """The tensors of a model's output, and the pruning map after them."""
 
-    def __init__(self, model: nn.Module, with_map: bool):
+    def __init__(self, model: nn.Module, with_map: bool, portable: bool):
         super().__init__()
         self.model = model
         self.with_map = with_map
+        self.portable = portable
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output, state = run(
-            self.model, lambda: modules_of(self.model).spec.tower(images), PruningOptions()
-        )
+        spec = modules_of(self.model).spec
+        options = PruningOptions(full=spec.returns_tokens, portable=self.portable)
+        output, state = run(self.model, lambda: spec.tower(images), options)
         return (
             (*_tensors(output), state.pruning_map(images.device))
             if self.with_map
@@ -113,13 +113,11 @@ def export(
     if format == "onnx" and ops == "cropr":
         raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
     warn_of_random_queries(model, "cropr.export")
-    wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
+    wrapped = _Outputs(deploy(model, engine=False), with_map, ops == "aten").eval()
     images = images.contiguous()  # AOTInductor compiles for these strides
     example = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
     dynamic_shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None
     program = torch.export.export(wrapped, (example,), dynamic_shapes=dynamic_shapes)
-    if ops == "aten":
-        program = program.run_decompositions(decompositions())
     expected = wrapped(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -1,7 +1,6 @@
 """Exported models: the plain PyTorch form of the ops, every format against the model, fresh
 processes, C++."""
 
-import itertools
 import os
 import re
 import subprocess
@@ -16,8 +15,9 @@ from helpers.models import BLOCK_RUNNERS, MODELS, randomize, reference_vit
 import cropr_kernels as cropr
 from cropr_kernels import exporting, ops
 from cropr_kernels.cli import __main__ as cli
-from cropr_kernels.ops import decompositions as portable
-from cropr_kernels.ops import reference
+from cropr_kernels.ops import decompositions
+from cropr_kernels.pruning import portable, strategies
+from cropr_kernels.pruning.merging import checkerboard
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations
@@ -34,44 +34,67 @@ def pruned(name="reference", **options):
     return cropr.apply(randomize(MODELS[name]()).eval(), num_outputs=0, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_plain_operators_select_and_move_rows_like_the_ops(shape):
+def ordered(reduction):
+    """Return what a reduction keeps and prunes by position: exported files keep no order."""
+    kept_order, pruned_order = reduction.kept_idx.argsort(1), reduction.pruned_idx.argsort(1)
+    kept, kept_idx = reduction.kept, reduction.kept_idx
+    values = [
+        kept.gather(1, kept_order.unsqueeze(2).expand_as(kept)),
+        kept_idx.gather(1, kept_order),
+        reduction.pruned_idx.gather(1, pruned_order),
+    ]
+    for rows in (reduction.pruned, reduction.offset):
+        if rows is not None:
+            values.append(rows.gather(1, pruned_order.unsqueeze(2).expand_as(rows)))
+    if reduction.parent_idx is not None:
+        values.append(reduction.parent_idx.gather(1, pruned_order))
+    return values
+
+
+@pytest.mark.parametrize("max_top", [portable.MAX_TOP, 0])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] < shape[1]])
+def test_standard_operators_drop_like_the_ops(shape, max_top, monkeypatch):
+    monkeypatch.setattr(portable, "MAX_TOP", max_top)
     batch, n, dim, num_keep, prefix = shape
-    x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
-    for priority in (
-        None,
-        torch.randint(-1, 2, (batch, n)).to(torch.int8),
-        torch.rand(batch, n) < 0.5,
-    ):
-        expected = reference.prune(x, query, num_keep, prefix, priority)
-        got = portable.prune(x, query, num_keep, prefix, priority)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected))
-    assert torch.equal(portable.restore(*got), x)
-    flipped = [part.flip(1) for part in got]
-    assert torch.equal(portable.restore(*flipped), x)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_plain_merging_equals_the_op(prefix):
-    x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
-    targets, candidates = reference.select(torch.randn(3, 40), 25, prefix)
-    for num_keep, cost_scale in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
-        expected = reference.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
-        got = portable.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
-        for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > shape[4]])
-def test_plain_operators_find_and_add_parents_like_the_ops(shape):
-    batch, n, dim, num_keep, prefix = shape
-    x = torch.randn(batch, n, dim)
-    kept_idx, pruned_idx = reference.select(torch.randn(batch, n), num_keep, prefix)
-    expected = reference.parent_offsets(x, kept_idx, pruned_idx, prefix)
-    for a, b in zip(portable.parent_offsets(x, kept_idx, pruned_idx, prefix), expected):
+    x, module = torch.randn(batch, n, dim), cropr.Cropr(dim)
+    tracks_parents = prefix < num_keep and max_top > 0
+    forms = [
+        form(prefix, (None, None), tracks_parents)
+        for form in (portable.PortableDrop, strategies.DropStrategy)
+    ]
+    got, expected = [form.reduce(module, x, None, num_keep, None, True) for form in forms]
+    for a, b in zip(ordered(got), ordered(expected), strict=True):
         torch.testing.assert_close(a, b)
-    parent = (torch.arange(n) // 2).repeat(batch, 1)
-    torch.testing.assert_close(portable.add_parents(x, parent), ops.add_parents(x, parent))
+
+
+@pytest.mark.parametrize("tracks_parents", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_standard_operators_merge_like_the_ops(prefix, tracks_parents):
+    x = torch.randn(3, 40, 16)
+    cells = checkerboard(x, (1, 40 - prefix), prefix)
+    arguments = cropr.Merge(), prefix, cells, tracks_parents
+    forms = [portable.PortableMerge(*arguments), strategies.MergeStrategy(*arguments)]
+    tokens, positions = [x, x], [None, None]
+    for num_keep in (33, 27, 21, 13):
+        module = cropr.Cropr(16)
+        got, expected = [
+            form.reduce(module, *inputs, num_keep, None, True)
+            for form, inputs in zip(forms, zip(tokens, positions))
+        ]
+        for a, b in zip(ordered(got), ordered(expected)):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(forms[0].log_sizes(), forms[1].log_sizes())
+        assert torch.equal(forms[0].row_idx, forms[1].row_idx)
+        tokens, positions = zip(*((part.kept, part.kept_idx) for part in (got, expected)))
+
+
+def test_standard_operators_restore_and_add_parents_like_the_ops():
+    x, order = torch.randn(2, 9, 4), torch.randperm(9).repeat(2, 1)
+    kept, pruned = x[:, order[0]].split([6, 3], 1)
+    kept_idx, pruned_idx = order.split([6, 3], 1)
+    assert torch.equal(decompositions.restore(kept, kept_idx, pruned, pruned_idx), x)
+    parent = (torch.arange(9) // 2).repeat(2, 1)
+    torch.testing.assert_close(decompositions.add_parents(x, parent), ops.add_parents(x, parent))
 
 
 CASES = [
@@ -118,15 +141,15 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(name, options, tm
     assert not any(node.op_type in ("NonZero", "Loop", "If", "Unique") for node in graph.node)
 
 
-def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
-    model = pruned(rate=9)
+def test_equal_scores_prune_as_many_patches(tmp_path):
+    model = pruned(rate=9, merge=True)
     with torch.no_grad():
         for module in model.cropr:
-            module.queries.zero_()  # all scores tie: the lower positions stay
-    images = torch.randn(1, 3, 64, 64)
-    done = cropr.export(model, images, tmp_path / "model.onnx", with_map=True)
-    left = exporting.load_exported(done.path, "onnx")(images)[1].flatten()
-    assert (left == 4).sum() == 36 and (left[:36] == 4).all()
+            module.queries.zero_()  # the runtime decides which
+    done = cropr.export(
+        model, torch.randn(1, 3, 64, 64), tmp_path / "model.pt2", ops="aten", format="torch"
+    )
+    assert done.difference < 1e-3
 
 
 @pytest.mark.parametrize(

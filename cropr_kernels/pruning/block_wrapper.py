@@ -225,7 +225,7 @@ def _run_and_prune(
         return _with_tokens(output, state.after_block(layer, _tokens_of(output)))
     active = _tokens_of(output)
     if is_read and state.positions is not None:
-        active = torch.ops.cropr.gather(active, state.positions)
+        active = state.ops.gather(active, state.positions)
     state.active = state.after_block(layer, active)
     return (
         _with_tokens(output, state.active) if layer == state.last_layer or not is_read else output
@@ -249,6 +249,7 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
         or modules.training
         or state.predicts
         or options.collect
+        or state.portable
         or _exporting()
     ):
         return False

@@ -5,8 +5,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.cases import SHAPES
@@ -18,6 +20,7 @@ from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.ops import decompositions
 from cropr_kernels.pruning import portable, strategies
 from cropr_kernels.pruning.merging import checkerboard
+from cropr_kernels.utils.tensorrt import unsupported_nodes
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations
@@ -51,7 +54,7 @@ def ordered(reduction):
     return values
 
 
-@pytest.mark.parametrize("max_top", [portable.MAX_TOP, 0])
+@pytest.mark.parametrize("max_top", [3840, 0])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] < shape[1]])
 def test_standard_operators_drop_like_the_ops(shape, max_top, monkeypatch):
     monkeypatch.setattr(portable, "MAX_TOP", max_top)
@@ -327,6 +330,69 @@ def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_openvino_gives_the_same_logits_and_prunes_the_same_patches(merge, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, images = pruned(rate=9, merge=merge), torch.randn(2, 3, 64, 64)
+    path = tmp_path / "model.xml"
+    done = cropr.export(model, images, path, format="openvino", with_map=True, dynamic_batch=True)
+    assert done.difference < 1e-5 and done.same_map is True
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    larger = torch.cat([images, images.flip(0)])
+    torch.testing.assert_close(
+        exporting.load_exported(path, "openvino")(larger)[0], model(larger), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(RuntimeError, match="shape"):  # height and width are those of the example
+        exporting.load_exported(path, "openvino")(torch.randn(2, 3, 96, 96))
+    converted = openvino.convert_model(cropr.deploy(model), example_input=images)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    [output] = openvino.compile_model(converted, "CPU", options)(images.numpy()).values()
+    torch.testing.assert_close(torch.from_numpy(output), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_files_refuse_masks():
+    model = pruned(rate=9).requires_grad_(False)
+    protect = torch.zeros(1, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="exported files take no masks: leave out protect"):
+        torch.jit.trace(lambda x: model(x, protect=protect), torch.randn(1, 3, 64, 64))
+
+
+def graph_of(tmp_path, **options):
+    import onnx
+
+    path = tmp_path / "model.onnx"
+    cropr.export(pruned(**options), torch.randn(1, 3, 64, 64), path)
+    return path, onnx.load(path)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_layer_is_one_or_two_topk_without_sorts_and_tensorrt_takes_it(merge, tmp_path):
+    path, model = graph_of(tmp_path, rate=9, merge=merge)
+    count = Counter(node.op_type for node in model.graph.node)
+    layers = 3
+    assert count["TopK"] == (2 if merge else 1) * layers
+    assert not {"Where", "Sort", "IsNaN", "NonZero", "ReduceL2", "Loop", "If"} & set(count)
+    assert sum(count.values()) < 40 + 45 * layers + (75 * layers if merge else 0)
+    assert unsupported_nodes(path) == []
+
+
+def test_the_check_for_tensorrt_names_what_it_refuses(tmp_path):
+    import onnx
+
+    path, model = graph_of(tmp_path, rate=9)
+    top = next(node for node in model.graph.node if node.op_type == "TopK")
+    count = next(value for value in model.graph.initializer if value.name == top.input[1])
+    count.CopyFrom(onnx.numpy_helper.from_array(np.array([4079]), count.name))
+    model.graph.node.append(onnx.helper.make_node("Unique", [top.input[0]], ["other"]))
+    model.opset_import[0].version = 8
+    onnx.save(model, path)
+    assert unsupported_nodes(path) == [
+        "opset 8 is not in [9, 20]",
+        "TopK takes at most 3840 elements, got 4079",
+        "operator Unique is not supported, or of dynamic shape",
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("merge", [False, True])
 def test_packages_compiled_for_cuda_use_standard_operators_only(merge, tmp_path):
@@ -350,17 +416,17 @@ def test_illegal_formats_models_and_missing_libraries_raise(tmp_path, monkeypatc
         cropr.export(reference_vit(), images, tmp_path / "a.onnx")
     with pytest.raises(
         ValueError,
-        match="format must be one of torch, aoti, onnx and ops cropr or aten, got 'tflite'",
+        match="one of torch, aoti, onnx, openvino and ops cropr or aten, got 'tflite'",
     ):
         cropr.export(model, images, tmp_path / "a.onnx", format="tflite")
     with pytest.raises(ValueError, match=r"a file of format onnx must end in .onnx, got a.pt2"):
         cropr.export(model, images, tmp_path / "a.pt2")
-    with pytest.raises(ValueError, match="ONNX has none of the cropr ops"):
+    with pytest.raises(ValueError, match="onnx has none of the cropr ops"):
         cropr.export(model, images, tmp_path / "a.onnx", ops="cropr")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         ImportError,
-        match=r"ONNX needs onnxruntime: pip install onnxruntime \(or the extra \[export\]",
+        match=r"onnx needs onnxruntime: pip install onnxruntime \(or the extra \[export\]",
     ):
         cropr.export(model, images, tmp_path / "a.onnx")
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.decompositions import static_size
+from ..utils.tensorrt import MAX_TOP
 from .config import PruningConfig
 from .merging import COST_WEIGHT, SIZE_EXPONENT
 from .module import Scorer
 from .strategies import DropStrategy, MergeStrategy, Priorities, PruningStrategy, Reduction
 
-MAX_TOP = 3840  # TensorRT's limit on the count of a TopK
 # Standardised scores stay below these offsets, which 16-bit floats hold
 _PREFIX_OFFSET = 30000.0
 _COLOR_OFFSET = 1024.0
@@ -74,7 +74,7 @@ class Batch:
 
 
 def _scores(x: Tensor, query: Tensor) -> Tensor:
-    """x . query, as a sum of products: to runtimes a product of matrices with one column is slow."""
+    """x . query, as a sum of products: runtimes are slow at matrices of one column."""
     return (x * query).sum(-1)
 
 

@@ -87,8 +87,8 @@ def export(
             (examples/cpp); "openvino", an .xml file with its weights beside it, .bin.
         ops: "cropr", the ops of this package, which the process that loads the file must have
             (Python: import cropr_kernels; C++: libcropr_ops); or "aten", TopK and gathers alone,
-            which need nothing. Default: "aten" for ONNX, OpenVINO and on CUDA, else "cropr". Without
-            the ops, the runtime decides between equal scores.
+            which need nothing. Default: "aten" for ONNX, OpenVINO and on CUDA, else "cropr".
+            Without the ops, the runtime decides between equal scores.
         dynamic_batch: the file takes batches of any size.
         with_map: add, as the last output, the pruning map (B, grid height, grid width) int64: the
             number of blocks that each patch went through.

@@ -2,6 +2,7 @@
 
 from benchmarks.report import (
     comparison,
+    exported,
     features,
     measured,
     off_the_shelf,
@@ -23,6 +24,7 @@ PAGES = {
     | off_the_shelf.SECTIONS
     | saliency.SECTIONS
     | schedules.SECTIONS,
+    DOCS / "deployment.md": exported.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS,
 }
@@ -36,6 +38,7 @@ MODULES = (
     training,
     features,
     supported,
+    exported,
 )
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 

@@ -6,8 +6,8 @@ python -m benchmarks.models.exported [--models M...] [--rates R...] [--minutes M
 Needs the extra `openvino`, and onnxruntime. Weights are random, and queries calibrated on random
 images. Files take any batch, and stay in the folder `--files`: a run that is interrupted goes on.
 Each cell checks every output against eager PyTorch, and then calls all runtimes in turns: eager,
-torch.compile (ViT-S, R = 8, merging), the engine in float32 and bfloat16, onnxruntime, OpenVINO in
-float32 and bfloat16. The share is the speed-up over the FLOP ratio.
+with --compiled torch.compile (ViT-S, R = 8, merging), the engine in float32 and bfloat16,
+onnxruntime, OpenVINO in float32 and bfloat16. The share is the speed-up over the FLOP ratio.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def onnxruntime_call(path: Path) -> Call:
 
 
 def openvino_call(path: Path, precision: str) -> Call:
+    """Compile for each batch size when it comes: dynamic ones cost OpenVINO 3 to 6 %."""
     import openvino
 
     options = {
@@ -72,8 +73,16 @@ def openvino_call(path: Path, precision: str) -> Call:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.compile_model(path, "CPU", options)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+    compiled: dict[int, Callable[..., Any]] = {}
+
+    def call(images: Tensor) -> Tensor:
+        if len(images) not in compiled:
+            model = openvino.Core().read_model(path)
+            model.reshape(list(images.shape))
+            compiled[len(images)] = openvino.compile_model(model, "CPU", options)
+        return torch.from_numpy(compiled[len(images)](images.numpy())[0].copy())
+
+    return call
 
 
 def calls_of(name: str, rate: int, merge: bool, folder: Path, *, compiles: bool) -> dict[str, Call]:
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--rates", nargs="+", type=int, default=[8, 12])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile: minutes more")
     parser.add_argument("--files", type=Path, default=Path("build/exported"))
     parser.add_argument("--seconds", type=float, default=20.0, help="timing of one cell")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -184,7 +194,9 @@ def main() -> None:
         needed = {(name, 0, False), (name, rate, merge)}
         networks = {key: calls for key, calls in networks.items() if key in needed}
         for key in needed - set(networks):
-            networks[key] = calls_of(*key, options.files, compiles=key in COMPILED)
+            networks[key] = calls_of(
+                *key, options.files, compiles=options.compiled and key in COMPILED
+            )
         side = image_size(name)
         torch.manual_seed(0)
         images = torch.randn(batch, 3, side, side)

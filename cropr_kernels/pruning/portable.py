@@ -133,8 +133,11 @@ def _nearest(
     away = batch.ones[:, :size] * _PREFIX_OFFSET
     offset = batch.prefix_offset[:, :count].scatter(1, idx, away)
     products = x @ batch.rows(x, idx).transpose(1, 2)
-    best, nearest = (products / norms.unsqueeze(2) - offset.unsqueeze(2)).max(1)
-    return best / norms.gather(1, idx), nearest
+    similarity = products / norms.unsqueeze(2) - offset.unsqueeze(2)
+    nearest = similarity.argmax(1, keepdim=True)
+    # Not ReduceMax, which onnxruntime's tools do not know
+    best = similarity.gather(1, nearest).squeeze(1)
+    return best / norms.gather(1, idx), nearest.squeeze(1)
 
 
 class PortableMerge(MergeStrategy):

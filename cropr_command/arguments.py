@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from .parsing import Parser
 
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = ("torch", "aoti", "onnx")
+FORMATS = ("torch", "aoti", "onnx", "openvino")
 _PRESETS = Path(__file__).parents[1] / "cropr_kernels" / "train" / "presets"
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 

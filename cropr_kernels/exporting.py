@@ -1,5 +1,5 @@
-"""Export of a pruned model to torch.export, AOTInductor and ONNX; each file is compared with the
-model."""
+"""Export of a pruned model to torch.export, AOTInductor, ONNX and OpenVINO; each file is compared
+with the model."""
 
 import importlib
 import tempfile
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from .ops.decompositions import decompositions
 from .pruning.api import deploy
 from .pruning.model import modules_of, require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
 from .utils.io import disk_errors, publish
 from .utils.optional import import_optional
 
-FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+_LIBRARIES = {
+    "onnx": ("export", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": ("openvino", ("onnx", "onnxscript", "openvino")),
+}
 # Of the largest output; float64 scores are float32
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 5e-2  # a near-tie may prune another token
@@ -38,15 +41,16 @@ class Exported(NamedTuple):
 class _Outputs(nn.Module):
     """The tensors of a model's output, and the pruning map after them."""
 
-    def __init__(self, model: nn.Module, with_map: bool):
+    def __init__(self, model: nn.Module, with_map: bool, portable: bool):
         super().__init__()
         self.model = model
         self.with_map = with_map
+        self.portable = portable
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        output, state = run(
-            self.model, lambda: modules_of(self.model).spec.run(images), PruningOptions()
-        )
+        spec = modules_of(self.model).spec
+        options = PruningOptions(full=spec.returns_tokens, portable=self.portable)
+        output, state = run(self.model, lambda: spec.run(images), options)
         return (
             (*_tensors(output), state.pruning_map(images.device))
             if self.with_map
@@ -77,14 +81,14 @@ def export(
     Args:
         model: pruned by `apply`; it is read only. Auxiliary heads are left out, queries folded.
         images: (B, C, H, W), an example input; its batch size is fixed unless dynamic_batch.
-        path: file to write, .pt2 or .onnx.
+        path: file to write, .pt2, .onnx or .xml.
         format: "onnx"; "torch", a program of torch.export; "aoti", a package that AOTInductor
             compiled for this kind of machine, for `torch._inductor.aoti_load_package` or C++
-            (examples/cpp).
+            (examples/cpp); "openvino", an .xml file with its weights beside it, .bin.
         ops: "cropr", the ops of this package, which the process that loads the file must have
             (Python: import cropr_kernels; C++: libcropr_ops); or "aten", TopK and gathers alone,
-            which need nothing. Default: "aten" for ONNX and on CUDA, else "cropr". Without the ops,
-            the runtime decides between equal scores.
+            which need nothing. Default: "aten" for ONNX, OpenVINO and on CUDA, else "cropr".
+            Without the ops, the runtime decides between equal scores.
         dynamic_batch: the file takes batches of any size.
         with_map: add, as the last output, the pruning map (B, grid height, grid width) int64: the
             number of blocks that each patch went through.
@@ -108,18 +112,16 @@ def export(
             f"{path.name}"
         )
     if ops is None:
-        ops = "aten" if format == "onnx" or (format == "aoti" and images.is_cuda) else "cropr"
+        ops = "aten" if format in _LIBRARIES or (format == "aoti" and images.is_cuda) else "cropr"
     need_libraries(format)
-    if format == "onnx" and ops == "cropr":
-        raise ValueError("cropr.export: ONNX has none of the cropr ops; use ops='aten'")
+    if format in _LIBRARIES and ops == "cropr":
+        raise ValueError(f"cropr.export: {format} has none of the cropr ops; use ops='aten'")
     warn_of_random_queries(model, "cropr.export")
-    wrapped = _Outputs(deploy(model, engine=False), with_map).eval()
+    wrapped = _Outputs(deploy(model, engine=False), with_map, ops == "aten").eval()
     images = images.contiguous()  # AOTInductor compiles for these strides
     example = images.repeat(2, 1, 1, 1) if dynamic_batch and images.shape[0] == 1 else images
     dynamic_shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic_batch else None
     program = torch.export.export(wrapped, (example,), dynamic_shapes=dynamic_shapes)
-    if ops == "aten":
-        program = program.run_decompositions(decompositions())
     expected = wrapped(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -147,8 +149,9 @@ def export(
 
 def need_libraries(format: str) -> None:
     """Raise ImportError if a library that a format needs is not installed."""
-    for library in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-        import_optional(library, "export", "cropr.export to ONNX")
+    extra, libraries = _LIBRARIES.get(format, ("", ()))
+    for library in libraries:
+        import_optional(library, extra, f"cropr.export to {format}")
 
 
 def _write(program: ExportedProgram, file: Path, format: str) -> None:
@@ -156,6 +159,12 @@ def _write(program: ExportedProgram, file: Path, format: str) -> None:
         torch.export.save(program, file)
     elif format == "aoti":
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    elif format == "openvino":
+        openvino = import_optional("openvino", "openvino", "an OpenVINO file")
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            onnx_file = Path(folder) / "model.onnx"
+            _write(program, onnx_file, "onnx")
+            openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
     else:
         size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
         names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
@@ -170,14 +179,26 @@ def _write(program: ExportedProgram, file: Path, format: str) -> None:
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Load a file of `export` as a function of images; ONNX runs on the CPU or CUDA provider of
-    onnxruntime."""
+    """Load a file of `export` as a function of images.
+
+    ONNX runs on the CPU or CUDA provider of onnxruntime, OpenVINO on the CPU in float32: its
+    default, bfloat16 where the CPU has it, rounds other scores to equal ones.
+    """
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aoti":
         importlib.import_module("torch._inductor.codecache")  # torch 2.10 does not
         loaded = torch._inductor.aoti_load_package(str(path))
         return lambda images: _tensors(loaded(images))
+    if format == "openvino":
+        openvino = import_optional("openvino", "openvino", "an OpenVINO file")
+        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def infer(images: Tensor) -> tuple[Tensor, ...]:
+            outputs = compiled(images.cpu().numpy())
+            return tuple(torch.from_numpy(outputs[i].copy()) for i in range(len(outputs)))
+
+        return infer
     onnxruntime = import_optional("onnxruntime", "export", "an ONNX file")
     options = onnxruntime.SessionOptions()
     # Its threads would go on spinning after a call, and slow down whatever the process does next.

@@ -1,13 +1,14 @@
 """Exported models: the plain PyTorch form of the ops, every format against the model, fresh
 processes, C++."""
 
-import itertools
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.cases import SHAPES
@@ -16,8 +17,10 @@ from helpers.models import BLOCK_RUNNERS, MODELS, randomize, reference_vit
 import cropr_kernels as cropr
 from cropr_kernels import exporting, ops
 from cropr_kernels.cli import __main__ as cli
-from cropr_kernels.ops import decompositions as portable
-from cropr_kernels.ops import reference
+from cropr_kernels.ops import decompositions
+from cropr_kernels.pruning import portable, strategies
+from cropr_kernels.pruning.merging import checkerboard
+from cropr_kernels.utils.tensorrt import unsupported_nodes
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own deprecations
@@ -34,44 +37,67 @@ def pruned(name="reference", **options):
     return cropr.apply(randomize(MODELS[name]()).eval(), num_outputs=0, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_plain_operators_select_and_move_rows_like_the_ops(shape):
+def ordered(reduction):
+    """Return what a reduction keeps and prunes by position: exported files keep no order."""
+    kept_order, pruned_order = reduction.kept_idx.argsort(1), reduction.pruned_idx.argsort(1)
+    kept, kept_idx = reduction.kept, reduction.kept_idx
+    values = [
+        kept.gather(1, kept_order.unsqueeze(2).expand_as(kept)),
+        kept_idx.gather(1, kept_order),
+        reduction.pruned_idx.gather(1, pruned_order),
+    ]
+    for rows in (reduction.pruned, reduction.offset):
+        if rows is not None:
+            values.append(rows.gather(1, pruned_order.unsqueeze(2).expand_as(rows)))
+    if reduction.parent_idx is not None:
+        values.append(reduction.parent_idx.gather(1, pruned_order))
+    return values
+
+
+@pytest.mark.parametrize("max_top", [3840, 0])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] < shape[1]])
+def test_standard_operators_drop_like_the_ops(shape, max_top, monkeypatch):
+    monkeypatch.setattr(portable, "MAX_TOP", max_top)
     batch, n, dim, num_keep, prefix = shape
-    x, query = torch.randn(batch, n, dim), torch.randn(3, dim)
-    for priority in (
-        None,
-        torch.randint(-1, 2, (batch, n)).to(torch.int8),
-        torch.rand(batch, n) < 0.5,
-    ):
-        expected = reference.prune(x, query, num_keep, prefix, priority)
-        got = portable.prune(x, query, num_keep, prefix, priority)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected))
-    assert torch.equal(portable.restore(*got), x)
-    flipped = [part.flip(1) for part in got]
-    assert torch.equal(portable.restore(*flipped), x)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_plain_merging_equals_the_op(prefix):
-    x, sizes = torch.randn(3, 40, 16), torch.randint(1, 4, (3, 40)).float()
-    targets, candidates = reference.select(torch.randn(3, 40), 25, prefix)
-    for num_keep, cost_scale in itertools.product((25, 31, 40), (None, torch.randn(3, 40).exp())):
-        expected = reference.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
-        got = portable.merge(x, targets, candidates, sizes, num_keep, prefix, cost_scale)
-        for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > shape[4]])
-def test_plain_operators_find_and_add_parents_like_the_ops(shape):
-    batch, n, dim, num_keep, prefix = shape
-    x = torch.randn(batch, n, dim)
-    kept_idx, pruned_idx = reference.select(torch.randn(batch, n), num_keep, prefix)
-    expected = reference.parent_offsets(x, kept_idx, pruned_idx, prefix)
-    for a, b in zip(portable.parent_offsets(x, kept_idx, pruned_idx, prefix), expected):
+    x, module = torch.randn(batch, n, dim), cropr.Cropr(dim)
+    tracks_parents = prefix < num_keep and max_top > 0
+    forms = [
+        form(prefix, (None, None), tracks_parents)
+        for form in (portable.PortableDrop, strategies.DropStrategy)
+    ]
+    got, expected = [form.reduce(module, x, None, num_keep, None, True) for form in forms]
+    for a, b in zip(ordered(got), ordered(expected), strict=True):
         torch.testing.assert_close(a, b)
-    parent = (torch.arange(n) // 2).repeat(batch, 1)
-    torch.testing.assert_close(portable.add_parents(x, parent), ops.add_parents(x, parent))
+
+
+@pytest.mark.parametrize("tracks_parents", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_standard_operators_merge_like_the_ops(prefix, tracks_parents):
+    x = torch.randn(3, 40, 16)
+    cells = checkerboard(x, (1, 40 - prefix), prefix)
+    arguments = cropr.Merge(), prefix, cells, tracks_parents
+    forms = [portable.PortableMerge(*arguments), strategies.MergeStrategy(*arguments)]
+    tokens, positions = [x, x], [None, None]
+    for num_keep in (33, 27, 21, 13):
+        module = cropr.Cropr(16)
+        got, expected = [
+            form.reduce(module, *inputs, num_keep, None, True)
+            for form, inputs in zip(forms, zip(tokens, positions))
+        ]
+        for a, b in zip(ordered(got), ordered(expected)):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(forms[0].log_sizes(), forms[1].log_sizes())
+        assert torch.equal(forms[0].row_idx, forms[1].row_idx)
+        tokens, positions = zip(*((part.kept, part.kept_idx) for part in (got, expected)))
+
+
+def test_standard_operators_restore_and_add_parents_like_the_ops():
+    x, order = torch.randn(2, 9, 4), torch.randperm(9).repeat(2, 1)
+    kept, pruned = x[:, order[0]].split([6, 3], 1)
+    kept_idx, pruned_idx = order.split([6, 3], 1)
+    assert torch.equal(decompositions.restore(kept, kept_idx, pruned, pruned_idx), x)
+    parent = (torch.arange(9) // 2).repeat(2, 1)
+    torch.testing.assert_close(decompositions.add_parents(x, parent), ops.add_parents(x, parent))
 
 
 CASES = [
@@ -118,15 +144,15 @@ def test_onnx_gives_the_same_logits_and_drops_the_same_patches(name, options, tm
     assert not any(node.op_type in ("NonZero", "Loop", "If", "Unique") for node in graph.node)
 
 
-def test_the_order_of_equal_scores_is_that_of_the_ops(tmp_path):
-    model = pruned(rate=9)
+def test_equal_scores_prune_as_many_patches(tmp_path):
+    model = pruned(rate=9, merge=True)
     with torch.no_grad():
         for module in model.cropr:
-            module.queries.zero_()  # all scores tie: the lower positions stay
-    images = torch.randn(1, 3, 64, 64)
-    done = cropr.export(model, images, tmp_path / "model.onnx", with_map=True)
-    left = exporting.load_exported(done.path, "onnx")(images)[1].flatten()
-    assert (left == 4).sum() == 36 and (left[:36] == 4).all()
+            module.queries.zero_()  # the runtime decides which
+    done = cropr.export(
+        model, torch.randn(1, 3, 64, 64), tmp_path / "model.pt2", ops="aten", format="torch"
+    )
+    assert done.difference < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -304,6 +330,73 @@ def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_openvino_gives_the_same_logits_and_prunes_the_same_patches(merge, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, images = pruned(rate=9, merge=merge), torch.randn(2, 3, 64, 64)
+    path = tmp_path / "model.xml"
+    done = cropr.export(model, images, path, format="openvino", with_map=True, dynamic_batch=True)
+    assert done.difference < 1e-5 and done.same_map is True
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    larger = torch.cat([images, images.flip(0)])
+    torch.testing.assert_close(
+        exporting.load_exported(path, "openvino")(larger)[0], model(larger), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(RuntimeError, match="shape"):  # height and width are those of the example
+        exporting.load_exported(path, "openvino")(torch.randn(2, 3, 96, 96))
+    converted = openvino.convert_model(cropr.deploy(model), example_input=images)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    [output] = openvino.compile_model(converted, "CPU", options)(images.numpy()).values()
+    torch.testing.assert_close(torch.from_numpy(output), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_files_refuse_masks():
+    model = pruned(rate=9).requires_grad_(False)
+    protect = torch.zeros(1, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="exported files take no masks: leave out protect"):
+        torch.jit.trace(lambda x: model(x, protect=protect), torch.randn(1, 3, 64, 64))
+
+
+def graph_of(tmp_path, **options):
+    import onnx
+
+    path = tmp_path / "model.onnx"
+    cropr.export(pruned(**options), torch.randn(1, 3, 64, 64), path)
+    return path, onnx.load(path)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_layer_is_one_or_two_topk_without_sorts_and_tensorrt_takes_it(merge, tmp_path):
+    path, model = graph_of(tmp_path, rate=9, merge=merge)
+    count = Counter(node.op_type for node in model.graph.node)
+    layers = 3
+    assert count["TopK"] == (2 if merge else 1) * layers
+    assert not {"Where", "Sort", "IsNaN", "NonZero", "ReduceL2", "ReduceMax", "Loop", "If"} & set(
+        count
+    )
+    assert sum(count.values()) < 40 + 45 * layers + (75 * layers if merge else 0)
+    assert unsupported_nodes(path) == []
+    quantization = pytest.importorskip("onnxruntime.quantization.shape_inference")
+    quantization.quant_pre_process(path, tmp_path / "prepared.onnx")
+
+
+def test_the_check_for_tensorrt_names_what_it_refuses(tmp_path):
+    import onnx
+
+    path, model = graph_of(tmp_path, rate=9)
+    top = next(node for node in model.graph.node if node.op_type == "TopK")
+    count = next(value for value in model.graph.initializer if value.name == top.input[1])
+    count.CopyFrom(onnx.numpy_helper.from_array(np.array([4079]), count.name))
+    model.graph.node.append(onnx.helper.make_node("Unique", [top.input[0]], ["other"]))
+    model.opset_import[0].version = 8
+    onnx.save(model, path)
+    assert unsupported_nodes(path) == [
+        "opset 8 is not in [9, 20]",
+        "TopK takes at most 3840 elements, got 4079",
+        "operator Unique is not supported, or of dynamic shape",
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("merge", [False, True])
 def test_packages_compiled_for_cuda_use_standard_operators_only(merge, tmp_path):
@@ -327,17 +420,17 @@ def test_illegal_formats_models_and_missing_libraries_raise(tmp_path, monkeypatc
         cropr.export(reference_vit(), images, tmp_path / "a.onnx")
     with pytest.raises(
         ValueError,
-        match="format must be one of torch, aoti, onnx and ops cropr or aten, got 'tflite'",
+        match="one of torch, aoti, onnx, openvino and ops cropr or aten, got 'tflite'",
     ):
         cropr.export(model, images, tmp_path / "a.onnx", format="tflite")
     with pytest.raises(ValueError, match=r"a file of format onnx must end in .onnx, got a.pt2"):
         cropr.export(model, images, tmp_path / "a.pt2")
-    with pytest.raises(ValueError, match="ONNX has none of the cropr ops"):
+    with pytest.raises(ValueError, match="onnx has none of the cropr ops"):
         cropr.export(model, images, tmp_path / "a.onnx", ops="cropr")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         ImportError,
-        match=r"ONNX needs onnxruntime: pip install onnxruntime \(or the extra \[export\]",
+        match=r"onnx needs onnxruntime: pip install onnxruntime \(or the extra \[export\]",
     ):
         cropr.export(model, images, tmp_path / "a.onnx")
 

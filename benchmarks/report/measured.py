@@ -81,10 +81,8 @@ def end_to_end_section(device: str) -> str:
     if measured is None or table is None:
         return NOT_MEASURED if device == "cpu" else "GPU: not measured yet."
     env = measured[0]
-    pruned = Table(table.head, [row for row in table.rows if row[1] != "no pruning"])
-    shown = pruned.select([name for name in table.head if name != "GFLOPs"])
-    note = f"Batch {env['batch']}, {env['dtype']}, random weights. {measured_on(env)}."
-    return f"{shown.markdown()}\n\n{note} GFLOPs: {link(f'{device}_end_to_end', table)}."
+    note = f"Batch {env['batch']}, {env['dtype']}, random weights. {measured_on(env)}"
+    return f"{link(f'{device}_end_to_end', table)}: {note}."
 
 
 def digits() -> str:

@@ -3,6 +3,7 @@
 from benchmarks.report import (
     comparison,
     engines,
+    exported,
     features,
     measured,
     off_the_shelf,
@@ -27,6 +28,7 @@ PAGES = {
     | off_the_shelf.SECTIONS
     | saliency.SECTIONS
     | schedules.SECTIONS,
+    DOCS / "deployment.md": exported.SECTIONS,
     DOCS / "dense-features.md": features.SECTIONS,
     DOCS / "supported-models.md": supported.SECTIONS | windows.SECTIONS,
     DOCS / "view.md": view.SECTIONS,
@@ -45,6 +47,7 @@ MODULES = (
     supported,
     windows,
     vlm,
+    exported,
 )
 FILES: Files = {name: table for module in MODULES for name, table in module.FILES.items()}
 

@@ -16,6 +16,7 @@ from ..pruning.api import deploy, set_rate
 from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress
+from ..utils.tensorrt import unsupported_nodes
 from ..utils.timing import time_interleaved
 from .outputs import check_folder
 
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for format in options.format:
             name = f"{stem}_aoti.pt2" if format == "aoti" else f"{stem}{FORMATS[format]}"
-            ops = options.ops if format != "onnx" else None
+            ops = options.ops if format not in ("onnx", "openvino") else None
             export_options: dict[str, Any] = {
                 "format": format,
                 "ops": ops,
@@ -60,13 +61,16 @@ def run(options: argparse.Namespace) -> None:
                 ", the same patches are pruned after the same blocks" if exported.same_map else ""
             )
             print(f"wrote {exported.path}, compared with the model{agreement}", flush=True)
+            if format == "onnx":
+                for problem in unsupported_nodes(exported.path):
+                    print(f"TensorRT: {problem}", flush=True)
             for pruned, path in ((True, exported.path), (False, unpruned.path)):
                 calls[str(exported.path), pruned] = load_exported(path, format)
             rows.append(
                 [
                     str(exported.path),
                     exported.ops,
-                    f"{exported.path.stat().st_size / 1e6:.1f}",
+                    f"{_size(exported.path) / 1e6:.1f}",
                     f"{exported.difference:.1e}",
                 ]
             )
@@ -93,3 +97,9 @@ def run(options: argparse.Namespace) -> None:
             left_aligned=2,
         )
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, and of the weights beside it."""
+    weights = path.with_suffix(".bin")
+    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)

@@ -143,7 +143,8 @@ def _parents_setup(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) 
 def _parents_backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
     (parent,) = ctx.saved_tensors
     total = grad.to(reference.accumulation_dtype(grad.dtype))
-    for hop in reference.hops(parent):  # each token receives the gradients of its descendants
+    # Each token receives the gradients of its descendants
+    for hop in reference.hops(parent, parent.shape[1]):
         padded = torch.cat([total, torch.zeros_like(total[:, :1])], 1)
         total = padded.scatter_add(1, hop.unsqueeze(-1).expand_as(total), total)[:, :-1]
     return total.to(grad.dtype), None

@@ -228,14 +228,14 @@ def parent_offsets(
 def add_parents(x: Tensor, parent: Tensor) -> Tensor:
     """out[b, n] = x[b, n] + x[b, parent[b, n]] + ..., up to the token that is its own parent."""
     rows = x.to(accumulation_dtype(x.dtype))
-    for hop in hops(parent):
+    for hop in hops(parent, parent.shape[1]):
         rows = rows + gather(torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), hop)
     return rows.to(x.dtype)
 
 
-def hops(parent: Tensor) -> Iterator[Tensor]:
-    """Yield ancestors 1, 2, 4, ... steps away, (B, N), or N past the last: pointer doubling."""
-    count = parent.shape[1]
+def hops(parent: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield ancestors 1, 2, 4, ... steps away, (B, N), or N = count past the last: pointer
+    doubling."""
     ends = parent == torch.arange(count, device=parent.device)
     hop = torch.where(ends, torch.full_like(parent, count), parent)
     for _ in range(max(count - 1, 0).bit_length()):

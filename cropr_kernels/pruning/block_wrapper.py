@@ -270,7 +270,7 @@ def _run_and_prune(
     if not state.options.maps:
         return token_format.encode(state.after_block(layer, active), output)
     if is_read and state.positions is not None:
-        active = torch.ops.cropr.gather(active, state.positions)
+        active = state.ops.gather(active, state.positions)
     state.active = state.after_block(layer, active)
     if layer == state.last_layer or not is_read:
         return token_format.encode(state.active, output)
@@ -286,6 +286,7 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
         or modules.training
         or state.predicts
         or options.collect
+        or state.portable
         or _exporting()
     ):
         return False

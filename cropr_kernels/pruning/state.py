@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..models.adapters import BlockParts, ModelSpec
 from ..models.blocks import rope_at, rotary_at
+from ..ops import decompositions
 from .config import PruningConfig
 from .masks import Masks, make_masks
 from .merging import checkerboard
 from .module import Scorer
+from .portable import make_portable_strategy
 from .strategies import Priorities, PruningStrategy, Reduction, make_strategy
 from .windows import Windows
 
@@ -57,6 +59,7 @@ class PruningOptions(NamedTuple):
     full: bool = True  # copy each merged token to all positions that it stands for
     maps: frozenset[int] = frozenset()  # blocks whose output someone reads: it has all tokens
     restore: bool = False  # the tokens after the last block are all tokens too
+    portable: bool = False  # standard operators alone, for exported files
 
 
 class ForwardContext:
@@ -122,7 +125,8 @@ class PruningState:
         config = modules.config
         prefix = modules.spec.num_prefix
         depth = len(modules.spec.blocks)
-        num_patches = x.shape[1] - prefix
+        self.num_tokens = decompositions.static_size(x, 1)
+        num_patches = self.num_tokens - prefix
         self.modules = modules
         self.config = config
         self.options = options
@@ -130,10 +134,9 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
-        self.counts = config.counts(x.shape[1], depth, prefix)
+        self.counts = config.counts(self.num_tokens, depth, prefix)
         self.num_images = x.shape[0]
         self.num_prefix = prefix
-        self.num_tokens = x.shape[1]
         self.masks = make_masks(
             options.protect, options.padding, x.shape[0], num_patches, prefix, self.is_video
         )
@@ -143,6 +146,11 @@ class PruningState:
         self.keeps_pruned = options.collect or (
             config.llf is not None and not config.tracks_parents
         )
+        # TorchScript and ONNX know standard operators only
+        self.portable = options.portable or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        if self.portable and self.masks is not None:
+            raise ValueError("cropr: exported files take no masks: leave out protect and padding")
+        self.ops = decompositions if self.portable else torch.ops.cropr
         self.next_layer = 0
         self.done = False  # the engine has run all blocks
         self.active: Tensor | None = None  # (B, K, D), if the model carries maps between its blocks
@@ -325,9 +333,8 @@ class PruningState:
             return x
         if self.strategy is None:
             priorities = self.choose_priorities(x, self.masks)
-            self.strategy = make_strategy(
-                self.config, self.num_prefix, priorities, self.tracks_parents
-            )
+            make = make_portable_strategy if self.portable else make_strategy
+            self.strategy = make(self.config, self.num_prefix, priorities, self.tracks_parents)
         reduction = self.strategy.reduce(
             module, x, self.positions, num_keep, scores, self.keeps_pruned
         )
@@ -359,10 +366,10 @@ class PruningState:
         """Put the active tokens x (B, K, D) and the pruned ones at their positions."""
         pruned_idx = torch.cat([idx for _, idx in self.pruned_idx], 1)
         pruned = torch.cat(self.offsets if tracks_parents else self.pruned_tokens, 1)
-        x = torch.ops.cropr.restore(x, positions, pruned, pruned_idx)
+        x = self.ops.restore(x, positions, pruned, pruned_idx)
         if tracks_parents:
             parent = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
-            x = torch.ops.cropr.add_parents(
+            x = self.ops.add_parents(
                 x, parent.scatter(1, pruned_idx, torch.cat(self.parent_idx, 1))
             )
         return x
@@ -376,7 +383,7 @@ class PruningState:
             x = self.full_map(x)
             self.positions = None
         elif row_idx is not None and self.positions is not None and self.options.full:
-            x = torch.ops.cropr.gather(x, row_idx)
+            x = self.ops.gather(x, row_idx)
         windows = self.config.windows
         if windows is not None:
             grid = self.require_grid()

@@ -21,13 +21,7 @@ from benchmarks.report.render import (
 
 PLAIN = "parent's change"  # what the others are compared with
 DIGITS = {"agreement": 1, "KL": 3, "features": 3}
-SHOWN = (
-    "no LLF",
-    "as_pruned",
-    "copy of the parent",
-    "4 parents' change",
-    f"{PLAIN}, after the last block",
-)
+SHOWN = ("no LLF", "as_pruned", "copy of the parent")
 Row = dict[str, Any]
 
 

@@ -179,26 +179,6 @@ def scorers() -> Table | None:
     return Table(["scores", *(f"block {block + 1}" for block in blocks), "in the box, %"], body)
 
 
-def scorers_section() -> str:
-    measured, table = load("scorers"), scorers()
-    if measured is None or table is None:
-        return NOT_MEASURED
-    env, rows = measured
-    shown = table.means().select(
-        ["scores", "block 1", "block 3", "block 7", "block 11", "in the box, %"]
-    )
-    note = (
-        "Rank correlation, after a block, with how much the later blocks attend to a patch; in "
-        "the box: of the better "
-        f"half, all blocks. {env['photos']} photos that no query was calibrated on, "
-        f"{len(unique(rows, 'seed'))} seeds. "
-        f"{measured_on(env)}. All blocks: {link('scorers', table)}; an untrained network under "
-        "these scores and other "
-        f"schedules: {link('untrained', untrained())}."
-    )
-    return f"{shown.markdown()}\n\n{note}"
-
-
 def untrained() -> Table | None:
     """Agreement and KL of a network that was never trained with the schedules."""
     measured = load("scorers")
@@ -281,19 +261,6 @@ def restored() -> Table | None:
     return Table(["pruned after block", *map(str, counts[:-1]), "never"], body)
 
 
-def restored_section() -> str:
-    table = restored()
-    if table is None:
-        return NOT_MEASURED
-    shown = table.means().select([table.head[0], *table.head[1:-1:3], table.head[-1]])
-    note = (
-        "Squared error of the normed tokens over the variance of those of the same trained "
-        "network without pruning; "
-        f"8 epochs, one seed. All blocks: {link('restored', table)}."
-    )
-    return f"{shown.markdown()}\n\n{note}"
-
-
 def detection() -> str:
     measured, other = load("detection_bccd"), load("detection_coco128")
     if measured is None:
@@ -335,9 +302,7 @@ SECTIONS: Sections = {
     "accuracy_later": later,
     "accuracy_factors": factors_section,
     "ablations": ablations_section,
-    "scorers": scorers_section,
     "segmentation": segmentation,
-    "restored": restored_section,
     "detection": detection,
 }
 FILES: Files = {

@@ -15,6 +15,7 @@ from ..schedule import Schedule
 from .choice import Keep, checked_keep, choose, num_kept
 from .dense import PrunedTower, find_pruned
 from .features import (
+    VisionLanguageModel,
     entries_of,
     image_features,
     language_model,
@@ -153,7 +154,7 @@ def num_image_tokens(model: nn.Module, count: int) -> int:
     return tokens.dense.num_kept(count) if tokens.dense is not None and kept == count else kept
 
 
-def require_image_tokens(model: nn.Module, caller: str) -> ImageTokens:
+def require_image_tokens(model: nn.Module | VisionLanguageModel, caller: str) -> ImageTokens:
     """Return the choice of a model; raise TypeError, which names the caller, for any other."""
     tokens = getattr(model, _ATTRIBUTE, None)
     if not isinstance(tokens, ImageTokens):
@@ -163,7 +164,7 @@ def require_image_tokens(model: nn.Module, caller: str) -> ImageTokens:
     return tokens
 
 
-def _require_supported(model: Any) -> None:
+def _require_supported(model: VisionLanguageModel) -> None:
     """Raise TypeError for a model whose structure does not allow to drop placeholders."""
     reason = ""
     config = getattr(model, "config", None)
@@ -198,11 +199,11 @@ def _packed_tower(model: nn.Module, schedule: Schedule) -> PackedTower:
     return PackedTower(tower, schedule)
 
 
-def _width(model: Any) -> int:
+def _width(model: VisionLanguageModel) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
-def _pad_token(model: Any) -> int:
+def _pad_token(model: VisionLanguageModel) -> int:
     """An id for padding that is no placeholder."""
     config = model.config
     text_config = config.get_text_config()
@@ -237,7 +238,7 @@ def _kept_rows(
 
 
 def _features(
-    model: Any, tokens: ImageTokens, inputs: Mapping[str, object]
+    model: VisionLanguageModel, tokens: ImageTokens, inputs: Mapping[str, object]
 ) -> tuple[Any, Tensor | None]:
     """Compute image features, and tell of each row whether the tower has left it; None: all."""
 
@@ -288,7 +289,10 @@ def _record_of(inputs: Mapping[str, object]) -> KeptColumns | None:
 
 
 def _shorten(
-    model: Any, inputs: Mapping[str, object], positions: Tensor | None, pad_left: bool
+    model: VisionLanguageModel,
+    inputs: Mapping[str, object],
+    positions: Tensor | None,
+    pad_left: bool,
 ) -> tuple[dict[str, Any], KeptColumns | None]:
     """Compute the image features, choose among them, and drop the placeholders of the others.
 
@@ -336,7 +340,7 @@ def _shorten(
 
 
 @torch.no_grad()
-def _positions_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _positions_of(model: VisionLanguageModel, inputs: Mapping[str, Any]) -> Tensor:
     """Positions (B, L) or (axes, B, L) that the model's forward would give to these inputs."""
     if inputs.get("position_ids") is not None:
         positions: Tensor = inputs["position_ids"]
@@ -367,7 +371,7 @@ def _before_decoder(
 
 
 def _before_forward(
-    model: Any, args: tuple[object, ...], kwargs: dict[str, Any]
+    model: VisionLanguageModel, args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[object, ...], dict[str, Any]] | None:
     """Shorten the prompt of a forward with images, and place the tokens that follow on it."""
     tokens = require_image_tokens(model, _CALLER)
@@ -392,7 +396,7 @@ def _before_forward(
     return None
 
 
-def _after_forward(model: Any, args: object, kwargs: object, output: Any) -> None:
+def _after_forward(model: VisionLanguageModel, args: object, kwargs: object, output: Any) -> None:
     """Note in the cache which columns of the prompt it holds."""
     columns = require_image_tokens(model, _CALLER).probe.columns
     cache = next((getattr(output, name, None) for name in _CACHES if hasattr(output, name)), None)
@@ -400,7 +404,7 @@ def _after_forward(model: Any, args: object, kwargs: object, output: Any) -> Non
         setattr(cache, _ATTRIBUTE, columns)
 
 
-def _continued(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def _continued(model: VisionLanguageModel, inputs: dict[str, Any]) -> dict[str, Any]:
     """Add positions of the full prompt to inputs that follow on a cache of a shortened one."""
     record = _record_of(inputs)
     input_ids: Tensor | None = inputs.get("input_ids")
@@ -427,9 +431,11 @@ def _continued(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+def generate(
+    model: VisionLanguageModel, inputs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """Generate as the model's class does, after a shortened prompt; the result has the full one."""
-    base_generate = partial(type(model).generate, model)
+    base_generate = partial(type(model).generate, model)  # type: ignore[attr-defined]
     if inputs is not None:
         kwargs["input_ids"] = inputs
     if kwargs.get("pixel_values") is None and _record_of(kwargs) is None:
@@ -475,7 +481,7 @@ def _shift_lengths(inputs: dict[str, Any], dropped: int) -> None:
             setattr(config, name, getattr(config, name) - dropped)
 
 
-def _inferred_mask(model: Any, input_ids: Tensor) -> Tensor:
+def _inferred_mask(model: VisionLanguageModel, input_ids: Tensor) -> Tensor:
     """The attention mask that generate would infer: padding is an id that ends nothing."""
     config = model.generation_config
     pad = config.pad_token_id

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..calibration import ranks, solve_ridge
 from ..importance import AttentionInput, AttentionInputs, importance
 from .api import ImageTokens, accepted, image_runs, require_image_tokens
-from .features import entries_of, image_features
+from .features import VisionLanguageModel, entries_of, image_features
 from .packed import PackedTower
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,7 +83,7 @@ def calibrate_image_tokens(
 
 
 def _add(
-    model: Any,
+    model: VisionLanguageModel,
     tokens: ImageTokens,
     batch: dict[str, Any],
     behind: _Regression,
@@ -137,7 +137,7 @@ def _attention_to(attention: AttentionInput | Tensor, sample: int, asking: Tenso
 
 
 def _observe_tower(
-    model: Any, tower: PackedTower, batch: dict[str, Any], inside: list[_Regression]
+    model: VisionLanguageModel, tower: PackedTower, batch: dict[str, Any], inside: list[_Regression]
 ) -> Any:
     """Run the unpruned tower; add its groups, and what later blocks look at, to `inside`."""
     groups: list[Tensor] = []

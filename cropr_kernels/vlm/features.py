@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 _INNER_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
 
 
-def image_features(base: Any, inputs: Mapping[str, object]) -> Any:
+class VisionLanguageModel(Protocol):
+    """A vision-language model of transformers, or its base: an nn.Module whose attributes are not
+    those of nn.Module alone."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+def image_features(base: VisionLanguageModel, inputs: Mapping[str, object]) -> Any:
     """Compute the features of the images in `inputs` as the model itself does; `pooler_output`
     holds the rows that it puts in place of placeholders."""
     names = inspect.signature(base.get_image_features).parameters

@@ -19,7 +19,7 @@ from .utils.io import disk_errors, publish
 from .utils.optional import import_optional
 
 FORMATS = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
-_LIBRARIES = {
+LIBRARIES = {
     "onnx": ("export", ("onnx", "onnxscript", "onnxruntime")),
     "openvino": ("openvino", ("onnx", "onnxscript", "openvino")),
 }
@@ -112,9 +112,9 @@ def export(
             f"{path.name}"
         )
     if ops is None:
-        ops = "aten" if format in _LIBRARIES or (format == "aoti" and images.is_cuda) else "cropr"
+        ops = "aten" if format in LIBRARIES or (format == "aoti" and images.is_cuda) else "cropr"
     need_libraries(format)
-    if format in _LIBRARIES and ops == "cropr":
+    if format in LIBRARIES and ops == "cropr":
         raise ValueError(f"cropr.export: {format} has none of the cropr ops; use ops='aten'")
     warn_of_random_queries(model, "cropr.export")
     wrapped = _Outputs(deploy(model, engine=False), with_map, ops == "aten").eval()
@@ -149,7 +149,7 @@ def export(
 
 def need_libraries(format: str) -> None:
     """Raise ImportError if a library that a format needs is not installed."""
-    extra, libraries = _LIBRARIES.get(format, ("", ()))
+    extra, libraries = LIBRARIES.get(format, ("", ()))
     for library in libraries:
         import_optional(library, extra, f"cropr.export to {format}")
 

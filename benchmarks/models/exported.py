@@ -13,7 +13,6 @@ onnxruntime, OpenVINO in float32 and bfloat16. The share is the speed-up over th
 import argparse
 import os
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ import cropr_kernels as cropr
 from benchmarks.models.deployment import create, image_size
 from benchmarks.models.timing import relative_difference
 from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.runtimes import Call, onnxruntime_call, openvino_call
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.timing import fitting, time_interleaved
 
-Call = Callable[[Tensor], Tensor]
 TOLERANCES = {"bfloat16": 0.3}  # a near-tie may prune another token
 FLOAT32_TOLERANCE = 2e-3
 # What torch.compile takes: unpruned, and merging at R = 8
@@ -52,37 +51,6 @@ def exported(model: Any, path: Path) -> Path:
             warnings.simplefilter("ignore")
             cropr.export(model, torch.randn(1, 3, side, side), path, dynamic_batch=True)
     return path
-
-
-def onnxruntime_call(path: Path) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def openvino_call(path: Path, precision: str) -> Call:
-    """Compile for each batch size when it comes: dynamic ones cost OpenVINO 3 to 6 %."""
-    import openvino
-
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled: dict[int, Callable[..., Any]] = {}
-
-    def call(images: Tensor) -> Tensor:
-        if len(images) not in compiled:
-            model = openvino.Core().read_model(path)
-            model.reshape(list(images.shape))
-            compiled[len(images)] = openvino.compile_model(model, "CPU", options)
-        return torch.from_numpy(compiled[len(images)](images.numpy())[0].copy())
-
-    return call
 
 
 def calls_of(name: str, rate: int, merge: bool, folder: Path, *, compiles: bool) -> dict[str, Call]:

@@ -29,6 +29,7 @@ COMMANDS = (
     "doctor",
     "calibrate",
     "map",
+    "view",
     "tune",
     "bench",
     "export",

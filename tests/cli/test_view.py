@@ -52,7 +52,7 @@ def test_the_command_listens_on_this_machine_only_and_leaves_nothing(weights, tm
     process = subprocess.Popen(
         [sys.executable, "-m", "cropr_command", "view", str(weights)],
         cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.models import torchvision_vit
 
+from cropr_kernels import exporting
 from cropr_kernels.utils import images, io, optional
 from cropr_kernels.utils.flops import flop_counter
 
@@ -85,20 +86,21 @@ def test_a_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch):
 
 def test_every_extra_that_the_code_names_exists_and_installs_the_library():
     extras = extras_of(ROOT / "pyproject.toml")
-    calls = 0
+    calls = []
     for path in (ROOT / "cropr_kernels").rglob("*.py"):
-        text = path.read_text()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_optional":
-                extra = ast.literal_eval(node.args[1])
-                assert extra in extras, f"{path} names the extra {extra}"
-                if isinstance(node.args[0], ast.Constant):
-                    library = optional.distribution(node.args[0].value)
-                    assert library in extras[extra], (
-                        f"{path}: the extra {extra} does not install {library}"
-                    )
-                calls += 1
-    assert calls > 20
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "import_optional":
+                continue
+            if isinstance(node.args[1], ast.Constant):
+                calls.append((path, node.args[0], ast.literal_eval(node.args[1])))
+    for extra, libraries in exporting.LIBRARIES.values():
+        calls += [(exporting.__file__, ast.Constant(library), extra) for library in libraries]
+    assert len(calls) > 20
+    for path, library, extra in calls:
+        assert extra in extras, f"{path} names the extra {extra}"
+        if isinstance(library, ast.Constant):
+            name = optional.distribution(library.value)
+            assert name in extras[extra], f"{path}: the extra {extra} does not install {name}"
 
 
 def test_optional_libraries_are_imported_through_one_guard():

@@ -1,6 +1,6 @@
 """The page of `cropr view`: milliseconds a move, what queries of its examples are worth, pictures.
 
-python -m benchmarks.models.view --data FOLDER [--parts moves queries pictures]
+python -m benchmarks.accuracy.view --data FOLDER [--parts moves queries pictures]
 
 FOLDER as in accuracy/data.py. Needs Gradio, Selenium and a browser (benchmarks/utils/browser.py).
 A move is timed in the browser, from the event of the slider to the decoded pictures of both photos.

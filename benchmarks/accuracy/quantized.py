@@ -1,6 +1,6 @@
 """Quantise exported files in int8, pruned and not, and compare them on photos.
 
-python -m benchmarks.models.quantized --data FOLDER [--photos 100] [--rate 8]
+python -m benchmarks.accuracy.quantized --data FOLDER [--photos 100] [--rate 8]
     -> benchmarks/results/quantized.json
 
 FOLDER as in benchmarks/accuracy/data.py. Ways: onnxruntime's dynamic quantisation, its static one
@@ -22,8 +22,8 @@ from torch import Tensor
 
 import cropr_kernels as cropr
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
-from benchmarks.models.exported import onnxruntime_call, openvino_call
 from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.runtimes import onnxruntime_call, openvino_call
 from cropr_kernels.utils.timing import time_interleaved
 
 Call = Callable[[Tensor], Tensor]

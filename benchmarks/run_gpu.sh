@@ -29,7 +29,8 @@ mkdir -p "$OUT" "$WORK/logs" "$WORK/done"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
-left() { echo $((LIMIT - SECONDS - 5)); }
+START=$(date +%s)
+left() { echo $((LIMIT - 5 - ($(date +%s) - START))); }
 
 enough() {  # enough NAME: whether any time is left
   [ "$(left)" -gt 0 ] && return

@@ -33,8 +33,9 @@ def choose_combinations(items: list[pytest.Item]) -> set[pytest.Item]:
     """Choose combinations of the tests that are marked `each_choice`, or compile or interpret
     Triton kernels, whose code has no branch on a pair of parameters.
 
-    `make test` runs each choice, of the last two in every third shape; `make test-all` all pairs.
-    Marks the difference slow and returns the tests that neither runs.
+    `make test` runs each choice, of the last two in every third shape; `make test-all` all pairs,
+    and each choice of all shapes where kernels are compiled only: other tests compile them for
+    all known widths. Marks the difference slow and returns the tests that neither runs.
     """
     groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in [item for item in items if hasattr(item, "callspec")]:
@@ -53,7 +54,9 @@ def choose_combinations(items: list[pytest.Item]) -> set[pytest.Item]:
         for item in group:
             if item not in each_choice:
                 item.add_marker("slow")
-        left_out |= {*group} - each_choice - _covering_items(group, 2)
+        left_out |= (
+            {*group} - each_choice - _covering_items(group, 1 if backend == "compiled" else 2)
+        )
     return left_out
 
 

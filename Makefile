@@ -37,6 +37,8 @@ test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not slow" $(ARGS) || [ $$? = 5 ]  # 5: not one of these is for kernels
 
+# A third process, as tests of several processes, browsers and stopped commands wait.
+test-all: private WORKERS := $(if $(findstring tests/,$(ARGS)),0,3)
 test-all: test asan $(VENV)/test-all.done
 	$(PYTEST) -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(ARGS)

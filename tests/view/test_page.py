@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -203,14 +204,16 @@ def test_moves_while_it_computes_end_at_the_last_one(page, monkeypatch):
 
     compare = page.viewer.compare
     settings = []
+    moved = threading.Event()
 
     def slow(photo, setting):
-        time.sleep(0.3)
+        assert moved.wait(60)
         settings.append(setting.rate)
         return compare(photo, setting)
 
     monkeypatch.setattr(page.viewer, "compare", slow)
     page.press("#rate input[type=range]", *[Keys.ARROW_RIGHT] * 7)
+    moved.set()
     page.wait(lambda: re.search(r"tokens 65 52 40 28", page.text("#counts")))
     end = time.monotonic() + 2  # measurements of other rates end
     while time.monotonic() < end:

@@ -75,12 +75,27 @@ def test_files_import_from_their_own_package_and_from_those_to_its_left_without_
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+# Longer than the limit since lines have at most 100 columns; these may only shrink.
+LONG = {
+    "calibration.py": 401,
+    "models/probing.py": 444,
+    "models/vit.py": 418,
+    "ops/reference.py": 411,
+    "ops/triton/merge.py": 454,
+    "pruning/api.py": 440,
+    "pruning/state.py": 411,
+    "train/data.py": 434,
+    "train/loop.py": 478,
+    "tuning.py": 422,
+    "vlm/api.py": 491,
+}
+
+
 def test_no_file_is_longer_than_its_limit():
-    for path in [
-        *PACKAGE.rglob("*.py"),
-        *(ROOT / "csrc").iterdir(),
-        *(ROOT / "tests").rglob("*.py"),
-    ]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir()]:
+        limit = LONG.get(path.relative_to(PACKAGE).as_posix(), 400) if path.suffix == ".py" else 400
+        assert len(path.read_text().splitlines()) <= limit, path
+    for path in (ROOT / "tests").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 500, path
 
 

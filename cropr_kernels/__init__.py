@@ -13,8 +13,6 @@ Importing the package registers
 from . import ops as ops
 from .calibration import agreement as agreement
 from .calibration import calibrate as calibrate
-from .calibration import load_queries as load_queries
-from .calibration import save_queries as save_queries
 from .exporting import export as export
 from .inference.predictor import Predictor as Predictor
 from .models.adapters import ModelSpec as ModelSpec
@@ -44,6 +42,8 @@ from .pruning.saving import from_pretrained as from_pretrained
 from .pruning.saving import load as load
 from .pruning.saving import save as save
 from .pruning.windows import Windows as Windows
+from .query_files import load_queries as load_queries
+from .query_files import save_queries as save_queries
 from .schedule import Schedule as Schedule
 from .tuning import tune as tune
 from .vlm.api import num_image_tokens as num_image_tokens

@@ -5,15 +5,11 @@ token is the solution of one ridge regression per block. Only its normal equatio
 and (D,) per block, for any number of images.
 """
 
-import hashlib
-import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +23,14 @@ from .importance import (
 )
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
-from .pruning.fusion import Fusion, Restore
-from .pruning.model import CroprModules, modules_of, require_pruned, run, warn_of_random_queries
+from .pruning.model import modules_of, require_pruned, run, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
-from .pruning.options import options_of
+from .pruning.options import write_to_config
 from .pruning.state import PruningOptions
-from .schedule import SCHEDULES
+from .thresholds import Sample, fit_thresholds
 from .utils.flops import flop_counter
-from .utils.io import atomic_write, load_safetensors
-from .utils.optional import import_optional
 
 Model = TypeVar("Model", bound=nn.Module)
-_METADATA = "about"  # key in the header of a file of queries
 # (images, C, H, W), or batches, or tuples that start with one
 Images = Tensor | Iterable[Tensor | Sequence[Any]]
 
@@ -125,17 +117,21 @@ def calibrate(
     if not ridge > 0:
         raise ValueError(f"cropr.calibrate: ridge must be positive, got {ridge}")
     equations = _NormalEquations(len(modules), modules.spec.dim, next(model.parameters()).device)
+    sample = Sample()
     was_training = model.training
     model.eval()
     try:
         for batch in _batches(images, batch_size):
             equations.add(model, batch, kwargs)
+            sample.add(batch)
     finally:
         model.train(was_training)
     if equations.num_images == 0:
         raise ValueError("cropr.calibrate: needs at least one image, got none")
-    _set_queries(modules, F.normalize(equations.solve(ridge), dim=1))
-    _mark_calibrated(modules, "track_parent")
+    set_queries(modules, F.normalize(equations.solve(ridge), dim=1))
+    mark_calibrated(modules, "track_parent")
+    modules.thresholds = fit_thresholds(model, sample.images().to(equations.gram.device), kwargs)
+    write_to_config(model)
     return model
 
 
@@ -182,14 +178,6 @@ class _NormalEquations:
         )
 
 
-def _mark_calibrated(modules: CroprModules, restore: Restore) -> None:
-    """Note that queries are calibrated, and choose the restoration if it is open: the network never
-    saw old tokens."""
-    modules.calibrated = True
-    if modules.config.llf is not None:
-        modules.config = replace(modules.config, llf=modules.config.llf.with_default(restore))
-
-
 def solve_ridge(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
     """Solve (gram + ridge * its mean diagonal) q = moment by Cholesky; warn if float64 needs a
     stronger ridge."""
@@ -207,122 +195,6 @@ def solve_ridge(layer: int, gram: Tensor, moment: Tensor, ridge: float) -> Tenso
     raise ValueError(f"cropr.calibrate: the tokens after block {layer} are not finite")
 
 
-def _set_queries(modules: CroprModules, queries: Tensor) -> None:
-    """Set the folded queries, one row per module."""
-    for module, query in zip(modules, queries):
-        if isinstance(module, FoldedCropr):
-            module.folded.copy_(query)
-            continue
-        module = cast(Cropr, module)
-        if module.queries.shape[0] == 1:
-            module.queries.copy_(query)
-        else:
-            # Several queries stay different, as their auxiliary predictions need it; their sum
-            # scores.
-            module.queries.add_(query / module.queries.shape[0] - module.queries.mean(0))
-
-
-def save_queries(
-    model: nn.Module, path: str | Path, metadata: Mapping[str, object] | None = None
-) -> None:
-    """Write the folded queries of a pruned model, (modules, D) float32, and its pruning options:
-    safetensors.
-
-    The commands prune with the schedule, merging and fusion in the file. `metadata` adds to these,
-    or replaces them.
-
-    Raises:
-        TypeError: the model is not pruned.
-        OSError: the file cannot be written.
-        ImportError: safetensors is not installed.
-    """
-    modules = require_pruned(model, "cropr.save_queries")
-    write = import_optional("safetensors.torch", "demo", "cropr.save_queries").save_file
-    options = options_of(modules) or {}
-    saved = {name: options[name] for name in (*SCHEDULES, "llf", "merge") if name in options}
-    text = json.dumps(saved | dict(metadata or {}), sort_keys=True)
-    queries = torch.stack([modules.scorer(layer).query().cpu() for layer in range(len(modules))])
-    with atomic_write(path) as temporary:
-        write(
-            {"queries": queries}, temporary, {_METADATA: text, "sha256": _checksum(queries, text)}
-        )
-
-
-def _checksum(queries: Tensor, metadata: str) -> str:
-    return hashlib.sha256(queries.numpy().tobytes() + metadata.encode()).hexdigest()
-
-
-def read_queries(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read the queries (modules, D) in a file, and their metadata; errors are those of
-    `load_queries`."""
-    if Path(path).is_dir():
-        raise ValueError(
-            f"cropr.load_queries: {path} is a folder, not a file of cropr calibrate or "
-            "cropr.save_queries"
-        )
-    try:
-        tensors, header = load_safetensors(path)
-        complete = "queries" in tensors and _METADATA in header
-        reason = "" if complete else f"it has {', '.join([*tensors][:3]) or 'nothing'}"
-    except ValueError:
-        reason = "it is no safetensors file, or damaged"
-    if reason:
-        raise ValueError(
-            f"cropr.load_queries: {path} holds no queries: {reason}; choose a file of cropr "
-            "calibrate or "
-            "cropr.save_queries"
-        )
-    queries = tensors["queries"]
-    metadata = header[_METADATA]
-    if header.get("sha256") != _checksum(queries, metadata):
-        raise ValueError(
-            f"cropr.load_queries: {path} is damaged: its checksum does not match; calibrate or "
-            "copy again"
-        )
-    if queries.ndim != 2 or queries.dtype != torch.float32 or not queries.isfinite().all():
-        raise ValueError(
-            f"cropr.load_queries: queries must be finite, float32 and (modules, D), {path} holds "
-            f"{queries.dtype} "
-            f"{tuple(queries.shape)}"
-        )
-    return queries, json.loads(metadata)
-
-
-@torch.no_grad()
-def load_queries(model: Model, path: str | Path) -> Model:
-    """Set the queries of a pruned model to those that `save_queries` or `cropr calibrate` wrote, in
-    place.
-
-    A model with Last Layer Fusion has one module fewer, and takes the first ones. The pruning
-    options stay; if llf=True left it open, tokens are restored as in the file.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: the model is not pruned.
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no queries, is damaged, or the queries are those of another model.
-        ImportError: safetensors is not installed.
-    """
-    modules = require_pruned(model, "cropr.load_queries")
-    queries, metadata = read_queries(path)
-    dim = len(modules.scorer(0).query())
-    if len(queries) < len(modules) or queries.shape[1] != dim:
-        raise ValueError(
-            f"cropr.load_queries: the model has {len(modules)} modules of width {dim}, {path} "
-            "queries of shape "
-            f"{tuple(queries.shape)}; calibrate this model"
-        )
-    _set_queries(modules, queries.to(next(model.parameters()).device))
-    saved_fusion = Fusion.from_saved(metadata.get("llf"))
-    restore: Restore = (
-        "track_parent" if saved_fusion is None else saved_fusion.restore or "as_pruned"
-    )
-    _mark_calibrated(modules, restore)
-    return model
-
-
 class Agreement(NamedTuple):
     """The agreement of a model at one rate with the unpruned model."""
 
@@ -330,7 +202,7 @@ class Agreement(NamedTuple):
     agreement: float  # share of images with the same top class; of features the mean cosine
     # Mean KL divergence from the unpruned model's probabilities; NaN for features
     divergence: float
-    flops: float  # times fewer than unpruned
+    flops: float  # times fewer than unpruned, on average
 
 
 @torch.inference_mode()
@@ -361,16 +233,15 @@ def agreement(
     deployed = deploy(model)
     device = next(model.parameters()).device
     rates = [*rates]
-    flops: dict[int, int] = {}
+    flops: Counter[int] = Counter()
     outputs: dict[int, list[Tensor]] = {}
     for batch in _batches(images, batch_size):
         for rate in dict.fromkeys((0, *rates)):
             spec = modules_of(set_rate(deployed, rate)).spec
-            with nullcontext() if rate in flops else flop_counter() as counter:
+            with flop_counter() as counter:
                 output = outputs_of(spec.run(batch.to(device), **kwargs)).double()
             outputs.setdefault(rate, []).append(output)
-            if counter is not None:
-                flops[rate] = counter.get_total_flops()
+            flops[rate] += counter.get_total_flops()
     if not outputs:
         raise ValueError("cropr.agreement: needs at least one image, got none")
     unpruned = torch.cat(outputs[0])

@@ -15,6 +15,7 @@ from .. import calibration
 from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..models.pixels import Pixels
+from ..query_files import save_queries
 from ..utils.images import describe_skipped, find_photos, read_photos
 from ..utils.io import table
 from ..utils.optional import import_optional
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     )
     metadata: dict[str, object] = {"model": options.model, "rate": None}
     # Before the comparison, which may be interrupted
-    calibration.save_queries(model, options.out, metadata)
+    save_queries(model, options.out, metadata)
     compare = batches(held_out, pixels, f"comparing at {len(rates)} rates", show, unreadable[1])
     rows = calibration.agreement(model, compare, rates)
     best = calibration.recommend(rows, options.least / 100)
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         "rate": None if best is None else best.rate,
         "report": [row._asdict() for row in rows],
     }
-    calibration.save_queries(model, options.out, metadata)
+    save_queries(model, options.out, metadata)
     recommendation = (
         f"recommended: rate {best.rate}"
         if best

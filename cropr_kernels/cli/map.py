@@ -13,6 +13,7 @@ from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..pruning.api import deploy
 from ..pruning.maps import merge_map, pruning_map
+from ..query_files import load_queries
 from ..utils.images import describe_skipped, find_named_photos, printable, read_photos
 from ..utils.optional import import_optional
 from ..utils.progress import each
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     if calibrated:
         calibration.calibrate(model, each(images.split(16), "calibrating", show=show))
     elif options.queries is not None:
-        calibration.load_queries(model, options.queries)
+        load_queries(model, options.queries)
     fast = deploy(model)
     depth = len(find_spec(model).blocks)
     maps = torch.cat(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..calibration import load_queries
 from ..inference.loading import device_and_dtype, is_run_folder, load_model
 from ..models.adapters import find_spec
 from ..models.class_names import class_names
+from ..query_files import load_queries
 from ..train.loop import rebuild
 from ..utils.images import describe_skipped, find_named_photos
 from ..utils.optional import import_optional, is_installed

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..calibration import load_queries, read_queries
 from ..models.factory import create_model, is_transformers_folder, require_pretrained_head
 from ..models.pixels import Pixels, pixels_of
 from ..pruning.api import apply, set_rate
@@ -17,6 +16,7 @@ from ..pruning.fusion import Fusion
 from ..pruning.merging import Merge
 from ..pruning.model import CroprModules, is_pruned
 from ..pruning.saving import load, was_saved
+from ..query_files import load_queries, read_queries
 from ..schedule import SCHEDULES
 from ..train.loop import rebuild
 from ..utils.optional import import_optional

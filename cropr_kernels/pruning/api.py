@@ -14,6 +14,7 @@ from ..models.adapters import EngineRefusal, ModelSpec, engine_parts, find_spec
 from ..models.outputs import num_classes_of
 from ..schedule import Schedule, num_modules
 from .block_wrapper import links_to, unwrap, wrap
+from .budget import Thresholds
 from .config import PruningConfig
 from .fusion import Fusion, Restore
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
@@ -188,6 +189,8 @@ def _match_parameters(modules: CroprModules, block: nn.Module) -> None:
 
 def apply_options(model: Model, options: dict[str, Any]) -> Model:
     """Apply the options that `options_of` returned, from a file."""
+    options = dict(options)
+    thresholds = Thresholds.from_saved(options.pop("thresholds", None))
     merge = options.get("merge")
     windows = options.get("windows")
     values = {
@@ -195,7 +198,10 @@ def apply_options(model: Model, options: dict[str, Any]) -> Model:
         "merge": Merge(**merge) if merge else False,
         "windows": Windows(windows["size"], tuple(windows["global_blocks"])) if windows else None,
     }
-    return apply(model, **options | values)
+    apply(model, **options | values)
+    modules_of(model).thresholds = thresholds
+    write_to_config(model)
+    return model
 
 
 def _replace_attributes(modules: CroprModules) -> None:
@@ -402,6 +408,8 @@ def deployed_copy(model: Model, *, engine: bool = True, cuda_graphs: int | None 
     modules = modules_of(deployed)
     write_to_config(deployed)
     _set_engine(modules, engine)
+    if cuda_graphs is None and modules.has_counts_by_image:
+        cuda_graphs = 0
     modules.graphs = None
     modules.warned = True
     if GraphedForward.of(deployed) is not None:

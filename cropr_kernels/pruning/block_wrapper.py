@@ -285,7 +285,7 @@ def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> 
         modules.engine is None
         or modules.training
         or state.predicts
-        or options.collect
+        or (options.collect and state.budget() is None)
         or state.portable
         or _exporting()
     ):

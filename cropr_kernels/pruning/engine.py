@@ -20,6 +20,7 @@ from torch import Tensor
 from ..models.adapters import BlockParts
 from ..models.blocks import Rotary, norm_parameters
 from .masks import Masks
+from .ragged import run_ragged
 from .state import PruningState, attention_log_sizes
 from .strategies import MergeStrategy, make_strategy
 
@@ -39,7 +40,8 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
 
     Returns:
         The active tokens (B, K, D) in order of position; all (B, N, D) with Last Layer Fusion, or
-        if tokens merged and the caller wants all positions.
+        if tokens merged and the caller wants all positions. Where images keep different numbers,
+        the prefix (B, P, D) or all.
     """
     blocks = state.modules.engine or []
     parameters = (parameter for parts in blocks for parameter in parts.block.parameters())
@@ -55,7 +57,12 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         if torch.compiler.is_compiling()
         else torch._C._AutoDispatchBelowADInplaceOrView()
     ):
-        if CACHE_BYTES is None:
+        budget = state.budget()
+        merge = state.config.merge
+        if budget is not None and merge is not None and len(x) and not _has_own_table(rotary):
+            x = run_ragged(state, blocks, x, rotary, merge, budget)
+            positions = None
+        elif CACHE_BYTES is None:
             x, positions = _run_blocks(state, blocks, x, state.masks, rotary)
         else:
             x, positions = _run_in_chunks(
@@ -64,6 +71,14 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
     state.done = True
     state.positions = positions
     return x
+
+
+def _has_own_table(rotary: Rotary | None) -> bool:
+    """Tell whether each image of a batch has its own rotary table."""
+    if rotary is None:
+        return False
+    tables = rotary.table if isinstance(rotary.table, tuple) else (rotary.table,)
+    return any(table.ndim != 2 for table in tables)
 
 
 def _run_in_chunks(

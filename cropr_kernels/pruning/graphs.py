@@ -224,7 +224,7 @@ class GraphedForward:
 
         def run(images: Tensor, *mask_inputs: Tensor) -> object:
             masked: dict[str, Any] = dict(zip(masks, mask_inputs))
-            context.options = options._replace(**masked)
+            context.options = options._replace(equal_counts=True, **masked)
             return (
                 base_forward(model, **dict.fromkeys(kwargs, images))
                 if kwargs

@@ -35,7 +35,7 @@ def pruning_map(
     """
     spec = require_pruned(model, "cropr.pruning_map").spec
     warn_of_random_queries(model, "cropr.pruning_map", 4)
-    options = PruningOptions(protect=protect, padding=padding)
+    options = PruningOptions(protect=protect, padding=padding, engine=True, collect=True)
     _, state = run(model, lambda: spec.run(images, **kwargs), options)
     return state.pruning_map(images.device)
 
@@ -65,7 +65,7 @@ def merge_map(
         )
     warn_of_random_queries(model, "cropr.merge_map", 4)
     call = partial(modules.spec.run, images, **kwargs)
-    _, state = run(model, call, PruningOptions(protect=protect))
+    _, state = run(model, call, PruningOptions(protect=protect, engine=True, collect=True))
     row_idx = state.row_idx
     if row_idx is None:  # nothing was pruned
         row_idx = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)

@@ -13,6 +13,7 @@ from ..models.adapters import BlockParts, ModelSpec, Submodule, find_spec, is_ho
 from ..models.pixels import Pixels
 from ..schedule import num_modules
 from .block_wrapper import fill_padding
+from .budget import Thresholds
 from .config import PruningConfig
 from .graphs import Graphs
 from .module import Scorer
@@ -60,6 +61,7 @@ class CroprModules(nn.ModuleList):
         self.graphs: Graphs | None = None
         self.warned = False  # of random queries
         self.calibrated = False  # in closed form, or loaded from a file of such queries
+        self.thresholds: Thresholds | None = None  # of merging, if they are calibrated
         self.pixels: Pixels | None = None  # the preparation of images, if `load` knows it
 
     def scorer(self, layer: int) -> Scorer:
@@ -79,6 +81,17 @@ class CroprModules(nn.ModuleList):
         """The number of modules that prune: fusion over more blocks, set later, leaves some
         unused."""
         return num_modules(len(self.spec.blocks), self.config.full_blocks)
+
+    @property
+    def has_counts_by_image(self) -> bool:
+        """Each image keeps as many tokens as it needs, on the engine."""
+        config = self.config
+        return (
+            self.engine is not None
+            and self.thresholds is not None
+            and config.merge is not None
+            and bool(config.schedule.rate)
+        )
 
     @property
     def context(self) -> ForwardContext:
@@ -229,6 +242,8 @@ def before_forward(
             "with window attention a model gives features only: model.forward_features(images)"
         )
     modules.follow_head(model)
+    if model.training and modules.thresholds is not None:
+        _drop_thresholds(model)
     maps = _maps_asked_for(modules, model, kwargs)
     options = PruningOptions(
         protect,
@@ -245,6 +260,14 @@ def before_forward(
     context.model = model
     context.modules = modules
     return args, kwargs
+
+
+def _drop_thresholds(model: nn.Module) -> None:
+    """Forget thresholds that are of other weights than training makes."""
+    modules_of(model).thresholds = None
+    options = getattr(getattr(model, "config", None), "cropr", None)
+    if isinstance(options, dict):
+        options.pop("thresholds", None)
 
 
 def before_encoder(

@@ -21,8 +21,10 @@ def options_of(modules: CroprModules) -> dict[str, Any] | None:
     if head is not None and (head.mlp is None or head.mlp[0].out_features != 4 * modules.spec.dim):
         return None
     schedule = {name: getattr(config.schedule, name) for name in SCHEDULES}
+    thresholds = {} if modules.thresholds is None else {"thresholds": asdict(modules.thresholds)}
     return {
         **{name: value for name, value in schedule.items() if value is not None},
+        **thresholds,
         "llf": asdict(config.llf) if config.llf else False,
         "merge": config.merge and asdict(config.merge),
         "windows": config.windows and asdict(config.windows),

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..models.adapters import BlockParts, ModelSpec
 from ..models.blocks import rope_at, rotary_at
 from ..ops import decompositions
+from .budget import Budget, Thresholds
 from .config import PruningConfig
 from .masks import Masks, make_masks
+from .merge_record import MergeRecord
 from .merging import checkerboard
 from .module import Scorer
 from .portable import make_portable_strategy
@@ -33,6 +35,7 @@ class PruningModules(Protocol):
     training: bool
     recompute: bool
     engine: list[BlockParts] | None
+    thresholds: Thresholds | None
 
     @property
     def context(self) -> "ForwardContext": ...
@@ -60,6 +63,8 @@ class PruningOptions(NamedTuple):
     maps: frozenset[int] = frozenset()  # blocks whose output someone reads: it has all tokens
     restore: bool = False  # the tokens after the last block are all tokens too
     portable: bool = False  # standard operators alone, for exported files
+    budget: Budget | None = None  # of each image's merges; None: that of the modules
+    equal_counts: bool = False  # of tokens of each image, as graphs need them
 
 
 class ForwardContext:
@@ -165,6 +170,7 @@ class PruningState:
         self.tokens: Tensor | None = None  # after the last block, if they are collected
         # (B, N) after each pruning: `row_idx` then, if it is collected
         self.collected_rows: list[Tensor] = []
+        self.record: MergeRecord | None = None  # where images keep different numbers of tokens
 
     def _split_windows(self, windows: Windows) -> None:
         """Make masks and counts of tokens those of windows, which hold patches only."""
@@ -191,7 +197,27 @@ class PruningState:
     def row_idx(self) -> Tensor | None:
         """The row of the kept tokens that each token merged into, (B, N); None if none has
         merged."""
+        if self.record is not None:
+            return self.record.rows(len(self.record.merges))
         return None if self.strategy is None else self.strategy.row_idx
+
+    def budget(self) -> Budget | None:
+        """The budget of each image's merges; None if all images keep equally many tokens.
+
+        Images of another size than the calibrated, masks, graphs and lists of counts have equal
+        counts.
+        """
+        if self.options.budget is not None:
+            return self.options.budget
+        thresholds = self.modules.thresholds
+        schedule = self.config.schedule
+        if thresholds is None or not schedule.rate or not schedule.share:
+            return None
+        if self.config.merge is None or self.masks is not None or self.options.equal_counts:
+            return None
+        if torch.compiler.is_compiling() or thresholds.num_tokens != self.num_tokens:
+            return None
+        return thresholds.at(schedule.share * schedule.rate)
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
         """Arrange the tokens for a block: with windows, those of a window or of an image in a
@@ -250,6 +276,8 @@ class PruningState:
         blocks = torch.full(
             (num_rows, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
         )
+        if self.record is not None:
+            blocks = self.record.num_blocks(self.last_layer + 1)[:, self.num_prefix :]
         for layer, idx in self.pruned_idx:
             blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
         if windows is not None:
@@ -271,8 +299,13 @@ class PruningState:
         """
         grid = self.require_grid()
         rows = {layer: row_idx for (layer, _), row_idx in zip(self.pruned_idx, self.collected_rows)}
+        if self.record is not None:
+            rows = {
+                merge.layer: self.record.rows(index + 1)
+                for index, merge in enumerate(self.record.merges)
+            }
         pruned = dict(self.pruned_idx)
-        device = next(iter(pruned.values())).device if pruned else None
+        device = next((idx.device for idx in (*pruned.values(), *rows.values())), None)
         all_rows = torch.arange(self.num_tokens, device=device).repeat(self.num_images, 1)
         maps = [all_rows]
         active = torch.ones_like(all_rows, dtype=torch.bool)

@@ -25,7 +25,7 @@ def test_options_of_earlier_models_load_with_the_same_fusion(written, restore, f
 def test_earlier_queries_load_with_the_same_fusion(written, restore, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model = cropr.apply(randomize(reference_vit()), rate=8, llf=True, num_outputs=0).eval()
-    cropr.calibration.save_queries(
+    cropr.save_queries(
         model, tmp_path / "queries.safetensors", {"llf": {"restore": written, "blocks": 1}}
     )
     loaded = cropr.load_queries(

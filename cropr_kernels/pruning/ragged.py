@@ -1,0 +1,214 @@
+"""The engine for images that each keep as many tokens as they need: their rows stand packed.
+
+    x (B, N, D) holds every token at its position, as in `engine`; rows (T,) names the active ones
+    in x.view(B * N, D), image after image, and starts (B + 1,) where each image begins.
+
+Linear layers and norms see T rows, without padding. Attention is within each image. Blocks before
+the first merge, and those after the fusion, have equally many tokens of each image and run as in
+`engine`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.adapters import BlockParts
+from ..models.blocks import Rotary, Segments, SizeWeightedAttention, norm_parameters
+from .budget import Budget, num_candidates
+from .merge_record import MergeRecord
+from .merging import COST_WEIGHT, Merge, log_sizes
+from .state import PruningState
+
+ops = torch.ops.cropr
+
+
+class ActiveRows(NamedTuple):
+    """The active tokens of a batch."""
+
+    rows: Tensor  # (T,), ascending
+    starts: Tensor  # (B + 1,)
+    longest: int  # tokens of an image at most
+    sizes: Tensor  # (T,) float32
+
+    @property
+    def idx(self) -> Tensor:
+        """The rows as the positions (1, T) in a batch of one image."""
+        return self.rows.unsqueeze(0)
+
+
+class _Merger:
+    """Merges the tokens of one batch, module after module.
+
+    Args:
+        state: of this forward.
+        merge: the options of merging.
+        budget: how many merge.
+        x: (B, N, D), the residual buffer.
+    """
+
+    def __init__(self, state: PruningState, merge: Merge, budget: Budget, x: Tensor):
+        self.state = state
+        self.size_weight = merge.size_weight
+        self.budget = budget
+        self.x = x
+        self.priorities = state.choose_priorities(x, None)
+        self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+        self.cost_scale = torch.ones_like(self.sizes)
+        self.record = MergeRecord(x)
+
+    def all_rows(self) -> ActiveRows:
+        num_images, num_tokens, _ = self.x.shape
+        device = self.x.device
+        starts = torch.arange(num_images + 1, device=device) * num_tokens
+        rows = torch.arange(num_images * num_tokens, device=device)
+        return ActiveRows(rows, starts, num_tokens, self.sizes.flatten())
+
+    def merge_(
+        self, module: int, active: ActiveRows, update: Tensor, gamma: Tensor | None
+    ) -> ActiveRows:
+        """Add the update (T, D) of the block's MLP to the active rows, and merge."""
+        prefix = self.state.num_prefix
+        count = len(self.record.merges)
+        limit = num_candidates(self.budget.rate)
+        order = ops.ragged_add_select_(
+            self.x,
+            active.rows,
+            active.starts,
+            update,
+            gamma,
+            self.state.modules.scorer(module).query(),
+            limit,
+            prefix,
+            self.sizes,
+            self.size_weight if count else 0.0,
+            self.priorities[count % 2],
+            self.cost_scale,
+            COST_WEIGHT,
+        )
+        costs, nearest = ops.ragged_nearest(
+            self.x, order, active.starts, limit, prefix, self.cost_scale
+        )
+        merges = self.budget.choose(module, costs)
+        # One wait for the device
+        num_pruned = merges.sum(1)
+        lengths = active.starts.diff() - num_pruned
+        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+        rows, starts, sizes = ops.ragged_merge_(
+            self.x,
+            order,
+            active.starts,
+            merges,
+            nearest,
+            self.sizes,
+            self.record.parent,
+            total,
+            prefix,
+            self.state.config.tracks_parents,
+        )
+        remaining = ActiveRows(rows, starts, longest, sizes)
+        self.record.add(module, starts.diff())
+        return remaining
+
+
+def run_ragged(
+    state: PruningState,
+    blocks: list[BlockParts],
+    x: Tensor,
+    rotary: Rotary | None,
+    merge: Merge,
+    budget: Budget,
+) -> Tensor:
+    """Run x through all blocks, and leave the record of its merges in `state`.
+
+    Args:
+        state: of this forward, before its first block; without masks.
+        blocks: as the engine runs them.
+        x: (B, N, D), B >= 1; it changes in place.
+        rotary: the rotary table, if the blocks take one.
+        merge: the options of merging.
+        budget: how many tokens merge.
+
+    Returns:
+        (B, N, D), every token at its position: a merged one is the one that it went into, with
+        Last Layer Fusion it has its own value; (B, P, D), the prefix, if the model reads no more.
+    """
+    x = x.contiguous()
+    packed = x.view(1, -1, x.shape[-1])
+    merger = _Merger(state, merge, budget, x)
+    active: ActiveRows | None = None  # none: all tokens
+    rotary_rows = None if rotary is None else _with_prefix(rotary)
+    first_norm = getattr(blocks[0].block, blocks[0].norm1)
+    h = ops.gather_norm(x, None, *norm_parameters(first_norm, x.dtype))
+    for layer, parts in enumerate(blocks):
+        block = parts.block
+        gamma1, gamma2 = parts.scales(block)
+        norm2 = norm_parameters(getattr(block, parts.norm2), x.dtype)
+        update = _attend(parts, h, active, rotary, rotary_rows, state.num_tokens)
+        target, idx = (x, None) if active is None else (packed, active.idx)
+        h = ops.add_norm_(target, idx, update, gamma1, *norm2)
+        update = parts.run_mlp(block, h)
+        if layer == state.last_layer:
+            ops.add_(target, idx, update, gamma2)
+            break
+        next_norm = norm_parameters(
+            getattr(blocks[layer + 1].block, blocks[layer + 1].norm1), x.dtype
+        )
+        if layer < len(state.counts):
+            all_or_active = merger.all_rows() if active is None else active
+            active = merger.merge_(layer, all_or_active, update.flatten(0, 1), gamma2)
+            h = ops.gather_norm(packed, active.idx, *next_norm)
+        elif layer == state.fused_after:
+            ops.add_(target, idx, update, gamma2)
+            if state.config.tracks_parents:
+                x = ops.add_parents(x, merger.record.parent)
+                packed = x.view(1, -1, x.shape[-1])
+            active = None
+            h = ops.gather_norm(x, None, *next_norm)
+        else:
+            h = ops.add_norm_(target, idx, update, gamma2, *next_norm)
+    state.record = merger.record
+    if active is None:
+        return x
+    if state.config.tracks_parents:  # no block sees the tokens that are restored
+        return ops.add_parents(x, merger.record.parent)
+    if state.options.full or not state.num_prefix:
+        return ops.gather(x, merger.record.final_positions())
+    return x[:, : state.num_prefix]
+
+
+def _attend(
+    parts: BlockParts,
+    h: Tensor,
+    active: ActiveRows | None,
+    rotary: Rotary | None,
+    rotary_rows: Rotary | None,
+    num_tokens: int,
+) -> Tensor:
+    """Run the attention of a block on h, (B, N, D), or the active rows (1, T, D)."""
+    attention = getattr(parts.block, parts.attn)
+    if active is None:
+        return parts.attend(attention, h, rotary, None)
+    if rotary_rows is not None:
+        rotary_rows = rotary_rows._replace(idx=active.idx % num_tokens)
+    segments = Segments(active.starts, active.longest)
+    with SizeWeightedAttention(log_sizes(active.sizes).unsqueeze(0), segments=segments):
+        return parts.attend(attention, h, rotary_rows, None)
+
+
+def _with_prefix(rotary: Rotary) -> Rotary:
+    """Give a rotary table rows for the prefix, which turn nothing."""
+    count = rotary.num_prefix
+    if isinstance(rotary.table, tuple):  # cosines and sines
+        cos, sin = rotary.table
+        table: object = (
+            torch.cat([cos.new_ones(count, cos.shape[1]), cos]),
+            torch.cat([sin.new_zeros(count, sin.shape[1]), sin]),
+        )
+    else:
+        half = rotary.table.shape[1] // 2
+        sin, cos = rotary.table.split(half, 1)
+        sin = torch.cat([sin.new_zeros(count, half), sin])
+        cos = torch.cat([cos.new_ones(count, half), cos])
+        table = torch.cat([sin, cos], 1)
+    return Rotary(table, None, 0)

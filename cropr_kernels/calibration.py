@@ -27,6 +27,7 @@ from .pruning.model import modules_of, require_pruned, run, warn_of_random_queri
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.options import write_to_config
 from .pruning.state import PruningOptions
+from .query_files import mark_calibrated, set_queries
 from .thresholds import Sample, fit_thresholds
 from .utils.flops import flop_counter
 

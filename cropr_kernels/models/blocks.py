@@ -62,6 +62,17 @@ class Rotary(NamedTuple):
         """Turn queries or keys (B, H, K, C) in place; nothing is gathered."""
         ops.rotate_(heads.transpose(1, 2), self.table, self.idx, self.num_prefix, half)
 
+    def with_prefix(self) -> "Rotary":
+        """Give the table rows for the prefix, which turn nothing, so that tokens of several images
+        may follow each other."""
+        count = self.num_prefix
+        pair = self.table if isinstance(self.table, tuple) else self.table.chunk(2, 1)[::-1]
+        cos, sin = pair
+        cos = torch.cat([cos.new_ones(count, cos.shape[1]), cos])
+        sin = torch.cat([sin.new_zeros(count, sin.shape[1]), sin])
+        table = (cos, sin) if isinstance(self.table, tuple) else torch.cat([sin, cos], 1)
+        return Rotary(table, self.idx, 0)
+
     def rows(self) -> Any:
         """The rows of the active patches, (B, 1, K - P, C) each."""
         if self.idx is None:

@@ -69,6 +69,10 @@ class Thresholds:
         if any(low >= high for low, high in itertools.pairwise((0.0, *self.rates))):
             raise ValueError(f"Thresholds: rates must ascend from above 0, got {self.rates}")
 
+    @property
+    def num_modules(self) -> int:
+        return len(self.costs[0])
+
     def at(self, rate: float) -> "ThresholdBudget | None":
         """The budget of a rate, between two rates linearly; None above the highest."""
         if rate > self.rates[-1]:

@@ -137,7 +137,7 @@ def run_ragged(
     packed = x.view(1, -1, x.shape[-1])
     merger = _Merger(state, merge, budget, x)
     active: ActiveRows | None = None  # none: all tokens
-    rotary_rows = None if rotary is None else _with_prefix(rotary)
+    rotary_rows = None if rotary is None else rotary.with_prefix()
     first_norm = getattr(blocks[0].block, blocks[0].norm1)
     h = ops.gather_norm(x, None, *norm_parameters(first_norm, x.dtype))
     for layer, parts in enumerate(blocks):
@@ -194,21 +194,3 @@ def _attend(
     segments = Segments(active.starts, active.longest)
     with SizeWeightedAttention(log_sizes(active.sizes).unsqueeze(0), segments=segments):
         return parts.attend(attention, h, rotary_rows, None)
-
-
-def _with_prefix(rotary: Rotary) -> Rotary:
-    """Give a rotary table rows for the prefix, which turn nothing."""
-    count = rotary.num_prefix
-    if isinstance(rotary.table, tuple):  # cosines and sines
-        cos, sin = rotary.table
-        table: object = (
-            torch.cat([cos.new_ones(count, cos.shape[1]), cos]),
-            torch.cat([sin.new_zeros(count, sin.shape[1]), sin]),
-        )
-    else:
-        half = rotary.table.shape[1] // 2
-        sin, cos = rotary.table.split(half, 1)
-        sin = torch.cat([sin.new_zeros(count, half), sin])
-        cos = torch.cat([cos.new_ones(count, half), cos])
-        table = torch.cat([sin, cos], 1)
-    return Rotary(table, None, 0)

@@ -217,6 +217,8 @@ class PruningState:
             return None
         if torch.compiler.is_compiling() or thresholds.num_tokens != self.num_tokens:
             return None
+        if thresholds.num_modules < len(self.counts):  # found with Last Layer Fusion over more blocks
+            return None
         return thresholds.at(schedule.share * schedule.rate)
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
@@ -283,6 +285,18 @@ class PruningState:
         if windows is not None:
             blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
         return self.to_map(blocks)
+
+    def counts_by_block(self) -> Tensor:
+        """The tokens that each block sees of each image, (B, blocks) int64, on the CPU."""
+        depth = self.last_layer + 1
+        by_block = torch.full((self.num_images, depth), self.num_tokens)
+        if self.record is None:
+            merges = [(layer, torch.tensor(count)) for layer, count in enumerate(self.counts)]
+        else:
+            merges = [(merge.layer, merge.counts.cpu()) for merge in self.record.merges]
+        for layer, counts in merges:
+            by_block[:, layer + 1 : self.fused_after + 1] = counts.unsqueeze(-1)
+        return by_block
 
     def to_map(self, patches: Tensor) -> Tensor:
         """Arrange values of all patches (B, patches) on their grid: (B, height, width), of a video

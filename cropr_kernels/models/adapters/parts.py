@@ -4,12 +4,19 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import ROTARY_TABLES, has_tensors
-from ..blocks import Rotary, SizeWeightedAttention, norm_parameters
+from ..blocks import (
+    Rotary,
+    SizeWeightedAttention,
+    norm_parameters,
+    proportional_attention,
+)
 from ..probing import BlockCall
 from .base import BlockParts, EngineRefusal, base_class
 
@@ -155,13 +162,13 @@ class Attend:
 
 @dataclass(frozen=True)
 class AttendMultihead:
-    """The call of an nn.MultiheadAttention."""
+    """The computation of an nn.MultiheadAttention of one width, on h with the batch first."""
 
     def __call__(
         self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
     ) -> Tensor:
-        with SizeWeightedAttention.maybe(log_sizes):
-            if attn.batch_first:
-                return attn(h, h, h, need_weights=False)[0]
-            h = h.transpose(0, 1)
-            return attn(h, h, h, need_weights=False)[0].transpose(0, 1)
+        attention = cast(nn.MultiheadAttention, attn)
+        projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+        heads = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
+        output = proportional_attention(*heads, log_sizes)
+        return attention.out_proj(output.transpose(1, 2).flatten(2))

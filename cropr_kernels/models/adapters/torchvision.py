@@ -2,10 +2,10 @@
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..blocks import Rotary, SizeWeightedAttention
 from .base import BlockParts, ModelSpec, base_class, known_classes
+from .parts import AttendMultihead
 
 _MODULE = "torchvision.models.vision_transformer"
 
@@ -52,12 +52,7 @@ def find(model: nn.Module) -> ModelSpec | None:
 def parts(block: nn.Module) -> BlockParts | None:
     if base_class(block) not in known_classes(_MODULE, "EncoderBlock"):
         return None
-    return BlockParts(block, "ln_1", "ln_2", "self_attention", _attend, _no_scales)
-
-
-def _attend(attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
-    with SizeWeightedAttention.maybe(log_sizes):
-        return attn(h, h, h, need_weights=False)[0]
+    return BlockParts(block, "ln_1", "ln_2", "self_attention", AttendMultihead(), _no_scales)
 
 
 def _no_scales(block: nn.Module) -> tuple[None, None]:

@@ -1,0 +1,220 @@
+"""Each image keeps as many tokens as it needs: the engine on packed rows against blocks in plain
+PyTorch, and who gets equal counts."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.models import MODELS, randomize, reference_vit, timm_eva
+from torch.utils.flop_counter import FlopCounterMode
+
+import cropr_kernels as cropr
+from cropr_kernels.models.blocks import SizeWeightedAttention
+from cropr_kernels.pruning.budget import Thresholds, TotalBudget, num_candidates
+from cropr_kernels.pruning.costs import ImageFlops
+from cropr_kernels.pruning.merging import COST_WEIGHT, checkerboard, log_sizes
+from cropr_kernels.pruning.model import modules_of, run
+from cropr_kernels.pruning.state import PruningOptions
+from cropr_kernels.ops import reference
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+RATE = 6
+
+
+def photos(count=5, size=64, dtype=torch.float64, seed=0):
+    """Return images of different detail: noise of several resolutions."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [
+        torch.nn.functional.interpolate(
+            torch.randn(1, 3, 2 ** (1 + index % 5), 2 ** (1 + index % 5), generator=generator),
+            size=(size, size),
+        )
+        for index in range(count)
+    ]
+    return torch.cat(images).to(dtype)
+
+
+def calibrated(make, dtype=torch.float64, **options):
+    model = cropr.apply(randomize(make()).eval().to(dtype), rate=RATE, merge=True, **options)
+    return cropr.calibrate(model, photos(12, dtype=dtype, seed=1))
+
+
+def merged_one_by_one(model, image):
+    """Run one image through a reference ViT's blocks, and merge what costs at most the thresholds:
+    its tokens by position before the norm, and how many each block saw."""
+    modules = modules_of(model)
+    budget = modules.thresholds.at(RATE)
+    prefix, merge = modules.spec.num_prefix, modules.config.merge
+    tower = cropr.remove(cropr.deploy(model, engine=False))
+    queries = [modules.scorer(layer).query() for layer in range(modules.num_used)]
+    captured = []
+    handle = tower.blocks[0].register_forward_pre_hook(lambda block, args: captured.append(args[0]))
+    tower(image)
+    handle.remove()
+    x = captured[0]
+    sizes = x.new_ones(1, x.shape[1], dtype=torch.float32)
+    colors = checkerboard(x, modules.spec.grid, prefix)
+    positions = torch.arange(x.shape[1])[None]
+    holder = positions.clone()
+    counts = []
+    for layer, block in enumerate(tower.blocks):
+        counts.append(x.shape[1])
+        with SizeWeightedAttention.maybe(log_sizes(sizes)):
+            x = block(x)
+        if layer == len(queries):
+            break
+        scores = reference.scores(x, queries[layer])
+        adjusted = scores
+        if layer:
+            adjusted = reference.size_adjusted_scores(scores, sizes, merge.size_weight, prefix)
+        num_candidates_here = min(num_candidates(RATE), (x.shape[1] - prefix) // 2)
+        priority = colors[layer % 2].gather(1, positions)
+        targets, candidates = reference.select(
+            adjusted, x.shape[1] - num_candidates_here, prefix, priority
+        )
+        scale = reference.cost_scales(scores, adjusted, COST_WEIGHT, prefix)
+        best, _ = reference._find_nearest(x, targets, candidates, prefix)
+        cost = (1 - best).clamp_min(0) * scale.gather(1, candidates)
+        num_keep = x.shape[1] - int((cost <= budget.costs[layer]).sum())
+        x, kept, _, sizes, dest = reference.merge(
+            x, targets, candidates, sizes, num_keep, prefix, scale
+        )
+        holder = dest.gather(1, holder)
+        positions = positions.gather(1, kept)
+    return reference.gather(x, holder), counts
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"qk_norm": True, "init_values": 0.5}])
+def test_images_are_merged_as_one_by_one(options):
+    model = calibrated(lambda: reference_vit(global_pool="avg", **options))
+    images = photos()
+    fast = cropr.deploy(model)
+    [tokens], [state] = zip(run(fast, lambda: fast.forward_features(images), PruningOptions(engine=True)))
+    seen = state.counts_by_block().tolist()
+    for index, image in enumerate(images):
+        expected, counts = merged_one_by_one(model, image[None])
+        assert seen[index] == counts
+        expected = fast.norm(expected)
+        torch.testing.assert_close(tokens[index : index + 1], expected, rtol=1e-6, atol=1e-8)
+    assert len({row[-1] for row in seen}) > 1
+
+
+FAMILIES = {**MODELS, "timm EVA-02, registers": lambda: timm_eva(num_reg_tokens=3)}
+
+
+@pytest.mark.parametrize("llf", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_is_independent_of_those_beside_it(name, llf):
+    fast = cropr.deploy(calibrated(FAMILIES[name], llf=llf))
+    assert fast.cropr.has_counts_by_image
+    images = photos()
+    together = fast(images)
+    for index in range(len(images)):
+        torch.testing.assert_close(fast(images[index : index + 1])[0], together[index])
+
+
+def test_the_mean_over_calibration_images_is_the_rate():
+    model = calibrated(reference_vit)
+    fast = cropr.deploy(model)
+    budget = TotalBudget(RATE)
+    images = photos(12, seed=1)
+    _, state = run(fast, lambda: fast(images), PruningOptions(engine=True, budget=budget))
+    counts = state.counts_by_block()
+    assert (-counts.diff(dim=1).sum(0)).tolist() == [RATE * 12] * 3
+    assert (counts.sum(1) != counts.sum(1)[0]).any()
+
+
+def test_flops_by_image_add_up_to_those_counted():
+    fast = cropr.deploy(calibrated(lambda: reference_vit(embed_dim=128)))
+    images = photos()
+    flops = ImageFlops(fast, images[:1])
+    with FlopCounterMode(display=False) as counter:
+        _, state = run(fast, lambda: fast(images), PruningOptions(engine=True))
+    assert flops(state).sum() == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops(state).max() > 1.01 * flops(state).min()
+
+
+def test_equal_counts_where_own_ones_are_not_known():
+    model = calibrated(lambda: reference_vit(no_embed_class=True))
+    images = photos()
+
+    def counts_of(pruned, *args, images=images, **kwargs):
+        fast = cropr.deploy(pruned, **kwargs)
+        _, state = run(fast, lambda: fast(images), PruningOptions(engine=True))
+        return state
+
+    assert counts_of(model).record is not None
+    assert counts_of(model, engine=False).record is None
+    modules_of(model).config = dataclasses.replace(
+        modules_of(model).config, schedule=cropr.Schedule(keep=[50, 40, 30])
+    )
+    assert counts_of(model).record is None  # a list of counts
+    cropr.set_rate(model, RATE)
+    thresholds = modules_of(model).thresholds
+    modules_of(model).thresholds = dataclasses.replace(thresholds, num_tokens=17)
+    assert counts_of(model).record is None  # images of another size
+    modules_of(model).thresholds = thresholds
+    protect = torch.zeros(5, 8, 8, dtype=torch.bool)
+    fast = cropr.deploy(model)
+    options = PruningOptions(engine=True, protect=protect)
+    assert run(fast, lambda: fast(images), options)[1].record is None
+    cropr.set_rate(model, 20)
+    assert counts_of(model).record is None  # above the highest rate that was calibrated
+
+
+def test_training_forgets_thresholds():
+    model = calibrated(reference_vit)
+    model.train()(photos())
+    assert modules_of(model).thresholds is None
+
+
+def test_files_keep_thresholds(tmp_path):
+    model = calibrated(reference_vit, dtype=torch.float32)
+    thresholds = modules_of(model).thresholds
+    images = photos(dtype=torch.float32)
+    expected = cropr.deploy(model)(images)
+    cropr.save_queries(model, tmp_path / "queries.safetensors")
+    weights = cropr.remove(cropr.deploy(model)).state_dict()
+    other = reference_vit()
+    other.load_state_dict(weights)
+    cropr.apply(other.eval(), rate=RATE, merge=True)
+    cropr.load_queries(other, tmp_path / "queries.safetensors")
+    assert modules_of(other).thresholds == thresholds
+    torch.testing.assert_close(cropr.deploy(other)(images), expected)
+    cropr.save(model, tmp_path / "folder")
+    loaded = cropr.load(tmp_path / "folder")
+    assert modules_of(loaded).thresholds == thresholds
+    torch.testing.assert_close(cropr.deploy(loaded)(images), expected)
+
+
+def test_queries_of_dropping_bring_no_thresholds_for_merging(tmp_path):
+    cropr.save_queries(calibrated(reference_vit, torch.float32), tmp_path / "q.safetensors")
+    model = cropr.apply(reference_vit(), rate=RATE)
+    assert modules_of(cropr.load_queries(model, tmp_path / "q.safetensors")).thresholds is None
+
+
+def test_thresholds_between_two_rates_are_linear():
+    thresholds = Thresholds(65, (4.0, 8.0), ((0.1, 0.2), (0.3, 0.6)))
+    assert thresholds.at(6).costs == pytest.approx((0.2, 0.4))
+    assert thresholds.at(2).costs == pytest.approx((0.05, 0.1))
+    assert thresholds.at(8).costs == pytest.approx((0.3, 0.6))
+    assert thresholds.at(9) is None
+
+
+def test_thresholds_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="rates must ascend from above 0, got"):
+        Thresholds(65, (4.0, 4.0), ((0.1,), (0.2,)))
+    with pytest.raises(ValueError, match="one row a rate of equal length, got 2 rows"):
+        Thresholds(65, (4.0, 8.0), ((0.1,), (0.2, 0.3)))
+
+
+def test_maps_show_what_the_engine_merges():
+    model = calibrated(lambda: reference_vit(global_pool="avg"))
+    images = photos()
+    fast = cropr.deploy(model)
+    _, state = run(fast, lambda: fast(images), PruningOptions(engine=True))
+    remaining = state.counts_by_block()[:, -1] - 1
+    blocks = cropr.pruning_map(fast, images)
+    assert torch.equal((blocks == 4).flatten(1).sum(1), remaining)
+    merged = cropr.merge_map(fast, images)
+    assert torch.equal(merged.flatten(1).max(1).values + 1, remaining)

@@ -12,6 +12,8 @@ bool allows(Types types, ScalarType type, ScalarType first) {
       return type == ScalarType::Float;
     case Types::kInt64:
       return type == ScalarType::Long;
+    case Types::kBool:
+      return type == ScalarType::Bool;
     case Types::kPriority:
       return type == ScalarType::Char || type == ScalarType::Bool;
     case Types::kOfFirst:

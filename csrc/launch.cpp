@@ -20,7 +20,7 @@
 namespace cropr {
 namespace {
 
-constexpr size_t kMaxArguments = 12, kMaxParameters = 48, kMaxRecordings = 4096;
+constexpr size_t kMaxArguments = 13, kMaxParameters = 48, kMaxRecordings = 4096;
 
 // Functions of the CUDA driver and of libtorch_cuda, looked up by load_driver.
 struct Driver {

@@ -8,11 +8,11 @@
 
 namespace cropr {
 
-enum class Types { kFloat, kFloat32, kInt64, kPriority, kOfFirst };
+enum class Types { kFloat, kFloat32, kInt64, kBool, kPriority, kOfFirst };
 
 // Text of Types in error messages; Python parses the dtypes from it.
 constexpr const char* kTypeNames[] = {
-    "float32, float64, bfloat16 or float16", "float32", "int64", "int8 or bool",
+    "float32, float64, bfloat16 or float16", "float32", "int64", "bool", "int8 or bool",
     "the dtype of the first tensor"};
 
 enum class Layout { kAny, kContiguous, kDenseRows };
@@ -33,7 +33,7 @@ struct Range {
 
 struct Op {
   const char* schema;
-  Input inputs[8];
+  Input inputs[9];
   Range ranges[2] = {};
 };
 
@@ -51,6 +51,10 @@ constexpr Input kSizes{"sizes", Types::kFloat32, "BN"},
     kPriorities{"priority", Types::kPriority, "BN"};
 constexpr Input kCostScale{"cost_scale", Types::kFloat32, "BN"};
 constexpr Input kKept{"kept_idx", Types::kInt64, "BK"}, kPruned{"pruned_idx", Types::kInt64, "BR"};
+constexpr Input kChangedSizes{"sizes", Types::kFloat32, "BN", Layout::kContiguous},
+    kChangedCostScale{"cost_scale", Types::kFloat32, "BN", Layout::kContiguous};
+constexpr Input kRows{"rows", Types::kInt64, "T"}, kOrder{"order", Types::kInt64, "T"},
+    kStarts{"starts", Types::kInt64, "S"};  // S = B + 1
 constexpr Input kParent{"parent", Types::kInt64, "BN", Layout::kContiguous};
 
 constexpr Op kOps[] = {
@@ -110,7 +114,7 @@ constexpr Op kOps[] = {
       kQuery,
       kSizes,
       kPriorities,
-      {"cost_scale", Types::kFloat32, "BN", Layout::kContiguous}},
+      kChangedCostScale},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
     {"merge_(Tensor(a!) x, Tensor target_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) "
      "parent,"
@@ -119,7 +123,7 @@ constexpr Op kOps[] = {
      {kInPlace,
       kTargets,
       kCandidates,
-      {"sizes", Types::kFloat32, "BN", Layout::kContiguous},
+      kChangedSizes,
       kParent,
       kCostScale},
      {{"num_prefix", "0", "T"}, {"num_keep", "T", "T + C"}}},
@@ -130,6 +134,37 @@ constexpr Op kOps[] = {
     {"rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
      {{"x", Types::kFloat, "BKHC", Layout::kDenseRows}, {"table", Types::kFloat, "P2C"}, kIdx},
      {{"num_prefix", "0", "K"}}},
+    // The same where each image has as many active tokens as it needs: rows of x.view(B * N, D),
+    // image after image, from starts (B + 1) on.
+    {"ragged_add_select_(Tensor(a!) x, Tensor rows, Tensor starts, Tensor update, Tensor? gamma,"
+     " Tensor query, SymInt num_candidates, SymInt num_prefix=0, Tensor? sizes=None,"
+     " float size_weight=0.0, Tensor? priority=None, Tensor(b!)? cost_scale=None,"
+     " float cost_weight=0.0) -> Tensor",
+     {kInPlace,
+      kRows,
+      kStarts,
+      {"update", Types::kFloat, "TD"},
+      kGamma,
+      kQuery,
+      kSizes,
+      kPriorities,
+      kChangedCostScale},
+     {{"num_prefix", "0", "N"}, {"num_candidates", "0", "N"}}},
+    {"ragged_nearest(Tensor x, Tensor order, Tensor starts, SymInt num_candidates,"
+     " SymInt num_prefix=0, Tensor? cost_scale=None) -> (Tensor costs, Tensor nearest)",
+     {kX, kOrder, kStarts, kCostScale},
+     {{"num_prefix", "0", "N"}, {"num_candidates", "0", "N"}}},
+    {"ragged_merge_(Tensor(a!) x, Tensor order, Tensor starts, Tensor prune, Tensor nearest,"
+     " Tensor(b!) sizes, Tensor(c!) parent, SymInt num_kept, SymInt num_prefix=0,"
+     " bool offsets=False) -> (Tensor rows, Tensor starts, Tensor sizes)",
+     {kInPlace,
+      kOrder,
+      kStarts,
+      {"prune", Types::kBool, "BC"},
+      {"nearest", Types::kInt64, "BC"},
+      kChangedSizes,
+      kParent},
+     {{"num_prefix", "0", "N"}, {"num_kept", "0", "T"}}},
 };
 
 constexpr std::string_view name_of(const Op& op) {

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.network import Context, Reducer, Reduction, gather_rows
-from cropr_kernels.ops.reference import cost_scales, size_adjusted_scores
+from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge, checkerboard
 
 ops = torch.ops.cropr

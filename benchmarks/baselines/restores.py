@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cropr_kernels.models.blocks import project_heads, proportional_attention
-from cropr_kernels.ops.reference import cost_scales, size_adjusted_scores
+from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, Merge, checkerboard, log_sizes
 
 ops = torch.ops.cropr

@@ -17,6 +17,7 @@ FAMILIES = {
     "merge": ("merge", "merge_"),
     "parent_offsets": ("parent_offsets", "parent_offsets_", "add_parents"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),
+    "ragged": ("ragged_add_select_", "ragged_nearest", "ragged_merge_"),
 }
 FILES = {op: file for file, ops in FAMILIES.items() for op in ops}
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from .reference import accumulation_dtype
 from .validation import check_shapes
 
 _SPLIT = "x B,num_keep,D; int64 B,num_keep; x B,N-num_keep,D; int64 B,N-num_keep"
 _CHOICE = "int64 B,num_keep; int64 B,T+C-num_keep; float32 B,num_keep"
-# Dtype and sizes of each result. The dtype may be that of an argument; sizes are sums of letters of
-# the table in csrc/library.h and of arguments.
+# Dtype and sizes of each result. The dtype may be that of an argument or the one that sums run in;
+# sizes are sums of letters of the table in csrc/library.h and of arguments.
 _RESULTS = {
     "scores": "float32 B,N",
     "select": "int64 B,num_keep; int64 B,N-num_keep",
@@ -35,6 +36,9 @@ _RESULTS = {
     "merge_": _CHOICE,
     "parent_offsets_": "",
     "rotate_": "",
+    "ragged_add_select_": "int64 T",
+    "ragged_nearest": "sums B,num_candidates; int64 B,num_candidates",
+    "ragged_merge_": "int64 num_kept; int64 S; float32 num_kept",
 }
 
 
@@ -58,7 +62,12 @@ def fake_kernel(op: str) -> Callable[..., Any]:
                 sum(-sizes[name] if minus else sizes[name] for minus, name in terms)
                 for terms in sums
             ]
-            dtype = sizes[dtype_name].dtype if dtype_name in sizes else getattr(torch, dtype_name)
+            if dtype_name == "sums":
+                dtype = accumulation_dtype(values[0].dtype)
+            elif dtype_name in sizes:
+                dtype = sizes[dtype_name].dtype
+            else:
+                dtype = getattr(torch, dtype_name)
             outputs.append(values[0].new_empty(dims, dtype=dtype))
         if not outputs:
             return None

@@ -25,6 +25,20 @@ def _similarities(x: _Shape, targets: _Shape, candidates: _Shape, *_: object, **
     return 2 * x[0] * targets[1] * candidates[1] * x[2]
 
 
+def _ragged_add_select(
+    x: _Shape, rows: _Shape, starts: _Shape, update: _Shape, *_: object, **__: object
+) -> int:
+    return _scores(update)
+
+
+def _ragged_similarities(
+    x: _Shape, order: _Shape, starts: _Shape, num_candidates: int, *_: object, **__: object
+) -> int:
+    """Those of images with equally many tokens."""
+    count = min(num_candidates, order[0] // (2 * max(x[0], 1)))
+    return 2 * count * (order[0] - x[0] * count) * x[2]
+
+
 def _attend(x: _Shape, queries: _Shape, *_: object, **__: object) -> int:
     return 4 * math.prod(x) * queries[0]  # logits and weighted sum
 
@@ -41,6 +55,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "merge_": _similarities,
     "parent_offsets": _similarities,
     "parent_offsets_": _similarities,
+    "ragged_add_select_": _ragged_add_select,
+    "ragged_nearest": _ragged_similarities,
     "attend": _attend,
     "attend_scores": _attend,
     "attend_backward": _attend_backward,

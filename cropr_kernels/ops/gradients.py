@@ -180,6 +180,7 @@ GRADIENTS: dict[str, tuple[Callable[..., _Gradients], Callable[..., None]]] = {
     "attend": (_attend_backward, _attend_setup),
     "attend_scores": (_attend_backward, _attend_setup),
     "attend_backward": (_no_gradient, _no_gradient_setup),
+    "ragged_nearest": (_no_gradient, _no_gradient_setup),
 }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .score_weights import cost_scales, size_adjusted_scores
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums run in: float64 for float64 inputs, float32 for every other."""
@@ -44,41 +46,6 @@ def select(
             1, classes.gather(1, order).sort(dim=1, descending=True, stable=True).indices
         )
     return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values
-
-
-def _mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each row, (B, 1); of equal values the latter is zero."""
-    distance = values - values[:, :1]
-    mean = distance.mean(1, keepdim=True)
-    return values[:, :1] + mean, (distance - mean).square().mean(1, keepdim=True).sqrt()
-
-
-def size_adjusted_scores(
-    scores: Tensor, sizes: Tensor, size_weight: float, num_prefix: int = 0
-) -> Tensor:
-    """scores + size_weight * standard deviation over the patches * log(sizes), all (B, N)."""
-    if not size_weight or scores.shape[1] == num_prefix:
-        return scores
-    _, spread = _mean_and_spread(scores[:, num_prefix:])
-    # NaN or infinite scores have none
-    spread = torch.where(spread.isfinite(), spread, torch.zeros_like(spread))
-    return scores + size_weight * spread * sizes.log()
-
-
-def cost_scales(
-    scores: Tensor, adjusted: Tensor, cost_weight: float, num_prefix: int = 0
-) -> Tensor:
-    """exp(cost_weight * (adjusted - mean) / standard deviation), all (B, N): factors on the cost of
-    pruning.
-
-    Mean and deviation are those of the scores over the patches; without a finite deviation the
-    scales are 1. Exponents are limited to 60, so that scales are finite and positive.
-    """
-    if scores.shape[1] == num_prefix:
-        return torch.ones_like(adjusted)
-    mean, spread = _mean_and_spread(scores[:, num_prefix:])
-    scales = (cost_weight * ((adjusted - mean) / spread)).clamp(-60.0, 60.0).exp()
-    return torch.where((spread > 0) & spread.isfinite(), scales, torch.ones_like(scales))
 
 
 def gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -126,6 +93,18 @@ def merge(
     kept_idx, pruned_idx, target = _choose_targets(
         x, target_idx, candidate_idx, num_keep, num_prefix, cost_scale
     )
+    kept, kept_sizes = combine(x, sizes, kept_idx, pruned_idx, target)
+    dest = torch.empty_like(torch.cat([target_idx, candidate_idx], 1))
+    dest.scatter_(1, kept_idx, torch.arange(num_keep, device=x.device).expand_as(kept_idx))
+    dest.scatter_(1, pruned_idx, target)
+    return kept, kept_idx, pruned_idx, kept_sizes, dest
+
+
+def combine(
+    x: Tensor, sizes: Tensor, kept_idx: Tensor, pruned_idx: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows (B, K, D) and sizes (B, K) of the kept tokens after each pruned one is merged into the
+    kept row of its target (B, R)."""
     rows = x.to(accumulation_dtype(x.dtype))
     weight = sizes.detach().to(rows.dtype).unsqueeze(-1)
     kept_sizes = (
@@ -141,10 +120,7 @@ def merge(
     means = sums / kept_sizes.to(rows.dtype).unsqueeze(-1)
     norm, mean_norm, _ = norms(kept_rows, means)
     kept = torch.where(unmerged.unsqueeze(-1), kept_rows, means * (norm / mean_norm))
-    dest = torch.empty_like(torch.cat([target_idx, candidate_idx], 1))
-    dest.scatter_(1, kept_idx, torch.arange(num_keep, device=x.device).expand_as(kept_idx))
-    dest.scatter_(1, pruned_idx, target)
-    return kept.to(x.dtype), kept_idx, pruned_idx, kept_sizes, dest
+    return kept.to(x.dtype), kept_sizes
 
 
 def norms(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,11 +161,8 @@ def _choose_targets(
             candidate_idx[:, :0],
             candidate_idx[:, :0],
         )
-    best, nearest = _find_nearest(features, target_idx, candidate_idx, num_prefix)
-    cost = (1 - best).clamp_min(0)
-    if cost_scale is not None:
-        cost = cost * cost_scale.detach().gather(1, candidate_idx)
-    cost = torch.where(cost.isnan(), torch.full_like(cost, torch.inf), cost)
+    best, nearest = find_nearest(features, target_idx, candidate_idx, num_prefix)
+    cost = merge_costs(best, candidate_idx, cost_scale)
     order = cost.flip(1).sort(dim=1, stable=True).indices
     # The lowest cost first, of equals the higher position
     order = candidate_idx.shape[1] - 1 - order
@@ -199,7 +172,15 @@ def _choose_targets(
     return kept_idx, candidate_idx.gather(1, chosen), target
 
 
-def _find_nearest(
+def merge_costs(best: Tensor, candidate_idx: Tensor, cost_scale: Tensor | None) -> Tensor:
+    """max(1 - best, 0) * cost_scale of candidates (B, C), NaN as infinity."""
+    cost = (1 - best).clamp_min(0)
+    if cost_scale is not None:
+        cost = cost * cost_scale.detach().gather(1, candidate_idx)
+    return torch.where(cost.isnan(), torch.full_like(cost, torch.inf), cost)
+
+
+def find_nearest(
     features: Tensor, target_idx: Tensor, candidate_idx: Tensor, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
     """Highest cosine of each candidate with a target, and that target's index in target_idx."""
@@ -220,7 +201,7 @@ def parent_offsets(
     """x[pruned] - x[parent], and the position of the parent, the most similar kept token."""
     if pruned_idx.shape[1] == 0:
         return gather(x, pruned_idx), pruned_idx.clone()
-    parent_idx = kept_idx.gather(1, _find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
+    parent_idx = kept_idx.gather(1, find_nearest(x, kept_idx, pruned_idx, num_prefix)[1])
     rows = x.to(accumulation_dtype(x.dtype))
     return (gather(rows, pruned_idx) - gather(rows, parent_idx)).to(x.dtype), parent_idx
 
@@ -378,7 +359,7 @@ def merge_(
     sizes.scatter_(1, kept_idx, kept_sizes)
     parent.scatter_(1, pruned_idx, kept_idx.gather(1, dest.gather(1, pruned_rows)))
     if offsets:
-        _subtract_parents(x, pruned_idx, parent)
+        subtract_parents(x, pruned_idx, parent)
     return kept_idx, pruned_idx, kept_sizes
 
 
@@ -388,10 +369,11 @@ def parent_offsets_(
     """parent_offsets, written to the pruned rows of x; the parents are written to parent."""
     _, parent_idx = parent_offsets(x, kept_idx, pruned_idx, num_prefix)
     parent.scatter_(1, pruned_idx, parent_idx)
-    _subtract_parents(x, pruned_idx, parent)
+    subtract_parents(x, pruned_idx, parent)
 
 
-def _subtract_parents(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
+def subtract_parents(x: Tensor, pruned_idx: Tensor, parent: Tensor) -> None:
+    """x[b, p] -= x[b, parent[b, p]] for every pruned position, rounded once."""
     rows = _rows(x, pruned_idx) - _rows(x, parent.gather(1, pruned_idx))
     x.scatter_(1, pruned_idx.unsqueeze(-1).expand_as(rows), rows.to(x.dtype))
 

@@ -6,8 +6,9 @@ Schemas are those of csrc/library.h; CPU kernels register when ``_C`` is importe
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import ragged_reference
 from .cuda import FAMILIES, FILES, cuda_kernel
+from .definitions import DEFINITIONS
 from .extension import NAMES, table
 from .fakes import fake_kernel
 from .flops import FLOPS, no_flops
@@ -23,14 +24,19 @@ for _name, (_schema, *_) in zip(NAMES, table):
     # torch.func differentiates and vectorizes operators that it knows: under it an op is its
     # definition.
     if not _name.endswith(("_", "norm", "backward")):
-        _library.impl(_name, getattr(reference, _name), "FuncTorchDynamicLayerFrontMode")
+        _library.impl(_name, DEFINITIONS[_name], "FuncTorchDynamicLayerFrontMode")
+
+for _name in FAMILIES["ragged"]:
+    _library.impl(_name, ragged_reference.checked(_name), "CPU")
 
 for _name, (_backward, _setup) in GRADIENTS.items():
     torch.library.register_autograd(
         f"cropr::{_name}", _backward, setup_context=_setup, lib=_library
     )
 
-for _name in (*FAMILIES["residual"], "merge_", "parent_offsets_"):  # the engine's
+for _name in NAMES:
+    if not _name.endswith(("_", "_norm")):  # only the engine's
+        continue
     _library.impl(_name, reject_gradient(_name), "Autograd", with_keyset=True)
     if _name.endswith("_"):
         _library.impl(_name, increment_versions(_name), "ADInplaceOrView", with_keyset=True)

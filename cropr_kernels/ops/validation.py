@@ -229,6 +229,11 @@ def _require_rotary_rows(op: str, dims: Dims, values: Arguments) -> None:
         _fail(op, f"table must have a row for each of the {patches} patches, got {dims['P']}")
 
 
+def _require_starts(op: str, dims: Dims, values: Arguments) -> None:
+    if dims["S"] != dims["B"] + 1:
+        _fail(op, f"starts must have shape (B + 1 = {dims['B'] + 1},), got ({dims['S']},)")
+
+
 _RULES: dict[str, Callable[[str, Dims, Arguments], None]] = {
     "attend": _require_token,
     "attend_scores": _require_token,
@@ -238,4 +243,7 @@ _RULES: dict[str, Callable[[str, Dims, Arguments], None]] = {
     "parent_offsets": _require_parent,
     "parent_offsets_": _require_parent,
     "rotate_": _require_rotary_rows,
+    "ragged_add_select_": _require_starts,
+    "ragged_nearest": _require_starts,
+    "ragged_merge_": _require_starts,
 }

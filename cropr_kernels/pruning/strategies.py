@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.reference import cost_scales, size_adjusted_scores
+from ..ops.score_weights import cost_scales, size_adjusted_scores
 from .config import PruningConfig
 from .merging import COST_WEIGHT, Merge, log_sizes, resolve_parents
 from .module import Scorer

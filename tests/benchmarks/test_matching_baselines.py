@@ -11,7 +11,7 @@ from helpers.models import randomize, reference_vit
 import cropr_kernels as cropr
 from benchmarks.baselines.matching import ATM, CroprMerge, PiToMe, energy, unit_keys
 from benchmarks.baselines.network import Reduced
-from cropr_kernels.ops.reference import size_adjusted_scores
+from cropr_kernels.ops.score_weights import size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT
 
 REMOVED = 6

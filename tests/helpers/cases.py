@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cropr_kernels.ops.sample_inputs import DTYPES as DTYPES
-from cropr_kernels.ops.sample_inputs import SIZES, legal_call
+from cropr_kernels.ops.sample_inputs import legal_call
 from cropr_kernels.ops.validation import OPS, Input
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,6 +68,11 @@ def odd_layouts(x: Tensor) -> dict[str, Tensor]:
 def illegal_calls(op: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield calls with one illegal argument, by the table of ops, and the name of that argument."""
     legal, spec, known = legal_call(op), OPS[op], set()
+    sizes = {
+        letter: size // factor
+        for input in spec.inputs
+        for (factor, letter), size in zip(input.shapes[-1], legal[input.name].shape)
+    }
     for i, input in enumerate(spec.inputs):
         for wrong in _wrong(input, legal[input.name], known, first=i == 0):
             yield legal | {input.name: wrong}, input.name
@@ -76,7 +81,7 @@ def illegal_calls(op: str) -> Iterator[tuple[dict[str, Any], str]]:
         least, most = (
             legal[text]
             if text in legal
-            else sum(SIZES[letter] for letter in text if letter.isupper())
+            else sum(sizes[letter] for letter in text if letter.isupper())
             for text in (low, high)
         )
         for value in (least - 1, most + 1):

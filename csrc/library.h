@@ -130,6 +130,14 @@ constexpr Op kOps[] = {
     {"rotate_(Tensor(a!) x, Tensor table, Tensor? idx, SymInt num_prefix=0, bool half=False) -> ()",
      {{"x", Types::kFloat, "BKHC", Layout::kDenseRows}, {"table", Types::kFloat, "P2C"}, kIdx},
      {{"num_prefix", "0", "K"}}},
+    {"attend_segments(Tensor q, Tensor k, Tensor v, Tensor starts, SymInt longest,"
+     " Tensor? log_sizes=None, float? scale=None) -> Tensor",
+     {{"q", Types::kFloat, "THC"},
+      {"k", Types::kOfFirst, "THC"},
+      {"v", Types::kOfFirst, "THC"},
+      {"starts", Types::kInt64, "S"},
+      {"log_sizes", Types::kFloat32, "T"}},
+     {{"longest", "0", "T"}}},
 };
 
 constexpr std::string_view name_of(const Op& op) {

@@ -18,6 +18,7 @@ from helpers.cases import INTERPRETED
 from helpers.selection import choose_combinations
 
 from cropr_kernels.ops.cuda import FILES  # importing the package registers the ops
+from cropr_kernels.ops.definitions import DEFINITIONS
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
@@ -56,8 +57,7 @@ class Backend:
 
 def make_backend(name: str) -> Backend:
     if name == "reference":
-        module = importlib.import_module("cropr_kernels.ops.reference")
-        return Backend(name, "cpu", {op: getattr(module, op) for op in FILES})
+        return Backend(name, "cpu", DEFINITIONS)
     if name == "triton":
         modules = {
             file: importlib.import_module(f"cropr_kernels.ops.triton.{file}")

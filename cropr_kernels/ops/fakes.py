@@ -35,6 +35,7 @@ _RESULTS = {
     "merge_": _CHOICE,
     "parent_offsets_": "",
     "rotate_": "",
+    "attend_segments": "q T,H,C",
 }
 
 

@@ -6,11 +6,11 @@ Schemas are those of csrc/library.h; CPU kernels register when ``_C`` is importe
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
 from .cuda import FAMILIES, FILES, cuda_kernel
+from .definitions import DEFINITIONS
 from .extension import NAMES, table
 from .fakes import fake_kernel
-from .flops import FLOPS, no_flops
+from .flops import FLOPS, TAKES_TENSORS, no_flops
 from .gradients import GRADIENTS, increment_versions, reject_gradient
 
 _library = torch.library.Library("cropr", "DEF")
@@ -19,18 +19,25 @@ for _name, (_schema, *_) in zip(NAMES, table):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, cuda_kernel(_name, FILES[_name]), "CUDA")
     torch.library.register_fake(f"cropr::{_name}", fake_kernel(_name), lib=_library)
-    register_flop_formula(getattr(torch.ops.cropr, _name))(FLOPS.get(_name, no_flops))
+    register_flop_formula(getattr(torch.ops.cropr, _name), get_raw=_name in TAKES_TENSORS)(
+        FLOPS.get(_name, no_flops)
+    )
     # torch.func differentiates and vectorizes operators that it knows: under it an op is its
     # definition.
     if not _name.endswith(("_", "norm", "backward")):
-        _library.impl(_name, getattr(reference, _name), "FuncTorchDynamicLayerFrontMode")
+        _library.impl(_name, DEFINITIONS[_name], "FuncTorchDynamicLayerFrontMode")
 
 for _name, (_backward, _setup) in GRADIENTS.items():
     torch.library.register_autograd(
         f"cropr::{_name}", _backward, setup_context=_setup, lib=_library
     )
 
-for _name in (*FAMILIES["residual"], "merge_", "parent_offsets_"):  # the engine's
+for _name in (
+    *FAMILIES["residual"],
+    *FAMILIES["segments"],
+    "merge_",
+    "parent_offsets_",
+):  # the engine's
     _library.impl(_name, reject_gradient(_name), "Autograd", with_keyset=True)
     if _name.endswith("_"):
         _library.impl(_name, increment_versions(_name), "ADInplaceOrView", with_keyset=True)

@@ -229,6 +229,11 @@ def _require_rotary_rows(op: str, dims: Dims, values: Arguments) -> None:
         _fail(op, f"table must have a row for each of the {patches} patches, got {dims['P']}")
 
 
+def _require_start(op: str, dims: Dims, values: Arguments) -> None:
+    if dims["S"] == 0:
+        _fail(op, "starts must hold at least 0, got shape (0,)")
+
+
 _RULES: dict[str, Callable[[str, Dims, Arguments], None]] = {
     "attend": _require_token,
     "attend_scores": _require_token,
@@ -238,4 +243,5 @@ _RULES: dict[str, Callable[[str, Dims, Arguments], None]] = {
     "parent_offsets": _require_parent,
     "parent_offsets_": _require_parent,
     "rotate_": _require_rotary_rows,
+    "attend_segments": _require_start,
 }

@@ -80,7 +80,7 @@ void append_tensor(
   append(key, strides, rank);
 }
 
-enum class Kind { kTensor, kOptionalTensor, kNumber };
+enum class Kind { kTensor, kOptionalTensor, kNumber, kOptionalFloat };
 
 // The arguments of a schema, in its order.
 struct Arguments {
@@ -97,9 +97,10 @@ struct Arguments {
       const size_t comma = std::min(rest.find(", "), rest.size()), space = rest.find(' ');
       const std::string_view type = rest.substr(0, space);
       names[count] = rest.substr(space + 1, rest.find_first_of(",=)", space) - space - 1);
-      kinds[count++] = !type.starts_with("Tensor") ? Kind::kNumber
-                       : type.ends_with('?')       ? Kind::kOptionalTensor
-                                                   : Kind::kTensor;
+      kinds[count++] = type == "float?"              ? Kind::kOptionalFloat
+                       : !type.starts_with("Tensor") ? Kind::kNumber
+                       : type.ends_with('?')         ? Kind::kOptionalTensor
+                                                     : Kind::kTensor;
       rest.remove_prefix(std::min(comma + 2, rest.size()));
     }
   }
@@ -107,7 +108,7 @@ struct Arguments {
 
 // The tensor that an entry of the stack holds; the stack no longer owns it.
 OptionalTensor take(Kind kind, StableIValue value) {
-  if (kind == Kind::kNumber) return std::nullopt;
+  if (kind == Kind::kNumber || kind == Kind::kOptionalFloat) return std::nullopt;
   if (kind == Kind::kOptionalTensor) return torch::stable::detail::to<OptionalTensor>(value);
   return torch::stable::detail::to<Tensor>(value);
 }
@@ -186,10 +187,16 @@ void run(StableIValue* stack, uint64_t, uint64_t num_outputs) {
   for (size_t i = 0; i < arguments.count; ++i) {
     tensors[i] = take(arguments.kinds[i], stack[i]);
     key += tensors[i] ? 'T' : '-';
-    if (tensors[i])
+    if (tensors[i]) {
       append_tensor(key, tensors[i]->get(), addresses, i);
-    else
+    } else if (arguments.kinds[i] == Kind::kOptionalFloat) {  // the entry is a pointer
+      const auto value = torch::stable::detail::to<std::optional<double>>(stack[i]);
+      const double number = value.value_or(0.0);
+      key += value ? '1' : '0';
+      append(key, &number, 1);
+    } else {
       append(key, &stack[i], 1);
+    }
   }
   std::shared_ptr<const RecordedLaunches> recorded;
   {

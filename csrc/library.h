@@ -165,6 +165,14 @@ constexpr Op kOps[] = {
       kChangedSizes,
       kParent},
      {{"num_prefix", "0", "N"}, {"num_kept", "0", "T"}}},
+    {"attend_segments(Tensor q, Tensor k, Tensor v, Tensor starts, SymInt longest,"
+     " Tensor? log_sizes=None, float? scale=None) -> Tensor",
+     {{"q", Types::kFloat, "THC"},
+      {"k", Types::kOfFirst, "THC"},
+      {"v", Types::kOfFirst, "THC"},
+      {"starts", Types::kInt64, "S"},
+      {"log_sizes", Types::kFloat32, "T"}},
+     {{"longest", "0", "T"}}},
 };
 
 constexpr std::string_view name_of(const Op& op) {

@@ -14,6 +14,7 @@ FAMILIES = {
     "select": ("select",),
     "prune": ("prune", "split", "gather", "restore"),
     "attend": ("attend", "attend_scores", "attend_backward"),
+    "segments": ("attend_segments",),
     "merge": ("merge", "merge_"),
     "parent_offsets": ("parent_offsets", "parent_offsets_", "add_parents"),
     "residual": ("gather_norm", "add_", "add_norm_", "add_select_", "rotate_"),

@@ -39,6 +39,7 @@ _RESULTS = {
     "ragged_add_select_": "int64 T",
     "ragged_nearest": "sums B,num_candidates; int64 B,num_candidates",
     "ragged_merge_": "int64 num_kept; int64 S; float32 num_kept",
+    "attend_segments": "q T,H,C",
 }
 
 

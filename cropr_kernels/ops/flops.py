@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _Shape = torch.Size
 
@@ -47,6 +48,18 @@ def _attend_backward(grad_out: _Shape, x: _Shape, queries: _Shape, *_: object, *
     return 6 * math.prod(x) * queries[0]  # logits, and gradients of logits and queries
 
 
+def _attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *_: object, **__: object
+) -> int:
+    """Count logits and weighted sums from tensors: exact if starts can be read without waiting for
+    a GPU, else as if every segment were the longest."""
+    num_tokens, heads, width = q.shape
+    num_pairs = num_tokens * longest
+    if type(starts) is Tensor and starts.device.type == "cpu":
+        num_pairs = int(starts.diff().square().sum())
+    return 4 * num_pairs * heads * width
+
+
 FLOPS: dict[str, Callable[..., int]] = {
     "scores": _scores,
     "prune": _scores,
@@ -60,4 +73,6 @@ FLOPS: dict[str, Callable[..., int]] = {
     "attend": _attend,
     "attend_scores": _attend,
     "attend_backward": _attend_backward,
+    "attend_segments": _attend_segments,
 }
+TAKES_TENSORS = ("attend_segments",)  # not shapes

@@ -147,6 +147,37 @@ def attend_scores(x: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Ten
     return torch.ops.cropr.attend_scores(x, queries, scale)
 
 
+def attend_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    log_sizes: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend within each image of a ragged batch: softmax(scale q k^T + log_sizes) v.
+
+    Bidirectional; a token of size s weighs as much as s equal tokens (ToMe, section 3). For the
+    engine: no gradient.
+
+    Args:
+        q, k, v: (T, H, C), the tokens of all images in one row. A stride of 1 in the last
+            dimension saves a copy.
+        starts: (B + 1,) int64, ascending from 0 to T: the tokens of image b are starts[b] to
+            starts[b + 1] - 1. An image may have none.
+        longest: in [0, T], at least the number of tokens of every image, so that nothing is copied
+            to the host. Tokens of an image past it are not written on CUDA.
+        log_sizes: (T,) float32, finite: the logarithm of each token's size; all weigh alike if
+            None.
+        scale: C^-0.5 if None.
+
+    Returns:
+        (T, H, C).
+    """
+    return torch.ops.cropr.attend_segments(q, k, v, starts, longest, log_sizes, scale)
+
+
 def merge(
     x: Tensor,
     target_idx: Tensor,

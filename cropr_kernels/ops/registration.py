@@ -11,7 +11,7 @@ from .cuda import FAMILIES, FILES, cuda_kernel
 from .definitions import DEFINITIONS
 from .extension import NAMES, table
 from .fakes import fake_kernel
-from .flops import FLOPS, no_flops
+from .flops import FLOPS, TAKES_TENSORS, no_flops
 from .gradients import GRADIENTS, increment_versions, reject_gradient
 
 _library = torch.library.Library("cropr", "DEF")
@@ -20,7 +20,9 @@ for _name, (_schema, *_) in zip(NAMES, table):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, cuda_kernel(_name, FILES[_name]), "CUDA")
     torch.library.register_fake(f"cropr::{_name}", fake_kernel(_name), lib=_library)
-    register_flop_formula(getattr(torch.ops.cropr, _name))(FLOPS.get(_name, no_flops))
+    register_flop_formula(getattr(torch.ops.cropr, _name), get_raw=_name in TAKES_TENSORS)(
+        FLOPS.get(_name, no_flops)
+    )
     # torch.func differentiates and vectorizes operators that it knows: under it an op is its
     # definition.
     if not _name.endswith(("_", "norm", "backward")):
@@ -35,7 +37,7 @@ for _name, (_backward, _setup) in GRADIENTS.items():
     )
 
 for _name in NAMES:
-    if not _name.endswith(("_", "_norm")):  # only the engine's
+    if not _name.endswith(("_", "_norm", "_segments")):  # only the engine's
         continue
     _library.impl(_name, reject_gradient(_name), "Autograd", with_keyset=True)
     if _name.endswith("_"):

@@ -9,6 +9,7 @@ from .validation import OPS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Sizes by their letters in the table, numbers that have no range, and options.
 SIZES = {"B": 2, "N": 9, "D": 6, "K": 4, "R": 5, "M": 3, "T": 4, "C": 5, "F": 7, "P": 8, "H": 3}
+SIZES |= {"S": SIZES["B"] + 1}
 NUMBERS = {"scale": 0.4, "eps": 1e-6, "size_weight": 2.0, "cost_weight": 0.5}
 OPTIONS = {"half": False, "offsets": False, "rms": False}
 
@@ -21,7 +22,7 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
     args |= {name: value for name, value in (NUMBERS | OPTIONS).items() if name in args}
     num_listed = 0
     order = torch.rand(sizes["B"], sizes["N"]).argsort(1)
-    ragged = _ragged_arguments(**sizes) if "starts" in args else {}
+    ragged = _ragged_arguments(**sizes) if {"rows", "order"} & args.keys() else {}
     sizes |= {"T": len(ragged["rows"]), "S": len(ragged["starts"])} if ragged else {}
     for input in spec.inputs:
         shape = [factor * sizes[letter] for factor, letter in input.shapes[-1]]
@@ -29,6 +30,8 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
             args[input.name] = ragged[input.name]
         elif input.name == "parent":  # all lead to the first token
             args[input.name] = (torch.arange(sizes["N"]) // 2).repeat(sizes["B"], 1)
+        elif input.name == "starts":
+            args[input.name] = torch.arange(shape[0]) * sizes["T"] // (shape[0] - 1)
         elif input.dtypes == "int64":  # no position is in two lists, or twice in one
             args[input.name] = order[:, num_listed : num_listed + shape[1]].sort(1).values
             num_listed += shape[1]
@@ -43,6 +46,8 @@ def legal_call(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dic
             sum(sizes[letter] for letter in text if letter.isupper()) for text in (low, high)
         )
         args[name] = 1 if low == "0" else (smallest + largest + 1) // 2
+    if "longest" in args:
+        args["longest"] = sizes["T"]
     return args | {name: ragged[name] for name in ragged if name in args}
 
 

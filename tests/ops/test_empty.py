@@ -6,6 +6,7 @@ from helpers.cases import legal_call
 
 from cropr_kernels.ops import NAMES
 from cropr_kernels.ops.definitions import DEFINITIONS
+from cropr_kernels.ops.validation import OPS
 
 pytestmark = pytest.mark.kernels
 
@@ -13,6 +14,9 @@ pytestmark = pytest.mark.kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_without_images_every_result_is_that_of_the_definition(kernels, name):
     args = legal_call(name, B=0)
+    for input in OPS[name].inputs:
+        if input.shapes[-1][0] == (1, "B"):
+            args[input.name] = args[input.name][:0]
     got, expected = getattr(kernels, name)(**args), DEFINITIONS[name](**args)
     for a, b in zip(*(part if isinstance(part, tuple) else (part,) for part in (got, expected))):
         assert a is b is None or (torch.equal(a, b) and a.dtype == b.dtype)

@@ -234,6 +234,13 @@ def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
     return mask.gather(3, positions[:, None, None].expand(-1, *mask.shape[1:3], -1))
 
 
+class Segments(NamedTuple):
+    """The images of a batch in one row."""
+
+    starts: Tensor  # (B + 1,), where each begins
+    longest: int  # tokens of one at most
+
+
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
@@ -266,8 +273,10 @@ class SizeWeightedAttention(TorchFunctionMode):
         calls: list[bool] | None = None,
         positions: Tensor | None = None,
         num_images: int | None = None,
+        segments: Segments | None = None,
     ) -> None:
         super().__init__()
+        self.segments = segments
         self.log_sizes = log_sizes
         self.calls = [] if calls is None else calls
         self.positions = positions
@@ -311,6 +320,12 @@ class SizeWeightedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if self.segments is not None:
+            q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+            log_sizes = None if self.log_sizes is None else self.log_sizes[0]
+            starts, longest = self.segments
+            output = ops.attend_segments(q, k, v, starts, longest, log_sizes, scale)
+            return output.transpose(0, 1).unsqueeze(0)
         if self.num_images is None:
             return self._attend_apart(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

@@ -70,7 +70,7 @@ class _Merger:
         """Add the update (T, D) of the block's MLP to the active rows, and merge."""
         prefix = self.state.num_prefix
         count = len(self.record.merges)
-        limit = num_candidates(self.budget.rate)
+        limit = min(num_candidates(self.budget.rate), self.x.shape[1])
         order = ops.ragged_add_select_(
             self.x,
             active.rows,

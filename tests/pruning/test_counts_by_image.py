@@ -16,6 +16,7 @@ from cropr_kernels.pruning.merging import COST_WEIGHT, checkerboard, log_sizes
 from cropr_kernels.pruning.model import modules_of, run
 from cropr_kernels.pruning.state import PruningOptions
 from cropr_kernels.ops import reference
+from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 RATE = 6
@@ -66,14 +67,14 @@ def merged_one_by_one(model, image):
         scores = reference.scores(x, queries[layer])
         adjusted = scores
         if layer:
-            adjusted = reference.size_adjusted_scores(scores, sizes, merge.size_weight, prefix)
+            adjusted = size_adjusted_scores(scores, sizes, merge.size_weight, prefix)
         num_candidates_here = min(num_candidates(RATE), (x.shape[1] - prefix) // 2)
         priority = colors[layer % 2].gather(1, positions)
         targets, candidates = reference.select(
             adjusted, x.shape[1] - num_candidates_here, prefix, priority
         )
-        scale = reference.cost_scales(scores, adjusted, COST_WEIGHT, prefix)
-        best, _ = reference._find_nearest(x, targets, candidates, prefix)
+        scale = cost_scales(scores, adjusted, COST_WEIGHT, prefix)
+        best, _ = reference.find_nearest(x, targets, candidates, prefix)
         cost = (1 - best).clamp_min(0) * scale.gather(1, candidates)
         num_keep = x.shape[1] - int((cost <= budget.costs[layer]).sum())
         x, kept, _, sizes, dest = reference.merge(

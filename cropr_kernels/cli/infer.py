@@ -6,7 +6,9 @@ an interrupted run resumes with the units that have no file, on any engine.
 """
 
 import argparse
+import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -90,6 +92,12 @@ def _report(
         f"{sum(outcome.photos for outcome in outcomes)} photos, "
         f"{sum(outcome.unreadable for outcome in outcomes)} of them unreadable"
     )
+    gflops = sorted(value for outcome in outcomes for value in outcome.gflops)
+    if gflops:
+        print(
+            f"{prefix}GFLOPs (multiply-adds) of a photo: {statistics.fmean(gflops):.3g} on average, "
+            f"{gflops[math.ceil(0.95 * len(gflops)) - 1]:.3g} at most in 95 %"
+        )
     if failures:
         raise RuntimeError(
             f"{prefix}{len(failures)} units failed, all others are done: {'; '.join(failures)}"

@@ -63,7 +63,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     model, pixels, *_ = load_model(options, pretrained=False)
     spec = find_spec(model)
     image = torch.zeros(1, 3, *pixels.img_size)
-    deployed = deployed_copy(model)
+    deployed = deployed_copy(model, equal_counts=True)  # the image is blank
     modules = deployed.cropr
     depth = len(spec.blocks)
     gflops = []

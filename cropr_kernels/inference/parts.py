@@ -25,6 +25,8 @@ class Outcome(NamedTuple):
     photos: int = 0
     unreadable: int = 0
     failure: str = ""  # why there is no part
+    # 10^9 multiply-adds of each photo, if photos keep different numbers of tokens
+    gflops: Sequence[float] = ()
 
 
 class Run(NamedTuple):
@@ -107,7 +109,8 @@ def write_part(
         write_complete(part, buffer.getvalue().to_pybytes())
     except StorageError as error:
         return Outcome(failure=str(error))
-    return Outcome(len(table), len(table) - table["error"].null_count)
+    gflops = [value for batch in results for value in batch.get("gflops", []) if value == value]
+    return Outcome(len(table), len(table) - table["error"].null_count, gflops=gflops)
 
 
 def _table(

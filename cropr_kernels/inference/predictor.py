@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from ..models.adapters import find_spec
 from ..models.outputs import outputs_of, remove_classifier
 from ..models.pixels import Pixels
 from ..pruning.api import deploy
-from ..pruning.model import CroprModules
+from ..pruning.costs import ImageFlops
+from ..pruning.model import CroprModules, modules_of, run
+from ..pruning.state import PruningOptions
 from ..utils.optional import import_optional
 from ..utils.storage import RemotePath, StorageError
 from .loading import device_and_dtype, load_with_queries
@@ -107,6 +109,7 @@ class Predictor:
         """
         numpy = import_optional("numpy", "infer", "cropr.Predictor")
         parts = [*self.stream(photos)] or [self._loaded_model().results([])]
+        parts = [{name: part[name] for name in ("error", *self.columns)} for part in parts]
         results = {name: numpy.concatenate([part[name] for part in parts]) for name in parts[0]}
         if names is None:
             return results
@@ -114,6 +117,9 @@ class Predictor:
 
     def stream(self, photos: Iterable[Any]) -> Iterator[Results]:
         """Yield the results of each `batch_size` photos, in order; the next are read meanwhile.
+
+        Where photos keep different numbers of tokens there is `gflops` too, (B,) float32, 10^9
+        multiply-adds of each.
 
         Raises StorageError if the connection to an object, of which photos are a URL, fails.
         """
@@ -139,7 +145,7 @@ class Predictor:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the results besides name and error."""
+        """Names of the results for people, besides name and error."""
         return ("classes", "probabilities") if self._loaded_model().top else ("features",)
 
     def describe(self) -> dict[str, Any]:
@@ -154,6 +160,13 @@ class Predictor:
             key = tuple((name, _hashable(value)) for name, value in self._settings.items())
             self._loaded = _load(key, tuple(stamps))
         return self._loaded
+
+
+class _Forward(NamedTuple):
+    """The result of a batch of photos."""
+
+    output: Tensor  # (B, classes) or (B, D) float32
+    gflops: Tensor | None  # (B,), if photos keep different numbers of tokens
 
 
 @dataclass
@@ -173,32 +186,46 @@ class _Loaded:
         numpy = import_optional("numpy", "infer", "cropr.Predictor")
         errors = numpy.array([error for _, error in reads], dtype=object)
         photos = [photo for photo, _ in reads if photo is not None]
-        output = self._forward(torch.stack(photos)) if photos else self._no_output
+        forward = self._forward(torch.stack(photos)) if photos else self._no_output
+        output = forward.output
         finite = output.isfinite().all(1).numpy()
         readable = numpy.flatnonzero(numpy.equal(errors, None))
         errors[readable[~finite]] = "the model's output is not finite"
         values: dict[str, tuple[Tensor, Any]] = {"features": (output, numpy.nan)}
+        results = {"error": errors}
+        if forward.gflops is not None:
+            results["gflops"] = numpy.full(len(reads), numpy.nan, numpy.float32)
+            results["gflops"][readable] = forward.gflops.numpy()
         if self.top:
             best = output.softmax(1).topk(min(self.top, output.shape[1]))
             values = {
                 "classes": (best.indices.int(), -1),
                 "probabilities": (best.values, numpy.nan),
             }
-        results = {"error": errors}
         for name, (rows, missing) in values.items():
             array = rows.numpy()
             results[name] = numpy.full((len(reads), rows.shape[1]), missing, array.dtype)
             results[name][readable[finite]] = array[finite]
         return results
 
-    def _forward(self, photos: Tensor) -> Tensor:
+    def _forward(self, photos: Tensor) -> _Forward:
         pixels = self.pixels.normalize(photos).to(self.device, self.dtype)
-        return outputs_of(self.model(pixels)).float().cpu()
+        if not modules_of(self.model).has_counts_by_image:
+            return _Forward(outputs_of(self.model(pixels)).float().cpu(), None)
+        output, state = run(self.model, lambda: self.model(pixels), PruningOptions(engine=True))
+        gflops = self._flops(state) / 2e9
+        return _Forward(outputs_of(output).float().cpu(), gflops.float().cpu())
 
     @functools.cached_property
-    def _no_output(self) -> Tensor:
+    def _flops(self) -> ImageFlops:
+        image = torch.zeros(1, 3, *self.pixels.img_size, device=self.device, dtype=self.dtype)
+        return ImageFlops(self.model, image)
+
+    @functools.cached_property
+    def _no_output(self) -> _Forward:
         """An output without rows, as wide as others."""
-        return self._forward(torch.zeros(1, 3, *self.pixels.img_size))[:0]
+        output, gflops = self._forward(torch.zeros(1, 3, *self.pixels.img_size))
+        return _Forward(output[:0], None if gflops is None else gflops[:0])
 
     def describe(self) -> dict[str, Any]:
         modules: CroprModules = self.model.cropr  # type: ignore[assignment]
@@ -209,6 +236,7 @@ class _Loaded:
             "schedule": str(modules.config.schedule),
             "llf": str(modules.config.llf),
             "merge": str(modules.config.merge),
+            "thresholds": str(modules.thresholds if modules.has_counts_by_image else None),
             "queries": _digest(modules.scorer(layer).query() for layer in range(num_queries)),
             "pixels": str(tuple(self.pixels)),
             "top": self.top,

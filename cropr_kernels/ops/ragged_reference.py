@@ -131,6 +131,7 @@ def checked(op):
 
     return kernel
 
+
 def attend_segments(
     q: Tensor,
     k: Tensor,

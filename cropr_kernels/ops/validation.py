@@ -232,6 +232,8 @@ def _require_rotary_rows(op: str, dims: Dims, values: Arguments) -> None:
 def _require_starts(op: str, dims: Dims, values: Arguments) -> None:
     if dims["S"] != dims["B"] + 1:
         _fail(op, f"starts must have shape (B + 1 = {dims['B'] + 1},), got ({dims['S']},)")
+
+
 def _require_start(op: str, dims: Dims, values: Arguments) -> None:
     if dims["S"] == 0:
         _fail(op, "starts must hold at least 0, got shape (0,)")

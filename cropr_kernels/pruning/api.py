@@ -396,9 +396,15 @@ def deploy(model: Model, *, engine: bool = True, cuda_graphs: int | None = None)
     return deployed
 
 
-def deployed_copy(model: Model, *, engine: bool = True, cuda_graphs: int | None = 0) -> Model:
+def deployed_copy(
+    model: Model,
+    *,
+    engine: bool = True,
+    cuda_graphs: int | None = 0,
+    equal_counts: bool = False,
+) -> Model:
     """`deploy` without the warning of random queries, for measurements of time, which does not
-    depend on them."""
+    depend on them; with equal_counts every image keeps equally many tokens."""
     if cuda_graphs is not None and cuda_graphs < 0:
         raise ValueError(f"cropr.deploy: cuda_graphs must be >= 0, got {cuda_graphs}")
     folded = {
@@ -408,6 +414,8 @@ def deployed_copy(model: Model, *, engine: bool = True, cuda_graphs: int | None 
     modules = modules_of(deployed)
     write_to_config(deployed)
     _set_engine(modules, engine)
+    if equal_counts:
+        modules.thresholds = None
     if cuda_graphs is None and modules.has_counts_by_image:
         cuda_graphs = 0
     modules.graphs = None

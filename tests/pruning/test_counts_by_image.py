@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
 from cropr_kernels.models.blocks import SizeWeightedAttention
+from cropr_kernels.ops import reference
+from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.budget import Thresholds, TotalBudget, num_candidates
 from cropr_kernels.pruning.costs import ImageFlops
 from cropr_kernels.pruning.merging import COST_WEIGHT, checkerboard, log_sizes
 from cropr_kernels.pruning.model import modules_of, run
 from cropr_kernels.pruning.state import PruningOptions
-from cropr_kernels.ops import reference
-from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 RATE = 6
@@ -90,7 +90,9 @@ def test_images_are_merged_as_one_by_one(options):
     model = calibrated(lambda: reference_vit(global_pool="avg", **options))
     images = photos()
     fast = cropr.deploy(model)
-    [tokens], [state] = zip(run(fast, lambda: fast.forward_features(images), PruningOptions(engine=True)))
+    [tokens], [state] = zip(
+        run(fast, lambda: fast.forward_features(images), PruningOptions(engine=True))
+    )
     seen = state.counts_by_block().tolist()
     for index, image in enumerate(images):
         expected, counts = merged_one_by_one(model, image[None])

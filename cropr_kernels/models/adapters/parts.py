@@ -169,6 +169,8 @@ class AttendMultihead:
     ) -> Tensor:
         attention = cast(nn.MultiheadAttention, attn)
         projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-        heads = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
+        heads = (
+            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected
+        )
         output = proportional_attention(*heads, log_sizes)
         return attention.out_proj(output.transpose(1, 2).flatten(2))

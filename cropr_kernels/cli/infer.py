@@ -95,8 +95,8 @@ def _report(
     gflops = sorted(value for outcome in outcomes for value in outcome.gflops)
     if gflops:
         print(
-            f"{prefix}GFLOPs (multiply-adds) of a photo: {statistics.fmean(gflops):.3g} on average, "
-            f"{gflops[math.ceil(0.95 * len(gflops)) - 1]:.3g} at most in 95 %"
+            f"{prefix}GFLOPs (multiply-adds) of a photo: mean {statistics.fmean(gflops):.3g}, 95th "
+            f"percentile {gflops[math.ceil(0.95 * len(gflops)) - 1]:.3g}"
         )
     if failures:
         raise RuntimeError(

@@ -59,7 +59,8 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
     ):
         budget = state.budget()
         merge = state.config.merge
-        if budget is not None and merge is not None and len(x) and not _has_own_table(rotary):
+        packs = all(parts.packs for parts in blocks) and not _has_own_table(rotary)
+        if budget is not None and merge is not None and packs and len(x):
             x = run_ragged(state, blocks, x, rotary, merge, budget)
             positions = None
         elif CACHE_BYTES is None:

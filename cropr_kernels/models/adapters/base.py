@@ -117,6 +117,7 @@ class BlockParts:
     # Modules of the attention that `attend` uses without their forward
     opened: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("mlp",)  # the second of two adds its second argument
+    packs: bool = True  # its attention takes the images of a batch in one row
 
     def run_mlp(self, block: nn.Module, h: Tensor) -> Tensor:
         """Compute the update mlp(h) of normalized tokens h (B, K, D)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import ROTARY_TABLES, has_tensors
 from ..blocks import (
     Rotary,
+    Segments,
     SizeWeightedAttention,
     norm_parameters,
     proportional_attention,
@@ -34,17 +35,14 @@ def find_parts(call: BlockCall, num_prefix: int) -> BlockParts:
         raise EngineRefusal("its blocks take a mask, or a table by another name")
     for parts in candidates:
         if _computes(parts, call, num_prefix):
-            return parts
+            return replace(parts, packs=_packs(parts, call, num_prefix))
     raise EngineRefusal(f"{base_class(call.block).__name__} is no pre-norm block")
 
 
 def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     """Tell whether parts compute what a block did."""
     block = parts.block
-    table = next(
-        (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
-    )
-    rotary = None if table is None else Rotary(table, None, num_prefix)  # type: ignore[arg-type]
+    rotary = _rotary_of(call, num_prefix)
     gamma1, gamma2 = parts.scales(block)
     try:
         h = _normalize(call.x, getattr(block, parts.norm1))
@@ -58,6 +56,32 @@ def _computes(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     if x.shape != call.tokens.shape:
         return False
     return call.is_close(x, call.tokens)
+
+
+def _packs(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
+    """Tell whether the attention of parts takes the images of a batch in one row."""
+    rotary = _rotary_of(call, num_prefix)
+    attention = getattr(parts.block, parts.attn)
+    h = _normalize(call.x, getattr(parts.block, parts.norm1))
+    num_images, num_tokens, width = h.shape
+    segments = Segments(torch.arange(num_images + 1, device=h.device) * num_tokens, num_tokens)
+    positions = torch.arange(num_tokens, device=h.device).repeat(1, num_images)
+    packed_rotary = None if rotary is None else rotary.with_prefix()._replace(idx=positions)
+    try:
+        expected = parts.attend(attention, h, rotary, None)
+        with SizeWeightedAttention(None, segments=segments):
+            update = parts.attend(attention, h.reshape(1, -1, width), packed_rotary, None)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return call.is_close(update.reshape(expected.shape), expected)
+
+
+def _rotary_of(call: BlockCall, num_prefix: int) -> Rotary | None:
+    """The rotary positions of a call."""
+    table = next(
+        (call.kwargs[name] for name in ROTARY_TABLES if call.kwargs.get(name) is not None), None
+    )
+    return None if table is None else Rotary(table, None, num_prefix)
 
 
 def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
@@ -168,9 +192,7 @@ class AttendMultihead:
         self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
     ) -> Tensor:
         attention = cast(nn.MultiheadAttention, attn)
-        projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-        heads = (
-            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected
-        )
-        output = proportional_attention(*heads, log_sizes)
+        projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)
+        heads = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        output = proportional_attention(*heads.unbind(), log_sizes)
         return attention.out_proj(output.transpose(1, 2).flatten(2))

@@ -31,6 +31,9 @@ class Setting(NamedTuple):
 
     rate: int | None  # None: the schedule that the model was loaded with
     merge: bool = True
+    # Of tokens of each photo; else a photo that merges keeps as many as it needs, if the model is
+    # calibrated and the engine runs it
+    equal_counts: bool = False
 
 
 class Comparison(NamedTuple):
@@ -51,7 +54,8 @@ class Comparison(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """FLOPs and time of a forward of one photo at a setting, and unpruned."""
+    """FLOPs and time of a forward of one photo at a setting, and unpruned, with the tokens that
+    photos keep on average."""
 
     flops: list[int]  # of each block; the first also has the embedding's, the last the head's
     unpruned_flops: list[int]
@@ -262,7 +266,12 @@ class Viewer:
         spec = self.modules.spec
         features: list[Tensor] = []
         shows_features = not self.classifies and spec.norm is not None
-        options = PruningOptions(collect=True, restore=shows_features)
+        options = PruningOptions(
+            collect=True,
+            restore=shows_features,
+            engine=True,
+            equal_counts=setting.equal_counts,
+        )
         image = self.pixels.normalize(photo.pixels.unsqueeze(0)).to(*self._device_and_dtype())
         with ExitStack() as stack:
             if shows_features and spec.norm is not None:
@@ -272,8 +281,7 @@ class Viewer:
                 stack.callback(keep.remove)
             output, state = run(self.model, lambda: outputs_of(spec.tower(image)), options)
         patches = features[0][spec.num_prefix :].float().cpu() if features else None
-        tokens = [state.num_tokens, *state.counts]
-        tokens += [state.num_tokens] * (self.depth - len(tokens))  # restored by Last Layer Fusion
+        tokens = state.counts_by_block()[0].tolist()
         return Forward(output[0].float().cpu(), patches, state.token_maps()[:, 0].cpu(), tokens)
 
     def measured(self, setting: Setting) -> Cost | None:
@@ -292,7 +300,7 @@ class Viewer:
         device, dtype = self._device_and_dtype()
         shape = (1, len(self.pixels.mean), *self.pixels.img_size)
         image = torch.zeros(shape, device=device, dtype=dtype)
-        unpruned = Setting(0, setting.merge)
+        unpruned = setting._replace(rate=0)
         flops, unpruned_flops = (self._count(image, each) for each in (setting, unpruned))
         warm_up = sum(self._seconds(image, each) for each in (setting, unpruned))
         rounds = fitting(warm_up, _SECONDS)
@@ -315,7 +323,7 @@ class Viewer:
                     lambda block, args: starts.append(counter.get_total_flops())
                 )
                 stack.callback(hook.remove)
-            self.modules.spec.tower(image)
+            self._run_blank(image)
         ends = [*starts[1:], counter.get_total_flops()]
         return [end - start for start, end in zip([0, *starts[1:]], ends, strict=True)]
 
@@ -323,7 +331,15 @@ class Viewer:
         """Time one forward; a comparison may come between two."""
         with self.lock, torch.inference_mode():
             self._set(setting)
-            return seconds_of(lambda: self.modules.spec.tower(image), image.device)
+            return seconds_of(lambda: self._run_blank(image), image.device)
+
+    def _run_blank(self, image: Tensor) -> None:
+        """Run a blank image, with the tokens that photos keep on average."""
+        run(
+            self.model,
+            lambda: self.modules.spec.tower(image),
+            PruningOptions(engine=True, equal_counts=True),
+        )
 
     def _set(self, setting: Setting) -> None:
         """Prune as a setting says; raises ValueError if the rate is too high."""

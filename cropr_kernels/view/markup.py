@@ -162,7 +162,7 @@ def counts_markup(comparisons: Sequence[Comparison]) -> str:
     if len(comparisons) < 2:
         note = ""
     elif len(counts) > 1:
-        note = "<p>The schedule keeps another number of tokens of each photo.</p>"
+        note = "<p>Each photo keeps as many tokens as it needs, or its size has.</p>"
     else:
         note = (
             "<p>The schedule keeps as many tokens of both photos; which patches they hold is up to "
@@ -199,7 +199,8 @@ def _token_rows(tokens: Sequence[int], suffix: str) -> str:
 def cost_markup(setting: Setting, cost: Cost | None, device: str) -> str:
     """FLOPs and time of a forward at a setting, once measured."""
     schedule = "the model's own counts" if setting.rate is None else f"rate {setting.rate}"
-    title = f"{schedule}, {'merging' if setting.merge else 'dropping'}"
+    equal = ", equal counts" if setting.merge and setting.equal_counts else ""
+    title = f"{schedule}, {'merging' if setting.merge else 'dropping'}{equal}"
     if cost is None:
         return _wrapped(f"<p>Measuring {title} on {escape(device)} ...</p>", role="status")
     rows = "".join(
@@ -214,8 +215,8 @@ def cost_markup(setting: Setting, cost: Cost | None, device: str) -> str:
         "times as fast": f"{cost.unpruned_ms / cost.ms:.2f}",
     }
     note = (
-        f"At {title}, measured on {escape(device)}: one photo at a time, median of {cost.rounds}; "
-        "batches gain more. GFLOPs and MFLOPs are multiply-adds."
+        f"At {title}, measured on {escape(device)}: one photo at a time, of average counts, median "
+        f"of {cost.rounds}; batches gain more. GFLOPs and MFLOPs are multiply-adds."
     )
     table = _block_table("MFLOPs of each block", len(cost.flops), rows)
     return _wrapped(f"{table}{_facts(facts)}<p>{note}</p>", role="status")

@@ -23,7 +23,12 @@ from .markup import (
 )
 
 SIDES = ("first", "second")  # photos side by side
-MODES = {"merging": True, "dropping": False}
+# Label -> merging, equally many tokens of each photo
+MODES = {
+    "merging": (True, False),
+    "merging, equal counts": (True, True),
+    "dropping": (False, True),
+}
 SCHEDULES = {"constant rate": False, "the model's own": True}
 UPLOAD = 64 << 20  # bytes of an uploaded file, at most
 AGE = 10.0  # seconds that a file may wait to be read
@@ -100,7 +105,7 @@ class Session:
         return calibration_markup(self.viewer, self.viewer.calibrate(pixels, report), "")
 
     def setting(self, rate: float, mode: str, schedule: str) -> Setting:
-        return Setting(None if SCHEDULES[schedule] else int(rate), MODES[mode])
+        return Setting(None if SCHEDULES[schedule] else int(rate), *MODES[mode])
 
     def show(
         self,
@@ -158,7 +163,7 @@ def make_page(viewer: Viewer, content: Content) -> Any:
             )
             mode = gradio.Radio(
                 list(MODES),
-                value=list(MODES)[not default.merge],
+                value="merging" if default.merge else "dropping",
                 label="Removed tokens are lost by",
                 elem_id="mode",
             )

@@ -62,6 +62,11 @@ class Rotary(NamedTuple):
         """Turn queries or keys (B, H, K, C) in place; nothing is gathered."""
         ops.rotate_(heads.transpose(1, 2), self.table, self.idx, self.num_prefix, half)
 
+    @property
+    def length(self) -> int:
+        """The number of rows of the table."""
+        return len(self.table[0] if isinstance(self.table, tuple) else self.table)
+
     def with_prefix(self) -> "Rotary":
         """Give the table rows for the prefix, which turn nothing, so that tokens of several images
         may follow each other."""

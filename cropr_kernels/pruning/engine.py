@@ -20,7 +20,7 @@ from torch import Tensor
 from ..models.adapters import BlockParts
 from ..models.blocks import Rotary, norm_parameters
 from .masks import Masks
-from .ragged import run_ragged
+from .ragged import RaggedBatch, run_ragged
 from .state import PruningState, attention_log_sizes
 from .strategies import MergeStrategy, make_strategy
 
@@ -61,7 +61,7 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
         merge = state.config.merge
         packs = all(parts.packs for parts in blocks) and not _has_own_table(rotary)
         if budget is not None and merge is not None and packs and len(x):
-            x = run_ragged(state, blocks, x, rotary, merge, budget)
+            x = run_ragged(state, blocks, RaggedBatch.of(state, x, rotary), merge, budget)
             positions = None
         elif CACHE_BYTES is None:
             x, positions = _run_blocks(state, blocks, x, state.masks, rotary)

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import Rotary, Segments, SizeWeightedAttention, norm_parameters
+from ..models.blocks import (
+    NormParameters,
+    Rotary,
+    Segments,
+    SizeWeightedAttention,
+    norm_parameters,
+)
 from .budget import Budget, num_candidates
 from .merge_record import MergeRecord
 from .merging import COST_WEIGHT, Merge, log_sizes
 from .state import PruningState
+from .strategies import Priorities
 
 ops = torch.ops.cropr
 
@@ -37,6 +44,44 @@ class ActiveRows(NamedTuple):
         return self.rows.unsqueeze(0)
 
 
+class RaggedBatch(NamedTuple):
+    """The images that enter the first block."""
+
+    x: Tensor  # (B, N, D), contiguous; it changes in place
+    active: ActiveRows | None  # their tokens; None: all
+    priorities: Priorities
+    rotary: Rotary | None  # for x (B, N, D), if all are active
+    rotary_rows: Rotary | None  # for rows of x.view(B * N, D), modulo the length of its table
+
+    @classmethod
+    def of(cls, state: PruningState, x: Tensor, rotary: Rotary | None) -> "RaggedBatch":
+        """Images of one size, x (B, N, D)."""
+        rows = None if rotary is None else rotary.with_prefix()
+        return cls(x.contiguous(), None, state.choose_priorities(x, None), rotary, rows)
+
+    def all_rows(self) -> ActiveRows:
+        """The rows of the tokens that enter the first block."""
+        if self.active is not None:
+            return self.active
+        num_images, num_tokens, _ = self.x.shape
+        device = self.x.device
+        starts = torch.arange(num_images + 1, device=device) * num_tokens
+        rows = torch.arange(num_images * num_tokens, device=device)
+        return ActiveRows(rows, starts, num_tokens, self.x.new_ones(len(rows), dtype=torch.float32))
+
+    def attend(self, parts: BlockParts, h: Tensor, active: ActiveRows | None) -> Tensor:
+        """Run the attention of a block on h, (B, N, D), or the active rows (1, T, D)."""
+        attention = getattr(parts.block, parts.attn)
+        if active is None:
+            return parts.attend(attention, h, self.rotary, None)
+        rotary = self.rotary_rows
+        if rotary is not None:
+            rotary = rotary._replace(idx=active.idx % rotary.length)
+        segments = Segments(active.starts, active.longest)
+        with SizeWeightedAttention(log_sizes(active.sizes).unsqueeze(0), segments=segments):
+            return parts.attend(attention, h, rotary, None)
+
+
 class _Merger:
     """Merges the tokens of one batch, module after module.
 
@@ -44,25 +89,18 @@ class _Merger:
         state: of this forward.
         merge: the options of merging.
         budget: how many merge.
-        x: (B, N, D), the residual buffer.
+        batch: the images.
     """
 
-    def __init__(self, state: PruningState, merge: Merge, budget: Budget, x: Tensor):
+    def __init__(self, state: PruningState, merge: Merge, budget: Budget, batch: RaggedBatch):
         self.state = state
         self.size_weight = merge.size_weight
         self.budget = budget
-        self.x = x
-        self.priorities = state.choose_priorities(x, None)
-        self.sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+        self.x = batch.x
+        self.priorities = batch.priorities
+        self.sizes = self.x.new_ones(self.x.shape[:2], dtype=torch.float32)
         self.cost_scale = torch.ones_like(self.sizes)
-        self.record = MergeRecord(x)
-
-    def all_rows(self) -> ActiveRows:
-        num_images, num_tokens, _ = self.x.shape
-        device = self.x.device
-        starts = torch.arange(num_images + 1, device=device) * num_tokens
-        rows = torch.arange(num_images * num_tokens, device=device)
-        return ActiveRows(rows, starts, num_tokens, self.sizes.flatten())
+        self.record = MergeRecord(self.x)
 
     def merge_(
         self, module: int, active: ActiveRows, update: Tensor, gamma: Tensor | None
@@ -114,18 +152,16 @@ class _Merger:
 def run_ragged(
     state: PruningState,
     blocks: list[BlockParts],
-    x: Tensor,
-    rotary: Rotary | None,
+    batch: RaggedBatch,
     merge: Merge,
     budget: Budget,
 ) -> Tensor:
-    """Run x through all blocks, and leave the record of its merges in `state`.
+    """Run images through all blocks, and leave the record of their merges in `state`.
 
     Args:
         state: of this forward, before its first block; without masks.
         blocks: as the engine runs them.
-        x: (B, N, D), B >= 1; it changes in place.
-        rotary: the rotary table, if the blocks take one.
+        batch: B >= 1 images.
         merge: the options of merging.
         budget: how many tokens merge.
 
@@ -133,18 +169,17 @@ def run_ragged(
         (B, N, D), every token at its position: a merged one is the one that it went into, with
         Last Layer Fusion it has its own value; (B, P, D), the prefix, if the model reads no more.
     """
-    x = x.contiguous()
+    x = batch.x
     packed = x.view(1, -1, x.shape[-1])
-    merger = _Merger(state, merge, budget, x)
-    active: ActiveRows | None = None  # none: all tokens
-    rotary_rows = None if rotary is None else rotary.with_prefix()
-    first_norm = getattr(blocks[0].block, blocks[0].norm1)
-    h = ops.gather_norm(x, None, *norm_parameters(first_norm, x.dtype))
+    merger = _Merger(state, merge, budget, batch)
+    active = batch.active
+    first_norm = norm_parameters(getattr(blocks[0].block, blocks[0].norm1), x.dtype)
+    h = _normalize(x, active, first_norm)
     for layer, parts in enumerate(blocks):
         block = parts.block
         gamma1, gamma2 = parts.scales(block)
         norm2 = norm_parameters(getattr(block, parts.norm2), x.dtype)
-        update = _attend(parts, h, active, rotary, rotary_rows, state.num_tokens)
+        update = batch.attend(parts, h, active)
         target, idx = (x, None) if active is None else (packed, active.idx)
         h = ops.add_norm_(target, idx, update, gamma1, *norm2)
         update = parts.run_mlp(block, h)
@@ -155,20 +190,20 @@ def run_ragged(
             getattr(blocks[layer + 1].block, blocks[layer + 1].norm1), x.dtype
         )
         if layer < len(state.counts):
-            all_or_active = merger.all_rows() if active is None else active
+            all_or_active = batch.all_rows() if active is None else active
             active = merger.merge_(layer, all_or_active, update.flatten(0, 1), gamma2)
-            h = ops.gather_norm(packed, active.idx, *next_norm)
+            h = _normalize(x, active, next_norm)
         elif layer == state.fused_after:
             ops.add_(target, idx, update, gamma2)
             if state.config.tracks_parents:
                 x = ops.add_parents(x, merger.record.parent)
                 packed = x.view(1, -1, x.shape[-1])
-            active = None
-            h = ops.gather_norm(x, None, *next_norm)
+            active = batch.active
+            h = _normalize(x, active, next_norm)
         else:
             h = ops.add_norm_(target, idx, update, gamma2, *next_norm)
     state.record = merger.record
-    if active is None:
+    if active is batch.active:
         return x
     if state.config.tracks_parents:  # no block sees the tokens that are restored
         return ops.add_parents(x, merger.record.parent)
@@ -177,20 +212,8 @@ def run_ragged(
     return x[:, : state.num_prefix]
 
 
-def _attend(
-    parts: BlockParts,
-    h: Tensor,
-    active: ActiveRows | None,
-    rotary: Rotary | None,
-    rotary_rows: Rotary | None,
-    num_tokens: int,
-) -> Tensor:
-    """Run the attention of a block on h, (B, N, D), or the active rows (1, T, D)."""
-    attention = getattr(parts.block, parts.attn)
+def _normalize(x: Tensor, active: ActiveRows | None, norm: NormParameters) -> Tensor:
+    """Normalize the tokens of x (B, N, D), or its active rows as (1, T, D)."""
     if active is None:
-        return parts.attend(attention, h, rotary, None)
-    if rotary_rows is not None:
-        rotary_rows = rotary_rows._replace(idx=active.idx % num_tokens)
-    segments = Segments(active.starts, active.longest)
-    with SizeWeightedAttention(log_sizes(active.sizes).unsqueeze(0), segments=segments):
-        return parts.attend(attention, h, rotary_rows, None)
+        return ops.gather_norm(x, None, *norm)
+    return ops.gather_norm(x.view(1, -1, x.shape[-1]), active.idx, *norm)

@@ -217,9 +217,7 @@ class PruningState:
             return None
         if torch.compiler.is_compiling() or thresholds.num_tokens != self.num_tokens:
             return None
-        if thresholds.num_modules < len(
-            self.counts
-        ):  # found with Last Layer Fusion over more blocks
+        if thresholds.num_modules < len(self.counts):  # fusion was over more blocks then
             return None
         return thresholds.at(schedule.share * schedule.rate)
 

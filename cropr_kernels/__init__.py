@@ -29,6 +29,7 @@ from .pruning.api import set_llf as set_llf
 from .pruning.api import set_progress as set_progress
 from .pruning.api import set_rate as set_rate
 from .pruning.fusion import Fusion as Fusion
+from .pruning.image_lists import forward_images as forward_images
 from .pruning.maps import merge_map as merge_map
 from .pruning.maps import pruning_map as pruning_map
 from .pruning.masks import pad_images as pad_images

@@ -183,7 +183,12 @@ def run_block(
         context.frames = None
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
-            tokens = run_engine(context.state, x, _rotary(context.state, kwargs))
+            rotary = _rotary(context.state, kwargs)
+            if options.exchange is None:
+                tokens = run_engine(context.state, x, rotary)
+            else:
+                tokens = options.exchange(context.state, x, rotary)
+                context.state.done = True
             return _engine_output(modules, token_format.encode(tokens, argument))
     state = context.state
     if state is None or layer != state.next_layer:

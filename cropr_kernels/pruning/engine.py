@@ -12,7 +12,7 @@ calls the engine; those after it pass its result on. `PruningState` is the funct
 same.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,12 +51,7 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
             "the model under "
             "torch.no_grad(), freeze it, or deploy(model, engine=False)"
         )
-    # Below autograd, as in inference mode: operators cost less.
-    with (
-        nullcontext()
-        if torch.compiler.is_compiling()
-        else torch._C._AutoDispatchBelowADInplaceOrView()
-    ):
+    with below_autograd():
         budget = state.budget()
         merge = state.config.merge
         packs = all(parts.packs for parts in blocks) and not _has_own_table(rotary)
@@ -72,6 +67,13 @@ def run_engine(state: PruningState, x: Tensor, rotary: Rotary | None) -> Tensor:
     state.done = True
     state.positions = positions
     return x
+
+
+def below_autograd() -> AbstractContextManager[object]:
+    """Context in which operators cost less, as in inference mode."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
 def _has_own_table(rotary: Rotary | None) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..models.adapters import BlockParts, ModelSpec
 from ..models.blocks import rope_at, rotary_at
 from ..ops import decompositions
+from ..schedule import num_modules
 from .budget import Budget, Thresholds
 from .config import PruningConfig
 from .masks import Masks, make_masks
@@ -65,6 +66,8 @@ class PruningOptions(NamedTuple):
     portable: bool = False  # standard operators alone, for exported files
     budget: Budget | None = None  # of each image's merges; None: that of the modules
     equal_counts: bool = False  # of tokens of each image, as graphs need them
+    # In place of the blocks: called with the state, tokens (1, N, D) and rotary positions
+    exchange: Callable[..., Tensor] | None = None
 
 
 class ForwardContext:
@@ -139,7 +142,10 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
-        self.counts = config.counts(self.num_tokens, depth, prefix)
+        if options.exchange is None:
+            self.counts = config.counts(self.num_tokens, depth, prefix)
+        else:
+            self.counts = [self.num_tokens] * num_modules(depth, config.full_blocks)
         self.num_images = x.shape[0]
         self.num_prefix = prefix
         self.masks = make_masks(

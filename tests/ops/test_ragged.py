@@ -7,6 +7,7 @@ import torch
 from helpers.cases import DTYPES, MATRIX_DTYPES, odd_layouts, same_bits, slow_interpreted, tokens
 
 from cropr_kernels.ops import reference
+from cropr_kernels.ops.definitions import DEFINITIONS
 
 pytestmark = pytest.mark.kernels
 
@@ -206,8 +207,6 @@ def test_any_choice_is_merged_as_by_definition(backend, shape, dtype, offsets):
 
 def reference_merge(parts, order, starts, prune, nearest, *rest):
     """Return the result of the definition, on parts x, sizes and parent."""
-    from cropr_kernels.ops.definitions import DEFINITIONS
-
     x, *others = parts
     return DEFINITIONS["ragged_merge_"](x, order, starts, prune, nearest, *others, *rest)
 
@@ -304,33 +303,30 @@ def test_every_run_gives_the_same_bits(kernels):
         assert all(map(torch.equal, run(), first))
 
 
+LIST = {"ragged_add_select_": "rows", "ragged_nearest": "order", "ragged_merge_": "order"}
+
+
 def call(name, **changes):
     """Return the arguments of a call with two images, changed."""
-    x = torch.zeros(2, 9, 6)
-    rows = torch.tensor([0, 2, 3, 5, 9, 10, 12, 13, 14])
     args = {
-        "ragged_add_select_": [x, rows, torch.tensor([0, 4, 9]), torch.zeros(9, 6), None, x[0, 0]],
-        "ragged_nearest": [x, rows, torch.tensor([0, 4, 9])],
-        "ragged_merge_": [x, rows, torch.tensor([0, 4, 9]), torch.zeros(2, 2, dtype=torch.bool)],
-    }[name]
-    names = {
-        "ragged_add_select_": ["x", "rows", "starts", "update", "gamma", "query"],
-        "ragged_nearest": ["x", "order", "starts"],
-        "ragged_merge_": ["x", "order", "starts", "prune"],
-    }[name]
-    rest = {"num_candidates": 2, "num_prefix": 1}
+        "x": torch.zeros(2, 9, 6),
+        LIST[name]: torch.tensor([0, 2, 3, 5, 9, 10, 12, 13, 14]),
+        "starts": torch.tensor([0, 4, 9]),
+        "num_candidates": 2,
+        "num_prefix": 1,
+    }
+    if name == "ragged_add_select_":
+        args |= {"update": torch.zeros(9, 6), "gamma": None, "query": torch.ones(6)}
     if name == "ragged_merge_":
-        rest = {
+        del args["num_candidates"]
+        args |= {
+            "prune": torch.zeros(2, 2, dtype=torch.bool),
             "nearest": torch.tensor([[2, -1], [10, 12]]),
             "sizes": torch.ones(2, 9),
             "parent": torch.arange(9).repeat(2, 1),
             "num_kept": 9,
-            "num_prefix": 1,
         }
-    return dict(zip(names, args)) | rest | changes
-
-
-LIST = {"ragged_add_select_": "rows", "ragged_nearest": "order", "ragged_merge_": "order"}
+    return args | changes
 
 
 @pytest.mark.parametrize("name", LIST)

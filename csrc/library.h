@@ -107,25 +107,13 @@ constexpr Op kOps[] = {
      "cost_scale=None,"
      " float cost_weight=0.0)"
      " -> (Tensor kept_idx, Tensor pruned_idx)",
-     {kInPlace,
-      kIdx,
-      kUpdate,
-      kGamma,
-      kQuery,
-      kSizes,
-      kPriorities,
-      kChangedCostScale},
+     {kInPlace, kIdx, kUpdate, kGamma, kQuery, kSizes, kPriorities, kChangedCostScale},
      {{"num_prefix", "0", "K"}, {"num_keep", "num_prefix", "K"}}},
     {"merge_(Tensor(a!) x, Tensor target_idx, Tensor candidate_idx, Tensor(b!) sizes, Tensor(c!) "
      "parent,"
      " SymInt num_keep, SymInt num_prefix=0, bool offsets=False, Tensor? cost_scale=None)"
      " -> (Tensor kept_idx, Tensor pruned_idx, Tensor kept_sizes)",
-     {kInPlace,
-      kTargets,
-      kCandidates,
-      kChangedSizes,
-      kParent,
-      kCostScale},
+     {kInPlace, kTargets, kCandidates, kChangedSizes, kParent, kCostScale},
      {{"num_prefix", "0", "T"}, {"num_keep", "T", "T + C"}}},
     {"parent_offsets_(Tensor(a!) x, Tensor kept_idx, Tensor pruned_idx, Tensor(b!) parent, SymInt "
      "num_prefix=0) -> ()",

@@ -3,8 +3,10 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
+#include "merge.h"
 #include "nearest.h"
 #include "row_kernels.h"
 #include "rows.h"
@@ -29,23 +31,32 @@ struct Partition : MatchedLists {
   }
 };
 
-// The kept tokens, the pruned ones, and the kept row that each pruned token is merged into.
-struct Assignment {
-  int64_t* kept;              // (B, num_keep), ascending positions
-  int64_t* pruned;            // (B, num_prune), ascending positions
-  std::vector<int64_t> rows;  // (B, num_prune): index among the kept tokens
-};
+// Merges of all images whose lists of kept and of pruned tokens follow each other.
+std::vector<ImageMerge> equal_merges(
+    const Partition& partition, const Output& kept, const Output& pruned, const Output& kept_sizes,
+    std::vector<int64_t>& rows) {
+  rows.resize(partition.batch * partition.num_prune);
+  int64_t *kept_idx = kept.data<int64_t>(), *pruned_idx = pruned.data<int64_t>();
+  float* sizes = kept_sizes.data<float>();
+  const int64_t num_keep = partition.num_keep, num_prune = partition.num_prune;
+  std::vector<ImageMerge> merges;
+  merges.reserve(partition.batch);
+  for (int64_t b = 0; b < partition.batch; ++b)
+    merges.push_back(
+        {kept_idx + b * num_keep, pruned_idx + b * num_prune, rows.data() + b * num_prune,
+         sizes + b * num_keep, num_keep, num_prune, 0});
+  return merges;
+}
 
 // Prunes the candidates of lowest cost (B, C); of equal costs the higher position.
 void choose_targets(
     const Partition& partition, const int64_t* nearest, const double* costs,
-    Assignment& assignment) {
-  assignment.rows.resize(partition.batch * partition.num_prune);
+    const std::vector<ImageMerge>& merges) {
   std::vector<int64_t> order(partition.num_candidates), row_of_position(partition.n);
   std::vector<bool> is_pruned(partition.num_candidates);
   for (int64_t b = 0; b < partition.batch; ++b) {
-    const int64_t* candidates = partition.candidate_pos + b * partition.num_candidates;
-    const int64_t* targets = partition.target_pos + b * partition.num_targets;
+    const ImageLists lists = partition.image(b);
+    const int64_t* nearest_target = nearest + b * partition.num_candidates;
     const double* cost = costs + b * partition.num_candidates;
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
@@ -53,43 +64,14 @@ void choose_targets(
     });
     is_pruned.assign(partition.num_candidates, false);
     for (int64_t r = 0; r < partition.num_prune; ++r) is_pruned[order[r]] = true;
-    int64_t *kept = assignment.kept + b * partition.num_keep,
-            *pruned = assignment.pruned + b * partition.num_prune;
-    for (int64_t i = 0, c = 0, row = 0; row < partition.num_keep;) {
-      while (c < partition.num_candidates && is_pruned[c]) ++c;
-      const bool is_target = c == partition.num_candidates ||
-                             (i < partition.num_targets && targets[i] < candidates[c]);
-      kept[row] = is_target ? targets[i++] : candidates[c++];
-      row_of_position[kept[row]] = row;
-      ++row;
-    }
-    for (int64_t c = 0, r = 0; c < partition.num_candidates; ++c) {
-      if (!is_pruned[c]) continue;
-      assignment.rows[b * partition.num_prune + r] =
-          row_of_position[targets[nearest[b * partition.num_candidates + c]]];
-      pruned[r++] = candidates[c];
-    }
-  }
-}
-
-// Replaces similarities (B, C) by costs max(1 - similarity, 0) * cost_scale (B, N), a scale of 1 if
-// absent; NaN becomes the highest cost.
-template <typename A>
-void similarities_to_costs(
-    const Partition& partition, const OptionalTensor& cost_scale, double* similarities) {
-  const Tensor dense = cost_scale ? torch::stable::contiguous(*cost_scale) : partition.candidates;
-  const float* scale = cost_scale ? data<float>(dense) : nullptr;
-  for (int64_t i = 0; i < partition.batch * partition.num_candidates; ++i) {
-    A cost = std::max(A(1) - static_cast<A>(similarities[i]), A(0));
-    if (scale != nullptr)
-      cost *= scale[i / partition.num_candidates * partition.n + partition.candidate_pos[i]];
-    similarities[i] = std::isnan(cost) ? std::numeric_limits<double>::infinity() : cost;
+    const auto target_of = [&](int64_t c) { return lists.target(nearest_target[c]); };
+    split_lists(lists, is_pruned, target_of, row_of_position, merges[b]);
   }
 }
 
 void assign(
     const Tensor& x, const Partition& partition, const OptionalTensor& cost_scale,
-    Assignment& assignment) {
+    const std::vector<ImageMerge>& merges) {
   const Tensor dense = with_dense_rows(x);
   std::vector<int64_t> nearest(partition.batch * partition.num_candidates, partition.num_prefix);
   std::vector<double> similarities(nearest.size());
@@ -98,7 +80,7 @@ void assign(
     find_nearest(Rows<decltype(tag)>(dense), partition, nearest.data(), similarities.data());
     similarities_to_costs<acc_t<decltype(tag)>>(partition, cost_scale, similarities.data());
   });
-  choose_targets(partition, nearest.data(), similarities.data(), assignment);
+  choose_targets(partition, nearest.data(), similarities.data(), merges);
 }
 
 // sqrt(target) / sqrt(mean), of sums of squares: the factor that gives a mean the norm of its
@@ -112,13 +94,13 @@ A norm_factor(A target, A mean) {
 
 // mean = (size * x + sum of those merged into it) / (size + sum of their sizes), and kept[row] =
 // mean * |x| / |mean|, rounded once, for every kept row that a pruned token is merged into.
-// output_row(b, row) is where it is written.
+// output_row(b, row) is where it is written. sizes are (B, N).
 template <typename T, typename OutputRow>
 void combine(
-    const Rows<T>& x, const Partition& partition, const Assignment& assignment, const float* sizes,
-    float* kept_sizes, const OutputRow& output_row) {
+    const Rows<T>& x, const std::vector<ImageMerge>& merges, const float* sizes,
+    const OutputRow& output_row) {
   using A = acc_t<T>;
-  parallel_for(0, partition.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.batch, 1, [&](int64_t begin, int64_t end) {
     Scratch<A> sum(x.dim), target(x.dim);
     const auto square = [&](const A* row) {
       A result;
@@ -126,15 +108,12 @@ void combine(
       return result;
     };
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t *kept = assignment.kept + b * partition.num_keep,
-                    *pruned = assignment.pruned + b * partition.num_prune;
-      const int64_t* rows = assignment.rows.data() + b * partition.num_prune;
-      const float* size = sizes + b * partition.n;
-      float* total = kept_sizes + b * partition.num_keep;
-      for (int64_t i = 0; i < partition.num_keep; ++i) total[i] = size[kept[i]];
-      std::vector<bool> is_written(partition.num_keep, false);
-      for (int64_t r = 0; r < partition.num_prune; ++r) {
-        const int64_t row = rows[r];
+      const ImageMerge& merge = merges[b];
+      const float* size = sizes + b * x.count;
+      for (int64_t i = 0; i < merge.num_kept; ++i) merge.sizes[i] = size[merge.kept_position(i)];
+      std::vector<bool> is_written(merge.num_kept, false);
+      for (int64_t r = 0; r < merge.num_pruned; ++r) {
+        const int64_t row = merge.rows[r];
         if (is_written[row]) continue;
         is_written[row] = true;
         std::fill_n(sum.data(), x.dim, A(0));
@@ -143,15 +122,15 @@ void combine(
           weighted_sum<T>(
               x.image(b) + position * x.stride_n, x.stride_n, 1, x.dim, &weight, sum.data());
         };
-        add(kept[row]);
-        for (int64_t s = r; s < partition.num_prune; ++s) {
-          if (rows[s] != row) continue;
-          add(pruned[s]);
-          total[row] += size[pruned[s]];
+        add(merge.kept_position(row));
+        for (int64_t s = r; s < merge.num_pruned; ++s) {
+          if (merge.rows[s] != row) continue;
+          add(merge.pruned_position(s));
+          merge.sizes[row] += size[merge.pruned_position(s)];
         }
-        const A merged_size = total[row];
+        const A merged_size = merge.sizes[row];
         for (int64_t d = 0; d < x.dim; ++d) sum.data()[d] /= merged_size;
-        widen_row<T>(x.image(b) + kept[row] * x.stride_n, x.dim, target.data());
+        widen_row<T>(x.image(b) + merge.kept_position(row) * x.stride_n, x.dim, target.data());
         const A factor = norm_factor(square(target.data()), square(sum.data()));
         T* out = output_row(b, row);  // in place: the target's row of x
         for (int64_t d = 0; d < x.dim; ++d) store_one(out + d, sum.data()[d] * factor);
@@ -160,21 +139,43 @@ void combine(
   });
 }
 
-// Subtracts from each pruned row of x (B, N, D) the row it is merged into.
-template <typename T>
-void subtract_merged(T* x, int64_t dim, const Partition& partition, const Assignment& assignment) {
-  parallel_for(
-      0, partition.batch * partition.num_prune, row_grain(dim), [&](int64_t begin, int64_t end) {
-        Scratch<acc_t<T>> scratch(2 * dim);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / partition.num_prune;
-          T* image = x + b * partition.n * dim;
-          const T* merged =
-              image + assignment.kept[b * partition.num_keep + assignment.rows[i]] * dim;
-          subtract_row<T>(image + assignment.pruned[i] * dim, merged, dim, scratch.data());
-        }
-      });
+}  // namespace
+
+void merge_in_place(
+    const Tensor& x, const std::vector<ImageMerge>& merges, const Tensor& sizes,
+    const Tensor& parent, bool offsets) {
+  const int64_t n = x.size(1), dim = x.size(2);
+  float* size = mutable_data<float>(sizes);
+  int64_t* parents = mutable_data<int64_t>(parent);
+  std::vector<std::pair<int64_t, int64_t>> moves;  // rows of pruned tokens and of their targets
+  with_float_type(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    T* rows = mutable_data<T>(x);
+    combine(Rows<T>(x), merges, size, [&](int64_t b, int64_t row) {
+      return rows + (b * n + merges[b].kept_position(row)) * dim;
+    });
+    for (size_t b = 0; b < merges.size(); ++b) {
+      const ImageMerge& merge = merges[b];
+      const int64_t first = static_cast<int64_t>(b) * n;
+      for (int64_t i = 0; i < merge.num_kept; ++i)
+        size[first + merge.kept_position(i)] = merge.sizes[i];
+      for (int64_t r = 0; r < merge.num_pruned; ++r) {
+        parents[first + merge.pruned_position(r)] = merge.target_position(r);
+        moves.emplace_back(first + merge.pruned_position(r), first + merge.target_position(r));
+      }
+    }
+    if (!offsets) return;
+    parallel_for(
+        0, static_cast<int64_t>(moves.size()), row_grain(dim), [&](int64_t begin, int64_t end) {
+          Scratch<acc_t<T>> scratch(2 * dim);
+          for (int64_t i = begin; i < end; ++i)
+            subtract_row<T>(
+                rows + moves[i].first * dim, rows + moves[i].second * dim, dim, scratch.data());
+        });
+  });
 }
+
+namespace {
 
 std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     const Tensor& x, const Tensor& target_idx, const Tensor& candidate_idx, const Tensor& sizes,
@@ -195,15 +196,13 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
       pruned_idx({partition.batch, num_prune}, ScalarType::Long);
   Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
   Output dest({partition.batch, partition.n}, ScalarType::Long);
-  Assignment assignment{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  assign(x, partition, cost_scale, assignment);
-  int64_t* row_of = dest.data<int64_t>();
+  std::vector<int64_t> target_rows;
+  const auto merges = equal_merges(partition, kept_idx, pruned_idx, kept_sizes, target_rows);
+  assign(x, partition, cost_scale, merges);
   for (int64_t b = 0; b < partition.batch; ++b) {
-    for (int64_t i = 0; i < num_keep; ++i)
-      row_of[b * partition.n + assignment.kept[b * num_keep + i]] = i;
-    for (int64_t r = 0; r < num_prune; ++r)
-      row_of[b * partition.n + assignment.pruned[b * num_prune + r]] =
-          assignment.rows[b * num_prune + r];
+    int64_t* row_of = dest.data<int64_t>() + b * partition.n;
+    for (int64_t i = 0; i < num_keep; ++i) row_of[merges[b].kept[i]] = i;
+    for (int64_t r = 0; r < num_prune; ++r) row_of[merges[b].pruned[r]] = merges[b].rows[r];
   }
   with_float_type(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -212,14 +211,14 @@ std::tuple<Returned, Returned, Returned, Returned, Returned> merge(
     parallel_for(0, partition.batch * num_keep, row_grain(dim), [&](int64_t begin, int64_t end) {
       for_each_image_range(begin, end, num_keep, [&](int64_t b, int64_t first, int64_t last) {
         gather_rows(
-            rows.image(b), rows.stride_n, dim, assignment.kept + b * num_keep, first, last,
+            rows.image(b), rows.stride_n, dim, merges[b].kept, first, last,
             out + b * num_keep * dim,
             RowCopy(0));  // the merged rows are overwritten next
       });
     });
-    combine(
-        rows, partition, assignment, data<float>(weights), kept_sizes.data<float>(),
-        [&](int64_t b, int64_t row) { return out + (b * num_keep + row) * dim; });
+    combine(rows, merges, data<float>(weights), [&](int64_t b, int64_t row) {
+      return out + (b * num_keep + row) * dim;
+    });
   });
   return {
       kept.release(), kept_idx.release(), pruned_idx.release(), kept_sizes.release(),
@@ -237,26 +236,10 @@ std::tuple<Returned, Returned, Returned> merge_(
   Output kept_idx({partition.batch, num_keep}, ScalarType::Long);
   Output pruned_idx({partition.batch, partition.num_prune}, ScalarType::Long);
   Output kept_sizes({partition.batch, num_keep}, ScalarType::Float);
-  Assignment assignment{kept_idx.data<int64_t>(), pruned_idx.data<int64_t>(), {}};
-  assign(x, partition, cost_scale, assignment);
-  float *size = mutable_data<float>(sizes), *total = kept_sizes.data<float>();
-  with_float_type(x.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    T* rows = mutable_data<T>(x);
-    combine(Rows<T>(x), partition, assignment, size, total, [&](int64_t b, int64_t row) {
-      return rows + (b * partition.n + assignment.kept[b * num_keep + row]) * x.size(2);
-    });
-    if (offsets) subtract_merged(rows, x.size(2), partition, assignment);
-  });
-  int64_t* parents = mutable_data<int64_t>(parent);
-  for (int64_t b = 0; b < partition.batch; ++b) {
-    const int64_t* kept = assignment.kept + b * num_keep;
-    for (int64_t i = 0; i < num_keep; ++i)
-      size[b * partition.n + kept[i]] = total[b * num_keep + i];
-    for (int64_t r = 0; r < partition.num_prune; ++r)
-      parents[b * partition.n + assignment.pruned[b * partition.num_prune + r]] =
-          kept[assignment.rows[b * partition.num_prune + r]];
-  }
+  std::vector<int64_t> target_rows;
+  const auto merges = equal_merges(partition, kept_idx, pruned_idx, kept_sizes, target_rows);
+  assign(x, partition, cost_scale, merges);
+  merge_in_place(x, merges, sizes, parent, offsets);
   return {kept_idx.release(), pruned_idx.release(), kept_sizes.release()};
 }
 

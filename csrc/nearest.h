@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ragged.h"
 #include "row_kernels.h"
 #include "rows.h"
 #include "tensor.h"
@@ -41,6 +42,12 @@ struct MatchedLists {
     check_ascending(op, candidate_name, candidate_pos, num_candidates);
   }
 
+  ImageLists image(int64_t b) const {
+    return {
+        target_pos + b * num_targets, candidate_pos + b * num_candidates, num_targets,
+        num_candidates, 0};
+  }
+
   // Raises an error if no target is left after the prefix: candidates are matched to those only.
   void require_target(const Op& op) const {
     if (num_targets == num_prefix)
@@ -62,10 +69,12 @@ struct MatchedLists {
 };
 
 // The most similar target of each candidate after the prefix, by cosine, as its index in the list,
-// and that similarity. Of equal targets the lower position wins; NaN is the lowest similarity.
-template <typename T>
+// and that similarity, both (B, num_candidates). Of equal targets the lower position wins; NaN is
+// the lowest similarity. Lists are MatchedLists or RaggedRows: candidates that an image does not
+// have are left out.
+template <typename T, typename Lists>
 void find_nearest(
-    const Rows<T>& features, const MatchedLists& lists, int64_t* nearest, double* similarities) {
+    const Rows<T>& features, const Lists& lists, int64_t* nearest, double* similarities) {
   using A = acc_t<T>;
   constexpr int64_t kBatch = 16;  // candidates that share one pass over the targets
   const int64_t dim = features.dim, groups = (lists.num_candidates + kBatch - 1) / kBatch;
@@ -81,17 +90,19 @@ void find_nearest(
     };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / groups, first = task % groups * kBatch;
-      const int64_t count = std::min(kBatch, lists.num_candidates - first);
+      const ImageLists matched = lists.image(b);
+      const int64_t count = std::min(kBatch, matched.num_candidates - first);
       const T* image = features.image(b);
-      const int64_t* positions = lists.candidate_pos + b * lists.num_candidates + first;
       for (int64_t r = 0; r < count; ++r)
-        std::copy_n(image + positions[r] * features.stride_n, dim, rows.data() + r * dim);
+        std::copy_n(
+            image + matched.candidate(first + r) * features.stride_n, dim, rows.data() + r * dim);
       A best[kBatch], products[kBatch];
       std::fill_n(best, kBatch, -std::numeric_limits<A>::infinity());
       int64_t* best_idx = nearest + b * lists.num_candidates + first;
-      std::fill_n(best_idx, count, lists.num_prefix);
-      for (int64_t i = lists.num_prefix; i < lists.num_targets; ++i) {
-        const T* row = image + lists.target_pos[b * lists.num_targets + i] * features.stride_n;
+      std::fill_n(best_idx, std::max<int64_t>(count, 0), lists.num_prefix);
+      const int64_t num_targets = count > 0 ? matched.num_targets : 0;
+      for (int64_t i = lists.num_prefix; i < num_targets; ++i) {
+        const T* row = image + matched.target(i) * features.stride_n;
         const A length = norm(row);
         dot_rows<T>(rows.data(), dim, count, dim, wide.data(), products);
         for (int64_t r = 0; r < count; ++r) {

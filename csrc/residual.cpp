@@ -1,103 +1,14 @@
-// CPU kernels of the residual buffer: cropr::gather_norm, add_, add_norm_, add_select_ and rotate_.
-#include <algorithm>
-#include <cmath>
+// CPU kernels of the residual buffer: cropr::gather_norm, add_, add_norm_ and rotate_.
+#include "residual.h"
 
 #include "row_kernels.h"
 #include "rows.h"
-#include "select.h"
 #include "tensor.h"
 
 namespace cropr {
 namespace {
 
 using torch::stable::parallel_for;
-
-// The residual buffer x (B, N, D) and the K active tokens of each image: positions idx (B, K), or
-// all N without idx.
-struct Residual {
-  Tensor x;
-  OptionalTensor idx;  // contiguous
-  const int64_t* positions =
-      nullptr;  // data of idx: asking the tensor for it is a call into libtorch
-  int64_t batch, n, count, dim;
-
-  Residual(const Op& op, const Dims& dims, const Tensor& tensor, const OptionalTensor& active)
-      : x(tensor), batch(dims['B']), n(dims['N']), count(dims['K']), dim(dims['D']) {
-    if (!active) return;
-    idx = torch::stable::contiguous(*active);
-    positions = data<int64_t>(*idx);
-    check_positions(op, "idx", positions, batch * count, n);
-  }
-
-  // Position in x of the i-th token of image b.
-  int64_t position(int64_t b, int64_t i) const {
-    return positions ? positions[b * count + i] : i;
-  }
-};
-
-// An optional vector over the channels, in the accumulation type; null if absent.
-template <typename A>
-class Channels {
- public:
-  explicit Channels(const OptionalTensor& vector)
-      : values_(vector ? vector->size(0) : 0), exists_(vector.has_value()) {
-    if (exists_) fold_query(*vector, values_.data());
-  }
-  const A* data() {
-    return exists_ ? values_.data() : nullptr;
-  }
-
- private:
-  Scratch<A> values_;
-  bool exists_;
-};
-
-// Adds every update to its row of the residual and calls after(b, i, wide) with the new row. T is
-// the type of x, U that of the updates.
-template <typename T, typename U, typename After>
-void add_rows(
-    Residual& residual, const Tensor& update, const OptionalTensor& gamma, const After& after) {
-  using A = acc_t<T>;
-  Channels<A> scale(gamma);
-  T* x = mutable_data<T>(residual.x);
-  const U* updates = data<U>(update);
-  const int64_t n = residual.n, count = residual.count, dim = residual.dim;
-  const A* factors = scale.data();
-  parallel_for(0, residual.batch * count, row_grain(2 * dim), [&](int64_t begin, int64_t end) {
-    Scratch<A> wide(dim), step(dim);
-    for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const U* update_row = updates + (b * count + i) * dim;
-        const A* values;
-        if constexpr (std::is_same_v<U, A>) {
-          values = update_row;
-        } else {
-          widen_row<U>(update_row, dim, step.data());
-          values = step.data();
-        }
-        add_row<T>(x + (b * n + residual.position(b, i)) * dim, values, factors, dim, wide.data());
-        after(b, i, wide.data());
-      }
-    });
-  });
-}
-
-// Calls body(T{}, U{}, update) with the types of the residual and of the updates; updates of
-// another dtype than x are converted to the accumulation type first.
-template <typename Body>
-void with_update_types(const Residual& residual, const Tensor& update, const Body& body) {
-  with_float_type(residual.x.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    const Tensor dense = torch::stable::contiguous(update);
-    if (update.scalar_type() == residual.x.scalar_type()) {
-      body(tag, tag, dense);
-    } else {
-      constexpr auto wide =
-          std::is_same_v<acc_t<T>, double> ? ScalarType::Double : ScalarType::Float;
-      body(tag, acc_t<T>{}, dense.scalar_type() == wide ? dense : torch::stable::to(dense, wide));
-    }
-  });
-}
 
 Returned gather_norm(
     const Tensor& x, const OptionalTensor& idx, const OptionalTensor& weight,
@@ -163,114 +74,6 @@ Returned add_norm_(
         });
   });
   return out.release();
-}
-
-// Sizes (B, N) that raise scores, and the cost scales (B, N) that scores are turned into; null if
-// absent.
-struct Weights {
-  const float* sizes;
-  double size_weight;
-  float* cost_scale;
-  double cost_weight;
-};
-
-// For the active tokens of image b: scores += size_weight * their standard deviation over the
-// patches * log(size), and of patches the cost scale exp(cost_weight * (new score - mean) /
-// standard deviation), 1 without a spread.
-void weigh_scores(
-    const Residual& residual, int64_t b, int64_t num_prefix, const Weights& weights,
-    float* scores) {
-  constexpr double kMostExponent = 60;  // so that scales are finite and positive
-  const int64_t patches = std::max<int64_t>(residual.count - num_prefix, 1);
-  double mean = 0, squares = 0;
-  for (int64_t i = num_prefix; i < residual.count; ++i) mean += scores[i];
-  mean /= patches;
-  for (int64_t i = num_prefix; i < residual.count; ++i)
-    squares += (scores[i] - mean) * (scores[i] - mean);
-  const double deviation = std::sqrt(squares / patches), scale = weights.size_weight * deviation;
-  if (weights.sizes != nullptr &&
-      std::isfinite(scale)) {  // scores with NaN or infinity have no spread
-    const float* sizes = weights.sizes + b * residual.n;
-    for (int64_t i = 0; i < residual.count; ++i)
-      scores[i] +=
-          static_cast<float>(scale * std::log(static_cast<double>(sizes[residual.position(b, i)])));
-  }
-  if (weights.cost_scale == nullptr) return;
-  float* cost_scale = weights.cost_scale + b * residual.n;
-  const bool has_spread = std::isfinite(deviation) && deviation > 0;
-  for (int64_t i = num_prefix; i < residual.count; ++i) {
-    const double exponent = has_spread ? weights.cost_weight * (scores[i] - mean) / deviation : 0;
-    cost_scale[residual.position(b, i)] =
-        std::exp(static_cast<float>(std::clamp(exponent, -kMostExponent, kMostExponent)));
-  }
-}
-
-std::tuple<Returned, Returned> add_select_(
-    Tensor x, const OptionalTensor& idx, const Tensor& update, const OptionalTensor& gamma,
-    const Tensor& query, int64_t num_keep, int64_t num_prefix, const OptionalTensor& sizes,
-    double size_weight, const OptionalTensor& priority, const OptionalTensor& cost_scale,
-    double cost_weight) {
-  constexpr const Op& op = op_named("add_select_");
-  const Dims dims = check(
-      op,
-      {&x, ptr_or_null(idx), &update, ptr_or_null(gamma), &query, ptr_or_null(sizes),
-       ptr_or_null(priority), ptr_or_null(cost_scale)},
-      {num_prefix, num_keep});
-  Residual residual(op, dims, x, idx);
-  const int64_t n = dims['N'], count = dims['K'], dim = dims['D'];
-  const Priority ranks(priority, n);
-  const bool adjusts = sizes && size_weight != 0;
-  const Tensor dense_sizes = adjusts ? torch::stable::contiguous(*sizes) : x;
-  const Weights weights{
-      adjusts ? data<float>(dense_sizes) : nullptr, size_weight,
-      cost_scale ? mutable_data<float>(*cost_scale) : nullptr, cost_weight};
-  const int64_t num_prune = count - num_keep;
-  Output kept({residual.batch, num_keep}, ScalarType::Long),
-      pruned({residual.batch, num_prune}, ScalarType::Long);
-  int64_t *kept_pos = kept.data<int64_t>(), *pruned_pos = pruned.data<int64_t>();
-  with_update_types(residual, update, [&](auto tag, auto update_tag, const Tensor& updates) {
-    using T = decltype(tag);
-    add_rows<T, decltype(update_tag)>(
-        residual, updates, gamma, [](int64_t, int64_t, const auto*) {});
-    Scratch<acc_t<T>> folded(dim);
-    fold_query(query, folded.data());
-    Scratch<float> values(residual.batch * count);
-    const T* rows = data<T>(x);
-    const acc_t<T>* direction = folded.data();
-    float* scores = values.data();
-    parallel_for(0, residual.batch * count, row_grain(dim), [&](int64_t begin, int64_t end) {
-      for_each_image_range(begin, end, count, [&](int64_t b, int64_t first, int64_t last) {
-        for (int64_t i = first; i < last;) {
-          const int64_t run = residual.positions
-                                  ? run_length(residual.positions + b * count, i, last)
-                                  : last - first;
-          score_rows<T>(
-              rows + (b * n + residual.position(b, i)) * dim, dim, run, dim, direction,
-              scores + b * count + i);
-          i += run;
-        }
-      });
-    });
-    parallel_for(0, residual.batch, row_grain(16 * count), [&](int64_t begin, int64_t end) {
-      Scratch<select_key_t<float>> keys(count);
-      Scratch<int8_t> active_rank(priority ? count : 0);
-      for (int64_t b = begin; b < end; ++b) {
-        int64_t *keep = kept_pos + b * num_keep, *drop = pruned_pos + b * num_prune;
-        if (weights.sizes != nullptr || weights.cost_scale != nullptr)
-          weigh_scores(residual, b, num_prefix, weights, scores + b * count);
-        const int8_t* rank = ranks.image(b);
-        if (rank != nullptr) {
-          for (int64_t i = 0; i < count; ++i) active_rank.data()[i] = rank[residual.position(b, i)];
-          rank = active_rank.data();
-        }
-        select_image(
-            scores + b * count, rank, count, num_keep, num_prefix, keys.data(), keep, drop);
-        for (int64_t i = 0; i < num_keep; ++i) keep[i] = residual.position(b, keep[i]);
-        for (int64_t i = 0; i < num_prune; ++i) drop[i] = residual.position(b, drop[i]);
-      }
-    });
-  });
-  return {kept.release(), pruned.release()};
 }
 
 // Rotates one head of one token: pairs (c, c + 1), or (c, c + width / 2) with half.
@@ -344,7 +147,6 @@ STABLE_TORCH_LIBRARY_IMPL(cropr, CPU, library) {
   library.impl("gather_norm", TORCH_BOX(&gather_norm));
   library.impl("add_", TORCH_BOX(&add_));
   library.impl("add_norm_", TORCH_BOX(&add_norm_));
-  library.impl("add_select_", TORCH_BOX(&add_select_));
   library.impl("rotate_", TORCH_BOX(&rotate_));
 }
 

@@ -117,21 +117,6 @@ def ragged_merge_(
     return left, torch.tensor(counts, device=x.device).cumsum(0), sizes.flatten()[left]
 
 
-def checked(op):
-    from .validation import check
-
-    def kernel(*args):
-        import inspect
-
-        bound = inspect.signature(globals()[op]).bind(*args)
-        bound.apply_defaults()
-        args = bound.args
-        check(op, *args)
-        return globals()[op](*args)
-
-    return kernel
-
-
 def attend_segments(
     q: Tensor,
     k: Tensor,

@@ -6,8 +6,7 @@ Schemas are those of csrc/library.h; CPU kernels register when ``_C`` is importe
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import ragged_reference
-from .cuda import FAMILIES, FILES, cuda_kernel
+from .cuda import FILES, cuda_kernel
 from .definitions import DEFINITIONS
 from .extension import NAMES, table
 from .fakes import fake_kernel
@@ -27,9 +26,6 @@ for _name, (_schema, *_) in zip(NAMES, table):
     # definition.
     if not _name.endswith(("_", "norm", "backward")):
         _library.impl(_name, DEFINITIONS[_name], "FuncTorchDynamicLayerFrontMode")
-
-for _name in FAMILIES["ragged"]:
-    _library.impl(_name, ragged_reference.checked(_name), "CPU")
 
 for _name, (_backward, _setup) in GRADIENTS.items():
     torch.library.register_autograd(

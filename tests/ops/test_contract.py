@@ -415,6 +415,18 @@ def error_cases():
             )
             for name in ("parent_offsets", "parent_offsets_")
         ),
+        *(
+            (
+                *call(name, starts=torch.tensor([0, 13])),
+                f"{name}: starts must have shape (B + 1 = 3,), got (2,)",
+            )
+            for name in NAMES
+            if name.startswith("ragged_")
+        ),
+        (
+            *call("ragged_merge_", num_kept=14),
+            "ragged_merge_: num_kept must be in [0, T] = [0, 13], got 14",
+        ),
         (
             *call("merge", candidate_idx=torch.arange(5, 9).expand(2, -1)),
             "merge: target_idx and candidate_idx must together hold N = 9 positions, got 4 + 4",

@@ -211,6 +211,7 @@ FLOPS = {
     "merge_": 2 * 2 * 4 * 5 * 6,
     "parent_offsets": 2 * 2 * 4 * 5 * 6,
     "parent_offsets_": 2 * 2 * 4 * 5 * 6,
+    "attend_segments": 4 * (2 * 2 + 2 * 2) * 3 * 5,
 }
 
 
@@ -227,7 +228,7 @@ def test_flops_are_those_of_the_products(name):
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))
 
 
-@pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm"])
+@pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm", "attend_segments"])
 def test_ops_without_a_gradient_reject_tensors_that_require_one(name):
     args = legal_call(name)
     for argument, value in args.items():

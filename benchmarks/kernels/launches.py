@@ -144,6 +144,8 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
             "C": n // 4,
             "F": width,
         }
+        if op == "attend_segments":
+            sizes |= {"T": 2 * n, "H": width // 64, "C": 64, "S": 3}
         args: dict[str, Any] = {name: _NUMBERS.get(name) for name in spec.arguments}
         for input in spec.inputs:
             allowed = input.allowed[0] if input.allowed and len(input.allowed) < 4 else dtype

@@ -213,6 +213,7 @@ FLOPS = {
     "parent_offsets_": 2 * 2 * 4 * 5 * 6,
     "ragged_add_select_": 2 * 13 * 6,
     "ragged_nearest": 2 * 3 * (13 - 2 * 3) * 6,
+    "attend_segments": 4 * (2 * 2 + 2 * 2) * 3 * 5,
 }
 
 
@@ -229,7 +230,7 @@ def test_flops_are_those_of_the_products(name):
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))
 
 
-@pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm"])
+@pytest.mark.parametrize("name", [*IN_PLACE, "gather_norm", "attend_segments"])
 def test_ops_without_a_gradient_reject_tensors_that_require_one(name):
     args = legal_call(name)
     for argument, value in args.items():

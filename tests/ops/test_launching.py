@@ -66,7 +66,10 @@ def test_recorded_launches_equal_those_of_triton(cuda, op, dtype, bare):
         results.append(outputs_of(call(*args.values())))
         second = list(launched)
         was_replayed.append(replayed())
-    assert first and was_replayed == [False, not op.startswith("attend")]
+    assert first and was_replayed == [
+        False,
+        op not in ("attend", "attend_scores", "attend_backward"),
+    ]
     input_addresses = addresses(value for value in args.values() if isinstance(value, torch.Tensor))
     assert len(first) == len(second)
     for compiled, recorded in zip(first, second):

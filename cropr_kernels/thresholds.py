@@ -1,14 +1,17 @@
 """Thresholds of merging: each image keeps as many tokens as it needs (`pruning.budget`)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .pruning.api import deployed_copy
-from .pruning.budget import Thresholds, TotalBudget
-from .pruning.model import modules_of, run
+from .pruning.budget import Thresholds, TotalBudget, quotas
+from .pruning.costs import matrix_elements
+from .pruning.model import CroprModules, modules_of, run
 from .pruning.state import PruningOptions
+from .schedule import Schedule
 
 NUM_IMAGES = 128  # that thresholds are found on
 _SHARES = (0.25, 0.5, 0.75, 0.9)  # of the highest rate, at which they are found
@@ -31,10 +34,10 @@ def fit_thresholds(
     modules = modules_of(deployed)
     if modules.engine is None:
         return None
-    costs: dict[float, tuple[float, ...]] = {}
+    costs: dict[int, tuple[float, ...]] = {}
     num_tokens = 0
     for rate in _rates(modules.num_used, modules.config.grid):
-        budget = TotalBudget(rate)
+        budget = TotalBudget(rate, _quotas(modules, rate))
         options = PruningOptions(engine=True, budget=budget)
         _, state = run(deployed, lambda: modules.spec.run(images, **kwargs), options)
         if state.record is None:  # its blocks take arguments that the engine does not
@@ -44,10 +47,20 @@ def fit_thresholds(
     return Thresholds(num_tokens, tuple(costs), tuple(costs.values())) if costs else None
 
 
-def _rates(num_modules: int, grid: tuple[int, int]) -> list[float]:
+def _quotas(modules: CroprModules, rate: int) -> list[float]:
+    """The merges of each module at a rate."""
+    spec = modules.spec
+    num_tokens = spec.num_prefix + modules.config.grid[0] * modules.config.grid[1]
+    schedule = replace(modules.config, schedule=Schedule(rate=rate))
+    counts = schedule.counts(num_tokens, len(spec.blocks), spec.num_prefix)
+    linear = 2 * matrix_elements(spec.blocks[-1]) / (4 * spec.dim)
+    return quotas(rate, counts, num_tokens, linear)
+
+
+def _rates(num_modules: int, grid: tuple[int, int]) -> list[int]:
     """The rates at which thresholds are found."""
     highest = (grid[0] * grid[1] - 4) // num_modules
-    return sorted({float(max(round(highest * share), 1)) for share in _SHARES if highest > 0})
+    return sorted({max(round(highest * share), 1) for share in _SHARES if highest > 0})
 
 
 class Sample:

@@ -1,11 +1,18 @@
 """The number of tokens that each image loses: as many as cost less than a threshold.
 
 A constant rate takes equally many tokens from a photo of a plane in the sky and from one of a
-crowded market. Here a module merges the candidates of an image whose cost, as `merge` has it, is
-below the module's threshold. Thresholds are found without labels, on photos that go through the
-pruned model together: at each module the rate times the number of photos cheapest merges of them
-all take place, and the cost of the last is the threshold. So rates are means over photos, and a
-photo does not depend on those beside it.
+crowded market. Here a module merges the candidates of an image whose cost is below the module's
+threshold. Thresholds are found without labels, on photos that go through the pruned model together:
+at each module the quota times the number of photos cheapest merges of them all take place, and the
+cost of the last is the threshold. Quotas are lower in the first modules, and such that the mean
+counts take the FLOPs of the constant rate. So a rate is a mean over photos, and a photo does not
+depend on those beside it.
+
+A candidate of size s and standardised score z, with cosine n to its target, costs
+
+    c (mean of c over the image's candidates)^0.5,  c = max(1 - n, 0) exp(COST_WEIGHT z) s^0.5
+
+The second factor keeps more of images whose merges are dear. Measured: docs/benchmarks.md.
 """
 
 import itertools
@@ -16,8 +23,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# An image loses at most this multiple of the rate in a module; its candidates are as many
-MOST = 3
+# An image has this multiple of the rate of candidates in a module, and may lose them all
+MOST = 4
+# Of scores, as in `merging`, where each image has its own counts
+COST_WEIGHT = 0.4
+EARLY = 3  # modules of a lower quota
+_EARLY_SHARE = 0.6  # of the quota of later ones
 
 
 class Budget(Protocol):
@@ -35,6 +46,35 @@ class Budget(Protocol):
         Returns:
             (B, C) bool, False where the cost is inf.
         """
+
+
+def costs_of_images(costs: Tensor) -> Tensor:
+    """Multiply costs (B, C), inf where there is no candidate, by the root of their image's mean."""
+    exists = costs.isfinite()
+    count = exists.sum(1, keepdim=True).clamp_min(1)
+    mean = costs.where(exists, 0.0).sum(1, keepdim=True) / count
+    return costs * mean.sqrt().where(mean > 0, 1.0)
+
+
+def quotas(rate: float, counts: Sequence[int], num_tokens: int, linear: float) -> list[float]:
+    """The merges of each module, whose counts of tokens take the FLOPs of constant ones.
+
+    Args:
+        rate: R.
+        counts: tokens after each module at the constant rate.
+        num_tokens: N.
+        linear: FLOPs of a block that are linear in its n tokens, of those that are n^2, for n = 1.
+    """
+    shares = [_EARLY_SHARE if module < EARLY else 1.0 for module in range(len(counts))]
+    goal = sum(linear * count + count**2 for count in counts)
+    low, high = 0.0, 2.0 / _EARLY_SHARE
+    for _ in range(40):
+        factor = (low + high) / 2
+        merged = itertools.accumulate(share * factor * rate for share in shares)
+        remaining = [max(num_tokens - total, 0.0) for total in merged]
+        too_many = sum(linear * count + count**2 for count in remaining) > goal
+        low, high = (factor, high) if too_many else (low, factor)
+    return [share * low * rate for share in shares]
 
 
 def num_candidates(rate: float) -> int:
@@ -103,19 +143,26 @@ class ThresholdBudget:
     costs: Sequence[float]  # one a module
 
     def choose(self, module: int, costs: Tensor) -> Tensor:
-        return costs <= self.costs[module]
+        return costs_of_images(costs) <= self.costs[module]
 
 
 class TotalBudget:
-    """Merge the cheapest of a batch, the rate times the number of images, and note what the last
-    costs."""
+    """Merge the cheapest of a batch, the quota times the number of images, and note what the last
+    costs.
 
-    def __init__(self, rate: float) -> None:
+    Args:
+        rate: R.
+        quotas: merges of an image on average, one a module.
+    """
+
+    def __init__(self, rate: float, quotas: Sequence[float]):
         self.rate = rate
+        self.quotas = quotas
         self.costs: list[float] = []  # one a module
 
     def choose(self, module: int, costs: Tensor) -> Tensor:
-        count = round(self.rate * len(costs))
+        count = round(self.quotas[module] * len(costs))
+        costs = costs_of_images(costs)
         finite = costs.flatten().sort().values
         count = min(count, int(finite.isfinite().sum()))
         threshold = finite[count - 1] if count else finite.new_tensor(0.0)

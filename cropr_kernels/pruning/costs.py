@@ -8,6 +8,11 @@ from .model import modules_of, run
 from .state import PruningOptions, PruningState
 
 
+def matrix_elements(block: nn.Module) -> int:
+    """The elements of a block's matrices, each of which multiplies every token once."""
+    return sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2)
+
+
 class ImageFlops:
     """FLOPs of a forward, by image: those of the unpruned model, without what blocks save.
 
@@ -25,10 +30,7 @@ class ImageFlops:
         with torch.no_grad(), flop_counter() as counter:
             run(model, lambda: spec.run(images), PruningOptions(observe=lambda layer, x: None))
         self.unpruned = counter.get_total_flops()
-        self.weights = [
-            sum(parameter.numel() for parameter in block.parameters() if parameter.ndim == 2)
-            for block in spec.blocks
-        ]
+        self.weights = [matrix_elements(block) for block in spec.blocks]
 
     def __call__(self, state: PruningState) -> Tensor:
         """The FLOPs of each image of the batch that went through, (B,) float64."""

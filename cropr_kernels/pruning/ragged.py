@@ -21,9 +21,9 @@ from ..models.blocks import (
     SizeWeightedAttention,
     norm_parameters,
 )
-from .budget import Budget, num_candidates
+from .budget import COST_WEIGHT, Budget, num_candidates
 from .merge_record import MergeRecord
-from .merging import COST_WEIGHT, Merge, log_sizes
+from .merging import Merge, log_sizes
 from .state import PruningState
 from .strategies import Priorities
 
@@ -125,7 +125,7 @@ class _Merger:
             COST_WEIGHT,
         )
         costs, nearest = ops.ragged_nearest(
-            self.x, order, active.starts, limit, prefix, self.cost_scale
+            self.x, order, active.starts, limit, prefix, self.cost_scale * self.sizes.sqrt()
         )
         merges = self.budget.choose(module, costs)
         # One wait for the device

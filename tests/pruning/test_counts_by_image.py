@@ -12,9 +12,15 @@ import cropr_kernels as cropr
 from cropr_kernels.models.blocks import SizeWeightedAttention
 from cropr_kernels.ops import reference
 from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
-from cropr_kernels.pruning.budget import Thresholds, TotalBudget, num_candidates
+from cropr_kernels.pruning.budget import (
+    COST_WEIGHT,
+    Thresholds,
+    TotalBudget,
+    num_candidates,
+    quotas,
+)
 from cropr_kernels.pruning.costs import ImageFlops
-from cropr_kernels.pruning.merging import COST_WEIGHT, checkerboard, log_sizes
+from cropr_kernels.pruning.merging import checkerboard, log_sizes
 from cropr_kernels.pruning.model import modules_of, run
 from cropr_kernels.pruning.state import PruningOptions
 
@@ -73,9 +79,10 @@ def merged_one_by_one(model, image):
         targets, candidates = reference.select(
             adjusted, x.shape[1] - num_candidates_here, prefix, priority
         )
-        scale = cost_scales(scores, adjusted, COST_WEIGHT, prefix)
+        scale = cost_scales(scores, adjusted, COST_WEIGHT, prefix) * sizes.sqrt()
         best, _ = reference.find_nearest(x, targets, candidates, prefix)
         cost = (1 - best).clamp_min(0) * scale.gather(1, candidates)
+        cost = cost * cost.mean().sqrt()
         num_keep = x.shape[1] - int((cost <= budget.costs[layer]).sum())
         x, kept, _, sizes, dest = reference.merge(
             x, targets, candidates, sizes, num_keep, prefix, scale
@@ -116,15 +123,28 @@ def test_an_image_is_independent_of_those_beside_it(name, llf):
         torch.testing.assert_close(fast(images[index : index + 1])[0], together[index])
 
 
-def test_the_mean_over_calibration_images_is_the_rate():
+def test_calibration_images_lose_the_quota_on_average():
     model = calibrated(reference_vit)
     fast = cropr.deploy(model)
-    budget = TotalBudget(RATE)
+    budget = TotalBudget(RATE, [2, 4, 6.5])
     images = photos(12, seed=1)
     _, state = run(fast, lambda: fast(images), PruningOptions(engine=True, budget=budget))
     counts = state.counts_by_block()
-    assert (-counts.diff(dim=1).sum(0)).tolist() == [RATE * 12] * 3
+    assert (-counts.diff(dim=1).sum(0)).tolist() == [24, 48, 78]
     assert (counts.sum(1) != counts.sum(1)[0]).any()
+
+
+@pytest.mark.parametrize(("rate", "modules"), [(4, 11), (8, 11), (15, 11), (6, 3), (20, 3)])
+def test_quotas_take_the_flops_of_the_constant_rate(rate, modules):
+    counts = [197 - rate * (module + 1) for module in range(modules)]
+    merged = quotas(rate, counts, 197, linear=400)
+    remaining = [197 - sum(merged[: module + 1]) for module in range(modules)]
+
+    def flops(counts):
+        return sum(400 * count + count**2 for count in counts)
+
+    assert flops(remaining) == pytest.approx(flops(counts), rel=1e-6)
+    assert merged[0] < merged[-1] or modules <= 3
 
 
 def test_flops_by_image_add_up_to_those_counted():

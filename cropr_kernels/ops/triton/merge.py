@@ -2,12 +2,10 @@
 launches.
 
 The first compares: a program compares a tile of targets with a tile of candidates. The last of
-    those that share
-candidates finds the nearest target of each; the last of an image chooses the pruned candidates, and
-their targets. The second writes the merged rows, one program per pruned token: the first of those
-that share a target adds them all up, one after the other, so no two programs write one row. The
-order of floating-point sums is fixed by the code, not by the layout that the compiler picks: the
-bits are the same on every run and for every alignment.
+those that share candidates finds the nearest target of each; the last of an image chooses the
+pruned candidates, and their targets. The second (`means`) writes the merged rows. The order of
+floating-point sums is fixed by the code, not by the layout that the compiler picks: the bits are
+the same on every run and for every alignment.
 """
 
 from typing import Any, NamedTuple
@@ -19,22 +17,11 @@ import triton.language as tl
 from ..reference import accumulation_dtype
 from ..validation import check
 from .launching import launch
-from .nearest import (
-    BLOCK,
-    load_positions,
-    nearest_in_image,
-    nearest_in_tile,
-    sum_pairs,
-    sum_rows,
-    target_blocks,
-)
+from .means import NUM_WARPS, REGISTERS, Assignment, assignment_of, launch_means
+from .nearest import load_positions, nearest_in_image, nearest_in_tile, target_blocks
 from .prune import gather
 from .select import Selection, is_last, select_image
 from .utils import dense_rows, rows_of
-
-_NUM_WARPS = 4
-_REGISTERS = 168  # per thread; without a limit ptxas spills to fit more warps on a processor
-_UNROLL = tl.constexpr(4)  # pruned rows of a mean that are loaded at a time
 
 
 class Tokens(NamedTuple):
@@ -61,17 +48,6 @@ class Scratch(NamedTuple):
     zeros: Any
 
 
-class Assignment(NamedTuple):
-    """Positions kept (B, K) and pruned (B, R), the kept row that each pruned token is merged into
-    (B, R), new sizes (B, K), and the destination of every token (B, N)."""
-
-    kept_idx: Any
-    pruned_idx: Any
-    row_idx: Any
-    kept_sizes: Any
-    dest_idx: Any
-
-
 @triton.jit
 def load_costs(best, tokens, candidates, num_candidates, n):
     """Return the cost of pruning candidates, max(1 - best, 0) * cost_scale; NaN becomes the
@@ -92,7 +68,7 @@ def choose_targets(
     ascend by position."""
     # Candidates of the highest cost are kept, of equals the lower position.
     num_stay = num_candidates - num_prune
-    order = Selection(scratch.cost, None, None, scratch.order, scratch.order + num_stay)
+    order = Selection(scratch.cost, None, None, scratch.order, scratch.order + num_stay, None)
     select_image(scratch.cost, order, 0, None, num_candidates, num_candidates, num_stay, 0, KEYS)
     # Mark every kept position with 1; the number of marks before it is its row.
     BLOCK: tl.constexpr = BLOCKS.positions
@@ -142,18 +118,6 @@ def choose_targets(
             target if IN_PLACE else kept_row.to(tl.int64),
             mask=moves,
         )
-
-
-@triton.jit
-def assignment_of(assignment, b, n, num_keep, num_prune):
-    """The assignment of image b."""
-    return Assignment(
-        assignment.kept_idx + b * num_keep,
-        assignment.pruned_idx + b * num_prune,
-        assignment.row_idx + b * num_prune,
-        assignment.kept_sizes + b * num_keep,
-        assignment.dest_idx + b * n,
-    )
 
 
 @triton.jit(do_not_specialize=["n", "num_targets", "num_candidates", "num_prune", "num_prefix"])
@@ -220,141 +184,6 @@ def targets_kernel(
             )
 
 
-@triton.jit
-def next_joining(row_idx_ptr, kept_row, start, num_prune, BLOCK: tl.constexpr):
-    """Return the first pruned token from `start` on that is merged into kept row `kept_row`, or
-    num_prune."""
-    joining = num_prune
-    first = num_prune * 0 + start
-    while (first < num_prune) & (joining == num_prune):
-        offs = first + tl.arange(0, BLOCK)
-        joins = tl.load(row_idx_ptr + offs, mask=offs < num_prune, other=-1) == kept_row
-        joining = tl.min(tl.where(joins, offs, num_prune), axis=0)
-        first += BLOCK
-    return joining
-
-
-@triton.jit
-def sum_of_squares(x):
-    """Sum the squares of (N,), N >= 128, neighbors first: (1,)."""
-    even, odd = tl.split(x.reshape(1, x.shape[0] // 2, 2))
-    return sum_rows(sum_pairs(tl.fma(even, even, odd * odd), 2))
-
-
-@triton.jit
-def mean_of(
-    x_ptr, stride, cols, inside, assignment, sizes_ptr, target, kept_row, pruned_row, num_prune,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Return columns of the target and of the mean of all tokens merged into it, and the size of
-    the mean."""
-    target_row = tl.load(x_ptr + target * stride + cols, mask=inside, other=0.0).to(ACC)
-    total = tl.load(sizes_ptr + target)
-    sums = tl.fma(target_row, total.to(ACC), tl.zeros(cols.shape, ACC))
-    start = pruned_row
-    while start < num_prune:
-        for i in tl.static_range(_UNROLL):  # in order of position
-            r = start + i
-            joins = tl.load(assignment.row_idx + r, mask=r < num_prune, other=-1) == kept_row
-            origin = tl.load(assignment.pruned_idx + r, mask=joins, other=0)
-            size = tl.load(sizes_ptr + origin, mask=joins, other=0.0)
-            row = tl.load(x_ptr + origin * stride + cols, mask=joins & inside, other=0.0)
-            sums = tl.fma(row.to(ACC), size.to(ACC), sums)
-            total += size
-        start = next_joining(assignment.row_idx, kept_row, start + _UNROLL, num_prune, BLOCK)
-    return target_row, sums / total, total
-
-
-@triton.jit(do_not_specialize=["n", "num_keep", "num_prune"])
-def means_kernel(
-    x, assignment, sizes_ptr, out_ptr, n, num_keep, num_prune,
-    IN_PLACE: tl.constexpr, OFFSETS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write one merged row per program; with OFFSETS, in place, pruned rows become their offsets
-    from it.
-
-    The norm takes a pass over all columns; with ONE_BLOCK the mean is then still in registers.
-    """
-    pid = tl.program_id(0)
-    dim = x.dim
-    ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
-    b = (pid // num_prune).to(tl.int64)
-    pruned_row = pid % num_prune
-    assignment = assignment_of(assignment, b, n, num_keep, num_prune)
-    sizes_ptr += b * n
-    kept_row = tl.load(assignment.row_idx + pruned_row)
-    if (kept_row >= 0) & (
-        next_joining(assignment.row_idx, kept_row, 0, num_prune, BLOCK) == pruned_row
-    ):
-        x_ptr = x.ptr + b * x.stride_b
-        target = tl.load(assignment.kept_idx + kept_row)
-        out_ptr += (b * n + target if IN_PLACE else b * num_keep + kept_row) * dim
-        total = 0.0
-        mean = tl.zeros([BLOCK_D], ACC)
-        target_square = tl.zeros([1], ACC)
-        square = tl.zeros([1], ACC)
-        for first in range(0, dim, BLOCK_D):
-            cols = first + tl.arange(0, BLOCK_D)
-            row, mean, total = mean_of(
-                x_ptr,
-                x.stride_n,
-                cols,
-                cols < dim,
-                assignment,
-                sizes_ptr,
-                target,
-                kept_row,
-                pruned_row,
-                num_prune,
-                ACC,
-                BLOCK,
-            )
-            target_square += sum_of_squares(row)
-            square += sum_of_squares(mean)
-        factor = tl.sqrt(target_square) / tl.sqrt(square)
-        fits = (square > 0) & (square < float("inf")) & (factor < float("inf"))
-        factor = tl.where(fits, factor, 1.0)
-        for first in range(0, dim, BLOCK_D):
-            cols = first + tl.arange(0, BLOCK_D)
-            inside = cols < dim
-            if not ONE_BLOCK:
-                _, mean, _ = mean_of(
-                    x_ptr,
-                    x.stride_n,
-                    cols,
-                    inside,
-                    assignment,
-                    sizes_ptr,
-                    target,
-                    kept_row,
-                    pruned_row,
-                    num_prune,
-                    ACC,
-                    BLOCK,
-                )
-            # In place, all threads must have read the row and the size before one stores them
-            tl.debug_barrier()
-            # Rounded here, so that offsets subtract the stored value.
-            merged = tl.fma(mean, factor, tl.zeros([BLOCK_D], ACC)).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + cols, merged, mask=inside)
-            if OFFSETS:
-                start = pruned_row
-                while start < num_prune:
-                    pruned_row_ptr = (
-                        x_ptr + tl.load(assignment.pruned_idx + start) * x.stride_n + cols
-                    )
-                    row = tl.load(pruned_row_ptr, mask=inside, other=0.0)
-                    tl.debug_barrier()
-                    tl.store(
-                        pruned_row_ptr, (row.to(ACC) - merged.to(ACC)).to(row.dtype), mask=inside
-                    )
-                    start = next_joining(assignment.row_idx, kept_row, start + 1, num_prune, BLOCK)
-        tl.store(assignment.kept_sizes + kept_row, total)
-        if IN_PLACE:
-            tl.store(sizes_ptr + target, total)
-
-
 def _launch(
     x,
     target_idx,
@@ -368,7 +197,7 @@ def _launch(
     in_place,
     offsets=False,
 ):
-    batch, n, dim = x.shape
+    batch, n, _ = x.shape
     num_targets, num_candidates = target_idx.shape[1], candidate_idx.shape[1]
     num_prune = num_targets + num_candidates - num_keep
     kept_idx, pruned_idx = (
@@ -390,26 +219,23 @@ def _launch(
     zeros = x.new_zeros((batch, n + groups + 1), dtype=torch.int32)
     scratch = Scratch(partial, partial_idx, cost, nearest, order, zeros)
     assignment = Assignment(
-        kept_idx, pruned_idx, x.new_empty((batch, num_prune), dtype=torch.int32), kept_sizes, dest
+        kept_idx,
+        pruned_idx,
+        x.new_empty((batch, num_prune), dtype=torch.int32),
+        kept_sizes,
+        dest,
+        None,
     )
     launch(
         targets_kernel, batch * tiles * groups,
         rows_of(x), Tokens(target_idx, candidate_idx, sizes, cost_scale), scratch, assignment,
         n, num_targets, num_candidates, num_prune, num_prefix, IN_PLACE=in_place, BLOCKS=blocks,
         KEYS=keys,
-        num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
+        num_warps=NUM_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     out = x if in_place else gather(x, kept_idx)
-    if num_prune and dim:
-        # Registers
-        block_d = min(max(triton.next_power_of_2(dim), 128), 1024 if acc == torch.float32 else 256)
-        launch(
-            means_kernel, batch * num_prune,
-            rows_of(x), assignment, sizes, out, n, num_keep, num_prune, IN_PLACE=in_place,
-            OFFSETS=offsets,
-            ONE_BLOCK=dim <= block_d, BLOCK=BLOCK, BLOCK_D=block_d, num_warps=_NUM_WARPS,
-            maxnreg=_REGISTERS,
-        )  # fmt: skip
+    counts = (batch * num_prune, num_keep, num_prune)
+    launch_means(x, n, assignment, sizes, out, counts, in_place=in_place, offsets=offsets)
     return out, kept_idx, pruned_idx, kept_sizes
 
 

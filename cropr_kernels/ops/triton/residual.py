@@ -22,6 +22,7 @@ from .select import (
     is_last,
     launch_select,
     priority_bytes,
+    select_ragged,
     weigh_and_select,
 )
 from .utils import (
@@ -32,6 +33,7 @@ from .utils import (
     block_counters,
     image_of,
     load_vector,
+    ragged_image,
     row_blocks,
     rows_of,
 )
@@ -53,16 +55,20 @@ class Norm(NamedTuple):
 
 
 @triton.jit
-def locate_rows(idx_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
-    """Locate the active tokens of this program.
+def locate_rows(idx_ptr, starts_ptr, n, count, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr):
+    """Locate the active tokens of this program, of at most `count` an image.
 
-    Returns the image, indices in (B * K) and their mask, positions in x and their mask.
+    Returns the image, indices in (B * K) or ragged in (T,) and their mask, positions in x and their
+    mask.
     """
     tiles = tl.cdiv(count, BLOCK_R)
     pid = tl.program_id(0)
     b = image_of(pid, tiles, AGAIN)
     rows = (pid % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     flat = b * count + rows
+    if starts_ptr is not None:
+        start, count, _ = ragged_image(starts_ptr, b, 0, 0)
+        flat = start + rows
     inside = rows < count
     position = rows.to(tl.int64)
     valid = inside
@@ -118,7 +124,7 @@ def add_norm_kernel(
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
     b, flat, inside, position, valid = locate_rows(
-        idx_ptr, n, count, BLOCKS.rows, update.ptr is None
+        idx_ptr, None, n, count, BLOCKS.rows, update.ptr is None
     )
     x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
     cols = tl.arange(0, BLOCKS.first)
@@ -149,10 +155,16 @@ def add_select_kernel(
     BLOCKS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """x[idx] += gamma * update (B, K, D), then scores (B, K); the last program of an image may
-    select."""
+    select.
+
+    If ragged, idx are rows of x.view(1, n, D), at most `count` an image, and num_keep is the number
+    of candidates.
+    """
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     dim = x.dim
-    b, flat, inside, position, valid = locate_rows(idx_ptr, n, count, BLOCKS.rows, False)
+    b, flat, inside, position, valid = locate_rows(
+        idx_ptr, selection.starts, n, count, BLOCKS.rows, False
+    )
     x_ptr = x.ptr + b * x.stride_b + position[:, None] * x.stride_n
     cols = tl.arange(0, BLOCKS.first)
     value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
@@ -162,7 +174,15 @@ def add_select_kernel(
         value = load_rows(x_ptr, update, flat, cols, valid, dim, ACC)
         score += tl.sum(value * load_vector(query_ptr, cols, dim, 0.0, ACC)[None, :], axis=1)
     tl.store(selection.scores + flat, score.to(tl.float32), mask=inside)
-    if selection.counters is not None:  # noqa: SIM102  (Triton would evaluate both sides of `and`)
+    if selection.starts is not None:
+        if selection.counters is not None:
+            _, active, _ = ragged_image(selection.starts, b, 0, 0)
+            tile = tl.program_id(0) % tl.cdiv(count, BLOCKS.rows)
+            tiles = tl.cdiv(active, BLOCKS.rows)
+            if tile < tiles:  # noqa: SIM102
+                if is_last(selection.counters + b, tiles):
+                    select_ragged(selection, weights, b, idx_ptr, n, num_keep, num_prefix, KEYS)
+    elif selection.counters is not None:  # noqa: SIM102  (Triton evaluates both sides of `and`)
         if is_last(selection.counters + b, tl.cdiv(count, BLOCKS.rows)):
             scores_ptr = selection.scores + b * count
             weigh_and_select(
@@ -170,7 +190,8 @@ def add_select_kernel(
             )
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
+def dense(vector: Tensor | None) -> Tensor | None:
+    """An optional tensor, contiguous."""
     return None if vector is None else vector.contiguous()
 
 
@@ -182,7 +203,7 @@ def _launch_add_norm(x, idx, update, norm, out, rms=False):
     blocks = row_blocks(dim, x.dtype)
     launch(
         add_norm_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), _dense(idx), update, norm, out, n, count, blocks, rms, **STREAM,
+        rows_of(x), dense(idx), update, norm, out, n, count, blocks, rms, **STREAM,
     )  # fmt: skip
 
 
@@ -199,7 +220,12 @@ def gather_norm(
     dims = check("gather_norm", x, idx, weight, bias, eps, rms)
     out = x.new_empty((dims["B"], dims["K"], dims["D"]))
     _launch_add_norm(
-        aligned_rows(x), idx, Update(None, None), Norm(_dense(weight), _dense(bias), eps), out, rms
+        aligned_rows(x),
+        idx,
+        Update(None, None),
+        Norm(dense(weight), dense(bias), eps),
+        out,
+        rms,
     )
     return out
 
@@ -208,7 +234,7 @@ def add_(x: Tensor, idx: Tensor | None, update: Tensor, gamma: Tensor | None) ->
     """Launch cropr::add_. Positions outside [0, N) are not checked on the device; they write
     nothing."""
     check("add_", x, idx, update, gamma)
-    _launch_add_norm(x, idx, Update(_dense(update), _dense(gamma)), Norm(None, None, 0.0), None)
+    _launch_add_norm(x, idx, Update(dense(update), dense(gamma)), Norm(None, None, 0.0), None)
 
 
 def add_norm_(x, idx, update, gamma, weight, bias, eps, rms=False):
@@ -216,8 +242,8 @@ def add_norm_(x, idx, update, gamma, weight, bias, eps, rms=False):
     check("add_norm_", x, idx, update, gamma, weight, bias, eps, rms)
     out = x.new_empty(update.shape)
     parts = (
-        Update(aligned_rows(update.contiguous()), _dense(gamma)),
-        Norm(_dense(weight), _dense(bias), eps),
+        Update(aligned_rows(update.contiguous()), dense(gamma)),
+        Norm(dense(weight), dense(bias), eps),
     )
     _launch_add_norm(x, idx, *parts, out, rms)
     return out
@@ -242,13 +268,13 @@ def add_select_(
     keys = embedded_keys(count)
     scores = x.new_empty((batch, count), dtype=torch.float32)
     counters = None if keys is None else block_counters(x)
-    selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx)
-    sizes = _dense(sizes) if size_weight else None
-    idx = _dense(idx)
+    selection = Selection(scores, priority_bytes(priority), counters, kept_idx, pruned_idx, None)
+    sizes = dense(sizes) if size_weight else None
+    idx = dense(idx)
     weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(
         add_select_kernel, batch * triton.cdiv(count, blocks.rows),
-        rows_of(x), idx, Update(aligned_rows(update.contiguous()), _dense(gamma)),
+        rows_of(x), idx, Update(aligned_rows(update.contiguous()), dense(gamma)),
         fold_query(query), selection,
         weights, n, count, num_keep, num_prefix, blocks, keys, **STREAM,
     )  # fmt: skip
@@ -325,7 +351,7 @@ def rotate_(
     block_h, block_w = triton.next_power_of_2(heads), max(triton.next_power_of_2(width), 2)
     launch(
         rotate_kernel, batch * (count - num_prefix),
-        Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), _dense(idx),
+        Rows(x, x.stride(0), x.stride(1), width), x.stride(2), table.contiguous(), dense(idx),
         count, num_prefix, heads, HALF=half, BLOCK_H=block_h, BLOCK_W=block_w,
         num_warps=min(max(block_h * block_w // 64, 1), 4),  # at most one thread per pair
     )  # fmt: skip

@@ -85,7 +85,7 @@ def launch_scores_select(x, query, num_keep, num_prefix, priority):
     if out.numel():
         keys = embedded_keys(n)
         counters = None if keys is None else block_counters(x)
-        selection = Selection(out, priority_bytes(priority), counters, kept_idx, pruned_idx)
+        selection = Selection(out, priority_bytes(priority), counters, kept_idx, pruned_idx, None)
         _launch(x, query, selection, num_prefix, keys)
         if keys is None:
             launch_select(selection, num_prefix)
@@ -98,5 +98,5 @@ def scores(x: Tensor, query: Tensor) -> Tensor:
     x = aligned_rows(x)
     out = x.new_empty(x.shape[:2], dtype=torch.float32)
     if out.numel():
-        _launch(x, query, Selection(out, None, None, None, None), 0, None)
+        _launch(x, query, Selection(out, None, None, None, None, None), 0, None)
     return out

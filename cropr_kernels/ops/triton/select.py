@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..validation import check
 from .launching import launch
-from .utils import dense_rows
+from .utils import dense_rows, ragged_image
 
 _MAX_BLOCK = 4096
 _MAX_EMBEDDED = 1024
@@ -27,13 +27,15 @@ _COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 class Selection(NamedTuple):
     """Scores (B, N) and the outputs of a selection. May be None: priority; counters (B,) of
-    finished programs, if one program selects alone; positions, if only scores are computed."""
+    finished programs, if one program selects alone; positions, if only scores are computed; starts
+    (B + 1,), if not ragged. Ragged scores are (T,), and kept_idx (T,) is the order of rows."""
 
     scores: Any
     priority: Any
     counters: Any
     kept_idx: Any
     pruned_idx: Any
+    starts: Any
 
 
 class Weights(NamedTuple):
@@ -258,6 +260,31 @@ def weigh_and_select(
 
 
 @triton.jit
+def select_ragged(
+    selection, weights, b, rows_ptr, num_rows, num_candidates, num_prefix, KEYS: tl.constexpr
+):
+    """weigh_and_select of image b, as part of one image of all `num_rows` rows."""
+    start, count, present = ragged_image(selection.starts, b, num_candidates, num_prefix)
+    num_keep = count - present
+    kept_idx_ptr = selection.kept_idx + start
+    image = Selection(
+        selection.scores, selection.priority, None, kept_idx_ptr, kept_idx_ptr + num_keep, None
+    )
+    weigh_and_select(
+        selection.scores + start,
+        weights,
+        image,
+        0,
+        rows_ptr + start,
+        num_rows,
+        count,
+        num_keep,
+        num_prefix,
+        KEYS,
+    )
+
+
+@triton.jit
 def is_last(counter_ptr, programs):
     """Return true in the last of the programs of an image, where the stores of all are visible.
 
@@ -272,11 +299,15 @@ def is_last(counter_ptr, programs):
 def select_kernel(
     selection, stride_sb, weights, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS: tl.constexpr
 ):
+    """Select from one image per program; if ragged, num_keep is the number of candidates."""
     b = tl.program_id(0).to(tl.int64)
-    scores_ptr = selection.scores + b * stride_sb
-    weigh_and_select(
-        scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS
-    )
+    if selection.starts is not None:
+        select_ragged(selection, weights, b, idx_ptr, num_tokens, num_keep, num_prefix, KEYS)
+    else:
+        scores_ptr = selection.scores + b * stride_sb
+        weigh_and_select(
+            scores_ptr, weights, selection, b, idx_ptr, num_tokens, n, num_keep, num_prefix, KEYS
+        )
 
 
 def key_blocks(n: int) -> tuple[KeyBlocks, int]:
@@ -314,7 +345,8 @@ def select(
     pruned_idx = scores.new_empty((batch, n - num_keep), dtype=torch.int64)
     if batch and n:
         launch_select(
-            Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx), num_prefix
+            Selection(scores, priority_bytes(priority), None, kept_idx, pruned_idx, None),
+            num_prefix,
         )
     return kept_idx, pruned_idx
 

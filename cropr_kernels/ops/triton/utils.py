@@ -118,6 +118,14 @@ def image_of(pid, programs, AGAIN: tl.constexpr):
 
 
 @triton.jit
+def ragged_image(starts_ptr, b, num_candidates, num_prefix):
+    """Where the rows of image b begin, their number, and how many of them are candidates."""
+    start = tl.load(starts_ptr + b)
+    count = (tl.load(starts_ptr + b + 1) - start).to(tl.int32)
+    return start, count, tl.minimum(num_candidates, (count - num_prefix) // 2)
+
+
+@triton.jit
 def load_vector(ptr, cols, dim, default: tl.constexpr, ACC: tl.constexpr):
     """Load these elements of a vector (dim,), or the default if it is None."""
     value = tl.full(cols.shape, default, ACC)

@@ -239,13 +239,6 @@ def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
     return mask.gather(3, positions[:, None, None].expand(-1, *mask.shape[1:3], -1))
 
 
-class Segments(NamedTuple):
-    """The images of a batch in one row."""
-
-    starts: Tensor  # (B + 1,), where each begins
-    longest: int  # tokens of one at most
-
-
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
@@ -260,6 +253,14 @@ def is_attention_softmax(func: object, args: Sequence[Any]) -> bool:
     )
 
 
+class Segments(NamedTuple):
+    """Images of a batch in one row of T tokens: where each begins, (B + 1,) int64, and the most
+    tokens of one."""
+
+    starts: Tensor
+    longest: int
+
+
 class SizeWeightedAttention(TorchFunctionMode):
     """A mode in which attention adds log_sizes (B, K) to its logits.
 
@@ -269,7 +270,8 @@ class SizeWeightedAttention(TorchFunctionMode):
     So a block of any library weighs its tokens, and stays as it is. `calls` receives one entry per
     attention. With the positions (B, K) of the active tokens, the mask or bias of an attention is
     one for all N tokens. With num_images the B images of a batch stand in one row, (1, heads, B K,
-    C), and attend apart.
+    C), and attend apart. With segments so do images of different counts, (1, heads, T, C), by
+    `attend_segments`: for scaled_dot_product_attention without a mask; log_sizes are (1, T).
     """
 
     def __init__(
@@ -281,11 +283,11 @@ class SizeWeightedAttention(TorchFunctionMode):
         segments: Segments | None = None,
     ) -> None:
         super().__init__()
-        self.segments = segments
         self.log_sizes = log_sizes
         self.calls = [] if calls is None else calls
         self.positions = positions
         self.num_images = num_images
+        self.segments = segments
 
     @classmethod
     def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[object]:
@@ -303,6 +305,13 @@ class SizeWeightedAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.calls.append(True)
             return self._attend(*args, **kwargs)
+        if self.segments is not None and (
+            func is F.multi_head_attention_forward or is_attention_softmax(func, args)
+        ):
+            raise ValueError(
+                "cropr: images of different counts need attention by scaled_dot_product_attention, "
+                f"got {getattr(func, '__name__', func)}"
+            )
         if func is F.multi_head_attention_forward and self.log_sizes is not None:
             self.calls.append(True)
             mask = self.log_sizes.to(args[0].dtype)
@@ -325,21 +334,31 @@ class SizeWeightedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if self.segments is not None:
-            q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
-            log_sizes = None if self.log_sizes is None else self.log_sizes[0]
-            starts, longest = self.segments
-            output = ops.attend_segments(q, k, v, starts, longest, log_sizes, scale)
-            return output.transpose(0, 1).unsqueeze(0)
+            if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+                raise ValueError(
+                    "cropr: attention of images of different counts takes no mask, dropout, causal "
+                    "order or shared keys"
+                )
+            return self._attend_segments(query, key, value, self.segments, scale)
         if self.num_images is None:
-            return self._attend_apart(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-            )
+            return self._attend_apart(query, key, value, *options)
         query, key, value = (_unpack(heads, self.num_images) for heads in (query, key, value))
-        output = self._attend_apart(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+        output = self._attend_apart(query, key, value, *options)
         return output.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+    def _attend_segments(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
+    ) -> Tensor:
+        """Attend within the images of one row, (1, heads, T, C)."""
+        log_sizes = None if self.log_sizes is None else self._log_sizes_of(key)[0]
+        device = query.device.type
+        heads = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+        if torch.is_autocast_enabled(device):  # it casts PyTorch's operators only
+            heads = [x.to(torch.get_autocast_dtype(device)) for x in heads]
+        output = ops.attend_segments(*heads, *segments, log_sizes, scale)
+        return output.transpose(0, 1).view(query.shape)
 
     def _attend_apart(
         self,

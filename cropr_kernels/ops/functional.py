@@ -158,18 +158,14 @@ def attend_segments(
 ) -> Tensor:
     """Attend within each image of a ragged batch: softmax(scale q k^T + log_sizes) v.
 
-    Bidirectional; a token of size s weighs as much as s equal tokens (ToMe, section 3). For the
-    engine: no gradient.
+    For the engine: no gradient.
 
     Args:
-        q, k, v: (T, H, C), the tokens of all images in one row. A stride of 1 in the last
-            dimension saves a copy.
-        starts: (B + 1,) int64, ascending from 0 to T: the tokens of image b are starts[b] to
-            starts[b + 1] - 1. An image may have none.
-        longest: in [0, T], at least the number of tokens of every image, so that nothing is copied
-            to the host. Tokens of an image past it are not written on CUDA.
-        log_sizes: (T,) float32, finite: the logarithm of each token's size; all weigh alike if
-            None.
+        q, k, v: (T, H, C), the tokens of all images in one row.
+        starts: (B + 1,) int64, ascending from 0 to T: image b has tokens starts[b] to starts[b + 1]
+            - 1, or none. On CUDA rows from starts[B] on are not written.
+        longest: in [0, T], at least the tokens of every image.
+        log_sizes: (T,) float32, finite: a token of size s weighs as much as s equal ones.
         scale: C^-0.5 if None.
 
     Returns:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cropr_kernels.importance import AttentionInputs, importance
-from cropr_kernels.models.blocks import SizeWeightedAttention
+from cropr_kernels.models.blocks import Segments, SizeWeightedAttention, proportional_attention
 
 FORMS = {
     "plain": {},
@@ -61,6 +61,94 @@ def test_images_in_one_row_attend_apart(form, heads):
         got = F.scaled_dot_product_attention(*packed, **form)
     expected = F.scaled_dot_product_attention(q, k, v, **form)
     assert torch.equal(got, expected.transpose(0, 1).flatten(1, 2).unsqueeze(0))
+
+
+COUNTS = (6, 1, 9)
+
+
+@pytest.fixture
+def segments():
+    return Segments(torch.tensor([0, 6, 7, 16]), 9)
+
+
+def apart(heads, log_sizes=None, scale=None):
+    """Attend image by image."""
+    parts = [x.split(COUNTS, 2) for x in heads]
+    sizes = [None] * 3 if log_sizes is None else log_sizes.split(COUNTS, 1)
+    return torch.cat(
+        [
+            proportional_attention(*image, log_sizes=part, scale=scale)
+            for *image, part in zip(*parts, sizes)
+        ],
+        2,
+    )
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("has_sizes", [False, True])
+def test_images_of_different_counts_in_one_row_attend_apart(segments, has_sizes, scale):
+    heads = torch.randn(3, 1, 4, 16, 8).unbind()
+    log_sizes = torch.rand(1, 16) if has_sizes else None
+    calls = []
+    with torch.no_grad(), SizeWeightedAttention(log_sizes, calls, segments=segments):
+        got = F.scaled_dot_product_attention(*heads, scale=scale)
+    torch.testing.assert_close(got, apart(heads, log_sizes, scale))
+    assert calls == [True]
+
+
+def test_images_of_different_counts_attend_under_autocast(segments):
+    q, k, v = torch.randn(3, 1, 4, 16, 8).unbind()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with SizeWeightedAttention(None, segments=segments):
+            got = F.scaled_dot_product_attention(q, k, v.bfloat16())
+        torch.testing.assert_close(got, apart((q, k, v)), rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_a_block_of_another_library_attends_within_images(segments):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0).eval()
+    x, log_sizes = torch.randn(1, 16, 192), torch.rand(1, 16)
+    with SizeWeightedAttention(log_sizes, segments=segments):
+        got = model.blocks[0](x)
+    for image, sizes, part in zip(*(y.split(COUNTS, 1) for y in (x, log_sizes, got))):
+        with SizeWeightedAttention(sizes):
+            torch.testing.assert_close(part, model.blocks[0](image))
+
+
+def refused_calls():
+    q = torch.randn(1, 4, 16, 8)
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    multihead = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    reason = "takes no mask, dropout, causal order or shared keys"
+    attend = F.scaled_dot_product_attention
+    return {
+        "mask": (lambda: attend(q, q, q, mask), reason),
+        "causal": (lambda: attend(q, q, q, is_causal=True), reason),
+        "shared keys": (lambda: attend(q, q[:, :2], q[:, :2], enable_gqa=True), reason),
+        "dropout": (lambda: attend(q, q, q, dropout_p=0.1), reason),
+        "multihead": (lambda: multihead(q[0], q[0], q[0]), "got multi_head_attention_forward"),
+        "softmax": (lambda: (q @ q.transpose(2, 3)).softmax(-1) @ q, "got softmax"),
+    }
+
+
+@pytest.mark.parametrize(("call", "message"), refused_calls().values(), ids=refused_calls())
+def test_attention_that_cannot_pack_images_is_refused(segments, call, message):
+    with (
+        torch.no_grad(),
+        SizeWeightedAttention(None, segments=segments),
+        pytest.raises(ValueError, match=f"cropr: .*images of different counts .*{message}"),
+    ):
+        call()
+
+
+def test_other_numbers_of_keys_than_the_images_have_are_refused(segments):
+    q = torch.randn(1, 4, 15, 8)
+    with torch.no_grad(), SizeWeightedAttention(None, segments=segments):
+        with pytest.raises(RuntimeError, match="starts must ascend from 0 to T = 15"):
+            F.scaled_dot_product_attention(q, q, q)
+        with pytest.raises(RuntimeError, match=r"q must have shape \(T, H, C\)"):
+            F.scaled_dot_product_attention(*[q.expand(2, -1, -1, -1)] * 3)
 
 
 def test_importance_is_that_of_the_weights(form, heads):

@@ -168,6 +168,18 @@ def test_autocast_does_not_change_the_result(kernels, dtype):
         assert same_bits(kernels.attend_segments(*args, max(COUNTS), log_sizes), expected)
 
 
+def test_rows_after_the_last_image_are_not_read_on_cuda(kernels):
+    """A caller may round the number of rows up, so that recorded launches fit more batches."""
+    if kernels.name in ("cpp", "compiled"):
+        pytest.skip("the C++ kernel raises")
+    (q, k, v, starts), log_sizes = make(((9, 5, 3), 2, 16), device=kernels.device)
+    expected = kernels.attend_segments(q[:14], k[:14], v[:14], starts[:3], 9, log_sizes[:14])
+    for x in (q, k, v, log_sizes):
+        x[14:] = float("nan")
+    got = kernels.attend_segments(q, k, v, starts[:3], 17, log_sizes)
+    assert same_bits(got[:14], expected)
+
+
 def test_starts_out_of_range_read_and_write_nothing_on_cuda(kernels):
     if kernels.name in ("cpp", "compiled"):
         pytest.skip("the C++ kernel raises")

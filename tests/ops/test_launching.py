@@ -24,6 +24,7 @@ from cropr_kernels.ops.triton import launching
 from cropr_kernels.ops.triton.scores import scores
 from cropr_kernels.ops.validation import OPS
 
+COMPUTE = ("attend", "attend_scores", "attend_backward")  # with PyTorch too: not recorded
 SIZES = {"B": 2, "N": 37, "D": 48, "K": 23, "R": 14, "T": 29, "C": 8, "P": 40}
 
 
@@ -66,10 +67,7 @@ def test_recorded_launches_equal_those_of_triton(cuda, op, dtype, bare):
         results.append(outputs_of(call(*args.values())))
         second = list(launched)
         was_replayed.append(replayed())
-    assert first and was_replayed == [
-        False,
-        op not in ("attend", "attend_scores", "attend_backward"),
-    ]
+    assert first and was_replayed == [False, op not in COMPUTE]
     input_addresses = addresses(value for value in args.values() if isinstance(value, torch.Tensor))
     assert len(first) == len(second)
     for compiled, recorded in zip(first, second):
@@ -118,6 +116,17 @@ def test_norms_that_differ_have_recorded_launches_of_their_own(cuda):
     assert replayed()
     assert kernels[0] == kernels[2] and kernels[1] == kernels[3]
     assert not {*kernels[0]} & {*kernels[1]}
+
+
+def test_a_scale_that_is_left_out_or_differs_has_recorded_launches_of_its_own(cuda):
+    q, starts = torch.randn(9, 2, 16), torch.tensor([0, 4, 9])
+    kernels = []
+    for scale in (None, 0.5, 0.0) * 2:
+        with cuda.recording() as launched:
+            cuda.ops.attend_segments(q, q, q, starts, 9, None, scale)
+        kernels.append([launch.function for launch in launched])
+    assert replayed()
+    assert kernels[:3] == kernels[3:] and len({*map(str, kernels)}) == 3
 
 
 def test_aliased_arguments_are_told_apart(cuda):

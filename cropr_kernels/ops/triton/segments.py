@@ -4,6 +4,7 @@ It reads the keys of its image once, with an online softmax. Blocks past the end
 return at once: the grid follows from `longest`, as reading starts would wait for the GPU.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from .launching import launch
 from .utils import dense_rows
 
 _REGISTERS = 224  # per thread; without a limit ptxas spills to fit more programs on a processor
-_LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Heads(NamedTuple):
@@ -29,11 +30,13 @@ class Heads(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Queries, keys and channels of a program at a time, and its launch options."""
+    """Queries, keys and channels of a product, the power of two that covers a head, and launch
+    options."""
 
     queries: int
     keys: int
     channels: int
+    width: int
     options: dict[str, int]
 
 
@@ -46,6 +49,7 @@ def load_tile(heads, h, rows, end, cols, dim):
 
 @triton.jit
 def add_products(queries, keys, logits):
+    """logits + queries keys^T, in the dtype of the logits."""
     return tl.dot(queries, tl.trans(keys), logits, input_precision="ieee", out_dtype=logits.dtype)
 
 
@@ -86,7 +90,7 @@ def attend_segments_kernel(
         logits *= SCALE
         if log_sizes_ptr is not None:
             log_sizes = tl.load(log_sizes_ptr + tokens, mask=tokens < end, other=0.0)
-            logits += log_sizes.to(ACC)[None, :] * 1.4426950408889634
+            logits += log_sizes.to(ACC)[None, :] * LOG2E
         logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         rescale = tl.exp2(top - new_top)
@@ -104,16 +108,14 @@ def attend_segments_kernel(
 def tiles_of(dtype: torch.dtype, width: int) -> Tiles:
     """Choose tiles that fit into registers and shared memory without spilling."""
     block = max(triton.next_power_of_2(width), 16)
-    if dtype.itemsize == 2:
-        if block <= 64:
-            return Tiles(64, 64, block, {"num_warps": 4})
-        if block == 128:
-            return Tiles(64, 64, block, {"num_warps": 4, "num_stages": 2})
-        if block == 256:
-            return Tiles(64, 32, block, {"num_warps": 8, "num_stages": 2})
-        return Tiles(16, 16, 64, {"num_warps": 8, "num_stages": 1})
-    queries = 64 if block <= 128 else 32 if block == 256 else 16
-    return Tiles(queries, 16, 16, {"num_warps": 8, "maxnreg": _REGISTERS})
+    if dtype.itemsize > 2:
+        queries = 64 if block <= 128 else 32 if block == 256 else 16
+        return Tiles(queries, 16, 16, block, {"num_warps": 8, "maxnreg": _REGISTERS})
+    if block <= 128:
+        return Tiles(64, 64, block, block, {"num_warps": 4, "num_stages": 3 if block < 128 else 2})
+    if block == 256:
+        return Tiles(64, 32, block, block, {"num_warps": 8, "num_stages": 2})
+    return Tiles(16, 16, 64, block, {"num_warps": 8, "num_stages": 1})
 
 
 def attend_segments(
@@ -140,8 +142,8 @@ def attend_segments(
         attend_segments_kernel, num_images * num_heads * num_blocks,
         *heads, starts.contiguous(), None if log_sizes is None else log_sizes.contiguous(),
         num_tokens, num_blocks, num_heads, width,
-        SCALE=(width**-0.5 if scale is None else scale) * _LOG2E,  # a constant of the model
+        SCALE=(width**-0.5 if scale is None else scale) * LOG2E.value,  # a constant of the model
         BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, BLOCK_K=tiles.channels,
-        BLOCK_C=max(triton.next_power_of_2(width), 16), **tiles.options,
+        BLOCK_C=tiles.width, **tiles.options,
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ import torch
 from helpers.models import MODELS, randomize, reference_vit, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels import calibration
+from cropr_kernels import query_files
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.importance import AttentionInput, importance
 from cropr_kernels.models.blocks import project_heads
@@ -228,7 +228,7 @@ def test_saved_queries_load_and_damaged_files_raise(tmp_path):
         (torch.ones(3, 64, dtype=torch.int64), "holds torch.int64"),
         (torch.ones(64), r"holds torch.float32 \(64,\)"),
     ):
-        metadata = {"about": "{}", "sha256": calibration._checksum(queries, "{}")}
+        metadata = {"about": "{}", "sha256": query_files._checksum(queries, "{}")}
         pytest.importorskip("safetensors.torch").save_file({"queries": queries}, path, metadata)
         with pytest.raises(ValueError, match=message):
             cropr.load_queries(model, path)

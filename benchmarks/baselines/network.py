@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cropr_kernels.models.blocks import project_heads, proportional_attention, rope_at
+from cropr_kernels.models.blocks import project_heads, proportional_attention
+from cropr_kernels.models.rotary import rope_at
 from cropr_kernels.models.vit import ViT, rotate
 
 ops = torch.ops.cropr

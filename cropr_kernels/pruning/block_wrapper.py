@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.adapters import Submodule
 from ..models.arguments import ROTARY_TABLES, Selection, has_tensors, select_arguments
-from ..models.blocks import Rotary, SizeWeightedAttention
+from ..models.blocks import SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
+from ..models.rotary import Rotary
 from ..models.token_format import tokens_of
 from .engine import run_engine
 from .masks import level_padding

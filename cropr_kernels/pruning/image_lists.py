@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.blocks import Rotary
+from ..models.rotary import Rotary
 from .budget import Budget, ThresholdBudget
 from .engine import below_autograd
 from .merging import Merge

@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import (
-    NormParameters,
-    Rotary,
-    Segments,
-    SizeWeightedAttention,
-    norm_parameters,
-)
+from ..models.blocks import NormParameters, Segments, SizeWeightedAttention, norm_parameters
+from ..models.rotary import Rotary
 from .budget import COST_WEIGHT, Budget, num_candidates
 from .merge_record import MergeRecord
 from .merging import Merge, log_sizes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapters import BlockParts, ModelSpec
-from ..models.blocks import rope_at, rotary_at
+from ..models.rotary import rope_at, rotary_at
 from ..ops import decompositions
 from ..schedule import num_modules
 from .budget import Budget, Thresholds

@@ -1,6 +1,7 @@
 """`cropr map`: pictures of the patches dropped from photos."""
 
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
         cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
     )
     text = capsys.readouterr().out
-    assert "41 of 196 patches are kept" in text and "calibrated on these 3 photos" in text
+    kept = [int(count) for count in re.findall(r"(\d+) of 196 patches are kept", text)]
+    assert len(kept) == 3 and kept[0] == kept[2] != kept[1]  # one photo twice
+    assert 0 < min(kept) and max(kept) < 150 and "calibrated on these 3 photos" in text
     names = {
         f"{name}{end}"
         for name in ("rocket", "coffee", "rocket_2")
@@ -111,9 +114,9 @@ def test_the_first_photos_are_drawn_and_one_line_says_how_to_draw_all(weights, t
     assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif"}
     assert cli.main([*command, "--limit", "5"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "draws all" not in text
-        and f"b_2_blocks.png: 173 of 196 patches are kept of {folder}/sub/b.jpg" in text
+    assert "draws all" not in text and re.search(
+        rf"b_2_blocks.png: 1\d\d of 196 patches are kept of {re.escape(str(folder))}/sub/b.jpg",
+        text,
     )
     assert {path.name for path in out.glob("*.gif")} == {"b.gif", "c.gif", "a.gif", "b_2.gif"}
 

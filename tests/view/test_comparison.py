@@ -9,11 +9,14 @@ from helpers.models import MODELS, reference_vit, timm_vit
 
 import cropr_kernels as cropr
 from cropr_kernels.models.pixels import Pixels
+from cropr_kernels.pruning.model import modules_of, run
+from cropr_kernels.pruning.state import PruningOptions
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.view.colors import ColorScale
 from cropr_kernels.view.comparison import Photo, Setting, Viewer
 
 PIXELS = Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)
+EQUAL_COUNTS = PruningOptions(engine=True, equal_counts=True)
 SETTINGS = [Setting(rate, merge) for rate in (0, 5, 12) for merge in (True, False)]
 
 
@@ -35,13 +38,20 @@ def test_a_comparison_is_that_of_agreement_and_of_the_model(name):
     viewer = Viewer(model, PIXELS)
     shown = photo()
     images = PIXELS.normalize(shown.pixels.unsqueeze(0))
-    for rate in (5, 12):
-        comparison = viewer.compare(shown, Setting(rate))
+    thresholds = modules_of(model).thresholds
+    for rate, equal in itertools.product((5, 12), (False, True)):
+        setting = Setting(rate, equal_counts=equal)
+        comparison = viewer.compare(shown, setting)
+        modules_of(model).thresholds = None if equal else thresholds
         [row] = cropr.agreement(model, images, [rate])
         assert comparison.agreement == row.agreement
         assert comparison.divergence == pytest.approx(row.divergence, abs=1e-5)
-        assert viewer.measure(Setting(rate)).flop_ratio == pytest.approx(row.flops, rel=0.02)
         with torch.no_grad():
+            if not equal:
+                expected = cropr.deploy(cropr.set_rate(model, rate))(images)[0]
+                torch.testing.assert_close(comparison.pruned, expected, rtol=1e-4, atol=1e-5)
+                continue
+            assert viewer.measure(setting).flop_ratio == pytest.approx(row.flops, rel=0.02)
             torch.testing.assert_close(
                 comparison.pruned, cropr.set_rate(model, rate)(images)[0], rtol=1e-4, atol=1e-5
             )
@@ -78,7 +88,7 @@ def test_flops_and_tokens_of_the_blocks_add_up_to_those_of_the_forward():
         cost = viewer.measure(setting)
         viewer._set(setting)
         with flop_counter() as counter, torch.inference_mode():
-            viewer.model(torch.zeros(1, 3, 64, 64))
+            run(viewer.model, lambda: viewer.model(torch.zeros(1, 3, 64, 64)), EQUAL_COUNTS)
         assert sum(cost.flops) == counter.get_total_flops() and len(cost.flops) == 4
         assert cost.flop_ratio == 1 if setting.rate == 0 else cost.flop_ratio > 1
         maps = comparison.token_maps
@@ -92,7 +102,7 @@ def test_tiles_are_those_of_the_maps_and_tokens_that_met_stay_together():
     shown = photo()
     images = PIXELS.normalize(shown.pixels.unsqueeze(0))
     merged = viewer.compare(shown, Setting(8)).token_maps
-    expected = cropr.merge_map(cropr.set_rate(model, 8), images)[0]
+    expected = cropr.merge_map(cropr.deploy(cropr.set_rate(model, 8)), images)[0]
     assert merged.shape == (7, 8, 8) and torch.equal(merged[-1], expected)
     assert torch.equal(merged[0].flatten(), torch.arange(64))
     for before, after in itertools.pairwise(merged):
@@ -188,10 +198,10 @@ def test_a_schedule_of_the_model_can_be_chosen_beside_rates():
     assert viewer.has_schedule and viewer.default == Setting(None)
     comparison = viewer.compare(photo(), viewer.default)
     assert comparison.tokens == [65, 60, 30, 10]
-    assert viewer.compare(photo(), Setting(5)).tokens == [65, 59, 54, 49]
+    assert viewer.compare(photo(), Setting(5, equal_counts=True)).tokens == [65, 59, 54, 49]
     fused = Viewer(calibrated(reference_vit(), llf=True), PIXELS)
     assert not fused.has_schedule
-    assert fused.compare(photo(), Setting(5)).tokens == [65, 59, 54, 65]
+    assert fused.compare(photo(), Setting(5, equal_counts=True)).tokens == [65, 59, 54, 65]
 
 
 def test_the_highest_rate_is_the_one_that_the_schedule_allows():

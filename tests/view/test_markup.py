@@ -143,9 +143,16 @@ def test_files_that_nothing_reads_are_deleted_when_they_are_old(tmp_path):
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {"new.jpg", "example.jpg"}
 
 
-def test_two_photos_share_their_counts_and_differ_in_their_tiles(session):
+def test_each_photo_shows_its_own_counts(session):
     photos = [session.example(0)[0], Photo("gray", torch.full((3, 64, 64), 0.5))]
-    first, second, counts, _ = session.show(photos, ["", ""], Setting(8), 4)
+    counts = session.show(photos, ["", ""], Setting(8), 4)[2]
+    assert "tokens, photo 1" in counts and "tokens, photo 2" in counts
+    assert "Each photo keeps as many tokens as it needs" in counts
+
+
+def test_two_photos_of_equal_counts_differ_in_their_tiles(session):
+    photos = [session.example(0)[0], Photo("gray", torch.full((3, 64, 64), 0.5))]
+    first, second, counts, _ = session.show(photos, ["", ""], Setting(8, equal_counts=True), 4)
     assert counts.count("tokens") == 2  # a row, the sentence
     assert "keeps as many tokens of both photos" in counts
     captions = [re.findall(r"after block 4: 64 patches in (\d+)", text) for text in (first, second)]
@@ -156,7 +163,7 @@ def test_counts_that_differ_have_rows_for_each_photo(session):
     photo, _ = session.example(0)
     rates = [session.viewer.compare(photo, Setting(rate)) for rate in (5, 8)]
     text = markup.counts_markup(rates)
-    assert "tokens, photo 1" in text and "tokens, photo 2" in text and "another number" in text
+    assert "tokens, photo 1" in text and "tokens, photo 2" in text and "as many tokens as it needs" in text
 
 
 def test_the_page_says_what_queries_of_a_few_photos_are_worth(viewer):

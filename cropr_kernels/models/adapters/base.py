@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..arguments import PLAIN, ArgumentRule
-from ..blocks import Rotary
 from ..head_probing import Pooling
+from ..rotary import Rotary
 from ..token_format import BATCH_FIRST, TokenFormat
 
 

@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import ROTARY_TABLES, has_tensors
-from ..blocks import (
-    Rotary,
-    Segments,
-    SizeWeightedAttention,
-    norm_parameters,
-    proportional_attention,
-)
+from ..blocks import Segments, SizeWeightedAttention, norm_parameters, proportional_attention
 from ..probing import BlockCall
+from ..rotary import Rotary
 from .base import BlockParts, EngineRefusal, base_class
 
 _MLPS = ("mlp", "ffn", "feed_forward", "feedforward")

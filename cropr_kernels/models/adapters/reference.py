@@ -5,13 +5,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..blocks import (
-    Rotary,
     TimmAttention,
     attention_by_projection,
     pads_projection,
     project_heads,
     proportional_attention,
 )
+from ..rotary import Rotary
 from ..vit import Block, ViT
 from .base import BlockParts, ModelSpec, base_class
 from .structure import num_heads_of

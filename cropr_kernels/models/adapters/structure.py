@@ -16,7 +16,7 @@ from ..arguments import (
     parameters_of,
     select_arguments,
 )
-from ..blocks import SizeWeightedAttention, rotary_at
+from ..blocks import SizeWeightedAttention
 from ..head_probing import read_head, reads_places
 from ..probing import (
     BlockCall,
@@ -28,6 +28,7 @@ from ..probing import (
     pixels_entered,
     probing,
 )
+from ..rotary import rotary_at
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class
 from .parts import find_parts
 

@@ -116,6 +116,11 @@ def apply(
     spec = find_spec(model) if spec is None else spec
     if spec.num_classes:
         spec = replace(spec, num_classes=num_classes_of(model, spec.num_classes))
+    if spec.map_blocks is not None and (windows is not None or num_outputs):
+        raise ValueError(
+            f"cropr.apply: {type(model).__name__} takes neither windows, as it has its own, nor "
+            "auxiliary predictions: num_outputs must be 0"
+        )
     if windows is not None and merge:
         raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
@@ -137,7 +142,7 @@ def apply(
         make_module = partial(
             _make_cropr,
             spec.dim,
-            spec.num_classes if num_outputs is None else num_outputs,
+            _num_outputs_of(spec) if num_outputs is None else num_outputs,
             num_queries,
         )
     count = num_modules(len(spec.blocks), config.full_blocks)
@@ -170,6 +175,10 @@ def apply(
     wrap(spec.blocks, modules)
     write_to_config(model)
     return model
+
+
+def _num_outputs_of(spec: ModelSpec) -> int:
+    return spec.num_classes if spec.map_blocks is None else 0
 
 
 def _make_cropr(
@@ -259,9 +268,7 @@ class _Absent:
 
 def _check_schedule(config: PruningConfig, spec: ModelSpec) -> None:
     """Raise ValueError if the schedule does not fit the image size of apply."""
-    config.counts(
-        spec.num_prefix + config.grid[0] * config.grid[1], len(spec.blocks), spec.num_prefix
-    )
+    config.counts(spec.num_scheduled(config.grid), len(spec.blocks), spec.num_prefix)
 
 
 def remove(model: Model) -> Model:

@@ -66,7 +66,4 @@ def merge_map(
     warn_of_random_queries(model, "cropr.merge_map", 4)
     call = partial(modules.spec.run, images, **kwargs)
     _, state = run(model, call, PruningOptions(protect=protect))
-    row_idx = state.row_idx
-    if row_idx is None:  # nothing was pruned
-        row_idx = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)
-    return state.to_map(row_idx[:, state.num_prefix :] - state.num_prefix)
+    return state.merge_map(images.device)

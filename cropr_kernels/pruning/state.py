@@ -134,7 +134,10 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
-        self.counts = config.counts(self.num_tokens, depth, prefix)
+        num_scheduled = self.num_tokens
+        if modules.spec.window and self.grid is not None:
+            num_scheduled = modules.spec.num_scheduled(self.grid)
+        self.counts = config.counts(num_scheduled, depth, prefix)
         self.num_images = x.shape[0]
         self.num_prefix = prefix
         self.masks = make_masks(
@@ -256,6 +259,13 @@ class PruningState:
             blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
         return self.to_map(blocks)
 
+    def merge_map(self, device: torch.device) -> Tensor:
+        """The kept token that each patch merged into, as `to_map` gives it."""
+        row_idx = self.row_idx
+        if row_idx is None:  # nothing was pruned
+            row_idx = torch.arange(self.num_tokens, device=device).repeat(self.num_images, 1)
+        return self.to_map(row_idx[:, self.num_prefix :] - self.num_prefix)
+
     def to_map(self, patches: Tensor) -> Tensor:
         """Arrange values of all patches (B, patches) on their grid: (B, height, width), of a video
         (B, frames, height, width)."""
@@ -332,15 +342,17 @@ class PruningState:
         if num_keep == x.shape[1]:
             return x
         if self.strategy is None:
-            priorities = self.choose_priorities(x, self.masks)
-            make = make_portable_strategy if self.portable else make_strategy
-            self.strategy = make(self.config, self.num_prefix, priorities, self.tracks_parents)
+            self.strategy = self._make_strategy(self.choose_priorities(x, self.masks))
         reduction = self.strategy.reduce(
             module, x, self.positions, num_keep, scores, self.keeps_pruned
         )
         self.positions = reduction.kept_idx
         self._record(layer, reduction)
         return reduction.kept
+
+    def _make_strategy(self, priorities: Priorities) -> PruningStrategy:
+        make = make_portable_strategy if self.portable else make_strategy
+        return make(self.config, self.num_prefix, priorities, self.tracks_parents)
 
     def _record(self, layer: int, reduction: Reduction) -> None:
         """Note what maps, the fusion and the caller need of the pruned tokens."""

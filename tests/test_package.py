@@ -83,7 +83,6 @@ LONG = {
     "ops/reference.py": 411,
     "ops/triton/merge.py": 454,
     "pruning/api.py": 440,
-    "pruning/state.py": 411,
     "train/data.py": 434,
     "train/loop.py": 478,
     "tuning.py": 422,

@@ -21,9 +21,9 @@ from ..models.probing import TOKEN_ARGUMENTS
 from ..models.tiling import AttentionRows
 from ..models.token_format import tokens_of
 from .engine import run_engine
-from .map_state import MapState
 from .masks import level_padding
 from .state import PruningModules, PruningOptions, PruningState
+from .windowed_state import WindowedState
 
 _wrapped_classes: dict[type, type] = {}
 
@@ -190,7 +190,8 @@ def run_block(
     if layer == 0:
         modules.require_same_blocks()
         x = token_format.decode(argument)
-        make_state = PruningState if modules.spec.map_blocks is None else MapState
+        has_windows = modules.spec.map_blocks is not None or modules.config.windows is not None
+        make_state = WindowedState if has_windows else PruningState
         context.state = make_state(
             context.modules or modules, x, options, context.grid, context.frames
         )
@@ -211,7 +212,7 @@ def run_block(
     state.next_layer += 1
     if state.done:
         output = _engine_output(modules, argument)
-    elif isinstance(state, MapState):
+    elif isinstance(state, WindowedState) and modules.spec.map_blocks is not None:
         output = _run_on_map(state, layer, block, argument, args, kwargs)
     else:
         output = _run_and_prune(state, layer, block, argument, args, kwargs)
@@ -304,7 +305,7 @@ def _call(
 
 
 def _run_on_map(
-    state: MapState,
+    state: WindowedState,
     layer: int,
     block: Callable[..., object],
     argument: object,
@@ -338,7 +339,7 @@ def _run_on_map(
     return (active, *output[1:]) if isinstance(output, tuple) else active
 
 
-def _full_map(state: MapState, x: Tensor) -> Tensor:
+def _full_map(state: WindowedState, x: Tensor) -> Tensor:
     """The map of all tokens at block output x (B, K, D), as the model passes it."""
     token_format = state.modules.spec.token_format
     return tokens_of(token_format.encode_map(state.full_map(x), None, state.require_grid()))

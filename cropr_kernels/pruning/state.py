@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapters import BlockParts, ModelSpec
-from ..models.blocks import rope_at, rotary_at
+from ..models.blocks import rotary_at
 from ..ops import decompositions
 from .config import PruningConfig
 from .masks import Masks, make_masks
@@ -19,7 +19,6 @@ from .merging import checkerboard
 from .module import Scorer
 from .portable import make_portable_strategy
 from .strategies import Priorities, PruningStrategy, Reduction, make_strategy
-from .windows import Windows
 
 # Patches in height and width; of a video, those of its frames below each other
 Grid = tuple[int, int]
@@ -111,7 +110,7 @@ class PruningState:
             them.
 
     Raises:
-        ValueError: a mask, the schedule or windows do not fit the batch.
+        ValueError: a mask or the schedule does not fit the batch.
     """
 
     def __init__(
@@ -134,17 +133,12 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
-        num_scheduled = self.num_tokens
-        if modules.spec.window and self.grid is not None:
-            num_scheduled = modules.spec.num_scheduled(self.grid)
-        self.counts = config.counts(num_scheduled, depth, prefix)
+        self.counts = config.counts(self.num_tokens, depth, prefix)
         self.num_images = x.shape[0]
         self.num_prefix = prefix
         self.masks = make_masks(
             options.protect, options.padding, x.shape[0], num_patches, prefix, self.is_video
         )
-        if config.windows is not None:
-            self._split_windows(config.windows)
         self.tracks_parents = config.tracks_parents or bool(options.maps) or options.restore
         self.keeps_pruned = options.collect or (
             config.llf is not None and not config.tracks_parents
@@ -169,19 +163,6 @@ class PruningState:
         # (B, N) after each pruning: `row_idx` then, if it is collected
         self.collected_rows: list[Tensor] = []
 
-    def _split_windows(self, windows: Windows) -> None:
-        """Make masks and counts of tokens those of windows, which hold patches only."""
-        if self.grid is None:
-            num_patches = self.num_tokens - self.num_prefix
-            raise ValueError(
-                f"cropr: cannot tell height and width of {num_patches} patches, which windows need"
-            )
-        if self.masks is not None:
-            priority = self.masks.priority[:, self.num_prefix :].unsqueeze(-1)
-            self.masks = Masks(windows.split(priority, self.grid).squeeze(-1), None)
-        self.num_prefix = 0
-        self.num_tokens = windows.size**2
-
     @property
     def is_video(self) -> bool:
         return self.modules.spec.frames > 1
@@ -197,22 +178,11 @@ class PruningState:
         return None if self.strategy is None else self.strategy.row_idx
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
-        """Arrange the tokens for a block: with windows, those of a window or of an image in a
-        row."""
-        windows = self.config.windows
-        if windows is None:
-            return x
-        if layer == 0 and self.grid is not None:
-            x = windows.split(x[:, self.modules.spec.num_prefix :], self.grid)
-        if layer in windows.global_blocks:
-            x = x.reshape(self.num_images, -1, x.shape[2])
+        """Arrange the tokens x (B, K, D) for a block."""
         return x
 
     def after_block(self, layer: int, x: Tensor) -> Tensor:
         """Prune the output of a block, or restore all tokens if the fusion follows."""
-        windows = self.config.windows
-        if windows is not None and layer in windows.global_blocks:
-            x = x.reshape(self.num_images * windows.count(self.grid or (0, 0)), -1, x.shape[2])
         if layer < len(self.counts):
             x = self._prune(layer, x)
         if layer == self.fused_after and self.positions is not None:
@@ -226,20 +196,11 @@ class PruningState:
 
         Tables (heads, patches, C) give (B, heads, K, C).
         """
-        windows = self.config.windows
-        if windows is None:
-            if positions is None:
-                return table
-            if self.modules.spec.rotary_heads:
-                return table[:, positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
-            return rotary_at(table, positions, self.num_prefix, self.num_tokens)
-        rows = windows.rope(table, self.grid or (0, 0), self.num_images)
-        rows = rows.unsqueeze(1) if positions is None else rope_at(rows, positions, 0)
-        return (
-            rows.reshape(self.num_images, 1, -1, rows.shape[-1])
-            if layer in windows.global_blocks
-            else rows
-        )
+        if positions is None:
+            return table
+        if self.modules.spec.rotary_heads:
+            return table[:, positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
+        return rotary_at(table, positions, self.num_prefix, self.num_tokens)
 
     def log_sizes(self) -> Tensor | None:
         """The term of the attention logits of each active token, (B, K); None if there is none."""
@@ -247,16 +208,11 @@ class PruningState:
 
     def pruning_map(self, device: torch.device) -> Tensor:
         """The number of blocks that each patch went through, as `to_map` gives it."""
-        windows = self.config.windows
-        grid = self.require_grid()
-        num_rows = self.num_images * (1 if windows is None else windows.count(grid))
         blocks = torch.full(
-            (num_rows, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
+            (self.num_images, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
         )
         for layer, idx in self.pruned_idx:
             blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
-        if windows is not None:
-            blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
         return self.to_map(blocks)
 
     def merge_map(self, device: torch.device) -> Tensor:
@@ -277,7 +233,7 @@ class PruningState:
         """(blocks + 1, B, grid height, grid width) int64: before the first and after each block,
         the token that holds each patch, counted in order of position; -1 if it was dropped.
 
-        With LLF, the state before tokens are restored. Merged ones need `collect`. Not for windows.
+        With LLF, the state before tokens are restored. Merged ones need `collect`.
         """
         grid = self.require_grid()
         rows = {layer: row_idx for (layer, _), row_idx in zip(self.pruned_idx, self.collected_rows)}
@@ -396,11 +352,6 @@ class PruningState:
             self.positions = None
         elif row_idx is not None and self.positions is not None and self.options.full:
             x = self.ops.gather(x, row_idx)
-        windows = self.config.windows
-        if windows is not None:
-            grid = self.require_grid()
-            x = windows.join(x, grid)
-            self.aux = [windows.join(prediction, grid) for prediction in self.aux]
         return x
 
 

@@ -1,8 +1,8 @@
-"""Per-forward state of blocks over maps (B, height, width, D): every window keeps equally many
-tokens.
+"""Per-forward state of models with windows: every window keeps equally many tokens.
 
 Tokens are selected window by window, in groups of windows of one shape: those at the edges of the
 map hold fewer, and lose none until the others hold as few. All else is as for tokens (B, N, D).
+Windows are those of blocks over maps (B, height, width, D), or those that `apply` gives to others.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.adapters import MapBlock
 from ..models.tiling import AttentionRows, Tiling, WindowGroup
+from .masks import Masks
 from .module import Scorer
 from .state import Grid, PruningModules, PruningOptions, PruningState
 from .strategies import Priorities, PruningStrategy, Reduction
@@ -36,13 +37,18 @@ class _Windows:
         """The term of the attention logits of each token, (rows, K), if they differ."""
         return None if self.strategy is None else self.strategy.log_sizes()
 
-    def reduce(self, module: Scorer, x: Tensor, num_keep: int, keep_pruned: bool) -> Reduction:
-        """Keep num_keep tokens of each row of x (rows, K, D); positions are those in windows."""
-        if num_keep == self.length or self.strategy is None:
-            none = x.new_zeros(len(x), 0, dtype=torch.long)
-            tokens = x[:, :0]
-            return Reduction(x, self._all_positions(x), none, tokens, tokens, none)
-        reduction = self.strategy.reduce(module, x, self.positions, num_keep, None, keep_pruned)
+    def reduce(
+        self, module: Scorer, x: Tensor, num_keep: int, scores: Tensor | None, keep_pruned: bool
+    ) -> Reduction:
+        """Keep at most num_keep tokens of each row of x (rows, K, D); positions are those in
+        windows."""
+        if num_keep >= self.length or self.strategy is None:
+            no_positions = x.new_zeros(len(x), 0, dtype=torch.long)
+            no_tokens = x[:, :0]
+            return Reduction(
+                x, self._all_positions(x), no_positions, no_tokens, no_tokens, no_positions
+            )
+        reduction = self.strategy.reduce(module, x, self.positions, num_keep, scores, keep_pruned)
         self.positions = reduction.kept_idx
         self.length = num_keep
         return reduction
@@ -71,10 +77,14 @@ class _Windows:
         return (row_idx.unflatten(0, (-1, len(cells))) + starts[:, None]).flatten(1)
 
 
-class MapState(PruningState):
-    """One batch of maps on its way through the blocks, as `PruningState`.
+class WindowedState(PruningState):
+    """One batch on its way through blocks with windows, as `PruningState`.
 
-    Active tokens are in the order of `Tiling`, with the positions of the map.
+    Active tokens are in the order of `Tiling`, and all tokens, if none is pruned, in that of the
+    map. There is no prefix.
+
+    Raises:
+        ValueError: a mask, the schedule or windows do not fit the batch.
     """
 
     def __init__(
@@ -86,8 +96,63 @@ class MapState(PruningState):
         frames: int | None = None,
     ):
         super().__init__(modules, x, options, grid, frames)
-        self.tiling = Tiling(self.require_grid(), modules.spec.window, x.device)
+        spec = modules.spec
+        depth = len(spec.blocks)
+        if self.grid is None:
+            num_patches = self.num_tokens - self.num_prefix
+            raise ValueError(
+                f"cropr: cannot tell height and width of {num_patches} patches, which windows need"
+            )
+        if self.config.windows is not None:
+            self.config.windows.require_multiple(self.grid)
+        window = spec.window if self.config.windows is None else self.config.windows.size
+        self.tiling = Tiling(self.grid, window, x.device)
         self.windows = [_Windows(group) for group in self.tiling.groups]
+        if spec.map_blocks is not None:
+            self.counts = self.config.counts(spec.num_scheduled(self.grid), depth, 0)
+        if self.masks is not None:
+            self.masks = Masks(self.masks.priority[:, self.num_prefix :], None)
+        self.num_tokens -= self.num_prefix
+        self.num_prefix = 0
+
+    def before_block(self, layer: int, x: Tensor) -> Tensor:
+        """Arrange tokens for a block that takes no maps: those of a window or an image in a row."""
+        windows = self.config.windows
+        if windows is None:
+            return x
+        if layer == 0:
+            x = x[:, self.modules.spec.num_prefix :]
+        if layer in windows.global_blocks:
+            return x
+        if self.positions is None:
+            x = x[:, self.tiling.order]
+        return x.reshape(self._num_rows, -1, x.shape[2])
+
+    def after_block(self, layer: int, x: Tensor) -> Tensor:
+        windows = self.config.windows
+        if windows is not None and layer not in windows.global_blocks:
+            x = x.reshape(self.num_images, -1, x.shape[2])
+            if self.positions is None:
+                x = self._on_map(x)
+        return super().after_block(layer, x)
+
+    @property
+    def _num_rows(self) -> int:
+        """Windows of a batch, all of one shape."""
+        return self.num_images * len(self.windows[0].group.cells)
+
+    def _on_map(self, x: Tensor) -> Tensor:
+        """Arrange all tokens (B, N, ...) in the order of the map."""
+        return x[:, self.tiling.order.argsort()]
+
+    def rotary_rows(self, layer: int, positions: Tensor | None, table: Tensor) -> Tensor:
+        windows = self.config.windows
+        if windows is None or layer in windows.global_blocks:
+            return super().rotary_rows(layer, positions, table)
+        if positions is None:
+            positions = self.tiling.order.expand(self.num_images, -1)
+        rows = super().rotary_rows(layer, positions, table)
+        return rows.reshape(self._num_rows, 1, -1, rows.shape[3])
 
     def rows(self, block: MapBlock) -> list[AttentionRows]:
         """The active tokens that attend to each other in a block."""
@@ -128,26 +193,42 @@ class MapState(PruningState):
         for windows in self.windows:
             rows.append(windows.token_rows(self.num_images) + start)
             start += windows.num_tokens
-        return torch.cat(rows, 1)[:, self.tiling.order.argsort()]
+        return self._on_map(torch.cat(rows, 1))
 
     def _prune(self, layer: int, x: Tensor) -> Tensor:
+        module = self.modules.scorer(layer)
         num_keep = self.counts[layer]
+        arranged = x[:, self.tiling.order] if self.positions is None else x
+        parts = arranged.split([windows.num_tokens for windows in self.windows], 1)
+        rows = [
+            part.reshape(-1, windows.length, x.shape[2])
+            for windows, part in zip(self.windows, parts)
+        ]
+        scores = self._predict(module, rows[0]) if self.config.windows is not None else None
         if all(windows.length <= num_keep for windows in self.windows):
             return x
         if self.positions is None:
             self._start(self.choose_priorities(x, self.masks))
-            x = x[:, self.tiling.order]
-        module = self.modules.scorer(layer)
-        reductions: list[Reduction] = []
-        parts = x.split([windows.num_tokens for windows in self.windows], 1)
-        for windows, part in zip(self.windows, parts):
-            tokens = part.reshape(-1, windows.length, x.shape[2])
-            count = min(num_keep, windows.length)
-            reductions.append(windows.reduce(module, tokens, count, self.keeps_pruned))
-        reduction = self._joined(reductions)
+        reduction = self._joined(
+            [
+                windows.reduce(module, tokens, num_keep, scores, self.keeps_pruned)
+                for windows, tokens in zip(self.windows, rows)
+            ]
+        )
         self.positions = reduction.kept_idx
         self._record(layer, reduction)
         return reduction.kept
+
+    def _predict(self, module: Scorer, x: Tensor) -> Tensor | None:
+        """Predict from the tokens x (rows, K, D) of windows, if asked to, and return their scores
+        if they fall out of it."""
+        if not self.predicts:
+            return None
+        prediction, scores = module.predict(x)
+        if prediction is not None:
+            prediction = prediction.reshape(self.num_images, self.num_tokens, -1)
+            self.aux.append(self._on_map(prediction))
+        return scores
 
     def _start(self, priorities: Priorities) -> None:
         """Make the strategies of all windows, with priorities (B, N) of the map."""

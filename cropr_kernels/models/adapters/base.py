@@ -2,7 +2,7 @@
 (`BlockParts`)."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import PLAIN, ArgumentRule
 from ..blocks import Rotary
 from ..head_probing import Pooling
-from ..map_attention import attend
+from ..map_attention import Heads, attend, heads_of
 from ..tiling import AttentionRows
 from ..token_format import BATCH_FIRST, TokenFormat
 
@@ -167,17 +167,21 @@ class MapBlock:
         other."""
         block = self.parts.block
         gamma1, gamma2 = self.parts.scales(block)
-        update = attend(block, self.attention, self.num_heads, self.normalize(x), rows)
+        update = attend(block, self._attention, self.num_heads, self._input(x), rows)
         x = x + (update if gamma1 is None else update * gamma1)
         update = self.parts.run_mlp(block, getattr(block, self.parts.norm2)(x))
         return x + (update if gamma2 is None else update * gamma2)
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor, rows: Sequence[AttentionRows]) -> Iterator[Heads]:
+        """Yield the tensors of the attention over tokens x (B, N, D), for each group of rows."""
+        return heads_of(self.parts.block, self._attention, self.num_heads, self._input(x), rows)
+
+    def _input(self, x: Tensor) -> Tensor:
         """The input of the attention."""
         return getattr(self.parts.block, self.parts.norm1)(x)
 
     @property
-    def attention(self) -> nn.Module:
+    def _attention(self) -> nn.Module:
         return getattr(self.parts.block, self.parts.attn)
 
 

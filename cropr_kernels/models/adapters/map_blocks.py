@@ -28,22 +28,23 @@ def find_map_blocks(calls: list[BlockCall]) -> tuple[list[BlockCall], list[MapBl
     """
     name = base_class(calls[0].block).__name__
     reason = f"{name} takes maps of four dimensions, as for windows, and"
-    if calls[0].token_format.map_axis is None:
-        raise ValueError("the blocks take no maps")
-    errors: list[str] = []
+    errors: list[tuple[int, str]] = []
     for axis in (3, 1):
         calls = [
             call._replace(token_format=replace(call.token_format, map_axis=axis)) for call in calls
         ]
+        blocks: list[MapBlock] = []
         try:
-            blocks = [_find_map_block(layer, call) for layer, call in enumerate(calls)]
+            for layer, call in enumerate(calls):
+                blocks.append(_find_map_block(layer, call))
         except EngineRefusal as refusal:
-            errors.append(str(refusal))
+            errors.append((len(blocks), str(refusal)))
             continue
         if len({block.window for block in blocks if block.window}) > 1:
             raise ProbeError(f"{reason} windows of several sizes")
         return calls, blocks
-    raise ProbeError(f"{reason} {errors[0]}")
+    _, error = max(errors, key=lambda item: item[0])
+    raise ProbeError(f"{reason} {error}")
 
 
 def _find_map_block(layer: int, call: BlockCall) -> MapBlock:
@@ -72,7 +73,10 @@ def _find_map_block(layer: int, call: BlockCall) -> MapBlock:
         block = MapBlock(parts, window, num_heads)
         if _computes(replace(block, parts=replace(parts, block=trial.block)), trial):
             return block
-    raise EngineRefusal(f"block {layer} is no pre-norm block over windows that `window_size` names")
+    raise EngineRefusal(
+        f"block {layer} is no pre-norm block with windows that `window_size` names and positions "
+        "that tables name"
+    )
 
 
 def _randomized(call: BlockCall) -> BlockCall:

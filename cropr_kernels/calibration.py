@@ -80,7 +80,9 @@ def calibrate(
     """
     modules = require_pruned(model, "cropr.calibrate")
     if modules.config.windows is not None:
-        raise ValueError("cropr.calibrate: models that cropr.apply gave window attention are not supported")
+        raise ValueError(
+            "cropr.calibrate: models that cropr.apply gave window attention are not supported"
+        )
     if not all(isinstance(module, Cropr | FoldedCropr) for module in modules):
         raise ValueError(
             f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}"

@@ -82,7 +82,6 @@ LONG = {
     "models/vit.py": 418,
     "ops/reference.py": 411,
     "ops/triton/merge.py": 454,
-    "pruning/api.py": 440,
     "train/data.py": 434,
     "train/loop.py": 478,
     "tuning.py": 422,

@@ -1,5 +1,6 @@
 """Windows of a map, in groups of one shape: those at the edges may reach over it."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -84,9 +85,10 @@ class Tiling:
         """The cells of a window that are over the edge of the map."""
         if group.size == self.area:
             return None
-        over = torch.ones(self.area, dtype=torch.bool, device=group.cells.device)
-        over[: group.size[0], : group.size[1]] = False
-        y, x = over.nonzero().unbind(1)
+        height, width = group.size
+        cells = itertools.product(range(self.area[0]), range(self.area[1]))
+        over = [(y, x) for y, x in cells if y >= height or x >= width]
+        y, x = torch.tensor(over, device=group.cells.device).unbind(1)
         return y, x
 
 

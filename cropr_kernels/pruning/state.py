@@ -133,6 +133,7 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
+        self.num_scheduled = self.num_tokens  # tokens that the schedule counts
         self.counts = config.counts(self.num_tokens, depth, prefix)
         self.num_images = x.shape[0]
         self.num_prefix = prefix

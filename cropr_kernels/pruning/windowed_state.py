@@ -108,8 +108,8 @@ class WindowedState(PruningState):
         window = spec.window if self.config.windows is None else self.config.windows.size
         self.tiling = Tiling(self.grid, window, x.device)
         self.windows = [_Windows(group) for group in self.tiling.groups]
-        if spec.map_blocks is not None:
-            self.counts = self.config.counts(spec.num_scheduled(self.grid), depth, 0)
+        self.num_scheduled = max(group.num_patches for group in self.tiling.groups)
+        self.counts = self.config.counts(self.num_scheduled, depth, 0)
         if self.masks is not None:
             self.masks = Masks(self.masks.priority[:, self.num_prefix :], None)
         self.num_tokens -= self.num_prefix

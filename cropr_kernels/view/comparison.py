@@ -120,7 +120,7 @@ class Viewer:
     ):
         modules = require_pruned(model, "cropr view")
         refusal = modules.spec.refusal
-        if modules.config.windows is not None:
+        if modules.config.windows is not None or modules.spec.map_blocks is not None:
             refusal = "it has window attention"
         elif modules.spec.frames != 1:
             refusal = f"it takes videos of {modules.spec.frames} frames"

@@ -8,25 +8,19 @@ and (D,) per block, for any number of images.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .importance import (
-    AttentionInput,
-    AttentionInputs,
-    attention_prefix_first,
-    importance,
-)
+from .importance import observe_blocks, windows_of
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
-from .pruning.model import modules_of, require_pruned, run, warn_of_random_queries
+from .pruning.model import modules_of, require_pruned, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.options import write_to_config
-from .pruning.state import PruningOptions
 from .query_files import mark_calibrated, set_queries
 from .thresholds import Sample, fit_thresholds
 from .utils.flops import flop_counter
@@ -40,38 +34,6 @@ def ranks(values: Tensor) -> Tensor:
     """Rank of each value in its row, from 0 to 1, minus one half."""
     order = values.argsort(dim=1, stable=True).argsort(dim=1)
     return order.double() / max(values.shape[1] - 1, 1) - 0.5
-
-
-def _observe(
-    model: nn.Module,
-    images: Tensor,
-    record: Callable[[Tensor, AttentionInput | Tensor], None],
-    kwargs: Mapping[str, object],
-) -> None:
-    """Run the unpruned model; after each block call record(tokens (B, N, D), its attention)."""
-    spec = modules_of(model).spec
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with AttentionInputs() as attention:
-
-        def observe(layer: int, x: Tensor) -> None:
-            if len(attention.inputs) != 1:
-                raise ValueError(
-                    f"cropr.calibrate: block {layer} must attend once "
-                    "(scaled_dot_product_attention, or a softmax over "
-                    f"(B, heads, N, N)), attended {len(attention.inputs)} times"
-                )
-            record(x, attention_prefix_first(attention.inputs[0], spec.token_format))
-            attention.inputs.clear()  # a softmax of `importance` may be among them
-
-        handle = spec.blocks[0].register_forward_pre_hook(
-            lambda block, args: attention.inputs.clear()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
-        try:
-            run(model, lambda: spec.run(images, **kwargs), PruningOptions(observe=observe))
-        finally:
-            handle.remove()
-            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
@@ -88,7 +50,8 @@ def calibrate(
 
     For the module after block l: least squares from the patch tokens that leave block l of the
     unpruned model, centered per image, to the attention of the later blocks to them (`importance`,
-    averaged over those blocks, as a rank).
+    averaged over those blocks, as a rank). Of a model over maps with windows, both are those of a
+    window.
     Deterministic: the same images in the same order result in the same bits. The folded queries
     have norm 1; one calibrated model serves all rates.
 
@@ -110,7 +73,9 @@ def calibrate(
     """
     modules = require_pruned(model, "cropr.calibrate")
     if modules.config.windows is not None:
-        raise ValueError("cropr.calibrate: models with window attention are not supported")
+        raise ValueError(
+            "cropr.calibrate: models that cropr.apply gave window attention are not supported"
+        )
     if not all(isinstance(module, Cropr | FoldedCropr) for module in modules):
         raise ValueError(
             f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}"
@@ -146,27 +111,17 @@ class _NormalEquations:
 
     def add(self, model: nn.Module, images: Tensor, kwargs: Mapping[str, object]) -> None:
         """Add the tokens of a batch."""
-        spec = modules_of(model).spec
-        tokens: list[Tensor] = []
-        importances: list[Tensor] = []
-
-        def record(x: Tensor, attention: AttentionInput | Tensor) -> None:
-            tokens.append(x[:, spec.num_prefix :])
-            importances.append(importance(attention, spec.num_prefix, class_token=spec.class_token))
-
-        _observe(model, images.to(self.gram.device), record, kwargs)
-        counts = {(len(x), x.shape[1]) for x in (*tokens, *importances)}
-        if len(counts) > 1:
-            raise ValueError(
-                "cropr.calibrate: every block must attend over the tokens it takes, got attention "
-                f"over {sorted(counts)} (rows, patches)"
-            )
+        images = images.to(self.gram.device)
+        tokens, importances = observe_blocks(model, images, kwargs)
+        windows = windows_of(modules_of(model).spec, images)
         for layer in range(len(self.gram)):
-            target = ranks(torch.stack(importances[layer + 1 :]).mean(0))
-            rows = tokens[layer].double()
-            rows = rows - rows.mean(1, keepdim=True)
-            self.gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
-            self.moment[layer] += torch.einsum("bnd,bn->d", rows, target)
+            later = torch.stack(importances[layer + 1 :]).mean(0)
+            for cells in windows:
+                target = ranks(later[:, cells].flatten(0, -2))
+                rows = tokens[layer][:, cells].flatten(0, -3).double()
+                rows = rows - rows.mean(1, keepdim=True)
+                self.gram[layer] += torch.einsum("bnd,bne->de", rows, rows)
+                self.moment[layer] += torch.einsum("bnd,bn->d", rows, target)
         self.num_images += len(images)
 
     def solve(self, ridge: float) -> Tensor:

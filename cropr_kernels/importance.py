@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .models.adapters import MapBlock, ModelSpec
 from .models.blocks import is_attention_softmax
+from .models.tiling import Tiling
 from .models.token_format import TokenFormat
+from .pruning.model import modules_of, run
+from .pruning.state import PruningOptions
 
 
 class AttentionInput(NamedTuple):
@@ -126,3 +130,104 @@ def _rows_of(bias: Tensor, rows: slice, num_images: int) -> Tensor:
     """The rows of a bias (B or 1, heads or 1, N or 1, N), one entry an image."""
     bias = bias if bias.shape[2] == 1 else bias[:, :, rows]
     return bias.float().expand(num_images, -1, -1, -1)
+
+
+def observe_blocks(
+    model: nn.Module, images: Tensor, kwargs: Mapping[str, object]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the unpruned model, and return the patches (B, patches, D) after each block and the
+    `importance` (B, patches) that it gives them.
+
+    That of the first of blocks over maps is zero.
+
+    Raises:
+        ValueError: a block does not attend once, or over other tokens than it takes.
+    """
+    spec = modules_of(model).spec
+    if spec.map_blocks is None:
+        return _observe_tokens(model, spec, images, kwargs)
+    tokens: list[Tensor] = []
+    options = PruningOptions(observe=lambda layer, x: tokens.append(x))
+    run(model, lambda: spec.run(images, **kwargs), options)
+    tiling = _tiling_of(spec, images)
+    importances = [tokens[0].new_zeros(tokens[0].shape[:2])]
+    importances += [
+        torch.cat([_map_importance(block, image, tiling) for image in x.split(1)])
+        for block, x in zip(spec.map_blocks[1:], tokens)
+    ]
+    return tokens, importances
+
+
+def _observe_tokens(
+    model: nn.Module, spec: ModelSpec, images: Tensor, kwargs: Mapping[str, object]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`observe_blocks` of blocks that take tokens (B, N, D), by their calls of attention."""
+    tokens: list[Tensor] = []
+    importances: list[Tensor] = []
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with AttentionInputs() as attention:
+
+        def observe(layer: int, x: Tensor) -> None:
+            if len(attention.inputs) != 1:
+                raise ValueError(
+                    f"cropr.calibrate: block {layer} must attend once "
+                    "(scaled_dot_product_attention, or a softmax over "
+                    f"(B, heads, N, N)), attended {len(attention.inputs)} times"
+                )
+            inputs = attention_prefix_first(attention.inputs[0], spec.token_format)
+            tokens.append(x[:, spec.num_prefix :])
+            importances.append(importance(inputs, spec.num_prefix, class_token=spec.class_token))
+            attention.inputs.clear()  # a softmax of `importance` may be among them
+
+        handle = spec.blocks[0].register_forward_pre_hook(
+            lambda block, args: attention.inputs.clear()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
+        try:
+            run(model, lambda: spec.run(images, **kwargs), PruningOptions(observe=observe))
+        finally:
+            handle.remove()
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+    counts = {(len(x), x.shape[1]) for x in (*tokens, *importances)}
+    if len(counts) > 1:
+        raise ValueError(
+            "cropr.calibrate: every block must attend over the tokens it takes, got attention "
+            f"over {sorted(counts)} (rows, patches)"
+        )
+    return tokens, importances
+
+
+def windows_of(spec: ModelSpec, images: Tensor) -> list[Tensor | slice]:
+    """Indices (windows, patches) of the patches between which a model chooses, for windows of each
+    shape."""
+    if spec.map_blocks is None:
+        return [slice(None)]
+    return [group.cells for group in _tiling_of(spec, images).groups]
+
+
+def _tiling_of(spec: ModelSpec, images: Tensor) -> Tiling:
+    height, width = images.shape[-2:]
+    return Tiling(spec.grid_of((height, width)), spec.window, images.device)
+
+
+def _map_importance(block: MapBlock, x: Tensor, tiling: Tiling) -> Tensor:
+    """The mean attention of the patches x (1, N, D) of a map to each other, (1, N) float32, as a
+    share of that to its window."""
+    if block.window:
+        rows = [tiling.window_rows(group, None) for group in tiling.groups]
+    else:
+        rows = [tiling.map_rows(torch.arange(x.shape[1], device=x.device).unsqueeze(0))]
+    received: list[Tensor] = []
+    for group, heads in zip(rows, block.heads(x, rows)):
+        logits = heads.query.float() @ heads.key.float().transpose(2, 3)
+        logits = logits * heads.query.shape[-1] ** -0.5
+        if heads.bias is not None:
+            logits = logits + heads.bias
+        received.append(logits.softmax(-1).mean((1, 2))[:, : group.length].reshape(1, -1))
+    values = torch.cat(received, 1)
+    if not block.window:
+        values = values[:, tiling.order]
+    parts = values.split([group.cells.numel() for group in tiling.groups], 1)
+    windows = [part.unflatten(1, group.cells.shape) for part, group in zip(parts, tiling.groups)]
+    shares = [(part / part.sum(2, keepdim=True)).flatten(1) for part in windows]
+    return torch.cat(shares, 1)[:, tiling.order.argsort()]

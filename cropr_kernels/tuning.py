@@ -112,7 +112,7 @@ def highest_rate(num_tokens: int, num_modules: int, num_prefix: int) -> float:
 def default_rates(model: nn.Module) -> list[int]:
     """A quarter, a half, three quarters and nine tenths of the highest rate of a pruned model."""
     modules = modules_of(model)
-    patches = modules.config.grid[0] * modules.config.grid[1]
+    patches = modules.spec.num_scheduled(modules.config.grid) - modules.spec.num_prefix
     highest = (patches - 4) // modules.num_used
     return sorted({max(round(highest * share), 1) for share in (0.25, 0.5, 0.75, 0.9)})
 
@@ -194,7 +194,7 @@ class _TunedModel:
         self.num_prefix = modules.spec.num_prefix
         self.num_tokens = run(self.model, lambda: self.model(images), PruningOptions())[
             1
-        ].num_tokens
+        ].num_scheduled
 
     @property
     def unpruned(self) -> list[int]:

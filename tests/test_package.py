@@ -81,8 +81,6 @@ LONG = {
     "models/probing.py": 444,
     "models/vit.py": 418,
     "ops/triton/merge.py": 454,
-    "pruning/api.py": 440,
-    "pruning/state.py": 411,
     "train/data.py": 434,
     "train/loop.py": 478,
     "tuning.py": 422,

@@ -13,20 +13,22 @@ import importlib.metadata
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import cropr_kernels as cropr
 from benchmarks.models.towers import TOWERS, UNTRIED
 from benchmarks.utils.results import RESULTS, Results, environment
-from cropr_kernels.models.blocks import SizeWeightedAttention
+from cropr_kernels.models.blocks import SOFTMAX, SizeWeightedAttention
 from cropr_kernels.pruning.model import run
 from cropr_kernels.pruning.state import PruningOptions
 from cropr_kernels.utils.progress import each
@@ -133,7 +135,10 @@ def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tenso
     """Compare dropped tokens with tokens that no later block sees: "yes" if they are the same, "no"
     as where heads mix weights with a bias after the softmax, or why they cannot be compared."""
     torch.manual_seed(1)
-    options = PruningOptions(maps=frozenset(spec.map_layers))
+    takes_maps = spec.map_blocks is not None
+    options = PruningOptions(
+        maps=frozenset((*spec.map_layers, *[len(spec.blocks) - 1] * takes_maps))
+    )
     with _last_outputs(spec) as dropped:
         _, state = run(model, lambda: spec.run(images), options)
     shape = (state.num_images, state.num_tokens)
@@ -146,7 +151,12 @@ def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tenso
     try:
         for layer, block in enumerate(spec.blocks):
             log_sizes = torch.zeros(shape).masked_fill(last_seen < layer, -1e4)
-            mode = SizeWeightedAttention(spec.token_format.in_place(log_sizes), calls)
+            mode: TorchFunctionMode
+            if takes_maps:
+                window = getattr(block, "window_size", 0)
+                mode = MaskedMaps(log_sizes.unflatten(1, spec.grid), window, calls)
+            else:
+                mode = SizeWeightedAttention(spec.token_format.in_place(log_sizes), calls)
             block.forward = partial(_under, mode, forwards[layer])
         with _last_outputs(spec) as masked:
             _outputs(spec, images)
@@ -166,8 +176,54 @@ def _compare_with_masking(model: nn.Module, spec: cropr.ModelSpec, images: Tenso
     return "yes" if _is_close(*kept) else "no"
 
 
+class MaskedMaps(TorchFunctionMode):
+    """A mode in which attention over windows of maps adds terms (B, height, width) to the logits of
+    keys; keys over the edge of the map stay as they are.
+
+    Args:
+        terms: of each token.
+        window: patches on a side of a window; 0: attention is over the full map.
+        calls: receives one entry per attention.
+    """
+
+    def __init__(self, terms: Tensor, window: int, calls: list[bool]):
+        super().__init__()
+        self.calls = calls
+        height, width = terms.shape[1:]
+        if window:
+            terms = F.pad(terms, (0, -width % window, 0, -height % window))
+            terms = terms.unfold(1, window, window).unfold(2, window, window)
+            self.rows = terms.reshape(-1, window**2)
+        else:
+            self.rows = terms.flatten(1)
+
+    def _bias(self, logits: Tensor) -> Tensor:
+        """Terms for attention over (rows, heads, N, C), or (rows * heads, N, C)."""
+        if logits.ndim == 4:
+            return self.rows[:, None, None]
+        return self.rows.repeat_interleave(len(logits) // len(self.rows), 0).unsqueeze(1)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(True)
+            mask = kwargs.get("attn_mask")
+            bias = self._bias(args[0])
+            kwargs["attn_mask"] = bias if mask is None else mask + bias
+        elif func in SOFTMAX and args[0].shape[-1] == args[0].shape[-2]:
+            self.calls.append(True)
+            args = (args[0] + self._bias(args[0]), *args[1:])
+        return func(*args, **kwargs)
+
+
 def _under(
-    mode: SizeWeightedAttention, forward: Callable[..., object], *args: object, **kwargs: object
+    mode: TorchFunctionMode, forward: Callable[..., object], *args: object, **kwargs: object
 ) -> object:
     with mode:
         return forward(*args, **kwargs)
@@ -182,7 +238,7 @@ def _merge(model: nn.Module, spec: cropr.ModelSpec, images: Tensor) -> None:
 
 
 def _rate(spec: cropr.ModelSpec) -> int:
-    return max(spec.grid[0] * spec.grid[1] // (2 * len(spec.blocks)), 1)
+    return max((spec.num_scheduled(spec.grid) - spec.num_prefix) // (2 * len(spec.blocks)), 1)
 
 
 def _images_of(spec: cropr.ModelSpec) -> Tensor:

@@ -73,13 +73,16 @@ _DENSE = {
     )
 }
 _HEAD = {"neck_hidden_sizes": [16] * 4, "fusion_hidden_size": 16}
-_SAM = {
+# 9 x 9 patches: windows of 4 reach over the edge
+_MAPS = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
-    "image_size": 64,
+    "image_size": 72,
     "patch_size": 8,
+    "window_size": 4,
 }
+_SAM = {**_MAPS, "output_channels": 16, "global_attn_indexes": [1, 3], "mlp_dim": 128}
 
 TOWERS = (
     _plain("vit", "ViT", "ForImageClassification"),
@@ -202,16 +205,43 @@ TOWERS = (
         projector_output_dim=64,
     ),
     _plain("eomt", "Eomt", "ForUniversalSegmentation", num_blocks=1, num_queries=5, num_labels=3),
+    Tower("sam", "SamVisionModel", "SamVisionConfig", _SAM, {}, False),
+    Tower("sam_hq", "SamHQVisionModel", "SamHQVisionConfig", _SAM, {}, False),
+    Tower("got_ocr2", "GotOcr2VisionEncoder", "GotOcr2VisionConfig", _SAM, {}, False),
     Tower(
-        "sam",
-        "SamVisionModel",
-        "SamVisionConfig",
+        "deepseek_ocr2",
+        "DeepseekOcr2SamVisionEncoder",
+        "DeepseekOcr2SamVisionConfig",
+        _SAM,
+        {},
+        False,
+    ),
+    Tower(
+        "unlimited_ocr",
+        "UnlimitedOcrSamVisionEncoder",
+        "UnlimitedOcrSamVisionConfig",
+        _SAM,
+        {},
+        False,
+    ),
+    Tower("slanext", "SLANeXtVisionEncoder", "SLANeXtVisionConfig", _SAM, {}, False),
+    Tower(
+        "pp_formulanet",
+        "PPFormulaNetVisionModel",
+        "PPFormulaNetVisionConfig",
+        {**_SAM, "output_channels": 256},
+        {},
+        False,
+    ),
+    Tower(
+        "sam3",
+        "Sam3ViTModel",
+        "Sam3ViTConfig",
         {
-            **_SAM,
-            "output_channels": 16,
-            "window_size": 4,
+            **_MAPS,
             "global_attn_indexes": [1, 3],
-            "mlp_dim": 128,
+            "intermediate_size": 128,
+            "pretrain_image_size": 64,
         },
         {},
         False,
@@ -220,7 +250,12 @@ TOWERS = (
         "vitdet",
         "VitDetModel",
         "VitDetConfig",
-        {**_SAM, "window_size": 4, "window_block_indices": [0, 2]},
+        {
+            **_MAPS,
+            "window_block_indices": [0, 2],
+            "use_relative_position_embeddings": True,
+            "pretrain_image_size": 64,
+        },
         {},
         False,
     ),
@@ -351,17 +386,9 @@ TOWERS = (
 )
 
 # What is in the way of architectures that are not tried.
-_MAPS = "maps (B, H, W, D) and windows between the blocks, as SAM"
 _PACKED = "images of a batch are packed into one row, which cu_seqlens cuts"
 _WITH_TEXT = "patches stand in one row with text, whose length changes"
 UNTRIED = {
-    "sam_hq": _MAPS,
-    "got_ocr2": _MAPS,
-    "deepseek_ocr2": _MAPS,
-    "unlimited_ocr": _MAPS,
-    "sam3": _MAPS,
-    "slanext": _MAPS,
-    "pp_formulanet": _MAPS,
     "seggpt": "an image and its prompt are maps (B, H, W, D), averaged after a block",
     "vilt": _WITH_TEXT,
     "layoutlmv3": _WITH_TEXT,

@@ -3,9 +3,10 @@
 python -m benchmarks.models.windows [--kept 75 50 25] [--out benchmarks/results/windows.json]
 
 Nothing runs: the models of transformers are on the meta device. After each block but the last every
-window drops as many tokens; blocks over the full map see all that are left, and pruned tokens are
-restored with the change of their parents at the end. The arithmetic is checked against the FLOPs
-that PyTorch counts in the unpruned blocks.
+window drops as many tokens, as `cropr.apply` prunes all of them but SAM 2; blocks over the full map
+see all that are left, and pruned tokens are restored with the change of their parents at the end.
+The arithmetic is checked against the FLOPs that PyTorch counts in the unpruned blocks, and in tests
+in pruned ones.
 """
 
 import argparse
@@ -45,28 +46,50 @@ class Blocks:
         """Rows of each row of windows that are on the map: the last may reach over its edge."""
         return [min(self.window, self.grid - start) for start in range(0, self.grid, self.window)]
 
-    def num_tokens(self, kept: int) -> int:
-        """Count the tokens on the map if each window keeps so many, those over the edge last."""
-        return sum(min(height * width, kept) for height in self.sides() for width in self.sides())
+    def sizes(self) -> list[int]:
+        """Tokens on the map in each window."""
+        return [height * width for height in self.sides() for width in self.sides()]
 
     def flops(self, rate: int) -> int:
         """Count the FLOPs of all blocks if each window drops so many tokens after each but the
-        last."""
+        last; those at the edge lose none until the others hold as few."""
         total = 0
         for layer, windowed in enumerate(self.windowed):
             kept = self.window**2 - rate * layer
-            tokens = self.num_tokens(kept)
-            # Windows are rows of a batch, so positions over the edge take part in attention
-            rows, row_length = (len(self.sides()) ** 2, kept) if windowed else (1, tokens)
-            side = self.window if windowed else self.grid
-            per_token = 8 * self.dim**2 + 4 * row_length * self.dim
-            per_token += 4 * side * self.dim * self.relative + self.extra
-            total += rows * row_length * per_token + 4 * tokens * self.dim * self.hidden
+            sizes = [min(size, kept) for size in self.sizes()]
+            total += self._pruned(windowed, sizes) if rate and layer else self._unpruned(windowed)
             if rate and layer < len(self.windowed) - 1:
+                left = kept - rate
                 # Scores, and the cosines to the tokens that stay
-                total += 2 * tokens * self.dim
-                total += 2 * len(self.sides()) ** 2 * rate * (kept - rate) * self.dim
+                pruned = [size for size in sizes if size > left]
+                total += sum(2 * (size + (size - left) * left) * self.dim for size in pruned)
         return total
+
+    def _unpruned(self, windowed: bool) -> int:
+        """FLOPs of a block on the full map."""
+        tokens = self.grid**2
+        # Windows are rows of a batch, so positions over the edge take part in attention
+        rows = len(self.sides()) ** 2 if windowed else 1
+        row_length = self.window**2 if windowed else tokens
+        side = self.window if windowed else self.grid
+        per_token = 8 * self.dim**2 + 4 * row_length * self.dim
+        per_token += 4 * side * self.dim * self.relative + self.extra
+        return rows * row_length * per_token + 4 * tokens * self.dim * self.hidden
+
+    def _pruned(self, windowed: bool, sizes: list[int]) -> int:
+        """FLOPs of a block on as many tokens of each window."""
+        tokens = sum(sizes)
+        side = self.window if windowed else self.grid
+        distances = 2 * side - 1
+        per_token = 8 * self.dim**2 + 4 * distances * self.dim * self.relative + self.extra
+        total = tokens * (per_token + 4 * self.dim * self.hidden)
+        if not windowed:
+            return total + 4 * tokens**2 * self.dim
+        # Keys over the edge are all alike, and projected once
+        over_edge = [self.window**2 - size for size in self.sizes()]
+        total += 6 * self.dim**2 * any(over_edge)
+        pairs = sum(size * (size + over) for size, over in zip(sizes, over_edge))
+        return total + 4 * pairs * self.dim
 
     def rate_for(self, kept: float) -> int:
         """The rate at which the last block sees about this share of the tokens of a window."""

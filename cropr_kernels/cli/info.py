@@ -71,7 +71,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         with flop_counter() as counter:
             variant(image)
         gflops.append(counter.get_total_flops() / 2e9)
-    tokens = spec.num_prefix + modules.config.grid[0] * modules.config.grid[1]
+    tokens = spec.num_scheduled(modules.config.grid)
     counts = modules.config.counts(tokens, depth, spec.num_prefix)
     num_full = modules.config.full_blocks
     full_blocks = ""
@@ -83,7 +83,8 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     engine_off = f"off, the functional ops run it: {modules.engine_reason}"
     facts = {
         "model": f"{options.model}, {type(model).__module__}.{type(model).__name__}",
-        "tokens": f"{tokens} of width {spec.dim}, {spec.num_prefix} of them never pruned",
+        "tokens": f"{tokens}{' in a window' * (spec.window > 0)} of width {spec.dim}, "
+        f"{spec.num_prefix} of them never pruned",
         "blocks": f"{depth} x {type(spec.blocks[0]).__name__}",
         "kept after each block": " ".join(map(str, counts)) + full_blocks,
         "GFLOPs an image": f"{gflops[1]:.3g} unpruned, {gflops[0]:.3g} at "

@@ -46,7 +46,7 @@ def checked_rates(model: nn.Module, rates: list[int] | None) -> list[int]:
     """Return these rates, or four defaults of the model; raises ValueError for too few tokens."""
     rates = list(dict.fromkeys(rates or default_rates(model)))
     modules: CroprModules = model.cropr  # type: ignore[assignment]
-    tokens = modules.spec.num_prefix + modules.config.grid[0] * modules.config.grid[1]
+    tokens = modules.spec.num_scheduled(modules.config.grid)
     for rate in rates:
         config = replace(modules.config, schedule=Schedule(rate=rate))
         config.counts(tokens, len(modules.spec.blocks), modules.spec.num_prefix)

@@ -124,14 +124,17 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> Chain:
         ProbeError: no two modules of a class are called one after the other, or as many others of
             their kind are not.
     """
-    calls = _record_calls(model, forward, images)
     chain: list[BlockCall] = []
-    for start in range(len(calls)):
-        chain = _chain_from(calls, start)
-        if len(chain) > 1:
+    for ndim in (3, 4):
+        calls = _record_calls(model, forward, images, ndim)
+        chain = _first_chain(calls)
+        if chain:
             break
     else:
-        raise ProbeError(_reason_against_blocks(model, forward, images))
+        raise ProbeError(
+            "no two blocks are called one after the other, each with the tokens (B, N, D) that the "
+            "one before returned"
+        )
     num_apart = _count_apart(model, calls, chain)
     if num_apart >= len(chain):
         raise ProbeError(
@@ -139,8 +142,9 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> Chain:
         )
     x = tokens_of(chain[0].argument)
     token_format = TokenFormat(
-        sequence_first=x.shape[0] > 1 and x.shape[1] == 1,
+        sequence_first=x.shape[0] > 1 and x.shape[1] == 1 and x.ndim == 3,
         in_list=isinstance(chain[0].argument, list),
+        map_axis=3 if x.ndim == 4 else None,
     )
     return Chain([call._replace(token_format=token_format) for call in chain], num_apart)
 
@@ -150,8 +154,8 @@ def _count_apart(model: nn.Module, calls: list[BlockCall], chain: list[BlockCall
     it."""
     blocks = {call.block for call in chain}
     block_class = type(chain[0].block)
-    width = tokens_of(chain[0].argument).shape[2]
-    apart = {call.block for call in calls if tokens_of(call.argument).shape[2] == width}
+    width = tokens_of(chain[0].argument).shape[2:]
+    apart = {call.block for call in calls if tokens_of(call.argument).shape[2:] == width}
     for container in model.modules():
         children = set(container.children())
         if isinstance(container, nn.ModuleList | nn.Sequential) and blocks & children:
@@ -159,22 +163,13 @@ def _count_apart(model: nn.Module, calls: list[BlockCall], chain: list[BlockCall
     return sum(type(block) is block_class for block in apart - blocks)
 
 
-def _reason_against_blocks(model: nn.Module, forward: Forward, images: Tensor) -> str:
-    """Say why a model has no blocks over tokens (B, N, D)."""
-    calls = _record_calls(model, forward, images, ndim=4)
-    for start in range(len(calls)):
-        if len(_chain_from(calls, start)) > 1:
-            name = type(calls[start].block).__name__
-            return f"{name} takes maps of four dimensions, as for windows, and not tokens (B, N, D)"
-    return (
-        "no two blocks are called one after the other, each with the tokens (B, N, D) that the "
-        "one before returned"
-    )
+def _first_chain(calls: list[BlockCall]) -> list[BlockCall]:
+    """Return the first calls that are a chain of more than one; none if there is no chain."""
+    chains = (_chain_from(calls, start) for start in range(len(calls)))
+    return next((chain for chain in chains if len(chain) > 1), [])
 
 
-def _record_calls(
-    model: nn.Module, forward: Forward, images: Tensor, ndim: int = 3
-) -> list[BlockCall]:
+def _record_calls(model: nn.Module, forward: Forward, images: Tensor, ndim: int) -> list[BlockCall]:
     """Record the calls of all modules that are larger than a layer and return tokens of the shape
     of their input, which has `ndim` dimensions."""
     calls: list[tuple[int, BlockCall]] = []
@@ -193,8 +188,9 @@ def _record_calls(
         if argument is None or not isinstance(tokens, Tensor):
             return
         x = tokens_of(argument)
-        # Else it changes the class token only
-        if tokens.shape == x.shape and (x.is_meta or not torch.equal(tokens[:, -1], x[:, -1])):
+        # Else it changes the class token only; maps have none
+        changes = ndim == 4 or x.is_meta or not torch.equal(tokens[:, -1], x[:, -1])
+        if tokens.shape == x.shape and changes:
             calls.append((start, BlockCall(module, argument, args, kwargs, output)))
 
     handles = []
@@ -291,6 +287,8 @@ def find_layout(call: BlockCall, forward: Forward, images: Tensor) -> Layout:
     after = len(is_patch) - 1 - last
     token_format = replace(call.token_format, around=(first, after) if after else None)
     num_prefix = first + after
+    if token_format.map_axis is not None:
+        return Layout(token_format, 0, token_format.grid_of(call.argument), 1, True, num_rows)
     call = call._replace(token_format=token_format)
     corners = _corner_tokens(call, forward, images, num_patches)
     grid = _grid_of(corners, num_patches)
@@ -385,8 +383,10 @@ def _first_tokens(call: BlockCall, forward: Forward, images: Tensor) -> Tensor:
     """Return the tokens (B, N, D) that enter the first block."""
     entered: list[object] = []
 
+    ndim = 3 if call.token_format.map_axis is None else 4
+
     def stop(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        entered.append(split_tokens(args, kwargs)[0])
+        entered.append(split_tokens(args, kwargs, ndim)[0])
         raise _Stop
 
     handle = call.block.register_forward_pre_hook(stop, with_kwargs=True)

@@ -20,9 +20,7 @@ from .fusion import Fusion, Restore
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
 from .merging import Merge
 from .model import (
-    MAP_METHODS,
     CroprModules,
-    ReplacedAttribute,
     after_encoder,
     after_forward,
     after_norm,
@@ -33,10 +31,10 @@ from .model import (
     modules_of,
     require_pruned,
     warn_of_random_queries,
-    with_full_maps,
 )
 from .module import Cropr, FoldedCropr, Scorer
 from .options import write_to_config
+from .replaced import replace_attributes, restore_attributes, switch_off_random
 from .windows import Windows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,6 +115,11 @@ def apply(
     spec = find_spec(model) if spec is None else spec
     if spec.num_classes:
         spec = replace(spec, num_classes=num_classes_of(model, spec.num_classes))
+    if spec.map_blocks is not None and (windows is not None or num_outputs):
+        raise ValueError(
+            f"cropr.apply: {type(model).__name__} takes neither windows, as it has its own, nor "
+            "auxiliary predictions: num_outputs must be 0"
+        )
     if windows is not None and merge:
         raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
@@ -138,7 +141,7 @@ def apply(
         make_module = partial(
             _make_cropr,
             spec.dim,
-            spec.num_classes if num_outputs is None else num_outputs,
+            _num_outputs_of(spec) if num_outputs is None else num_outputs,
             num_queries,
         )
     count = num_modules(len(spec.blocks), config.full_blocks)
@@ -151,7 +154,7 @@ def apply(
         )
     _match_parameters(modules, spec.blocks[0])
     model.cropr = modules.train(model.training)
-    _replace_attributes(modules)
+    replace_attributes(modules)
     modules.hooks = [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
         model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
@@ -171,6 +174,10 @@ def apply(
     wrap(spec.blocks, modules)
     write_to_config(model)
     return model
+
+
+def _num_outputs_of(spec: ModelSpec) -> int:
+    return spec.num_classes if spec.map_blocks is None else 0
 
 
 def _make_cropr(
@@ -204,36 +211,6 @@ def apply_options(model: Model, options: dict[str, Any]) -> Model:
     return model
 
 
-def _replace_attributes(modules: CroprModules) -> None:
-    """Replace attributes of the model that pruning changes."""
-    _keep_last_blocks(modules)
-    if modules.config.windows is not None:
-        for block in modules.spec.blocks:  # rotary positions start at the first token now
-            attn: nn.Module = block.attn  # type: ignore[assignment]
-            for name in ("num_prefix", "num_prefix_tokens"):
-                if hasattr(attn, name):
-                    _replace(modules, attn, name, 0)
-    encoder = modules.spec.encoder
-    # Of timm; around the block alone: pruning decides once
-    if hasattr(encoder, "grad_checkpointing"):
-        modules.recompute = bool(encoder.grad_checkpointing)
-        _replace(modules, encoder, "grad_checkpointing", False)
-        _replace(modules, encoder, "set_grad_checkpointing", partial(_set_recompute, modules))
-    for name in MAP_METHODS:
-        if hasattr(encoder, name):
-            _replace(modules, encoder, name, partial(with_full_maps, modules, encoder, name))
-
-
-def _keep_last_blocks(modules: CroprModules) -> None:
-    """Switch off stochastic depth in the last blocks: dropping one for some images would drop the
-    fusion."""
-    blocks = modules.spec.blocks
-    for block in blocks[len(blocks) - modules.config.full_blocks :]:
-        for module in block.modules():
-            if getattr(module, "drop_prob", 0.0):
-                _replace(modules, module, "drop_prob", 0.0)
-
-
 def _fusion_of(
     llf: bool | Restore | Fusion, spec: ModelSpec, restore: Restore | None
 ) -> Fusion | None:
@@ -250,24 +227,9 @@ def _require_fusion_of_windows(config: PruningConfig, caller: str) -> None:
         raise ValueError(f"{caller}: windows need llf=True, so that the map is full again")
 
 
-def _set_recompute(modules: CroprModules, enable: bool = True) -> None:
-    modules.recompute = enable
-
-
-def _replace(modules: CroprModules, module: nn.Module, name: str, value: object) -> None:
-    modules.replaced.append(ReplacedAttribute(module, name, vars(module).get(name, _Absent)))
-    setattr(module, name, value)
-
-
-class _Absent:
-    """The value of an attribute that only its class had."""
-
-
 def _check_schedule(config: PruningConfig, spec: ModelSpec) -> None:
     """Raise ValueError if the schedule does not fit the image size of apply."""
-    config.counts(
-        spec.num_prefix + config.grid[0] * config.grid[1], len(spec.blocks), spec.num_prefix
-    )
+    config.counts(spec.num_scheduled(config.grid), len(spec.blocks), spec.num_prefix)
 
 
 def remove(model: Model) -> Model:
@@ -277,14 +239,7 @@ def remove(model: Model) -> Model:
         TypeError: the model is not pruned.
     """
     modules = require_pruned(model, "cropr.remove")
-    for module, name, value in reversed(modules.replaced):
-        if value is _Absent:
-            delattr(module, name)
-        else:
-            setattr(module, name, value)
-    encoder = modules.spec.encoder
-    if hasattr(encoder, "grad_checkpointing"):
-        encoder.grad_checkpointing = modules.recompute  # type: ignore[assignment]
+    restore_attributes(modules)
     if GraphedForward.of(model) is not None:
         del model.forward
     for hook in modules.hooks:
@@ -341,7 +296,7 @@ def set_llf(model: Model, llf: bool | Restore | Fusion) -> Model:
         )
     _check_schedule(config, modules.spec)
     modules.config = config
-    _keep_last_blocks(modules)
+    switch_off_random(modules)
     write_to_config(model)
     return model
 

@@ -19,10 +19,12 @@ from ..models.arguments import ROTARY_TABLES, Selection, has_tensors, select_arg
 from ..models.blocks import SizeWeightedAttention
 from ..models.probing import TOKEN_ARGUMENTS
 from ..models.rotary import Rotary
+from ..models.tiling import AttentionRows
 from ..models.token_format import tokens_of
 from .engine import run_engine
 from .masks import level_padding
 from .state import PruningModules, PruningOptions, PruningState
+from .windowed_state import WindowedState
 
 _wrapped_classes: dict[type, type] = {}
 
@@ -38,6 +40,8 @@ class BlockInputs(NamedTuple):
     num_images: int | None  # B, if they stand in one row
     tokens: object | None  # in place of the map that the model carries
     full_map: Callable[[Tensor], Tensor] | None  # of its output, for who reads it
+    # Of tokens that are a part of a map, which the block's own forward would not take
+    rows: list[AttentionRows] | None = None
 
 
 class WrappedBlock:
@@ -66,6 +70,8 @@ class WrappedBlock:
         again."""
         if cropr_inputs is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if cropr_inputs.rows is not None:
+            return self._run_part(args[0], cropr_inputs.rows, cropr_inputs)
         token_format = self.cropr_layer[0].spec.token_format
         argument, *others = (
             args if cropr_inputs.tokens is None else (cropr_inputs.tokens, *args[1:])
@@ -97,6 +103,15 @@ class WrappedBlock:
         if cropr_inputs.full_map is None:
             return output
         return token_format.encode(cropr_inputs.full_map(token_format.decode(output)), output)
+
+    def _run_part(self, argument: object, rows: list[AttentionRows], inputs: BlockInputs) -> object:
+        """Run a block over maps on the active tokens (B, K, D)."""
+        modules, layer = self.cropr_layer
+        x = argument if inputs.tokens is None else inputs.tokens
+        output = (modules.spec.map_blocks or [])[layer].run(cast(Tensor, x), rows)
+        if inputs.full_map is not None:
+            output = inputs.full_map(output)
+        return _engine_output(modules, output)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -176,7 +191,9 @@ def run_block(
     if layer == 0:
         modules.require_same_blocks()
         x = token_format.decode(argument)
-        context.state = PruningState(
+        has_windows = modules.spec.map_blocks is not None or modules.config.windows is not None
+        make_state = WindowedState if has_windows else PruningState
+        context.state = make_state(
             context.modules or modules, x, options, context.grid, context.frames
         )
         # While an export traces, of symbols that nothing may keep
@@ -199,11 +216,12 @@ def run_block(
             "switched on by model.set_grad_checkpointing() after cropr.apply)"
         )
     state.next_layer += 1
-    output = (
-        _engine_output(modules, argument)
-        if state.done
-        else _run_and_prune(state, layer, block, argument, args, kwargs)
-    )
+    if state.done:
+        output = _engine_output(modules, argument)
+    elif isinstance(state, WindowedState) and modules.spec.map_blocks is not None:
+        output = _run_on_map(state, layer, block, argument, args, kwargs)
+    else:
+        output = _run_and_prune(state, layer, block, argument, args, kwargs)
     if layer == state.last_layer:
         if state.masks is not None and state.modules.spec.pooling == "average":
             context.padding = state.masks.padding_at(state.positions)
@@ -268,10 +286,7 @@ def _run_and_prune(
             tokens,
             state.full_map if is_read else None,
         )
-    if modules.recompute and modules.training:
-        output: object = checkpoint(block, argument, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
-    else:
-        output = block(argument, *args, **kwargs)
+    output = _call(modules, block, argument, args, kwargs)
     active = token_format.decode(output)
     if not state.options.maps:
         return token_format.encode(state.after_block(layer, active), output)
@@ -281,6 +296,59 @@ def _run_and_prune(
     if layer == state.last_layer or not is_read:
         return token_format.encode(state.active, output)
     return output
+
+
+def _call(
+    modules: PruningModules,
+    block: Callable[..., object],
+    argument: object,
+    args: Args,
+    kwargs: Kwargs,
+) -> object:
+    if modules.recompute and modules.training:
+        return checkpoint(block, argument, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
+    return block(argument, *args, **kwargs)
+
+
+def _run_on_map(
+    state: WindowedState,
+    layer: int,
+    block: Callable[..., object],
+    argument: object,
+    args: Args,
+    kwargs: Kwargs,
+) -> object:
+    """`_run_and_prune` for a block over maps: until tokens are pruned it takes the map, then the
+    active tokens (B, K, D)."""
+    modules = state.modules
+    token_format = modules.spec.token_format
+    is_read = layer in state.options.maps
+    is_full = state.positions is None
+    if not is_full:
+        rows = state.rows((modules.spec.map_blocks or [])[layer])
+        full_map = partial(_full_map, state) if is_read else None
+        inputs = BlockInputs(None, None, None, state.active, full_map, rows)
+        kwargs = {**kwargs, "cropr_inputs": inputs}
+    output = _call(modules, block, argument, args, kwargs)
+    if is_full or is_read:
+        tokens = token_format.decode(output)
+        if state.positions is not None:
+            tokens = state.ops.gather(tokens, state.positions)
+    else:
+        tokens = tokens_of(output)
+    active = state.after_block(layer, tokens)
+    state.active = active if state.options.maps and state.positions is not None else None
+    if active is tokens or (is_read and layer != state.last_layer):
+        return output
+    if state.positions is None:
+        return token_format.encode_map(active, output, state.require_grid())
+    return (active, *output[1:]) if isinstance(output, tuple) else active
+
+
+def _full_map(state: WindowedState, x: Tensor) -> Tensor:
+    """The map of all tokens at block output x (B, K, D), as the model passes it."""
+    token_format = state.modules.spec.token_format
+    return tokens_of(token_format.encode_map(state.full_map(x), None, state.require_grid()))
 
 
 def _engine_runs(state: PruningState, x: Tensor, args: Args, kwargs: Kwargs) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.flops import flop_counter
+from .maps import counts_by_block
 from .model import modules_of, run
 from .state import PruningOptions, PruningState
 
@@ -34,7 +35,7 @@ class ImageFlops:
 
     def __call__(self, state: PruningState) -> Tensor:
         """The FLOPs of each image of the batch that went through, (B,) float64."""
-        counts = state.counts_by_block().double()
+        counts = counts_by_block(state).double()
         weights = torch.tensor(self.weights, dtype=torch.float64, device=counts.device)
         saved = 2 * (state.num_tokens - counts) * weights
         saved += 4 * (state.num_tokens**2 - counts**2) * self.modules.spec.dim

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .model import require_pruned, run, warn_of_random_queries
-from .state import PruningOptions
+from .state import PruningOptions, PruningState
 
 
 @torch.no_grad()
@@ -66,7 +66,48 @@ def merge_map(
     warn_of_random_queries(model, "cropr.merge_map", 4)
     call = partial(modules.spec.run, images, **kwargs)
     _, state = run(model, call, PruningOptions(protect=protect, engine=True, collect=True))
-    row_idx = state.row_idx
-    if row_idx is None:  # nothing was pruned
-        row_idx = torch.arange(state.num_tokens, device=images.device).repeat(len(images), 1)
-    return state.to_map(row_idx[:, state.num_prefix :] - state.num_prefix)
+    return state.merge_map(images.device)
+
+
+def counts_by_block(state: PruningState) -> Tensor:
+    """The tokens that each block sees of each image, (B, blocks) int64, on the CPU."""
+    depth = state.last_layer + 1
+    by_block = torch.full((state.num_images, depth), state.num_tokens)
+    if state.record is None:
+        merges = [(layer, torch.tensor(count)) for layer, count in enumerate(state.counts)]
+    else:
+        merges = [(merge.layer, merge.counts.cpu()) for merge in state.record.merges]
+    for layer, counts in merges:
+        by_block[:, layer + 1 : state.fused_after + 1] = counts.unsqueeze(-1)
+    return by_block
+
+
+def token_maps(state: PruningState) -> Tensor:
+    """(blocks + 1, B, grid height, grid width) int64: before the first and after each block,
+    the token that holds each patch, counted in order of position; -1 if it was dropped.
+
+    With LLF, the state before tokens are restored. Merged ones need `collect`.
+    """
+    grid = state.require_grid()
+    rows = {layer: row_idx for (layer, _), row_idx in zip(state.pruned_idx, state.collected_rows)}
+    if state.record is not None:
+        rows = {
+            merge.layer: state.record.rows(index + 1)
+            for index, merge in enumerate(state.record.merges)
+        }
+    pruned = dict(state.pruned_idx)
+    device = next((idx.device for idx in (*pruned.values(), *rows.values())), None)
+    all_rows = torch.arange(state.num_tokens, device=device).repeat(state.num_images, 1)
+    maps = [all_rows]
+    active = torch.ones_like(all_rows, dtype=torch.bool)
+    for layer in range(state.last_layer + 1):
+        if layer in pruned:
+            active = active.scatter(1, pruned[layer], False)
+        if layer in rows:
+            maps.append(rows[layer])
+        elif layer in pruned:
+            maps.append((active.cumsum(1) - 1).masked_fill(~active, -1))
+        else:
+            maps.append(maps[-1])
+    patches = torch.stack(maps)[:, :, state.num_prefix :]
+    return torch.where(patches < 0, -1, patches - state.num_prefix).unflatten(2, grid)

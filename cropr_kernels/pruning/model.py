@@ -356,10 +356,14 @@ def _maps_asked_for(modules: CroprModules, model: nn.Module, kwargs: Kwargs) -> 
     by its nature."""
     config = getattr(model, "config", None)
     names = ("output_hidden_states", "output_attentions")
-    if any(
-        kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False))
+    asked = [
+        name
         for name in names
-    ):
+        if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False))
+    ]
+    if "output_attentions" in asked and modules.spec.map_blocks is not None:
+        raise ValueError("cropr: blocks over maps return no attention: output_attentions is set")
+    if asked:
         return frozenset(range(len(modules.spec.blocks)))
     layers = modules.spec.map_layers
     return frozenset((*layers, len(modules.spec.blocks) - 1)) if layers else frozenset()
@@ -381,7 +385,7 @@ def _check_masks(model: nn.Module, options: PruningOptions) -> None:
         return
     if modules.config.merge is not None:
         raise ValueError("cropr: padding is not supported with merge=True: drop tokens instead")
-    if modules.config.windows is not None:
+    if modules.config.windows is not None or modules.spec.map_blocks is not None:
         raise ValueError("cropr: padding is not supported with window attention")
     if modules.spec.pooling == "other":
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapters import BlockParts, ModelSpec
-from ..models.rotary import rope_at, rotary_at
+from ..models.rotary import rotary_at
 from ..ops import decompositions
 from ..schedule import num_modules
 from .budget import Budget, Thresholds
@@ -22,7 +22,6 @@ from .merging import checkerboard
 from .module import Scorer
 from .portable import make_portable_strategy
 from .strategies import Priorities, PruningStrategy, Reduction, make_strategy
-from .windows import Windows
 
 # Patches in height and width; of a video, those of its frames below each other
 Grid = tuple[int, int]
@@ -119,7 +118,7 @@ class PruningState:
             them.
 
     Raises:
-        ValueError: a mask, the schedule or windows do not fit the batch.
+        ValueError: a mask or the schedule does not fit the batch.
     """
 
     def __init__(
@@ -142,6 +141,7 @@ class PruningState:
         self.frames = frames or modules.spec.frames
         self.last_layer = depth - 1
         self.fused_after = depth if config.llf is None else self.last_layer - config.full_blocks
+        self.num_scheduled = self.num_tokens  # tokens that the schedule counts
         if options.exchange is None:
             self.counts = config.counts(self.num_tokens, depth, prefix)
         else:
@@ -151,8 +151,6 @@ class PruningState:
         self.masks = make_masks(
             options.protect, options.padding, x.shape[0], num_patches, prefix, self.is_video
         )
-        if config.windows is not None:
-            self._split_windows(config.windows)
         self.tracks_parents = config.tracks_parents or bool(options.maps) or options.restore
         self.keeps_pruned = options.collect or (
             config.llf is not None and not config.tracks_parents
@@ -177,19 +175,6 @@ class PruningState:
         # (B, N) after each pruning: `row_idx` then, if it is collected
         self.collected_rows: list[Tensor] = []
         self.record: MergeRecord | None = None  # where images keep different numbers of tokens
-
-    def _split_windows(self, windows: Windows) -> None:
-        """Make masks and counts of tokens those of windows, which hold patches only."""
-        if self.grid is None:
-            num_patches = self.num_tokens - self.num_prefix
-            raise ValueError(
-                f"cropr: cannot tell height and width of {num_patches} patches, which windows need"
-            )
-        if self.masks is not None:
-            priority = self.masks.priority[:, self.num_prefix :].unsqueeze(-1)
-            self.masks = Masks(windows.split(priority, self.grid).squeeze(-1), None)
-        self.num_prefix = 0
-        self.num_tokens = windows.size**2
 
     @property
     def is_video(self) -> bool:
@@ -228,22 +213,11 @@ class PruningState:
         return thresholds.at(schedule.share * schedule.rate)
 
     def before_block(self, layer: int, x: Tensor) -> Tensor:
-        """Arrange the tokens for a block: with windows, those of a window or of an image in a
-        row."""
-        windows = self.config.windows
-        if windows is None:
-            return x
-        if layer == 0 and self.grid is not None:
-            x = windows.split(x[:, self.modules.spec.num_prefix :], self.grid)
-        if layer in windows.global_blocks:
-            x = x.reshape(self.num_images, -1, x.shape[2])
+        """Arrange the tokens x (B, K, D) for a block."""
         return x
 
     def after_block(self, layer: int, x: Tensor) -> Tensor:
         """Prune the output of a block, or restore all tokens if the fusion follows."""
-        windows = self.config.windows
-        if windows is not None and layer in windows.global_blocks:
-            x = x.reshape(self.num_images * windows.count(self.grid or (0, 0)), -1, x.shape[2])
         if layer < len(self.counts):
             x = self._prune(layer, x)
         if layer == self.fused_after and self.positions is not None:
@@ -257,20 +231,11 @@ class PruningState:
 
         Tables (heads, patches, C) give (B, heads, K, C).
         """
-        windows = self.config.windows
-        if windows is None:
-            if positions is None:
-                return table
-            if self.modules.spec.rotary_heads:
-                return table[:, positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
-            return rotary_at(table, positions, self.num_prefix, self.num_tokens)
-        rows = windows.rope(table, self.grid or (0, 0), self.num_images)
-        rows = rows.unsqueeze(1) if positions is None else rope_at(rows, positions, 0)
-        return (
-            rows.reshape(self.num_images, 1, -1, rows.shape[-1])
-            if layer in windows.global_blocks
-            else rows
-        )
+        if positions is None:
+            return table
+        if self.modules.spec.rotary_heads:
+            return table[:, positions[:, self.num_prefix :] - self.num_prefix].transpose(0, 1)
+        return rotary_at(table, positions, self.num_prefix, self.num_tokens)
 
     def log_sizes(self) -> Tensor | None:
         """The term of the attention logits of each active token, (B, K); None if there is none."""
@@ -278,31 +243,21 @@ class PruningState:
 
     def pruning_map(self, device: torch.device) -> Tensor:
         """The number of blocks that each patch went through, as `to_map` gives it."""
-        windows = self.config.windows
-        grid = self.require_grid()
-        num_rows = self.num_images * (1 if windows is None else windows.count(grid))
         blocks = torch.full(
-            (num_rows, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
+            (self.num_images, self.num_tokens - self.num_prefix), self.last_layer + 1, device=device
         )
         if self.record is not None:
             blocks = self.record.num_blocks(self.last_layer + 1)[:, self.num_prefix :]
         for layer, idx in self.pruned_idx:
             blocks = blocks.scatter(1, idx - self.num_prefix, torch.full_like(idx, layer + 1))
-        if windows is not None:
-            blocks = windows.join(blocks.unsqueeze(-1), grid).squeeze(-1)
         return self.to_map(blocks)
 
-    def counts_by_block(self) -> Tensor:
-        """The tokens that each block sees of each image, (B, blocks) int64, on the CPU."""
-        depth = self.last_layer + 1
-        by_block = torch.full((self.num_images, depth), self.num_tokens)
-        if self.record is None:
-            merges = [(layer, torch.tensor(count)) for layer, count in enumerate(self.counts)]
-        else:
-            merges = [(merge.layer, merge.counts.cpu()) for merge in self.record.merges]
-        for layer, counts in merges:
-            by_block[:, layer + 1 : self.fused_after + 1] = counts.unsqueeze(-1)
-        return by_block
+    def merge_map(self, device: torch.device) -> Tensor:
+        """The kept token that each patch merged into, as `to_map` gives it."""
+        row_idx = self.row_idx
+        if row_idx is None:  # nothing was pruned
+            row_idx = torch.arange(self.num_tokens, device=device).repeat(self.num_images, 1)
+        return self.to_map(row_idx[:, self.num_prefix :] - self.num_prefix)
 
     def to_map(self, patches: Tensor) -> Tensor:
         """Arrange values of all patches (B, patches) on their grid: (B, height, width), of a video
@@ -310,36 +265,6 @@ class PruningState:
         rows, columns = self.require_grid()
         shape = (self.frames, rows // self.frames, columns) if self.is_video else (rows, columns)
         return patches.unflatten(1, shape)
-
-    def token_maps(self) -> Tensor:
-        """(blocks + 1, B, grid height, grid width) int64: before the first and after each block,
-        the token that holds each patch, counted in order of position; -1 if it was dropped.
-
-        With LLF, the state before tokens are restored. Merged ones need `collect`. Not for windows.
-        """
-        grid = self.require_grid()
-        rows = {layer: row_idx for (layer, _), row_idx in zip(self.pruned_idx, self.collected_rows)}
-        if self.record is not None:
-            rows = {
-                merge.layer: self.record.rows(index + 1)
-                for index, merge in enumerate(self.record.merges)
-            }
-        pruned = dict(self.pruned_idx)
-        device = next((idx.device for idx in (*pruned.values(), *rows.values())), None)
-        all_rows = torch.arange(self.num_tokens, device=device).repeat(self.num_images, 1)
-        maps = [all_rows]
-        active = torch.ones_like(all_rows, dtype=torch.bool)
-        for layer in range(self.last_layer + 1):
-            if layer in pruned:
-                active = active.scatter(1, pruned[layer], False)
-            if layer in rows:
-                maps.append(rows[layer])
-            elif layer in pruned:
-                maps.append((active.cumsum(1) - 1).masked_fill(~active, -1))
-            else:
-                maps.append(maps[-1])
-        patches = torch.stack(maps)[:, :, self.num_prefix :]
-        return torch.where(patches < 0, -1, patches - self.num_prefix).unflatten(2, grid)
 
     def require_grid(self) -> Grid:
         """Patches in height and width; ValueError if they are unknown, or patches are not where
@@ -385,15 +310,17 @@ class PruningState:
         if num_keep == x.shape[1]:
             return x
         if self.strategy is None:
-            priorities = self.choose_priorities(x, self.masks)
-            make = make_portable_strategy if self.portable else make_strategy
-            self.strategy = make(self.config, self.num_prefix, priorities, self.tracks_parents)
+            self.strategy = self._make_strategy(self.choose_priorities(x, self.masks))
         reduction = self.strategy.reduce(
             module, x, self.positions, num_keep, scores, self.keeps_pruned
         )
         self.positions = reduction.kept_idx
         self._record(layer, reduction)
         return reduction.kept
+
+    def _make_strategy(self, priorities: Priorities) -> PruningStrategy:
+        make = make_portable_strategy if self.portable else make_strategy
+        return make(self.config, self.num_prefix, priorities, self.tracks_parents)
 
     def _record(self, layer: int, reduction: Reduction) -> None:
         """Note what maps, the fusion and the caller need of the pruned tokens."""
@@ -437,11 +364,6 @@ class PruningState:
             self.positions = None
         elif row_idx is not None and self.positions is not None and self.options.full:
             x = self.ops.gather(x, row_idx)
-        windows = self.config.windows
-        if windows is not None:
-            grid = self.require_grid()
-            x = windows.join(x, grid)
-            self.aux = [windows.join(prediction, grid) for prediction in self.aux]
         return x
 
 

@@ -14,6 +14,7 @@ from .. import calibration
 from ..models.outputs import outputs_of
 from ..models.pixels import Pixels
 from ..pruning.api import deployed_copy
+from ..pruning.maps import counts_by_block, token_maps
 from ..pruning.merging import Merge
 from ..pruning.model import modules_of, require_pruned, run
 from ..pruning.state import PruningOptions
@@ -124,7 +125,7 @@ class Viewer:
     ):
         modules = require_pruned(model, "cropr view")
         refusal = modules.spec.refusal
-        if modules.config.windows is not None:
+        if modules.config.windows is not None or modules.spec.map_blocks is not None:
             refusal = "it has window attention"
         elif modules.spec.frames != 1:
             refusal = f"it takes videos of {modules.spec.frames} frames"
@@ -281,8 +282,8 @@ class Viewer:
                 stack.callback(keep.remove)
             output, state = run(self.model, lambda: outputs_of(spec.tower(image)), options)
         patches = features[0][spec.num_prefix :].float().cpu() if features else None
-        tokens = state.counts_by_block()[0].tolist()
-        return Forward(output[0].float().cpu(), patches, state.token_maps()[:, 0].cpu(), tokens)
+        tokens = counts_by_block(state)[0].tolist()
+        return Forward(output[0].float().cpu(), patches, token_maps(state)[:, 0].cpu(), tokens)
 
     def measured(self, setting: Setting) -> Cost | None:
         """The cost of a setting, if `measure` knows it."""

@@ -61,9 +61,25 @@ def test_the_arithmetic_is_what_pytorch_counts_in_pruned_windows(rate):
     assert totals[0] - totals[1] == blocks.flops(0) - blocks.flops(rate)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_with_windows_are_refused_in_a_sentence(name):
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "SAM 2" not in name])
+@torch.no_grad()
+def test_the_arithmetic_is_what_pytorch_counts_in_pruned_encoders(name):
     require("transformers")
-    model = randomize(ENCODERS[name](**ENCODER_OPTIONS[name]).model).eval()
-    with pytest.raises(TypeError, match=r": \w+ takes maps of four dimensions, as for windows"):
+    encoder = ENCODERS[name](**ENCODER_OPTIONS[name])
+    model = randomize(encoder.model).eval()
+    images = torch.randn(1, 3, encoder.size, encoder.size)
+    totals = []
+    for rate in (0, 2):
+        cropr.apply(model, rate=rate)
+        with flop_counter() as counter:
+            model(images)
+        totals.append(counter.get_total_flops())
+        cropr.remove(model)
+    assert totals[0] - totals[1] == encoder.blocks.flops(0) - encoder.blocks.flops(2)
+
+
+def test_stages_that_pool_are_refused_in_a_sentence():
+    require("transformers")
+    model = randomize(ENCODERS["SAM 2, Hiera-T"](**ENCODER_OPTIONS["SAM 2, Hiera-T"]).model).eval()
+    with pytest.raises(TypeError, match="4 blocks run apart from a list of 3, as in stages"):
         cropr.apply(model, rate=1)

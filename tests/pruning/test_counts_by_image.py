@@ -20,6 +20,7 @@ from cropr_kernels.pruning.budget import (
     quotas,
 )
 from cropr_kernels.pruning.costs import ImageFlops
+from cropr_kernels.pruning.maps import counts_by_block
 from cropr_kernels.pruning.merging import checkerboard, log_sizes
 from cropr_kernels.pruning.model import modules_of, run
 from cropr_kernels.pruning.state import PruningOptions
@@ -100,7 +101,7 @@ def test_images_are_merged_as_one_by_one(options):
     [tokens], [state] = zip(
         run(fast, lambda: fast.forward_features(images), PruningOptions(engine=True))
     )
-    seen = state.counts_by_block().tolist()
+    seen = counts_by_block(state).tolist()
     for index, image in enumerate(images):
         expected, counts = merged_one_by_one(model, image[None])
         assert seen[index] == counts
@@ -129,7 +130,7 @@ def test_calibration_images_lose_the_quota_on_average():
     budget = TotalBudget(RATE, [2, 4, 6.5])
     images = photos(12, seed=1)
     _, state = run(fast, lambda: fast(images), PruningOptions(engine=True, budget=budget))
-    counts = state.counts_by_block()
+    counts = counts_by_block(state)
     assert (-counts.diff(dim=1).sum(0)).tolist() == [24, 48, 78]
     assert (counts.sum(1) != counts.sum(1)[0]).any()
 
@@ -236,7 +237,7 @@ def test_maps_show_what_the_engine_merges():
     images = photos()
     fast = cropr.deploy(model)
     _, state = run(fast, lambda: fast(images), PruningOptions(engine=True))
-    remaining = state.counts_by_block()[:, -1] - 1
+    remaining = counts_by_block(state)[:, -1] - 1
     blocks = cropr.pruning_map(fast, images)
     assert torch.equal((blocks == 4).flatten(1).sum(1), remaining)
     merged = cropr.merge_map(fast, images)

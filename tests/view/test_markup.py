@@ -163,7 +163,11 @@ def test_counts_that_differ_have_rows_for_each_photo(session):
     photo, _ = session.example(0)
     rates = [session.viewer.compare(photo, Setting(rate)) for rate in (5, 8)]
     text = markup.counts_markup(rates)
-    assert "tokens, photo 1" in text and "tokens, photo 2" in text and "as many tokens as it needs" in text
+    assert (
+        "tokens, photo 1" in text
+        and "tokens, photo 2" in text
+        and "as many tokens as it needs" in text
+    )
 
 
 def test_the_page_says_what_queries_of_a_few_photos_are_worth(viewer):

@@ -9,6 +9,7 @@ from ..probing import ProbeError
 from . import reference, timm, torchvision, transformers
 from .base import BlockParts as BlockParts
 from .base import EngineRefusal as EngineRefusal
+from .base import MapBlock as MapBlock
 from .base import ModelSpec as ModelSpec
 from .base import Submodule as Submodule
 from .base import is_hooked as is_hooked

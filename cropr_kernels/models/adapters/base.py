@@ -2,7 +2,7 @@
 (`BlockParts`)."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..arguments import PLAIN, ArgumentRule
 from ..head_probing import Pooling
+from ..map_attention import Heads, attend, heads_of
 from ..rotary import Rotary
+from ..tiling import AttentionRows
 from ..token_format import BATCH_FIRST, TokenFormat
 
 
@@ -56,6 +58,20 @@ class ModelSpec:
     head: tuple[tuple[str, object], ...] = ()
     engine: "list[BlockParts] | None" = None  # the blocks, if probing found their parts
     engine_refusal: str = ""
+    # Blocks over maps, as they run on a part of the tokens; None: they take tokens (B, N, D)
+    map_blocks: "list[MapBlock] | None" = None
+
+    @property
+    def window(self) -> int:
+        """Patches on a side of the windows of blocks over maps; 0: there are none."""
+        return max((block.window for block in self.map_blocks or ()), default=0)
+
+    def num_scheduled(self, grid: tuple[int, int]) -> int:
+        """Count the tokens that a schedule is for: of an image of this patch grid, or of a
+        window."""
+        if self.window:
+            return min(grid[0], self.window) * min(grid[1], self.window)
+        return self.num_prefix + grid[0] * grid[1]
 
     def run(self, images: Tensor, **kwargs: object) -> object:
         """Run the tower on images (B, C, H, W), or on what it takes."""
@@ -137,6 +153,37 @@ class BlockParts:
             for submodule in submodules
             if not any(submodule.module is getattr(self.block, name) for name in self.mlp)
         ]
+
+
+@dataclass(frozen=True)
+class MapBlock:
+    """A pre-norm block over maps (B, height, width, D), run on any part of the tokens."""
+
+    parts: BlockParts  # but `attend`
+    window: int  # patches on a side of its windows; 0: it sees the full map
+    num_heads: int
+
+    def run(self, x: Tensor, rows: Sequence[AttentionRows]) -> Tensor:
+        """Return the output for tokens x (B, N, D), which stand in these rows one after the
+        other."""
+        block = self.parts.block
+        gamma1, gamma2 = self.parts.scales(block)
+        update = attend(block, self._attention, self.num_heads, self._input(x), rows)
+        x = x + (update if gamma1 is None else update * gamma1)
+        update = self.parts.run_mlp(block, getattr(block, self.parts.norm2)(x))
+        return x + (update if gamma2 is None else update * gamma2)
+
+    def heads(self, x: Tensor, rows: Sequence[AttentionRows]) -> Iterator[Heads]:
+        """Yield the tensors of the attention over tokens x (B, N, D), for each group of rows."""
+        return heads_of(self.parts.block, self._attention, self.num_heads, self._input(x), rows)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """The input of the attention."""
+        return getattr(self.parts.block, self.parts.norm1)(x)
+
+    @property
+    def _attention(self) -> nn.Module:
+        return getattr(self.parts.block, self.parts.attn)
 
 
 def known_classes(module: str, *names: str) -> tuple[type, ...]:

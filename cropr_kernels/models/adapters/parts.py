@@ -25,7 +25,7 @@ def find_parts(call: BlockCall, num_prefix: int) -> BlockParts:
     Raises:
         EngineRefusal: none do.
     """
-    candidates = _candidates_of(call.block)
+    candidates = candidates_of(call.block)
     if has_tensors(call.args, call.kwargs):
         raise EngineRefusal("its blocks take a mask, or a table by another name")
     for parts in candidates:
@@ -84,7 +84,7 @@ def _normalize(x: Tensor, norm: nn.Module) -> Tensor:
     return torch.ops.cropr.gather_norm(x, None, *norm_parameters(norm, x.dtype))
 
 
-def _candidates_of(block: nn.Module) -> list[BlockParts]:
+def candidates_of(block: nn.Module) -> list[BlockParts]:
     """Name the parts that a pre-norm block may have: two norms, an attention, an MLP, at most two
     factors of LayerScale.
 

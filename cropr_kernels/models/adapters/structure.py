@@ -30,6 +30,7 @@ from ..probing import (
 )
 from ..rotary import rotary_at
 from .base import BlockParts, EngineRefusal, ModelSpec, base_class
+from .map_blocks import find_map_blocks
 from .parts import find_parts
 
 _IMAGE_SIZES = ("img_size", "image_size", "input_resolution")  # attributes of models
@@ -69,16 +70,24 @@ def probe(
     with probing(model):
         images = torch.randn_like(images)
         chain = find_blocks(tower, forward, images)
-        first = chain.calls[0]
+        calls = chain.calls
+        map_blocks = None
+        if calls[0].token_format.map_axis is not None:
+            calls, map_blocks = find_map_blocks(calls)
+        first = calls[0]
         if images.is_meta:
             layout = layout_of_shapes(tower, forward, images, first)
         else:
             layout = find_layout(first, forward, images)
-        calls = [call._replace(token_format=layout.token_format) for call in chain.calls]
+        calls = [call._replace(token_format=layout.token_format) for call in calls]
         head = read_head(tower, forward, images, calls, layout)
         encoder, projection = pixels_entered(tower, forward, images, first, layout)
-        trial = Trial() if images.is_meta else _find_trial(calls, layout.num_prefix)
-        engine, refusal = _find_engine(calls, layout.num_prefix, trial)
+        trial = Trial()
+        engine: list[BlockParts] | None = None
+        refusal = "blocks take maps"
+        if map_blocks is None:
+            trial = trial if images.is_meta else _find_trial(calls, layout.num_prefix)
+            engine, refusal = _find_engine(calls, layout.num_prefix, trial)
         output = first.output
         height, width = images.shape[-2:]
         return ModelSpec(
@@ -110,6 +119,7 @@ def probe(
             refusal=None if layout.in_order else _MAP_REFUSAL,
             engine=engine,
             engine_refusal=refusal,
+            map_blocks=map_blocks,
         )
 
 

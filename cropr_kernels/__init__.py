@@ -23,11 +23,11 @@ from .models.vit import ViTConfig as ViTConfig
 from .models.vit import create_vit as create_vit
 from .ops import Split as Split
 from .pruning.api import apply as apply
-from .pruning.api import deploy as deploy
 from .pruning.api import remove as remove
 from .pruning.api import set_llf as set_llf
 from .pruning.api import set_progress as set_progress
 from .pruning.api import set_rate as set_rate
+from .pruning.deployment import deploy as deploy
 from .pruning.fusion import Fusion as Fusion
 from .pruning.image_lists import forward_images as forward_images
 from .pruning.maps import merge_map as merge_map

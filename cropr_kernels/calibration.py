@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .importance import observe_blocks, windows_of
 from .models.outputs import outputs_of
-from .pruning.api import deploy, set_rate
+from .pruning.api import set_rate
+from .pruning.deployment import deploy
 from .pruning.model import modules_of, require_pruned, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
 from .pruning.options import write_to_config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from .pruning.api import deploy
+from .pruning.deployment import deploy
 from .pruning.model import modules_of, require_pruned, run, warn_of_random_queries
 from .pruning.state import PruningOptions
 from .utils.io import disk_errors, publish

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .pruning.api import deployed_copy
 from .pruning.budget import Thresholds, TotalBudget, quotas
 from .pruning.costs import matrix_elements
+from .pruning.deployment import deployed_copy
 from .pruning.model import CroprModules, modules_of, run
 from .pruning.state import PruningOptions
 from .schedule import Schedule

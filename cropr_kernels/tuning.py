@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .pruning.api import deployed_copy, hold_graphs
+from .pruning.deployment import deployed_copy, hold_graphs
 from .pruning.model import modules_of, require_pruned, run
 from .pruning.state import PruningOptions
 from .schedule import Schedule

@@ -15,7 +15,7 @@ import cropr_kernels as cropr
 from cropr_kernels.models.vit import ViT, ViTConfig
 from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.validation import OPS
-from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.deployment import deployed_copy
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 TYPES = ["float32", "float64", "bfloat16", "float16"]

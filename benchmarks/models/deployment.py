@@ -8,7 +8,7 @@ import torch
 import cropr_kernels as cropr
 from benchmarks.baselines.modules import PruningModule
 from cropr_kernels.models.vit import PRESETS, ViT
-from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.deployment import deployed_copy
 
 
 def image_size(name: str) -> int:

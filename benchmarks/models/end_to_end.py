@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cropr_kernels as cropr
 from benchmarks.utils.results import RESULTS, Results, environment
-from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.images import find_photos, load_photo
 from cropr_kernels.utils.io import table as text_table

@@ -13,7 +13,8 @@ from cropr_kernels import __version__
 
 from ..inference.loading import device_and_dtype, load_model
 from ..models.outputs import outputs_of
-from ..pruning.api import deployed_copy, hold_graphs, set_rate
+from ..pruning.api import set_rate
+from ..pruning.deployment import deployed_copy, hold_graphs
 from ..pruning.model import modules_of
 from ..utils.flops import flop_counter
 from ..utils.io import table, write_text

@@ -19,7 +19,8 @@ from ..ops import NAMES, build_info
 from ..ops.definitions import DEFINITIONS
 from ..ops.sample_inputs import DTYPES, bare_call, legal_call
 from ..ops.validation import OPS
-from ..pruning.api import apply, deployed_copy
+from ..pruning.api import apply
+from ..pruning.deployment import deployed_copy
 from ..utils.progress import Progress
 from .info import versions
 

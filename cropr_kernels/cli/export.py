@@ -12,7 +12,8 @@ import torch
 
 from ..exporting import FORMATS, export, load_exported, need_libraries
 from ..inference.loading import device_and_dtype, load_with_queries
-from ..pruning.api import deploy, set_rate
+from ..pruning.api import set_rate
+from ..pruning.deployment import deploy
 from ..utils.images import find_named_photos
 from ..utils.io import table
 from ..utils.progress import Progress

@@ -14,7 +14,8 @@ from .. import ops
 from ..inference.loading import load_model
 from ..models.adapters import find_spec
 from ..models.blocks import takes_extra_dimension
-from ..pruning.api import deployed_copy, remove, set_rate
+from ..pruning.api import remove, set_rate
+from ..pruning.deployment import deployed_copy
 from ..utils.flops import flop_counter
 
 

@@ -11,7 +11,7 @@ import torch
 from .. import calibration
 from ..inference.loading import load_model
 from ..models.adapters import find_spec
-from ..pruning.api import deploy
+from ..pruning.deployment import deploy
 from ..pruning.maps import merge_map, pruning_map
 from ..query_files import load_queries
 from ..utils.images import describe_skipped, find_named_photos, printable, read_photos

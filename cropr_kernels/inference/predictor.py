@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..models.adapters import find_spec
 from ..models.outputs import outputs_of, remove_classifier
 from ..models.pixels import Pixels
-from ..pruning.api import deploy
 from ..pruning.costs import ImageFlops
+from ..pruning.deployment import deploy
 from ..pruning.model import CroprModules, modules_of, run
 from ..pruning.state import PruningOptions
 from ..utils.optional import import_optional

@@ -201,12 +201,8 @@ def run_block(
         context.frames = None
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
-            rotary = _rotary(context.state, kwargs)
-            if options.exchange is None:
-                tokens = run_engine(context.state, x, rotary)
-            else:
-                tokens = options.exchange(context.state, x, rotary)
-                context.state.done = True
+            run_blocks = options.exchange or run_engine
+            tokens = run_blocks(context.state, x, _rotary(context.state, kwargs))
             return _engine_output(modules, token_format.encode(tokens, argument))
     state = context.state
     if state is None or layer != state.next_layer:

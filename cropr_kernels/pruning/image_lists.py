@@ -41,6 +41,7 @@ class BlocksExchange:
         if self.tokens is None:
             self.embedded = _Embedded(state, x, rotary)
             raise _BlocksReached
+        state.done = True
         return self.tokens
 
 

@@ -83,6 +83,12 @@ class CroprModules(nn.ModuleList):
         return num_modules(len(self.spec.blocks), self.config.full_blocks)
 
     @property
+    def selects_by_query(self) -> bool:
+        """Every module keeps the tokens with the highest product with its query, as the engine
+        does."""
+        return all(type(module).forward is Scorer.forward for module in self)
+
+    @property
     def has_counts_by_image(self) -> bool:
         """Each image keeps as many tokens as it needs, on the engine."""
         config = self.config

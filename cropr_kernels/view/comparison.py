@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import calibration
 from ..models.outputs import outputs_of
 from ..models.pixels import Pixels
-from ..pruning.api import deployed_copy
+from ..pruning.deployment import deployed_copy
 from ..pruning.maps import counts_by_block, token_maps
 from ..pruning.merging import Merge
 from ..pruning.model import modules_of, require_pruned, run

@@ -9,6 +9,7 @@ import cropr_kernels as cropr
 from benchmarks.models.supported import MaskedMaps, check
 from cropr_kernels.calibration import ranks
 from cropr_kernels.importance import observe_blocks, windows_of
+from cropr_kernels.pruning.maps import token_maps
 from cropr_kernels.pruning.model import run
 from cropr_kernels.pruning.state import PruningOptions
 

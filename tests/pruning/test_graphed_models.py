@@ -13,7 +13,7 @@ from helpers.models import MODELS, randomize, reference_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
-from cropr_kernels.pruning.api import deployed_copy, hold_graphs
+from cropr_kernels.pruning.deployment import deployed_copy, hold_graphs
 from cropr_kernels.pruning.graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward
 from cropr_kernels.pruning.model import run as pruned_run
 from cropr_kernels.pruning.state import PruningOptions

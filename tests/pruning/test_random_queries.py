@@ -9,7 +9,7 @@ import torch
 from helpers.models import reference_vit, timm_vit
 
 import cropr_kernels as cropr
-from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.deployment import deployed_copy
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 WARNING = "the queries are random, so what is pruned is arbitrary; call cropr.calibrate"

@@ -34,7 +34,9 @@ _EARLY_SHARE = 0.6  # of the quota of later ones
 class Budget(Protocol):
     """The choice of the candidates that merge."""
 
-    rate: float  # R, tokens that an image loses in a module on average
+    @property
+    def rate(self) -> float:
+        """R, tokens that an image loses in a module on average."""
 
     def choose(self, module: int, costs: Tensor) -> Tensor:
         """Choose the candidates that merge.

@@ -84,8 +84,7 @@ class CroprModules(nn.ModuleList):
 
     @property
     def selects_by_query(self) -> bool:
-        """Every module keeps the tokens with the highest product with its query, as the engine
-        does."""
+        """Every module keeps the tokens of the highest product with its query."""
         return all(type(module).forward is Scorer.forward for module in self)
 
     @property

@@ -189,5 +189,6 @@ class AttendMultihead:
         attention = cast(nn.MultiheadAttention, attn)
         projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)
         heads = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        output = proportional_attention(*heads.unbind(), log_sizes)
+        q, k, v = heads.unbind()
+        output = proportional_attention(q, k, v, log_sizes)
         return attention.out_proj(output.transpose(1, 2).flatten(2))

@@ -31,6 +31,8 @@ ORDER = [
     "models",
     "importance",
     "pruning",
+    "thresholds",
+    "query_files",
     "calibration",
     "tuning",
     "vlm",

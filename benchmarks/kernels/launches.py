@@ -97,7 +97,7 @@ def launches(dtype: str, widths: list[int] = WIDTHS, sides: list[int] = SIDES) -
         for width, side in itertools.product(widths, sides):
             _run_engine(getattr(torch, dtype), width, side)
             for op in OPS:
-                if not op.endswith(("_", "norm")):
+                if op.startswith("ragged_") or not op.endswith(("_", "norm")):
                     for args in _calls(op, getattr(torch, dtype), width, side * side + 1):
                         launcher(op)(**args)
     return recorded
@@ -140,6 +140,7 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
             "K": n,
             "R": n // 4,
             "M": queries,
+            "S": 3,
             "T": n - n // 4,
             "C": n // 4,
             "F": width,

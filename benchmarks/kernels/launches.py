@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from triton.runtime import JITFunction, driver
 
 import cropr_kernels as cropr
 from cropr_kernels.models.vit import ViT, ViTConfig
+from cropr_kernels.ops import triton as kernel_files
 from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.validation import OPS
 from cropr_kernels.pruning.api import deployed_copy
@@ -75,6 +77,20 @@ def recording() -> Iterator[list[Launch]]:
         yield recorded
     finally:
         JITFunction.run = original_run
+
+
+def kernels() -> dict[str, JITFunction]:
+    """Functions of Triton in all files of kernels, by name."""
+    modules = [
+        importlib.import_module(f"{kernel_files.__name__}.{file.name}")
+        for file in pkgutil.iter_modules(kernel_files.__path__)
+    ]
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
 
 
 def launcher(op: str) -> Any:

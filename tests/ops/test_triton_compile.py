@@ -4,9 +4,7 @@ Here the launches of models of known widths; those of the op tests are checked b
 "compiled".
 """
 
-import importlib
 import os
-import pkgutil
 import re
 from types import SimpleNamespace
 
@@ -24,12 +22,12 @@ from benchmarks.kernels.launches import (
     ARCHITECTURES,
     WIDTHS,
     compile_launches,
+    kernels,
     launcher,
     launches,
     recording,
 )
 from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
-from cropr_kernels.ops import triton as kernel_files
 from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217,
@@ -57,12 +55,8 @@ def verify(dtype, width, side, architecture):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = [
-        importlib.import_module(f"cropr_kernels.ops.triton.{file.name}")
-        for file in pkgutil.iter_modules(kernel_files.__path__)
-    ]
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == kernels
+    names = {name for name in kernels() if name.endswith("_kernel")}
+    assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == names
 
 
 @pytest.mark.slow

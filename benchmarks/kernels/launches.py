@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from triton.runtime import JITFunction, driver
 
 import cropr_kernels as cropr
 from cropr_kernels.models.vit import ViT, ViTConfig
+from cropr_kernels.ops import triton as kernel_files
 from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.validation import OPS
 from cropr_kernels.pruning.deployment import deployed_copy
@@ -77,6 +79,20 @@ def recording() -> Iterator[list[Launch]]:
         JITFunction.run = original_run
 
 
+def kernels() -> dict[str, JITFunction]:
+    """Functions of Triton in all files of kernels, by name."""
+    modules = [
+        importlib.import_module(f"{kernel_files.__name__}.{file.name}")
+        for file in pkgutil.iter_modules(kernel_files.__path__)
+    ]
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
+
+
 def launcher(op: str) -> Any:
     """Return the function that the dispatcher calls for tensors on CUDA."""
     return getattr(importlib.import_module(f"cropr_kernels.ops.triton.{FILES[op]}"), op)
@@ -97,7 +113,7 @@ def launches(dtype: str, widths: list[int] = WIDTHS, sides: list[int] = SIDES) -
         for width, side in itertools.product(widths, sides):
             _run_engine(getattr(torch, dtype), width, side)
             for op in OPS:
-                if not op.endswith(("_", "norm")):
+                if op.startswith("ragged_") or not op.endswith(("_", "norm")):
                     for args in _calls(op, getattr(torch, dtype), width, side * side + 1):
                         launcher(op)(**args)
     return recorded
@@ -140,6 +156,7 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
             "K": n,
             "R": n // 4,
             "M": queries,
+            "S": 3,
             "T": n - n // 4,
             "C": n // 4,
             "F": width,

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
-from triton.runtime import JITFunction
 
-from benchmarks.kernels.launches import Compiler
+from benchmarks.kernels.launches import Compiler, kernels
 from cropr_kernels.ops.cuda import FILES, cuda_kernel
 from cropr_kernels.ops.extension import NAMES, forget_launches, table
 
@@ -136,19 +135,14 @@ class MockCuda:
 
 def _parameter_sizes(function: int) -> list[int]:
     """Bytes of each parameter of a kernel, as declared in its PTX."""
-    for module in {FILES[name] for name in NAMES}:
-        for kernel in vars(
-            __import__(f"cropr_kernels.ops.triton.{module}", fromlist=[module])
-        ).values():
-            for cache, *_ in (
-                kernel.device_caches.values() if isinstance(kernel, JITFunction) else ()
-            ):
-                for compiled in cache.values():
-                    if compiled.function == function:
-                        declared = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
-                        return [
-                            int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", declared)
-                        ]
+    for kernel in kernels().values():
+        for cache, *_ in kernel.device_caches.values():
+            for compiled in cache.values():
+                if compiled.function == function:
+                    declared = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
+                    return [
+                        int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", declared)
+                    ]
     raise LookupError(f"no kernel has the function {function}")
 
 
@@ -159,13 +153,13 @@ def mock_cuda(folder: Path, architecture: int = 90) -> Iterator[MockCuda]:
     triton.knobs.nvidia.libcuda_path = str(folder)
     active = triton.runtime.driver._active
     triton.runtime.driver._active = _Driver(architecture)
-    kernels = torch.library.Library("cropr_mock", "DEF")
+    mocked = torch.library.Library("cropr_mock", "DEF")
     for name, (schema, *_) in zip(NAMES, table):
-        kernels.define(schema)
-        kernels.impl(name, cuda_kernel(name, FILES[name]), "CPU")
+        mocked.define(schema)
+        mocked.impl(name, cuda_kernel(name, FILES[name]), "CPU")
     try:
         yield MockCuda(library)
     finally:
-        kernels._destroy()
+        mocked._destroy()
         forget_launches()
         triton.runtime.driver._active = active

@@ -71,6 +71,34 @@ def offsets_in_place(backend):
     return x, parent
 
 
+def ragged_rows():
+    """Return rows of two images, 60 and 45 of 70, and where they begin."""
+    rows = [torch.arange(60), 70 + torch.arange(45)]
+    return torch.cat(rows), torch.tensor([0, 60, 105])
+
+
+def ragged_add_select(backend):
+    rows, starts = torch.cat([torch.arange(9), 11 + torch.arange(6)]), torch.tensor([0, 9, 15])
+    x, sizes, cost_scale = integers(2, 11, 512), integers(2, 11, low=1, high=5), torch.zeros(2, 11)
+    parts = (None, integers(512), 3, 1, sizes, 1.5, None, cost_scale, 0.5)
+    order = backend.ragged_add_select_(x, rows, starts, integers(15, 512), *parts)
+    return x, cost_scale, order
+
+
+def ragged_nearest(backend):
+    return backend.ragged_nearest(torch.randn(2, 70, 8), *ragged_rows(), 25, 1)
+
+
+def ragged_merge(backend):
+    order, starts = ragged_rows()
+    x, sizes, parent = torch.randn(2, 70, 8), integers(2, 70, low=1), torch.arange(70).repeat(2, 1)
+    prune = torch.rand(2, 20) < 0.6
+    nearest = torch.randint(1, 25, (2, 20)) + torch.tensor([[0], [70]])
+    num_kept = 105 - int(prune.sum())
+    parts = (prune, nearest, sizes, parent, num_kept, 1, True)
+    return x, sizes, parent, *backend.ragged_merge_(x, order, starts, *parts)
+
+
 CALLS = [
     prune,
     prune_by_priority,
@@ -79,6 +107,9 @@ CALLS = [
     merge,
     merge_in_place,
     offsets_in_place,
+    ragged_add_select,
+    ragged_nearest,
+    ragged_merge,
 ]
 
 

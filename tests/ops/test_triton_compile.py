@@ -4,7 +4,6 @@ Here the launches of models of known widths; those of the op tests are checked b
 "compiled".
 """
 
-import importlib
 import os
 import re
 from types import SimpleNamespace
@@ -23,12 +22,12 @@ from benchmarks.kernels.launches import (
     ARCHITECTURES,
     WIDTHS,
     compile_launches,
+    kernels,
     launcher,
     launches,
     recording,
 )
 from benchmarks.kernels.lint import narrow_rows, problems, resources, sum_order
-from cropr_kernels.ops.cuda import FILES
 from cropr_kernels.ops.triton.utils import STREAM, row_blocks
 
 # Types, widths and sides of the grid of patches: 577 tokens, whose keys fit registers, and 9217,
@@ -56,11 +55,8 @@ def verify(dtype, width, side, architecture):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = [
-        importlib.import_module(f"cropr_kernels.ops.triton.{file}") for file in set(FILES.values())
-    ]
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == kernels
+    names = {name for name in kernels() if name.endswith("_kernel")}
+    assert {launch.kernel.__name__ for launch in launches("bfloat16", [384], [14])} == names
 
 
 @pytest.mark.slow
@@ -84,7 +80,7 @@ def test_kernels_pass_the_lint_on_every_architecture(architecture, dtype, width)
 @pytest.mark.each_choice
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [272, 528, 1040])
-@pytest.mark.parametrize("op", ["add_norm_", "add_select_"])
+@pytest.mark.parametrize("op", ["add_norm_", "add_select_", "ragged_add_select_"])
 def test_narrow_second_blocks_are_not_shared_by_threads(op, width, dtype):
     compiled_op(op)(**legal_call(op, dtype, N=197, K=197, D=width))
 
@@ -125,6 +121,9 @@ def test_scores_are_summed_in_one_order_by_every_op_and_for_any_number_of_tokens
             "cost_scale": None,
         }
         assert orders("add_select_", call)["add_select_kernel"] == alone
+        call = legal_call("ragged_add_select_", dtype, N=n, D=width, M=1)
+        call |= {"sizes": None, "cost_scale": None}
+        assert orders("ragged_add_select_", call)["add_select_kernel"] == alone
 
 
 def views_of(call, in_place):
@@ -168,6 +167,9 @@ def is_rows(value):
         "merge_",
         "parent_offsets",
         "parent_offsets_",
+        "ragged_add_select_",
+        "ragged_nearest",
+        "ragged_merge_",
     ],
 )
 def test_every_layout_is_summed_in_one_order(op, width, dtype):
@@ -180,7 +182,12 @@ def test_every_layout_is_summed_in_one_order(op, width, dtype):
 
 
 @pytest.mark.parametrize(
-    ("op", "kernel"), [("prune", "scores_kernel"), ("add_select_", "add_select_kernel")]
+    ("op", "kernel"),
+    [
+        ("prune", "scores_kernel"),
+        ("add_select_", "add_select_kernel"),
+        ("ragged_add_select_", "add_select_kernel"),
+    ],
 )
 @pytest.mark.parametrize(("n", "after"), [(1024, []), (1025, ["select_kernel"])])
 def test_many_tokens_are_selected_by_a_launch_of_their_own(op, kernel, n, after):

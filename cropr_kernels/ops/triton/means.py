@@ -112,14 +112,14 @@ def means_kernel(
     ACC: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     if assignment.starts is not None:  # one image of all rows, whose pruned ones are near
         b = tl.maximum(tl.load(assignment.pruned_idx + pid), 0) // n
-        first = tl.load(assignment.starts + b)
-        num_prune = (tl.load(assignment.starts + b + 1) - first).to(tl.int32)
-        pruned_row = pid - first.to(tl.int32)
+        pruned_start = tl.load(assignment.starts + b)
+        num_prune = (tl.load(assignment.starts + b + 1) - pruned_start).to(tl.int32)
+        pruned_row = pid - pruned_start.to(tl.int32)
         b *= 0
         assignment = Assignment(
             assignment.kept_idx,
-            assignment.pruned_idx + first,
-            assignment.row_idx + first,
+            assignment.pruned_idx + pruned_start,
+            assignment.row_idx + pruned_start,
             assignment.kept_sizes,
             assignment.dest_idx,
             None,

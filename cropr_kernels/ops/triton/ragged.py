@@ -64,19 +64,19 @@ def nearest_kernel(
     costs_ptr = scratch.cost + b * num_candidates + candidates
     nearest_ptr = scratch.nearest_idx + b * num_candidates + candidates
     used_tiles = tl.maximum(tl.cdiv(num_targets - num_prefix, BLOCK_T), 1)
+    scratch = Scratch(
+        scratch.partial + b * tiles * num_candidates,
+        scratch.partial_idx + b * tiles * num_candidates,
+        None,
+        None,
+        None,
+        scratch.zeros + b * groups,
+    )
     is_used = group * BLOCK_C < present
     if is_used & (tile < used_tiles):
         target_rows = num_prefix + tile * BLOCK_T + tl.arange(0, BLOCK_T)
         best, nearest = nearest_in_tile(
             features, 0, tokens, target_rows, candidates, num_targets, present, num_rows, BLOCKS
-        )
-        scratch = Scratch(
-            scratch.partial + b * tiles * num_candidates,
-            scratch.partial_idx + b * tiles * num_candidates,
-            None,
-            None,
-            None,
-            scratch.zeros + b * groups,
         )
         partial_offs = tile.to(tl.int64) * num_candidates + candidates
         tl.store(scratch.partial + partial_offs, best, mask=inside)

@@ -71,7 +71,13 @@ def offsets_in_place(backend):
     return x, parent
 
 
+def attend_segments(backend):
+    q, k, v = torch.randn(3, 80, 2, 16).unbind()
+    return (backend.attend_segments(q, k, v, torch.tensor([0, 10, 10, 80]), 70, torch.rand(80)),)
+
+
 CALLS = [
+    attend_segments,
     prune,
     prune_by_priority,
     add_select,

@@ -146,6 +146,7 @@ def attend_segments(
         num_tokens, num_blocks, num_heads, width,
         SCALE=(width**-0.5 if scale is None else scale) * LOG2E.value,  # a constant of the model
         BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, BLOCK_K=tiles.channels,
-        BLOCK_C=tiles.width, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        BLOCK_C=tiles.width,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out

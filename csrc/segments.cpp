@@ -1,4 +1,4 @@
-// CPU kernel of cropr::attend_segments: PyTorch's attention, one segment at a time.
+// CPU kernel of cropr::attend_segments: PyTorch's attention, one image at a time.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
@@ -24,7 +24,7 @@ void check_starts(
     if (starts[b + 1] - starts[b] > longest)
       fail(
           name_of(op), ": longest must be at least ", starts[b + 1] - starts[b],
-          ", the tokens of segment ", b, ", got ", longest);
+          ", the tokens of image ", b, ", got ", longest);
 }
 
 Tensor view(
@@ -36,7 +36,7 @@ Tensor view(
   return Tensor(handle);
 }
 
-// The tokens of a segment in x (T, H, C), as (1, H, K, C).
+// The tokens of an image in x (T, H, C), as (1, H, K, C).
 Tensor heads_of(const Tensor& x, int64_t first, int64_t count) {
   const int64_t step = x.stride(0);
   return view(
@@ -44,7 +44,7 @@ Tensor heads_of(const Tensor& x, int64_t first, int64_t count) {
       first * step);
 }
 
-// The log sizes of a segment in (T,), as a mask (1, 1, 1, K).
+// The log sizes of an image in (T,), as a mask (1, 1, 1, K).
 Tensor mask_of(const Tensor& log_sizes, int64_t first, int64_t count) {
   return view(log_sizes, {1, 1, 1, count}, {count, count, count, 1}, first);
 }

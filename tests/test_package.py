@@ -148,8 +148,7 @@ def test_info_takes_timm_models_and_names_unsupported_ones(capsys):
     assert cli.main(["info", "resnet18"]) == 1
     assert (
         "ResNet cannot be pruned: BasicBlock takes maps of four dimensions, as for windows, and "
-        "BasicBlock has 2 norms, 0 attentions"
-        in capsys.readouterr().err
+        "BasicBlock has 2 norms, 0 attentions" in capsys.readouterr().err
     )
     assert cli.main(["info", "vit_base_patch16_224_in21k_nonsense"]) == 1
     assert (

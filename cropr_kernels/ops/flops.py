@@ -52,7 +52,7 @@ def _attend_segments(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *_: object, **__: object
 ) -> int:
     """Count logits and weighted sums from tensors: exact if starts can be read without waiting for
-    a GPU, else as if every segment were the longest."""
+    a GPU, else as if every image had `longest` tokens."""
     num_tokens, heads, width = q.shape
     num_pairs = num_tokens * longest
     if type(starts) is Tensor and starts.device.type == "cpu":

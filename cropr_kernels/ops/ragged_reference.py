@@ -126,7 +126,7 @@ def attend_segments(
     log_sizes: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T + log_sizes) v within each segment, in float32 or float64."""
+    """softmax(scale q k^T + log_sizes) v within each image, in float32 or float64."""
     dtype = q.dtype
     acc = torch.promote_types(dtype, torch.float32)
     q, k, v = (heads.transpose(0, 1).to(acc) for heads in (q, k, v))  # (H, T, C)

@@ -198,7 +198,7 @@ def test_starts_out_of_range_read_and_write_nothing_on_cuda(kernels):
         ([0, 10], 9, r"starts must ascend from 0 to T = 9, got 10 at 1"),
         ([0, 5], 9, r"starts must end with T = 9, got 5"),
         ([0], 9, r"starts must end with T = 9, got 0"),
-        ([0, 3, 9], 5, r"longest must be at least 6, the tokens of segment 1, got 5"),
+        ([0, 3, 9], 5, r"longest must be at least 6, the tokens of image 1, got 5"),
     ],
 )
 def test_starts_are_checked_on_a_cpu(starts, longest, message):

@@ -99,7 +99,13 @@ def ragged_merge(backend):
     return x, sizes, parent, *backend.ragged_merge_(x, order, starts, *parts)
 
 
+def attend_segments(backend):
+    q, k, v = torch.randn(3, 80, 2, 16).unbind()
+    return (backend.attend_segments(q, k, v, torch.tensor([0, 10, 10, 80]), 70, torch.rand(80)),)
+
+
 CALLS = [
+    attend_segments,
     prune,
     prune_by_priority,
     add_select,

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets kernels", allow_module_level=True)
 
-from helpers.cases import legal_call, odd_layouts
+from helpers.cases import DTYPES, legal_call, odd_layouts
 from helpers.compiled import compiled_op
 
 from benchmarks.kernels.launches import (
@@ -75,6 +75,19 @@ def test_kernels_of_known_widths_pass_the_lint_and_keep_all_in_registers(dtype, 
 )
 def test_kernels_pass_the_lint_on_every_architecture(architecture, dtype, width):
     verify(dtype, width, 24, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 32, 48, 72, 80, 88, 128, 256])
+def test_heads_of_known_widths_attend_in_registers(width, dtype):
+    args = legal_call("attend_segments", dtype, T=400, C=width)
+    for call in (args, args | {"log_sizes": None}):
+        with recording() as recorded:
+            launcher("attend_segments")(**call)
+        for launch, compiled in compile_launches(recorded, 90):
+            faults, usage = problems(launch, compiled), resources(compiled)
+            assert not faults and usage["LOCAL"] == usage["STACK"] == 0, f"{launch}: {usage}"
 
 
 @pytest.mark.each_choice

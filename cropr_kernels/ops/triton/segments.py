@@ -16,7 +16,6 @@ from ..validation import check
 from .launching import launch
 from .utils import dense_rows
 
-_REGISTERS = 224  # per thread; without a limit ptxas spills to fit more programs on a processor
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -31,13 +30,15 @@ class Heads(NamedTuple):
 
 class Tiles(NamedTuple):
     """Queries, keys and channels of a product, the power of two that covers a head, and launch
-    options."""
+    options: warps, tiles of keys that are loaded ahead, and registers of a thread."""
 
     queries: int
     keys: int
     channels: int
     width: int
-    options: dict[str, int]
+    warps: int
+    stages: int
+    registers: int
 
 
 @triton.jit
@@ -109,13 +110,14 @@ def tiles_of(dtype: torch.dtype, width: int) -> Tiles:
     """Choose tiles that fit into registers and shared memory without spilling."""
     block = max(triton.next_power_of_2(width), 16)
     if dtype.itemsize > 2:
-        queries = 64 if block <= 128 else 32 if block == 256 else 16
-        return Tiles(queries, 16, 16, block, {"num_warps": 8, "maxnreg": _REGISTERS})
-    if block <= 128:
-        return Tiles(64, 64, block, block, {"num_warps": 4, "num_stages": 3 if block < 128 else 2})
+        queries = 16 if block > 256 else 32 if block == 256 or dtype.itemsize == 8 else 64
+        return Tiles(queries, 16, 16, block, 8, 3, 224)
+    if block > 256:
+        return Tiles(16, 16, 64, block, 8, 1, 224)
     if block == 256:
-        return Tiles(64, 32, block, block, {"num_warps": 8, "num_stages": 2})
-    return Tiles(16, 16, 64, block, {"num_warps": 8, "num_stages": 1})
+        return Tiles(64, 32, block, block, 8, 2, 224)
+    # Three programs of heads up to 64 wide fit a processor
+    return Tiles(64, 32, block, block, 4, 3, 255 if block == 128 else 152)
 
 
 def attend_segments(
@@ -144,6 +146,7 @@ def attend_segments(
         num_tokens, num_blocks, num_heads, width,
         SCALE=(width**-0.5 if scale is None else scale) * LOG2E.value,  # a constant of the model
         BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, BLOCK_K=tiles.channels,
-        BLOCK_C=tiles.width, **tiles.options,
+        BLOCK_C=tiles.width,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out

@@ -1,6 +1,7 @@
 """Sections of the pages and CSV files: which module of the report writes which."""
 
 from benchmarks.report import (
+    adaptive,
     comparison,
     engines,
     exported,
@@ -26,6 +27,7 @@ PAGES = {
     DOCS / "training-results.md": training.SECTIONS,
     DOCS / "comparison.md": comparison.SECTIONS
     | off_the_shelf.SECTIONS
+    | adaptive.SECTIONS
     | saliency.SECTIONS
     | schedules.SECTIONS,
     DOCS / "deployment.md": exported.SECTIONS,
@@ -36,6 +38,7 @@ PAGES = {
     DOCS / "vlm.md": vlm.SECTIONS,
 }
 MODULES = (
+    adaptive,
     comparison,
     off_the_shelf,
     saliency,

@@ -1,0 +1,200 @@
+"""Counts by image against constant ones, at equal mean FLOPs, without labels and training.
+
+python -m benchmarks.accuracy.adaptive --data FOLDER [--photos 300] [--seeds 0 1 2] [--rates 4 8 12
+15] [--methods ...]
+
+FOLDER as in data.py. Each seed draws its photos: for calibration (queries, then thresholds on the
+first of them) from the training split, and as many for comparison from the validation split. An
+interrupted run resumes.
+
+Methods:
+  constant        every image loses R tokens a module
+  thresholds      an image merges what costs at most the threshold of the module, found on the
+                  calibration photos (`cropr.calibrate`)
+  batch of 32     the cheapest merges of each batch of 32, the quota times 32 a module: nothing is
+                  calibrated, but an image depends on those beside it
+
+Where the mean FLOPs of a method differ by more than 0.5 % from those of the constant rate, its rate
+changes until they do not; both stand in the row.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cropr_kernels as cropr
+from benchmarks.accuracy.agreement import outputs, percent_equal, relative_error
+from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.models.deployment import pruned
+from benchmarks.utils.results import RESULTS, Results, Row, environment
+from cropr_kernels.models.vit import ViT
+from cropr_kernels.pruning.api import deployed_copy
+from cropr_kernels.pruning.budget import Budget, TotalBudget, quotas
+from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
+from cropr_kernels.pruning.model import modules_of, run
+from cropr_kernels.pruning.state import PruningOptions
+
+TOGETHER = 32  # images of "batch of 32"
+METHODS = ("constant", "thresholds", f"batch of {TOGETHER}")
+TOLERANCE = 0.005  # of mean FLOPs
+ATTEMPTS = 3  # at a rate of equal FLOPs
+
+
+class Forward(NamedTuple):
+    """The images of a run through one network."""
+
+    log_probs: Tensor  # (B, classes)
+    tokens: Tensor  # (B, N, D), normed, by position
+    flops: Tensor  # (B,) float64
+
+
+class Network:
+    """A calibrated network on the engine, with any budget.
+
+    Args:
+        base: the plain model.
+        calibration: photos (B, C, H, W).
+    """
+
+    def __init__(self, base: ViT, calibration: Tensor):
+        source = cropr.calibrate(pruned(base, rate=8, merge=True), calibration)
+        self.model: Any = deployed_copy(source)
+        self.flops = ImageFlops(self.model, calibration[:1])
+
+    def budget(self, method: str, rate: float) -> Budget | None:
+        """The budget of a method at a mean rate; None: the counts are constant.
+
+        Raises:
+            ValueError: the network has no thresholds at this rate.
+        """
+        modules = modules_of(self.model)
+        if method == "constant":
+            return None
+        if method == "thresholds":
+            budget = None if modules.thresholds is None else modules.thresholds.at(rate)
+            if budget is None:
+                raise ValueError(f"adaptive: the network has no thresholds at rate {rate}")
+            return budget
+        spec = modules.spec
+        height, width = modules.config.grid
+        tokens = spec.num_prefix + height * width
+        # Between two whole rates the schedule is that of the lower one, less the rest
+        counts = cropr.Schedule(rate=int(rate)).counts(tokens, len(spec.blocks), spec.num_prefix)
+        rest = rate - int(rate)
+        exact = [count - rest * (module + 1) for module, count in enumerate(counts)]
+        linear = 2 * matrix_elements(spec.blocks[-1]) / (4 * spec.dim)
+        return TotalBudget(rate, quotas(rate, exact, tokens, linear))
+
+    def __call__(self, images: Tensor, method: str, rate: float) -> Forward:
+        if method == "constant":
+            cropr.set_rate(self.model, int(rate))
+        parts = [
+            self._forward(batch, self.budget(method, rate)) for batch in images.split(TOGETHER)
+        ]
+        return Forward(*(torch.cat(values) for values in zip(*parts)))
+
+    def _forward(self, batch: Tensor, budget: Budget | None) -> Forward:
+        options = PruningOptions(engine=True, budget=budget, equal_counts=budget is None)
+        tokens, state = run(self.model, lambda: self.model.forward_features(batch), options)
+        log_probs = self.model.forward_head(tokens).log_softmax(1)
+        return Forward(log_probs, tokens, self.flops(state))
+
+
+def at_equal_flops(
+    forward: Callable[[float], Forward], rate: float, goal: float
+) -> tuple[float, Forward]:
+    """The rate near `rate`, and its run, at which the mean FLOPs are `goal`."""
+    result = forward(rate)
+    slope = -0.04 * goal  # FLOPs of a token more a module, in ViT-Ti
+    for _ in range(ATTEMPTS):
+        mean = result.flops.mean().item()
+        if abs(mean / goal - 1) <= TOLERANCE:
+            break
+        step = (goal - mean) / slope
+        rate += step
+        result = forward(rate)
+        slope = min((result.flops.mean().item() - mean) / step, -0.02 * goal)
+    return rate, result
+
+
+def figures(result: Forward, expected: Tensor, expected_tokens: Tensor, prefix: int) -> Row:
+    """Agreement, divergence and error of features against the unpruned model's."""
+    divergence = (expected.exp() * (expected - result.log_probs)).sum(1)
+    return {
+        "agreement": round(percent_equal(result.log_probs.argmax(1), expected.argmax(1)), 2),
+        "KL": round(divergence.mean().item(), 5),
+        "KL median": round(divergence.median().item(), 5),
+        "KL 95th": round(divergence.quantile(0.95).item(), 5),
+        "features": round(
+            relative_error(result.tokens[:, prefix:], expected_tokens[:, prefix:]), 4
+        ),
+    }
+
+
+def compare(options: argparse.Namespace, base: ViT) -> None:
+    """Compare every method at every rate with the unpruned model, on the photos of every seed."""
+    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
+    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
+    cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
+    prefix = base.num_prefix_tokens
+    for (data, seed), seed_cells in itertools.groupby(
+        results.remaining(cells), key=lambda cell: cell[:2]
+    ):
+        torch.manual_seed(seed)
+        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
+        images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
+        expected, expected_tokens = outputs(base, images)
+        if expected_tokens is None:
+            raise RuntimeError("adaptive: the unpruned model has no tokens at all positions")
+        network = Network(base, calibration)
+        unpruned = network.flops.unpruned
+        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
+            _, _, rate, method = cell
+            goal = constant_flops(network, images[:1], rate)
+            exact, result = at_equal_flops(
+                lambda value: network(images, method, value), float(rate), goal
+            )
+            row = dict(zip(results.keys, cell)) | figures(result, expected, expected_tokens, prefix)
+            mean = result.flops.mean().item()
+            results.add(
+                row
+                | {
+                    "mean rate": round(exact, 2),
+                    "FLOPs over constant": round(mean / goal, 4),
+                    "FLOPs 95th over mean": round(result.flops.quantile(0.95).item() / mean, 3),
+                    "FLOPs saved": round(unpruned / mean, 3),
+                }
+            )
+
+
+def constant_flops(network: Network, image: Tensor, rate: int) -> float:
+    """FLOPs of an image at the constant rate."""
+    return network(image, "constant", rate).flops.mean().item()
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=300)
+    # Costs and quotas were chosen on others
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
+    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "adaptive.json")
+    options = parser.parse_args()
+    base, _ = load_model(options.data)
+    compare(options, base)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,11 @@ WORKERS ?= $(if $(findstring tests/,$(ARGS)),0,2)
 # Tests that ask for two threads on a busy machine take minutes if one spins while the other waits for a core.
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST = $(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# The only files that can hold tests marked `kernels`: Triton's interpreter runs no others, nor are others imported.
+INTERPRETED = $(if $(findstring tests/,$(ARGS)),,$(shell grep -rlwE "kernels|slow_interpreted" tests --include="test_*.py"))
 BIN := $(VENV)/bin
+# Tests are rewritten and compiled once, not by each of the processes.
+unexport PYTHONDONTWRITEBYTECODE
 TORCH := "torch>=2.10,<2.16"
 # Where PyTorch and torchvision come from; without CUDA: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -35,24 +39,24 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not slow" $(ARGS) || [ $$? = 5 ]  # 5: not one of these is for kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not slow" $(INTERPRETED) $(ARGS) || [ $$? = 5 ]  # 5: not one of these is for kernels
 
 # A third process, as tests of several processes, browsers and stopped commands wait.
 test-all: private WORKERS := $(if $(findstring tests/,$(ARGS)),0,3)
 test-all: test asan $(VENV)/test-all.done
 	$(PYTEST) -m slow $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and slow" $(INTERPRETED) $(ARGS)
 
 # Uncaptured: a report ends a process. The package that is built here is not the one that is installed.
 asan: $(VENV)/test.done
 	@test $(words $(wildcard $(SANITIZERS))) = 3 || \
 		{ echo "make asan needs GCC with libasan and libubsan; $(CXX) has none" >&2; exit 1; }
-	CXX=$(CXX) CMAKE_BUILD_TYPE=RelWithDebInfo CXXFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" \
+	CXX=$(CXX) CMAKE_BUILD_TYPE=None CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	code=0; pids=; export LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
 	for share in $(SHARES); do \
 		CROPR_SHARD=$$share/$(words $(SHARES)) $(THREADS) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --capture=no \
-			--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" tests/ops $(ARGS) & \
+			--override-ini pythonpath=build/asan/lib -k "not (reference or compiled or cuda or triton)" $(if $(findstring tests/,$(ARGS)),,tests/ops) $(ARGS) & \
 		pids="$$pids $$!"; \
 	done; \
 	for pid in $$pids; do wait $$pid || code=$$?; done; exit $$code

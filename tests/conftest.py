@@ -141,13 +141,19 @@ def data() -> Path:
     return Path(folder)
 
 
+def _lateness(item: pytest.Item) -> int:
+    slow = item.get_closest_marker("slow")
+    return 2 if slow is None else 0 if slow.kwargs.get("waits") else 1
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m and -k deselect
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Of several processes that share the tests
     shard, _, shards = os.environ.get("CROPR_SHARD", "0/1").partition("/")
     items[:] = items[int(shard) :: int(shards)]
-    # Two processes are done at the same time if those that take long come first.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # Processes are done at the same time if tests that take long come first, and before them those
+    # that wait for other processes: they leave the cores to others.
+    items.sort(key=_lateness)
     left_out = choose_combinations(items)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

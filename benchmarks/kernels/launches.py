@@ -3,12 +3,15 @@
 import importlib
 import itertools
 import pkgutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -175,13 +178,14 @@ def _calls(op: str, dtype: torch.dtype, width: int, n: int) -> Iterator[dict[str
 
 
 class Compiler:
-    """The part of a driver that compilation needs. Kernels are cached by architecture."""
+    """The part of a driver that compilation needs. Kernels are cached by device."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: int, device: int) -> None:
         self.architecture = architecture
+        self.device = device
 
     def get_current_device(self) -> int:
-        return self.architecture
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -190,16 +194,46 @@ class Compiler:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def compile_launches(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
-    """Compile every specialization among the launches once, for an architecture."""
+def compile_launches(
+    launches: list[Launch], architecture: int, *, layouts_only: bool = False
+) -> Iterator[tuple[Launch, Any]]:
+    """Compile every specialization among the launches once, for an architecture.
+
+    Args:
+        launches: as `recording` yields them.
+        architecture: compute capability times ten.
+        layouts_only: compile to TTGIR, which takes less than half the time; `asm` has neither PTX
+            nor cubin.
+    """
     active = driver._active
-    driver._active = Compiler(architecture)
+    driver._active = Compiler(architecture, -architecture if layouts_only else architecture)
     try:
-        hashes = set()
-        for launch in launches:
-            compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
-            if compiled.hash not in hashes:
-                hashes.add(compiled.hash)
-                yield launch, compiled
+        with _ending_at_layouts() if layouts_only else nullcontext():
+            hashes = set()
+            for launch in launches:
+                compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                if compiled.hash not in hashes:
+                    hashes.add(compiled.hash)
+                    yield launch, compiled
     finally:
         driver._active = active
+
+
+@contextmanager
+def _ending_at_layouts() -> Iterator[None]:
+    """Leave out the stages after TTGIR, and Triton's cache on disk, which would keep the result."""
+    backend = backends["nvidia"].compiler
+    all_stages = backend.add_stages
+
+    def add_stages(self: Any, stages: dict[str, Any], options: Any, language: Any) -> None:
+        all_stages(self, stages, options, language)
+        del stages["llir"], stages["ptx"]
+        stages["cubin"] = lambda module, metadata: metadata.update(name="", shared=0) or b""
+
+    backend.add_stages = add_stages
+    try:
+        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+            knobs.cache.dir = folder
+            yield
+    finally:
+        backend.add_stages = all_stages

@@ -43,7 +43,7 @@ def saved(folder):
 
 def checkpoint_of_timm(folder):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=5)
+    model = timm.create_model("test_vit", img_size=96, num_classes=5)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save(
         {"epoch": 3, "state_dict": state, "args": argparse.Namespace(lr=0.1)},
@@ -52,7 +52,7 @@ def checkpoint_of_timm(folder):
     return [
         folder / "best.pth.tar",
         "--arch",
-        "vit_tiny_patch16_224",
+        "test_vit",
         "--img-size",
         "96",
         "--num-classes",

@@ -18,7 +18,7 @@ from helpers.inference import contents, write_folder
 from cropr_kernels.train import Config, train
 
 require("timm", "torchmetrics", "torchvision", "PIL")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow(waits=True), pytest.mark.filterwarnings("ignore")]
 
 # A step takes time, so that a node can be killed between two.
 STEPS = """

@@ -116,7 +116,7 @@ loop.train(Config.read(out + "/config.json"), out, show=False)
 @pytest.mark.parametrize(
     "name",
     [
-        name if name == "everything" else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "everything" else pytest.param(name, marks=pytest.mark.slow(waits=True))
         for name in RECIPES
     ],
 )

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..calibration import ranks, solve_ridge
 from ..importance import AttentionInput, AttentionInputs, importance
-from .api import ImageTokens, accepted, image_runs, require_image_tokens
 from .features import VisionLanguageModel, entries_of, image_features
 from .packed import PackedTower
+from .shortening import accepted, image_runs
+from .tokens import ImageTokens, require_image_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 _CALLER = "cropr.calibrate_image_tokens"

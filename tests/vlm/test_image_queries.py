@@ -6,7 +6,7 @@ from helpers import vlm
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import ranks
-from cropr_kernels.vlm.api import _shorten
+from cropr_kernels.vlm.shortening import shorten
 
 
 def attention_of_text(model, inputs):
@@ -65,7 +65,7 @@ def kept_attention(model, inputs):
     tower, tokens.tower = tokens.tower, None
     if tower is not None:
         keep, tower.schedule = tower.schedule, cropr.Schedule(rate=0)
-    _, columns = _shorten(model, inputs, None, True)
+    _, columns = shorten(model, inputs, None, True)
     tokens.keep, share = 1.0, tokens.keep
     attention = attention_of_text(model, inputs)
     tokens.keep, tokens.tower = share, tower

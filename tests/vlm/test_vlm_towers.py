@@ -8,8 +8,8 @@ from helpers import vlm
 from helpers.vlm import GREEDY, full_positions, masked
 
 import cropr_kernels as cropr
-from cropr_kernels.vlm.api import _shorten
 from cropr_kernels.vlm.packed import blocks_of, find_tower
+from cropr_kernels.vlm.shortening import shorten
 
 PACKED = sorted(vlm.PACKED)
 RATIO = cropr.Schedule(ratio=0.8)
@@ -129,7 +129,7 @@ def test_a_packed_tower_hands_its_survivors_on(name):
     plain = vlm.make(name)
     inputs = vlm.inputs_for(name, images=(2, 1), texts=(3, 5))
     model = cropr.prune_image_tokens(vlm.make(name), tower=RATIO)
-    shortened, columns = _shorten(model, inputs, None, True)
+    shortened, columns = shorten(model, inputs, None, True)
     pruned = model.model.get_image_features(
         inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
     )
@@ -213,7 +213,7 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
     assert torch.equal(model(**inputs).logits, logits)
 
     # The kept rows are those that the same tower gives, all restored
-    shortened, columns = _shorten(model, inputs, None, True)
+    shortened, columns = shorten(model, inputs, None, True)
     rows = shortened["mm_encoder_outputs"]["image"].pooler_output
     model.cropr_image_tokens.keep = 0.999  # chooses among restored rows
     if options:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from ..pruning.merging import Merge
 from ..schedule import Schedule
 from .choice import Keep, checked_keep, num_kept
 from .dense import PrunedTower, find_pruned
@@ -19,7 +20,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prune_image_tokens(
-    model: Model, keep: Keep = 1.0, *, query: Tensor | None = None, tower: Schedule | None = None
+    model: Model,
+    keep: Keep = 1.0,
+    *,
+    query: Tensor | None = None,
+    tower: Schedule | None = None,
+    merge: bool | Merge = False,
 ) -> Model:
     """Let the language model of a vision-language model see fewer image tokens, in place.
 
@@ -35,6 +41,8 @@ def prune_image_tokens(
             None: evenly spaced ones.
         tower: also prune inside a tower that packs its images: groups of patches that become one
             token, of each image.
+        merge: with `tower`, groups merge into others of their image, as in `apply`. Needs
+            attn_implementation="sdpa" or "eager".
 
     Returns:
         The same model.
@@ -46,12 +54,14 @@ def prune_image_tokens(
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"{CALLER}: image tokens are pruned already; set model.{ATTRIBUTE}.keep")
     keep = checked_keep(keep)
+    if merge and tower is None:
+        raise ValueError(f"{CALLER}: merge is of tower, got merge={merge} and tower=None")
     _require_supported(model)
     decoder = language_model(model)
     width = _width(model)
     if query is not None and tuple(query.shape) != (width,):
         raise ValueError(f"{CALLER}: query must be ({width},), got {tuple(query.shape)}")
-    packed = None if tower is None else _packed_tower(model, tower)
+    packed = None if tower is None else _packed_tower(model, tower, merge)
     tokens = ImageTokens(keep, None if query is None else query.detach().float(), packed)
     pruned = find_pruned(model)
     if pruned is not None:
@@ -119,14 +129,16 @@ def _require_supported(model: VisionLanguageModel) -> None:
         raise TypeError(f"{CALLER}: {type(model).__name__} cannot be pruned: {reason}")
 
 
-def _packed_tower(model: nn.Module, schedule: Schedule) -> PackedTower:
+def _packed_tower(model: nn.Module, schedule: Schedule, merge: bool | Merge) -> PackedTower:
     tower = find_tower(model)
     if tower is None:
         raise TypeError(
             f"{CALLER}: tower is for towers that pack their images, and {type(model).__name__} "
             "has none; prune its tower by cropr.apply"
         )
-    return PackedTower(tower, schedule)
+    if merge is True:
+        merge = Merge()
+    return PackedTower(tower, schedule, merge or None)
 
 
 def _width(model: VisionLanguageModel) -> int:

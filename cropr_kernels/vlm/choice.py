@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.reference import size_adjusted_scores
+from ..pruning.merging import Merge
 from ..utils.numbers import integer, number
 
 Keep = int | float  # tokens an image, or their share
@@ -24,9 +26,9 @@ def num_kept(keep: Keep, num_tokens: int) -> int:
     return min(keep, num_tokens)
 
 
-def choose(rows: Tensor, count: int, query: Tensor | None) -> Tensor:
+def choose(rows: Tensor, count: int, query: Tensor | None, sizes: Tensor | None = None) -> Tensor:
     """Choose `count` of the image tokens rows (N, D): those with the highest product with the query
-    (D,), or evenly spaced ones without a query.
+    (D,), or evenly spaced ones without a query. Scores rise with sizes (N,) as inside a network.
 
     Returns:
         Their indices (count,), ascending. Of equal scores the first are chosen, NaN last.
@@ -36,5 +38,8 @@ def choose(rows: Tensor, count: int, query: Tensor | None) -> Tensor:
         index = torch.arange(count, device=rows.device)
         return (index * num_tokens + num_tokens // 2).div(count, rounding_mode="floor")
     scores = rows.detach().float() @ query.to(rows.device, torch.float32)
+    if sizes is not None:
+        weight = Merge().size_weight
+        scores = size_adjusted_scores(scores.unsqueeze(0), sizes.unsqueeze(0), weight)[0]
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     return scores.argsort(descending=True, stable=True)[:count].sort().values

@@ -74,8 +74,8 @@ def shorten(
     kept: Tensor | None = None
     output: Any = None
     if inputs.get("pixel_values") is not None:
-        output, present = _features(model, tokens, inputs)
-        kept = _kept_rows(tokens, placeholders, entries_of(output.pooler_output), present)
+        output, sizes = _features(model, tokens, inputs)
+        kept = _kept_rows(tokens, placeholders, entries_of(output.pooler_output), sizes)
         encoded["mm_encoder_outputs"] = {"image": output}
         if bool(kept.all()) and record is None:
             return encoded, None
@@ -97,25 +97,26 @@ def shorten(
 
 
 def _kept_rows(
-    tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor], present: Tensor | None
+    tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor], sizes: Tensor | None
 ) -> Tensor:
-    """Choose rows of image features, of those that are present: (total rows,) bool.
+    """Choose rows of image features, of those whose sizes are above 0: (total rows,) bool.
 
     Raises:
         ValueError: there are more or fewer placeholders than rows.
     """
     lengths = image_runs(placeholders, entries)
     rows = torch.cat(entries)
-    if present is None:
-        present = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    if sizes is None:
+        sizes = torch.ones(len(rows), device=rows.device)
     kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     start = 0
     for length in lengths:
-        candidates = start + present[start : start + length].nonzero().squeeze(1)
+        candidates = start + sizes[start : start + length].nonzero().squeeze(1)
         if len(candidates) == 0:
             raise ValueError("cropr: the tower leaves no token of an image; lower its rate")
         number = min(num_kept(tokens.keep, length), len(candidates))
-        kept[candidates[choose(rows[candidates], number, tokens.query)]] = True
+        chosen = choose(rows[candidates], number, tokens.query, sizes[candidates])
+        kept[candidates[chosen]] = True
         start += length
     return kept
 
@@ -123,7 +124,8 @@ def _kept_rows(
 def _features(
     model: VisionLanguageModel, tokens: ImageTokens, inputs: Mapping[str, object]
 ) -> tuple[Any, Tensor | None]:
-    """Compute image features, and tell of each row whether the tower has left it; None: all."""
+    """Compute image features, and the size of each row, 0 if the tower has pruned it; None: all
+    have 1."""
 
     def call() -> Any:
         return image_features(model.base_model, inputs)
@@ -138,7 +140,7 @@ def _features(
             f"cropr: {type(model).__name__} pools patches, which its tower prunes singly; choose "
             "image tokens behind it: cropr.prune_image_tokens(model, keep=...)"
         )
-    return output, present
+    return output, present.float()
 
 
 def image_runs(placeholders: Tensor, entries: list[Tensor]) -> list[int]:

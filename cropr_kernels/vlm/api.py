@@ -13,8 +13,10 @@ from .dense import PrunedTower, find_pruned
 from .features import VisionLanguageModel, language_model
 from .generation import after_forward, before_forward, generate
 from .packed import PackedTower, find_tower
+from .pooled import pooled_side, pooled_tower
 from .shortening import end_at_decoder
 from .tokens import ATTRIBUTE, CALLER, ImageTokens, require_image_tokens
+from .towers import GroupTower
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,8 +41,8 @@ def prune_image_tokens(
             1.0: all that leave the tower; of one pruned by `apply` those that it kept.
         query: (D,), D the width of the language model: tokens with the highest product are kept.
             None: evenly spaced ones.
-        tower: also prune inside a tower that packs its images: groups of patches that become one
-            token, of each image.
+        tower: also prune inside a tower that packs its images, or whose projector pools: groups
+            of patches that become one token, of each image or tile.
         merge: with `tower`, groups merge into others of their image, as in `apply`. Needs
             attn_implementation="sdpa" or "eager".
 
@@ -61,8 +63,8 @@ def prune_image_tokens(
     width = _width(model)
     if query is not None and tuple(query.shape) != (width,):
         raise ValueError(f"{CALLER}: query must be ({width},), got {tuple(query.shape)}")
-    packed = None if tower is None else _packed_tower(model, tower, merge)
-    tokens = ImageTokens(keep, None if query is None else query.detach().float(), packed)
+    groups = None if tower is None else _tower_of(model, tower, merge)
+    tokens = ImageTokens(keep, None if query is None else query.detach().float(), groups)
     pruned = find_pruned(model)
     if pruned is not None:
         tokens.dense = PrunedTower(pruned)
@@ -101,7 +103,11 @@ def num_image_tokens(model: nn.Module, count: int) -> int:
     kept = num_kept(tokens.keep, count)
     if tokens.tower is not None:
         return min(kept, tokens.tower.num_kept(count))
-    return tokens.dense.num_kept(count) if tokens.dense is not None and kept == count else kept
+    dense = tokens.dense
+    is_pooled = pooled_side(model.config) is not None
+    if dense is None or is_pooled or (dense.fuses and kept < count):
+        return kept
+    return min(kept, dense.num_kept(count))
 
 
 def _require_supported(model: VisionLanguageModel) -> None:
@@ -129,16 +135,19 @@ def _require_supported(model: VisionLanguageModel) -> None:
         raise TypeError(f"{CALLER}: {type(model).__name__} cannot be pruned: {reason}")
 
 
-def _packed_tower(model: nn.Module, schedule: Schedule, merge: bool | Merge) -> PackedTower:
-    tower = find_tower(model)
+def _tower_of(model: VisionLanguageModel, schedule: Schedule, merge: bool | Merge) -> GroupTower:
+    """Prune inside the tower of a model, by groups."""
+    merging = merge if isinstance(merge, Merge) else Merge() if merge else None
+    packed = find_tower(model)
+    if packed is not None:
+        return PackedTower(packed, schedule, merging)
+    tower = pooled_tower(model, schedule, merging)
     if tower is None:
         raise TypeError(
-            f"{CALLER}: tower is for towers that pack their images, and {type(model).__name__} "
-            "has none; prune its tower by cropr.apply"
+            f"{CALLER}: tower is for models whose tokens are groups of patches, and "
+            f"{type(model).__name__} is none; prune its tower by cropr.apply"
         )
-    if merge is True:
-        merge = Merge()
-    return PackedTower(tower, schedule, merge or None)
+    return tower
 
 
 def _width(model: VisionLanguageModel) -> int:

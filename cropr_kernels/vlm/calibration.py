@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import ranks, solve_ridge
-from ..importance import AttentionInput, AttentionInputs, importance
+from ..importance import AttentionInput, AttentionInputs
 from .features import VisionLanguageModel, entries_of, image_features
-from .packed import PackedTower
 from .shortening import accepted, image_runs
 from .tokens import ImageTokens, require_image_tokens
+from .towers import GroupTower
 
 Model = TypeVar("Model", bound=nn.Module)
 _CALLER = "cropr.calibrate_image_tokens"
 
 
-class _Regression:
+class Regression:
     """Normal equations of one query."""
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ def calibrate_image_tokens(
     tokens = require_image_tokens(model, _CALLER)
     if not ridge > 0:
         raise ValueError(f"{_CALLER}: ridge must be positive, got {ridge}")
-    behind = _Regression()
-    inside = [_Regression() for _ in range(0 if tokens.tower is None else tokens.tower.depth - 1)]
+    behind = Regression()
+    inside = [Regression() for _ in range(0 if tokens.tower is None else tokens.tower.depth - 1)]
     was_training = model.training
     model.eval()
     try:
@@ -87,8 +87,8 @@ def _add(
     model: VisionLanguageModel,
     tokens: ImageTokens,
     batch: dict[str, Any],
-    behind: _Regression,
-    inside: list[_Regression],
+    behind: Regression,
+    inside: list[Regression],
 ) -> None:
     """Add the images of a batch to all regressions."""
     if tokens.tower is None:
@@ -138,18 +138,17 @@ def _attention_to(attention: AttentionInput | Tensor, sample: int, asking: Tenso
 
 
 def _observe_tower(
-    model: VisionLanguageModel, tower: PackedTower, batch: dict[str, Any], inside: list[_Regression]
+    model: VisionLanguageModel, tower: GroupTower, batch: dict[str, Any], inside: list[Regression]
 ) -> Any:
     """Run the unpruned tower; add its groups, and what later blocks look at, to `inside`."""
     groups: list[Tensor] = []
     attended: list[Tensor] = []
     with AttentionInputs() as attention:
 
-        def observe(layer: int, rows: Tensor) -> None:
+        def observe(layer: int, output: Tensor) -> None:
+            rows = tower.observed_rows(output)
             groups.append(rows.unflatten(0, (-1, tower.group)).double().mean(1))
-            # Of segments of any length, the mean row has 1.
-            segments = [importance(part, 0, class_token=False) for part in attention.inputs]
-            weights = torch.cat([part[0] * part.shape[1] for part in segments])
+            weights = tower.attention_to_rows(attention.inputs)
             if len(weights) != len(rows):
                 raise ValueError(
                     f"{_CALLER}: block {layer} must attend over its {len(rows)} rows, attended "

@@ -77,13 +77,13 @@ class SegmentSizes(SizeWeightedAttention):
     """A mode in which the attention of one segment after another weighs its rows by their sizes.
 
     Args:
-        sizes: (rows,) float32.
+        sizes: (B, rows) float32.
         lengths: of the segments.
     """
 
     def __init__(self, sizes: Tensor, lengths: Sequence[int]) -> None:
         super().__init__(None)
-        self.segments = log_sizes(sizes).unsqueeze(0).split(list(lengths), 1)
+        self.segments = log_sizes(sizes).split(list(lengths), 1)
         self.num_calls = 0
 
     def __torch_function__(
@@ -127,7 +127,7 @@ def packed_order(grid: Sequence[int], side: int, window: int | None) -> Tensor:
     return windows.argsort(stable=True)
 
 
-def packed_colors(grid: Sequence[int], side: int, order: Tensor) -> Tensor:
-    """The color on a checkerboard of each group of a packed image, (G,) int8 of 0 and 1."""
+def group_colors(grid: Sequence[int], side: int, order: Tensor) -> Tensor:
+    """The color on a checkerboard of each group of an image, (G,) int8 of 0 and 1."""
     height, width = grid[1] // side, grid[2] // side
     return ((order // width % height + order % width) % 2).to(torch.int8)

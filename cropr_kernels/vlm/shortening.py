@@ -15,6 +15,7 @@ from .features import (
     select_features,
     total_rows,
 )
+from .pooled import pooled_side
 from .prompts import KeptColumns, placeholder_runs, shorten_tensors, split_at_both
 from .tokens import ATTRIBUTE, CALLER, ImageTokens, require_image_tokens
 
@@ -132,15 +133,19 @@ def _features(
 
     if tokens.tower is not None:
         return tokens.tower.features(call)
-    if tokens.dense is None or tokens.keep != 1.0:
+    dense = tokens.dense
+    if dense is None or (dense.fuses and tokens.keep != 1.0):
         return call(), None
-    output, present, num_patches = tokens.dense.features(call)
-    if 2 * len(present) <= num_patches:
+    side = pooled_side(model.config)
+    if side is None:
+        return dense.features(call)
+    if tokens.keep == 1.0:
         raise ValueError(
             f"cropr: {type(model).__name__} pools patches, which its tower prunes singly; choose "
-            "image tokens behind it: cropr.prune_image_tokens(model, keep=...)"
+            "image tokens behind it (keep=...), or prune groups instead: "
+            "cropr.prune_image_tokens(model, tower=...)"
         )
-    return output, present.float()
+    return dense.pooled_features(call, side)
 
 
 def image_runs(placeholders: Tensor, entries: list[Tensor]) -> list[int]:

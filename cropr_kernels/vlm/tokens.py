@@ -9,8 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from .choice import Keep
 from .dense import PrunedTower
 from .features import VisionLanguageModel
-from .packed import PackedTower
 from .prompts import KeptColumns
+from .towers import GroupTower
 
 ATTRIBUTE = "cropr_image_tokens"
 CALLER = "cropr.prune_image_tokens"
@@ -34,7 +34,7 @@ class ImageTokens(nn.Module):
 
     query: Tensor | None
 
-    def __init__(self, keep: Keep, query: Tensor | None, tower: PackedTower | None = None):
+    def __init__(self, keep: Keep, query: Tensor | None, tower: GroupTower | None = None):
         super().__init__()
         self.keep = keep
         self.tower = tower

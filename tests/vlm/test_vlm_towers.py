@@ -187,7 +187,7 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
 
 
 def test_refusals_of_towers_name_the_reason():
-    with pytest.raises(TypeError, match=r"that pack .* prune its tower by cropr\.apply"):
+    with pytest.raises(TypeError, match=r"groups of patches, .* by cropr\.apply"):
         cropr.prune_image_tokens(vlm.make("LLaVA"), tower=RATIO)
     for part in (vlm.make("Qwen2-VL"), vlm.make("Qwen2-VL").model.visual):
         with pytest.raises(TypeError, match=r"packs images .* cropr\.prune_image_tokens"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.blocks import SizeWeightedAttention, is_attention_softmax
 from ..ops.reference import cost_scales, size_adjusted_scores
 from ..pruning.merging import COST_WEIGHT, Merge, log_sizes
-from .choice import choose
+from .choice import choose_highest
 
 ops = torch.ops.cropr
 
@@ -26,7 +26,7 @@ class Reduced(NamedTuple):
 
 def drop_groups(groups: Tensor, count: int, query: Tensor | None) -> Reduced:
     """Keep `count` of the groups (G, S, D) by the mean score of their rows."""
-    kept = choose(groups.detach().float().mean(1), count, query)
+    kept = choose_highest(groups.detach().float().mean(1), count, query)
     return Reduced(groups[kept], kept, None)
 
 
@@ -53,7 +53,7 @@ def merge_groups(
     means = groups.detach().float().mean(1)
     cost_scale = None
     if query is None:
-        targets = choose(means, num_targets, None)
+        targets = choose_highest(means, num_targets, None)
         is_target = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
         candidates = (~is_target.index_fill(0, targets, True)).nonzero().squeeze(1)
         targets, candidates = targets.unsqueeze(0), candidates.unsqueeze(0)

@@ -57,13 +57,14 @@ def observe(model: ViT, images: Tensor) -> Observed:
             tokens = x
         with AttentionInputs() as attention:
             x = block(x, rope)
-        patches.append(importance(attention.inputs[0], prefix, class_token=False))
-        class_token.append(importance(attention.inputs[0], prefix, class_token=True))
-    last = slice(depth - 2 * NUM_READER, depth - NUM_READER)
+        if index >= depth - 2 * NUM_READER:
+            class_token.append(importance(attention.inputs[0], prefix, class_token=True))
+            if index < depth - NUM_READER:
+                patches.append(importance(attention.inputs[0], prefix, class_token=False))
     targets = {
-        TOWER: torch.stack(patches[last]).mean(0),
-        TOWER_CLASS: torch.stack(class_token[last]).mean(0),
-        READER: torch.stack(class_token[-NUM_READER:]).mean(0),
+        TOWER: torch.stack(patches).mean(0),
+        TOWER_CLASS: torch.stack(class_token[:NUM_READER]).mean(0),
+        READER: torch.stack(class_token[NUM_READER:]).mean(0),
     }
     ranked = [targets[name].argsort(1).argsort(1).float() for name in (TOWER, READER)]
     return Observed(tokens, targets | {BOTH: ranked[0] + ranked[1]})

@@ -1,6 +1,5 @@
 """The section and CSV file of docs/vlm.md: FLOPs and time with fewer image tokens."""
 
-from statistics import mean
 from typing import Any
 
 from benchmarks.report.render import (
@@ -11,6 +10,7 @@ from benchmarks.report.render import (
     Table,
     link,
     load,
+    mean,
     measured_on,
     unique,
     where,
@@ -94,9 +94,9 @@ def queries_table() -> Table | None:
             f"{100 * keep:g} %",
             target,
             choice,
-            f"{mean(row['agreement'] for row in rows):.1f}",
-            f"{mean(row['KL'] for row in rows):.3f}",
-            f"{mean(row['attention'] for row in rows):.1f}",
+            f"{mean(rows, 'agreement'):.1f}",
+            f"{mean(rows, 'KL'):.3f}",
+            f"{mean(rows, 'attention'):.1f}",
         ]
         for (data, keep, target, choice), rows in groups.items()
     ]
@@ -115,7 +115,7 @@ def queries_section() -> str:
     for target, choice in QUERIES:
         name = target if target not in NAMED else f"{NAMED[target]}, {choice}"
         cells = [where(rows, target=target, choice=choice, keep=share) for share in shares]
-        body.append([name, *(f"{mean(row['KL'] for row in cell):.3f}" for cell in cells)])
+        body.append([name, *(f"{mean(cell, 'KL'):.3f}" for cell in cells)])
     shown = Table(["KL, kept", *(f"{100 * share:g} %" for share in shares)], body)
     return f"{shown.markdown()}\n\n{link('image_queries', queries_table())}. {measured_on(env)}."
 

@@ -37,8 +37,8 @@ def prune_image_tokens(
 
     Args:
         model: of Hugging Face, with `get_image_features` and `mm_encoder_outputs`.
-        keep: int >= 1, tokens an image or tile keeps; float in (0, 1], their share, rounded up.
-            1.0: all that leave the tower; of one pruned by `apply` those that it kept.
+        keep: int >= 1, tokens an image, tile or frame keeps; float in (0, 1], their share,
+            rounded up. 1.0: all that leave the tower; of one pruned by `apply` those that it kept.
         query: (D,), D the width of the language model: of as many equal runs as tokens are kept,
             each keeps the token with the highest product. None: evenly spaced ones.
         tower: also prune inside a tower that packs its images, or whose projector pools: groups

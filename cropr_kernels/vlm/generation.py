@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .features import VisionLanguageModel
+from .modalities import modalities_of
 from .shortening import CACHES, cache_of, positions_of, record_of, shorten
 from .tokens import ATTRIBUTE, CALLER, require_image_tokens
 
@@ -20,7 +21,7 @@ def before_forward(
     tokens = require_image_tokens(model, CALLER)
     tokens.probe.columns = None
     inputs: dict[str, Any] = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
-    if inputs.get("pixel_values") is not None:
+    if modalities_of(inputs):
         if cache_of(inputs) is not None and cache_of(inputs).get_seq_length() > 0:
             raise ValueError("cropr: a forward with images goes on from a cache only in generate")
         mask = inputs.get("attention_mask")
@@ -81,7 +82,7 @@ def generate(
     base_generate = partial(type(model).generate, model)  # type: ignore[attr-defined]
     if inputs is not None:
         kwargs["input_ids"] = inputs
-    if kwargs.get("pixel_values") is None and record_of(kwargs) is None:
+    if not modalities_of(kwargs) and record_of(kwargs) is None:
         return base_generate(None, *args, **kwargs)
     full_ids = kwargs.get("input_ids")
     if args or not isinstance(full_ids, Tensor):

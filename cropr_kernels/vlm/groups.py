@@ -111,23 +111,22 @@ class SegmentSizes(SizeWeightedAttention):
 
 
 def packed_order(grid: Sequence[int], side: int, window: int | None) -> Tensor:
-    """The group, in the order of rows and columns, at each place of a packed image or video.
+    """The group, in the order of rows and columns, at each place of a packed image.
 
     Args:
-        grid: frames, and rows and columns of patches.
+        grid: 1, and rows and columns of patches.
         side: s.
         window: groups on a side of the windows by which the tower orders groups, if it does.
     """
-    frames, height, width = grid[0], grid[1] // side, grid[2] // side
-    cells = torch.arange(frames * height * width)
+    height, width = grid[1] // side, grid[2] // side
+    cells = torch.arange(height * width)
     if window is None:
         return cells
-    row, column = cells // width % height, cells % width
-    windows = (cells // (height * width) * height + row // window) * width + column // window
+    windows = cells // width // window * width + cells % width // window
     return windows.argsort(stable=True)
 
 
 def group_colors(grid: Sequence[int], side: int, order: Tensor) -> Tensor:
     """The color on a checkerboard of each group of an image, (G,) int8 of 0 and 1."""
-    height, width = grid[1] // side, grid[2] // side
-    return ((order // width % height + order % width) % 2).to(torch.int8)
+    width = grid[2] // side
+    return ((order // width + order % width) % 2).to(torch.int8)

@@ -50,7 +50,9 @@ class PackedTower(GroupTower):
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         arguments = dict(zip(inspect.signature(tower.forward).parameters, args)) | kwargs
-        self.states.grids = arguments["grid_thw"].tolist()
+        # Each frame of a video is pruned as an image
+        grids = arguments["grid_thw"].tolist()
+        self.states.grids = [(1, *grid[1:]) for grid in grids for _ in range(int(grid[0]))]
 
     def begin(self, arguments: dict[str, Any]) -> TowerState:
         grids = self.states.grids

@@ -11,12 +11,11 @@ from .choice import choose, num_kept
 from .features import (
     VisionLanguageModel,
     entries_of,
-    image_features,
     select_features,
-    total_rows,
 )
+from .modalities import IMAGE, Modality, modalities_of, placeholders_of, runs_of, visual_features
 from .pooled import pooled_side
-from .prompts import KeptColumns, placeholder_runs, shorten_tensors, split_at_both
+from .prompts import KeptColumns, shorten_tensors
 from .tokens import ATTRIBUTE, CALLER, ImageTokens, require_image_tokens
 
 # Names of the cache, in transformers of today and before
@@ -52,7 +51,7 @@ def shorten(
     positions: Tensor | None,
     pad_left: bool,
 ) -> tuple[dict[str, Any], KeptColumns | None]:
-    """Compute the image features, choose among them, and drop the placeholders of the others.
+    """Compute features of images and videos, choose among them, and drop the other placeholders.
 
     Args:
         inputs: of the model, with the full prompt.
@@ -69,23 +68,35 @@ def shorten(
             "cropr: a model with pruned image tokens needs input_ids (B, L) beside pixel_values"
         )
     record = record_of(inputs)
-    start = 0 if record is None else record.num_columns
-    placeholders = input_ids[:, start:] == model.config.image_token_id
-    encoded = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    kept: Tensor | None = None
-    output: Any = None
-    if inputs.get("pixel_values") is not None:
-        output, sizes = _features(model, tokens, inputs)
-        kept = _kept_rows(tokens, placeholders, entries_of(output.pooler_output), sizes)
-        encoded["mm_encoder_outputs"] = {"image": output}
-        if bool(kept.all()) and record is None:
-            return encoded, None
+    prompt = input_ids if record is None else input_ids[:, record.num_columns :]
+    modalities = modalities_of(inputs)
+    encoded = {
+        name: value
+        for name, value in inputs.items()
+        if name not in [modality.pixels for modality in modalities]
+    }
+    outputs: dict[str, Any] = {}
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    kept_rows: dict[str, Tensor] = {}
+    for modality in modalities:
+        placeholders = placeholders_of(model, prompt, modality)
+        output, sizes = _features(model, tokens, inputs, modality)
+        entries = entries_of(output.pooler_output)
+        lengths = runs_of(modality, placeholders, entries, inputs)
+        kept = _kept_rows(tokens, lengths, torch.cat(entries), sizes)
+        mask[placeholders] = kept.to(mask.device)
+        outputs[modality.name] = output
+        kept_rows[modality.name] = kept
+    if outputs:
+        encoded["mm_encoder_outputs"] = outputs
+    if bool(mask.all()) and record is None:
+        return encoded, None
     if positions is None:
         positions = positions_of(model, encoded)
-    mask = torch.ones_like(placeholders)
-    if kept is not None:
-        mask[placeholders] = kept.to(mask.device)
-        encoded["mm_encoder_outputs"] = {"image": select_features(output, kept)}
+    if outputs:
+        encoded["mm_encoder_outputs"] = {
+            name: select_features(output, kept_rows[name]) for name, output in outputs.items()
+        }
     columns = KeptColumns.of(mask, pad_left=pad_left)
     columns = columns if record is None else record.then(columns)
     shortened = shorten_tensors(encoded, columns, _pad_token(model))
@@ -98,15 +109,10 @@ def shorten(
 
 
 def _kept_rows(
-    tokens: ImageTokens, placeholders: Tensor, entries: list[Tensor], sizes: Tensor | None
+    tokens: ImageTokens, lengths: list[int], rows: Tensor, sizes: Tensor | None
 ) -> Tensor:
-    """Choose rows of image features, of those whose sizes are above 0: (total rows,) bool.
-
-    Raises:
-        ValueError: there are more or fewer placeholders than rows.
-    """
-    lengths = image_runs(placeholders, entries)
-    rows = torch.cat(entries)
+    """Choose among rows (total, D) of images or frames of these lengths, of those whose sizes are
+    above 0: (total,) bool."""
     if sizes is None:
         sizes = torch.ones(len(rows), device=rows.device)
     kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -123,19 +129,27 @@ def _kept_rows(
 
 
 def _features(
-    model: VisionLanguageModel, tokens: ImageTokens, inputs: Mapping[str, object]
+    model: VisionLanguageModel,
+    tokens: ImageTokens,
+    inputs: Mapping[str, object],
+    modality: Modality,
 ) -> tuple[Any, Tensor | None]:
-    """Compute image features, and the size of each row, 0 if the tower has pruned it; None: all
+    """Compute features, and the size of each row, 0 if the tower has pruned it; None: all
     have 1."""
 
     def call() -> Any:
-        return image_features(model.base_model, inputs)
+        return visual_features(model.base_model, inputs, modality)
 
     if tokens.tower is not None:
         return tokens.tower.features(call)
     dense = tokens.dense
     if dense is None or (dense.fuses and tokens.keep != 1.0):
         return call(), None
+    if modality is not IMAGE:
+        raise ValueError(
+            f"cropr: {type(model).__name__} pools patches of videos, which its tower prunes "
+            "singly; prune it with llf=True, and choose tokens behind it (keep=...)"
+        )
     side = pooled_side(model.config)
     if side is None:
         return dense.features(call)
@@ -146,21 +160,6 @@ def _features(
             "cropr.prune_image_tokens(model, tower=...)"
         )
     return dense.pooled_features(call, side)
-
-
-def image_runs(placeholders: Tensor, entries: list[Tensor]) -> list[int]:
-    """Lengths of the images in a prompt: runs of placeholders within the features of one entry.
-
-    Raises:
-        ValueError: there are more or fewer placeholders (B, L) bool than rows of features.
-    """
-    count = int(placeholders.sum())
-    if total_rows(entries) != count:
-        raise ValueError(
-            f"cropr: the prompt has {count} image placeholders, the images have "
-            f"{total_rows(entries)} tokens; they must be equally many (videos are not pruned)"
-        )
-    return split_at_both(placeholder_runs(placeholders), [len(entry) for entry in entries])
 
 
 def _pad_token(model: VisionLanguageModel) -> int:

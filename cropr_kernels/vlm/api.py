@@ -130,7 +130,11 @@ def _require_supported(model: VisionLanguageModel) -> None:
         needed = ("mm_encoder_outputs", "position_ids", "attention_mask")
         missing = [name for name in needed if name not in names]
         if missing:
-            reason = f"its forward takes no {missing[0]} (transformers 5.18 or newer)"
+            reason = (
+                f"its forward takes no {missing[0]}; transformers before 5.18 take no features "
+                "chosen beforehand, and the first of 5.x generate from the last position again "
+                "and again if they are given positions with gaps; install 5.18 or newer"
+            )
     if reason:
         raise TypeError(f"{CALLER}: {type(model).__name__} cannot be pruned: {reason}")
 

@@ -1,12 +1,12 @@
 """Targets of the query for image tokens behind a tower, compared without a pretrained VLM.
 
-python -m benchmarks.accuracy.image_queries --data FOLDER [--photos 300] [--seeds 5 6 7]
+python -m benchmarks.accuracy.image_queries --data FOLDER [--photos 100] [--seeds 5 6 7]
 [--out FILE]
 
 A pretrained ViT-Ti stands for both: its first blocks are the tower, the last three the reader, and
 the class token in the reader is the text that looks at image tokens. Queries are fitted on some
-photos to the attention in the last three blocks of the tower (of all patches, or of its class
-token), to that of the reader's class token, or to both. Of other photos those patches go to the
+photos to the attention in the last three blocks of the tower, or to that of the reader's class
+token. Of other photos those patches go to the
 reader that have the highest scores, or the highest in each of as many equal runs. Rows: agreement
 with the reader of all patches, KL divergence, and the share of the reader's attention that the kept
 patches hold.
@@ -30,8 +30,8 @@ from cropr_kernels.vlm.calibration import Regression
 from cropr_kernels.vlm.choice import choose, choose_highest
 
 EVEN = "evenly spaced"
-TOWER, TOWER_CLASS, READER, BOTH = "tower", "tower, class token", "reader", "tower and reader"
-TARGETS = (TOWER, TOWER_CLASS, READER, BOTH)
+TOWER, READER = "tower", "reader"
+TARGETS = (TOWER, READER)
 HIGHEST, RUNS = "highest", "of runs"
 CHOICES = {HIGHEST: choose_highest, RUNS: choose}
 SHARES = (0.5, 0.25, 0.125)
@@ -41,6 +41,7 @@ RIDGE = 1e-2
 
 class Observed(NamedTuple):
     tokens: Tensor  # (B, N, D), as they leave the tower
+    log_probs: Tensor  # (B, classes), of the reader of all
     targets: dict[str, Tensor]  # (B, patches) each
 
 
@@ -50,24 +51,19 @@ def observe(model: ViT, images: Tensor) -> Observed:
     depth = len(model.blocks)
     prefix = model.num_prefix_tokens
     tokens = x
-    patches: list[Tensor] = []
-    class_token: list[Tensor] = []
+    tower: list[Tensor] = []
+    reader: list[Tensor] = []
     for index, block in enumerate(model.blocks):
         if index == depth - NUM_READER:
             tokens = x
         with AttentionInputs() as attention:
             x = block(x, rope)
-        if index >= depth - 2 * NUM_READER:
-            class_token.append(importance(attention.inputs[0], prefix, class_token=True))
-            if index < depth - NUM_READER:
-                patches.append(importance(attention.inputs[0], prefix, class_token=False))
-    targets = {
-        TOWER: torch.stack(patches).mean(0),
-        TOWER_CLASS: torch.stack(class_token[:NUM_READER]).mean(0),
-        READER: torch.stack(class_token[NUM_READER:]).mean(0),
-    }
-    ranked = [targets[name].argsort(1).argsort(1).float() for name in (TOWER, READER)]
-    return Observed(tokens, targets | {BOTH: ranked[0] + ranked[1]})
+        if index >= depth - NUM_READER:
+            reader.append(importance(attention.inputs[0], prefix, class_token=True))
+        elif index >= depth - 2 * NUM_READER:
+            tower.append(importance(attention.inputs[0], prefix, class_token=False))
+    targets = {TOWER: torch.stack(tower).mean(0), READER: torch.stack(reader).mean(0)}
+    return Observed(tokens, read(model, tokens), targets)
 
 
 def read(model: ViT, tokens: Tensor) -> Tensor:
@@ -100,7 +96,7 @@ def measure(
     kept = torch.stack([CHOICES[choice](rows, count, query) for rows in patches])
     selected = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
     log_probs = read(model, torch.cat([observed.tokens[:, :prefix], selected], 1))
-    percent_agreed, divergence = agreement(log_probs, read(model, observed.tokens))
+    percent_agreed, divergence = agreement(log_probs, observed.log_probs)
     attention = observed.targets[READER].gather(1, kept).sum(1).mean()
     return {
         "agreement": round(percent_agreed, 2),
@@ -115,7 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--photos", type=int, default=300)
+    parser.add_argument("--photos", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
     parser.add_argument("--out", type=Path, default=RESULTS / "image_queries.json")
     options = parser.parse_args()
@@ -131,7 +127,11 @@ def main() -> None:
         targets = {
             name: torch.cat([part.targets[name] for part in parts]) for name in parts[0].targets
         }
-        observed = Observed(torch.cat([part.tokens for part in parts]), targets)
+        observed = Observed(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+            targets,
+        )
         variants = [(EVEN, RUNS), *itertools.product(TARGETS, CHOICES)]
         rows = [
             {"data": data, "seed": seed, "keep": share, "target": name, "choice": choice}

@@ -85,7 +85,6 @@ LONG = {
     "train/data.py": 434,
     "train/loop.py": 478,
     "tuning.py": 422,
-    "vlm/api.py": 491,
 }
 
 

@@ -11,20 +11,24 @@ the prefill, tower included.
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import cropr_kernels as cropr
 from benchmarks.utils.results import RESULTS, Results, environment
 from benchmarks.utils.timing import interleaved, keep_memory, quantile
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.optional import import_optional
+from cropr_kernels.vlm.packed import PackedTower
 
 IMAGE = 5  # the id of a placeholder
 NUM_TEXT = 64
 NUM_NEW = 16
+QWEN_SIDE = 37  # image tokens on a side of 1,036 pixels
 RATES = (0.0, 0.5, 0.75)  # shares of image tokens that are dropped
 Inputs = dict[str, Any]
 
@@ -126,18 +130,28 @@ def inside_schedule(num_groups: int, depth: int, keep: float) -> cropr.Schedule:
 
 
 def counted() -> list[dict[str, Any]]:
-    """Rows of LLaVA-1.5-7B, whose FLOPs are counted and which is not run."""
-    full = llava_1_5_7b_flops(576)
-    return [
-        {
-            "model": "llava_1_5_7b",
-            "dropped": rate,
-            "inside": False,
-            "prompt tokens": round(576 * (1 - rate)) + NUM_TEXT,
-            "times fewer FLOPs": round(full / llava_1_5_7b_flops(round(576 * (1 - rate))), 3),
-        }
-        for rate in RATES
-    ]
+    """Rows of the models whose FLOPs are counted and which are not run."""
+    rows: list[dict[str, Any]] = []
+    llava = llava_1_5_7b_flops
+    qwen = qwen2_5_vl_7b_flops
+    for name, image_tokens, inside, flops in (
+        ("llava_1_5_7b", 576, False, llava),
+        ("qwen2_5_vl_7b", QWEN_SIDE**2, False, qwen),
+        ("qwen2_5_vl_7b", QWEN_SIDE**2, True, partial(qwen, inside=True)),
+    ):
+        full = flops(image_tokens)
+        for rate in RATES[inside:]:
+            count = round(image_tokens * (1 - rate))
+            rows.append(
+                {
+                    "model": name,
+                    "dropped": rate,
+                    "inside": inside,
+                    "prompt tokens": count + NUM_TEXT,
+                    "times fewer FLOPs": round(full / flops(count), 3),
+                }
+            )
+    return rows
 
 
 def llava_1_5_7b_flops(image_tokens: int, text_tokens: int = NUM_TEXT) -> int:
@@ -147,16 +161,85 @@ def llava_1_5_7b_flops(image_tokens: int, text_tokens: int = NUM_TEXT) -> int:
         model = t.LlavaForConditionalGeneration(t.LlavaConfig())
         with flop_counter() as tower, torch.no_grad():
             model.model.get_image_features(torch.empty(1, 3, 336, 336))
-        decoder = model.model.language_model
-        count = image_tokens + text_tokens
-        head = decoder.config.hidden_size // decoder.config.num_attention_heads
-        with flop_counter() as layer, torch.no_grad():
-            decoder.layers[0](
-                torch.empty(1, count, decoder.config.hidden_size),
-                position_embeddings=(torch.empty(1, count, head), torch.empty(1, count, head)),
-                attention_mask=None,
-            )
-    return int(tower.get_total_flops() + len(decoder.layers) * layer.get_total_flops())
+        layers = decoder_flops(model.model.language_model, image_tokens + text_tokens)
+    return int(tower.get_total_flops() + layers)
+
+
+@torch.no_grad()
+def decoder_flops(decoder: Any, count: int) -> int:
+    """FLOPs of all layers of a decoder on the meta device, for `count` tokens."""
+    head = decoder.config.hidden_size // decoder.config.num_attention_heads
+    with flop_counter() as layer:
+        decoder.layers[0](
+            torch.empty(1, count, decoder.config.hidden_size),
+            position_embeddings=(torch.empty(1, count, head), torch.empty(1, count, head)),
+            attention_mask=None,
+        )
+    return int(len(decoder.layers) * layer.get_total_flops())
+
+
+def qwen2_5_vl(vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    """Make a Qwen2.5-VL with the towers of Qwen2.5-VL-7B in all but widths."""
+    t: Any = import_optional("transformers", "test", "benchmarks.models.vlm")
+    common = dict(
+        depth=32,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    )
+    config = t.Qwen2_5_VLConfig(
+        vision_config=common | vision,
+        text_config=dict(num_attention_heads=28, num_key_value_heads=4) | text,
+        image_token_id=IMAGE,
+    )
+    return t.Qwen2_5_VLModel(config)
+
+
+@torch.no_grad()
+def qwen2_5_vl_7b_flops(image_tokens: int, *, inside: bool = False) -> int:
+    """FLOPs of a prefill of Qwen2.5-VL-7B at 1,036 pixels a side, tower included.
+
+    Blocks are counted on shapes alone, with the segments of a tower of the same depth and windows
+    whose rows are 16 wide, in which evenly spaced groups stay.
+    """
+    segments = qwen2_5_vl_segments(image_tokens if inside else QWEN_SIDE**2)
+    vision = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+    with torch.device("meta"):
+        model = qwen2_5_vl(
+            vision, dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
+        )
+        total = decoder_flops(model.language_model, image_tokens + NUM_TEXT)
+        rows = 4 * QWEN_SIDE**2
+        with flop_counter() as counter:
+            model.visual.patch_embed(torch.empty(rows, 3 * 2 * 14 * 14))
+            model.visual.merger(torch.empty(rows, 1280))
+            for block, ends in zip(model.visual.blocks, segments):
+                count = int(ends[-1])
+                table = torch.empty(count, 80)
+                block(torch.empty(count, 1280), cu_seqlens=ends, position_embeddings=(table, table))
+    return int(total + counter.get_total_flops())
+
+
+@cache
+@torch.no_grad()
+def qwen2_5_vl_segments(image_tokens: int) -> list[Tensor]:
+    """The ends of segments in each block of Qwen2.5-VL-7B's tower, if so many tokens leave it."""
+    model = qwen2_5_vl(
+        dict(hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=28),
+        dict(hidden_size=28, intermediate_size=28, num_hidden_layers=1, vocab_size=32),
+    )
+    schedule = inside_schedule(QWEN_SIDE**2, 32, image_tokens / QWEN_SIDE**2)
+    PackedTower(model.visual, schedule)
+    segments: list[Tensor] = []
+    for block in model.visual.blocks:
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs: segments.append(kwargs["cu_seqlens"]), with_kwargs=True
+        )
+    side = 2 * QWEN_SIDE
+    model.visual(torch.randn(side**2, 3 * 2 * 14 * 14), grid_thw=torch.tensor([[1, side, side]]))
+    return segments
 
 
 class Variant:
@@ -263,7 +346,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_vlm.json")
     options = parser.parse_args()
     results = Results(options.out, environment("cpu"), keys=("model", "dropped", "inside"))
-    results.replace([row for row in results.rows if row["model"] != "llava_1_5_7b"] + counted())
+    results.replace([row for row in results.rows if row["model"] in MODELS] + counted())
     for name in options.models:
         torch.manual_seed(0)
         model, inputs = MODELS[name](scale=options.scale)

@@ -10,6 +10,7 @@ from benchmarks.report.render import (
     Table,
     link,
     load,
+    mean,
     measured_on,
     unique,
     where,
@@ -17,9 +18,19 @@ from benchmarks.report.render import (
 
 NAMES = {
     "llava_1_5_7b": "LLaVA-1.5-7B",
+    "qwen2_5_vl_7b": "Qwen2.5-VL-7B, 1,036 px",
     "smolvlm_256m": "SmolVLM-256M, 2 tiles",
     "qwen2_5_vl_small": "a small Qwen2.5-VL",
 }
+# Target and choice of the rows of the page
+QUERIES = (
+    ("evenly spaced", "of runs"),
+    ("tower", "highest"),
+    ("tower", "of runs"),
+    ("reader", "highest"),
+    ("reader", "of runs"),
+)
+NAMED = {"tower": "tower's last blocks", "reader": "reader"}
 
 
 def _ratio(row: dict[str, Any], key: str) -> str:
@@ -69,5 +80,46 @@ def section() -> str:
     return f"{shown.markdown()}\n\n{link('cpu_vlm', table())}. {measured_on(env)}."
 
 
-SECTIONS: Sections = {"vlm": section}
-FILES: Files = {"cpu_vlm": table}
+def queries_table() -> Table | None:
+    """Every target and choice, on each data set: means of the seeds."""
+    measured = load("image_queries")
+    if measured is None:
+        return None
+    keys = ("data", "keep", "target", "choice")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in measured[1]:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    body: list[list[Cell]] = [
+        [
+            data,
+            f"{100 * keep:g} %",
+            target,
+            choice,
+            f"{mean(rows, 'agreement'):.1f}",
+            f"{mean(rows, 'KL'):.3f}",
+            f"{mean(rows, 'attention'):.1f}",
+        ]
+        for (data, keep, target, choice), rows in groups.items()
+    ]
+    header = ["data", "kept", "query fitted to", "chosen", "agreement, %", "KL", "attention, %"]
+    return Table(header, body)
+
+
+def queries_section() -> str:
+    """KL divergence of the main variants, mean of data sets and seeds."""
+    measured = load("image_queries")
+    if measured is None:
+        return NOT_MEASURED
+    env, rows = measured
+    shares = unique(rows, "keep")
+    body: list[list[Cell]] = []
+    for target, choice in QUERIES:
+        name = target if target not in NAMED else f"{NAMED[target]}, {choice}"
+        cells = [where(rows, target=target, choice=choice, keep=share) for share in shares]
+        body.append([name, *(f"{mean(cell, 'KL'):.3f}" for cell in cells)])
+    shown = Table(["KL, kept", *(f"{100 * share:g} %" for share in shares)], body)
+    return f"{shown.markdown()}\n\n{link('image_queries', queries_table())}. {measured_on(env)}."
+
+
+SECTIONS: Sections = {"vlm": section, "image_queries": queries_section}
+FILES: Files = {"cpu_vlm": table, "image_queries": queries_table}

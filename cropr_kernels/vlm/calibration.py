@@ -8,16 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import ranks, solve_ridge
-from ..importance import AttentionInput, AttentionInputs, importance
-from .api import ImageTokens, accepted, image_runs, require_image_tokens
-from .features import VisionLanguageModel, entries_of, image_features
-from .packed import PackedTower
+from ..importance import AttentionInput, AttentionInputs
+from .features import VisionLanguageModel, entries_of
+from .modalities import Modality, modalities_of, placeholders_of, runs_of, visual_features
+from .shortening import accepted
+from .tokens import ImageTokens, require_image_tokens
+from .towers import GroupTower
 
 Model = TypeVar("Model", bound=nn.Module)
 _CALLER = "cropr.calibrate_image_tokens"
 
 
-class _Regression:
+class Regression:
     """Normal equations of one query."""
 
     def __init__(self) -> None:
@@ -65,8 +67,8 @@ def calibrate_image_tokens(
     tokens = require_image_tokens(model, _CALLER)
     if not ridge > 0:
         raise ValueError(f"{_CALLER}: ridge must be positive, got {ridge}")
-    behind = _Regression()
-    inside = [_Regression() for _ in range(0 if tokens.tower is None else tokens.tower.depth - 1)]
+    behind = Regression()
+    inside = [Regression() for _ in range(0 if tokens.tower is None else tokens.tower.depth - 1)]
     was_training = model.training
     model.eval()
     try:
@@ -86,41 +88,48 @@ def _add(
     model: VisionLanguageModel,
     tokens: ImageTokens,
     batch: dict[str, Any],
-    behind: _Regression,
-    inside: list[_Regression],
+    behind: Regression,
+    inside: list[Regression],
 ) -> None:
-    """Add the images of a batch to all regressions."""
-    if tokens.tower is None:
-        output = image_features(model.base_model, batch)
-    else:
-        output = _observe_tower(model, tokens.tower, batch, inside)
-    entries = entries_of(output.pooler_output)
-    rows = torch.cat(entries)
+    """Add the images, and frames of videos, of a batch to all regressions."""
+    modalities = modalities_of(batch)
+    outputs: dict[str, Any] = {}
+    for modality in modalities:
+        if tokens.tower is None:
+            outputs[modality.name] = visual_features(model.base_model, batch, modality)
+        else:
+            outputs[modality.name] = _observe_tower(model, tokens.tower, batch, modality, inside)
+    if not outputs:
+        return
     input_ids: Tensor = batch["input_ids"]
-    placeholders = input_ids == model.config.image_token_id
-    lengths = image_runs(placeholders, entries)
+    masks = [placeholders_of(model, input_ids, modality) for modality in modalities]
+    visual = torch.stack(masks).any(0)
     mask = batch.get("attention_mask")
-    text = ~placeholders if mask is None else ~placeholders & mask.bool()
-    inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
+    text = ~visual if mask is None else ~visual & mask.bool()
+    pixels = [modality.pixels for modality in modalities]
+    inputs = {name: value for name, value in batch.items() if name not in pixels}
     with AttentionInputs() as attention:
-        encoded = inputs | {"mm_encoder_outputs": {"image": output}, "use_cache": False}
+        encoded = inputs | {"mm_encoder_outputs": dict(outputs), "use_cache": False}
         model.base_model.forward(**accepted(model.base_model, encoded))
     if not attention.inputs:
         raise ValueError(
             f"{_CALLER}: the language model's attention must be scaled_dot_product_attention or "
             'a softmax: attn_implementation="sdpa" or "eager"'
         )
-    places = placeholders.nonzero()
-    start = 0
-    for length in lengths:
-        sample = int(places[start, 0])
-        columns = places[start : start + length, 1]
-        asking = text[sample].nonzero().squeeze(1)
-        asking = asking[asking > columns[-1]]
-        if len(asking):
-            layers = [_attention_to(layer, sample, asking)[columns] for layer in attention.inputs]
-            behind.add(rows[start : start + length], torch.stack(layers).mean(0))
-        start += length
+    for modality, placeholders in zip(modalities, masks):
+        entries = entries_of(outputs[modality.name].pooler_output)
+        rows = torch.cat(entries)
+        places = placeholders.nonzero()
+        start = 0
+        for length in runs_of(modality, placeholders, entries, batch):
+            sample = int(places[start, 0])
+            columns = places[start : start + length, 1]
+            asking = text[sample].nonzero().squeeze(1)
+            asking = asking[asking > columns[-1]]
+            if len(asking) and length > 1:
+                layers = [_attention_to(part, sample, asking)[columns] for part in attention.inputs]
+                behind.add(rows[start : start + length], torch.stack(layers).mean(0))
+            start += length
 
 
 def _attention_to(attention: AttentionInput | Tensor, sample: int, asking: Tensor) -> Tensor:
@@ -137,18 +146,21 @@ def _attention_to(attention: AttentionInput | Tensor, sample: int, asking: Tenso
 
 
 def _observe_tower(
-    model: VisionLanguageModel, tower: PackedTower, batch: dict[str, Any], inside: list[_Regression]
+    model: VisionLanguageModel,
+    tower: GroupTower,
+    batch: dict[str, Any],
+    modality: Modality,
+    inside: list[Regression],
 ) -> Any:
     """Run the unpruned tower; add its groups, and what later blocks look at, to `inside`."""
     groups: list[Tensor] = []
     attended: list[Tensor] = []
     with AttentionInputs() as attention:
 
-        def observe(layer: int, rows: Tensor) -> None:
+        def observe(layer: int, output: Tensor) -> None:
+            rows = tower.observed_rows(output)
             groups.append(rows.unflatten(0, (-1, tower.group)).double().mean(1))
-            # Of segments of any length, the mean row has 1.
-            segments = [importance(part, 0, class_token=False) for part in attention.inputs]
-            weights = torch.cat([part[0] * part.shape[1] for part in segments])
+            weights = tower.attention_to_rows(attention.inputs)
             if len(weights) != len(rows):
                 raise ValueError(
                     f"{_CALLER}: block {layer} must attend over its {len(rows)} rows, attended "
@@ -158,7 +170,7 @@ def _observe_tower(
             attention.inputs.clear()
 
         with tower.observing(observe) as num_groups:
-            output = image_features(model.base_model, batch)
+            output = visual_features(model.base_model, batch, modality)
     for layer, regression in enumerate(inside):
         target = torch.stack(attended[layer + 1 :]).mean(0)
         for rows, values in zip(groups[layer].split(num_groups), target.split(num_groups)):

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.reference import size_adjusted_scores
+from ..pruning.merging import Merge
 from ..utils.numbers import integer, number
 
 Keep = int | float  # tokens an image, or their share
@@ -24,17 +26,45 @@ def num_kept(keep: Keep, num_tokens: int) -> int:
     return min(keep, num_tokens)
 
 
-def choose(rows: Tensor, count: int, query: Tensor | None) -> Tensor:
-    """Choose `count` of the image tokens rows (N, D): those with the highest product with the query
-    (D,), or evenly spaced ones without a query.
+def choose(rows: Tensor, count: int, query: Tensor | None, sizes: Tensor | None = None) -> Tensor:
+    """Choose one of the image tokens rows (N, D) in each of `count` equal runs: that with the
+    highest product with the query (D,), or without a query that in the middle.
+
+    So chosen tokens are spread over the image; measured: docs/vlm.md. Scores rise with sizes (N,)
+    as inside a network.
 
     Returns:
-        Their indices (count,), ascending. Of equal scores the first are chosen, NaN last.
+        Their indices (count,), ascending. Of equal scores the first is chosen, NaN last.
     """
     num_tokens = len(rows)
     if query is None or count == num_tokens:
-        index = torch.arange(count, device=rows.device)
-        return (index * num_tokens + num_tokens // 2).div(count, rounding_mode="floor")
+        return _middles(rows, count)
+    scores = scores_of(rows, query)
+    if sizes is not None:
+        weight = Merge().size_weight
+        scores = size_adjusted_scores(scores.unsqueeze(0), sizes.unsqueeze(0), weight)[0]
+        scores = scores.nan_to_num(nan=float("-inf"))
+    run = torch.arange(num_tokens, device=rows.device) * count // num_tokens
+    order = scores.argsort(descending=True, stable=True)
+    by_run = order[run[order].argsort(stable=True)]
+    return by_run[torch.searchsorted(run, torch.arange(count, device=rows.device))]
+
+
+def choose_highest(rows: Tensor, count: int, query: Tensor | None) -> Tensor:
+    """Choose the `count` of rows (N, D) with the highest product with the query, in order; evenly
+    spaced ones without a query."""
+    if query is None or count == len(rows):
+        return _middles(rows, count)
+    return scores_of(rows, query).argsort(descending=True, stable=True)[:count].sort().values
+
+
+def scores_of(rows: Tensor, query: Tensor) -> Tensor:
+    """The products of rows (N, D) with a query (D,), float32; -inf for NaN."""
     scores = rows.detach().float() @ query.to(rows.device, torch.float32)
-    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    return scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def _middles(rows: Tensor, count: int) -> Tensor:
+    index = torch.arange(count, device=rows.device)
+    num_tokens = len(rows)
+    return (index * num_tokens + num_tokens // 2).div(count, rounding_mode="floor")

@@ -1,5 +1,6 @@
 """Tokens that a tower pruned by `apply` leaves, marked for the language model."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..pruning.model import is_pruned, modules_of
+from ..pruning.strategies import MergeStrategy
 from .features import entries_of, finite_rows
 
 
 class _Marks(threading.local):
     active = False
     survivors: Tensor | None = None  # (B, N) bool, of the last forward
+    sizes: Tensor | None = None  # (B, patches), of the last forward; 0: pruned
     repeats = False  # the marks are those of the last forward
-    num_patches = 0  # of the images of the last forward
 
 
 class PrunedTower:
@@ -42,9 +44,14 @@ class PrunedTower:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, marks=_Marks())
 
-    def features(self, call: Callable[[], Any]) -> tuple[Any, Tensor, int]:
-        """Compute image features with all rows in place, tell of each row whether the tower has
-        kept it, and count the patches.
+    @property
+    def fuses(self) -> bool:
+        """All tokens are restored before the last block, so that all rows may be chosen."""
+        return modules_of(self.model).config.llf is not None
+
+    def features(self, call: Callable[[], Any]) -> tuple[Any, Tensor]:
+        """Compute image features with all rows in place, and the size of each row: patches that it
+        stands for; 0 if the tower has pruned it.
 
         NaN in rows that count for nothing would be NaN in gradients of what reads them. So with
         gradients these rows are 0, and NaN marks them in a second pass.
@@ -59,7 +66,24 @@ class PrunedTower:
         finally:
             self.marks.active = False
             self.marks.repeats = False
-        return output, finite_rows(entries_of(marked.pooler_output)), self.marks.num_patches
+        present = finite_rows(entries_of(marked.pooler_output))
+        sizes = self.marks.sizes
+        # Where tiles are cut and have ends of rows, a row is no patch
+        if sizes is None or sizes.numel() != len(present):
+            return output, present.float()
+        return output, sizes.flatten()
+
+    def pooled_features(self, call: Callable[[], Any], side: int) -> tuple[Any, Tensor | None]:
+        """Compute image features that pool side x side patches, and the size of each row: patches
+        that the survivors among its own stand for."""
+        output = call()
+        sizes = self.marks.sizes
+        if sizes is None:
+            return output, None
+        patches = math.isqrt(sizes.shape[1])
+        grid = sizes.view(-1, patches // side, side, patches // side, side)
+        # Rows that only copy others' survivors come last, and still count
+        return output, grid.sum((2, 4)).flatten().clamp_min(torch.finfo(torch.float32).tiny)
 
     def num_kept(self, num_patches: int) -> int:
         """Count the patches of an image that the tower keeps, of `num_patches`."""
@@ -76,14 +100,19 @@ class PrunedTower:
 
     def _mark(self, encoder: nn.Module, args: object, output: Any) -> Any:
         state = modules_of(self.model).context.state
-        if not self.marks.active or state is None:
+        if state is None:
             return output
-        self.marks.num_patches = state.num_images * (state.num_tokens - state.num_prefix)
         if not self.marks.repeats:
             kept = torch.ones(state.num_images, state.num_tokens, dtype=torch.bool)
             for _, positions in state.pruned_idx:
                 kept = kept.to(positions.device).scatter(1, positions, False)
             self.marks.survivors = kept
+            sizes = kept.float()
+            if isinstance(state.strategy, MergeStrategy) and state.strategy.sizes is not None:
+                sizes = sizes.masked_scatter(kept, state.strategy.sizes)
+            self.marks.sizes = sizes[:, state.num_prefix :]
+        if not self.marks.active:
+            return output
         pruned = ~cast(Tensor, self.marks.survivors)
         if not pruned.any():
             return output

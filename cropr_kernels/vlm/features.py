@@ -1,7 +1,6 @@
 """Image features of a vision-language model, and a choice among them."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,14 +15,6 @@ class VisionLanguageModel(Protocol):
     those of nn.Module alone."""
 
     def __getattr__(self, name: str) -> Any: ...
-
-
-def image_features(base: VisionLanguageModel, inputs: Mapping[str, object]) -> Any:
-    """Compute the features of the images in `inputs` as the model itself does; `pooler_output`
-    holds the rows that it puts in place of placeholders."""
-    names = inspect.signature(base.get_image_features).parameters
-    arguments = {name: value for name, value in inputs.items() if name in names}
-    return base.get_image_features(**arguments, return_dict=True)
 
 
 def entries_of(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

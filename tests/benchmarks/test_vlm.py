@@ -8,7 +8,7 @@ from helpers import vlm
 from helpers.extras import require
 
 from benchmarks.accuracy.vlm import Reader, compare, read_questions
-from benchmarks.models.vlm import MODELS, llava_1_5_7b_flops, measure
+from benchmarks.models.vlm import MODELS, llava_1_5_7b_flops, measure, qwen2_5_vl_7b_flops
 from benchmarks.report import vlm as report
 
 require("transformers", "PIL")
@@ -19,6 +19,15 @@ def test_flops_of_llava_1_5_are_those_of_the_table():
     full = llava_1_5_7b_flops(576)
     assert full / llava_1_5_7b_flops(288) == pytest.approx(1.76, rel=0.02)
     assert full / llava_1_5_7b_flops(144) == pytest.approx(2.83, rel=0.02)
+
+
+@pytest.mark.slow
+def test_flops_of_qwen2_5_vl_are_those_of_the_table():
+    full = qwen2_5_vl_7b_flops(1369)
+    assert full == pytest.approx(26.678e12, rel=0.03)
+    for tokens, behind, inside in ((684, 1.53, 1.73), (342, 2.06, 2.71)):
+        assert full / qwen2_5_vl_7b_flops(tokens) == pytest.approx(behind, rel=0.02)
+        assert full / qwen2_5_vl_7b_flops(tokens, inside=True) == pytest.approx(inside, rel=0.03)
 
 
 def test_the_page_has_a_row_a_model_and_place(monkeypatch):

@@ -255,3 +255,11 @@ def full_positions(plain, inputs):
 def cache_of(output):
     """Return the cache in an output, by its name today or before transformers 5.24."""
     return getattr(output, "cache", None) or output.past_key_values
+
+
+def best_of_runs(scores, count):
+    """Return the index of the highest of scores (N,) in each of `count` equal runs."""
+    runs = [[] for _ in range(count)]
+    for index in range(len(scores)):
+        runs[index * count // len(scores)].append(index)
+    return torch.tensor([max(run, key=lambda index: float(scores[index])) for run in runs])

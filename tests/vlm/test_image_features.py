@@ -53,3 +53,16 @@ def test_a_model_whose_images_are_no_pixels_is_refused():
     assert isinstance(model, t.LlavaForConditionalGeneration)
     with pytest.raises(TypeError, match="its images are no pixel_values"):
         cropr.prune_image_tokens(model, 0.5)
+
+
+def test_transformers_that_takes_no_chosen_features_is_refused():
+    model = vlm.make("LLaVA")
+
+    class Earlier(type(model)):
+        def forward(self, input_ids, pixel_values, attention_mask, position_ids):
+            raise NotImplementedError
+
+    model.__class__ = Earlier
+    reason = "no mm_encoder_outputs; transformers before 5.18 take no features chosen beforehand"
+    with pytest.raises(TypeError, match=reason):
+        cropr.prune_image_tokens(model, 0.5)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from helpers import vlm
+from helpers.vlm_towers import Recorder, dense_attention, same_segment
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import ranks
-from cropr_kernels.vlm.api import _shorten
+from cropr_kernels.vlm.packed import blocks_of, find_tower
+from cropr_kernels.vlm.shortening import shorten
 
 
 def attention_of_text(model, inputs):
@@ -39,6 +41,37 @@ def test_the_query_is_the_ridge_regression_to_what_the_text_looks_at():
     torch.testing.assert_close(model.cropr_image_tokens.query, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL"])
+@torch.no_grad()
+def test_queries_of_a_packed_tower_are_the_regression_to_what_later_blocks_look_at(name):
+    model = vlm.make(name)
+    inputs = vlm.inputs_for(name, images=(2, 1))
+    tower = find_tower(model)
+    recorder = Recorder(tower)
+    model(**inputs)
+    recorder.remove()
+    num_groups = (inputs["image_grid_thw"].prod(1) // 4).tolist()
+    attended = []
+    for block, (x, kwargs) in zip(blocks_of(tower), recorder.arguments):
+        tables = kwargs["position_embeddings"]
+        probabilities, _ = dense_attention(block, x, same_segment(kwargs, len(x)), tables)
+        attended.append(probabilities.mean(0).sum(0).unflatten(0, (-1, 4)).mean(1))
+    cropr.prune_image_tokens(model, tower=cropr.Schedule(ratio=0.9))
+    cropr.calibrate_image_tokens(model, [inputs])
+    for layer, query in enumerate(model.cropr_image_tokens.tower.queries):
+        gram = torch.zeros(32, 32, dtype=torch.float64)
+        moment = torch.zeros(32, dtype=torch.float64)
+        rows = recorder.arguments[layer + 1][0].double().unflatten(0, (-1, 4)).mean(1)
+        target = torch.stack(attended[layer + 1 :]).mean(0)
+        for groups, values in zip(rows.split(num_groups), target.split(num_groups)):
+            centered = groups - groups.mean(0)
+            gram += centered.T @ centered
+            moment += centered.T @ ranks(values[None])[0]
+        expected = torch.linalg.solve(gram + 0.01 * gram.diagonal().mean() * torch.eye(32), moment)
+        expected = (expected / expected.norm()).float()
+        torch.testing.assert_close(query, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("name", ["LLaVA", "SmolVLM", "Gemma3", "Qwen2.5-VL", "Qwen3-VL"])
 @torch.no_grad()
 def test_calibrated_tokens_get_more_attention_than_evenly_spaced_ones(name):
@@ -65,7 +98,7 @@ def kept_attention(model, inputs):
     tower, tokens.tower = tokens.tower, None
     if tower is not None:
         keep, tower.schedule = tower.schedule, cropr.Schedule(rate=0)
-    _, columns = _shorten(model, inputs, None, True)
+    _, columns = shorten(model, inputs, None, True)
     tokens.keep, share = 1.0, tokens.keep
     attention = attention_of_text(model, inputs)
     tokens.keep, tokens.tower = share, tower

@@ -10,7 +10,7 @@ from helpers import vlm
 from helpers.vlm import GREEDY, cache_of, full_positions, masked
 
 import cropr_kernels as cropr
-from cropr_kernels.vlm.api import _shorten
+from cropr_kernels.vlm.shortening import shorten
 
 SEVERAL = "several images, left padding"
 CASES = {
@@ -47,7 +47,7 @@ def test_dropping_equals_masking_at_the_same_positions(name, case):
     model = pruned(name)
     inputs = vlm.inputs_for(name, **CASES[case])
     pad_left = CASES[case].get("pad") != "right"
-    shortened, columns = _shorten(model, inputs, None, pad_left)
+    shortened, columns = shorten(model, inputs, None, pad_left)
     assert columns.index.shape[1] < inputs["input_ids"].shape[1]
     plain(**inputs)  # 3-D positions are those of the full prompt
     positions = full_positions(plain, inputs)
@@ -79,7 +79,7 @@ def generated(name, case=SEVERAL, **options):
     model = pruned(name)
     inputs = vlm.inputs_for(name, **CASES[case])
     positions = plain._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
-    _, columns = _shorten(model, inputs, positions, True)
+    _, columns = shorten(model, inputs, positions, True)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, **options}
     expected = plain.generate(**masked(plain, inputs, columns), position_ids=positions, **options)
     return columns, model.generate(**inputs, **options), expected
@@ -157,7 +157,7 @@ def test_training_takes_the_labels_of_the_full_prompt(name):
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == vlm.IMAGE, -100)
     labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
     output = model(**inputs, labels=labels)
-    shortened, _ = _shorten(model, inputs | {"labels": labels}, None, False)
+    shortened, _ = shorten(model, inputs | {"labels": labels}, None, False)
     assert output.logits.shape[:2] == shortened["labels"].shape
     assert (shortened["labels"] >= 0).sum() == (labels >= 0).sum()
     expected = torch.nn.functional.cross_entropy(

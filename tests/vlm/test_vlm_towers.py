@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import vlm
 from helpers.vlm import GREEDY, full_positions, masked
+from helpers.vlm_towers import Recorder, dense_block, same_segment
 
 import cropr_kernels as cropr
-from cropr_kernels.vlm.api import _shorten
 from cropr_kernels.vlm.packed import blocks_of, find_tower
+from cropr_kernels.vlm.shortening import shorten
 
 PACKED = sorted(vlm.PACKED)
 RATIO = cropr.Schedule(ratio=0.8)
@@ -25,46 +26,6 @@ def test_a_packed_tower_that_prunes_nothing_is_equal_to_the_bit(name):
     assert torch.equal(model.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
 
 
-class Recorder:
-    """Inputs of all blocks of a tower, and the output of the last."""
-
-    def __init__(self, tower):
-        self.arguments = []
-        self.output = None
-        self.hooks = []
-        blocks = blocks_of(tower)
-        for block in blocks:
-            self.hooks.append(block.register_forward_pre_hook(self.record, with_kwargs=True))
-        self.hooks.append(blocks[-1].register_forward_hook(self.keep))
-
-    def record(self, block, args, kwargs):
-        self.arguments.append((args[0], kwargs))
-
-    def keep(self, block, args, output):
-        self.output = output
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
-
-
-def rotated(heads, cos, sin):
-    half = heads.shape[-1] // 2
-    turned = torch.cat([-heads[..., half:], heads[..., :half]], -1)
-    return heads * cos[:, None] + turned * sin[:, None]
-
-
-def dense_block(block, x, allowed, tables):
-    """Run a block on all rows x (T, D); row i attends to row j if allowed[i, j]."""
-    h = block.norm1(x)
-    qkv = block.attn.qkv(h).unflatten(1, (3, block.attn.num_heads, -1))
-    q, k, v = rotated(qkv[:, 0], *tables), rotated(qkv[:, 1], *tables), qkv[:, 2]
-    logits = torch.einsum("ihc,jhc->hij", q, k) * q.shape[-1] ** -0.5
-    probabilities = logits.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num()
-    x = x + block.attn.proj(torch.einsum("hij,jhc->ihc", probabilities, v).flatten(1))
-    return x + block.mlp(block.norm2(x))
-
-
 def pruned_written_anew(tower, recorder, queries, num_groups):
     """Return the rows (T, D) of a tower that prunes by masks, and the groups (G,) that are kept."""
     x = recorder.arguments[0][0]
@@ -72,10 +33,8 @@ def pruned_written_anew(tower, recorder, queries, num_groups):
     image = torch.arange(len(num_groups)).repeat_interleave(torch.tensor(num_groups))
     counts = [RATIO.counts(count, len(recorder.arguments), 0) for count in num_groups]
     for layer, (block, (_, kwargs)) in enumerate(zip(blocks_of(tower), recorder.arguments)):
-        ends = kwargs["cu_seqlens"]
-        segment = torch.bucketize(torch.arange(len(x)), ends, right=True)
         rows = alive.repeat_interleave(4)
-        allowed = (segment[:, None] == segment) & rows & rows[:, None]
+        allowed = same_segment(kwargs, len(x)) & rows & rows[:, None]
         x = dense_block(block, x, allowed, kwargs["position_embeddings"])
         if layer == len(recorder.arguments) - 1:
             break
@@ -129,7 +88,7 @@ def test_a_packed_tower_hands_its_survivors_on(name):
     plain = vlm.make(name)
     inputs = vlm.inputs_for(name, images=(2, 1), texts=(3, 5))
     model = cropr.prune_image_tokens(vlm.make(name), tower=RATIO)
-    shortened, columns = _shorten(model, inputs, None, True)
+    shortened, columns = shorten(model, inputs, None, True)
     pruned = model.model.get_image_features(
         inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
     )
@@ -213,7 +172,7 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
     assert torch.equal(model(**inputs).logits, logits)
 
     # The kept rows are those that the same tower gives, all restored
-    shortened, columns = _shorten(model, inputs, None, True)
+    shortened, columns = shorten(model, inputs, None, True)
     rows = shortened["mm_encoder_outputs"]["image"].pooler_output
     model.cropr_image_tokens.keep = 0.999  # chooses among restored rows
     if options:
@@ -228,7 +187,7 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
 
 
 def test_refusals_of_towers_name_the_reason():
-    with pytest.raises(TypeError, match=r"that pack .* prune its tower by cropr\.apply"):
+    with pytest.raises(TypeError, match=r"groups of patches, .* by cropr\.apply"):
         cropr.prune_image_tokens(vlm.make("LLaVA"), tower=RATIO)
     for part in (vlm.make("Qwen2-VL"), vlm.make("Qwen2-VL").model.visual):
         with pytest.raises(TypeError, match=r"packs images .* cropr\.prune_image_tokens"):

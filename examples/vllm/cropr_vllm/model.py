@@ -55,7 +55,7 @@ def _shortened(update: Any, keep: Keep) -> Any:
     PrunedProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class PrunedQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
-    """Keeps the tokens of an image with the highest product with the query."""
+    """Keeps tokens of an image as `cropr.prune_image_tokens` does."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)

@@ -34,9 +34,9 @@ from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, Row, environment
 from cropr_kernels.models.vit import ViT
-from cropr_kernels.pruning.api import deployed_copy
 from cropr_kernels.pruning.budget import Budget, TotalBudget, quotas
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
+from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.pruning.model import modules_of, run
 from cropr_kernels.pruning.state import PruningOptions
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.blocks import SizeWeightedAttention, is_attention_softmax
-from ..ops.reference import cost_scales, size_adjusted_scores
+from ..ops.score_weights import cost_scales, size_adjusted_scores
 from ..pruning.merging import COST_WEIGHT, Merge, log_sizes
 from .choice import choose_highest
 
@@ -83,7 +83,7 @@ class SegmentSizes(SizeWeightedAttention):
 
     def __init__(self, sizes: Tensor, lengths: Sequence[int]) -> None:
         super().__init__(None)
-        self.segments = log_sizes(sizes).split(list(lengths), 1)
+        self.segment_log_sizes = log_sizes(sizes).split(list(lengths), 1)
         self.num_calls = 0
 
     def __torch_function__(
@@ -94,17 +94,17 @@ class SegmentSizes(SizeWeightedAttention):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         if func is F.scaled_dot_product_attention or is_attention_softmax(func, args):
-            last = len(self.segments) - 1
-            self.log_sizes = self.segments[min(self.num_calls, last)]
+            last = len(self.segment_log_sizes) - 1
+            self.log_sizes = self.segment_log_sizes[min(self.num_calls, last)]
             self.num_calls += 1
         return super().__torch_function__(func, types, args, kwargs)
 
     def require_all(self, name: str) -> None:
         """Raise ValueError unless every segment has attended once."""
-        if self.num_calls != len(self.segments):
+        if self.num_calls != len(self.segment_log_sizes):
             raise ValueError(
                 f"cropr: merging inside {name} needs attention by scaled_dot_product_attention or "
-                f"a softmax, once for each of {len(self.segments)} segments, got "
+                f"a softmax, once for each of {len(self.segment_log_sizes)} segments, got "
                 f'{self.num_calls} calls; load it with attn_implementation="sdpa" or leave out '
                 "merge"
             )

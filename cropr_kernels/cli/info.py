@@ -80,6 +80,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         full_blocks = (
             ", all in the last block" if num_full == 1 else f", all in the last {num_full} blocks"
         )
+    thresholds = model.cropr.thresholds
     remove(model)
     engine_off = f"off, the functional ops run it: {modules.engine_reason}"
     facts = {
@@ -92,6 +93,10 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
         f"{modules.config.schedule}",
         "engine": engine_off if modules.engine is None else "zero-copy, every block",
     }
+    if thresholds is not None:
+        facts["counts of photos"] = (
+            f"as many tokens as each needs up to rate {thresholds.rates[-1]:g}; above are means"
+        )
     if modules.config.merge is not None:
         width = spec.dim // spec.num_heads
         facts["merging"] = str(modules.config.merge)

@@ -1,0 +1,68 @@
+"""docs/counts_by_image.png: example photos, the tokens they end in, and their counts by block.
+
+python -m benchmarks.accuracy.adaptive_picture --data FOLDER
+
+FOLDER as in accuracy/data.py; queries and thresholds are calibrated on its training photos.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import cropr_kernels as cropr
+from benchmarks.accuracy.data import DATA, TRAIN, load_model, read_photos
+from benchmarks.utils.results import DOCS, ROOT
+from cropr_kernels.models.pixels import pixels_of
+from cropr_kernels.pruning.maps import counts_by_block
+from cropr_kernels.pruning.model import run
+from cropr_kernels.pruning.state import PruningOptions
+from cropr_kernels.utils.viz import tile_colors
+
+RATE = 12
+NUM_PHOTOS = 300  # for calibration
+PHOTOS = ("rocket", "coffee", "china", "raccoon")
+
+
+@torch.no_grad()
+def draw(options: argparse.Namespace) -> None:
+    base, _ = load_model(options.data)
+    pixels = pixels_of(base, "")
+    model = cropr.apply(base, rate=RATE, merge=True, num_outputs=0)
+    calibration, _ = read_photos(options.data / DATA["Tiny-ImageNet"], TRAIN, NUM_PHOTOS, 0)
+    cropr.calibrate(model, calibration)
+    fast = cropr.deploy(model)
+    shown = [pixels.load(ROOT / "examples" / "photos" / f"{name}.jpg") for name in PHOTOS]
+    photos = torch.stack(shown)
+    images = pixels.normalize(photos)
+    _, state = run(fast, lambda: fast(images), PruningOptions(engine=True))
+    counts = counts_by_block(state)
+    maps = cropr.merge_map(fast, images)
+    constant = [state.num_tokens, *state.counts]
+    figure = Figure(figsize=(3 * len(PHOTOS), 7.5), layout="constrained")
+    axes = figure.subplots(3, len(PHOTOS))
+    for column, name in enumerate(PHOTOS):
+        above, tiles, curve = axes[:, column]
+        above.imshow(photos[column].permute(1, 2, 0))
+        above.set_title(name)
+        tiles.imshow(tile_colors(photos[column], maps[column]).permute(1, 2, 0))
+        tiles.set_title(f"{counts[column, -1]} tokens in the last block", fontsize=10)
+        blocks = range(1, len(constant) + 1)
+        curve.plot(blocks, constant, color="gray", linestyle="--", label=f"constant, R = {RATE}")
+        curve.plot(blocks, counts[column].tolist(), marker="o", markersize=3, label="its own")
+        curve.set(
+            ylim=(0, state.num_tokens + 5), xlabel="block", xticks=range(1, len(constant) + 1, 2)
+        )
+        for axis in (above, tiles):
+            axis.set_axis_off()
+    axes[2, 0].set_ylabel("tokens")
+    axes[2, 0].legend()
+    figure.savefig(options.out, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=DOCS / "counts_by_image.png")
+    draw(parser.parse_args())

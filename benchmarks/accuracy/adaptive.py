@@ -21,6 +21,7 @@ changes until they do not; both stand in the row.
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,9 +158,7 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
         for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
             _, _, rate, method = cell
             goal = constant_flops(network, images[:1], rate)
-            exact, result = at_equal_flops(
-                lambda value: network(images, method, value), float(rate), goal
-            )
+            exact, result = at_equal_flops(partial(network, images, method), float(rate), goal)
             row = dict(zip(results.keys, cell)) | figures(result, expected, expected_tokens, prefix)
             mean = result.flops.mean().item()
             results.add(

@@ -34,7 +34,7 @@ def test_outputs_cover_all_positions_and_flops_are_near_the_constant_rates(netwo
         result = reduced(images, method, RATE)
         goal = constant_flops(reduced, images[:1], RATE)
     assert result.tokens.shape == (10, 65, base.embed_dim)
-    assert (result.flops.std() > 0) == (method != "constant")
+    assert (result.flops.std() > 0) == (method not in ("constant", "same quotas"))
     assert result.flops.mean().item() == pytest.approx(goal, rel=0.15)
 
 

@@ -15,7 +15,7 @@ Methods:
   batch of 32     the cheapest merges of each batch of 32, the quota times 32 a module: nothing is
                   calibrated, but an image depends on those beside it
 
-Where the mean FLOPs of a method differ by more than 0.5 % from those of the constant rate, its rate
+Where the mean FLOPs of a method differ by more than 0.7 % from those of the constant rate, its rate
 changes until they do not; both stand in the row.
 """
 
@@ -44,7 +44,7 @@ from cropr_kernels.pruning.state import PruningOptions
 
 TOGETHER = 32  # images of "batch of 32"
 METHODS = ("constant", "thresholds", "same quotas", f"batch of {TOGETHER}")
-TOLERANCE = 0.005  # of mean FLOPs
+TOLERANCE = 0.007  # of mean FLOPs
 ATTEMPTS = 3  # at a rate of equal FLOPs
 
 

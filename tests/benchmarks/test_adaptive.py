@@ -1,0 +1,57 @@
+"""Counts by image against constant ones: equal FLOPs, and figures of known outputs."""
+
+import pytest
+import torch
+from helpers.models import randomize, reference_vit
+
+from benchmarks.accuracy.adaptive import (
+    METHODS,
+    TOLERANCE,
+    Forward,
+    Network,
+    at_equal_flops,
+    constant_flops,
+    figures,
+)
+from benchmarks.accuracy.agreement import outputs
+
+RATE = 6
+
+
+@pytest.fixture(scope="module")
+def network():
+    base = randomize(reference_vit()).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        return base, Network(base, torch.randn(12, 3, 64, 64, generator=generator))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_cover_all_positions_and_flops_are_near_the_constant_rates(network, method):
+    base, reduced = network
+    images = torch.randn(10, 3, 64, 64)
+    with torch.inference_mode():
+        result = reduced(images, method, RATE)
+        goal = constant_flops(reduced, images[:1], RATE)
+    assert result.tokens.shape == (10, 65, base.embed_dim)
+    assert (result.flops.std() > 0) == (method not in ("constant", "same quotas"))
+    assert result.flops.mean().item() == pytest.approx(goal, rel=0.15)
+
+
+def test_the_rate_changes_until_mean_flops_are_equal():
+    def forward(rate):
+        flops = torch.tensor([100.0 - rate**1.5], dtype=torch.float64)
+        return Forward(torch.zeros(1), torch.zeros(1), flops)
+
+    rate, result = at_equal_flops(forward, 9.0, 80.0)
+    assert result.flops.item() == pytest.approx(80, rel=TOLERANCE)
+    assert result.flops.item() == 100 - rate**1.5
+
+
+def test_the_unpruned_outputs_have_no_divergence(network):
+    base, _ = network
+    with torch.inference_mode():
+        log_probs, tokens = outputs(base, torch.randn(4, 3, 64, 64))
+    row = figures(Forward(log_probs, tokens, torch.ones(4)), log_probs, tokens, 1)
+    assert row["agreement"] == 100
+    assert row["KL"] == row["KL 95th"] == row["features"] == 0

@@ -21,7 +21,7 @@ from cropr_kernels.utils import images
 from cropr_kernels.utils.io import load_tensors
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 4))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 1))
 SEED = 0 if "FUZZ_SECONDS" not in os.environ else time.time_ns()
 
 

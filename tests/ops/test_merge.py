@@ -369,7 +369,8 @@ def test_in_place_changes_the_targets_and_nothing_else(backend, shape, dtype):
 
 @slow_interpreted
 def test_every_run_gives_the_same_bits(kernels):
-    x, *rest, keep, prefix = problem((4, 197, 64, 80, 100, 1), torch.float32, kernels.device)
+    batch = 1 if kernels.interpreted else 4
+    x, *rest, keep, prefix = problem((batch, 197, 64, 80, 100, 1), torch.float32, kernels.device)
     first = kernels.merge(x, *rest, keep, prefix)
     for _ in range(2 if kernels.interpreted else 20):
         for got, expected in zip(kernels.merge(x, *rest, keep, prefix), first):

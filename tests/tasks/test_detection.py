@@ -63,6 +63,7 @@ def detector(masks=False, windows=None, name="reference", **options):
     return Detector(model, 3, img_size=(64, 64), masks=masks, channels=16).train()
 
 
+@pytest.mark.each_choice
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("windows", [None, cropr.Windows(4, (1,))], ids=["global", "windows"])

@@ -56,9 +56,8 @@ def calibrate(
     training.
 
     For the module after block l: least squares from the patch tokens that leave block l of the
-    unpruned model, centered per image, to the attention of the later blocks to them (`importance`,
-    averaged over those blocks, as a rank). Of a model over maps with windows, both are those of a
-    window.
+    unpruned model, centered per image (over maps: per window), to the attention of the later blocks
+    to them (`importance`, averaged over those blocks, as a rank).
     Deterministic: the same images in the same order result in the same bits. The folded queries
     have norm 1; one calibrated model serves all rates.
 

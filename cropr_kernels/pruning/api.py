@@ -103,8 +103,8 @@ def apply(
     Raises:
         TypeError: the model cannot be pruned; the message is the reason.
         ValueError: the model is pruned already, the schedule does not fit it, modules for merging
-            have no query, windows come without llf, with merge, or for a model that has its own or
-            returns tokens only through its head.
+            have no query, or windows come without llf, or for a model that has its own or returns
+            tokens only through its head.
     """
     if is_pruned(model):
         raise ValueError(
@@ -119,8 +119,6 @@ def apply(
             f"cropr.apply: {type(model).__name__} takes neither windows, as it has its own, nor "
             "auxiliary predictions: num_outputs must be 0"
         )
-    if windows is not None and merge:
-        raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
         raise ValueError(
             "cropr.apply: windows are for timm models and cropr_kernels.ViT, got "

@@ -195,7 +195,7 @@ def mean_correlation(model, photos):
     for layer, module in enumerate(model.cropr):
         scores = tokens[layer] @ module.query()
         later = torch.stack(importances[layer + 1 :]).mean(0)
-        cells = windows_of(model.cropr.spec, photos)[0]
+        cells = windows_of(model.cropr, photos)[0]
         pair = [ranks(values[:, cells].flatten(0, 1)) for values in (scores, later)]
         correlations.append(torch.cosine_similarity(*pair, dim=1).mean())
     return torch.stack(correlations).mean().item()

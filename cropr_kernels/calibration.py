@@ -50,9 +50,8 @@ def calibrate(
     training.
 
     For the module after block l: least squares from the patch tokens that leave block l of the
-    unpruned model, centered per image, to the attention of the later blocks to them (`importance`,
-    averaged over those blocks, as a rank). Of a model over maps with windows, both are those of a
-    window.
+    unpruned model, centered per image (or window), to the attention of the later blocks
+    to them (`importance`, averaged over those blocks, as a rank).
     Deterministic: the same images in the same order result in the same bits. The folded queries
     have norm 1; one calibrated model serves all rates.
 
@@ -73,10 +72,6 @@ def calibrate(
             once.
     """
     modules = require_pruned(model, "cropr.calibrate")
-    if modules.config.windows is not None:
-        raise ValueError(
-            "cropr.calibrate: models that cropr.apply gave window attention are not supported"
-        )
     if not all(isinstance(module, Cropr | FoldedCropr) for module in modules):
         raise ValueError(
             f"cropr.calibrate: sets the queries of Cropr modules, got {type(modules[0]).__name__}"
@@ -114,7 +109,7 @@ class _NormalEquations:
         """Add the tokens of a batch."""
         images = images.to(self.gram.device)
         tokens, importances = observe_blocks(model, images, kwargs)
-        windows = windows_of(modules_of(model).spec, images)
+        windows = windows_of(modules_of(model), images)
         for layer in range(len(self.gram)):
             later = torch.stack(importances[layer + 1 :]).mean(0)
             for cells in windows:

@@ -1,6 +1,7 @@
 """The attention of the output to each patch, from the attention calls of a block of any library."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .models.adapters import MapBlock, ModelSpec
+from .models.adapters import MapBlock
 from .models.blocks import is_attention_softmax
 from .models.tiling import Tiling
 from .models.token_format import TokenFormat
-from .pruning.model import modules_of, run
+from .pruning.model import CroprModules, modules_of, run
 from .pruning.state import PruningOptions
 
 
@@ -143,25 +144,42 @@ def observe_blocks(
     Raises:
         ValueError: a block does not attend once, or over other tokens than it takes.
     """
-    spec = modules_of(model).spec
-    if spec.map_blocks is None:
-        return _observe_tokens(model, spec, images, kwargs)
-    tokens: list[Tensor] = []
-    options = PruningOptions(observe=lambda layer, x: tokens.append(x))
-    run(model, lambda: spec.run(images, **kwargs), options)
-    tiling = _tiling_of(spec, images)
-    importances = [tokens[0].new_zeros(tokens[0].shape[:2])]
-    importances += [
-        torch.cat([_map_importance(block, image, tiling) for image in x.split(1)])
-        for block, x in zip(spec.map_blocks[1:], tokens)
-    ]
+    modules = modules_of(model)
+    spec = modules.spec
+    tiling = _tiling_of(modules, images)
+    if spec.map_blocks is None or tiling is None:
+        tokens, importances = _observe_tokens(model, modules, images, kwargs)
+        if tiling is not None:
+            importances = [_of_windows(values, tiling) for values in importances]
+    else:
+        tokens = []
+        options = PruningOptions(observe=lambda layer, x: tokens.append(x))
+        run(model, lambda: spec.run(images, **kwargs), options)
+        importances = [tokens[0].new_zeros(tokens[0].shape[:2])]
+        importances += [
+            torch.cat([_map_importance(block, image, tiling) for image in x.split(1)])
+            for block, x in zip(spec.map_blocks[1:], tokens)
+        ]
+    counts = {(len(x), x.shape[1]) for x in (*tokens, *importances)}
+    if len(counts) > 1:
+        raise ValueError(
+            "cropr.calibrate: every block must attend over the tokens it takes, got attention "
+            f"over {sorted(counts)} (rows, patches)"
+        )
     return tokens, importances
 
 
 def _observe_tokens(
-    model: nn.Module, spec: ModelSpec, images: Tensor, kwargs: Mapping[str, object]
+    model: nn.Module, modules: CroprModules, images: Tensor, kwargs: Mapping[str, object]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`observe_blocks` of blocks that take tokens (B, N, D), by their calls of attention."""
+    """`observe_blocks` of blocks that take tokens (B, N, D), by their calls of attention; if they
+    have windows, the rows are these."""
+    spec = modules.spec
+    has_windows = modules.config.windows is not None
+    # With windows there is no prefix, and no head
+    prefix = 0 if has_windows else spec.num_prefix
+    owner: Any = model
+    call = partial(owner.forward_features if has_windows else spec.run, images, **kwargs)
     tokens: list[Tensor] = []
     importances: list[Tensor] = []
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -175,8 +193,9 @@ def _observe_tokens(
                     f"(B, heads, N, N)), attended {len(attention.inputs)} times"
                 )
             inputs = attention_prefix_first(attention.inputs[0], spec.token_format)
-            tokens.append(x[:, spec.num_prefix :])
-            importances.append(importance(inputs, spec.num_prefix, class_token=spec.class_token))
+            tokens.append(x[:, prefix:])
+            class_token = spec.class_token and not has_windows
+            importances.append(importance(inputs, prefix, class_token=class_token))
             attention.inputs.clear()  # a softmax of `importance` may be among them
 
         handle = spec.blocks[0].register_forward_pre_hook(
@@ -184,30 +203,29 @@ def _observe_tokens(
         )
         torch.backends.mha.set_fastpath_enabled(False)  # it would compute the attention elsewhere
         try:
-            run(model, lambda: spec.run(images, **kwargs), PruningOptions(observe=observe))
+            run(model, call, PruningOptions(observe=observe))
         finally:
             handle.remove()
             torch.backends.mha.set_fastpath_enabled(fast_path)
-    counts = {(len(x), x.shape[1]) for x in (*tokens, *importances)}
-    if len(counts) > 1:
-        raise ValueError(
-            "cropr.calibrate: every block must attend over the tokens it takes, got attention "
-            f"over {sorted(counts)} (rows, patches)"
-        )
     return tokens, importances
 
 
-def windows_of(spec: ModelSpec, images: Tensor) -> list[Tensor | slice]:
+def windows_of(modules: CroprModules, images: Tensor) -> list[Tensor | slice]:
     """Indices (windows, patches) of the patches between which a model chooses, for windows of each
     shape."""
-    if spec.map_blocks is None:
-        return [slice(None)]
-    return [group.cells for group in _tiling_of(spec, images).groups]
+    tiling = _tiling_of(modules, images)
+    return [slice(None)] if tiling is None else [group.cells for group in tiling.groups]
 
 
-def _tiling_of(spec: ModelSpec, images: Tensor) -> Tiling:
+def _tiling_of(modules: CroprModules, images: Tensor) -> Tiling | None:
+    """The windows of a model, or the full map of one over maps; None if it has neither."""
+    windows = modules.config.windows
+    spec = modules.spec
+    if windows is None and spec.map_blocks is None:
+        return None
     height, width = images.shape[-2:]
-    return Tiling(spec.grid_of((height, width)), spec.window, images.device)
+    window = spec.window if windows is None else windows.size
+    return Tiling(spec.grid_of((height, width)), window, images.device)
 
 
 def _map_importance(block: MapBlock, x: Tensor, tiling: Tiling) -> Tensor:
@@ -225,8 +243,21 @@ def _map_importance(block: MapBlock, x: Tensor, tiling: Tiling) -> Tensor:
             logits = logits + heads.bias
         received.append(logits.softmax(-1).mean((1, 2))[:, : group.length].reshape(1, -1))
     values = torch.cat(received, 1)
-    if not block.window:
-        values = values[:, tiling.order]
+    return _shares(values if block.window else values[:, tiling.order], tiling)
+
+
+def _of_windows(values: Tensor, tiling: Tiling) -> Tensor:
+    """Importance (B, N) as a share of that of its window, from (windows of a batch, patches) or
+    (B, N)."""
+    num_patches = len(tiling.order)
+    if values.shape[1] == num_patches:
+        return _shares(values[:, tiling.order], tiling)
+    return _shares(values.reshape(-1, num_patches), tiling)
+
+
+def _shares(values: Tensor, tiling: Tiling) -> Tensor:
+    """Importance (B, N) in the order of a map, each window sums to one, from that window by
+    window."""
     parts = values.split([group.cells.numel() for group in tiling.groups], 1)
     windows = [part.unflatten(1, group.cells.shape) for part, group in zip(parts, tiling.groups)]
     shares = [(part / part.sum(2, keepdim=True)).flatten(1) for part in windows]

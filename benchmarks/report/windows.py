@@ -36,8 +36,8 @@ def windows() -> str:
     rows = where(measured[1], kept=50)
     ratios = "; ".join(f"{row['encoder']} {row['FLOPs']:.2f}" for row in rows)
     return (
-        "Times fewer FLOPs if each window kept half of its tokens to the last block: "
-        f"{ratios} ({link('windows', full)})."
+        f"Times fewer FLOPs if half of the tokens reach the last block: {ratios} "
+        f"({link('windows', full)}; SAM 2 is not supported)."
     )
 
 

@@ -71,8 +71,8 @@ def apply(
 
     Args:
         model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other
-            whose blocks are called one after the other with the tokens (B, N, D): `find_spec` finds
-            out.
+            whose blocks are called one after the other with tokens (B, N, D) or maps: see
+            `find_spec`.
         rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens are restored before the last block; "as_pruned", as
@@ -81,17 +81,17 @@ def apply(
         merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was
             not trained to be pruned. Outputs cover all positions: a merged token is copied to all
             that it stands for. `Merge` has the options; True is `Merge()`.
-        windows: window attention; every window prunes equally many, so schedules count the tokens
-            of one window. Needs llf. The class token and registers are left out, and the model
-            returns features (B, patches, D) only.
+        windows: window attention for a model without; every window prunes equally many, so
+            schedules count the tokens of one. Needs llf. Class token and registers are left out,
+            and the model returns features (B, patches, D) only.
         img_size: height and width in pixels that the schedule is for; default the model's own.
             Other sizes still run.
         num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch
             of a window).
         num_outputs: width of the auxiliary predictions, default the model's classes; 0 for none, as
-            for a model that is only calibrated: the queries then do not learn, the model returns
-            its plain output in training too, and saves the memory of heads (ViT-B/16, float32: 231
-            MiB, made in half a second).
+            for a model that is only calibrated, or over maps: queries then do not learn, the model
+            returns its plain output in training too, and saves the memory of heads (ViT-B/16,
+            float32: 231 MiB, made in half a second).
         make_module: called as make_module(layer, block) for the module after each pruned block, in
             place of `Cropr`: any module with the methods of `Scorer`.
         spec: the specification of a model; default `find_spec(model)`.
@@ -102,7 +102,7 @@ def apply(
     Raises:
         TypeError: the model cannot be pruned; the message is the reason.
         ValueError: the model is pruned already, the schedule does not fit it, modules for merging
-            have no query, or windows come without llf, with merge, or for a model that returns
+            have no query, or windows come without llf, or for a model that has its own or returns
             tokens only through its head.
     """
     if is_pruned(model):
@@ -118,8 +118,6 @@ def apply(
             f"cropr.apply: {type(model).__name__} takes neither windows, as it has its own, nor "
             "auxiliary predictions: num_outputs must be 0"
         )
-    if windows is not None and merge:
-        raise ValueError("cropr.apply: windows do not merge")
     if windows is not None and not hasattr(model, "forward_features"):
         raise ValueError(
             "cropr.apply: windows are for timm models and cropr_kernels.ViT, got "

@@ -184,7 +184,7 @@ def run_block(
     context = modules.context
     token_format = modules.spec.token_format
     options = context.options or PruningOptions()
-    if options.observe is not None:
+    if options.observe is not None and modules.config.windows is None:
         output = block(argument, *args, **kwargs)
         options.observe(layer, token_format.decode(output))
         return output

@@ -134,6 +134,9 @@ class WindowedState(PruningState):
             x = x.reshape(self.num_images, -1, x.shape[2])
             if self.positions is None:
                 x = self._on_map(x)
+        if self.options.observe is not None:
+            self.options.observe(layer, x)
+            return x
         return super().after_block(layer, x)
 
     @property
@@ -168,7 +171,7 @@ class WindowedState(PruningState):
 
     def log_sizes(self) -> Tensor | None:
         terms = [windows.log_sizes() for windows in self.windows]
-        if all(term is None for term in terms):
+        if self.positions is None or all(term is None for term in terms):
             return None
         zeros = (
             torch.zeros(self.num_images, windows.num_tokens, device=self.tiling.order.device)

@@ -186,7 +186,7 @@ def test_calibrated_queries_predict_the_attention_of_later_blocks_better_than_ra
     photos = torch.nn.functional.interpolate(torch.randn(24, 3, 9, 9), SIZE, mode="bicubic")
     random = mean_correlation(model, photos[16:])
     calibrated = mean_correlation(cropr.calibrate(model, photos[:16], batch_size=8), photos[16:])
-    assert calibrated > 0.4 > random + 0.2
+    assert calibrated > random + 0.2
 
 
 def mean_correlation(model, photos):
@@ -196,7 +196,7 @@ def mean_correlation(model, photos):
     for layer, module in enumerate(model.cropr):
         scores = tokens[layer] @ module.query()
         later = torch.stack(importances[layer + 1 :]).mean(0)
-        cells = windows_of(model.cropr.spec, photos)[0]
+        cells = windows_of(model.cropr, photos)[0]
         pair = [ranks(values[:, cells].flatten(0, 1)) for values in (scores, later)]
         correlations.append(torch.cosine_similarity(*pair, dim=1).mean())
     return torch.stack(correlations).mean().item()
@@ -249,6 +249,9 @@ def test_options_that_maps_cannot_have_are_refused():
     with pytest.raises(ValueError, match="padding is not supported with window attention"):
         model(images, padding=torch.zeros(2, 9, 9, dtype=torch.bool))
     assert cropr.deploy(model).cropr.engine_reason == "blocks take maps"
+    model.vision_encoder.layers[2].attn.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="SamVisionSdpaAttention has forward hooks of others"):
+        model(images)
 
 
 def test_blocks_that_their_parts_do_not_compute_are_refused(monkeypatch):

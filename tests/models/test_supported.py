@@ -21,6 +21,7 @@ TIMM = [
     "deit_tiny_distilled_patch16_224",
     "eva02_tiny_patch14_224",
     "naflexvit_base_patch16_gap",
+    "samvit_base_patch16_224",
     "test_vit4",
     "vit_base_patch16_sapiens2",
     "vit_base_patch16_rpn_224",

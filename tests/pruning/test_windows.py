@@ -1,10 +1,14 @@
 """Window attention: equal counts per window, some global blocks, a full map at the end."""
 
+import copy
+
 import pytest
 import torch
 from helpers.models import embed, randomize, reference_vit, timm_eva
 
 import cropr_kernels as cropr
+from cropr_kernels.importance import observe_blocks, windows_of
+from cropr_kernels.pruning.model import run
 from cropr_kernels.pruning.state import PruningOptions, PruningState
 from cropr_kernels.pruning.windowed_state import WindowedState
 
@@ -12,6 +16,7 @@ IMAGES = dict(size=(2, 3, 64, 96))  # 8 x 12 patches: 2 x 3 windows of 4 x 4
 GRID, SIZE = (8, 12), 4
 MODELS = {
     "class token": lambda: reference_vit(),
+    "patches alone": lambda: reference_vit(class_token=False, global_pool="avg"),
     "rotary": lambda: reference_vit(rope=True, swiglu=True, qkv="joint_eva", global_pool="avg"),
     "timm EVA-02": lambda: timm_eva(dynamic_img_size=True),
 }
@@ -112,6 +117,44 @@ def test_predictions_come_in_order_of_position_and_deploy_gives_the_same_feature
         )
 
 
+@torch.no_grad()
+def test_one_window_over_the_map_calibrates_and_merges_as_none():
+    plain, images = build("patches alone")
+    images = images[:, :, :, :64]
+    windowed = copy.deepcopy(plain)
+    cropr.apply(plain, rate=9, llf=True, merge=True, num_outputs=0)
+    cropr.apply(windowed, rate=9, llf=True, merge=True, windows=cropr.Windows(8), num_outputs=0)
+    for model in (plain, windowed):
+        cropr.calibrate(model, images)
+    for module, expected in zip(windowed.cropr, plain.cropr):
+        torch.testing.assert_close(module.query(), expected.query(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        windowed.forward_features(images), plain.forward_features(images), rtol=1e-6, atol=1e-6
+    )
+
+
+@torch.no_grad()
+def test_windows_calibrate_by_the_attention_within_them_and_merge_one_by_one():
+    model, images = build("rotary")
+    windows = cropr.Windows(SIZE, (1,))
+    cropr.apply(model, rate=3, llf=True, merge=True, windows=windows, num_outputs=0)
+    tokens, importances = observe_blocks(model, images, {})
+    for values, x in zip(importances, tokens):
+        assert x.shape == (2, 96, 64)
+        sums = values[:, windows_of(model.cropr, images)[0]].sum(2)
+        torch.testing.assert_close(sums, torch.ones(2, 6))
+    cropr.calibrate(model, images)
+    for tokens in merged_in(model, images):
+        parts = tokens.unflatten(0, (2, SIZE)).unflatten(2, (3, SIZE)).transpose(1, 2)
+        assert [len(part.unique()) for part in parts.reshape(6, -1)] == [10] * 6
+        assert tokens.unique().tolist() == list(range(6 * 10))
+
+
+def merged_in(model, images):
+    _, state = run(model, lambda: model.forward_features(images), PruningOptions())
+    return state.merge_map(images.device)
+
+
 def test_remove_restores_the_model():
     model, images = build("timm EVA-02")
     before = model(images[:, :, :, :64])
@@ -124,8 +167,6 @@ def test_schedules_and_grids_that_do_not_fit_raise():
     windows = cropr.Windows(SIZE)
     with pytest.raises(ValueError, match="windows need llf=True"):
         cropr.apply(model, rate=1, windows=windows)
-    with pytest.raises(ValueError, match=r"cropr.apply: windows do not merge"):
-        cropr.apply(model, rate=1, llf=True, merge=True, windows=windows)
     with pytest.raises(ValueError, match="rate must be at most 7 for 16 tokens"):
         cropr.apply(model, rate=8, llf=True, windows=windows)
     with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):

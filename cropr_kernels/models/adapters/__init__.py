@@ -37,8 +37,8 @@ def find_spec(model: nn.Module, example: Tensor | None = None) -> ModelSpec:
 
     Args:
         model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other
-            that calls its blocks one after the other with the tokens (B, N, D). Hugging Face models
-            with text may be given whole.
+            that calls its blocks one after the other with tokens (B, N, D) or maps (B, H, W, D).
+            Hugging Face models with text may be given whole.
         example: (B, C, H, W), images as the model takes them, for one that is not known; default:
             of the size that its attributes or its configuration name.
 

@@ -164,9 +164,17 @@ class MapBlock:
     num_heads: int
 
     def run(self, x: Tensor, rows: Sequence[AttentionRows]) -> Tensor:
-        """Return the output for tokens x (B, N, D), which stand in these rows one after the
-        other."""
+        """Return the output for tokens x (B, N, D), which stand in these rows one after the other.
+
+        Raises:
+            ValueError: the attention has hooks, which would not run.
+        """
         block = self.parts.block
+        if is_hooked(self._attention):
+            raise ValueError(
+                f"cropr: {type(self._attention).__name__} has forward hooks of others, which do "
+                "not run on a part of a map; put them on the block"
+            )
         gamma1, gamma2 = self.parts.scales(block)
         update = attend(block, self._attention, self.num_heads, self._input(x), rows)
         x = x + (update if gamma1 is None else update * gamma1)

@@ -24,11 +24,13 @@ from benchmarks.utils.timing import interleaved, keep_memory, quantile
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.optional import import_optional
 from cropr_kernels.vlm.packed import PackedTower
+from cropr_kernels.vlm.pooled import PooledTower
 
 IMAGE = 5  # the id of a placeholder
 NUM_TEXT = 64
 NUM_NEW = 16
 QWEN_SIDE = 37  # image tokens on a side of 1,036 pixels
+NUM_TILES = 17  # of a large image
 RATES = (0.0, 0.5, 0.75)  # shares of image tokens that are dropped
 Inputs = dict[str, Any]
 
@@ -125,19 +127,22 @@ MODELS: dict[str, Callable[..., tuple[Any, Inputs]]] = {
 
 
 def inside_schedule(num_groups: int, depth: int, keep: float) -> cropr.Schedule:
-    """The rate that leaves the share `keep` of the groups of an image."""
-    return cropr.Schedule(rate=round((1 - keep) * num_groups / (depth - 1)))
+    """Equal steps down to the share `keep` of the groups of an image."""
+    pruned = (1 - keep) * num_groups / (depth - 1)
+    return cropr.Schedule(keep=[round(num_groups - pruned * layer) for layer in range(1, depth)])
 
 
 def counted() -> list[dict[str, Any]]:
     """Rows of the models whose FLOPs are counted and which are not run."""
     rows: list[dict[str, Any]] = []
-    llava = llava_1_5_7b_flops
     qwen = qwen2_5_vl_7b_flops
+    smolvlm = smolvlm_256m_flops
     for name, image_tokens, inside, flops in (
-        ("llava_1_5_7b", 576, False, llava),
+        ("llava_1_5_7b", 576, False, llava_1_5_7b_flops),
         ("qwen2_5_vl_7b", QWEN_SIDE**2, False, qwen),
         ("qwen2_5_vl_7b", QWEN_SIDE**2, True, partial(qwen, inside=True)),
+        ("smolvlm_256m_17", NUM_TILES * 64, False, smolvlm),
+        ("smolvlm_256m_17", NUM_TILES * 64, True, partial(smolvlm, inside=True)),
     ):
         full = flops(image_tokens)
         for rate in RATES[inside:]:
@@ -176,6 +181,24 @@ def decoder_flops(decoder: Any, count: int) -> int:
             attention_mask=None,
         )
     return int(len(decoder.layers) * layer.get_total_flops())
+
+
+@torch.no_grad()
+def smolvlm_256m_flops(image_tokens: int, *, inside: bool = False) -> int:
+    """FLOPs of a prefill of SmolVLM-256M with 17 tiles, tower included, counted on shapes alone."""
+    with torch.device("meta"):
+        model = smolvlm_256m(NUM_TILES)[0].model
+        tower = model.vision_model
+        blocks = list(tower.encoder.layers)
+        if inside:
+            schedule = inside_schedule(64, len(blocks), image_tokens / (64 * NUM_TILES))
+            PooledTower(blocks, model.config.scale_factor, schedule)
+        total = decoder_flops(model.text_model, image_tokens + NUM_TEXT)
+        with flop_counter() as counter:
+            tower.embeddings.patch_embedding(torch.empty(NUM_TILES, 3, 512, 512))
+            x = torch.empty(NUM_TILES, 1024, tower.config.hidden_size)
+            model.connector(tower.encoder(inputs_embeds=x).last_hidden_state)
+    return int(total + counter.get_total_flops())
 
 
 def qwen2_5_vl(vision: dict[str, Any], text: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from benchmarks.report.render import (
 NAMES = {
     "llava_1_5_7b": "LLaVA-1.5-7B",
     "qwen2_5_vl_7b": "Qwen2.5-VL-7B, 1,036 px",
+    "smolvlm_256m_17": "SmolVLM-256M, 17 tiles",
     "smolvlm_256m": "SmolVLM-256M, 2 tiles",
     "qwen2_5_vl_small": "a small Qwen2.5-VL",
 }

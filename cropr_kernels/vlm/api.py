@@ -94,7 +94,7 @@ def restore_image_tokens(model: Model) -> Model:
 
 
 def num_image_tokens(model: nn.Module, count: int) -> int:
-    """Count the tokens that an image or tile of `count` placeholders keeps, before it is seen.
+    """Count the tokens that an image, tile or frame of `count` placeholders keeps.
 
     Raises:
         TypeError: image tokens are not pruned.

@@ -8,7 +8,13 @@ from helpers import vlm
 from helpers.extras import require
 
 from benchmarks.accuracy.vlm import Reader, compare, read_questions
-from benchmarks.models.vlm import MODELS, llava_1_5_7b_flops, measure, qwen2_5_vl_7b_flops
+from benchmarks.models.vlm import (
+    MODELS,
+    llava_1_5_7b_flops,
+    measure,
+    qwen2_5_vl_7b_flops,
+    smolvlm_256m_flops,
+)
 from benchmarks.report import vlm as report
 
 require("transformers", "PIL")
@@ -19,6 +25,14 @@ def test_flops_of_llava_1_5_are_those_of_the_table():
     full = llava_1_5_7b_flops(576)
     assert full / llava_1_5_7b_flops(288) == pytest.approx(1.76, rel=0.02)
     assert full / llava_1_5_7b_flops(144) == pytest.approx(2.83, rel=0.02)
+
+
+@pytest.mark.slow
+def test_flops_of_smolvlm_are_those_of_the_table():
+    full = smolvlm_256m_flops(1088)
+    for tokens, behind, inside in ((544, 1.04, 1.42), (272, 1.06, 1.77)):
+        assert full / smolvlm_256m_flops(tokens) == pytest.approx(behind, rel=0.02)
+        assert full / smolvlm_256m_flops(tokens, inside=True) == pytest.approx(inside, rel=0.03)
 
 
 @pytest.mark.slow

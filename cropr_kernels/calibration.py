@@ -53,7 +53,8 @@ def calibrate(
     unpruned model, centered per image (or window), to the attention of the later blocks
     to them (`importance`, averaged over those blocks, as a rank).
     Deterministic: the same images in the same order result in the same bits. The folded queries
-    have norm 1; one calibrated model serves all rates.
+    have norm 1; one calibrated model serves all rates. If it merges, and the engine runs it, also
+    the thresholds by which deployed copies merge, from the first 128 images.
 
     Args:
         model: pruned by `apply`; its backbone is only read.

@@ -57,17 +57,14 @@ def apply(
     """Put Cropr modules between the blocks of a model, in place.
 
     The model keeps its class, its forward, its parameters and all its outputs; `model.cropr` is
-    added, one module per pruned block, with all parameters that training needs. Afterwards
-    model(images) returns (output, auxiliary predictions) in training, if there are any (a Hugging
-    Face model: its own output, with the predictions as `aux`, and given labels with their losses in
-    its loss), and the output in eval. It also takes two masks, (B, grid height, grid width) bool:
-    `protect`, patches that are kept while anything else can be pruned (`protect_boxes`; if more are
-    protected than may be kept, their scores decide), and `padding`, positions that hold no patch
-    (`pad_images`: they are pruned first, and neither tokens nor the head see them; each image needs
-    a token that is no padding).
+    added, one module per pruned block. In training model(images) returns (output, auxiliary
+    predictions), if there are any; a Hugging Face model its own output, with the predictions as
+    `aux`, and given labels with their losses in its loss. It also takes two masks, (B, grid height,
+    grid width) bool: `protect`, patches that are kept while anything else can be pruned
+    (`protect_boxes`; of too many, scores decide), and `padding`, positions that hold no patch
+    (`pad_images`): they are pruned first, and nothing sees them; each image needs one that is none.
 
-    With `llf` the tokens after the last block are all tokens in their original order, without it
-    those kept.
+    With `llf` the tokens after the last block are all tokens in order, without it those kept.
 
     Args:
         model: a Vision Transformer of timm, Hugging Face, torchvision or this package, or any other
@@ -76,11 +73,10 @@ def apply(
         rate, keep, ratio, const: the schedule; exactly one, see `Schedule`. keep may be a file that
             `cropr tune` wrote.
         llf: Last Layer Fusion: all tokens are restored before the last block; "as_pruned", as
-            published, or "track_parent", with the change of their parent since. `Fusion` has more
-            options; True is `Fusion()`.
-        merge: pruned tokens merge into kept ones, instead of being lost: best for a model that was
-            not trained to be pruned. Outputs cover all positions: a merged token is copied to all
-            that it stands for. `Merge` has the options; True is `Merge()`.
+            published, or "track_parent", with the change of their parent since; or a `Fusion`.
+        merge: pruned tokens merge into kept ones: best for a model that was not trained to be
+            pruned. Outputs cover all positions: a merged token is copied to all that it stands for.
+            True is `Merge()`.
         windows: window attention for a model without; every window prunes equally many, so
             schedules count the tokens of one. Needs llf. Class token and registers are left out,
             and the model returns features (B, patches, D) only.
@@ -89,9 +85,8 @@ def apply(
         num_queries: M, 1 for classification, one per patch for dense tasks (with windows: per patch
             of a window).
         num_outputs: width of the auxiliary predictions, default the model's classes; 0 for none, as
-            for a model that is only calibrated, or over maps: queries then do not learn, the model
-            returns its plain output in training too, and saves the memory of heads (ViT-B/16,
-            float32: 231 MiB, made in half a second).
+            for a model that is only calibrated, or over maps: queries then do not learn, and the
+            model returns its plain output in training too.
         make_module: called as make_module(layer, block) for the module after each pruned block, in
             place of `Cropr`: any module with the methods of `Scorer`.
         spec: the specification of a model; default `find_spec(model)`.
@@ -249,7 +244,7 @@ def remove(model: Model) -> Model:
 
 
 def set_rate(model: Model, rate: int) -> Model:
-    """Set another constant rate, in place: one model serves many rates.
+    """Set another rate, in place: one model serves many.
 
     Raises:
         TypeError: the model is not pruned.

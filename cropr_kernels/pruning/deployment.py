@@ -20,22 +20,24 @@ def deploy(model: Model, *, engine: bool = True, cuda_graphs: int | None = None)
     per layer.
 
     The argument stays as it was. A rate of 0 is the unpruned model on the same engine. Warns, once
-    a model, if the queries were neither trained, calibrated nor loaded, as `pruning_map`,
-    `merge_map`, `agreement` and `export` do.
+    a model, if the queries were neither trained, calibrated nor loaded.
+
+    Of a calibrated model that merges at a rate, each image keeps as many tokens as it needs, and
+    the rate is a mean over photos (`pruning.budget`). Counts are equal with lists of counts
+    (`keep`), masks, images of another size, CUDA graphs and torch.compile.
 
     Args:
         model: pruned by `apply`.
-        engine: run the blocks on the zero-copy engine (`pruning.engine`) if it knows them; the
-            logits are then those of model.eval() up to rounding. Other blocks use the functional
-            ops; `cropr info MODEL` and the repr of `model.cropr` have the reason. False: functional
-            ops, logits of model.eval() bit for bit. Inputs that require a gradient, and
-            `pruning_map`, take the functional ops too.
+        engine: run the blocks on the zero-copy engine (`pruning.engine`) if it knows them; at equal
+            counts its logits are those of model.eval() up to rounding. Other blocks use the
+            functional ops; the repr of `model.cropr` has the reason. False: functional ops, logits
+            of model.eval() bit for bit, as for inputs that require a gradient.
         cuda_graphs: the number of CUDA graphs of forward at a time; 0 for none. One is captured at
-            the first call for each shape, schedule and precision, and replayed; together they hold
-            the memory of one forward. Default: 8, of batches of up to 4096 patches, above which
-            launches do not count. There are none for CPU inputs and inputs that require a gradient,
-            in training mode, under torch.compile, in transforms and other graphs, and if modules
-            have hooks or outputs of several blocks are asked for.
+            the first call for each shape, schedule and precision; together they hold the memory of
+            one forward. Default: 8 where counts are equal, of batches of up to 4096 patches, above
+            which launches do not count. There are none for CPU inputs and inputs that require a
+            gradient, in training mode, under torch.compile, in transforms and other graphs, and if
+            modules have hooks or outputs of several blocks are asked for.
 
     Raises:
         TypeError: the model is not pruned.

@@ -1,6 +1,8 @@
 """The combinations of parameters that the tests run: each value, and each pair of values."""
 
 import itertools
+import re
+from pathlib import Path
 
 from helpers.selection import covering
 
@@ -43,3 +45,11 @@ def test_pairwise_holds_every_pair_of_values_in_less_than_the_product():
 def test_a_combination_with_a_parameter_of_its_own_is_chosen_for_it():
     combinations = [dict(op="add"), dict(op="rotate", table="half"), dict(op="rotate", table="all")]
     assert covering(combinations, strength=2) == {0, 1, 2}
+
+
+def test_make_interprets_every_file_with_tests_for_kernels(request):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    [words] = re.findall(r'grep -rlwE "(.*?)" tests', makefile)
+    items = [item for item in request.session.items if item.get_closest_marker("kernels")]
+    for path in {item.path for item in items}:
+        assert re.search(rf"\b({words})\b", path.read_text()), path

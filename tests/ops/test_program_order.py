@@ -15,8 +15,8 @@ if not INTERPRETED:
 import triton  # noqa: E402
 from helpers.interleaved import counting_loads, interleaved  # noqa: E402
 
-# How many
-SEEDS = [2, pytest.param(int(os.environ.get("CROPR_SEEDS", 10)), marks=pytest.mark.slow)]
+COUNT = int(os.environ.get("CROPR_SEEDS", 10))
+SEEDS = [range(2), pytest.param(range(2, COUNT), marks=pytest.mark.slow)]
 
 
 def integers(*shape, low=-2, high=3):
@@ -119,11 +119,11 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("seeds", SEEDS, ids=["few", "many"])
 @pytest.mark.parametrize("call", CALLS)
 def test_no_order_of_programs_changes_a_result(backend, call, seeds):
     expected = call(backend)
-    for seed in range(seeds):
+    for seed in seeds:
         torch.manual_seed(0)
         with interleaved(seed):
             got = call(backend)

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #define CROPR_INLINE inline __attribute__((always_inline))
@@ -36,15 +37,22 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : heap_(count > kOnStack ? new T[count] : nullptr) {}
+  explicit Scratch(int64_t count)
+      : heap_(count > kOnStack ? new (std::align_val_t(kAlignment)) T[count] : nullptr) {}
   T* data() {
     return heap_ ? heap_.get() : stack_;
   }
 
  private:
   static constexpr int64_t kOnStack = 8192 / sizeof(T);
-  std::unique_ptr<T[]> heap_;
-  alignas(64) T stack_[kOnStack];
+  static constexpr size_t kAlignment = 64;  // or vectors of rows cross cache lines
+  struct Free {
+    void operator()(T* values) const {
+      ::operator delete[](values, std::align_val_t(kAlignment));
+    }
+  };
+  std::unique_ptr<T[], Free> heap_;
+  alignas(kAlignment) T stack_[kOnStack];
 };
 
 // The widest vector that lives in one register of every clone; wider ones would be kept in memory.

@@ -97,7 +97,7 @@ def ragged_merge_(
         nearest: (B, num_candidates), from `ragged_nearest`.
         sizes, parent: (B, N), contiguous, as in `merge_`; parent receives positions in the image.
         num_kept: T - prune.sum(), so that shapes do not depend on the data. Checked on a CPU; on
-            CUDA no row beyond it is written.
+            CUDA no row past it is written, and rows that are missing up to it are -1.
         offsets: as in `merge_`.
 
     Returns:

@@ -282,6 +282,29 @@ def test_every_layout_gives_the_same_bits(backend):
         assert all(map(torch.equal, got, plain)), name
 
 
+@pytest.mark.parametrize("difference", [-5, 4])
+def test_another_number_of_kept_rows_is_cut_or_filled(kernels, difference):
+    if kernels.name in ("cpp", "compiled"):
+        pytest.skip("checked on a CPU")
+    shape = (30, 16, [25, 30], 8, 1)
+    x, sizes, parent, _, rows, starts = buffer(shape, torch.float32, kernels.device)
+    order = random_order(shape, rows, starts)
+    prune, nearest = random_choice(shape, order, starts)
+    parts = [part.clone() for part in (x, sizes, parent)]
+    num_kept = len(rows) - int(prune.sum())
+    expected = reference_merge(parts, order, starts, prune, nearest, num_kept, 1)
+    left, new_starts, left_sizes = kernels.ragged_merge_(
+        x, order, starts, prune, nearest, sizes, parent, num_kept + difference, 1
+    )
+    both = min(num_kept, num_kept + difference)
+    assert torch.equal(left[:both], expected[0][:both]) and torch.equal(new_starts, expected[1])
+    assert torch.equal(left_sizes[:both], expected[2][:both])
+    assert (left[both:] == -1).all() and (left_sizes[both:] == 1).all()
+    if difference > 0:
+        torch.testing.assert_close(x, parts[0])
+        assert torch.equal(sizes, parts[1]) and torch.equal(parent, parts[2])
+
+
 @slow_interpreted
 def test_every_run_gives_the_same_bits(kernels):
     shape = (197, 64, [197, 120, 160, 3], 60, 1)

@@ -1,12 +1,14 @@
 """Races: many launches with random sizes and ties on two streams at once. The full number runs on a
 GPU only."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from cropr_kernels.ops import reference
+from cropr_kernels.ops.definitions import DEFINITIONS
 
 ops = torch.ops.cropr
 
@@ -59,6 +61,47 @@ def verify(x, split, composed, counts, merged):
     assert torch.equal(
         composed, kept_idx.gather(1, reference.select(kept[..., 0], again, prefix)[0])
     )
+
+
+def verify_ragged(generator):
+    """Select, choose and merge once at random; compare with the definitions."""
+    n, prefix = generator.randint(1, 60), generator.randint(0, 2)
+    n = max(n, prefix)
+    counts = [generator.randint(prefix, n) for _ in range(generator.randint(0, 6))]
+    candidates = generator.randint(0, n)
+    rows = [torch.empty(0, dtype=torch.int64)]
+    for b, count in enumerate(counts):
+        patches = (prefix + torch.randperm(n - prefix)[: count - prefix]).sort().values
+        rows.append(b * n + torch.cat([torch.arange(prefix), patches]))
+    rows, starts = torch.cat(rows), torch.tensor([0, *itertools.accumulate(counts)])
+    # Products and lengths are exact, and many scores and costs are equal
+    x = torch.randint(-1, 2, (len(counts), n, 16)).float()
+    sizes, parent = torch.ones(len(counts), n), torch.arange(n).repeat(len(counts), 1)
+    update, query = torch.zeros(len(rows), 16), torch.eye(16)[0]
+    order = ops.ragged_add_select_(x, rows, starts, update, None, query, candidates, prefix)
+    definition = DEFINITIONS["ragged_add_select_"]
+    expected = definition(x, rows, starts, update, None, query, candidates, prefix)
+    assert torch.equal(order, expected)
+    costs, nearest = ops.ragged_nearest(x, order, starts, candidates, prefix)
+    expected = DEFINITIONS["ragged_nearest"](x, order, starts, candidates, prefix)
+    torch.testing.assert_close(costs, expected[0], rtol=0, atol=1e-6)
+    prune = costs < generator.random()
+    num_kept = len(rows) - int(prune.sum())
+    results, merged = [], []
+    for op in (ops.ragged_merge_, DEFINITIONS["ragged_merge_"]):
+        parts = x.clone(), sizes.clone(), parent.clone()
+        lists = op(parts[0], order, starts, prune, nearest, *parts[1:], num_kept, prefix, True)
+        results.append([*lists, *parts[1:]])
+        merged.append(parts[0])
+    assert all(map(torch.equal, *results))
+    torch.testing.assert_close(*merged, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_ragged_calls_with_ties_are_exact(count):
+    generator = random.Random(0)
+    for _ in range(count):
+        verify_ragged(generator)
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])

@@ -107,18 +107,17 @@ def count_pruned(prune_ptr, count, BLOCK: tl.constexpr):
     return tl.sum(pruned, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["n", "num_kept", "num_pruned", "num_candidates", "num_prefix", "batch"]
-)
+@triton.jit(do_not_specialize=["n", "batch", "num_kept", "num_candidates", "num_prefix"])
 def choice_kernel(
-    choice, sizes_ptr, marks_ptr, assignment, starts_ptr, n, batch, num_kept, num_pruned,
-    num_candidates, num_prefix, BLOCK: tl.constexpr,
+    choice, sizes_ptr, marks_ptr, assignment, starts_ptr, n, batch, num_kept, num_candidates,
+    num_prefix, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Split the rows of one image per program into kept and pruned ones; both lists ascend.
 
-    marks (B * N,), zeros, become the kept rows by position. Past num_kept and num_pruned nothing is
-    written.
+    marks (B * N,), zeros, become the kept rows by position. Past num_kept nothing is written; kept
+    rows that are missing up to it, and pruned ones up to B * C, become -1.
     """
+    num_places = batch * num_candidates
     b = tl.program_id(0).to(tl.int64)
     start, count, present = ragged_image(choice.starts, b, num_candidates, num_prefix)
     num_targets = count - present
@@ -157,22 +156,25 @@ def choice_kernel(
             tl.load(choice.prune + first_candidate + offs, mask=offs < present, other=0) != 0
         )
         place = pruned_before + tl.cumsum(is_pruned.to(tl.int32), axis=0) - 1
-        fits = is_pruned & (place < num_pruned)
         row, exists = load_positions(order_ptr + num_targets, offs, present, num_rows)
         target = tl.load(choice.nearest + first_candidate + offs, mask=is_pruned, other=-1)
         moves = is_pruned & exists & (target >= 0) & (target < num_rows)
         kept_row = tl.load(marks_ptr + target, mask=moves, other=-1, cache_modifier=".cg")
-        tl.store(assignment.pruned_idx + place, row, mask=fits)
-        tl.store(assignment.row_idx + place, kept_row, mask=fits)
+        tl.store(assignment.pruned_idx + place, row, mask=is_pruned)
+        tl.store(assignment.row_idx + place, kept_row, mask=is_pruned)
         tl.store(assignment.dest_idx + row, target - b * n, mask=moves)
         pruned_before += tl.sum(is_pruned.to(tl.int32), axis=0)
     if b == batch - 1:
         tl.store(starts_ptr + batch, kept_before.to(tl.int64))
         tl.store(assignment.starts + batch, pruned_before.to(tl.int64))
-        for first in range(pruned_before, num_pruned, BLOCK):
+        for first in range(pruned_before, num_places, BLOCK):
             places = first + lanes
-            tl.store(assignment.pruned_idx + places, -1, mask=places < num_pruned)
-            tl.store(assignment.row_idx + places, -1, mask=places < num_pruned)
+            tl.store(assignment.pruned_idx + places, -1, mask=places < num_places)
+            tl.store(assignment.row_idx + places, -1, mask=places < num_places)
+        for first in range(kept_before, num_kept, BLOCK):  # a choice of more than is pruned
+            rest = first + lanes
+            tl.store(assignment.kept_idx + rest, -1, mask=rest < num_kept)
+            tl.store(assignment.kept_sizes + rest, 1.0, mask=rest < num_kept)
 
 
 def ragged_add_select_(
@@ -246,7 +248,10 @@ def ragged_merge_(
     x, order, starts, prune, nearest, sizes, parent, num_kept, num_prefix=0, offsets=False
 ):
     """Launch cropr::ragged_merge_. Starts are trusted; rows outside [0, B * N) write nothing, nor
-    does any past num_kept."""
+    does any past num_kept; rows that are missing up to it are -1.
+
+    No launch depends on T, so that graphs and recorded launches fit any choice.
+    """
     check(
         "ragged_merge_",
         *(x, order, starts, prune, nearest, sizes, parent, num_kept, num_prefix, offsets),
@@ -256,10 +261,9 @@ def ragged_merge_(
     kept_sizes = sizes.new_empty((num_kept,))
     if not batch:
         return rows, x.new_zeros((1,), dtype=torch.int64), kept_sizes
-    num_pruned = order.shape[0] - num_kept
     kept_starts, pruned_starts = (x.new_empty((batch + 1,), dtype=torch.int64) for _ in range(2))
     pruned_idx, row_idx = (
-        x.new_empty((num_pruned,), dtype=dtype) for dtype in (torch.int64, torch.int32)
+        x.new_empty((prune.numel(),), dtype=dtype) for dtype in (torch.int64, torch.int32)
     )
     marks = x.new_zeros((batch * n,), dtype=torch.int32)
     assignment = Assignment(rows, pruned_idx, row_idx, kept_sizes, parent, pruned_starts)
@@ -271,10 +275,10 @@ def ragged_merge_(
     )
     launch(
         choice_kernel, batch,
-        choice, sizes, marks, assignment, kept_starts, n, batch, num_kept, num_pruned,
-        prune.shape[1], num_prefix, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        choice, sizes, marks, assignment, kept_starts, n, batch, num_kept, prune.shape[1],
+        num_prefix, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     flat = x.view(1, batch * n, dim)
-    counts = (num_pruned, num_kept, num_pruned)
+    counts = (prune.numel(), num_kept, 0)
     launch_means(flat, n, assignment, sizes, x, counts, in_place=True, offsets=offsets)
     return rows, kept_starts, kept_sizes

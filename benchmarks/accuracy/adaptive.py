@@ -36,7 +36,7 @@ from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.models.deployment import pruned
 from benchmarks.utils.results import RESULTS, Results, Row, environment
 from cropr_kernels.models.vit import ViT
-from cropr_kernels.pruning.budget import Budget, TotalBudget, quotas
+from cropr_kernels.pruning.budget import Budget, ThresholdBudget, TotalBudget, quotas
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
 from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.pruning.model import modules_of, run
@@ -88,19 +88,12 @@ class Network:
         self.flops = ImageFlops(self.model, calibration[:1])
 
     def budget(self, method: str, rate: float) -> Budget | None:
-        """The budget of a method at a mean rate; None: the counts are constant.
-
-        Raises:
-            ValueError: the network has no thresholds at this rate.
-        """
+        """The budget of a method at a mean rate; None: the counts are constant."""
         modules = modules_of(self.model)
         if method == "constant":
             return None
         if method == "thresholds":
-            budget = None if modules.thresholds is None else modules.thresholds.at(rate)
-            if budget is None:
-                raise ValueError(f"adaptive: the network has no thresholds at rate {rate}")
-            return budget
+            return self._threshold_budget(rate)
         spec = modules.spec
         height, width = modules.config.grid
         tokens = spec.num_prefix + height * width
@@ -111,6 +104,22 @@ class Network:
         linear = 2 * matrix_elements(spec.blocks[-1]) / (4 * spec.dim)
         make = EqualCounts if method == "same quotas" else TotalBudget
         return make(rate, quotas(rate, exact, tokens, linear))
+
+    def _threshold_budget(self, rate: float) -> Budget:
+        """Above the highest calibrated rate thresholds grow as between the last two.
+
+        Raises:
+            ValueError: the network has no thresholds.
+        """
+        thresholds = modules_of(self.model).thresholds
+        if thresholds is None or len(thresholds.rates) < 2:
+            raise ValueError("adaptive: the network has no thresholds")
+        budget = thresholds.at(rate)
+        if budget is not None:
+            return budget
+        share = (rate - thresholds.rates[-1]) / (thresholds.rates[-1] - thresholds.rates[-2])
+        last_two = zip(*thresholds.costs[-2:])
+        return ThresholdBudget(rate, tuple(b * (b / a) ** share for a, b in last_two))
 
     def __call__(self, images: Tensor, method: str, rate: float) -> Forward:
         if method == "constant":

@@ -1,6 +1,5 @@
 """Windows of a map, in groups of one shape: those at the edges may reach over it."""
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -86,9 +85,18 @@ class Tiling:
         if group.size == self.area:
             return None
         height, width = group.size
-        cells = itertools.product(range(self.area[0]), range(self.area[1]))
-        over = [(y, x) for y, x in cells if y >= height or x >= width]
-        y, x = torch.tensor(over, device=group.cells.device).unbind(1)
+        full_height, full_width = self.area
+        device = group.cells.device
+        strips = [
+            torch.cartesian_prod(
+                torch.arange(*rows, device=device), torch.arange(*columns, device=device)
+            )
+            for rows, columns in (
+                ((0, height), (width, full_width)),
+                ((height, full_height), (0, full_width)),
+            )
+        ]
+        y, x = torch.cat(strips).unbind(1)
         return y, x
 
 

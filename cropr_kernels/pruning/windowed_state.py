@@ -201,6 +201,9 @@ class WindowedState(PruningState):
     def _prune(self, layer: int, x: Tensor) -> Tensor:
         module = self.modules.scorer(layer)
         num_keep = self.counts[layer]
+        prunes = any(windows.length > num_keep for windows in self.windows)
+        if not prunes and self.config.windows is None:
+            return x
         arranged = x[:, self.tiling.order] if self.positions is None else x
         parts = arranged.split([windows.num_tokens for windows in self.windows], 1)
         rows = [
@@ -208,7 +211,7 @@ class WindowedState(PruningState):
             for windows, part in zip(self.windows, parts)
         ]
         scores = self._predict(module, rows[0]) if self.config.windows is not None else None
-        if all(windows.length <= num_keep for windows in self.windows):
+        if not prunes:
             return x
         if self.positions is None:
             self._start(self.choose_priorities(x, self.masks))

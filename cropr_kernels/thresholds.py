@@ -14,7 +14,7 @@ from .pruning.state import PruningOptions
 from .schedule import Schedule
 
 NUM_IMAGES = 128  # that thresholds are found on
-_SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the highest rate, at which they are found
+_SHARES = (0.25, 0.5, 0.7, 0.8, 0.9)  # of the highest rate, at which they are found
 
 
 def fit_thresholds(

@@ -58,7 +58,7 @@ def costs_of_images(costs: Tensor) -> Tensor:
     return costs * mean.sqrt().where(mean > 0, 1.0)
 
 
-def quotas(rate: float, counts: Sequence[int], num_tokens: int, linear: float) -> list[float]:
+def quotas(rate: float, counts: Sequence[float], num_tokens: int, linear: float) -> list[float]:
     """The merges of each module, whose counts of tokens take the FLOPs of constant ones.
 
     Args:
@@ -116,7 +116,8 @@ class Thresholds:
         return len(self.costs[0])
 
     def at(self, rate: float) -> "ThresholdBudget | None":
-        """The budget of a rate, between two rates linearly; None above the highest."""
+        """The budget of a rate, between two rates the geometric mean of their costs by distance,
+        which grow faster than rates; None above the highest."""
         if rate > self.rates[-1]:
             return None
         zeros = (0.0,) * len(self.costs[0])
@@ -124,7 +125,10 @@ class Thresholds:
         for (low, low_costs), (high, high_costs) in itertools.pairwise(rows):
             if rate <= high:
                 share = (rate - low) / (high - low)
-                costs = tuple((1 - share) * a + share * b for a, b in zip(low_costs, high_costs))
+                costs = tuple(
+                    a ** (1 - share) * b**share if a > 0 else share * b
+                    for a, b in zip(low_costs, high_costs)
+                )
                 return ThresholdBudget(rate, costs)
         return None
 

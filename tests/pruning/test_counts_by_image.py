@@ -217,9 +217,9 @@ def test_queries_of_dropping_bring_no_thresholds_for_merging(tmp_path):
     assert modules_of(cropr.load_queries(model, tmp_path / "q.safetensors")).thresholds is None
 
 
-def test_thresholds_between_two_rates_are_linear():
+def test_thresholds_between_two_rates_are_their_geometric_mean():
     thresholds = Thresholds(65, (4.0, 8.0), ((0.1, 0.2), (0.3, 0.6)))
-    assert thresholds.at(6).costs == pytest.approx((0.2, 0.4))
+    assert thresholds.at(6).costs == pytest.approx((0.03**0.5, 0.12**0.5))
     assert thresholds.at(2).costs == pytest.approx((0.05, 0.1))
     assert thresholds.at(8).costs == pytest.approx((0.3, 0.6))
     assert thresholds.at(9) is None

@@ -4,7 +4,7 @@ A constant rate takes equally many tokens from a photo of a plane in the sky and
 crowded market. Here a module merges the candidates of an image whose cost is below the module's
 threshold. Thresholds are found without labels, on photos that go through the pruned model together:
 at each module the quota times the number of photos cheapest merges of them all take place, and the
-cost of the last is the threshold. Quotas are lower in the first modules, and such that the mean
+cost of the last is the threshold. Quotas are lower in the first modules at low rates, and such that the mean
 counts take the FLOPs of the constant rate. So a rate is a mean over photos, and a photo does not
 depend on those beside it.
 
@@ -28,7 +28,7 @@ MOST = 4
 # Of scores, as in `merging`, where each image has its own counts
 COST_WEIGHT = 0.4
 EARLY = 3  # modules of a lower quota
-_EARLY_SHARE = 0.6  # of the quota of later ones
+_EARLY_SHARE = 0.6  # of the quota of later ones, at low rates; at high ones quotas are equal
 
 
 class Budget(Protocol):
@@ -67,7 +67,9 @@ def quotas(rate: float, counts: Sequence[float], num_tokens: int, linear: float)
         num_tokens: N.
         linear: FLOPs of a block that are linear in its n tokens, of those that are n^2, for n = 1.
     """
-    shares = [_EARLY_SHARE if module < EARLY else 1.0 for module in range(len(counts))]
+    merged = 1 - counts[-1] / num_tokens
+    early = min(1.0, max(_EARLY_SHARE, 2 * merged - 0.3))  # measured: docs/comparison.md
+    shares = [early if module < EARLY else 1.0 for module in range(len(counts))]
     goal = sum(linear * count + count**2 for count in counts)
     low, high = 0.0, 2.0 / _EARLY_SHARE
     for _ in range(40):

@@ -145,7 +145,7 @@ def test_quotas_take_the_flops_of_the_constant_rate(rate, modules):
         return sum(400 * count + count**2 for count in counts)
 
     assert flops(remaining) == pytest.approx(flops(counts), rel=1e-6)
-    assert merged[0] < merged[-1] or modules <= 3
+    assert (merged[0] < merged[-1]) == (modules > 3 and rate <= 8)
 
 
 def test_flops_by_image_add_up_to_those_counted():

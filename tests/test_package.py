@@ -80,7 +80,6 @@ LONG = {
     "calibration.py": 401,
     "models/probing.py": 444,
     "models/vit.py": 418,
-    "ops/triton/merge.py": 454,
     "pruning/api.py": 440,
     "pruning/state.py": 411,
     "train/data.py": 434,

@@ -81,7 +81,6 @@ def test_files_import_from_their_own_package_and_from_those_to_its_left_without_
 LONG = {
     "models/probing.py": 444,
     "models/vit.py": 418,
-    "ops/triton/merge.py": 454,
     "train/data.py": 434,
     "train/loop.py": 478,
     "tuning.py": 422,

@@ -4,15 +4,15 @@ A constant rate takes equally many tokens from a photo of a plane in the sky and
 crowded market. Here a module merges the candidates of an image whose cost is below the module's
 threshold. Thresholds are found without labels, on photos that go through the pruned model together:
 at each module the quota times the number of photos cheapest merges of them all take place, and the
-cost of the last is the threshold. Quotas are lower in the first modules at low rates, and such that the mean
-counts take the FLOPs of the constant rate. So a rate is a mean over photos, and a photo does not
-depend on those beside it.
+cost of the last is the threshold. Quotas are lower in the first modules at low rates, and such that
+the mean counts take the FLOPs of the constant rate. So a rate is a mean over photos, and a photo
+does not depend on those beside it.
 
 A candidate of size s and standardised score z, with cosine n to its target, costs
 
     c (mean of c over the image's candidates)^0.5,  c = max(1 - n, 0) exp(COST_WEIGHT z) s^0.5
 
-The second factor keeps more of images whose merges are dear. Measured: docs/benchmarks.md.
+The second factor keeps more of images whose merges are dear. Measured: docs/comparison.md.
 """
 
 import itertools

@@ -77,8 +77,7 @@ def test_files_import_from_their_own_package_and_from_those_to_its_left_without_
 
 # Longer than the limit since lines have at most 100 columns; these may only shrink.
 LONG = {
-    "calibration.py": 401,
-    "models/probing.py": 444,
+    "models/probing.py": 443,
     "models/vit.py": 418,
     "ops/reference.py": 411,
     "ops/triton/merge.py": 454,

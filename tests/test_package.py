@@ -79,7 +79,7 @@ def test_files_import_from_their_own_package_and_from_those_to_its_left_without_
 
 # Longer than the limit since lines have at most 100 columns; these may only shrink.
 LONG = {
-    "models/probing.py": 444,
+    "models/probing.py": 443,
     "models/vit.py": 418,
     "train/data.py": 434,
     "train/loop.py": 478,

@@ -124,9 +124,10 @@ def find_blocks(model: nn.Module, forward: Forward, images: Tensor) -> Chain:
         ProbeError: no two modules of a class are called one after the other, or as many others of
             their kind are not.
     """
+    recorded = _record_calls(model, forward, images)
     chain: list[BlockCall] = []
     for ndim in (3, 4):
-        calls = _record_calls(model, forward, images, ndim)
+        calls = [call for call in recorded if tokens_of(call.argument).ndim == ndim]
         chain = _first_chain(calls)
         if chain:
             break
@@ -169,9 +170,9 @@ def _first_chain(calls: list[BlockCall]) -> list[BlockCall]:
     return next((chain for chain in chains if len(chain) > 1), [])
 
 
-def _record_calls(model: nn.Module, forward: Forward, images: Tensor, ndim: int) -> list[BlockCall]:
-    """Record the calls of all modules that are larger than a layer and return tokens of the shape
-    of their input, which has `ndim` dimensions."""
+def _record_calls(model: nn.Module, forward: Forward, images: Tensor) -> list[BlockCall]:
+    """Record the calls of all modules that are larger than a layer and return tokens, or a map, of
+    the shape of their input."""
     calls: list[tuple[int, BlockCall]] = []
     started: dict[nn.Module, list[int]] = {}
     count = 0
@@ -183,13 +184,13 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor, ndim: int)
 
     def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         start = started[module].pop()
-        argument, args, kwargs = split_tokens(args, kwargs, ndim)
+        argument, args, kwargs = split_tokens(args, kwargs)
         tokens = output[0] if isinstance(output, tuple | list) and output else output
         if argument is None or not isinstance(tokens, Tensor):
             return
         x = tokens_of(argument)
         # Else it changes the class token only; maps have none
-        changes = ndim == 4 or x.is_meta or not torch.equal(tokens[:, -1], x[:, -1])
+        changes = x.ndim == 4 or x.is_meta or not torch.equal(tokens[:, -1], x[:, -1])
         if tokens.shape == x.shape and changes:
             calls.append((start, BlockCall(module, argument, args, kwargs, output)))
 
@@ -214,21 +215,21 @@ def _record_calls(model: nn.Module, forward: Forward, images: Tensor, ndim: int)
 TOKEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "src")
 
 
-def split_tokens(args: Args, kwargs: Kwargs, ndim: int = 3) -> tuple[object | None, Args, Kwargs]:
-    """Return the tokens among the arguments of a block, a tensor of `ndim` dimensions or a list of
-    one, if any, and the other arguments."""
+def split_tokens(args: Args, kwargs: Kwargs) -> tuple[object | None, Args, Kwargs]:
+    """Return the tokens or the map among the arguments of a block, a tensor or a list of one, if
+    any, and the other arguments."""
     if args:
-        return (args[0], args[1:], kwargs) if _is_tokens(args[0], ndim) else (None, args, kwargs)
+        return (args[0], args[1:], kwargs) if _is_tokens(args[0]) else (None, args, kwargs)
     for name in TOKEN_ARGUMENTS:
-        if _is_tokens(kwargs.get(name), ndim):
+        if _is_tokens(kwargs.get(name)):
             return kwargs[name], args, {key: kwargs[key] for key in kwargs if key != name}
     return None, args, kwargs
 
 
-def _is_tokens(value: object, ndim: int) -> bool:
+def _is_tokens(value: object) -> bool:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return isinstance(value, Tensor) and value.ndim == ndim
+    return isinstance(value, Tensor) and value.ndim in (3, 4)
 
 
 def _chain_from(calls: list[BlockCall], start: int) -> list[BlockCall]:
@@ -383,10 +384,8 @@ def _first_tokens(call: BlockCall, forward: Forward, images: Tensor) -> Tensor:
     """Return the tokens (B, N, D) that enter the first block."""
     entered: list[object] = []
 
-    ndim = 3 if call.token_format.map_axis is None else 4
-
     def stop(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        entered.append(split_tokens(args, kwargs, ndim)[0])
+        entered.append(split_tokens(args, kwargs)[0])
         raise _Stop
 
     handle = call.block.register_forward_pre_hook(stop, with_kwargs=True)

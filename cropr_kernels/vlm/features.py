@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # Fields of an output that have no row for each image token
-_INNER_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
+INNER_FIELDS = ("last_hidden_state", "hidden_states", "attentions")
 
 
 class VisionLanguageModel(Protocol):
@@ -33,7 +33,7 @@ def select_features(output: Any, kept: Tensor) -> Any:
     """
     fields = dict(output.items())
     for name, value in fields.items():
-        if name not in _INNER_FIELDS:
+        if name not in INNER_FIELDS:
             fields[name] = _select(value, kept)
     return type(output)(**fields)
 

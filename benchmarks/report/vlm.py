@@ -18,10 +18,10 @@ from benchmarks.report.render import (
 
 NAMES = {
     "llava_1_5_7b": "LLaVA-1.5-7B",
-    "qwen2_5_vl_7b": "Qwen2.5-VL-7B, 1,036 px",
+    "qwen2_5_vl_7b": "Qwen2.5-VL-7B",
     "smolvlm_256m_17": "SmolVLM-256M, 17 tiles",
     "smolvlm_256m": "SmolVLM-256M, 2 tiles",
-    "qwen2_5_vl_small": "a small Qwen2.5-VL",
+    "qwen2_5_vl_small": "small Qwen2.5-VL",
 }
 # Target and choice of the rows of the page
 QUERIES = (
@@ -75,7 +75,7 @@ def section() -> str:
             cells = where(rows, model=model, inside=inside)
             chosen = [row for share in shares for row in where(cells, dropped=share)]
             if chosen:
-                name = NAMES[model] + (", inside too" if inside else "")
+                name = NAMES[model] + (", inside" if inside else "")
                 body.append([name, *(_figures(row) for row in chosen)])
     shown = Table(["FLOPs fewer, speed-up", *(f"{100 * share:.0f} %" for share in shares)], body)
     return f"{shown.markdown()}\n\n{link('cpu_vlm', table())}. {measured_on(env)}."
@@ -112,7 +112,7 @@ def queries_section() -> str:
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    shares = unique(rows, "keep")
+    shares = [share for share in unique(rows, "keep") if share >= 0.25]
     body: list[list[Cell]] = []
     for target, choice in QUERIES:
         name = target if target not in NAMED else f"{NAMED[target]}, {choice}"

@@ -32,18 +32,18 @@ def prune_image_tokens(
 ) -> Model:
     """Let the language model of a vision-language model see fewer image tokens, in place.
 
-    Other placeholders leave the prompt, with their columns of masks, labels and token types; kept
-    tokens keep their positions. `model(**inputs)`, `generate` and `Trainer` are called as before;
-    logits are those of the shortened prompt, `generate` returns the full one.
+    Other placeholders leave the prompt, masks, labels and token types; kept tokens keep their
+    positions. Logits are those of the shortened prompt, `generate` returns the
+    full one.
 
     Args:
         model: of transformers 5.2 or newer, with `get_image_features`.
         keep: int >= 1, tokens an image, tile or frame keeps; float in (0, 1], their share,
-            rounded up. 1.0: all that leave the tower; of one pruned by `apply` those that it kept.
-        query: (D,), D the width of the language model: of as many equal runs as tokens are kept,
-            each keeps the token of the highest product. None: that in the middle.
-        tower: also prune, inside a tower that packs its images or whose projector pools, groups
-            of patches that become one token, of each image.
+            rounded up. 1.0: all that the tower has left.
+        query: (D,), D the width of the language model: of equal runs each keeps the token of the
+            highest product. None: that in the middle.
+        tower: also prune, inside a tower that packs images or is pooled, groups of patches that
+            become one token, of each image.
         merge: they merge into others, as in `apply`. Not with flash attention.
 
     Returns:
@@ -51,7 +51,7 @@ def prune_image_tokens(
 
     Raises:
         TypeError: the model cannot be pruned so; the message is the reason.
-        ValueError: keep is out of range, query has another width, or tokens are pruned already.
+        ValueError: an option is out of range, or tokens are pruned already.
     """
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"{CALLER}: image tokens are pruned already; set model.{ATTRIBUTE}.keep")

@@ -54,7 +54,7 @@ def calibrate_image_tokens(
 
     Args:
         model: after `prune_image_tokens`.
-        batches: inputs of the model, as a processor makes them.
+        batches: inputs of the model.
         ridge: as in `calibrate`.
 
     Returns:
@@ -62,8 +62,8 @@ def calibrate_image_tokens(
 
     Raises:
         TypeError: image tokens are not pruned.
-        ValueError: no image has text after it, ridge is not positive, or attention is neither
-            scaled_dot_product_attention nor a softmax.
+        ValueError: no image has text after it, ridge is not positive, or attention is not seen
+            (sdpa and eager are).
     """
     tokens = require_image_tokens(model, _CALLER)
     if not ridge > 0:

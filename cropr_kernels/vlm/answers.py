@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import INNER_FIELDS, VisionLanguageModel, entries_of
+from .features import VisionLanguageModel, changed, entries_of
 from .modalities import MODALITIES, modalities_of
 from .tokens import ImageTokens
 
@@ -66,31 +66,33 @@ def repeat_answers(model: VisionLanguageModel, tokens: ImageTokens, num_rows: in
             continue
         output = outputs[modality.name]
         counts = (prompt == getattr(model.config, modality.token)).sum(1)
-        ends = torch.tensor([len(entry) for entry in entries_of(output.pooler_output)]).cumsum(0)
-        row = torch.bucketize(ends, counts.cpu().cumsum(0))
+        lengths = [len(entry) for entry in entries_of(output.pooler_output)]
+        row = torch.bucketize(torch.tensor(lengths).cumsum(0), counts.cpu().cumsum(0))
         order = [
             index
             for sample in range(len(prompt))
             for _ in range(times)
             for index in (row == sample).nonzero().flatten().tolist()
         ]
-        fields = {
-            name: value if name in INNER_FIELDS else _taken(value, order, len(ends))
-            for name, value in output.items()
-        }
-        outputs[modality.name] = type(output)(**fields)
+        outputs[modality.name] = changed(output, partial(_taken, order=order, lengths=lengths))
     tokens.probe.prompt = prompt.repeat_interleave(times, 0)
 
 
-def _taken(value: Any, order: list[int], count: int) -> Any:
-    """Take entries in this order from a tensor or sequence of `count`, or from such sequences."""
+def _taken(value: Any, order: list[int], lengths: list[int]) -> Any:
+    """Take entries of these lengths in this order from a tensor (entries, N, D) or (rows, D), from
+    a sequence of entries, or from sequences of such."""
     if isinstance(value, Tensor):
-        return value[order] if len(value) == count else value
+        if len(value) == len(lengths):
+            return value[order]
+        if len(value) != sum(lengths):
+            return value
+        entries = value.split(lengths)
+        return torch.cat([entries[index] for index in order])
     if not isinstance(value, tuple | list):
         return value
-    if len(value) == count and all(isinstance(entry, Tensor) for entry in value):
+    if [len(entry) for entry in value] == lengths:
         return [value[index] for index in order]
-    return [_taken(entry, order, count) for entry in value]
+    return [_taken(entry, order, lengths) for entry in value]
 
 
 def _answer(

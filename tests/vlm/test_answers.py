@@ -71,12 +71,16 @@ def test_features_are_repeated_row_by_row():
     probe = model.cropr_image_tokens.probe
     rows = [torch.full((2, 3), float(index)) for index in range(3)]
     inner = torch.zeros(3, 5)
+    deepstack = [torch.cat(rows), tuple(rows)]  # rows of all images, and images
     probe.prompt = torch.tensor([[vlm.IMAGE] * 4, [1, vlm.IMAGE, vlm.IMAGE, 1]])
     output = t.modeling_outputs.BaseModelOutputWithPooling(
         pooler_output=rows, last_hidden_state=inner
     )
     probe.outputs = {"image": output}
+    output.deepstack_features = deepstack
     repeat_answers(model, model.cropr_image_tokens, 4)
+    flat, split = probe.outputs["image"].deepstack_features
+    assert flat[::2, 0].tolist() == [0, 1, 0, 1, 2, 2] and torch.equal(flat, torch.cat(split))
     entries = probe.outputs["image"].pooler_output
     assert [float(entry[0, 0]) for entry in entries] == [0, 1, 0, 1, 2, 2]
     assert probe.outputs["image"].last_hidden_state is inner

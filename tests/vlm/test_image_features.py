@@ -41,6 +41,14 @@ def test_images_in_one_tensor_keep_equally_many():
         select_features(output_of(pooler_output=rows), kept)
 
 
+def test_rows_beside_the_fields_of_an_output_are_selected():
+    output = vlm.transformers().modeling_outputs.BaseModelOutput(last_hidden_state=ROWS)
+    output.pooler_output = ROWS.split([4, 3])
+    selected = select_features(output, KEPT)
+    assert torch.equal(torch.cat(selected.pooler_output), ROWS[KEPT])
+    assert selected.last_hidden_state is ROWS and len(output.pooler_output[0]) == 4
+
+
 def test_a_model_whose_images_are_no_pixels_is_refused():
     t = vlm.transformers()
     model = vlm.make("LLaVA")

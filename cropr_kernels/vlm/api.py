@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..pruning.merging import Merge
 from ..schedule import Schedule
+from .answers import install_answers, remove_answers, takes_features
 from .choice import Keep, checked_keep, num_kept
 from .dense import PrunedTower, find_pruned
 from .features import VisionLanguageModel, language_model
@@ -31,27 +32,26 @@ def prune_image_tokens(
 ) -> Model:
     """Let the language model of a vision-language model see fewer image tokens, in place.
 
-    The placeholders of the others leave the prompt, with their columns of masks, labels and token
-    types; kept tokens keep their positions. `model(**inputs)`, `generate` and `Trainer` are called
-    as before; logits are those of the shortened prompt, `generate` returns the full one.
+    Other placeholders leave the prompt, masks, labels and token types; kept tokens keep their
+    positions. Logits are those of the shortened prompt, `generate` returns the
+    full one.
 
     Args:
-        model: of Hugging Face, with `get_image_features` and `mm_encoder_outputs`.
+        model: of transformers 5.2 or newer, with `get_image_features`.
         keep: int >= 1, tokens an image, tile or frame keeps; float in (0, 1], their share,
-            rounded up. 1.0: all that leave the tower; of one pruned by `apply` those that it kept.
-        query: (D,), D the width of the language model: of as many equal runs as tokens are kept,
-            each keeps the token with the highest product. None: evenly spaced ones.
-        tower: also prune inside a tower that packs its images, or whose projector pools: groups
-            of patches that become one token, of each image or tile.
-        merge: with `tower`, groups merge into others of their image, as in `apply`. Needs
-            attn_implementation="sdpa" or "eager".
+            rounded up. 1.0: all that the tower has left.
+        query: (D,), D the width of the language model: of equal runs each keeps the token of the
+            highest product. None: that in the middle.
+        tower: also prune, inside a tower that packs images or is pooled, groups of patches that
+            become one token, of each image.
+        merge: they merge into others, as in `apply`. Not with flash attention.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: the model cannot be pruned so; the message is the reason.
-        ValueError: keep is out of range, query has another width, or tokens are pruned already.
+        ValueError: an option is out of range, or tokens are pruned already.
     """
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"{CALLER}: image tokens are pruned already; set model.{ATTRIBUTE}.keep")
@@ -71,9 +71,11 @@ def prune_image_tokens(
     setattr(model, ATTRIBUTE, tokens)
     tokens.hooks = [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
-        model.register_forward_hook(after_forward, with_kwargs=True),
+        model.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
         decoder.register_forward_pre_hook(partial(end_at_decoder, tokens), with_kwargs=True),
     ]
+    if not takes_features(model):
+        install_answers(model, tokens)
     model.generate = partial(generate, model)  # type: ignore[assignment]
     return model
 
@@ -88,6 +90,7 @@ def restore_image_tokens(model: Model) -> Model:
     for part in (tokens, tokens.tower, tokens.dense):
         for hook in () if part is None else part.hooks:
             hook.remove()
+    remove_answers(model)
     delattr(model, ATTRIBUTE)
     del model.generate
     return model
@@ -127,13 +130,13 @@ def _require_supported(model: VisionLanguageModel) -> None:
         reason = "its configuration names no image_token_id"
     else:
         names = inspect.signature(model.forward).parameters
-        needed = ("mm_encoder_outputs", "position_ids", "attention_mask")
-        missing = [name for name in needed if name not in names]
+        missing = [name for name in ("position_ids", "attention_mask") if name not in names]
         if missing:
+            reason = f"its forward takes no {missing[0]}"
+        elif not hasattr(model, "_prepare_position_ids_for_generation"):
             reason = (
-                f"its forward takes no {missing[0]}; transformers before 5.18 take no features "
-                "chosen beforehand, and the first of 5.x generate from the last position again "
-                "and again if they are given positions with gaps; install 5.18 or newer"
+                "generate of transformers before 5.2 repeats the last of the positions that it "
+                "is given; install 5.2 or newer"
             )
     if reason:
         raise TypeError(f"{CALLER}: {type(model).__name__} cannot be pruned: {reason}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..calibration import ranks, solve_ridge
 from ..importance import AttentionInput, AttentionInputs
+from .answers import hand_over
 from .features import VisionLanguageModel, entries_of
 from .modalities import Modality, modalities_of, placeholders_of, runs_of, visual_features
 from .shortening import accepted
@@ -48,12 +49,12 @@ def calibrate_image_tokens(
 ) -> Model:
     """Set the queries for image tokens in closed form, from prompts with images and no answers.
 
-    Behind the tower: ridge regression from features to the attention of the text after an image;
-    inside a packed tower: from groups to the attention of later blocks.
+    Ridge regression: behind the tower from features to the attention of the text after an image;
+    inside from groups to the attention of later blocks.
 
     Args:
         model: after `prune_image_tokens`.
-        batches: inputs of the model, as a processor makes them.
+        batches: inputs of the model.
         ridge: as in `calibrate`.
 
     Returns:
@@ -61,8 +62,8 @@ def calibrate_image_tokens(
 
     Raises:
         TypeError: image tokens are not pruned.
-        ValueError: no image has text after it, ridge is not positive, or attention is neither
-            scaled_dot_product_attention nor a softmax.
+        ValueError: no image has text after it, ridge is not positive, or attention is not seen
+            (sdpa and eager are).
     """
     tokens = require_image_tokens(model, _CALLER)
     if not ridge > 0:
@@ -110,7 +111,9 @@ def _add(
     inputs = {name: value for name, value in batch.items() if name not in pixels}
     with AttentionInputs() as attention:
         encoded = inputs | {"mm_encoder_outputs": dict(outputs), "use_cache": False}
+        encoded = hand_over(model, tokens, batch, encoded)
         model.base_model.forward(**accepted(model.base_model, encoded))
+        tokens.probe.outputs = None
     if not attention.inputs:
         raise ValueError(
             f"{_CALLER}: the language model's attention must be scaled_dot_product_attention or "

@@ -1,6 +1,6 @@
 """Image features of a vision-language model, and a choice among them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +31,18 @@ def select_features(output: Any, kept: Tensor) -> Any:
     Raises:
         ValueError: images are one tensor, and their counts differ.
     """
+    return changed(output, lambda value: _select(value, kept))
+
+
+def changed(output: Any, change: Callable[[Any], Any]) -> Any:
+    """Copy an output of get_image_features with all fields changed but those of the tower."""
     fields = dict(output.items())
-    for name, value in fields.items():
+    copied = type(output)(**fields)
+    # Some models of transformers before 5.18 set pooler_output on outputs without such a field
+    for name, value in (vars(output) | fields).items():
         if name not in _INNER_FIELDS:
-            fields[name] = _select(value, kept)
-    return type(output)(**fields)
+            setattr(copied, name, change(value))
+    return copied
 
 
 def _select(features: object, kept: Tensor) -> object:

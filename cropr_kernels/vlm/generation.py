@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers import hand_over, repeat_answers, takes_features
 from .features import VisionLanguageModel
 from .modalities import modalities_of
 from .shortening import CACHES, cache_of, positions_of, record_of, shorten
@@ -21,17 +22,19 @@ def before_forward(
     tokens = require_image_tokens(model, CALLER)
     tokens.probe.columns = None
     inputs: dict[str, Any] = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
-    if modalities_of(inputs):
+    if tokens.probe.generates:
+        repeat_answers(model, tokens, len(inputs["input_ids"]))
+    elif modalities_of(inputs):
         if cache_of(inputs) is not None and cache_of(inputs).get_seq_length() > 0:
             raise ValueError("cropr: a forward with images goes on from a cache only in generate")
         mask = inputs.get("attention_mask")
         pad_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
         shortened, tokens.probe.columns = shorten(model, inputs, None, pad_left)
-        return (), shortened
+        return (), hand_over(model, tokens, inputs, shortened)
     if inputs.get("position_ids") is None and record_of(inputs) is not None:
         return (), _continued(model, inputs)
     if (
-        inputs.get("mm_encoder_outputs")
+        (inputs.get("mm_encoder_outputs") or modalities_of(inputs))
         and inputs.get("position_ids") is not None
         and inputs.get("attention_mask") is None
         and cache_of(inputs) is None
@@ -42,7 +45,10 @@ def before_forward(
 
 def after_forward(model: VisionLanguageModel, args: object, kwargs: object, output: Any) -> None:
     """Note in the cache which columns of the prompt it holds."""
-    columns = require_image_tokens(model, CALLER).probe.columns
+    tokens = require_image_tokens(model, CALLER)
+    columns = tokens.probe.columns
+    if not tokens.probe.generates:
+        tokens.probe.outputs = None
     cache = next((getattr(output, name, None) for name in CACHES if hasattr(output, name)), None)
     if columns is not None and cache is not None:
         setattr(cache, ATTRIBUTE, columns)
@@ -94,11 +100,17 @@ def generate(
         named = {name: value for name, value in kwargs.items() if name != "input_ids"}
         positions = model._prepare_position_ids_for_generation(full_ids, named)
     shortened, columns = shorten(model, kwargs, positions, pad_left=True)
+    tokens = require_image_tokens(model, CALLER)
+    if columns is not None:
+        _shift_lengths(shortened, columns.num_columns - columns.index.shape[1])
+    tokens.probe.generates = not takes_features(model)
+    try:
+        output = base_generate(**hand_over(model, tokens, kwargs, shortened))
+    finally:
+        tokens.probe.generates = False
+        tokens.probe.outputs = None
     if columns is None:
-        return base_generate(**shortened)
-    dropped = columns.num_columns - columns.index.shape[1]
-    _shift_lengths(shortened, dropped)
-    output = base_generate(**shortened)
+        return output
     sequences = output if isinstance(output, Tensor) else output.sequences
     answers = sequences[:, columns.index.shape[1] :]
     times = len(sequences) // len(full_ids)

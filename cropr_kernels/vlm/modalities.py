@@ -34,10 +34,10 @@ def visual_features(
 ) -> Any:
     """Compute the features of a modality as the model itself does; `pooler_output` holds the rows
     that it puts in place of placeholders."""
-    getter = getattr(base, modality.getter)
+    getter = getattr(type(base), modality.getter)
     names = inspect.signature(getter).parameters
     arguments = {name: value for name, value in inputs.items() if name in names}
-    return getter(**arguments, return_dict=True)
+    return getter(base, **arguments, return_dict=True)
 
 
 def placeholders_of(model: VisionLanguageModel, input_ids: Tensor, modality: Modality) -> Tensor:

@@ -17,10 +17,14 @@ CALLER = "cropr.prune_image_tokens"
 
 
 class _Probe(threading.local):
-    """Of this thread: whether it asks for positions only, and the columns of its prompt."""
+    """Of this thread: whether it asks for positions only, the columns of its prompt, and the
+    features that forwards of transformers before 5.18 compute."""
 
     active = False
     columns: KeptColumns | None = None
+    outputs: dict[str, Any] | None = None  # of each modality
+    prompt: Tensor | None = None  # (B, L), that they are for
+    generates = False
 
 
 class ImageTokens(nn.Module):

@@ -61,5 +61,5 @@ def test_the_page_shows_the_divergence_of_targets_and_choices(monkeypatch):
     lines = report.queries_section().splitlines()
     assert lines[0] == "| KL, kept | 50 % | 25 % |"
     assert lines[2] == "| evenly spaced | 0.300 | 0.300 |"
-    assert lines[6] == "| reader, of runs | 0.100 | 0.100 |"
+    assert lines[5] == "| reader, of runs | 0.100 | 0.100 |"
     assert len(report.queries_table().rows) == 20

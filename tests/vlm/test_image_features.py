@@ -41,6 +41,14 @@ def test_images_in_one_tensor_keep_equally_many():
         select_features(output_of(pooler_output=rows), kept)
 
 
+def test_rows_beside_the_fields_of_an_output_are_selected():
+    output = vlm.transformers().modeling_outputs.BaseModelOutput(last_hidden_state=ROWS)
+    output.pooler_output = ROWS.split([4, 3])
+    selected = select_features(output, KEPT)
+    assert torch.equal(torch.cat(selected.pooler_output), ROWS[KEPT])
+    assert selected.last_hidden_state is ROWS and len(output.pooler_output[0]) == 4
+
+
 def test_a_model_whose_images_are_no_pixels_is_refused():
     t = vlm.transformers()
     model = vlm.make("LLaVA")
@@ -55,14 +63,9 @@ def test_a_model_whose_images_are_no_pixels_is_refused():
         cropr.prune_image_tokens(model, 0.5)
 
 
-def test_transformers_that_takes_no_chosen_features_is_refused():
+def test_transformers_that_repeats_positions_is_refused(monkeypatch):
     model = vlm.make("LLaVA")
-
-    class Earlier(type(model)):
-        def forward(self, input_ids, pixel_values, attention_mask, position_ids):
-            raise NotImplementedError
-
-    model.__class__ = Earlier
-    reason = "no mm_encoder_outputs; transformers before 5.18 take no features chosen beforehand"
-    with pytest.raises(TypeError, match=reason):
+    name = "_prepare_position_ids_for_generation"
+    monkeypatch.delattr(vlm.transformers().GenerationMixin, name)
+    with pytest.raises(TypeError, match=r"repeats the last of the positions .* 5\.2 or newer"):
         cropr.prune_image_tokens(model, 0.5)

@@ -67,8 +67,8 @@ def quotas(rate: float, counts: Sequence[float], num_tokens: int, linear: float)
         num_tokens: N.
         linear: FLOPs of a block that are linear in its n tokens, of those that are n^2, for n = 1.
     """
-    merged = 1 - counts[-1] / num_tokens
-    early = min(1.0, max(_EARLY_SHARE, 2 * merged - 0.3))  # measured: docs/comparison.md
+    share_merged = 1 - counts[-1] / num_tokens
+    early = min(1.0, max(_EARLY_SHARE, 2 * share_merged - 0.3))  # measured: docs/comparison.md
     shares = [early if module < EARLY else 1.0 for module in range(len(counts))]
     goal = sum(linear * count + count**2 for count in counts)
     low, high = 0.0, 2.0 / _EARLY_SHARE

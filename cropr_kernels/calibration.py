@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .importance import observe_blocks, windows_of
 from .models.outputs import outputs_of
 from .pruning.api import deploy, set_rate
 from .pruning.fusion import Fusion, Restore
 from .pruning.model import CroprModules, modules_of, require_pruned, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
+from .pruning.observing import observe_blocks, windows_of
 from .pruning.options import options_of
 from .schedule import SCHEDULES
 from .utils.flops import flop_counter

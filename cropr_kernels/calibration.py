@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .importance import observe_blocks, windows_of
 from .models.outputs import outputs_of
 from .pruning.api import set_rate
 from .pruning.deployment import deploy
 from .pruning.model import modules_of, require_pruned, warn_of_random_queries
 from .pruning.module import Cropr, FoldedCropr
+from .pruning.observing import observe_blocks, windows_of
 from .pruning.options import write_to_config
 from .query_files import mark_calibrated, set_queries
 from .thresholds import Sample, fit_thresholds

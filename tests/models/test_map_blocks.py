@@ -8,9 +8,9 @@ from helpers.models import randomize
 import cropr_kernels as cropr
 from benchmarks.models.supported import MaskedMaps, check
 from cropr_kernels.calibration import ranks
-from cropr_kernels.importance import observe_blocks, windows_of
 from cropr_kernels.pruning.maps import token_maps
 from cropr_kernels.pruning.model import run
+from cropr_kernels.pruning.observing import observe_blocks, windows_of
 from cropr_kernels.pruning.state import PruningOptions
 
 SIZE = 72  # 9 x 9 patches of 8 pixels: windows of 4 reach over the edge

@@ -7,8 +7,8 @@ import torch
 from helpers.models import embed, randomize, reference_vit, timm_eva
 
 import cropr_kernels as cropr
-from cropr_kernels.importance import observe_blocks, windows_of
 from cropr_kernels.pruning.model import run
+from cropr_kernels.pruning.observing import observe_blocks, windows_of
 from cropr_kernels.pruning.state import PruningOptions, PruningState
 from cropr_kernels.pruning.windowed_state import WindowedState
 

@@ -10,6 +10,7 @@ from helpers import vlm
 from helpers.vlm import GREEDY, cache_of, full_positions, masked
 
 import cropr_kernels as cropr
+from cropr_kernels.vlm.answers import takes_features
 from cropr_kernels.vlm.shortening import shorten
 
 SEVERAL = "several images, left padding"
@@ -101,6 +102,8 @@ MANNERS = {
 def test_generating_in_any_manner_equals_masking(name, manner):
     if manner == "chunked prefill" and name in ("PaliGemma", "Gemma3"):
         pytest.skip("chunks cut its bidirectional attention, with and without pruning")
+    if manner == "chunked prefill" and name == "Qwen3-VL" and not takes_features(vlm.make(name)):
+        pytest.skip("transformers before 5.18 cut no 3-D positions into chunks, pruning or not")
     # Beams of transformers before 5.24 mix up the images of a row
     case = {"prompt lookup": "one row", "beams": "two rows"}.get(manner, SEVERAL)
     _, answer, expected = generated(name, case, **MANNERS[manner])

@@ -61,8 +61,12 @@ def draw(options: argparse.Namespace) -> None:
     figure.savefig(options.out, dpi=110)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=DOCS / "counts_by_image.png")
     draw(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

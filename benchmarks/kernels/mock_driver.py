@@ -92,7 +92,7 @@ class _Driver(Compiler, CudaDriver):
     """Triton's driver with one device and one stream."""
 
     def __init__(self, architecture: int) -> None:
-        Compiler.__init__(self, architecture)
+        Compiler.__init__(self, architecture, device=architecture)
         self.utils = CudaUtils()
         self.launcher_cls = CudaLauncher
 

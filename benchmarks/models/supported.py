@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import cropr_kernels as cropr
-from benchmarks.models.towers import TOWERS, UNTRIED
+from benchmarks.models.towers import TOWERS
+from benchmarks.models.untried_towers import UNTRIED
 from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.models.blocks import SOFTMAX, SizeWeightedAttention
 from cropr_kernels.pruning.model import run

@@ -71,9 +71,7 @@ def test_no_file_changes_sys_path_or_outgrows_its_reader():
                 "syspath_" + "prepend("
             )
             assert not touched and not prepended, path
-            assert folder == "tests" or len(text.splitlines()) <= (
-                407 if path.name == "towers.py" else 400
-            ), path
+            assert folder == "tests" or len(text.splitlines()) <= (400), path
 
 
 def test_a_run_resumes_at_its_first_missing_cell(tmp_path, capsys):

@@ -188,7 +188,13 @@ sys.exit(main(arguments))
 """
 STOPS = {
     "info": ("info M", "cropr_kernels.cli.info:deployed_copy", 1, "nothing was written", 0),
-    "calibrate": (WRITES["calibrate"], "cropr_kernels.calibration:importance", 3, "starts over", 0),
+    "calibrate": (
+        WRITES["calibrate"],
+        "cropr_kernels.pruning.observing:importance",
+        3,
+        "starts over",
+        0,
+    ),
     "calibrate, comparing": (
         WRITES["calibrate"],
         "cropr_kernels.calibration:outputs_of",

@@ -16,7 +16,8 @@ def test_without_images_every_result_is_that_of_the_definition(kernels, name):
     args = legal_call(name, B=0)
     for input in OPS[name].inputs:
         if input.name == "starts":
-            args |= {"starts": args["starts"][:1], "longest": 0}
+            args["starts"] = args["starts"][:1]
+            args |= {"longest": 0} if "longest" in args else {}
         elif input.shapes[-1][0] in ((1, "B"), (1, "T")):
             args[input.name] = args[input.name][:0]
     got, expected = getattr(kernels, name)(**args), DEFINITIONS[name](**args)

@@ -1,0 +1,48 @@
+"""Architectures of transformers that are not tried, and why."""
+
+_PACKED = "images of a batch are packed into one row, which cu_seqlens cuts"
+_WITH_TEXT = "patches stand in one row with text, whose length changes"
+UNTRIED = {
+    "seggpt": "an image and its prompt are maps (B, H, W, D), averaged after a block",
+    "vilt": _WITH_TEXT,
+    "layoutlmv3": _WITH_TEXT,
+    "udop": _WITH_TEXT,
+    "mllama": "tiles stand in one row, each with a class token and padding",
+    "gemma4_unified": "it has no vision tower: patches go to the language model",
+} | dict.fromkeys(
+    (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen2_5_omni",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_omni_moe",
+        "qwen4_exp",
+        "glm4v",
+        "glm4v_moe",
+        "glm_ocr",
+        "glm_image",
+        "glm5_next",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "paddleocr_vl",
+        "kimi_k25",
+        "video_llama_3",
+        "cohere_compass",
+        "cosmos3_edge",
+        "dots3_note",
+        "minimax_m3_vl",
+        "hunyuan_vl",
+        "lfm3_vl",
+        "muse_spark",
+        "muse_glimmer",
+        "hy_v4_vl",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minicpm_ocr",
+        "inkling2",
+    ),
+    _PACKED,
+)

@@ -95,7 +95,7 @@ def model_facts(options: argparse.Namespace) -> dict[str, Any]:
     }
     if thresholds is not None:
         facts["counts of photos"] = (
-            f"as many tokens as each needs up to rate {thresholds.rates[-1]:g}; above are means"
+            f"up to rate {thresholds.rates[-1]:g} as many tokens as each needs, these on average"
         )
     if modules.config.merge is not None:
         width = spec.dim // spec.num_heads

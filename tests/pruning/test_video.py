@@ -65,18 +65,18 @@ def test_maps_of_videos_have_a_frame_a_tubelet(model, videos, deployed):
     runner = cropr.deploy(model) if deployed else model
     maps, merged = cropr.pruning_map(runner, videos), cropr.merge_map(runner, videos)
     assert maps.shape == merged.shape == (2, TUBELETS, SIDE, SIDE)
-    kept = int((maps[0] == 4).sum())
-    # The class token of ViViT makes one more go; deployed, each video keeps what it needs
-    assert 90 < kept < 125 if deployed else kept in (103, 104)
-    for tokens_of_video in merged:
+    for video, tokens_of_video in zip(maps, merged):
+        kept = int((video == 4).sum())
+        # The class token of ViViT makes one more go; deployed, each video keeps what it needs
+        assert 80 < kept < 128 if deployed else kept in (103, 104)
         assert tokens_of_video.unique().tolist() == list(range(kept))
-    # Kept patches count in order of position, frame after frame
-    assert torch.equal(merged[maps == 4].view(2, kept), torch.arange(kept).expand(2, -1))
+        # Kept patches count in order of position, frame after frame
+        assert torch.equal(tokens_of_video[video == 4], torch.arange(kept))
 
     protect = torch.zeros(2, TUBELETS, SIDE, SIDE, dtype=torch.bool)
     protect[0, 1], protect[1, 0] = True, True
     maps = cropr.pruning_map(runner, videos, protect=protect)
-    assert (maps[protect] == 4).all() and (maps[~protect] < 4).sum() == 2 * (128 - kept)
+    assert (maps[protect] == 4).all() and (maps[~protect] < 4).sum() in (2 * 24, 2 * 25)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def test_the_command_writes_a_sheet_an_animation_and_frames(weights, tmp_path, c
     out, queries = tmp_path / "maps", tmp_path / "queries.safetensors"
     photos = [str(PHOTOS / "rocket.jpg"), str(PHOTOS / "coffee.jpg")]
     assert (
-        cli.main(["map", str(weights), *photos, photos[0], "--rate", "14", "--out", str(out)]) == 0
+        cli.main(["map", str(weights), *photos, photos[0], "--rate", "10", "--out", str(out)]) == 0
     )
     text = capsys.readouterr().out
     kept = [int(count) for count in re.findall(r"(\d+) of 196 patches are kept", text)]

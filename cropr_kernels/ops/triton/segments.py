@@ -116,8 +116,7 @@ def tiles_of(dtype: torch.dtype, width: int) -> Tiles:
         return Tiles(16, 16, 64, block, 8, 1, 224)
     if block == 256:
         return Tiles(64, 32, block, block, 8, 2, 224)
-    # Three programs of heads up to 64 wide fit a processor
-    return Tiles(64, 32, block, block, 4, 3, 255 if block == 128 else 152)
+    return Tiles(64, 32, block, block, 4, 3, 255)
 
 
 def attend_segments(

@@ -198,7 +198,7 @@ def ragged_add_select_(
     scores = x.new_empty(rows.shape, dtype=torch.float32)
     counters = None if keys is None else block_counters(x)
     priority, rows, starts = priority_bytes(priority), rows.contiguous(), starts.contiguous()
-    selection = Selection(scores, priority, counters, order, order, starts)
+    selection = Selection(scores, priority, counters, order, None, starts)
     sizes = dense(sizes) if size_weight else None
     weights = Weights(sizes, float(size_weight), cost_scale, float(cost_weight))
     launch(

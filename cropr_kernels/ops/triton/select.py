@@ -27,8 +27,9 @@ _COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 class Selection(NamedTuple):
     """Scores (B, N) and the outputs of a selection. May be None: priority; counters (B,) of
-    finished programs, if one program selects alone; positions, if only scores are computed; starts
-    (B + 1,), if not ragged. Ragged scores are (T,), and kept_idx (T,) is the order of rows."""
+    finished programs, if one program selects alone; positions, if only scores are computed;
+    pruned_idx, to write pruned positions of an image behind its kept ones; starts (B + 1,), if not
+    ragged. Ragged scores are (T,), and kept_idx (T,) is the order of rows."""
 
     scores: Any
     priority: Any
@@ -125,7 +126,9 @@ def select_image(
     BLOCK_N: tl.constexpr = KEYS.tokens
     IN_REGISTERS: tl.constexpr = KEYS.in_registers
     kept_idx_ptr = selection.kept_idx + b * num_keep
-    pruned_idx_ptr = selection.pruned_idx + b * (n - num_keep)
+    pruned_idx_ptr = selection.pruned_idx
+    if pruned_idx_ptr is not None:
+        pruned_idx_ptr += b * (n - num_keep)
     priority_ptr = selection.priority
     if priority_ptr is not None:
         priority_ptr += b * num_tokens
@@ -176,8 +179,12 @@ def select_image(
         positions = offs.to(tl.int64)
         if from_idx_ptr is not None:
             positions = tl.load(from_idx_ptr + offs, mask=offs < n, other=0)
-        tl.store(kept_idx_ptr + rank - 1, positions, mask=keep)
-        tl.store(pruned_idx_ptr + offs - rank, positions, mask=(offs < n) & (keep == 0))
+        if pruned_idx_ptr is None:
+            order = tl.where(keep, rank - 1, num_keep + offs - rank)
+            tl.store(kept_idx_ptr + order, positions, mask=offs < n)
+        else:
+            tl.store(kept_idx_ptr + rank - 1, positions, mask=keep)
+            tl.store(pruned_idx_ptr + offs - rank, positions, mask=(offs < n) & (keep == 0))
         kept_before += tl.sum(keep.to(tl.int32), axis=0)
         ties_left -= tl.sum(tied, axis=0)
 
@@ -266,9 +273,8 @@ def select_ragged(
     """weigh_and_select of image b, as part of one image of all `num_rows` rows."""
     start, count, present = ragged_image(selection.starts, b, num_candidates, num_prefix)
     num_keep = count - present
-    kept_idx_ptr = selection.kept_idx + start
     image = Selection(
-        selection.scores, selection.priority, None, kept_idx_ptr, kept_idx_ptr + num_keep, None
+        selection.scores, selection.priority, None, selection.kept_idx + start, None, None
     )
     weigh_and_select(
         selection.scores + start,

@@ -37,7 +37,7 @@ def engines() -> str:
     )
     return (
         f"{table.markdown()}\n\nOver *plain*, {timed[0]['photos']} photos of 96 pixels, ViT-Ti at "
-        f"64, in turns; start: until the first part. {growth}. {measured_on(env)}, other jobs "
+        f"64, in turns; start: until the first part. {growth}. {measured_on(env)}, nothing "
         "beside."
     )
 

@@ -1,9 +1,11 @@
-// CPU kernel of cropr::attend_segments: PyTorch's attention, one image at a time.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include <array>
+// CPU kernel of cropr::attend_segments.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
+#include "head_attention.h"
 #include "rows.h"
 #include "tensor.h"
 
@@ -27,26 +29,49 @@ void check_starts(
           ", the tokens of image ", b, ", got ", longest);
 }
 
-Tensor view(
-    const Tensor& base, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides,
-    int64_t offset) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(base.get(), 4, sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
+// Queries of a task: a head is packed again where a thread begins within it.
+constexpr int64_t kTaskQueries = 8 * kQueryBlock;
+
+template <typename T>
+HeadRows<const T> rows_of(const Tensor& x, int64_t token, int64_t head) {
+  return {data<T>(x) + token * x.stride(0) + head * x.stride(1), x.stride(0)};
 }
 
-// The tokens of an image in x (T, H, C), as (1, H, K, C).
-Tensor heads_of(const Tensor& x, int64_t first, int64_t count) {
-  const int64_t step = x.stride(0);
-  return view(
-      x, {1, x.size(1), count, x.size(2)}, {count * step, x.stride(1), step, x.stride(2)},
-      first * step);
-}
-
-// The log sizes of an image in (T,), as a mask (1, 1, 1, K).
-Tensor mask_of(const Tensor& log_sizes, int64_t first, int64_t count) {
-  return view(log_sizes, {1, 1, 1, count}, {count, count, count, 1}, first);
+// Tasks are blocks of queries, of one head after the other, image after image.
+template <typename T>
+void attend_images(
+    const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* starts, int64_t batch,
+    const float* log_sizes, acc_t<T> scale, T* out) {
+  using A = acc_t<T>;
+  const int64_t heads = q.size(1), width = q.size(2);
+  std::vector<int64_t> first_task(batch + 1, 0);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t count = starts[b + 1] - starts[b];
+    longest = std::max(longest, count);
+    first_task[b + 1] = first_task[b] + (count + kTaskQueries - 1) / kTaskQueries * heads;
+  }
+  torch::stable::parallel_for(0, first_task[batch], 1, [&](int64_t begin, int64_t end) {
+    Scratch<A> memory(PackedHead<A>::elements(longest, width));
+    int64_t b =
+        std::upper_bound(first_task.begin(), first_task.end(), begin) - first_task.begin() - 1;
+    int64_t packed = -1;  // the head that is packed, of the image
+    for (int64_t task = begin; task < end; ++task) {
+      for (; task >= first_task[b + 1]; ++b) packed = -1;
+      const int64_t first = starts[b], count = starts[b + 1] - first;
+      const int64_t blocks = (first_task[b + 1] - first_task[b]) / heads;
+      const int64_t head = (task - first_task[b]) / blocks;
+      const int64_t query = (task - first_task[b]) % blocks * kTaskQueries;
+      const PackedHead<A> keys_and_values(count, width, memory.data());
+      if (std::exchange(packed, head) != head)
+        pack_head<T>(
+            rows_of<T>(k, first, head), rows_of<T>(v, first, head),
+            log_sizes ? log_sizes + first : nullptr, keys_and_values);
+      attend_head<T>(
+          rows_of<T>(q, first + query, head), std::min(kTaskQueries, count - query), scale,
+          keys_and_values, {out + ((first + query) * heads + head) * width, heads * width});
+    }
+  });
 }
 
 Tensor attend_segments(
@@ -61,25 +86,15 @@ Tensor attend_segments(
 
   const Tensor queries = with_dense_rows(q), keys = with_dense_rows(k), values = with_dense_rows(v);
   OptionalTensor bias = log_sizes;
-  if (bias && q.scalar_type() == ScalarType::Double)
-    bias = torch::stable::to(*bias, ScalarType::Double);
   if (bias) bias = torch::stable::contiguous(*bias);
   const Tensor out = empty({num_tokens, q.size(1), q.size(2)}, q.scalar_type());
   if (out.numel() == 0) return out;
-  for (int64_t b = 0; b + 1 < num_starts; ++b) {
-    const int64_t first = start[b], count = start[b + 1] - first;
-    if (count == 0) continue;
-    OptionalTensor mask;
-    if (bias) mask = mask_of(*bias, first, count);
-    AtenTensorHandle mask_handle = mask ? mask->get() : nullptr, attended, normalizers;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
-        heads_of(queries, first, count).get(), heads_of(keys, first, count).get(),
-        heads_of(values, first, count).get(), 0.0, 0, mask ? &mask_handle : nullptr,
-        scale ? &*scale : nullptr, &attended, &normalizers));
-    const Tensor result(attended), unused(normalizers);
-    Tensor target = heads_of(out, first, count);
-    torch::stable::copy_(target, result);
-  }
+  with_float_type(q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    attend_images<T>(
+        queries, keys, values, start, num_starts - 1, bias ? data<float>(*bias) : nullptr,
+        static_cast<acc_t<T>>(scale.value_or(1 / std::sqrt(q.size(2)))), mutable_data<T>(out));
+  });
   return out;
 }
 

@@ -146,8 +146,9 @@ def proportional_attention(
     """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal
     tokens (ToMe, section 3).
 
-    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; elsewhere, and
-    for heads that leave no room, it is a bias, which on a CPU costs less than copying q, k and v.
+    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; on a CPU in 16
+    bits without gradients `attend_segments` runs; elsewhere, and for heads that leave no room, it
+    is a bias.
 
     Args:
         q, k, v: (B, H, K, C).
@@ -156,9 +157,44 @@ def proportional_attention(
     """
     if log_sizes is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if not dropout_p and takes_rows(q, k, v):
+        return attention_by_rows(q, k, v, log_sizes, scale)
     if q.is_cuda and takes_extra_dimension(q.shape[-1], q.dtype):
         return attention_by_dimension(q, k, v, log_sizes, dropout_p, scale)
     return attention_by_bias(q, k, v, log_sizes, dropout_p, scale)
+
+
+def takes_rows(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether `attention_by_rows` computes an attention, and faster: on a CPU, in 16 bits, in
+    eager mode and without gradients."""
+    return (
+        type(q) is type(k) is type(v) is Tensor
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.ndim == 4
+        and q.shape == k.shape == v.shape
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def attention_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute proportional attention by `attend_segments`, with equally many tokens an image.
+
+    Measured on a CPU: 0.5 to 0.9 of the time of scaled_dot_product_attention in bfloat16; in
+    float32 0.9 to 1.1.
+    """
+    batch, _, count, _ = q.shape
+    starts = torch.arange(batch + 1) * count
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    sizes = None if log_sizes is None else log_sizes.flatten()
+    output = ops.attend_segments(*rows, starts, count, sizes, scale)
+    return output.unflatten(0, (batch, count)).transpose(1, 2)
 
 
 def project_heads(attn: TimmAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,11 +51,13 @@ class Budget(Protocol):
 
 
 def costs_of_images(costs: Tensor) -> Tensor:
-    """Multiply costs (B, C), inf where there is no candidate, by the root of their image's mean."""
-    exists = costs.isfinite()
-    count = exists.sum(1, keepdim=True).clamp_min(1)
-    mean = costs.where(exists, 0.0).sum(1, keepdim=True) / count
-    return costs * mean.sqrt().where(mean > 0, 1.0)
+    """Multiply costs (B, C), inf where there is no candidate, by the root of their image's mean.
+
+    NaN instead of inf in images without a candidate, or whose candidates cost nothing.
+    """
+    exists = costs < math.inf
+    mean = costs.where(exists, 0.0).sum(1, keepdim=True) / exists.sum(1, keepdim=True)
+    return costs * mean.sqrt()
 
 
 def quotas(rate: float, counts: Sequence[float], num_tokens: int, linear: float) -> list[float]:

@@ -102,7 +102,7 @@ class _Merger:
     ) -> ActiveRows:
         """Add the update (T, D) of the block's MLP to the active rows, and merge."""
         prefix = self.state.num_prefix
-        count = len(self.record.merges)
+        num_merges = len(self.record.merges)
         limit = min(num_candidates(self.budget.rate), self.x.shape[1])
         order = ops.ragged_add_select_(
             self.x,
@@ -114,8 +114,8 @@ class _Merger:
             limit,
             prefix,
             self.sizes,
-            self.size_weight if count else 0.0,
-            self.priorities[count % 2],
+            self.size_weight if num_merges else 0.0,
+            self.priorities[num_merges % 2],
             self.cost_scale,
             COST_WEIGHT,
         )
@@ -123,10 +123,8 @@ class _Merger:
             self.x, order, active.starts, limit, prefix, self.cost_scale * self.sizes.sqrt()
         )
         merges = self.budget.choose(module, costs)
-        # One wait for the device
-        num_pruned = merges.sum(1)
-        lengths = active.starts.diff() - num_pruned
-        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+        counts = active.starts.diff() - merges.sum(1)
+        lengths = counts.tolist()  # the one wait for the device
         rows, starts, sizes = ops.ragged_merge_(
             self.x,
             order,
@@ -135,13 +133,12 @@ class _Merger:
             nearest,
             self.sizes,
             self.record.parent,
-            total,
+            sum(lengths),
             prefix,
             self.state.config.tracks_parents,
         )
-        remaining = ActiveRows(rows, starts, longest, sizes)
-        self.record.add(module, starts.diff())
-        return remaining
+        self.record.add(module, counts)
+        return ActiveRows(rows, starts, max(lengths), sizes)
 
 
 def run_ragged(

@@ -160,6 +160,19 @@ def test_every_run_gives_the_same_bits(kernels):
         assert same_bits(first, kernels.attend_segments(*args, max(COUNTS), log_sizes))
 
 
+@without_triton
+def test_the_number_of_threads_does_not_change_the_bits():
+    args, log_sizes = make(((130, 1, 0, 97), 3, 40))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(ops.attend_segments(*args, 130, log_sizes))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast_does_not_change_the_result(kernels, dtype):
     args, log_sizes = make((COUNTS, 2, 16), dtype, kernels.device)

@@ -16,6 +16,7 @@ from cropr_kernels.models.blocks import (
     attention_by_bias,
     attention_by_dimension,
     attention_by_projection,
+    attention_by_rows,
     pads_projection,
     project_heads,
     proportional_attention,
@@ -172,14 +173,29 @@ def test_a_token_of_size_s_weighs_as_much_as_s_equal_tokens():
 
 @pytest.mark.parametrize("width", [8, 16, 64, 72, 248])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_one_more_dimension_is_exact_against_the_mask(dtype, width):
+def test_one_more_dimension_and_rows_are_exact_against_the_mask(dtype, width):
     q, k, v, sizes = attention_problem(dtype, width)
     exact = attention_by_bias(q.double(), k.double(), v.double(), sizes.log())
     errors = [
         (function(q, k, v, sizes.log()).double() - exact).abs().max().item()
-        for function in (attention_by_dimension, attention_by_bias)
+        for function in (attention_by_dimension, attention_by_rows, attention_by_bias)
     ]
-    assert errors[0] <= max(2 * errors[1], 1e-6), errors
+    assert max(errors[:2]) <= max(2 * errors[2], 1e-6), errors
+
+
+def test_on_a_cpu_in_16_bits_rows_attend_where_nothing_else_is_asked_for():
+    q, k, v, sizes = attention_problem(torch.bfloat16)
+    by_rows = attention_by_rows(q, k, v, sizes.log())
+    by_bias = attention_by_bias(q, k, v, sizes.log())
+    assert not torch.equal(by_rows, by_bias)
+    assert torch.equal(proportional_attention(q, k, v, sizes.log()), by_rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(proportional_attention(q, k, v, sizes.log()), by_bias)
+    leaf = q.clone().requires_grad_()
+    proportional_attention(leaf, k, v, sizes.log()).sum().backward()
+    assert leaf.grad is not None
+    with torch.no_grad():
+        assert torch.equal(proportional_attention(leaf, k, v, sizes.log()), by_rows)
 
 
 def test_sixteen_bit_keys_lose_nothing_of_the_size():

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -42,7 +41,7 @@ class PatchInputs:
                 f"{', '.join(inputs) or 'none'}"
             )
         patches, mask, places = (inputs[name] for name in names)
-        shapes = (tuple(mask.shape[:2]) + (2,), (len(patches), 2))
+        shapes = ((*tuple(mask.shape[:2]), 2), (len(patches), 2))
         if mask.shape != patches.shape[:2] or tuple(places.shape) not in shapes:
             raise ValueError(
                 f"cropr.forward_images: {self.patches} must be (B, N, ...), {self.mask} (B, N) and "
@@ -66,11 +65,16 @@ class PatchInputs:
             images.append(ImagePatches(image, (height, width)))
         return images
 
-    def has_padding(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-        """Tell whether the arguments of a forward hold a mask of patches that is not all true."""
+    def find(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+        """Find the inputs by name among the arguments of a forward, which may be a mapping."""
         values = dict(zip(self.arguments, args)) | dict(kwargs)
         for value in args:
             if isinstance(value, Mapping):
                 values |= value
-        mask = values.get(self.mask)
-        return isinstance(mask, Tensor) and not bool(mask.all())
+        return {name: values.get(name) for name in (self.patches, self.mask, self.places)}
+
+    def grid_of(self, places: Tensor) -> tuple[int, int] | None:
+        """The patches in height and width of images without padding, None if they differ."""
+        grids = places.amax(1) + 1 if places.ndim == 3 else places
+        height, width = grids[0].tolist()
+        return (height, width) if bool((grids == grids[0]).all()) else None

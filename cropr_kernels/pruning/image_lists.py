@@ -108,9 +108,7 @@ def forward_images(
             )
         embedded.append(exchange.embedded)
     tokens = _run_blocks(modules, embedded)
-    return [
-        forward(image, BlocksExchange(image.grid, rows)) for image, rows in zip(batch, tokens)
-    ]
+    return [forward(image, BlocksExchange(image.grid, rows)) for image, rows in zip(batch, tokens)]
 
 
 def _images_of(

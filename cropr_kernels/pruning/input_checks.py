@@ -1,27 +1,37 @@
-"""Refusal of inputs that a pruned model cannot take."""
+"""Inputs of a pruned model before its forward: refusal of those it cannot take."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from .state import PruningModules, PruningOptions
 
 
-def refuse_padded_patches(
+def take_patches(
     modules: PruningModules, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
-    """Raise ValueError if the arguments of a forward are patches with padding (NaFlexViT, SigLIP
-    2), which would be scored, kept and merged as patches are, unless nothing is pruned."""
+    """Note the grid of the patches (NaFlexViT, SigLIP 2) among the arguments of a forward, if any.
+
+    Raises:
+        ValueError: they have padding, which would be scored, kept and merged as patches are, and
+            the rate is not 0.
+    """
     names = modules.spec.patch_inputs
     schedule = modules.config.schedule
     if names is None or schedule.rate == 0 or not schedule.share or torch.compiler.is_compiling():
         return
-    if names.has_padding(args, kwargs):
+    inputs = names.find(args, kwargs)
+    mask = inputs[names.mask]
+    if isinstance(mask, Tensor) and not bool(mask.all()):
         raise ValueError(
             f"cropr: a pruned {type(modules.spec.tower).__name__} takes patches without padding, "
             f"or at a rate of 0, got a {names.mask} that is not all true: give the same inputs to "
             "cropr.forward_images"
         )
+    places = inputs[names.places]
+    if isinstance(places, Tensor) and len(places):
+        modules.context.grid = names.grid_of(places)
 
 
 def check_masks(modules: PruningModules, name: str, options: PruningOptions) -> None:

@@ -16,7 +16,7 @@ from .block_wrapper import fill_padding
 from .budget import Thresholds
 from .config import PruningConfig
 from .graphs import Graphs
-from .input_checks import check_masks, refuse_padded_patches
+from .input_checks import check_masks, take_patches
 from .module import Scorer
 from .predictions import add_predictions
 from .state import ForwardContext, ForwardContexts, PruningOptions, PruningState
@@ -241,7 +241,7 @@ def before_forward(
     kwargs = dict(kwargs)
     protect = cast(Tensor | None, kwargs.pop("protect", None))
     padding = cast(Tensor | None, kwargs.pop("padding", None))
-    refuse_padded_patches(modules, args, kwargs)
+    take_patches(modules, args, kwargs)
     if context.options is not None and not context.opened_by_hook:
         return args, kwargs
     if modules.config.windows is not None:
@@ -281,7 +281,7 @@ def before_encoder(
     modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], kwargs: Kwargs
 ) -> None:
     """See what is asked of the encoder where it is called, by whatever module around it."""
-    refuse_padded_patches(modules, args, kwargs)
+    take_patches(modules, args, kwargs)
     context = modules.context
     options = context.options
     if options is None:  # called by others than the model's own forward
@@ -348,9 +348,9 @@ def with_full_maps(
 
 def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Any) -> None:
     """Note the patch grid (B, D, height, width) that the embedding makes, of a video (B, D, frames,
-    height, width); or (height, width) beside the tokens, None for patches of several images."""
+    height, width); or (height, width) beside the tokens, None for those that it took as patches."""
     if isinstance(output, tuple):
-        modules.context.grid = output[1]
+        modules.context.grid = output[1] or modules.context.grid
         return
     *frames, height, width = output.shape[2:]
     modules.context.frames = frames[0] if frames else None

@@ -36,6 +36,7 @@ def inputs_of(tower: nn.Module, example: Tensor | None) -> Iterator[tuple[Tensor
     name = input_of(tower) or ""
     parameters = inspect.signature(tower.forward).parameters
     config: Any = getattr(tower, "config", None)
+    config = getattr(config, "vision_config", config)
     images = examples_of(tower)[0] if example is None else example[:1]
     plain = partial(_as_they_are, name)
     if name == "flattened_patches":

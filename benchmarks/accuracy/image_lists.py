@@ -6,7 +6,7 @@ python -m benchmarks.accuracy.image_lists --data FOLDER [--photos 32] [--rounds 
 A pretrained ViT-Ti as timm's VisionTransformer with dynamic_img_size and as its NaFlexVit, on crops
 of the example photos of 128 to 448 pixels a side. `padded` is the unpruned model on one batch: of
 NaFlexVit with its mask, else on photos that zeros fill to the largest height and width, without a
-mask. `list` is cropr.forward_images, unpruned and merging at R = 8 with the thresholds of 128 photos
+mask. `list` is cropr.forward_images, unpruned and merging at R = 8, with thresholds of 128 photos
 of 224 pixels. All but `padded` of the first model must return what photos one by one do. `data`
 describes the folder.
 """

@@ -1,8 +1,8 @@
 """The section of docs/rates.md: photos of different sizes in one batch."""
 
-from benchmarks.report.render import NOT_MEASURED, Cell, Sections, Table, load, measured_on
+from benchmarks.report.render import NOT_MEASURED, Sections, load, measured_on
 
-_METHODS = ("one by one", "list", "list, merging")
+_METHODS = {"one by one": "one by one", "list": "list", "list, merging": "R = 8"}
 
 
 def image_lists() -> str:
@@ -11,15 +11,15 @@ def image_lists() -> str:
     if measured is None:
         return NOT_MEASURED
     env, rows = measured
-    body: list[list[Cell]] = []
-    for row in rows:
-        ratios = [row["images/s"][method] for method in _METHODS]
-        body.append([row["model"], *(f"{ratio[0]:.2f}x" for ratio in ratios)])
-    table = Table(["ViT-Ti", "one by one", "list", "list, R = 8"], body)
     low, mean, high = rows[0]["patches"]
+    speeds = "; ".join(
+        f"{row['model']} "
+        + ", ".join(f"{method} {row['images/s'][key][0]:.2f}" for key, method in _METHODS.items())
+        for row in rows
+    )
     return (
-        f"{table.markdown()}\n\n*Images/s over a padded batch, {rows[0]['photos']} photos of {low} "
-        f"to {high} patches (mean {mean}), {measured_on(env)}.*"
+        f"Images/s of a ViT-Ti over a padded batch, {rows[0]['photos']} photos of {low} to {high} "
+        f"patches (mean {mean}): {speeds} ({measured_on(env)})."
     )
 
 

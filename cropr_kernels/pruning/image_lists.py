@@ -63,18 +63,15 @@ def forward_images(
 ) -> list[object]:
     """Run images of different sizes as one batch, without padding: blocks see their tokens packed.
 
-    Outputs are those of images one by one, to rounding. A calibrated model that merges takes from
-    each image, whatever its size, the tokens that cost less than the thresholds of its rate, and at
-    most half of them or 4 R after a block. Without thresholds at its rate the schedule counts the
-    tokens of each image, and blocks run images of one size together. Embedding and head run image
-    by image.
+    Outputs are those of images one by one, to rounding. Tokens that cost less than the thresholds
+    merge, after a block at most 4 R of an image and half of them. Without thresholds at its rate
+    the schedule counts the tokens of each image, and those of one size run together.
 
     Args:
         model: from `deploy`.
-        images: (C, H, W) each, of sizes that the model takes. NaFlexVit of timm and SigLIP 2 of
-            Hugging Face also take the padded inputs that they are called with: patches (B, N, P),
-            patch_coord (B, N, 2) and patch_valid (B, N); or pixel_values (B, N, P), spatial_shapes
-            (B, 2) and pixel_attention_mask (B, N). Padding is left out.
+        images: (C, H, W) each, of sizes that the model takes. NaFlexVit and SigLIP 2 also take
+            their padded inputs: patches (B, N, P), patch_coord (B, N, 2), patch_valid (B, N); or
+            pixel_values, spatial_shapes (B, 2), pixel_attention_mask.
         kwargs: further arguments of the model.
 
     Returns:

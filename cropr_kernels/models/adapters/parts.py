@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import ROTARY_TABLES, has_tensors
 from ..blocks import Segments, SizeWeightedAttention, norm_parameters, proportional_attention
-from ..probing import BlockCall, is_close
+from ..probing import BlockCall
 from ..rotary import Rotary
 from .base import BlockParts, EngineRefusal, base_class
 
@@ -69,7 +69,7 @@ def _packs(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     # Of the attention alone: LayerScale may leave little of it in the block's output
-    return is_close(update.reshape(expected.shape), expected, expected)
+    return call.is_close(update.reshape(expected.shape), expected, expected)
 
 
 def _rotary_of(call: BlockCall, num_prefix: int) -> Rotary | None:

@@ -20,6 +20,12 @@ class Rotary(NamedTuple):
         """Turn queries or keys (B, H, K, C) in place; nothing is gathered."""
         ops.rotate_(heads.transpose(1, 2), self.table, self.idx, self.num_prefix, half)
 
+    def for_one_image(self) -> "Rotary":
+        """Leave out the dimensions of images and heads, which are 1, of a table (1, 1, N, C)."""
+        if isinstance(self.table, tuple):
+            return self._replace(table=tuple(part.reshape(part.shape[-2:]) for part in self.table))
+        return self._replace(table=self.table.reshape(self.table.shape[-2:]))
+
     @property
     def length(self) -> int:
         """The number of rows of the table."""

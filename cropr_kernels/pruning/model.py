@@ -16,6 +16,7 @@ from .block_wrapper import fill_padding
 from .budget import Thresholds
 from .config import PruningConfig
 from .graphs import Graphs
+from .input_checks import check_masks, take_patches
 from .module import Scorer
 from .predictions import add_predictions
 from .state import ForwardContext, ForwardContexts, PruningOptions, PruningState
@@ -183,7 +184,7 @@ def run(model: nn.Module, call: Callable[[], T], options: PruningOptions) -> tup
     """
     modules = modules_of(model)
     context = modules.context
-    _check_masks(model, options)
+    check_masks(modules, type(model).__name__, options)
     context.options = options._replace(predict=bool(options.predict))
     context.opened_by_hook = False
     context.state = None
@@ -240,6 +241,7 @@ def before_forward(
     kwargs = dict(kwargs)
     protect = cast(Tensor | None, kwargs.pop("protect", None))
     padding = cast(Tensor | None, kwargs.pop("padding", None))
+    take_patches(modules, args, kwargs)
     if context.options is not None and not context.opened_by_hook:
         return args, kwargs
     if modules.config.windows is not None:
@@ -258,7 +260,7 @@ def before_forward(
         maps=maps,
         restore=_reads_last(modules, maps),
     )
-    _check_masks(model, options)
+    check_masks(modules, type(model).__name__, options)
     context.options = options
     context.opened_by_hook = True
     context.state = None
@@ -279,6 +281,7 @@ def before_encoder(
     modules: CroprModules, encoder: nn.Module, args: tuple[object, ...], kwargs: Kwargs
 ) -> None:
     """See what is asked of the encoder where it is called, by whatever module around it."""
+    take_patches(modules, args, kwargs)
     context = modules.context
     options = context.options
     if options is None:  # called by others than the model's own forward
@@ -343,9 +346,12 @@ def with_full_maps(
             context.clear()
 
 
-def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Tensor) -> None:
+def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Any) -> None:
     """Note the patch grid (B, D, height, width) that the embedding makes, of a video (B, D, frames,
-    height, width)."""
+    height, width); or (height, width) beside the tokens, None for those that it took as patches."""
+    if isinstance(output, tuple):
+        modules.context.grid = output[1] or modules.context.grid
+        return
     *frames, height, width = output.shape[2:]
     modules.context.frames = frames[0] if frames else None
     modules.context.grid = (frames[0] * height if frames else height), width
@@ -378,23 +384,3 @@ def _reads_last(modules: CroprModules, maps: frozenset[int]) -> bool:
     """Tell whether the tokens after the last block are a map, and whatever pools them does not see
     it: models that collect hidden states in their own loop take the last from there."""
     return bool(maps) and modules.spec.pooling == "token"
-
-
-def _check_masks(model: nn.Module, options: PruningOptions) -> None:
-    modules = modules_of(model)
-    name = type(model).__name__
-    for mask, option in ((options.protect, "protect"), (options.padding, "padding")):
-        if mask is not None and modules.spec.refusal is not None:
-            raise ValueError(f"cropr: {option} is not supported for {name}: {modules.spec.refusal}")
-    if options.padding is None:
-        return
-    if modules.config.merge is not None:
-        raise ValueError("cropr: padding is not supported with merge=True: drop tokens instead")
-    if modules.config.windows is not None or modules.spec.map_blocks is not None:
-        raise ValueError("cropr: padding is not supported with window attention")
-    if modules.spec.pooling == "other":
-        raise ValueError(
-            "cropr: padding needs a head that takes the class token or averages over the patches; "
-            "that of "
-            f"{name} does neither"
-        )

@@ -176,6 +176,12 @@ class PruningState:
         self.collected_rows: list[Tensor] = []
         self.record: MergeRecord | None = None  # where images keep different numbers of tokens
 
+    def note_grid(self, grid: Grid) -> None:
+        """Take the patch grid of the image that the tokens are of, if it has as many patches."""
+        self.grid = _infer_grid(
+            self.num_tokens - self.num_prefix, grid, self.grid or self.config.grid
+        )
+
     @property
     def is_video(self) -> bool:
         return self.modules.spec.frames > 1

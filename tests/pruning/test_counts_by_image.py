@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.models import MODELS, randomize, reference_vit, timm_eva, timm_vit
+from helpers.models import MODELS, randomize, reference_vit, timm_eva
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
@@ -242,41 +242,3 @@ def test_maps_show_what_the_engine_merges():
     assert torch.equal((blocks == 4).flatten(1).sum(1), remaining)
     merged = cropr.merge_map(fast, images)
     assert torch.equal(merged.flatten(1).max(1).values + 1, remaining)
-
-
-SIZES = ((64, 64), (32, 96), (96, 64), (64, 64))
-ANY_SIZE = {
-    "timm ViT": lambda: timm_vit(dynamic_img_size=True),
-    "timm ViT, average": lambda: timm_vit(
-        dynamic_img_size=True, class_token=False, global_pool="avg"
-    ),
-    "timm EVA-02": lambda: timm_eva(dynamic_img_size=True, num_reg_tokens=2),
-}
-
-
-@pytest.mark.parametrize("llf", [False, True])
-@pytest.mark.parametrize("rate", [0, RATE])
-@pytest.mark.parametrize("name", ANY_SIZE)
-def test_images_of_different_sizes_run_as_one_by_one(name, rate, llf):
-    fast = cropr.deploy(cropr.set_rate(calibrated(ANY_SIZE[name], llf=llf), rate))
-    images = [photos(1, seed=index)[0] for index in range(4)]
-    images = [
-        torch.nn.functional.interpolate(image[None], size=size)[0]
-        for image, size in zip(images, SIZES)
-    ]
-    together = cropr.forward_images(fast, images)
-    for index, image in enumerate(images):
-        [alone] = cropr.forward_images(fast, [image])
-        torch.testing.assert_close(together[index], alone)
-        if rate == 0 or image.shape[1:] == (64, 64):
-            torch.testing.assert_close(together[index], fast(image[None]))
-    assert cropr.forward_images(fast, []) == []
-
-
-def test_images_of_different_sizes_are_refused_without_thresholds():
-    dropping = cropr.deploy(cropr.apply(randomize(reference_vit()).eval(), rate=RATE))
-    with pytest.raises(ValueError, match="need a rate of 0, or merging with thresholds"):
-        cropr.forward_images(dropping, [])
-    functional = cropr.deploy(cropr.set_rate(calibrated(reference_vit), 0), engine=False)
-    with pytest.raises(ValueError, match="only the engine packs images, and it is off: switched"):
-        cropr.forward_images(functional, [])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..arguments import PLAIN, ArgumentRule
 from ..head_probing import Pooling
 from ..map_attention import Heads, attend, heads_of
+from ..patch_inputs import PatchInputs
 from ..rotary import Rotary
 from ..tiling import AttentionRows
 from ..token_format import BATCH_FIRST, TokenFormat
@@ -40,7 +41,7 @@ class ModelSpec:
     returns_tokens: bool = True  # the output also holds the tokens, or the head reads the patches
     needs_map: bool = False  # the head reads all patches, their places or their number
     map_layers: tuple[int, ...] = ()  # blocks whose output the model reads past the next block
-    # Its output (B, D, grid height, grid width) is the patch grid
+    # Its output (B, D, grid height, grid width) is the patch grid, or the second of two values
     projection: nn.Module | None = None
     norm: nn.Module | None = None  # the last norm of the tokens
     # The innermost module that takes the images and runs the blocks; None: the tower
@@ -52,6 +53,8 @@ class ModelSpec:
     token_format: TokenFormat = BATCH_FIRST
     # Arguments of the tower, made of images (B, C, H, W); None: it takes these
     make_inputs: Callable[[Tensor], dict[str, Tensor]] | None = None
+    # Of a tower that takes patches of images of any size
+    patch_inputs: PatchInputs | None = None
     frames: int = 1  # of a video, whose grids stand below each other
     refusal: str | None = None  # the reason why patches cannot be named by their place in the image
     # Attributes of the model that decide on its head, and their values

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..patch_inputs import PatchInputs
 from .structure import examples_of
 
 # Images, videos, spectrograms, patches with their positions
@@ -35,6 +36,7 @@ def inputs_of(tower: nn.Module, example: Tensor | None) -> Iterator[tuple[Tensor
     name = input_of(tower) or ""
     parameters = inspect.signature(tower.forward).parameters
     config: Any = getattr(tower, "config", None)
+    config = getattr(config, "vision_config", config)
     images = examples_of(tower)[0] if example is None else example[:1]
     plain = partial(_as_they_are, name)
     if name == "flattened_patches":
@@ -56,6 +58,20 @@ def inputs_of(tower: nn.Module, example: Tensor | None) -> Iterator[tuple[Tensor
         yield images, plain
         if isinstance(getattr(config, "patch_size", None), int):
             yield images, partial(_patches, name, config.patch_size)
+
+
+def patch_inputs_of(tower: nn.Module) -> PatchInputs | None:
+    """The inputs of a tower that takes patches, a mask of them, and the grid of each image."""
+    names = (*inspect.signature(tower.forward).parameters,)
+    if "spatial_shapes" not in names or "pixel_attention_mask" not in names:
+        return None
+    return PatchInputs(
+        "pixel_values", "pixel_attention_mask", "spatial_shapes", names, _without_mask
+    )
+
+
+def _without_mask(tower: nn.Module, **inputs: object) -> object:
+    return tower(pixel_attention_mask=None, **inputs)
 
 
 def _as_they_are(name: str, images: Tensor) -> dict[str, Tensor]:

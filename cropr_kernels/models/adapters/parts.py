@@ -68,7 +68,8 @@ def _packs(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
             update = parts.attend(attention, h.reshape(1, -1, width), packed_rotary, None)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return call.is_close(update.reshape(expected.shape), expected)
+    # Of the attention alone: LayerScale may leave little of it in the block's output
+    return call.is_close(update.reshape(expected.shape), expected, expected)
 
 
 def _rotary_of(call: BlockCall, num_prefix: int) -> Rotary | None:

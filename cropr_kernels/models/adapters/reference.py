@@ -21,28 +21,35 @@ def find(model: nn.Module) -> ModelSpec | None:
     return spec_of(model) if isinstance(model, ViT) else None
 
 
-class _PatchEmbed(Protocol):
-    proj: nn.Module
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
+class PatchEmbed(Protocol):
+    """The embedding of patches."""
+
+    @property
+    def proj(self) -> nn.Module: ...
+
+    @property
+    def img_size(self) -> tuple[int, int]: ...
+
+    @property
+    def grid_size(self) -> tuple[int, int]: ...
 
 
 class _TimmModel(Protocol):
     """A model with timm's attributes."""
 
     blocks: nn.ModuleList
-    patch_embed: _PatchEmbed
+    patch_embed: PatchEmbed
     num_prefix_tokens: int
     embed_dim: int
     num_classes: int
     global_pool: str
 
 
-def spec_of(model: nn.Module) -> ModelSpec:
-    """Specify a model with timm's attributes."""
+def spec_of(model: nn.Module, embed: PatchEmbed | None = None) -> ModelSpec:
+    """Specify a model with timm's attributes; its embedding is `patch_embed` unless given."""
     timm_model: _TimmModel = model  # type: ignore[assignment]
     blocks = list(timm_model.blocks)
-    embed = timm_model.patch_embed
+    embed = embed or timm_model.patch_embed
     height, width = embed.img_size
     channels: int = getattr(model, "in_chans", getattr(embed.proj, "in_channels", 3))
     pool = timm_model.global_pool

@@ -1,10 +1,12 @@
 """Hugging Face vision models, with or without their heads, by probing: no list of names."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from ..probing import ForwardError, ProbeError
 from .base import ModelSpec, known_classes
-from .inputs import input_of, inputs_of
+from .inputs import input_of, inputs_of, patch_inputs_of
 from .structure import probe
 
 
@@ -76,7 +78,8 @@ def _probe(model: nn.Module, tower: nn.Module, example: Tensor | None) -> ModelS
     errors: list[ProbeError] = []
     for images, make_inputs in inputs_of(tower, example):
         try:
-            return probe(model, tower, images, make_inputs)
+            spec = probe(model, tower, images, make_inputs)
+            return replace(spec, patch_inputs=patch_inputs_of(tower))
         except ProbeError as error:
             errors.append(error)
     raise next((error for error in errors if not isinstance(error, ForwardError)), errors[0])

@@ -113,6 +113,7 @@ def test_images_are_merged_as_one_by_one(options):
 FAMILIES = {**MODELS, "timm EVA-02, registers": lambda: timm_eva(num_reg_tokens=3)}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_image_is_independent_of_those_beside_it(name, llf):
@@ -254,6 +255,7 @@ ANY_SIZE = {
 }
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 @pytest.mark.parametrize("rate", [0, RATE])
 @pytest.mark.parametrize("name", ANY_SIZE)

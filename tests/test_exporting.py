@@ -102,14 +102,13 @@ def test_standard_operators_restore_and_add_parents_like_the_ops():
 
 CASES = [
     ("reference", {"llf": "track_parent", "merge": True}),
-    ("reference, registers", {"llf": True}),
-    ("timm EVA-02", {"llf": "track_parent"}),
+    ("timm EVA-02", {"llf": True}),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
             ("reference", {}),
-            ("reference", {"llf": True}),
-            ("reference", {"llf": "track_parent"}),
+            ("reference, registers", {"llf": True}),
+            ("timm EVA-02", {"llf": "track_parent"}),
             ("reference", {"merge": True}),
             ("reference", {"merge": cropr.Merge(candidates=2.0)}),
             ("timm ViT, no class token", {}),

@@ -3,8 +3,10 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-from helpers.selection import covering
+import pytest
+from helpers.selection import choose_combinations, covering
 
 
 def test_each_choice_holds_every_value_in_as_few_combinations_as_the_longest_parameter_has_values():
@@ -45,6 +47,49 @@ def test_pairwise_holds_every_pair_of_values_in_less_than_the_product():
 def test_a_combination_with_a_parameter_of_its_own_is_chosen_for_it():
     combinations = [dict(op="add"), dict(op="rotate", table="half"), dict(op="rotate", table="all")]
     assert covering(combinations, strength=2) == {0, 1, 2}
+
+
+class Case:
+    """A test with parameters, as pytest collects it."""
+
+    def __init__(self, **parameters):
+        self.nodeid = f"test_add[{parameters}]"
+        self.callspec = SimpleNamespace(params=parameters)
+        self.marks = set()
+
+    def get_closest_marker(self, name):
+        return name if name in self.marks else None
+
+    def add_marker(self, name):
+        self.marks.add(name)
+
+
+@pytest.mark.parametrize(
+    ("backend", "strength", "in_all"),
+    [("reference", 1, 1), ("cpp", 2, 2), ("compiled", 1, 1), ("triton", 1, 1)],
+)
+def test_backends_run_each_value_or_each_pair(backend, strength, in_all):
+    shapes, dtypes, flags = range(9), ("half", "float", "double"), (False, True)
+    cases = [
+        Case(backend=backend, shape=shape, dtype=dtype, flag=flag)
+        for shape, dtype, flag in itertools.product(shapes, dtypes, flags)
+    ]
+    left_out = choose_combinations(cases)
+    run = [case for case in cases if case not in left_out]
+    quick = [case for case in run if "slow" not in case.marks]
+    assert len(quick) < len(cases) / 1.5
+
+    def values(chosen, strength):
+        parts = [itertools.combinations(case.callspec.params.items(), strength) for case in chosen]
+        return {*itertools.chain(*parts)}
+
+    few = range(1, 9, 3) if backend in ("compiled", "triton") else shapes
+    expected = [case for case in cases if case.callspec.params["shape"] in few]
+    assert values(quick, strength) == values(expected, strength)
+    assert values(run, in_all) == values(cases, in_all)
+    if backend == "triton":
+        third = [case for case in cases if case.callspec.params["shape"] % 3 == 0]
+        assert values(run, 2) >= values(third, 2)
 
 
 def test_make_interprets_every_file_with_tests_for_kernels(request):

@@ -30,34 +30,43 @@ def covering(combinations: list[dict[str, Any]], strength: int = 1) -> set[int]:
 
 
 def choose_combinations(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Choose combinations of the tests that are marked `each_choice`, or compile or interpret
-    Triton kernels, whose code has no branch on a pair of parameters.
+    """Choose combinations of the tests that are marked `each_choice`, or are parametrized by a
+    backend: code has few branches on a pair of parameters, and none on three.
 
-    `make test` runs each choice, of the last two in every third shape; `make test-all` all pairs,
-    and each choice of all shapes where kernels are compiled only: other tests compile them for
-    all known widths. Marks the difference slow and returns the tests that neither runs.
+    Definitions, and kernels that are compiled only, run each choice, C++ kernels all pairs. Others
+    run each choice in `make test`, and all pairs in `make test-all`, in every third shape if they
+    are interpreted. Of kernels that are compiled or interpreted `make test` takes every third
+    shape: other tests compile them for all known widths. Marks the difference slow and returns the
+    tests that neither runs.
     """
     groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in [item for item in items if hasattr(item, "callspec")]:
         parameters = item.callspec.params
         backend = parameters.get("backend", parameters.get("kernels"))
-        if backend in ("compiled", "triton") or item.get_closest_marker("each_choice"):
+        if backend or item.get_closest_marker("each_choice"):
             groups.setdefault((item.nodeid.partition("[")[0], str(backend)), []).append(item)
     left_out: set[pytest.Item] = set()
     for (_, backend), group in groups.items():
-        shapes = [*dict.fromkeys(str(item.callspec.params.get("shape")) for item in group)]
-        if backend in ("compiled", "triton") and len(shapes) > 4:  # each of them takes seconds
-            shapes = shapes[1::3]
         quick = [item for item in group if not item.get_closest_marker("slow")]
-        candidates = [item for item in quick if str(item.callspec.params.get("shape")) in shapes]
-        each_choice = _covering_items(candidates, 1)
+        if backend in ("compiled", "triton"):  # each of them takes seconds
+            quick = _with_shapes(quick, slice(1, None, 3))
+        chosen = _covering_items(quick, 2 if backend in ("cpp", "cuda") else 1)
         for item in group:
-            if item not in each_choice:
+            if item not in chosen:
                 item.add_marker("slow")
-        left_out |= (
-            {*group} - each_choice - _covering_items(group, 1 if backend == "compiled" else 2)
-        )
+        chosen |= _covering_items(group, 1 if backend in ("reference", "compiled", "triton") else 2)
+        if backend == "triton":
+            chosen |= _covering_items(_with_shapes(group, slice(0, None, 3)), 2)
+        left_out |= {*group} - chosen
     return left_out
+
+
+def _with_shapes(group: list[pytest.Item], part: slice) -> list[pytest.Item]:
+    """Return the tests that take part of the shapes, or all if these are four at most."""
+    shapes = [str(item.callspec.params.get("shape")) for item in group]  # type: ignore[attr-defined]
+    different = [*dict.fromkeys(shapes)]
+    taken = different[part] if len(different) > 4 else different
+    return [item for item, shape in zip(group, shapes) if shape in taken]
 
 
 def _covering_items(items: list[pytest.Item], strength: int) -> set[pytest.Item]:

@@ -24,7 +24,7 @@ def randomize(model):
 )
 def test_equals_timm_with_the_same_weights(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    options = {"num_classes": 10, "depth": 3}
+    options = {"num_classes": 10, "depth": 2, "embed_dim": 192}  # for each number of heads
     theirs, ours = (
         randomize(timm.create_model(name, **options)),
         cropr.create_vit(name, **options).eval(),
@@ -39,12 +39,14 @@ def test_equals_timm_with_the_same_weights(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_large_patch16_224", "eva02_large_patch14_448", "vit_base_patch16_384"]
+    "name",
+    [name for name in PRESETS if name not in ("deit_tiny_patch16_384", "deit_small_patch16_384")],
 )
-def test_parameters_of_larger_models_equal_those_of_timm(name):
+def test_parameters_equal_those_of_timm(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     with torch.device("meta"):
-        ours = {key: value.shape for key, value in cropr.create_vit(name).state_dict().items()}
+        model = cropr.create_vit(name, num_classes=1000)
+        ours = {key: value.shape for key, value in model.state_dict().items()}
         try:
             theirs = {
                 key: value.shape
@@ -80,9 +82,9 @@ def test_pretrained_weights_classify_real_photos_as_timm_does(data):
     ours, metadata = load_weights(path)
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=200).eval()
     theirs.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    images, labels = read_photos(data, 100)
+    images, labels = read_photos(data, 60)
     logits = ours(images)
-    torch.testing.assert_close(logits, theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[:8], theirs(images[:8]), rtol=1e-4, atol=1e-4)
     names = metadata["classes"].split()
     accuracy = sum(names[i] == label for i, label in zip(logits.argmax(1).tolist(), labels)) / len(
         labels

@@ -76,7 +76,7 @@ EVERY_COUNT = [False, pytest.param(True, marks=pytest.mark.slow)] if INTERPRETED
 def test_hard_scores_keep_exactly_the_top(backend, name, every_count):
     scores = torch.tensor([HARD[name], HARD[name][::-1]])
     n = scores.shape[1]
-    for num_keep in range(n + 1) if every_count else {1, n // 2, n - 1}:
+    for num_keep in range(n + 1) if every_count else {n // 2}:
         for num_prefix in range(min(num_keep, 2) + 1):
             check(backend, scores, num_keep, num_prefix)
 
@@ -84,7 +84,7 @@ def test_hard_scores_keep_exactly_the_top(backend, name, every_count):
 @pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 197, 1024, 1025, 4097, 9216, 16385, 20000])
 def test_selection_is_exact_for_any_number_of_tokens(backend, n):
     scores = torch.randint(-n // 3 - 1, n // 3 + 1, (2, n)).float()  # with ties
-    for num_keep in {0, 1, n // 3, n - 1, n}:
+    for num_keep in {n // 3, n - 1} if backend.interpreted else {0, 1, n // 3, n - 1, n}:
         check(backend, scores, num_keep, min(num_keep, 1))
 
 
@@ -112,7 +112,7 @@ def test_priority_comes_before_any_score(backend, name, every_count):
     n = scores.shape[1]
     some = torch.randint(-1, 2, scores.shape, dtype=torch.int8)
     crowd = torch.where(torch.arange(n) % 3 == 0, -1, 5).to(torch.int8).expand(3, -1)
-    for num_keep in {0, 1, 2, n // 2, n - 2, n - 1, n} if every_count else {1, n // 2}:
+    for num_keep in {0, 1, 2, n // 2, n - 2, n - 1, n} if every_count else {n // 2}:
         for num_prefix in {0, min(num_keep, 2)}:
             for priority in (some, crowd) if num_prefix else (some, crowd, some > 0):
                 check(backend, scores, num_keep, num_prefix, priority)

@@ -96,6 +96,7 @@ def test_loss_is_the_plain_sum():
     assert cropr.loss(cross_entropy, output, aux, soft).ndim == 0
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("num_queries", [1, 6])
 @pytest.mark.parametrize("llf", [False, True])
 def test_deploy_gives_the_same_bits_and_leaves_its_argument_alone(model, images, llf, num_queries):
@@ -195,9 +196,12 @@ def test_pruning_saves_the_flops_it_promises():
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    ("name", "compiler"),
+    [
+        ("timm EVA-02", "aot_eager"),
+        pytest.param("reference", "inductor", marks=pytest.mark.slow),  # others: test_engine.py
+    ],
 )
-@pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT", "timm EVA-02"])
 def test_deployed_models_compile_to_one_graph(name, compiler, images):
     torch._dynamo.reset()
     model = cropr.deploy(cropr.apply(MODELS[name](), rate=8, llf=True))

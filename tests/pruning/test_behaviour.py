@@ -80,6 +80,7 @@ def test_many_threads_get_the_serial_results(model, way):
     assert wrong == []
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("deployed", [False, True])
 @torch.no_grad()
 def test_models_survive_save_pickle_and_deepcopy(model, deployed):
@@ -142,6 +143,7 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("way", WAYS)
 def test_adapted_projections_are_called_and_learn(model, way):
     """At rate 0 the output is that of the unpruned model with the same layers; pruned, every layer

@@ -64,13 +64,16 @@ def merged_one_by_one(model, image):
     colors = checkerboard(x, modules.spec.grid, prefix)
     positions = torch.arange(x.shape[1])[None]
     holder = positions.clone()
-    counts = []
+    counts, offsets = [], []
     for layer, block in enumerate(tower.blocks):
+        if modules.config.llf and layer == len(tower.blocks) - 1:
+            x = with_offsets(x, positions, offsets)
+            sizes = x.new_ones(1, x.shape[1], dtype=torch.float32)
         counts.append(x.shape[1])
         with SizeWeightedAttention.maybe(log_sizes(sizes)):
             x = block(x)
-        if layer == len(queries):
-            break
+        if layer >= len(queries):
+            continue
         scores = reference.scores(x, queries[layer])
         adjusted = scores
         if layer:
@@ -85,17 +88,38 @@ def merged_one_by_one(model, image):
         cost = (1 - best).clamp_min(0) * scale.gather(1, candidates)
         cost = cost * cost.mean().sqrt()
         num_keep = x.shape[1] - int((cost <= budget.costs[layer]).sum())
-        x, kept, _, sizes, dest = reference.merge(
+        before = x
+        x, kept, gone, sizes, dest = reference.merge(
             x, targets, candidates, sizes, num_keep, prefix, scale
         )
         holder = dest.gather(1, holder)
+        parents = kept.gather(1, dest.gather(1, gone))
+        change = reference.gather(before, gone) - reference.gather(x, dest.gather(1, gone))
+        offsets.append((positions.gather(1, gone)[0], positions.gather(1, parents)[0], change[0]))
         positions = positions.gather(1, kept)
-    return reference.gather(x, holder), counts
+    return x if modules.config.llf else reference.gather(x, holder), counts
 
 
-@pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"qk_norm": True, "init_values": 0.5}])
-def test_images_are_merged_as_one_by_one(options):
-    model = calibrated(lambda: reference_vit(global_pool="avg", **options))
+def with_offsets(x, positions, offsets):
+    """Return all tokens in order: one that merged is its target and its offset from it then."""
+    rows = dict(zip(positions[0].tolist(), x[0]))
+    for gone, parents, change in reversed(offsets):
+        for position, parent, offset in zip(gone.tolist(), parents.tolist(), change):
+            rows[position] = rows[parent] + offset
+    return torch.stack([rows[position] for position in sorted(rows)])[None]
+
+
+@pytest.mark.parametrize(
+    ("options", "llf"),
+    [
+        ({}, False),
+        ({"reg_tokens": 3}, False),
+        ({"qk_norm": True, "init_values": 0.5}, False),
+        ({"reg_tokens": 3}, "track_parent"),
+    ],
+)
+def test_images_are_merged_as_one_by_one(options, llf):
+    model = calibrated(lambda: reference_vit(global_pool="avg", depth=5, **options), llf=llf)
     images = photos()
     fast = cropr.deploy(model)
     [tokens], [state] = zip(
@@ -107,12 +131,13 @@ def test_images_are_merged_as_one_by_one(options):
         assert seen[index] == counts
         expected = fast.norm(expected)
         torch.testing.assert_close(tokens[index : index + 1], expected, rtol=1e-6, atol=1e-8)
-    assert len({row[-1] for row in seen}) > 1
+    assert len({row[2] for row in seen}) > 1
 
 
 FAMILIES = {**MODELS, "timm EVA-02, registers": lambda: timm_eva(num_reg_tokens=3)}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_image_is_independent_of_those_beside_it(name, llf):
@@ -184,6 +209,21 @@ def test_equal_counts_where_own_ones_are_not_known():
     assert run(fast, lambda: fast(images), options)[1].record is None
     cropr.set_rate(model, 20)
     assert counts_of(model).record is None  # above the highest rate that was calibrated
+
+
+def test_thresholds_take_the_flops_of_their_rates():
+    model = calibrated(reference_vit)
+    images = photos(12, seed=1)
+    flops = ImageFlops(cropr.deploy(model), images[:1])
+    for rate in modules_of(model).thresholds.rates:
+        fast = cropr.deploy(cropr.set_rate(model, rate))
+        by_image, equal = (
+            run(fast, lambda fast=fast: fast(images), PruningOptions(engine=True, **options))[1]
+            for options in ({}, {"equal_counts": True})
+        )
+        assert by_image.record is not None and equal.record is None
+        expected = float(flops(equal).mean())
+        assert float(flops(by_image).mean()) == pytest.approx(expected, rel=0.01), rate
 
 
 def test_training_forgets_thresholds():

@@ -100,6 +100,7 @@ def alone():
 WAYS = [{}, {"num_outputs": 0}, {"merge": True}, {"merge": True, "llf": True}]
 
 
+@pytest.mark.each_choice
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])

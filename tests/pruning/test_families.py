@@ -68,12 +68,14 @@ def test_blocks_width_grid_prefix_and_classes_are_found(name, model):
     assert spec.num_classes == (5 if name in CLASSIFIERS else 0)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 def test_rate_zero_equals_the_plain_model_bit_for_bit(model, images, llf):
     plain = run(model, images)
     assert_equal(run(cropr.apply(model, rate=0, llf=llf), images), plain)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 def test_apply_then_remove_leaves_nothing_behind(model, images, llf):
     plain, keys, classes = (
@@ -182,6 +184,7 @@ def masked(forward, log_sizes):
 IN_FLOAT32 = ("AIMv2",)  # its norm computes in it whatever the dtype
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
 def test_tokens_equal_a_slow_implementation(name, model, images, llf):
@@ -210,6 +213,7 @@ def test_with_llf_the_last_hidden_state_has_all_tokens(name, model, images):
     }
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 def test_training_gives_predictions_and_stops_their_gradient(model, images, llf):
     cropr.apply(model, rate=8, llf=llf, num_outputs=5).train()
@@ -266,9 +270,15 @@ def test_deploy_gives_the_logits_of_eval_and_leaves_its_argument_alone(model, im
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    ("name", "compiler"),
+    [
+        ("DINOv3", "aot_eager"),
+        *(
+            pytest.param(name, "inductor", marks=pytest.mark.slow)
+            for name in ("ViT", "DINOv3", "torchvision")
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", ["ViT", "DINOv3", "torchvision"])
 @torch.no_grad()
 def test_compiled_and_exported_models_give_the_same_outputs(model, compiler, images):
     fast = cropr.deploy(cropr.apply(model, rate=8, llf=True))
@@ -383,6 +393,7 @@ EVERY = {**MODELS, **BLOCK_RUNNERS}
 PADDABLE = [name for name in EVERY if name not in ("ViT-MAE", "SigLIP", "RADIO", "AIMv2")]
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("name", PADDABLE)
 @pytest.mark.parametrize("llf", [False, True])
 @torch.no_grad()
@@ -400,6 +411,7 @@ def test_the_content_of_padding_changes_nothing(name, llf, images):
         assert not torch.allclose(outputs_of(runner(images)), pooled[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     "options", [{}, {"llf": True}, {"merge": True}, {"merge": True, "llf": True}], ids=str
 )
@@ -418,6 +430,7 @@ def test_the_engine_equals_the_functional_ops(name, options, images):
     assert_equal(run(fast, images), run(functional, images), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("llf", [False, True])
 @pytest.mark.parametrize("name", [name for name in BLOCK_RUNNERS if name != "ViT-MAE"])
 @torch.no_grad()

@@ -281,10 +281,13 @@ def test_models_that_run_their_blocks_track_parents(name, options):
     torch.testing.assert_close(outputs_of(cropr.set_rate(model, 0)(images)), plain, rtol=0, atol=0)
 
 
-def test_tracking_parents_compiles_in_one_graph(images):
-    for options in (DROP, MERGE):
-        model = pruned(llf="track_parent", **options)
-        for runner in (model, cropr.deploy(model)):
-            with torch.no_grad():
-                got = torch.compile(runner, backend="aot_eager", fullgraph=True)(images)
-                torch.testing.assert_close(got, runner(images))
+@pytest.mark.each_choice
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("options", [DROP, MERGE], ids=["drop", "merge"])
+@torch.no_grad()
+def test_tracking_parents_compiles_in_one_graph(images, options, deployed):
+    torch._dynamo.reset()
+    model = pruned(llf="track_parent", **options)
+    runner = cropr.deploy(model) if deployed else model
+    got = torch.compile(runner, backend="aot_eager", fullgraph=True)(images)
+    torch.testing.assert_close(got, runner(images))

@@ -113,6 +113,7 @@ def test_padding_is_pruned_first_and_protected_patches_last():
     assert (without[protect] < 4).any() and (left == 4).sum() == (without == 4).sum()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("name", [*PADDED, "timm ViT, any size"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_protected_patches_stay_and_the_engine_agrees(name, merge):

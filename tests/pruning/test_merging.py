@@ -435,9 +435,12 @@ def test_calibration_ignores_merging():
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    ("engine", "compiler"),
+    [
+        (True, "aot_eager"),
+        *(pytest.param(engine, "inductor", marks=pytest.mark.slow) for engine in (True, False)),
+    ],
 )
-@pytest.mark.parametrize("engine", [True, False])
 def test_merging_compiles_to_one_graph(engine, compiler):
     torch._dynamo.reset()
     model = cropr.deploy(

@@ -50,6 +50,7 @@ def test_with_labels_the_loss_holds_the_auxiliary_losses(images):
     )
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("labels", [None, LABELS], ids=["", "labels"])
 @pytest.mark.parametrize("name", [name for name in BLOCK_RUNNERS if name != "torchvision"])
 def test_the_output_keeps_its_class_and_holds_the_predictions(name, labels, images):

@@ -45,6 +45,7 @@ def images_of(model):
     return torch.nn.functional.interpolate(IMAGES, size).to(next(model.parameters()).dtype)
 
 
+@pytest.mark.each_choice
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", WAYS, ids=str)

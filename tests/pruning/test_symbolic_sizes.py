@@ -7,24 +7,28 @@ from torch._dynamo.testing import CompileCounter
 
 import cropr_kernels as cropr
 
-SCHEDULES = [
-    {"rate": 0}, {"rate": 2, "llf": "as_pruned"}, {"rate": 2, "merge": True, "llf": True},
-    {"keep": [20, 15, 12]},
-    {"ratio": 0.5, "merge": cropr.Merge(2.5)}, {"ratio": 0.9, "llf": "track_parent"},
-    {"const": (2, 9)},
-]  # fmt: skip
+# Every family, every kind of schedule and every option, deployed and not
+CASES = [
+    ("timm ViT, any size", {"rate": 2, "merge": True, "llf": True}, True),
+    ("reference, rotary", {"rate": 2, "llf": "as_pruned"}, False),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("reference", {"rate": 0}, True),
+            ("DINOv3", {"ratio": 0.9, "llf": "track_parent"}, False),
+            ("DINOv3", {"keep": [20, 15, 13]}, True),
+            ("reference", {"ratio": 0.5, "merge": cropr.Merge(2.5)}, False),
+            ("timm ViT, any size", {"const": (2, 9)}, False),
+        )
+    ),
+]
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
 
 
-@pytest.mark.each_choice
-@pytest.mark.parametrize("deployed", [False, True])
-@pytest.mark.parametrize("options", SCHEDULES, ids=str)
-@pytest.mark.parametrize("name", ["reference", "reference, rotary", "timm ViT, any size", "DINOv3"])
+@pytest.mark.parametrize(("name", "options", "deployed"), CASES, ids=str)
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_a_program_takes_images_of_other_sizes(name, options, deployed):
-    if name == "DINOv3" and "keep" in options:
-        options = {"keep": [20, 15, 13]}  # beside its prefix
     model = cropr.apply(
         randomize({**MODELS, **BLOCK_RUNNERS}[name]()).eval(), num_outputs=0, **options
     )

@@ -68,6 +68,7 @@ def last_block(model, images, x):
     return output[0] if isinstance(output, tuple) else output
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -93,6 +94,7 @@ def test_the_last_maps_are_full(name, deployed, merge, images):
         torch.testing.assert_close(last, last_block(plain, images, before), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     "options", [{}, {"merge": True}, {"llf": "as_pruned"}, {"llf": TWO}], ids=str
 )
@@ -172,7 +174,7 @@ def test_copies_give_their_own_maps(name, deployed, images):
         assert all(torch.equal(*pair) for pair in zip(full_maps(model, images, 3), expected))
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02"])
+@pytest.mark.parametrize("name", ["timm ViT", pytest.param("timm EVA-02", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compiled_models_give_the_same_maps(name, images):
     model = cropr.deploy(
@@ -354,6 +356,7 @@ def asked_of(name, num_tokens):
     return asked | {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("name", AROUND)
 @torch.no_grad()

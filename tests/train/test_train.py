@@ -1,10 +1,12 @@
 """Training: what interrupts it, who shares it, and what it refuses."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -165,6 +167,14 @@ else:
 """
 
 
+def free_port():
+    """Return a port that no outgoing connection is given meanwhile."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
+    raise OSError("no port is free")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkeypatch):
@@ -176,15 +186,20 @@ def test_two_processes_give_the_result_of_one(parallel, photos, tmp_path, monkey
     train(run_config, tmp_path / "one", show=False)
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "config.json").write_text(run_config.to_json())
-    (tmp_path / "run.py").write_text(PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, tmp_path / "run.py", tmp_path / "two"],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with ThreadPoolExecutor(2) as pool:
+        ended = [
+            pool.submit(
+                run_forked,
+                PROCESSES,
+                [str(tmp_path / "two")],
+                tmp_path / rank,
+                **group | {"RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in ("0", "1")
+        ]
+    for process in ended:
+        assert process.result().returncode == 0, process.result().stderr[-3000:]
     alone_log, shared_log = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(alone_log) == len(shared_log)
     assert [line["note"].split(" ")[0] for line in shared_log if "note" in line] == [

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers import vlm
-from helpers.vlm import GREEDY
+from helpers.vlm import GREEDY, rows_of
 
 import cropr_kernels as cropr
 from cropr_kernels.vlm.packed import find_tower
@@ -51,9 +51,7 @@ def tower_output(model, pixels, grid):
         lambda: model.model.get_image_features(pixels, grid, return_dict=True)
     )
     deepstack = getattr(output, "deepstack_features", None) or ()
-    rows = [torch.cat(list(output.pooler_output))]
-    rows += [torch.cat(list(features)) for features in deepstack]
-    return rows, sizes
+    return [rows_of(features) for features in (output.pooler_output, *deepstack)], sizes
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -200,7 +198,9 @@ def test_blocks_that_compute_something_else_are_not_run(steps):
     class Scaled(plain):
         def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
             tables = tuple(1.01 * table for table in position_embeddings)
-            return 1.01 * super().forward(hidden_states, cu_seqlens, tables, **kwargs)
+            return 1.01 * super().forward(
+                hidden_states, cu_seqlens=cu_seqlens, position_embeddings=tables, **kwargs
+            )
 
     for block in blocks:
         block.__class__ = Scaled

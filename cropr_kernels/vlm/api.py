@@ -67,7 +67,7 @@ def prune_image_tokens(
     tokens = ImageTokens(keep, None if query is None else query.detach().float(), groups)
     pruned = find_pruned(model)
     if pruned is not None:
-        tokens.dense = PrunedTower(pruned)
+        tokens.dense = PrunedTower(pruned, model.base_model)
     setattr(model, ATTRIBUTE, tokens)
     tokens.hooks = [
         model.register_forward_pre_hook(before_forward, with_kwargs=True),
@@ -87,9 +87,11 @@ def restore_image_tokens(model: Model) -> Model:
         TypeError: image tokens are not pruned.
     """
     tokens = require_image_tokens(model, "cropr.restore_image_tokens")
-    for part in (tokens, tokens.tower, tokens.dense):
+    for part in (tokens, tokens.tower):
         for hook in () if part is None else part.hooks:
             hook.remove()
+    if tokens.dense is not None:
+        tokens.dense.remove(model.base_model)
     remove_answers(model)
     delattr(model, ATTRIBUTE)
     del model.generate

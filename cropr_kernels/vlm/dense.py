@@ -1,9 +1,11 @@
 """Tokens that a tower pruned by `apply` leaves, marked for the language model."""
 
+import inspect
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,14 @@ from ..pruning.model import is_pruned, modules_of
 from ..pruning.strategies import MergeStrategy
 from .features import entries_of, finite_rows
 
+_PACK = "pack_image_features"  # of models whose images are tiles, which are cut and get newlines
+
 
 class _Marks(threading.local):
     active = False
     survivors: Tensor | None = None  # (B, N) bool, of the last forward
-    sizes: Tensor | None = None  # (B, patches), of the last forward; 0: pruned
+    # (B, patches), of the last forward, or (rows,) of its tiles packed; 0: pruned
+    sizes: Tensor | None = None
     repeats = False  # the marks are those of the last forward
 
 
@@ -26,17 +31,22 @@ class PrunedTower:
 
     Args:
         model: the module that `apply` was given.
+        base: the vision-language model without its head.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, base: object):
         self.model = model
         self.marks = _Marks()
         encoder = modules_of(model).spec.encoder
         # After the hooks of `apply` that open the forward, and before those that close it
         self.hooks: list[RemovableHandle] = [
             encoder.register_forward_pre_hook(self._before),
-            encoder.register_forward_hook(self._mark, prepend=True),
+            encoder.register_forward_hook(self._record, prepend=True),
         ]
+        if model is not encoder:  # older transformers add hidden states around the encoder
+            self.hooks.append(model.register_forward_hook(self._mark))
+        if hasattr(base, _PACK):
+            setattr(base, _PACK, partial(self._pack, base))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "marks": None}
@@ -68,10 +78,9 @@ class PrunedTower:
             self.marks.repeats = False
         present = finite_rows(entries_of(marked.pooler_output))
         sizes = self.marks.sizes
-        # Where tiles are cut and have ends of rows, a row is no patch
         if sizes is None or sizes.numel() != len(present):
             return output, present.float()
-        return output, sizes.flatten()
+        return output, sizes.flatten() * present
 
     def pooled_features(self, call: Callable[[], Any], side: int) -> tuple[Any, Tensor | None]:
         """Compute image features that pool side x side patches, and the size of each row: patches
@@ -92,15 +101,44 @@ class PrunedTower:
         counts = modules.config.counts(num_patches + prefix, len(modules.spec.blocks), prefix)
         return counts[-1] - prefix
 
+    def remove(self, base: object) -> None:
+        """Undo what the constructor has done."""
+        for hook in self.hooks:
+            hook.remove()
+        vars(base).pop(_PACK, None)
+
+    def _pack(self, base: object, image_features: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pack the tiles of images as the model does, and their sizes in the same way."""
+        pack = getattr(type(base), _PACK)
+        sizes = self.marks.sizes
+        counts = [len(feature) for feature in image_features]
+        lengths = {feature.shape[1] for feature in image_features}
+        if (
+            self.marks.active
+            and not self.marks.repeats
+            and sizes is not None
+            and sizes.shape == (sum(counts), *lengths)
+        ):
+            bound = inspect.signature(pack).bind(
+                base, sizes.unsqueeze(2).split(counts), *args, **kwargs
+            )
+            if bound.arguments.get("image_newline") is not None:
+                bound.arguments["image_newline"] = sizes.new_ones(1)
+            packed, _ = pack(*bound.args, **bound.kwargs)
+            self.marks.sizes = torch.cat(list(packed)).squeeze(1)
+        return pack(base, image_features, *args, **kwargs)
+
     def _before(self, encoder: nn.Module, args: object) -> None:
         """Have all tokens restored after the last block."""
         context = modules_of(self.model).context
         if self.marks.active and context.options is not None:
             context.options = context.options._replace(engine=False, restore=True)
 
-    def _mark(self, encoder: nn.Module, args: object, output: Any) -> Any:
+    def _record(self, encoder: nn.Module, args: object, output: Any) -> Any:
+        """Note the survivors of a forward and their sizes, and mark its output."""
         state = modules_of(self.model).context.state
         if state is None:
+            self.marks.survivors = self.marks.sizes = None
             return output
         if not self.marks.repeats:
             kept = torch.ones(state.num_images, state.num_tokens, dtype=torch.bool)
@@ -111,9 +149,13 @@ class PrunedTower:
             if isinstance(state.strategy, MergeStrategy) and state.strategy.sizes is not None:
                 sizes = sizes.masked_scatter(kept, state.strategy.sizes)
             self.marks.sizes = sizes[:, state.num_prefix :]
-        if not self.marks.active:
+        return self._mark(encoder, args, output)
+
+    def _mark(self, module: nn.Module, args: object, output: Any) -> Any:
+        """Put NaN in place of what the tower has pruned, for gradients 0."""
+        if not self.marks.active or self.marks.survivors is None:
             return output
-        pruned = ~cast(Tensor, self.marks.survivors)
+        pruned = ~self.marks.survivors
         if not pruned.any():
             return output
         fill = 0.0 if torch.is_grad_enabled() else float("nan")

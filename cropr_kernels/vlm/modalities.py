@@ -33,9 +33,19 @@ def visual_features(
     base: VisionLanguageModel, inputs: Mapping[str, object], modality: Modality
 ) -> Any:
     """Compute the features of a modality as the model itself does; `pooler_output` holds the rows
-    that it puts in place of placeholders."""
+    that it puts in place of placeholders.
+
+    Raises:
+        ValueError: the model's method for videos is of an older transformers.
+    """
     getter = getattr(type(base), modality.getter)
     names = inspect.signature(getter).parameters
+    if modality.pixels not in names:
+        raise ValueError(
+            f"cropr: {modality.name}s of {type(base).__name__} are not pruned: "
+            f"{modality.getter} of this transformers takes no {modality.pixels}; install a newer "
+            "one, or give frames as images"
+        )
     arguments = {name: value for name, value in inputs.items() if name in names}
     return getter(base, **arguments, return_dict=True)
 

@@ -1,21 +1,27 @@
 """Pruning inside towers that pack images into one row, which cu_seqlens cuts (Qwen-VL, GLM-V).
 
-Blocks see the rows of active groups, with their rotary rows and segments.
+Blocks see the rows of active groups, with their rotary rows and segments; without gradients, after
+calibration, the engine runs them (`packed_engine`).
 """
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..importance import importance
+from ..models.adapters.base import is_hooked
 from ..pruning.merging import Merge
 from ..schedule import Schedule
 from .features import VisionLanguageModel
 from .groups import SegmentSizes, packed_order
-from .towers import Attention, GroupTower, TowerState
+from .packed_engine import PackedBlock, PackedRun, runs_packed
+from .towers import Attention, GroupTower, TowerState, named_arguments
+
+_CAPTURES = ("output_hidden_states", "output_attentions")
 
 
 class PackedTower(GroupTower):
@@ -32,7 +38,14 @@ class PackedTower(GroupTower):
 
     def __init__(self, tower: nn.Module, schedule: Schedule, merge: Merge | None = None):
         side: Any = tower.spatial_merge_size
-        super().__init__(blocks_of(tower), int(side), schedule, merge)
+        blocks = blocks_of(tower)
+        has_engine = runs_packed(blocks)
+        super().__init__(blocks, int(side), schedule, merge)
+        if has_engine:
+            self.hooks += [
+                ReplacedForward(block, partial(self._run_block, layer))
+                for layer, block in enumerate(blocks)
+            ]
         pixels: Any = getattr(tower, "window_size", None)
         patch: Any = getattr(tower, "patch_size", None)
         self.window = None if pixels is None else pixels // self.side // patch
@@ -49,14 +62,70 @@ class PackedTower(GroupTower):
     def _before_tower(
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        arguments = dict(zip(inspect.signature(tower.forward).parameters, args)) | kwargs
+        arguments = named_arguments(tower, args, kwargs)
+        captures = [arguments.get(name, getattr(tower.config, name, False)) for name in _CAPTURES]
+        self.states.captures = any(flag not in (None, False) for flag in captures)
         # Each frame of a video is pruned as an image
         grids = arguments["grid_thw"].tolist()
         self.states.grids = [(1, *grid[1:]) for grid in grids for _ in range(int(grid[0]))]
 
     def begin(self, arguments: dict[str, Any]) -> TowerState:
         grids = self.states.grids
-        return self.state_of(grids, [packed_order(grid, self.side, self.window) for grid in grids])
+        orders = [packed_order(grid, self.side, self.window) for grid in grids]
+        state = self.state_of(grids, orders)
+        x: Tensor = next(iter(arguments.values()))
+        if self.queries is not None and self._takes_engine(state, x):
+            state.run = PackedRun(
+                x,
+                cast(list[PackedBlock], self.blocks.modules),
+                arguments["position_embeddings"],
+                state.num_groups,
+                self.queries,
+                self.merge,
+                state.colors,
+            )
+        return state
+
+    def _takes_engine(self, state: TowerState, x: Tensor) -> bool:
+        """Tell whether the engine runs this forward, as far as it depends on the call."""
+        blocks = self.blocks.modules
+        prunes = any(image[-1] < count for image, count in zip(state.counts, state.num_groups))
+        return (
+            prunes
+            and "forward" in vars(blocks[0])
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and self.states.observe is None
+            and not self.states.captures
+            and not self.states.marks
+            and all(
+                cast(PackedBlock, block).attn.config._attn_implementation == "sdpa"
+                for block in blocks
+            )
+            and not any(
+                is_hooked(block.get_submodule(name))
+                for block in blocks
+                for name in ("", "norm1", "norm2", "attn")
+            )
+        )
+
+    def _run_block(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of a block: by the engine, if it runs this batch."""
+        block = self.blocks.modules[layer]
+        state = self.states.state
+        if state is None or state.run is None:
+            output: Tensor = type(block).forward(block, *args, **kwargs)
+            return output
+        arguments = named_arguments(block, args, kwargs)
+        counts = state.active
+        if layer < self.depth - 1:
+            counts = [image[layer] for image in state.counts]
+        is_same = counts == state.active
+        x = state.run.step(layer, arguments["cu_seqlens"], None if is_same else counts)
+        if not is_same:
+            state.active, state.positions = counts, state.run.rows
+            state.sizes = state.run.sizes
+        return x
 
     def rows_of(self, state: TowerState, output: Tensor) -> Tensor:
         return output
@@ -67,7 +136,7 @@ class PackedTower(GroupTower):
     def select(
         self, state: TowerState, arguments: dict[str, Any]
     ) -> tuple[dict[str, Any], SegmentSizes | None]:
-        if state.positions is None:
+        if state.positions is None or state.run is not None:
             return arguments, None
         selected = select_rows(arguments, state.positions)
         if state.sizes is None:
@@ -87,9 +156,24 @@ class PackedTower(GroupTower):
             return None
         if not 0 < state.next_layer < self.depth or not isinstance(args[0], Tensor):
             return None
-        if len(args[0]) != len(state.positions):
+        num_rows = len(state.positions) if state.run is None else state.num_rows
+        if len(args[0]) != num_rows:
             return None
         return self.in_place(state, args[0]), *args[1:]
+
+    def in_place(self, state: TowerState, output: Tensor) -> Tensor:
+        return super().in_place(state, output) if state.run is None else state.run.marked()
+
+
+class ReplacedForward:
+    """A handle of a module whose forward is another."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]):
+        self.module = module
+        module.forward = forward
+
+    def remove(self) -> None:
+        del self.module.forward
 
 
 def find_tower(model: nn.Module | VisionLanguageModel) -> nn.Module | None:
@@ -115,7 +199,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def _takes(module: nn.Module, name: str) -> bool:
-    return name in inspect.signature(module.forward).parameters
+    return name in inspect.signature(type(module).forward).parameters
 
 
 def select_rows(arguments: dict[str, Any], positions: Tensor) -> dict[str, Any]:

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..importance import AttentionInput
 from ..pruning.merging import Merge
 from ..schedule import Schedule
 from .features import entries_of, finite_rows
 from .groups import Reduced, SegmentSizes, drop_groups, group_colors, merge_groups
+from .packed_engine import PackedRun
 
 # Called after every block with its output, when nothing is pruned
 Observe = Callable[[int, Tensor], None]
@@ -44,6 +44,7 @@ class TowerState:
     positions: Tensor | None = None  # (rows,), of the active rows; None: all
     sizes: Tensor | None = None  # (groups,), of the active groups; None: all are 1
     attention: SegmentSizes | None = None  # in the block that runs
+    run: PackedRun | None = None  # the engine, if it runs the blocks
     next_layer: int = 0
     num_reductions: int = 0
 
@@ -72,7 +73,14 @@ class _States(threading.local):
     grids: Sequence[Sequence[int]]  # of each image, if the tower is given them
     survivors: Tensor | None = None  # positions of the rows that left the tower last
     sizes: Tensor | None = None  # (groups,), as the tower left them last; 0: pruned
+    captures: bool = False  # the caller wants the outputs of all blocks
     marks: bool = False  # NaN stands for what is no survivor, whatever the blocks give
+
+
+class Handle(Protocol):
+    """A change of a module, which `remove` undoes."""
+
+    def remove(self) -> None: ...
 
 
 class GroupTower(nn.Module):
@@ -98,7 +106,7 @@ class GroupTower(nn.Module):
         self.group = side**2
         self.register_buffer("queries", None, persistent=False)  # (modules, D)
         self.states = _States()
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[Handle] = []
         for layer, block in enumerate(blocks):
             self.hooks += [
                 block.register_forward_pre_hook(
@@ -210,7 +218,7 @@ class GroupTower(nn.Module):
     def _before_block(
         self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        arguments = dict(zip(inspect.signature(block.forward).parameters, args)) | kwargs
+        arguments = named_arguments(block, args, kwargs)
         if layer == 0:
             self.states.state = self.begin(arguments)
         state = self.states.state
@@ -304,6 +312,14 @@ class GroupTower(nn.Module):
         fill = 0.0 if torch.is_grad_enabled() else float("nan")
         full = rows.new_full((state.num_rows, *rows.shape[1:]), fill)
         return self.tokens_of(state, full.index_copy(0, state.positions, rows), output)
+
+
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    _, *names = inspect.signature(type(module).forward).parameters
+    return dict(zip(names, args)) | kwargs
 
 
 class Hidden:

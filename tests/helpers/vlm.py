@@ -1,5 +1,7 @@
 """Tiny vision-language models with random weights, and inputs for them."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -248,6 +250,31 @@ def full_positions(plain, inputs):
         return plain.model.get_rope_index(**{name: inputs[name] for name in names})[0]
     first = int("PaliGemma" in type(plain).__name__)
     return torch.arange(first, first + count).expand(len(inputs["input_ids"]), -1)
+
+
+def forward_with_features(model, inputs, output, **options):
+    """Return the logits of a plain model that sees these image features in place of its own."""
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        return model(**inputs, mm_encoder_outputs={"image": output}, **options).logits
+    model.model.get_image_features = lambda *args, **kwargs: output
+    try:
+        return model(**inputs, **options).logits
+    finally:
+        del model.model.get_image_features
+
+
+def without_nan(features):
+    """Return features, a tensor or nested lists of tensors, with zeros for NaN."""
+    if isinstance(features, torch.Tensor):
+        return features.nan_to_num()
+    return [without_nan(entry) for entry in features]
+
+
+def rows_of(features):
+    """Return the rows (T, D) of features, which are one tensor or one an image."""
+    rows = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def cache_of(output):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import vlm
-from helpers.vlm import GREEDY, full_positions, masked
+from helpers.vlm import GREEDY, forward_with_features, full_positions, masked, without_nan
 
 import cropr_kernels as cropr
 from cropr_kernels.calibration import ranks
@@ -130,12 +130,13 @@ def test_a_pooled_tower_hands_its_survivors_on_and_saves_its_own_flops(name):
     placeholders = (shortened["input_ids"] == vlm.IMAGE).sum(1).tolist()
     assert placeholders == [2 * kept, kept] and kept == 9
     pruned = features(model, inputs)
-    rows = [entry.nan_to_num() for entry in pruned.pooler_output]
-    pruned.pooler_output = rows if isinstance(pruned.pooler_output, list) else torch.stack(rows)
-    full = masked(plain, inputs, columns)
-    del full["pixel_values"]
-    encoded = {"mm_encoder_outputs": {"image": pruned}}
-    expected = plain(**full, **encoded, position_ids=full_positions(plain, inputs)).logits
+    pruned.pooler_output = without_nan(pruned.pooler_output)
+    expected = forward_with_features(
+        plain,
+        masked(plain, inputs, columns),
+        pruned,
+        position_ids=full_positions(plain, inputs),
+    )
     present = shortened["attention_mask"].bool()
     expected = expected.gather(1, columns.index.clamp_min(0).unsqueeze(-1).expand(-1, -1, 60))
     logits = model(**inputs).logits

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from helpers import vlm
-from helpers.vlm import GREEDY, full_positions, masked
+from helpers.vlm import (
+    GREEDY,
+    forward_with_features,
+    full_positions,
+    masked,
+    rows_of,
+    without_nan,
+)
 from helpers.vlm_towers import Recorder, dense_block, same_segment
 
 import cropr_kernels as cropr
@@ -79,7 +86,7 @@ def test_survivors_of_a_packed_tower_equal_a_dense_one_written_anew(name):
     counts = [cropr.num_image_tokens(model, count) for count in num_groups]
     assert [int(entry.sum()) for entry in kept] == counts
     for features in getattr(output, "deepstack_features", None) or ():
-        assert all(entry[rows].isfinite().all() for entry, rows in zip(features, kept))
+        assert rows_of(features)[torch.cat(kept)].isfinite().all()
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -93,16 +100,15 @@ def test_a_packed_tower_hands_its_survivors_on(name):
         inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
     )
     # The features of survivors in their places, anything at the others, which are masked
-    pruned.pooler_output = [entry.nan_to_num() for entry in pruned.pooler_output]
+    pruned.pooler_output = without_nan(pruned.pooler_output)
     if hasattr(pruned, "deepstack_features"):
-        pruned.deepstack_features = [
-            [entry.nan_to_num() for entry in layer] for layer in pruned.deepstack_features
-        ]
-    full = masked(plain, inputs, columns)
-    del full["pixel_values"]
-    expected = plain(
-        **full, mm_encoder_outputs={"image": pruned}, position_ids=full_positions(plain, inputs)
-    ).logits
+        pruned.deepstack_features = without_nan(pruned.deepstack_features)
+    expected = forward_with_features(
+        plain,
+        masked(plain, inputs, columns),
+        pruned,
+        position_ids=full_positions(plain, inputs),
+    )
     logits = model(**inputs).logits
     present = shortened["attention_mask"].bool()
     expected = expected.gather(1, columns.index.clamp_min(0).unsqueeze(-1).expand(-1, -1, 60))

@@ -246,13 +246,16 @@ def require_plain(parts: BlockParts) -> None:
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a module has forward hooks of a third party, or another forward than its
     class."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        # transformers leaves hooks on its blocks that do nothing until hidden states are asked for,
-        # `apply` its own.
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        origins = (getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)
-        return not all(
-            origin.startswith(("transformers.", "cropr_kernels.pruning.model"))
-            for origin in origins
-        )
-    return "forward" in module.__dict__
+    # transformers leaves hooks on its blocks that do nothing until hidden states are asked for,
+    # `apply` and `prune_image_tokens` their own.
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    quiet = ("transformers.", "cropr_kernels.pruning.model", "cropr_kernels.vlm.")
+    if not all(_origin(hook).startswith(quiet) for hook in hooks):
+        return True
+    forward = vars(module).get("forward")
+    return forward is not None and not _origin(forward).startswith("cropr_kernels.vlm.")
+
+
+def _origin(function: object) -> str:
+    """The module in which a function, or that of a partial, is defined."""
+    return str(getattr(getattr(function, "func", function), "__module__", ""))

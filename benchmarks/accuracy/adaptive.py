@@ -70,7 +70,7 @@ class Forward(NamedTuple):
     """The images of a run through one network."""
 
     log_probs: Tensor  # (B, classes)
-    tokens: Tensor  # (B, N, D), normed, by position
+    tokens: Tensor | None  # (B, N, D), normed, by position; None: some are dropped
     flops: Tensor  # (B,) float64
 
 
@@ -156,15 +156,16 @@ def at_equal_flops(
 def figures(result: Forward, expected: Tensor, expected_tokens: Tensor, prefix: int) -> Row:
     """Agreement, divergence and error of features against the unpruned model's."""
     divergence = (expected.exp() * (expected - result.log_probs)).sum(1)
-    return {
+    row = {
         "agreement": round(percent_equal(result.log_probs.argmax(1), expected.argmax(1)), 2),
         "KL": round(divergence.mean().item(), 5),
         "KL median": round(divergence.median().item(), 5),
         "KL 95th": round(divergence.quantile(0.95).item(), 5),
-        "features": round(
-            relative_error(result.tokens[:, prefix:], expected_tokens[:, prefix:]), 4
-        ),
     }
+    if result.tokens is not None:
+        error = relative_error(result.tokens[:, prefix:], expected_tokens[:, prefix:])
+        row["features"] = round(error, 4)
+    return row
 
 
 def compare(options: argparse.Namespace, base: ViT) -> None:

@@ -42,12 +42,12 @@ from cropr_kernels.thresholds import NUM_IMAGES
 
 # Method -> rate to begin with, over R of the constant rate
 START = {
-    "ATM": 0.9,
-    "AdaMerge": 0.93,
-    "ATS": 0.25,
+    "ATM": 1.1,
+    "AdaMerge": 0.96,
+    "ATS": 0.45,
     "Token Transforming": 1.0,
     "dropping": 1.0,
-    "dropping by thresholds": 1.0,
+    "dropping by thresholds": 1.2,
 }
 METHODS = tuple(START)
 STAGES = (3, 6, 9)  # blocks of Token Transforming
@@ -163,6 +163,7 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
     cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
+    starts = dict(START)
     for (data, seed), seed_cells in itertools.groupby(
         results.remaining(cells), key=lambda cell: cell[:2]
     ):
@@ -177,7 +178,8 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
             _, _, rate, method = cell
             goal = rivals.constant_flops(rate)
             forward = partial(rivals, images, method)
-            exact, result = at_equal_flops(forward, START[method] * rate, goal, rivals.unpruned)
+            exact, result = at_equal_flops(forward, starts[method] * rate, goal, rivals.unpruned)
+            starts[method] = exact / rate
             mean = result.flops.mean().item()
             results.add(
                 dict(zip(results.keys, cell))

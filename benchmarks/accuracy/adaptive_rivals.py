@@ -42,7 +42,7 @@ from cropr_kernels.thresholds import NUM_IMAGES
 
 # Method -> rate to begin with, over R of the constant rate
 START = {
-    "ATM": 1.1,
+    "ATM": 1.05,
     "AdaMerge": 0.96,
     "ATS": 0.45,
     "Token Transforming": 1.0,
@@ -50,7 +50,7 @@ START = {
     "dropping by thresholds": 1.2,
 }
 METHODS = tuple(START)
-STAGES = (3, 6, 9)  # blocks of Token Transforming
+STAGES = 3  # of Token Transforming: after blocks 4, 7 and 10 of 12
 ATTEMPTS = 8  # at a rate of equal FLOPs
 
 
@@ -99,12 +99,13 @@ class Rivals:
                 self.base, [ATS(trim=True) for _ in places], [samples for _ in places]
             )
         if method == "Token Transforming":
-            kept = [sum(stage <= place for stage in STAGES) for place in places]
+            stages = [len(blocks) * stage // (STAGES + 1) for stage in range(1, STAGES + 1)]
+            kept = [sum(stage <= place for stage in stages) for place in places]
             counts = [
                 prefix + round(patches * (1 - rate / 42) ** reductions) for reductions in kept
             ]
             reducers: list[Reducer | None] = [
-                TokenTransforming() if place in STAGES else None for place in places
+                TokenTransforming() if place in stages else None for place in places
             ]
             return ImageByImage(self.base, reducers, counts)
         queries = [module.query() for module in self.dropping.cropr]
@@ -163,7 +164,7 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
     results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
     cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
-    starts = dict(START)
+    starts: dict[tuple[str, str], float] = {}
     for (data, seed), seed_cells in itertools.groupby(
         results.remaining(cells), key=lambda cell: cell[:2]
     ):
@@ -178,8 +179,9 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
             _, _, rate, method = cell
             goal = rivals.constant_flops(rate)
             forward = partial(rivals, images, method)
-            exact, result = at_equal_flops(forward, starts[method] * rate, goal, rivals.unpruned)
-            starts[method] = exact / rate
+            start = starts.get((data, method), START[method])
+            exact, result = at_equal_flops(forward, start * rate, goal, rivals.unpruned)
+            starts[data, method] = exact / rate
             mean = result.flops.mean().item()
             results.add(
                 dict(zip(results.keys, cell))

@@ -211,7 +211,9 @@ class ImageByImage:
         self.mlp_weights = matrix_elements(block.mlp)
 
     def fit(self, images: Tensor, rate: float) -> None:
-        """Prepare the adaptive reducers on calibration photos (images, C, H, W)."""
+        """Prepare the adaptive reducers, if any, on calibration photos (images, C, H, W)."""
+        if not any(isinstance(reducer, AdaptiveReducer) for reducer in self.reducers):
+            return
         states = self.start(images)
         for layer, reducer in enumerate(self.reducers):
             if isinstance(reducer, AdaptiveReducer):
@@ -276,7 +278,8 @@ class ImageByImage:
 
 
 class Recorder(Reducer):
-    """Notes the statistics of an adaptive reducer, and reduces nothing."""
+    """Notes the statistics of an adaptive reducer; the rest of the block, which nobody reads, sees
+    one token."""
 
     def __init__(self, reducer: AdaptiveReducer):
         super().__init__()
@@ -287,4 +290,4 @@ class Recorder(Reducer):
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
         self.values.append(self.reducer.statistics(x, context, num_prefix))
-        return Reduction(x, sizes=context.sizes)
+        return Reduction(x[:, :1])

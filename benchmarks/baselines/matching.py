@@ -67,7 +67,8 @@ class ATM(Reducer):
     is published. From the paper: sizes weigh in the choice of pairs, above all late in the network.
     Our choices, which may differ from the authors': the weight is Ward's, in all blocks; the halves
     change in the middle of the network, and the smaller one merges into the larger; the schedule
-    sets the number of merges, where the paper merges all pairs above a threshold of the layer.
+    sets the number of merges, where the paper merges all pairs above a threshold of the layer
+    (`adaptive.AdaptiveATM`).
 
     Args:
         distinctive: False: even and odd in all blocks, so that Ward's weight is the only difference

@@ -47,9 +47,10 @@ class AdaptiveReducer(Reducer):
 class AdaptiveATM(AdaptiveReducer):
     """`ATM` with a threshold a layer: every token whose best pair loses at most so much merges.
 
-    Source: Lee and Choi 2025 (arXiv 2505.15160), whose thresholds of similarity depend on the layer.
-    Ours, as the paper's formula was not at hand: a layer's threshold lets R tokens go on average
-    over the calibration photos, and holds for the loss that chooses the pairs, sizes included.
+    Source: Lee and Choi 2025 (arXiv 2505.15160), whose thresholds of similarity depend on the
+    layer. Ours, as the paper's formula was not at hand: a layer's threshold lets R tokens go on
+    average over the calibration photos, and holds for the loss that chooses the pairs, sizes
+    included.
     """
 
     needs = ATM.needs

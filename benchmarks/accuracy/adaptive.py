@@ -24,20 +24,21 @@ changes until they do not; both stand in the row.
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import outputs, percent_equal, relative_error
+from benchmarks.accuracy.agreement import outputs
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures
 from benchmarks.models.deployment import pruned
-from benchmarks.utils.results import RESULTS, Results, Row, environment
+from benchmarks.utils.results import RESULTS, Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.budget import Budget, ThresholdBudget, TotalBudget, quotas
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
@@ -51,8 +52,6 @@ TOGETHER = 32  # images of "batch of 32"
 CAPACITY = f"capacity of {TOGETHER}"
 HEADROOM = 1.05  # rows of a batch, over the mean of as many calibration photos
 METHODS = ("constant", "thresholds", "same quotas", f"batch of {TOGETHER}", CAPACITY)
-TOLERANCE = 0.007  # of mean FLOPs
-ATTEMPTS = 3  # at a rate of equal FLOPs
 
 
 class EqualCounts:
@@ -71,16 +70,6 @@ class EqualCounts:
         count = self.totals[module + 1] - self.totals[module]
         rank = costs.argsort(dim=1, stable=True).argsort(dim=1)
         return (rank < count) & costs.isfinite()
-
-
-class Forward(NamedTuple):
-    """The images of a run through one network."""
-
-    log_probs: Tensor  # (B, classes)
-    tokens: Tensor | None  # (B, N, D), normed, by position; None: some are dropped
-    flops: Tensor  # (B,) float64
-    counts: Tensor | None = None  # (B, blocks), tokens
-    overflows: float | None = None  # share of batches above the capacity
 
 
 class Network:
@@ -174,38 +163,6 @@ class Network:
         return Forward(log_probs, tokens, self.flops(state), counts_by_block(state))
 
 
-def at_equal_flops(
-    forward: Callable[[float], Forward], rate: float, goal: float
-) -> tuple[float, Forward]:
-    """The rate near `rate`, and its run, at which the mean FLOPs are `goal`."""
-    result = forward(rate)
-    slope = -0.04 * goal  # FLOPs of a token more a module, in ViT-Ti
-    for _ in range(ATTEMPTS):
-        mean = result.flops.mean().item()
-        if abs(mean / goal - 1) <= TOLERANCE:
-            break
-        step = (goal - mean) / slope
-        rate += step
-        result = forward(rate)
-        slope = min((result.flops.mean().item() - mean) / step, -0.02 * goal)
-    return rate, result
-
-
-def figures(result: Forward, expected: Tensor, expected_tokens: Tensor, prefix: int) -> Row:
-    """Agreement, divergence and error of features against the unpruned model's."""
-    divergence = (expected.exp() * (expected - result.log_probs)).sum(1)
-    row = {
-        "agreement": round(percent_equal(result.log_probs.argmax(1), expected.argmax(1)), 2),
-        "KL": round(divergence.mean().item(), 5),
-        "KL median": round(divergence.median().item(), 5),
-        "KL 95th": round(divergence.quantile(0.95).item(), 5),
-    }
-    if result.tokens is not None:
-        error = relative_error(result.tokens[:, prefix:], expected_tokens[:, prefix:])
-        row["features"] = round(error, 4)
-    return row
-
-
 def compare(options: argparse.Namespace, base: ViT) -> None:
     """Compare every method at every rate with the unpruned model, on the photos of every seed."""
     env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
@@ -226,7 +183,9 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
         for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
             _, _, rate, method = cell
             goal = constant_flops(network, images[:1], rate)
-            exact, result = at_equal_flops(partial(network, images, method), float(rate), goal)
+            exact, result = at_equal_flops(
+                partial(network, images, method), float(rate), goal, unpruned
+            )
             row = dict(zip(results.keys, cell)) | figures(result, expected, expected_tokens, prefix)
             mean = result.flops.mean().item()
             results.add(

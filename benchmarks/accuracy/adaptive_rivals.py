@@ -18,7 +18,6 @@ Methods, in their adaptive form where they have one:
 
 import argparse
 import itertools
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.adaptive import TOLERANCE, Forward, figures
 from benchmarks.accuracy.agreement import calibrated, log_probabilities, outputs
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures
 from benchmarks.baselines.adaptive import AdaMerge, AdaptiveATM, ImageByImage, ThresholdDrop
 from benchmarks.baselines.network import Reducer
 from benchmarks.baselines.selection import ATS
@@ -51,7 +50,6 @@ START = {
 }
 METHODS = tuple(START)
 STAGES = 3  # of Token Transforming: after blocks 4, 7 and 10 of 12
-ATTEMPTS = 8  # at a rate of equal FLOPs
 
 
 class Rivals:
@@ -125,38 +123,6 @@ class Rivals:
             torch.cat(complete) if len(complete) == len(tokens) else None,
             self.unpruned - saved,
         )
-
-
-def at_equal_flops(
-    forward: Callable[[float], Forward], rate: float, goal: float, unpruned: float
-) -> tuple[float, Forward]:
-    """The rate, and its run, at which the mean FLOPs are `goal`.
-
-    From the saved FLOPs of one rate, until two rates have the goal between them.
-
-    Args:
-        forward: run at a rate; FLOPs fall with it.
-        rate: to begin with.
-        goal, unpruned: FLOPs of an image.
-    """
-    result = forward(rate)
-    above: tuple[float, float] | None = None
-    below: tuple[float, float] | None = None
-    for _ in range(ATTEMPTS):
-        mean = result.flops.mean().item()
-        if abs(mean / goal - 1) <= TOLERANCE:
-            break
-        if mean > goal:
-            above = (rate, mean)
-        else:
-            below = (rate, mean)
-        if above is None or below is None:
-            rate *= min(max((unpruned - goal) / max(unpruned - mean, 1.0), 0.4), 2.5)
-        else:
-            share = (above[1] - goal) / (above[1] - below[1])
-            rate = above[0] + share * (below[0] - above[0])
-        result = forward(rate)
-    return rate, result
 
 
 def compare(options: argparse.Namespace, base: ViT) -> None:

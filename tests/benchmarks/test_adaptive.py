@@ -7,14 +7,11 @@ from helpers.models import randomize, reference_vit
 from benchmarks.accuracy.adaptive import (
     METHODS,
     TOGETHER,
-    TOLERANCE,
-    Forward,
     Network,
-    at_equal_flops,
     constant_flops,
-    figures,
 )
 from benchmarks.accuracy.agreement import outputs
+from benchmarks.accuracy.equal_flops import TOLERANCE, Forward, at_equal_flops, figures
 
 RATE = 6
 
@@ -55,14 +52,15 @@ def test_padding_counts_missing_rows_and_batches_above_the_capacity(network):
     assert (padded.flops[TOGETHER:] == 0).all()
 
 
-def test_the_rate_changes_until_mean_flops_are_equal():
+def test_the_rate_of_equal_flops_is_found_from_both_sides():
     def forward(rate):
-        flops = torch.tensor([100.0 - rate**1.5], dtype=torch.float64)
-        return Forward(torch.zeros(1), torch.zeros(1), flops)
+        flops = torch.tensor([100.0 - rate**1.7], dtype=torch.float64)
+        return Forward(torch.zeros(1), None, flops)
 
-    rate, result = at_equal_flops(forward, 9.0, 80.0)
-    assert result.flops.item() == pytest.approx(80, rel=TOLERANCE)
-    assert result.flops.item() == 100 - rate**1.5
+    for start in (0.5, 12.0):
+        rate, result = at_equal_flops(forward, start, 70.0, 100.0)
+        assert result.flops.item() == pytest.approx(70, rel=TOLERANCE)
+        assert result.flops.item() == 100 - rate**1.7
 
 
 def test_the_unpruned_outputs_have_no_divergence(network):

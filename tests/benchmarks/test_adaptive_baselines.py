@@ -9,8 +9,7 @@ from helpers.baselines import COUNTS, DIM, KEEP, TOKENS, context_of
 from helpers.models import randomize, reference_vit
 from torch import nn
 
-from benchmarks.accuracy.adaptive import TOLERANCE, Forward
-from benchmarks.accuracy.adaptive_rivals import METHODS, START, Rivals, at_equal_flops
+from benchmarks.accuracy.adaptive_rivals import METHODS, START, Rivals
 from benchmarks.baselines.adaptive import (
     AdaMerge,
     AdaptiveATM,
@@ -199,14 +198,3 @@ def test_every_rival_saves_more_at_a_higher_rate(rivals, method):
     assert high.flops.mean() < low.flops.mean() <= rivals.unpruned
     equal = method in ("dropping", "Token Transforming")
     assert (high.flops.std().item() == 0) == equal
-
-
-def test_the_rate_of_equal_flops_is_found_from_both_sides():
-    def forward(rate):
-        flops = torch.tensor([100.0 - rate**1.7], dtype=torch.float64)
-        return Forward(torch.zeros(1), None, flops)
-
-    for start in (0.5, 12.0):
-        rate, result = at_equal_flops(forward, start, 70.0, 100.0)
-        assert result.flops.item() == pytest.approx(70, rel=TOLERANCE)
-        assert result.flops.item() == 100 - rate**1.7

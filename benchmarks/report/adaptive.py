@@ -119,14 +119,14 @@ def budgets(rows: list[dict[str, Any]], data: list[str]) -> list[str]:
         change = " and ".join(changes(rows, name, RATE, "capacity of 32") for name in data)
         share = 100 * max(row["overflows"] for row in padded)
         lines.append(
-            f"- Batches of 32 padded to 1.05 times the mean rows, for static shapes: {change}; up "
-            f"to {share:.0f} % of them have more rows."
+            f"- Batches of 32 padded to 1.05 times the mean rows, for static shapes: {change}; "
+            f"{share:.0f} % have more rows."
         )
     if where(rows, rate=RATE, method="dropping by thresholds"):
         change = " and ".join(
             changes(rows, name, RATE, "dropping by thresholds", "dropping") for name in data
         )
-        lines.append(f"- Thresholds of scores for dropping, against equal counts: {change}.")
+        lines.append(f"- Dropping by thresholds of scores, against equal counts: {change}.")
     return ["", *lines] if lines else []
 
 

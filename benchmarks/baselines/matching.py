@@ -1,5 +1,7 @@
 """Pairwise merging with more criteria than ToMe: PiToMe, ATM, and variants of Cropr's merge."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,14 @@ from cropr_kernels.ops.score_weights import cost_scales, size_adjusted_scores
 from cropr_kernels.pruning.merging import COST_WEIGHT, SIZE_EXPONENT, Merge, checkerboard
 
 ops = torch.ops.cropr
+
+
+class Pairs(NamedTuple):
+    """Tokens at source_idx (B, A), each of which may merge into one at target_idx (B, C)."""
+
+    source_idx: Tensor
+    target_idx: Tensor
+    gain: Tensor  # (B, A, C), the higher, the sooner
 
 
 class PiToMe(Reducer):
@@ -57,7 +67,8 @@ class ATM(Reducer):
     is published. From the paper: sizes weigh in the choice of pairs, above all late in the network.
     Our choices, which may differ from the authors': the weight is Ward's, in all blocks; the halves
     change in the middle of the network, and the smaller one merges into the larger; the schedule
-    sets the number of merges, where the paper merges all pairs above a threshold of the layer.
+    sets the number of merges, where the paper merges all pairs above a threshold of the layer
+    (`adaptive.AdaptiveATM`).
 
     Args:
         distinctive: False: even and odd in all blocks, so that Ward's weight is the only difference
@@ -72,6 +83,13 @@ class ATM(Reducer):
         self.distinctive = distinctive
 
     def forward(self, x: Tensor, context: Context, num_keep: int, num_prefix: int) -> Reduction:
+        source_idx, target_idx, gain = self.pairs(x, context, num_prefix)
+        prefix_idx = after_prefix(source_idx[:, :0], num_prefix)
+        count = x.shape[1] - num_keep
+        return merge_matched(x, context, prefix_idx, source_idx, target_idx, gain, count)
+
+    def pairs(self, x: Tensor, context: Context, num_prefix: int) -> Pairs:
+        """Pairs that may merge, with less than no gain: minus their loss."""
         keys = unit_keys(context, num_prefix)
         sizes = sizes_of(x, context)[:, num_prefix:]
         batch, patches = sizes.shape
@@ -85,11 +103,7 @@ class ATM(Reducer):
             target_idx = order[:, 1::2]
         cosine = ops.gather(keys, source_idx) @ ops.gather(keys, target_idx).transpose(1, 2)
         gain = -ward(sizes.gather(1, source_idx), sizes.gather(1, target_idx)) * (1 - cosine)
-        prefix_idx = after_prefix(order[:, :0], num_prefix)
-        count = x.shape[1] - num_keep
-        return merge_matched(
-            x, context, prefix_idx, source_idx + num_prefix, target_idx + num_prefix, gain, count
-        )
+        return Pairs(source_idx + num_prefix, target_idx + num_prefix, gain)
 
 
 class CroprMerge(Reducer):

@@ -6,14 +6,12 @@ from helpers.models import randomize, reference_vit
 
 from benchmarks.accuracy.adaptive import (
     METHODS,
-    TOLERANCE,
-    Forward,
+    TOGETHER,
     Network,
-    at_equal_flops,
     constant_flops,
-    figures,
 )
 from benchmarks.accuracy.agreement import outputs
+from benchmarks.accuracy.equal_flops import TOLERANCE, Forward, at_equal_flops, figures
 
 RATE = 6
 
@@ -38,14 +36,31 @@ def test_outputs_cover_all_positions_and_flops_are_near_the_constant_rates(netwo
     assert result.flops.mean().item() == pytest.approx(goal, rel=0.15)
 
 
-def test_the_rate_changes_until_mean_flops_are_equal():
-    def forward(rate):
-        flops = torch.tensor([100.0 - rate**1.5], dtype=torch.float64)
-        return Forward(torch.zeros(1), torch.zeros(1), flops)
+def test_padding_counts_missing_rows_and_batches_above_the_capacity(network):
+    _, reduced = network
+    weights = reduced.flops.weights
+    counts = torch.full((TOGETHER + 2, len(weights)), 50)
+    counts[TOGETHER:, -1] = 61  # the second batch
+    flops = torch.zeros(len(counts), dtype=torch.float64)
+    result = Forward(torch.zeros(1), None, flops, counts)
+    capacity = torch.full((len(weights),), 60.0, dtype=torch.float64)
+    counts[:, 0] = 65  # all tokens
+    capacity[0] = 70.0
+    padded = reduced._padded(result, capacity)
+    assert padded.overflows == 0.5
+    assert (padded.flops[:TOGETHER] == 2 * 10 * sum(weights[1:])).all()
+    assert (padded.flops[TOGETHER:] == 0).all()
 
-    rate, result = at_equal_flops(forward, 9.0, 80.0)
-    assert result.flops.item() == pytest.approx(80, rel=TOLERANCE)
-    assert result.flops.item() == 100 - rate**1.5
+
+def test_the_rate_of_equal_flops_is_found_from_both_sides():
+    def forward(rate):
+        flops = torch.tensor([100.0 - rate**1.7], dtype=torch.float64)
+        return Forward(torch.zeros(1), None, flops)
+
+    for start in (0.5, 12.0):
+        rate, result = at_equal_flops(forward, start, 70.0, 100.0)
+        assert result.flops.item() == pytest.approx(70, rel=TOLERANCE)
+        assert result.flops.item() == 100 - rate**1.7
 
 
 def test_the_unpruned_outputs_have_no_divergence(network):

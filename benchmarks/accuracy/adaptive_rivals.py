@@ -1,0 +1,182 @@
+"""Other methods on the evidence of `adaptive`, at the mean FLOPs of the constant rate of merging.
+
+python -m benchmarks.accuracy.adaptive_rivals --data FOLDER [--seeds 0 1 2] [--rates 4 8 12 15]
+[--methods ...]
+
+Photos, seeds and goals are those of `adaptive`; what a method calibrates it finds on the photos
+that thresholds are found on, in the reduced network itself. Images go through the network one by
+one. An interrupted run resumes.
+
+Methods, in their adaptive form where they have one:
+  ATM                 a threshold of each layer
+  AdaMerge            counts by the image's similarity, against its mean over calibration photos
+  ATS                 equally many samples in each block, of which a token may take several
+  Token Transforming  equal counts, after blocks 4, 7 and 10
+  dropping            equal counts, by calibrated queries
+  dropping by thresholds
+"""
+
+import argparse
+import itertools
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cropr_kernels as cropr
+from benchmarks.accuracy.agreement import calibrated, log_probabilities, outputs
+from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures
+from benchmarks.baselines.adaptive import AdaMerge, AdaptiveATM, ImageByImage, ThresholdDrop
+from benchmarks.baselines.network import Reducer
+from benchmarks.baselines.selection import ATS
+from benchmarks.baselines.transforming import TokenTransforming
+from benchmarks.models.deployment import deploy, pruned
+from benchmarks.utils.results import RESULTS, Results, environment
+from cropr_kernels.models.vit import ViT
+from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
+from cropr_kernels.thresholds import NUM_IMAGES
+
+# Method -> rate to begin with, over R of the constant rate
+START = {
+    "ATM": 1.05,
+    "AdaMerge": 0.96,
+    "ATS": 0.45,
+    "Token Transforming": 1.0,
+    "dropping": 1.0,
+    "dropping by thresholds": 1.2,
+}
+METHODS = tuple(START)
+STAGES = 3  # of Token Transforming: after blocks 4, 7 and 10 of 12
+
+
+class Rivals:
+    """Every method on the photos of one seed.
+
+    Args:
+        base: the plain model.
+        calibration: photos (B, C, H, W).
+    """
+
+    def __init__(self, base: ViT, calibration: Tensor):
+        self.base = base
+        self.calibration = calibration[:NUM_IMAGES]
+        self.unpruned = ImageFlops(pruned(base, rate=8), calibration[:1]).unpruned
+        self.tokens = base.num_prefix_tokens + base.grid**2
+        self.dropping = calibrated(base, calibration)
+
+    def constant_flops(self, rate: int) -> float:
+        """FLOPs of an image at the constant rate, in the blocks' matrices and attention."""
+        counts = cropr.Schedule(rate=rate).counts(
+            self.tokens, len(self.base.blocks), self.base.num_prefix_tokens
+        )
+        weights = matrix_elements(self.base.blocks[0])
+        attention = 4 * self.base.embed_dim
+        saved = sum(
+            2 * weights * (self.tokens - count) + attention * (self.tokens**2 - count**2)
+            for count in counts
+        )
+        return self.unpruned - saved
+
+    def network(self, method: str, rate: float) -> ImageByImage:
+        """A method at a rate: the higher, the fewer FLOPs."""
+        blocks = self.base.blocks
+        patches = self.base.grid**2
+        prefix = self.base.num_prefix_tokens
+        places = range(len(blocks) - 1)
+        if method == "AdaMerge":
+            norms = [block.norm1 for block in blocks]
+            return ImageByImage(self.base, [AdaMerge(norm) for norm in norms], [], before=True)
+        if method == "ATM":
+            return ImageByImage(self.base, [AdaptiveATM() for _ in places], [])
+        if method == "ATS":
+            samples = prefix + round(8 * patches / rate)
+            return ImageByImage(
+                self.base, [ATS(trim=True) for _ in places], [samples for _ in places]
+            )
+        if method == "Token Transforming":
+            stages = [len(blocks) * stage // (STAGES + 1) for stage in range(1, STAGES + 1)]
+            kept = [sum(stage <= place for stage in stages) for place in places]
+            counts = [
+                prefix + round(patches * (1 - rate / 42) ** reductions) for reductions in kept
+            ]
+            reducers: list[Reducer | None] = [
+                TokenTransforming() if place in stages else None for place in places
+            ]
+            return ImageByImage(self.base, reducers, counts)
+        queries = [module.query() for module in self.dropping.cropr]
+        return ImageByImage(self.base, [ThresholdDrop(query) for query in queries], [])
+
+    def __call__(self, images: Tensor, method: str, rate: float) -> Forward:
+        if method == "dropping":
+            fast = cropr.set_rate(deploy(self.dropping, self.base), int(rate))
+            flops = torch.full((len(images),), self.constant_flops(int(rate)), dtype=torch.float64)
+            return Forward(log_probabilities(fast, images), None, flops)
+        network = self.network(method, rate)
+        network.fit(self.calibration, rate)
+        logits, tokens, saved = network(images)
+        complete = [x for x in tokens if x is not None]
+        return Forward(
+            logits.log_softmax(1),
+            torch.cat(complete) if len(complete) == len(tokens) else None,
+            self.unpruned - saved,
+        )
+
+
+def compare(options: argparse.Namespace, base: ViT) -> None:
+    """Compare every method at every rate with the unpruned model, on the photos of every seed."""
+    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
+    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
+    cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
+    starts: dict[tuple[str, str], float] = {}
+    for (data, seed), seed_cells in itertools.groupby(
+        results.remaining(cells), key=lambda cell: cell[:2]
+    ):
+        torch.manual_seed(seed)
+        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
+        images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
+        expected, expected_tokens = outputs(base, images)
+        if expected_tokens is None:
+            raise RuntimeError("rivals: the unpruned model has no tokens at all positions")
+        rivals = Rivals(base, calibration)
+        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
+            _, _, rate, method = cell
+            goal = rivals.constant_flops(rate)
+            forward = partial(rivals, images, method)
+            start = starts.get((data, method), START[method])
+            exact, result = at_equal_flops(forward, start * rate, goal, rivals.unpruned)
+            starts[data, method] = exact / rate
+            mean = result.flops.mean().item()
+            results.add(
+                dict(zip(results.keys, cell))
+                | figures(result, expected, expected_tokens, base.num_prefix_tokens)
+                | {
+                    "mean rate": round(exact, 2),
+                    "FLOPs over constant": round(mean / goal, 4),
+                    "FLOPs 95th over mean": round(result.flops.quantile(0.95).item() / mean, 3),
+                    "FLOPs saved": round(rivals.unpruned / mean, 3),
+                }
+            )
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
+    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "adaptive_rivals.json")
+    options = parser.parse_args()
+    base, _ = load_model(options.data)
+    compare(options, base)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,20 +15,25 @@ def take_patches(
 
     Raises:
         ValueError: they have padding, which would be scored, kept and merged as patches are, and
-            the rate is not 0.
+            the rate is not 0. Under torch.compile RuntimeError, of an assertion in its graph.
     """
     names = modules.spec.patch_inputs
     schedule = modules.config.schedule
-    if names is None or schedule.rate == 0 or not schedule.share or torch.compiler.is_compiling():
+    if names is None or schedule.rate == 0 or not schedule.share:
         return
     inputs = names.find(args, kwargs)
     mask = inputs[names.mask]
+    message = (
+        f"cropr: a pruned {type(modules.spec.tower).__name__} takes patches without padding, or at "
+        f"a rate of 0, got a {names.mask} that is not all true: give the same inputs to "
+        "cropr.forward_images"
+    )
+    if torch.compiler.is_compiling():
+        if isinstance(mask, Tensor) and torch.compiler.is_dynamo_compiling():
+            torch._assert_async(mask.bool().all(), message)
+        return
     if isinstance(mask, Tensor) and not bool(mask.all()):
-        raise ValueError(
-            f"cropr: a pruned {type(modules.spec.tower).__name__} takes patches without padding, "
-            f"or at a rate of 0, got a {names.mask} that is not all true: give the same inputs to "
-            "cropr.forward_images"
-        )
+        raise ValueError(message)
     places = inputs[names.places]
     if isinstance(places, Tensor) and len(places):
         modules.context.grid = names.grid_of(places)

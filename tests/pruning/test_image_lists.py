@@ -196,6 +196,16 @@ def test_padded_patches_run_in_a_forward_at_a_rate_of_0_and_are_refused_above(na
     torch.testing.assert_close(output, outputs_of(forward(cropr.remove(fast))), **CLOSE)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_padded_patches_are_refused_by_a_compiled_model_too():
+    compiled = torch.compile(deployed("SigLIP 2"), backend="eager")
+    full = padded("SigLIP 2", photos([(64, 64)] * 5))
+    assert len(compiled(**full).last_hidden_state) == 5
+    with pytest.raises(RuntimeError, match="takes patches without padding, or at a rate of 0, got"):
+        compiled(**padded("SigLIP 2", photos()))
+
+
 @torch.no_grad()
 def test_each_image_loses_what_costs_little_within_4_r_and_half_of_its_patches():
     fast = deployed("timm ViT")

@@ -66,7 +66,8 @@ class PackedRun:
         cos, sin = tables
         self.table = torch.cat([sin, cos], 1)
         self.group = len(x) // sum(num_groups)
-        self.queries = queries.to(x.device).repeat(1, self.group) / self.group  # (modules, S D)
+        queries = queries.to(x.device, torch.float32)
+        self.queries = queries.repeat(1, self.group) / self.group  # (modules, S D)
         groups = self.x.view(-1, self.group * x.shape[1])
         self.images = [part.unsqueeze(0) for part in groups.split(num_groups)]
         self.strategies: list[PruningStrategy] = []

@@ -4,8 +4,8 @@ python -m benchmarks.models.vlm [--models smolvlm_256m qwen2_5_vl_small] [--roun
 [--out FILE]
 
 Random weights, one prompt with an image and 64 text tokens, shares of image tokens that are dropped
-behind the tower, or inside a packed one, by the engine after calibration. Ratios within a run, interleaved. FLOPs are those of
-the prefill, tower included.
+behind the tower, or inside a packed one, by the engine after calibration. Ratios within a run,
+interleaved. FLOPs are those of the prefill, tower included.
 """
 
 import argparse

@@ -196,4 +196,6 @@ def runs_packed(blocks: Sequence[nn.Module]) -> bool:
     queries = weight.new_zeros(0, width)
     run = PackedRun(x.clone(), [block], tables, [8], queries, None, None)
     error = (run.step(0, ends, None) - expected).abs().max()
-    return bool(error <= 50 * torch.finfo(weight.dtype).eps * expected.abs().max())
+    # Blocks compute norms and rotations in float32, whatever the dtype
+    eps = max(torch.finfo(weight.dtype).eps, 8 * torch.finfo(torch.float32).eps)
+    return bool(error <= 4 * eps * expected.abs().max())

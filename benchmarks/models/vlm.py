@@ -4,8 +4,8 @@ python -m benchmarks.models.vlm [--models smolvlm_256m qwen2_5_vl_small] [--roun
 [--out FILE]
 
 Random weights, one prompt with an image and 64 text tokens, shares of image tokens that are dropped
-behind the tower, or inside a packed one too. Ratios within a run, interleaved. FLOPs are those of
-the prefill, tower included.
+behind the tower, or inside a packed one, by the engine after calibration. Ratios within a run,
+interleaved. FLOPs are those of the prefill, tower included.
 """
 
 import argparse
@@ -273,6 +273,7 @@ class Variant:
         self.inputs = inputs
         self.rate = rate
         self.inside = inside
+        self.queries: Tensor | None = None  # inside the tower
 
     def switch_on(self) -> None:
         if self.inside:
@@ -280,6 +281,11 @@ class Variant:
             depth = len(self.model.model.visual.blocks)
             schedule = inside_schedule(int(grid.prod()) // 4, depth, 1 - self.rate)
             cropr.prune_image_tokens(self.model, tower=schedule)
+            tower = self.model.cropr_image_tokens.tower
+            if self.queries is None:
+                cropr.calibrate_image_tokens(self.model, [self.inputs])
+                self.queries = tower.queries
+            tower.queries = self.queries
         elif self.rate:
             cropr.prune_image_tokens(self.model, 1 - self.rate)
 

@@ -87,8 +87,8 @@ class Rivals:
         prefix = self.base.num_prefix_tokens
         places = range(len(blocks) - 1)
         if method == "AdaMerge":
-            norms = [block.norm1 for block in blocks]
-            return ImageByImage(self.base, [AdaMerge(norm) for norm in norms], [], before=True)
+            merging = [AdaMerge(block.norm1) for block in blocks]
+            return ImageByImage(self.base, merging, [], before=True)
         if method == "ATM":
             return ImageByImage(self.base, [AdaptiveATM() for _ in places], [])
         if method == "ATS":

@@ -123,44 +123,47 @@ class Network:
     def __call__(self, images: Tensor, method: str, rate: float) -> Forward:
         if method == "constant":
             cropr.set_rate(self.model, int(rate))
-        result = self._run(images, method, rate)
+        result, counts = self._run(images, method, rate)
         if method != CAPACITY:
             return result
-        capacity = HEADROOM * self._run(self.calibration, method, rate).counts.double().mean(0)
-        return self._padded(result, capacity)
+        _, calibrated_counts = self._run(self.calibration, method, rate)
+        return self.padded(result, counts, HEADROOM * calibrated_counts.mean(0))
 
-    def _run(self, images: Tensor, method: str, rate: float) -> Forward:
-        """Run the images without padding."""
+    def _run(self, images: Tensor, method: str, rate: float) -> tuple[Forward, Tensor]:
+        """Run without padding; also the tokens of each image in each block, (B, blocks) float64."""
         parts = [
             self._forward(batch, self.budget(method, rate)) for batch in images.split(TOGETHER)
         ]
-        return Forward(*(torch.cat(values) for values in list(zip(*parts))[:4]))
+        log_probs, tokens, flops, counts = (torch.cat(values) for values in zip(*parts))
+        return Forward(log_probs, tokens, flops), counts
 
-    def _padded(self, result: Forward, capacity: Tensor) -> Forward:
+    def padded(self, result: Forward, counts: Tensor, capacity: Tensor) -> Forward:
         """The run with FLOPs of batches whose rows are padded.
 
         Args:
+            result: without padding.
+            counts: tokens of each image in each block, (B, blocks) float64.
             capacity: tokens of an image in each block, (blocks,) float64.
         """
-        batches = result.counts.double().split(TOGETHER)
-        most = capacity.clamp_max(float(result.counts[0, 0]))
+        batches = counts.split(TOGETHER)
+        most = capacity.clamp_max(counts[0, 0].item())
         weights = torch.tensor(self.flops.weights, dtype=torch.float64)
         padding = []
-        for counts in batches:
-            missing = most - counts.mean(0)
-            # A block with all tokens of every image needs no headroom
+        for batch in batches:
+            missing = most - batch.mean(0)
             fits = bool((missing >= -1e-9).all())
             padding.append((2 * missing * weights).sum() * fits)
-        lengths = torch.tensor([len(counts) for counts in batches])
+        lengths = torch.tensor([len(batch) for batch in batches])
         extra = torch.stack(padding).repeat_interleave(lengths)
         overflows = sum(not bool(value) for value in padding) / len(padding)
         return result._replace(flops=result.flops + extra, overflows=overflows)
 
-    def _forward(self, batch: Tensor, budget: Budget | None) -> Forward:
+    def _forward(self, batch: Tensor, budget: Budget | None) -> tuple[Tensor, ...]:
+        """Log-probabilities, tokens, FLOPs and counts of a batch."""
         options = PruningOptions(engine=True, budget=budget, equal_counts=budget is None)
         tokens, state = run(self.model, lambda: self.model.forward_features(batch), options)
         log_probs = self.model.forward_head(tokens).log_softmax(1)
-        return Forward(log_probs, tokens, self.flops(state), counts_by_block(state))
+        return log_probs, tokens, self.flops(state), counts_by_block(state).double()
 
 
 def compare(options: argparse.Namespace, base: ViT) -> None:

@@ -20,6 +20,7 @@ import argparse
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +83,13 @@ class Rivals:
 
     def network(self, method: str, rate: float) -> ImageByImage:
         """A method at a rate: the higher, the fewer FLOPs."""
-        blocks = self.base.blocks
+        blocks: Any = self.base.blocks
         patches = self.base.grid**2
         prefix = self.base.num_prefix_tokens
         places = range(len(blocks) - 1)
         if method == "AdaMerge":
-            norms = [block.norm1 for block in blocks]
-            return ImageByImage(self.base, [AdaMerge(norm) for norm in norms], [], before=True)
+            merging = [AdaMerge(block.norm1) for block in blocks]
+            return ImageByImage(self.base, merging, [], before=True)
         if method == "ATM":
             return ImageByImage(self.base, [AdaptiveATM() for _ in places], [])
         if method == "ATS":

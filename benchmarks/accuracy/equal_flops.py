@@ -18,7 +18,6 @@ class Forward(NamedTuple):
     log_probs: Tensor  # (B, classes)
     tokens: Tensor | None  # (B, N, D), normed, by position; None: some are dropped
     flops: Tensor  # (B,) float64
-    counts: Tensor | None = None  # (B, blocks), tokens
     overflows: float | None = None  # share of batches above the capacity
 
 

@@ -11,7 +11,6 @@ from benchmarks.report.render import (
     link,
     load,
     mean,
-    source,
     spread,
     unique,
     where,
@@ -95,7 +94,7 @@ def section() -> str:
         f"{len(unique(by_thresholds, 'seed'))} seeds (other methods: "
         f"{len(unique(where(rows, method='ATM', rate=RATE), 'seed'))}), {env['photos']} photos "
         f"each; mean FLOPs {min(ratios):.3f} to {max(ratios):.3f} times the constant rate's. "
-        f"{source('adaptive', env)}. Every figure: {link('adaptive', table())}."
+        f"Environments: `adaptive*.json`. Every figure: {link('adaptive', table())}."
     )
     data = unique(rows, "data")
     shown = [(rate, "thresholds") for rate in sorted(unique(by_thresholds, "rate"))]
@@ -120,7 +119,7 @@ def budgets(rows: list[dict[str, Any]], data: list[str]) -> list[str]:
         share = 100 * max(row["overflows"] for row in padded)
         lines.append(
             f"- Batches of 32 padded to 1.05 times the mean rows, for static shapes: {change}; "
-            f"{share:.0f} % have more rows."
+            f"{share:.0f} % have more."
         )
     if where(rows, rate=RATE, method="dropping by thresholds"):
         change = " and ".join(

@@ -39,14 +39,14 @@ def test_outputs_cover_all_positions_and_flops_are_near_the_constant_rates(netwo
 def test_padding_counts_missing_rows_and_batches_above_the_capacity(network):
     _, reduced = network
     weights = reduced.flops.weights
-    counts = torch.full((TOGETHER + 2, len(weights)), 50)
+    counts = torch.full((TOGETHER + 2, len(weights)), 50, dtype=torch.float64)
     counts[TOGETHER:, -1] = 61  # the second batch
     flops = torch.zeros(len(counts), dtype=torch.float64)
-    result = Forward(torch.zeros(1), None, flops, counts)
+    result = Forward(torch.zeros(1), None, flops)
     capacity = torch.full((len(weights),), 60.0, dtype=torch.float64)
     counts[:, 0] = 65  # all tokens
     capacity[0] = 70.0
-    padded = reduced._padded(result, capacity)
+    padded = reduced.padded(result, counts, capacity)
     assert padded.overflows == 0.5
     assert (padded.flops[:TOGETHER] == 2 * 10 * sum(weights[1:])).all()
     assert (padded.flops[TOGETHER:] == 0).all()

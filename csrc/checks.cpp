@@ -81,7 +81,7 @@ std::string strides_of(const Tensor& t) {
 void check_input(
     const Op& op, const Input& input, const Tensor& tensor, ScalarType first, Dims& dims) {
   if (!tensor.is_cpu())
-    fail(name_of(op), ": ", input.name, " must be on the matches device as the other tensors, cpu");
+    fail(name_of(op), ": ", input.name, " must be on the same device as the other tensors, cpu");
   const ScalarType type = tensor.scalar_type();
   if (!allows(input.types, type, first))
     fail(

@@ -12,6 +12,7 @@ from cropr_kernels import query_files
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.importance import AttentionInput, importance
 from cropr_kernels.models.blocks import project_heads
+from cropr_kernels.thresholds import Sample
 from cropr_kernels.utils import io
 
 
@@ -186,6 +187,20 @@ def test_agreement_is_that_of_the_deployed_model():
     )
     with pytest.raises(ValueError, match="agreement: needs at least one image"):
         cropr.agreement(model, [], [4])
+
+
+def test_thresholds_are_found_on_the_first_photos_of_one_size():
+    sample = Sample()
+    batches = [torch.rand(count, 3, size, size) for count, size in ((100, 8), (9, 4), (50, 8))]
+    for images in [*batches, batches[0]]:
+        sample.add(images)
+    assert torch.equal(sample.images(), torch.cat([batches[0], batches[2][:28]]))
+
+
+def test_a_folder_is_no_file_of_queries(tmp_path):
+    model = cropr.apply(reference_vit(), rate=4)
+    with pytest.raises(ValueError, match="is a folder, not a file of cropr calibrate or"):
+        cropr.load_queries(model, tmp_path)
 
 
 def test_saved_queries_load_and_damaged_files_raise(tmp_path):

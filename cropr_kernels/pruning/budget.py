@@ -122,8 +122,6 @@ class Thresholds:
     def at(self, rate: float) -> "ThresholdBudget | None":
         """The budget of a rate, between two rates the geometric mean of their costs by distance,
         which grow faster than rates; None above the highest."""
-        if rate > self.rates[-1]:
-            return None
         zeros = (0.0,) * len(self.costs[0])
         rows = [(0.0, zeros), *zip(self.rates, self.costs)]
         for (low, low_costs), (high, high_costs) in itertools.pairwise(rows):

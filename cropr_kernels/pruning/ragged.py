@@ -56,8 +56,6 @@ class RaggedBatch(NamedTuple):
 
     def all_rows(self) -> ActiveRows:
         """The rows of the tokens that enter the first block."""
-        if self.active is not None:
-            return self.active
         num_images, num_tokens, _ = self.x.shape
         device = self.x.device
         starts = torch.arange(num_images + 1, device=device) * num_tokens

@@ -66,8 +66,8 @@ def merged_one_by_one(model, image):
     holder = positions.clone()
     counts, offsets = [], []
     for layer, block in enumerate(tower.blocks):
-        if modules.config.llf and layer == len(tower.blocks) - 1:
-            x = with_offsets(x, positions, offsets)
+        if layer == len(tower.blocks) - modules.config.full_blocks:
+            x = with_offsets(x, positions, offsets, modules.config.tracks_parents)
             sizes = x.new_ones(1, x.shape[1], dtype=torch.float32)
         counts.append(x.shape[1])
         with SizeWeightedAttention.maybe(log_sizes(sizes)):
@@ -94,18 +94,21 @@ def merged_one_by_one(model, image):
         )
         holder = dest.gather(1, holder)
         parents = kept.gather(1, dest.gather(1, gone))
-        change = reference.gather(before, gone) - reference.gather(x, dest.gather(1, gone))
+        change = reference.gather(before, gone)
+        if modules.config.tracks_parents:
+            change = change - reference.gather(x, dest.gather(1, gone))
         offsets.append((positions.gather(1, gone)[0], positions.gather(1, parents)[0], change[0]))
         positions = positions.gather(1, kept)
     return x if modules.config.llf else reference.gather(x, holder), counts
 
 
-def with_offsets(x, positions, offsets):
-    """Return all tokens in order: one that merged is its target and its offset from it then."""
+def with_offsets(x, positions, offsets, tracks_parents):
+    """Return all tokens in order: one that merged as it was then, or, if it tracks its parent, the
+    target and its offset from it then."""
     rows = dict(zip(positions[0].tolist(), x[0]))
     for gone, parents, change in reversed(offsets):
         for position, parent, offset in zip(gone.tolist(), parents.tolist(), change):
-            rows[position] = rows[parent] + offset
+            rows[position] = rows[parent] + offset if tracks_parents else offset
     return torch.stack([rows[position] for position in sorted(rows)])[None]
 
 
@@ -115,7 +118,8 @@ def with_offsets(x, positions, offsets):
         ({}, False),
         ({"reg_tokens": 3}, False),
         ({"qk_norm": True, "init_values": 0.5}, False),
-        ({"reg_tokens": 3}, "track_parent"),
+        ({"reg_tokens": 3}, cropr.Fusion("track_parent", 2)),
+        ({}, "as_pruned"),
     ],
 )
 def test_images_are_merged_as_one_by_one(options, llf):

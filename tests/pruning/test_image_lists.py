@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from helpers.models import (
+    BLOCK_RUNNERS,
     SMALL,
     TEXT,
     randomize,
@@ -80,6 +81,7 @@ BY_IMAGES = {
         dynamic_img_size=True, class_token=False, global_pool="avg"
     ),
     "timm EVA-02": lambda: timm_eva(dynamic_img_size=True, num_reg_tokens=2),
+    "DINOv3": BLOCK_RUNNERS["DINOv3"],
 }
 BY_PATCHES = {
     "NaFlexViT": naflex,

@@ -88,8 +88,8 @@ def test_backends_run_each_value_or_each_pair(backend, strength, in_all):
     assert values(quick, strength) == values(expected, strength)
     assert values(run, in_all) == values(cases, in_all)
     if backend == "triton":
-        third = [case for case in cases if case.callspec.params["shape"] % 3 == 0]
-        assert values(run, 2) >= values(third, 2)
+        first = [case for case in cases if case.callspec.params["shape"] == 0]
+        assert values(run, 2) >= values(first, 2)
 
 
 def test_make_interprets_every_file_with_tests_for_kernels(request):

@@ -102,7 +102,7 @@ def test_what_is_written_in_part_is_absent(monkeypatch):
     def fail(self, data):
         raise ConnectionResetError("the peer is gone")
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, "write", fail)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.write", fail)
     with pytest.raises(StorageError, match="memory://bucket/part cannot be written: the peer is"):
         path.write_bytes(b"content")
     assert not path.exists()

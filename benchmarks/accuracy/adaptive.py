@@ -26,7 +26,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,9 @@ from tqdm import tqdm
 import cropr_kernels as cropr
 from benchmarks.accuracy.agreement import outputs
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
-from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures
+from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures, parse_options
 from benchmarks.models.deployment import pruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.budget import Budget, ThresholdBudget, TotalBudget, quotas
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
@@ -210,18 +209,7 @@ def constant_flops(network: Network, image: Tensor, rate: int) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--photos", type=int, default=300)
-    # Costs and quotas were chosen on others
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
-    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "adaptive.json")
-    options = parser.parse_args()
+    options = parse_options(__doc__, METHODS, "adaptive.json")
     base, _ = load_model(options.data)
     compare(options, base)
 

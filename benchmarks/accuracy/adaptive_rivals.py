@@ -19,7 +19,6 @@ Methods, in their adaptive form where they have one:
 import argparse
 import itertools
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,13 @@ from tqdm import tqdm
 import cropr_kernels as cropr
 from benchmarks.accuracy.agreement import calibrated, log_probabilities, outputs
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
-from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures
+from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures, parse_options
 from benchmarks.baselines.adaptive import AdaMerge, AdaptiveATM, ImageByImage, ThresholdDrop
 from benchmarks.baselines.network import Reducer
 from benchmarks.baselines.selection import ATS
 from benchmarks.baselines.transforming import TokenTransforming
 from benchmarks.models.deployment import deploy, pruned
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
 from cropr_kernels.thresholds import NUM_IMAGES
@@ -164,17 +163,7 @@ def compare(options: argparse.Namespace, base: ViT) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--photos", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
-    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "adaptive_rivals.json")
-    options = parser.parse_args()
+    options = parse_options(__doc__, METHODS, "adaptive_rivals.json")
     base, _ = load_model(options.data)
     compare(options, base)
 

@@ -1,12 +1,15 @@
 """Runs whose images keep different numbers of tokens, at equal mean FLOPs."""
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from benchmarks.accuracy.agreement import percent_equal, relative_error
-from benchmarks.utils.results import Row
+from benchmarks.accuracy.data import DATA
+from benchmarks.utils.results import RESULTS, Row
 
 TOLERANCE = 0.007  # of mean FLOPs
 ATTEMPTS = 8  # at a rate of equal FLOPs
@@ -19,6 +22,22 @@ class Forward(NamedTuple):
     tokens: Tensor | None  # (B, N, D), normed, by position; None: some are dropped
     flops: Tensor  # (B,) float64
     overflows: float | None = None  # share of batches above the capacity
+
+
+def parse_options(description: str | None, methods: Sequence[str], out: str) -> argparse.Namespace:
+    """The command line of a comparison, whose results are in the file `out`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--photos", type=int, default=300)
+    # Costs and quotas were chosen on others
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=int, nargs="+", default=[4, 8, 12, 15])
+    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser.parse_args()
 
 
 def at_equal_flops(

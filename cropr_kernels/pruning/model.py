@@ -346,7 +346,12 @@ def with_full_maps(
             context.clear()
 
 
-def keep_grid(modules: CroprModules, projection: nn.Module, args: object, output: Any) -> None:
+def keep_grid(
+    modules: CroprModules,
+    projection: nn.Module,
+    args: object,
+    output: Tensor | tuple[Tensor, tuple[int, int] | None],
+) -> None:
     """Note the patch grid (B, D, height, width) that the embedding makes, of a video (B, D, frames,
     height, width); or (height, width) beside the tokens, None for those that it took as patches."""
     if isinstance(output, tuple):

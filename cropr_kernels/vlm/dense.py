@@ -3,7 +3,7 @@
 import inspect
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..pruning.model import is_pruned, modules_of
 from ..pruning.strategies import MergeStrategy
 from .features import entries_of, finite_rows
 
+_Output = dict[str, object]  # a ModelOutput of transformers
 _PACK = "pack_image_features"  # of models whose images are tiles, which are cut and get newlines
 
 
@@ -107,7 +108,9 @@ class PrunedTower:
             hook.remove()
         vars(base).pop(_PACK, None)
 
-    def _pack(self, base: object, image_features: Any, *args: Any, **kwargs: Any) -> Any:
+    def _pack(
+        self, base: object, image_features: Sequence[Tensor], *args: object, **kwargs: object
+    ) -> object:
         """Pack the tiles of images as the model does, and their sizes in the same way."""
         pack = getattr(type(base), _PACK)
         sizes = self.marks.sizes
@@ -134,7 +137,7 @@ class PrunedTower:
         if self.marks.active and context.options is not None:
             context.options = context.options._replace(engine=False, restore=True)
 
-    def _record(self, encoder: nn.Module, args: object, output: Any) -> Any:
+    def _record(self, encoder: nn.Module, args: object, output: _Output) -> _Output:
         """Note the survivors of a forward and their sizes, and mark its output."""
         state = modules_of(self.model).context.state
         if state is None:
@@ -151,7 +154,7 @@ class PrunedTower:
             self.marks.sizes = sizes[:, state.num_prefix :]
         return self._mark(encoder, args, output)
 
-    def _mark(self, module: nn.Module, args: object, output: Any) -> Any:
+    def _mark(self, module: nn.Module, args: object, output: _Output) -> _Output:
         """Put NaN in place of what the tower has pruned, for gradients 0."""
         if not self.marks.active or self.marks.survivors is None:
             return output

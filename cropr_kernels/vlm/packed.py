@@ -109,7 +109,7 @@ class PackedTower(GroupTower):
             )
         )
 
-    def _run_block(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+    def _run_block(self, layer: int, *args: object, **kwargs: object) -> Tensor:
         """The forward of a block: by the engine, if it runs this batch."""
         block = self.blocks.modules[layer]
         state = self.states.state

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -315,11 +315,11 @@ class GroupTower(nn.Module):
 
 
 def named_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """The arguments of a module's forward by name."""
     _, *names = inspect.signature(type(module).forward).parameters
-    return dict(zip(names, args)) | kwargs
+    return dict(zip(names, args)) | dict(kwargs)
 
 
 class Hidden:

@@ -40,8 +40,8 @@ class _Embedding(NamedTuple):
     grid_size: tuple[int, int]
 
 
-def _spec_of_naflex(model: Any) -> ModelSpec:
-    embeds = model.embeds
+def _spec_of_naflex(model: nn.Module) -> ModelSpec:
+    embeds: Any = model.embeds
     config = getattr(model, "pretrained_cfg", None) or {}
     height, width = embeds.default_img_size or config.get("input_size", (3, 224, 224))[-2:]
     grid = (height // embeds.patch_size[0], width // embeds.patch_size[1])
@@ -59,10 +59,11 @@ def _spec_of_naflex(model: Any) -> ModelSpec:
     )
 
 
-def _run_patches(model: Any, patches: Tensor, patch_coord: Tensor) -> object:
+def _run_patches(model: nn.Module, patches: Tensor, patch_coord: Tensor) -> object:
     """Run a NaFlexVit on patches that are all valid, without a mask."""
-    features = model.forward_features(patches, patch_coord=patch_coord)
-    return model.forward_head(features["patches"])
+    naflex: Any = model
+    features = naflex.forward_features(patches, patch_coord=patch_coord)
+    return naflex.forward_head(features["patches"])
 
 
 def parts(block: nn.Module) -> BlockParts | None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .packed_linear import is_plain_linear
+
 ops = torch.ops.cropr
 _LARGEST_HEAD = 256  # FlashAttention's limit
 _EXTRA = 8  # columns for the dimension of log(size), so that rows stay multiples of 16 bytes
@@ -93,7 +95,7 @@ def pads_projection(attn: TimmAttention, x: Tensor) -> bool:
     outputs."""
     return (
         x.is_cuda
-        and type(attn.qkv) is torch.nn.Linear
+        and is_plain_linear(attn.qkv)
         and getattr(attn, "q_bias", None) is None
         and isinstance(attn.q_norm, torch.nn.Identity)
         and isinstance(attn.k_norm, torch.nn.Identity)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.adapters import ModelSpec, find_spec
 from ..models.outputs import num_classes_of
+from ..models.packed_linear import unpack
 from ..schedule import Schedule, num_modules
 from .block_wrapper import links_to, unwrap, wrap
 from .budget import Thresholds
@@ -236,6 +237,7 @@ def remove(model: Model) -> Model:
     for hook in modules.hooks:
         hook.remove()
     unwrap(modules.spec.blocks)
+    unpack(modules.linear_layers)
     del model.cropr
     config: Any = getattr(model, "config", None)
     if hasattr(config, "cropr"):

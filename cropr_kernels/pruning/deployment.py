@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from ..models.adapters import EngineRefusal, engine_parts
+from ..models.packed_linear import is_plain_linear, pack
 from .graphs import CAPACITY, PATCHES, PATIENCE, GraphedForward, Graphs
 from .model import CroprModules, modules_of, require_pruned, warn_of_random_queries
 from .module import Cropr, FoldedCropr
@@ -87,6 +88,7 @@ def _set_engine(modules: CroprModules, engine: bool) -> None:
     """Look up the blocks for the engine, or note the reason why it does not run them."""
     modules.engine = None
     modules.watched = []
+    modules.linear_layers = []
     modules.engine_reason = ""
     try:
         if modules.config.windows is not None:
@@ -100,6 +102,8 @@ def _set_engine(modules: CroprModules, engine: bool) -> None:
         modules.engine_reason = str(refusal)
     for parts in modules.engine or ():
         modules.watched += parts.watched()
+        modules.linear_layers += filter(is_plain_linear, parts.block.modules())
+    pack(modules.linear_layers)
 
 
 def hold_graphs(deployed: nn.Module, count: int) -> None:

@@ -58,6 +58,7 @@ class CroprModules(nn.ModuleList):
         # graphs, if any.
         self.engine: list[BlockParts] | None = None
         self.watched: list[Submodule] = []
+        self.linear_layers: list[nn.Linear] = []  # that the engine runs
         self.engine_reason = "for inference: cropr.deploy"
         self.graphs: Graphs | None = None
         self.warned = False  # of random queries

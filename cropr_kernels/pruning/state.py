@@ -35,6 +35,7 @@ class PruningModules(Protocol):
     training: bool
     recompute: bool
     engine: list[BlockParts] | None
+    linear_layers: list[nn.Linear]
     thresholds: Thresholds | None
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..arguments import PLAIN, ArgumentRule
 from ..head_probing import Pooling
 from ..map_attention import Heads, attend, heads_of
+from ..packed_linear import is_plain_linear
 from ..patch_inputs import PatchInputs
 from ..rotary import Rotary
 from ..tiling import AttentionRows
@@ -234,7 +235,8 @@ def require_plain(parts: BlockParts) -> None:
             )
     for name in parts.opened:
         layer = getattr(getattr(parts.block, parts.attn), name, None)
-        if layer is not None and type(layer) not in (nn.Linear, nn.LayerNorm, nn.Identity):
+        known = is_plain_linear(layer) or type(layer) in (nn.LayerNorm, nn.Identity)
+        if layer is not None and not known:
             raise EngineRefusal(f"{name} is {type(layer).__name__}")
     for module in (parts.block, *(submodule.module for submodule in parts.watched())):
         if is_hooked(module):

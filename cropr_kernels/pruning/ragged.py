@@ -3,14 +3,17 @@
     x (B, N, D) holds every token at its position, as in `engine`; rows (T,) names the active ones
     in x.view(B * N, D), image after image, and starts (B + 1,) where each image begins.
 
-Linear layers and norms see T rows, without padding. Attention is within each image. Blocks before
-the first merge, and those after the fusion, have equally many tokens of each image and run as in
-`engine`.
+Linear layers and norms see T rows. Attention is within each image. Blocks before the first merge,
+and those after the fusion, have equally many tokens of each image and run as in `engine`.
+
+T differs from batch to batch, and a library prepares a kernel for each T that it has not seen, as
+launches are recorded for each: so T is rounded up, by at most 3 or 1/64, with rows that no image has.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.adapters import BlockParts
@@ -29,14 +32,38 @@ class ActiveRows(NamedTuple):
     """The active tokens of a batch."""
 
     rows: Tensor  # (T,), ascending
-    starts: Tensor  # (B + 1,)
-    longest: int  # tokens of an image at most
+    starts: Tensor  # (B + 1,); with padding (B + 2,): it attends to itself
+    longest: int  # tokens of an image, or of the padding, at most
     sizes: Tensor  # (T,) float32
+    num_padding: int = 0  # rows of no image, the last of T
 
     @property
     def idx(self) -> Tensor:
         """The rows as the positions (1, T) in a batch of one image."""
         return self.rows.unsqueeze(0)
+
+    def without_padding(self) -> tuple[Tensor, Tensor]:
+        """Rows and starts of the images."""
+        if not self.num_padding:
+            return self.rows, self.starts
+        return self.rows[: -self.num_padding], self.starts[:-1]
+
+    def pad(self, free_rows: Tensor) -> "ActiveRows":
+        """Round T up with the first of some rows that no image has."""
+        count = len(self.rows)
+        padding = padded_count(count) - count
+        if not padding:
+            return self
+        rows = torch.cat([self.rows, free_rows[:padding]])
+        starts = F.pad(self.starts, (0, 1), value=len(rows))
+        sizes = F.pad(self.sizes, (0, padding), value=1.0)
+        return ActiveRows(rows, starts, max(self.longest, padding), sizes, padding)
+
+
+def padded_count(count: int) -> int:
+    """Round a number of rows up, by at most 3 or 1/64 of it."""
+    multiple = 1 << max((count // 64).bit_length() - 1, 2)
+    return -(-count // multiple) * multiple
 
 
 class RaggedBatch(NamedTuple):
@@ -83,14 +110,23 @@ class _Merger:
         merge: the options of merging.
         budget: how many merge.
         batch: the images.
+        free_rows: that no image has.
     """
 
-    def __init__(self, state: PruningState, merge: Merge, budget: Budget, batch: RaggedBatch):
+    def __init__(
+        self,
+        state: PruningState,
+        merge: Merge,
+        budget: Budget,
+        batch: RaggedBatch,
+        free_rows: Tensor,
+    ):
         self.state = state
         self.size_weight = merge.size_weight
         self.budget = budget
         self.x = batch.x
         self.priorities = batch.priorities
+        self.free_rows = free_rows
         self.sizes = self.x.new_ones(self.x.shape[:2], dtype=torch.float32)
         self.cost_scale = torch.ones_like(self.sizes)
         self.record = MergeRecord(self.x)
@@ -99,14 +135,15 @@ class _Merger:
         self, module: int, active: ActiveRows, update: Tensor, gamma: Tensor | None
     ) -> ActiveRows:
         """Add the update (T, D) of the block's MLP to the active rows, and merge."""
+        images_rows, images_starts = active.without_padding()
         prefix = self.state.num_prefix
         num_merges = len(self.record.merges)
         limit = min(num_candidates(self.budget.rate), self.x.shape[1])
         order = ops.ragged_add_select_(
             self.x,
-            active.rows,
-            active.starts,
-            update,
+            images_rows,
+            images_starts,
+            update[: len(images_rows)],
             gamma,
             self.state.modules.scorer(module).query(),
             limit,
@@ -118,15 +155,15 @@ class _Merger:
             COST_WEIGHT,
         )
         costs, nearest = ops.ragged_nearest(
-            self.x, order, active.starts, limit, prefix, self.cost_scale * self.sizes.sqrt()
+            self.x, order, images_starts, limit, prefix, self.cost_scale * self.sizes.sqrt()
         )
         merges = self.budget.choose(module, costs)
-        counts = active.starts.diff() - merges.sum(1)
+        counts = images_starts.diff() - merges.sum(1)
         lengths = counts.tolist()  # the one wait for the device
         rows, starts, sizes = ops.ragged_merge_(
             self.x,
             order,
-            active.starts,
+            images_starts,
             merges,
             nearest,
             self.sizes,
@@ -136,7 +173,7 @@ class _Merger:
             self.state.config.tracks_parents,
         )
         self.record.add(module, counts)
-        return ActiveRows(rows, starts, max(lengths), sizes)
+        return ActiveRows(rows, starts, max(lengths), sizes).pad(self.free_rows)
 
 
 def run_ragged(
@@ -159,9 +196,13 @@ def run_ragged(
         (B, N, D), every token at its position: a merged one is the one that it went into, with
         Last Layer Fusion it has its own value; (B, P, D), the prefix, if the model reads no more.
     """
-    x = batch.x
-    packed = x.view(1, -1, x.shape[-1])
-    merger = _Merger(state, merge, budget, batch)
+    num_rows = batch.x.shape[0] * batch.x.shape[1]
+    num_free = num_rows // 64 + 3
+    packed = F.pad(batch.x.flatten(0, 1), (0, 0, 0, num_free)).unsqueeze(0)
+    x = packed[0, :num_rows].view(batch.x.shape)
+    batch = batch._replace(x=x)
+    free_rows = torch.arange(num_rows, num_rows + num_free, device=x.device)
+    merger = _Merger(state, merge, budget, batch, free_rows)
     active = batch.active
     first_norm = norm_parameters(getattr(blocks[0].block, blocks[0].norm1), x.dtype)
     h = _normalize(x, active, first_norm)
@@ -182,7 +223,7 @@ def run_ragged(
         if layer < len(state.counts):
             all_or_active = batch.all_rows() if active is None else active
             active = merger.merge_(layer, all_or_active, update.flatten(0, 1), gamma2)
-            h = _normalize(x, active, next_norm)
+            h = ops.gather_norm(packed, active.idx, *next_norm)
         elif layer == state.fused_after:
             ops.add_(target, idx, update, gamma2)
             if state.config.tracks_parents:

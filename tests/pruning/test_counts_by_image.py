@@ -2,6 +2,7 @@
 PyTorch, and who gets equal counts."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -286,3 +287,19 @@ def test_maps_show_what_the_engine_merges():
     assert torch.equal((blocks == 4).flatten(1).sum(1), remaining)
     merged = cropr.merge_map(fast, images)
     assert torch.equal(merged.flatten(1).max(1).values + 1, remaining)
+
+
+def test_layers_see_few_numbers_of_rows():
+    """A library prepares a kernel for each number of rows that it has not seen."""
+    model = cropr.deploy(calibrated(reference_vit, torch.float32))
+    seen, counts = [], []
+    for block in model.cropr.spec.blocks[1:]:
+        block.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    for num_images in (1, 3, 8, 40):
+        images = photos(num_images, dtype=torch.float32)
+        _, state = run(model, lambda images=images: model(images), PruningOptions(engine=True))
+        counts += counts_by_block(state)[:, 1:].sum(0).tolist()
+    assert len(seen) == len(counts) and seen != counts
+    for rows, count in zip(seen, counts):
+        multiple = max(4, 2 ** int(math.log2(count / 64)))
+        assert rows % multiple == 0 and count <= rows < count + multiple

@@ -148,35 +148,43 @@ def proportional_attention(
     """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal
     tokens (ToMe, section 3).
 
-    On CUDA in 16 bits log(size) is one more dimension, so that FlashAttention runs; on a CPU in 16
-    bits without gradients `attend_segments` runs; elsewhere, and for heads that leave no room, it
-    is a bias.
+    On a CPU in 16 bits without gradients `attend_segments` runs, with sizes or without. On CUDA in
+    16 bits log(size) is one more dimension, so that FlashAttention runs; elsewhere, and for heads
+    that leave no room, it is a bias.
 
     Args:
         q, k, v: (B, H, K, C).
         log_sizes: (B, K) float32; without it this is plain attention.
         scale: default C^-0.5.
     """
-    if log_sizes is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if not dropout_p and takes_rows(q, k, v):
         return attention_by_rows(q, k, v, log_sizes, scale)
+    if log_sizes is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if q.is_cuda and takes_extra_dimension(q.shape[-1], q.dtype):
         return attention_by_dimension(q, k, v, log_sizes, dropout_p, scale)
     return attention_by_bias(q, k, v, log_sizes, dropout_p, scale)
 
 
 def takes_rows(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether `attention_by_rows` computes an attention, and faster: on a CPU, in 16 bits, in
-    eager mode and without gradients."""
+    """Tell whether `attention_by_rows` computes an attention, and faster."""
     return (
-        type(q) is type(k) is type(v) is Tensor
-        and q.device.type == "cpu"
+        prefers_rows(q, k, v)
         and q.dtype == k.dtype == v.dtype
-        and q.dtype in (torch.bfloat16, torch.float16)
         and q.ndim == 4
         and q.shape == k.shape == v.shape
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    )
+
+
+def prefers_rows(*inputs: Tensor) -> bool:
+    """Tell whether `attention_by_rows` is faster for such inputs: on a CPU, in 16 bits, in eager
+    mode and without gradients."""
+    return (
+        all(
+            type(x) is Tensor and x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
+            for x in inputs
+        )
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()

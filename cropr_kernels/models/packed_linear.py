@@ -4,7 +4,7 @@ import copyreg
 import platform
 from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class PackedLinear(nn.Linear):
         return copyreg._reconstructor, (nn.Linear, object, None), state  # type: ignore[attr-defined]
 
 
-def is_plain_linear(layer: object) -> bool:
+def is_plain_linear(layer: object) -> TypeGuard[nn.Linear]:
     """Tell whether a layer is an nn.Linear, packed or not, but of no other class."""
     return type(layer) in (nn.Linear, PackedLinear)
 
@@ -64,7 +64,7 @@ def unpack(layers: Iterable[nn.Linear]) -> None:
     for layer in layers:
         if type(layer) is PackedLinear:
             vars(layer).pop("packed_weight", None)
-            layer.__class__ = nn.Linear
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def _takes_packed(x: Tensor, weight: Tensor) -> bool:

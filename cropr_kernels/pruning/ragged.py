@@ -6,8 +6,8 @@
 Linear layers and norms see T rows. Attention is within each image. Blocks before the first merge,
 and those after the fusion, have equally many tokens of each image and run as in `engine`.
 
-T differs from batch to batch, and a library prepares a kernel for each T that it has not seen, as
-launches are recorded for each: so T is rounded up, by at most 3 or 1/64, with rows that no image has.
+T differs from batch to batch, and libraries prepare a kernel for each T that they have not seen, as
+launches are recorded for each. So rows that no image has round T up, by at most 3 or 1/64.
 """
 
 from typing import NamedTuple

@@ -189,6 +189,7 @@ def test_on_a_cpu_in_16_bits_rows_attend_where_nothing_else_is_asked_for():
     by_bias = attention_by_bias(q, k, v, sizes.log())
     assert not torch.equal(by_rows, by_bias)
     assert torch.equal(proportional_attention(q, k, v, sizes.log()), by_rows)
+    assert torch.equal(proportional_attention(q, k, v), attention_by_rows(q, k, v))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(proportional_attention(q, k, v, sizes.log()), by_bias)
     leaf = q.clone().requires_grad_()

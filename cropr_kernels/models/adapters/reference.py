@@ -8,6 +8,7 @@ from ..blocks import (
     TimmAttention,
     attention_by_projection,
     pads_projection,
+    prefers_rows,
     project_heads,
     proportional_attention,
 )
@@ -81,9 +82,9 @@ def parts(block: nn.Module) -> BlockParts | None:
 
 def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
     """Run an attention with timm's names: its own forward unless positions or sizes enter its
-    heads."""
+    heads, or `attention_by_rows` is faster."""
     attn: TimmAttention = module  # type: ignore[assignment]
-    if rotary is None and log_sizes is None:
+    if rotary is None and log_sizes is None and not prefers_rows(h):
         return attn(h)
     if rotary is None and log_sizes is not None and pads_projection(attn, h):
         heads = attention_by_projection(attn, h, log_sizes)

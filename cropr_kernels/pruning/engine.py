@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import norm_parameters
+from ..models.norms import norm_parameters
 from ..models.rotary import Rotary
 from .masks import Masks
 from .ragged import RaggedBatch, run_ragged

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import NormParameters, Segments, SizeWeightedAttention, norm_parameters
+from ..models.blocks import Segments, SizeWeightedAttention
+from ..models.norms import NormParameters, norm_parameters
 from ..models.rotary import Rotary
 from .budget import COST_WEIGHT, Budget, num_candidates
 from .merge_record import MergeRecord

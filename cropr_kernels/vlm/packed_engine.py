@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import norm_parameters
+from ..models.norms import norm_parameters
 from ..pruning.merging import Merge, log_sizes
 from ..pruning.strategies import DropStrategy, MergeStrategy, PruningStrategy
 

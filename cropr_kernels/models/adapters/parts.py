@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import ROTARY_TABLES, has_tensors
-from ..blocks import Segments, SizeWeightedAttention, norm_parameters, proportional_attention
+from ..blocks import Segments, SizeWeightedAttention, proportional_attention
+from ..norms import norm_parameters
 from ..probing import BlockCall
 from ..rotary import Rotary
 from .base import BlockParts, EngineRefusal, base_class

@@ -2,7 +2,7 @@
 
 import copyreg
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple, TypeGuard
 
@@ -42,6 +42,13 @@ class PackedLinear(nn.Linear):
             packed = self.packed_weight = _pack(self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, packed.packed, self.bias, "none", [], "")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        self._drop()  # it would stay on the CPU, or in another dtype
+        return super()._apply(fn, recurse)
+
+    def _drop(self) -> None:
+        vars(self).pop("packed_weight", None)
+
     def __reduce__(self) -> tuple[object, ...]:
         state = {name: value for name, value in vars(self).items() if name != "packed_weight"}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # type: ignore[attr-defined]
@@ -63,7 +70,7 @@ def unpack(layers: Iterable[nn.Linear]) -> None:
     """Make layers nn.Linear again."""
     for layer in layers:
         if type(layer) is PackedLinear:
-            vars(layer).pop("packed_weight", None)
+            layer._drop()
             layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
@@ -78,6 +85,7 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
         and weight.is_cpu
         and x.dtype is weight.dtype
         and x.dtype in _dtypes()
+        and torch._C._get_mkldnn_enabled()
         and not weight.is_inference()
         and x.numel() > 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

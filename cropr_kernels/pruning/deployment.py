@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from ..models.adapters import EngineRefusal, engine_parts
@@ -65,7 +66,8 @@ def deployed_copy(
     folded = {
         id(module): FoldedCropr(module) for module in modules_of(model) if isinstance(module, Cropr)
     }
-    deployed = copy.deepcopy(model, cast(dict[int, Any], folded))
+    with torch.inference_mode(False):  # of whose tensors nobody counts the changes
+        deployed = copy.deepcopy(model, cast(dict[int, Any], folded))
     modules = modules_of(deployed)
     write_to_config(deployed)
     _set_engine(modules, engine)

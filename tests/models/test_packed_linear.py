@@ -162,6 +162,10 @@ def test_the_engine_packs_and_its_copies_pack_too():
     fast = deployed_copy(model, equal_counts=True)
     torch.testing.assert_close(fast(images), expected, rtol=1e-4, atol=1e-5)
     layers = linear_layers(fast)
+    with torch.inference_mode():
+        other = deployed_copy(model, equal_counts=True)
+        assert torch.equal(other(images), fast(images))
+    assert all(map(is_packed, linear_layers(other)))
     assert len(layers) == 16 and all(type(linear) is PackedLinear for linear in layers)
     assert all(is_packed(linear) for linear in layers)
     assert all(type(linear) is nn.Linear for linear in linear_layers(model))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.adapters import Submodule
 from ..models.arguments import ROTARY_TABLES, Selection, has_tensors, select_arguments
 from ..models.blocks import SizeWeightedAttention
-from ..models.packed_linear import pack
+from ..models.packed_linear import packed_weights
 from ..models.probing import TOKEN_ARGUMENTS
 from ..models.rotary import Rotary
 from ..models.tiling import AttentionRows
@@ -203,9 +203,9 @@ def run_block(
         if options.engine and _engine_runs(context.state, x, args, kwargs):
             context.state.next_layer = 1
             run_blocks = options.exchange or run_engine
-            if x.is_cpu and not torch.compiler.is_compiling():
-                pack(modules.linear_layers)  # those of copies are plain
-            tokens = run_blocks(context.state, x, _rotary(context.state, kwargs))
+            rotary = _rotary(context.state, kwargs)
+            with packed_weights(modules.linear_layers):
+                tokens = run_blocks(context.state, x, rotary)
             return _engine_output(modules, token_format.encode(tokens, argument))
     state = context.state
     if state is None or layer != state.next_layer:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.cases import SHAPES
 from helpers.models import BLOCK_RUNNERS, MODELS, randomize, reference_vit
+from helpers.shared import written_once
 
 import cropr_kernels as cropr
 from cropr_kernels import exporting, ops
@@ -188,9 +189,15 @@ print("cropr_kernels" in sys.modules)
 def packages(tmp_path_factory):
     """Return a folder: one model in both formats and op sets, a preprocessed photo, and its
     logits."""
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    folder, photo = tmp_path_factory.mktemp("packages"), ROOT / "examples" / "photos" / "china.jpg"
-    image.open(photo).save(folder / "photo.ppm")
+    pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    return written_once(tmp_path_factory, "packages", write_packages)
+
+
+def write_packages(folder):
+    from PIL import Image
+
+    photo = ROOT / "examples" / "photos" / "china.jpg"
+    Image.open(photo).save(folder / "photo.ppm")
     pixels = cropr.Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)
     model, images = pruned(rate=9, llf=True), pixels.normalize(pixels.load(photo))[None]
     for file_format in ("torch", "aoti"):
@@ -205,7 +212,6 @@ def packages(tmp_path_factory):
             assert done.difference < 1e-5
     with torch.no_grad():
         torch.save((images, model(images)), folder / "sample.pt")
-    return folder
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ interleaved. FLOPs are those of the prefill, tower included.
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -238,11 +239,17 @@ def qwen2_5_vl_7b_flops(image_tokens: int, *, inside: bool = False) -> int:
         with flop_counter() as counter:
             model.visual.patch_embed(torch.empty(rows, 3 * 2 * 14 * 14))
             model.visual.merger(torch.empty(rows, 1280))
-            for block, ends in zip(model.visual.blocks, segments):
-                count = int(ends[-1])
-                table = torch.empty(count, 80)
-                block(torch.empty(count, 1280), cu_seqlens=ends, position_embeddings=(table, table))
-    return int(total + counter.get_total_flops())
+        total += counter.get_total_flops()
+        # Blocks differ in weights only, and the FLOPs of a block are the sum of its segments'
+        lengths = Counter(length for ends in segments for length in ends.diff().tolist())
+        for length, repeats in lengths.items():
+            ends, table = torch.tensor([0, length], device="cpu"), torch.empty(length, 80)
+            with flop_counter() as counter:
+                model.visual.blocks[0](
+                    torch.empty(length, 1280), cu_seqlens=ends, position_embeddings=(table, table)
+                )
+            total += repeats * counter.get_total_flops()
+    return int(total)
 
 
 @cache

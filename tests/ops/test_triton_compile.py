@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -40,12 +41,34 @@ KNOWN = [
     ("bfloat16", 768, 96),
 ]
 
+# All variants of a kernel where it needs most registers, with a row in two blocks or in one;
+# elsewhere those with most tensors.
+ALL_VARIANTS = [("bfloat16", 768, 24), ("bfloat16", 1024, 24), ("float32", 1024, 24)]
+
 # Tolerated bytes of stack a thread, by kernel and architecture.
 STACK = {("weighted_rows_kernel", 120): 8}
 
 
-def verify(dtype, width, side, architecture):
-    for launch, compiled in compile_launches(launches(dtype, [width], [side]), architecture):
+def largest_variants(recorded):
+    """Leave out launches whose tensors are all among those of another with the same constants."""
+    variants = {(str(launch), indices_of_tensors(launch)): launch for launch in recorded}
+    return [
+        launch
+        for (constants, tensors), launch in variants.items()
+        if not any(constants == other and tensors < more for other, more in variants)
+    ]
+
+
+def indices_of_tensors(launch):
+    leaves = enumerate(tree_leaves(launch.args))
+    return frozenset(index for index, leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def verify(dtype, width, side, architecture, *, all_variants=False):
+    recorded = launches(dtype, [width], [side])
+    if not all_variants:
+        recorded = largest_variants(recorded)
+    for launch, compiled in compile_launches(recorded, architecture):
         faults = problems(launch, compiled) + narrow_rows(launch, compiled)
         assert not faults, f"{launch} {dtype} sm_{architecture}: {faults}"
         usage = resources(compiled)
@@ -62,7 +85,7 @@ def test_every_kernel_is_among_the_launches():
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "width", "side"), KNOWN)
 def test_kernels_of_known_widths_pass_the_lint_and_keep_all_in_registers(dtype, width, side):
-    verify(dtype, width, side, 90)
+    verify(dtype, width, side, 90, all_variants=(dtype, width, side) in ALL_VARIANTS)
 
 
 @pytest.mark.slow

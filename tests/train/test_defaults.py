@@ -113,7 +113,7 @@ def test_40_steps_of_the_preset_on_photos_are_far_above_chance(data, tmp_path):
     )
     config = PRESETS["finetune"].changed(
         data=write_images(tmp_path, ((label, photo.convert("RGB")) for label, photo in pairs)),
-        batch_size=12, epochs=2,
+        img_size=(160, 160), batch_size=12, epochs=2, eval_epochs=2,
         weights=str(data / "vit_tiny_p16_224_tin200_fp16.safetensors"), workers=0, device="cpu",
     )  # fmt: skip
     reached = train(config, tmp_path / "run", show=False)

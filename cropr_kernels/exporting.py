@@ -166,6 +166,8 @@ def _write(program: ExportedProgram, file: Path, format: str) -> None:
             _write(program, onnx_file, "onnx")
             openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
     else:
+        attention = torch.ops.aten.scaled_dot_product_attention.default
+        program = program.run_decompositions({attention: _attention})
         size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
         names = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
         torch.onnx.export(
@@ -176,6 +178,27 @@ def _write(program: ExportedProgram, file: Path, format: str) -> None:
             external_data=size > 1_500_000_000,  # a file of protocol buffers ends at 2 GB
             verbose=False,
         )
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute attention in few nodes, which runtimes fuse: torch's exporter moves the keys twice.
+
+    NotImplemented leaves other kinds to the exporter.
+    """
+    is_plain = not (dropout_p or is_causal or enable_gqa)
+    if not is_plain or (attn_mask is not None and attn_mask.dtype == torch.bool):
+        return NotImplemented
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -78,7 +78,7 @@ def quantized() -> str:
     ]
     return (
         f"**int8**, {link('quantized', table)}: agreement in % with the unpruned int8 file (in "
-        f"float32), speed of the unpruned and the pruned file over float32; ViT-Ti, merging, R = "
+        f"float32), speed unpruned and pruned over float32; ViT-Ti, merging, R = "
         f"{rows[0]['rate']}, {environment['photos']} photos. {'; '.join(ways)}."
     )
 

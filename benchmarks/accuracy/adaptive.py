@@ -22,22 +22,16 @@ Where the mean FLOPs of a method differ by more than 0.7 % from those of the con
 changes until they do not; both stand in the row.
 """
 
-import argparse
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import outputs
-from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
-from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures, parse_options
+from benchmarks.accuracy.equal_flops import Forward, compare, parse_options
 from benchmarks.models.deployment import pruned
-from benchmarks.utils.results import Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.budget import Budget, ThresholdBudget, TotalBudget, quotas
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
@@ -83,7 +77,12 @@ class Network:
         source = cropr.calibrate(pruned(base, rate=8, merge=True), calibration)
         self.model: Any = deployed_copy(source)
         self.flops = ImageFlops(self.model, calibration[:1])
+        self.unpruned = self.flops.unpruned
         self.calibration = calibration[:NUM_IMAGES]
+
+    def constant_flops(self, rate: int) -> float:
+        """FLOPs of an image at the constant rate."""
+        return self(self.calibration[:1], "constant", rate).flops.mean().item()
 
     def budget(self, method: str, rate: float) -> Budget | None:
         """The budget of a method at a mean rate; None: the counts are constant."""
@@ -165,53 +164,8 @@ class Network:
         return log_probs, tokens, self.flops(state), counts_by_block(state).double()
 
 
-def compare(options: argparse.Namespace, base: ViT) -> None:
-    """Compare every method at every rate with the unpruned model, on the photos of every seed."""
-    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
-    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
-    cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
-    prefix = base.num_prefix_tokens
-    for (data, seed), seed_cells in itertools.groupby(
-        results.remaining(cells), key=lambda cell: cell[:2]
-    ):
-        torch.manual_seed(seed)
-        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
-        images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
-        expected, expected_tokens = outputs(base, images)
-        if expected_tokens is None:
-            raise RuntimeError("adaptive: the unpruned model has no tokens at all positions")
-        network = Network(base, calibration)
-        unpruned = network.flops.unpruned
-        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
-            _, _, rate, method = cell
-            goal = constant_flops(network, images[:1], rate)
-            exact, result = at_equal_flops(
-                partial(network, images, method), float(rate), goal, unpruned
-            )
-            row = dict(zip(results.keys, cell)) | figures(result, expected, expected_tokens, prefix)
-            mean = result.flops.mean().item()
-            results.add(
-                row
-                | {
-                    "mean rate": round(exact, 2),
-                    "FLOPs over constant": round(mean / goal, 4),
-                    "FLOPs 95th over mean": round(result.flops.quantile(0.95).item() / mean, 3),
-                    "FLOPs saved": round(unpruned / mean, 3),
-                }
-                | ({} if result.overflows is None else {"overflows": round(result.overflows, 3)})
-            )
-
-
-def constant_flops(network: Network, image: Tensor, rate: int) -> float:
-    """FLOPs of an image at the constant rate."""
-    return network(image, "constant", rate).flops.mean().item()
-
-
-@torch.inference_mode()
 def main() -> None:
-    options = parse_options(__doc__, METHODS, "adaptive.json")
-    base, _ = load_model(options.data)
-    compare(options, base)
+    compare(parse_options(__doc__, METHODS, "adaptive.json"), Network, {})
 
 
 if __name__ == "__main__":

@@ -16,25 +16,19 @@ Methods, in their adaptive form where they have one:
   dropping by thresholds
 """
 
-import argparse
-import itertools
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.agreement import calibrated, log_probabilities, outputs
-from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
-from benchmarks.accuracy.equal_flops import Forward, at_equal_flops, figures, parse_options
+from benchmarks.accuracy.agreement import calibrated, log_probabilities
+from benchmarks.accuracy.equal_flops import Forward, compare, parse_options
 from benchmarks.baselines.adaptive import AdaMerge, AdaptiveATM, ImageByImage, ThresholdDrop
 from benchmarks.baselines.network import Reducer
 from benchmarks.baselines.selection import ATS
 from benchmarks.baselines.transforming import TokenTransforming
 from benchmarks.models.deployment import deploy, pruned
-from benchmarks.utils.results import Results, environment
 from cropr_kernels.models.vit import ViT
 from cropr_kernels.pruning.costs import ImageFlops, matrix_elements
 from cropr_kernels.thresholds import NUM_IMAGES
@@ -125,47 +119,8 @@ class Rivals:
         )
 
 
-def compare(options: argparse.Namespace, base: ViT) -> None:
-    """Compare every method at every rate with the unpruned model, on the photos of every seed."""
-    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
-    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
-    cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
-    starts: dict[tuple[str, str], float] = {}
-    for (data, seed), seed_cells in itertools.groupby(
-        results.remaining(cells), key=lambda cell: cell[:2]
-    ):
-        torch.manual_seed(seed)
-        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
-        images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
-        expected, expected_tokens = outputs(base, images)
-        if expected_tokens is None:
-            raise RuntimeError("rivals: the unpruned model has no tokens at all positions")
-        rivals = Rivals(base, calibration)
-        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
-            _, _, rate, method = cell
-            goal = rivals.constant_flops(rate)
-            forward = partial(rivals, images, method)
-            start = starts.get((data, method), START[method])
-            exact, result = at_equal_flops(forward, start * rate, goal, rivals.unpruned)
-            starts[data, method] = exact / rate
-            mean = result.flops.mean().item()
-            results.add(
-                dict(zip(results.keys, cell))
-                | figures(result, expected, expected_tokens, base.num_prefix_tokens)
-                | {
-                    "mean rate": round(exact, 2),
-                    "FLOPs over constant": round(mean / goal, 4),
-                    "FLOPs 95th over mean": round(result.flops.quantile(0.95).item() / mean, 3),
-                    "FLOPs saved": round(rivals.unpruned / mean, 3),
-                }
-            )
-
-
-@torch.inference_mode()
 def main() -> None:
-    options = parse_options(__doc__, METHODS, "adaptive_rivals.json")
-    base, _ = load_model(options.data)
-    compare(options, base)
+    compare(parse_options(__doc__, METHODS, "adaptive_rivals.json"), Rivals, START)
 
 
 if __name__ == "__main__":

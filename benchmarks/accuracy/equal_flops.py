@@ -1,15 +1,20 @@
-"""Runs whose images keep different numbers of tokens, at equal mean FLOPs."""
+"""Comparison of methods by which images keep different numbers of tokens, at equal mean FLOPs."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.accuracy.agreement import percent_equal, relative_error
-from benchmarks.accuracy.data import DATA
-from benchmarks.utils.results import RESULTS, Row
+from benchmarks.accuracy.agreement import outputs, percent_equal, relative_error
+from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
+from benchmarks.utils.results import RESULTS, Results, Row, environment
+from cropr_kernels.models.vit import ViT
 
 TOLERANCE = 0.007  # of mean FLOPs
 ATTEMPTS = 8  # at a rate of equal FLOPs
@@ -22,6 +27,20 @@ class Forward(NamedTuple):
     tokens: Tensor | None  # (B, N, D), normed, by position; None: some are dropped
     flops: Tensor  # (B,) float64
     overflows: float | None = None  # share of batches above the capacity
+
+
+class Methods(Protocol):
+    """Methods on one network."""
+
+    unpruned: float  # FLOPs of an image
+
+    def constant_flops(self, rate: int) -> float:
+        """FLOPs of an image at the constant rate of merging."""
+        ...
+
+    def __call__(self, images: Tensor, method: str, rate: float) -> Forward:
+        """Run images (B, C, H, W) by a method at a rate: the higher, the fewer FLOPs."""
+        ...
 
 
 def parse_options(description: str | None, methods: Sequence[str], out: str) -> argparse.Namespace:
@@ -85,3 +104,51 @@ def figures(result: Forward, expected: Tensor, expected_tokens: Tensor, prefix: 
         error = relative_error(result.tokens[:, prefix:], expected_tokens[:, prefix:])
         row["features"] = round(error, 4)
     return row
+
+
+@torch.inference_mode()
+def compare(
+    options: argparse.Namespace,
+    make: Callable[[ViT, Tensor], Methods],
+    start: Mapping[str, float],
+) -> None:
+    """Compare every method at every rate with the unpruned model, on the photos of every seed.
+
+    Args:
+        options: from `parse_options`.
+        make: the methods on a plain model, calibrated on photos (B, C, H, W).
+        start: method -> rate to begin with, over R of the constant rate; default 1.
+    """
+    base, _ = load_model(options.data)
+    env = environment("cpu") | {"photos": options.photos, "model": "vit_tiny_patch16_224"}
+    results = Results(options.out, env, keys=("data", "seed", "rate", "method"))
+    cells = itertools.product(options.sets, options.seeds, options.rates, options.methods)
+    found: dict[tuple[str, str], float] = {}  # the rate of equal FLOPs, over R
+    for (data, seed), seed_cells in itertools.groupby(
+        results.remaining(cells), key=lambda cell: cell[:2]
+    ):
+        torch.manual_seed(seed)
+        calibration, _ = read_photos(options.data / DATA[data], TRAIN, options.photos, seed)
+        images, _ = read_photos(options.data / DATA[data], VAL, options.photos, seed)
+        expected, expected_tokens = outputs(base, images)
+        if expected_tokens is None:
+            raise RuntimeError("equal_flops: the unpruned model has no tokens at all positions")
+        methods = make(base, calibration)
+        for cell in tqdm(seed_cells, desc=f"{data}, seed {seed}", mininterval=5):
+            _, _, rate, method = cell
+            goal = methods.constant_flops(rate)
+            first = rate * found.get((data, method), start.get(method, 1.0))
+            forward = partial(methods, images, method)
+            exact, result = at_equal_flops(forward, first, goal, methods.unpruned)
+            found[data, method] = exact / rate
+            mean = result.flops.mean().item()
+            row = {
+                "mean rate": round(exact, 2),
+                "FLOPs over constant": round(mean / goal, 4),
+                "FLOPs 95th over mean": round(result.flops.quantile(0.95).item() / mean, 3),
+                "FLOPs saved": round(methods.unpruned / mean, 3),
+            }
+            if result.overflows is not None:
+                row["overflows"] = round(result.overflows, 3)
+            measured = figures(result, expected, expected_tokens, base.num_prefix_tokens)
+            results.add(dict(zip(results.keys, cell)) | measured | row)

@@ -8,7 +8,6 @@ from benchmarks.accuracy.adaptive import (
     METHODS,
     TOGETHER,
     Network,
-    constant_flops,
 )
 from benchmarks.accuracy.agreement import outputs
 from benchmarks.accuracy.equal_flops import TOLERANCE, Forward, at_equal_flops, figures
@@ -30,7 +29,7 @@ def test_outputs_cover_all_positions_and_flops_are_near_the_constant_rates(netwo
     images = torch.randn(10, 3, 64, 64)
     with torch.inference_mode():
         result = reduced(images, method, RATE)
-        goal = constant_flops(reduced, images[:1], RATE)
+        goal = reduced.constant_flops(RATE)
     assert result.tokens.shape == (10, 65, base.embed_dim)
     assert (result.flops.std() > 0) == (method not in ("constant", "same quotas"))
     assert result.flops.mean().item() == pytest.approx(goal, rel=0.15)

@@ -25,6 +25,7 @@ from benchmarks.models.deployment import create, image_size
 from benchmarks.models.timing import relative_difference
 from benchmarks.utils.results import RESULTS, Results, environment
 from benchmarks.utils.runtimes import Call, onnxruntime_call, openvino_call
+from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
 from cropr_kernels.utils.timing import fitting, time_interleaved
 
@@ -58,9 +59,9 @@ def calls_of(name: str, rate: int, merge: bool, folder: Path, *, compiles: bool)
     model = pruned(name, rate, merge)
     kind = "unpruned" if not rate else f"{'merge' if merge else 'drop'}{rate}"
     path = exported(model, folder / f"{name}-{kind}.onnx")
-    eager = cropr.deploy(model, engine=False)
-    engine = cropr.deploy(model)
-    half = cropr.deploy(model).to(torch.bfloat16)
+    eager = deployed_copy(model, engine=False)
+    engine = deployed_copy(model, equal_counts=True)  # as files have
+    half = deployed_copy(model, equal_counts=True).to(torch.bfloat16)
     calls: dict[str, Call] = {
         "eager": eager,
         "engine": engine,

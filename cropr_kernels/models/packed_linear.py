@@ -84,11 +84,12 @@ def packed_weights(layers: Iterable[nn.Linear]) -> AbstractContextManager[object
 @contextmanager
 def _packing(layers: Iterable[nn.Linear]) -> Iterator[None]:
     pack(layers)  # those of copies are plain
+    outer = _thread.packs
     _thread.packs = True
     try:
         yield
     finally:
-        _thread.packs = False
+        _thread.packs = outer
 
 
 def unpack(layers: Iterable[nn.Linear]) -> None:

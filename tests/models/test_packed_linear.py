@@ -122,6 +122,14 @@ def test_other_threads_are_not_in_the_context():
     assert is_packed(linear)
 
 
+def test_a_context_within_another_does_not_end_it():
+    linear, x = layer(), torch.randn(3, 48)
+    with packed_weights([linear]):
+        packed(layer(), x)
+        linear(x)
+    assert is_packed(linear)
+
+
 def test_weights_whose_changes_nobody_counts_are_not_packed():
     with torch.inference_mode():
         linear, x = layer(), torch.randn(3, 48)

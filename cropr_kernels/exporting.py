@@ -224,8 +224,8 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], tuple[Ten
         return infer
     onnxruntime = import_optional("onnxruntime", "export", "an ONNX file")
     options = onnxruntime.SessionOptions()
-    # Its threads would go on spinning after a call, and slow down whatever the process does next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Its threads spin within a call, between small nodes, and not after it
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     available = onnxruntime.get_available_providers()
     providers = [
         name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available

@@ -27,7 +27,7 @@ from benchmarks.utils.results import RESULTS, Results, environment
 from benchmarks.utils.runtimes import Call, onnxruntime_call, openvino_call
 from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
-from cropr_kernels.utils.timing import fitting, time_interleaved
+from cropr_kernels.utils.timing import LEAST_ROUNDS, time_interleaved
 
 TOLERANCES = {"bfloat16": 0.3}  # a near-tie may prune another token
 FLOAT32_TOLERANCE = 2e-3
@@ -111,7 +111,7 @@ def measure(
     }
     warm_up = time_interleaved(calls, images.device, 1)
     once = sum(timing.seconds for timing in warm_up.values())
-    times = time_interleaved(calls, images.device, fitting(once, seconds))
+    times = time_interleaved(calls, images.device, max(LEAST_ROUNDS, int(seconds / once)))
     rows: list[dict[str, Any]] = []
     for runtime in fast:
         before, after = times[runtime, False], times[runtime, True]

@@ -5,8 +5,8 @@ python -m benchmarks.accuracy.adaptive_speed --data FOLDER [--photos 300] [--see
 
 As benchmarks.accuracy.adaptive, but the mean rate of an image's own counts is the one at which the
 engine takes the time of the constant rate: from the times at three rates, interleaved on the photos
-of the first seed, in float32. Both are timed once more there, and the row has the ratio. Figures of
-the constant rate are in adaptive.json.
+of the first seed, in float32, but at most 1.3 R. Both are timed once more there, and the row has
+the ratio. Figures of the constant rate are in adaptive.json.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def rate_of_equal_time(network: Network, images: Tensor, batch: int, rate: int) 
     points = torch.tensor([[mean, 1.0] for mean in tried])
     seconds = torch.tensor([[times[mean].seconds] for mean in tried])
     slope, offset = torch.linalg.lstsq(points, seconds).solution.flatten().tolist()
-    equal = (times[0.0].seconds - offset) / slope
+    equal = (times[0.0].seconds - offset) / slope if slope < 0 else tried[-1]
+    equal = min(max(equal, rate / 2), tried[-1])
     again = time_interleaved(
         {
             "constant": constant,

@@ -24,6 +24,7 @@ FIGURES = {
     "KL, 95th percentile": ("KL 95th", 3),
     "features": ("features", 3),
     "mean rate": ("mean rate", 2),
+    "images/s over constant": ("images/s over constant", 3),
     "FLOPs over constant": ("FLOPs over constant", 4),
     "FLOPs, 95th percentile over mean": ("FLOPs 95th over mean", 3),
 }
@@ -31,13 +32,24 @@ FIGURES = {
 
 METHODS_SHOWN = ("ATM", "AdaMerge", "ATS", "Token Transforming")
 RATE = 8  # of other methods in the page
+TIMED_SHOWN = ((4, 8), (8, 1), (8, 8), (8, 32), (12, 8))  # rates and batches in the page
+
+
+def rows_of(*names: str) -> list[dict[str, Any]]:
+    """Rows of the files that are there."""
+    files = [load(name) for name in names]
+    return [row for measured in files if measured is not None for row in measured[1]]
 
 
 def rows_of_all() -> list[dict[str, Any]]:
-    """Rows of budgets, then of other methods."""
-    names = ("adaptive", "adaptive_budgets", "adaptive_rivals")
-    files = [load(name) for name in names]
-    return [row for measured in files if measured is not None for row in measured[1]]
+    """Rows of budgets, of other methods, and at equal time."""
+    rows = rows_of("adaptive", "adaptive_budgets", "adaptive_rivals")
+    timed = [row | {"method": timed_method(row["batch"])} for row in rows_of("adaptive_speed")]
+    return rows + timed
+
+
+def timed_method(batch: int) -> str:
+    return f"equal time, batch {batch}"
 
 
 def table() -> Table | None:
@@ -88,7 +100,7 @@ def section() -> str:
     env = measured[0]
     rows = rows_of_all()
     by_thresholds = where(rows, method="thresholds")
-    ratios = [row["FLOPs over constant"] for row in rows]
+    ratios = [row["FLOPs over constant"] for row in rows if "batch" not in row]
     note = (
         "KL and its 95th percentile in %, points of agreement. ViT-Ti/16, "
         f"{len(unique(by_thresholds, 'seed'))} seeds (other methods: "
@@ -98,6 +110,7 @@ def section() -> str:
     )
     data = unique(rows, "data")
     shown = [(rate, "thresholds") for rate in sorted(unique(by_thresholds, "rate"))]
+    shown += [(rate, timed_method(batch)) for rate, batch in TIMED_SHOWN]
     shown += [(RATE, method) for method in METHODS_SHOWN]
     body: list[list[Cell]] = [
         [

@@ -1,7 +1,6 @@
 """Attention that weighs tokens by their size."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -117,6 +116,32 @@ def attention_by_bias(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
+class Segments(NamedTuple):
+    """Images of a batch in one row of T tokens: where each begins, (B + 1,) int64, and the most
+    tokens of one."""
+
+    starts: Tensor
+    longest: int
+
+
+def attention_by_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_sizes: Tensor | None,
+    segments: Segments,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute proportional attention of heads (1, H, T, C), with log_sizes (1, T), within each
+    image of one row."""
+    heads = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
+    if torch.is_autocast_enabled(q.device.type):  # it casts PyTorch's operators only
+        heads = [x.to(torch.get_autocast_dtype(q.device.type)) for x in heads]
+    sizes = None if log_sizes is None else log_sizes[0]
+    output = ops.attend_segments(*heads, *segments, sizes, scale)
+    return output.transpose(0, 1).view(q.shape)
+
+
 def proportional_attention(
     q: Tensor,
     k: Tensor,
@@ -124,6 +149,7 @@ def proportional_attention(
     log_sizes: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Compute softmax(scale q k^T + log(size)) v: a token of size s weighs as much as s equal
     tokens (ToMe, section 3).
@@ -136,7 +162,10 @@ def proportional_attention(
         q, k, v: (B, H, K, C).
         log_sizes: (B, K) float32; without it this is plain attention.
         scale: default C^-0.5.
+        segments: of the images in one row, B = 1, that attend apart, without dropout.
     """
+    if segments is not None:
+        return attention_by_segments(q, k, v, log_sizes, segments, scale)
     if not dropout_p and takes_rows(q, k, v):
         return attention_by_rows(q, k, v, log_sizes, scale)
     if log_sizes is None:
@@ -212,6 +241,7 @@ def mask_at(mask: Tensor, positions: Tensor) -> Tensor:
 
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+_ATTENTION = frozenset((F.scaled_dot_product_attention, F.multi_head_attention_forward, *SOFTMAX))
 
 
 def is_attention_softmax(func: object, args: Sequence[Any]) -> bool:
@@ -223,14 +253,6 @@ def is_attention_softmax(func: object, args: Sequence[Any]) -> bool:
         and args[0].ndim == 4
         and args[0].shape[2] == args[0].shape[3]
     )
-
-
-class Segments(NamedTuple):
-    """Images of a batch in one row of T tokens: where each begins, (B + 1,) int64, and the most
-    tokens of one."""
-
-    starts: Tensor
-    longest: int
 
 
 class SizeWeightedAttention(TorchFunctionMode):
@@ -261,11 +283,6 @@ class SizeWeightedAttention(TorchFunctionMode):
         self.num_images = num_images
         self.segments = segments
 
-    @classmethod
-    def maybe(cls, log_sizes: Tensor | None) -> AbstractContextManager[object]:
-        """The mode, or nothing if all tokens weigh alike."""
-        return nullcontext() if log_sizes is None else cls(log_sizes)
-
     def __torch_function__(
         self,
         func: Callable[..., object],
@@ -274,6 +291,8 @@ class SizeWeightedAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
+        if func not in _ATTENTION:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.calls.append(True)
             return self._attend(*args, **kwargs)
@@ -313,24 +332,13 @@ class SizeWeightedAttention(TorchFunctionMode):
                     "cropr: attention of images of different counts takes no mask, dropout, causal "
                     "order or shared keys"
                 )
-            return self._attend_segments(query, key, value, self.segments, scale)
+            log_sizes = None if self.log_sizes is None else self._log_sizes_of(key)
+            return attention_by_segments(query, key, value, log_sizes, self.segments, scale)
         if self.num_images is None:
             return self._attend_apart(query, key, value, *options)
         query, key, value = (_unpack(heads, self.num_images) for heads in (query, key, value))
         output = self._attend_apart(query, key, value, *options)
         return output.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-
-    def _attend_segments(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
-    ) -> Tensor:
-        """Attend within the images of one row, (1, heads, T, C)."""
-        log_sizes = None if self.log_sizes is None else self._log_sizes_of(key)[0]
-        device = query.device.type
-        heads = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-        if torch.is_autocast_enabled(device):  # it casts PyTorch's operators only
-            heads = [x.to(torch.get_autocast_dtype(device)) for x in heads]
-        output = ops.attend_segments(*heads, *segments, log_sizes, scale)
-        return output.transpose(0, 1).view(query.shape)
 
     def _attend_apart(
         self,

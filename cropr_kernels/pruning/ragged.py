@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.adapters import BlockParts
-from ..models.blocks import Segments, SizeWeightedAttention
+from ..models.blocks import Segments
 from ..models.norms import NormParameters, norm_parameters
 from ..models.rotary import Rotary
 from .budget import COST_WEIGHT, Budget, num_candidates
@@ -99,8 +99,7 @@ class RaggedBatch(NamedTuple):
         if rotary is not None:
             rotary = rotary._replace(idx=active.idx % rotary.length)
         segments = Segments(active.starts, active.longest)
-        with SizeWeightedAttention(log_sizes(active.sizes).unsqueeze(0), segments=segments):
-            return parts.attend(attention, h, rotary, None)
+        return parts.attend(attention, h, rotary, log_sizes(active.sizes).unsqueeze(0), segments)
 
 
 class _Merger:

@@ -71,7 +71,7 @@ def merged_one_by_one(model, image):
             x = with_offsets(x, positions, offsets, modules.config.tracks_parents)
             sizes = x.new_ones(1, x.shape[1], dtype=torch.float32)
         counts.append(x.shape[1])
-        with SizeWeightedAttention.maybe(log_sizes(sizes)):
+        with SizeWeightedAttention(log_sizes(sizes)):
             x = block(x)
         if layer >= len(queries):
             continue

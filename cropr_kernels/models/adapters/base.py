@@ -4,11 +4,12 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ..arguments import PLAIN, ArgumentRule
+from ..blocks import Segments
 from ..head_probing import Pooling
 from ..map_attention import Heads, attend, heads_of
 from ..packed_linear import is_plain_linear
@@ -113,8 +114,21 @@ class Submodule(NamedTuple):
     module: nn.Module
 
 
-# attention, h (B, K, D), rotary positions, log_sizes (B, K) -> update (B, K, D)
-Attend = Callable[[nn.Module, Tensor, Rotary | None, Tensor | None], Tensor]
+class Attend(Protocol):
+    """The call of an attention on h (B, K, D), with rotary positions and log_sizes (B, K); with
+    segments the images of a batch stand in one row, B = 1."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        h: Tensor,
+        rotary: Rotary | None,
+        log_sizes: Tensor | None,
+        segments: Segments | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 # block -> the factors g1 and g2 of LayerScale
 Scales = Callable[[nn.Module], tuple[Tensor | None, Tensor | None]]
 

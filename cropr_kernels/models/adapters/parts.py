@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -65,8 +66,8 @@ def _packs(parts: BlockParts, call: BlockCall, num_prefix: int) -> bool:
     packed_rotary = None if rotary is None else rotary.with_prefix()._replace(idx=positions)
     try:
         expected = parts.attend(attention, h, rotary, None)
-        with SizeWeightedAttention(None, segments=segments):
-            update = parts.attend(attention, h.reshape(1, -1, width), packed_rotary, None)
+        packed = h.reshape(1, -1, width)
+        update = parts.attend(attention, packed, packed_rotary, None, segments)
     except (RuntimeError, TypeError, ValueError):
         return False
     # Of the attention alone: LayerScale may leave little of it in the block's output
@@ -171,12 +172,19 @@ class Attend:
     takes_mask: bool
 
     def __call__(
-        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+        self,
+        attn: nn.Module,
+        h: Tensor,
+        rotary: Rotary | None,
+        log_sizes: Tensor | None,
+        segments: Segments | None = None,
     ) -> Tensor:
         kwargs: dict[str, object] = {"attention_mask": None} if self.takes_mask else {}
         if rotary is not None:
             kwargs["position_embeddings"] = rotary.rows()
-        with SizeWeightedAttention.maybe(log_sizes):
+        is_plain = log_sizes is None and segments is None
+        mode = SizeWeightedAttention(log_sizes, segments=segments)
+        with nullcontext() if is_plain else mode:
             output = attn(h, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -186,11 +194,16 @@ class AttendMultihead:
     """The computation of an nn.MultiheadAttention of one width, on h with the batch first."""
 
     def __call__(
-        self, attn: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None
+        self,
+        attn: nn.Module,
+        h: Tensor,
+        rotary: Rotary | None,
+        log_sizes: Tensor | None,
+        segments: Segments | None = None,
     ) -> Tensor:
         attention = cast(nn.MultiheadAttention, attn)
         projected = F.linear(h, attention.in_proj_weight, attention.in_proj_bias)
         heads = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind()
-        output = proportional_attention(q, k, v, log_sizes)
+        output = proportional_attention(q, k, v, log_sizes, segments=segments)
         return attention.out_proj(output.transpose(1, 2).flatten(2))

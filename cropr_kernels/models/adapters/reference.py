@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..blocks import (
+    Segments,
     TimmAttention,
     attention_by_projection,
     pads_projection,
@@ -80,13 +81,20 @@ def parts(block: nn.Module) -> BlockParts | None:
     return BlockParts(block, "norm1", "norm2", "attn", attend, scales, opened=("qkv",))
 
 
-def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tensor | None) -> Tensor:
-    """Run an attention with timm's names: its own forward unless positions or sizes enter its
-    heads, or `attention_by_rows` is faster."""
+def attend(
+    module: nn.Module,
+    h: Tensor,
+    rotary: Rotary | None,
+    log_sizes: Tensor | None,
+    segments: Segments | None = None,
+) -> Tensor:
+    """Run an attention with timm's names: its own forward unless positions, sizes or images enter
+    its heads, or `attention_by_rows` is faster."""
     attn: TimmAttention = module  # type: ignore[assignment]
-    if rotary is None and log_sizes is None and not prefers_rows(h):
+    if rotary is None and log_sizes is None and segments is None and not prefers_rows(h):
         return attn(h)
-    if rotary is None and log_sizes is not None and pads_projection(attn, h):
+    fits = rotary is None and segments is None
+    if fits and log_sizes is not None and pads_projection(attn, h):
         heads = attention_by_projection(attn, h, log_sizes)
     else:
         q, k, v = project_heads(attn, h)
@@ -94,7 +102,8 @@ def attend(module: nn.Module, h: Tensor, rotary: Rotary | None, log_sizes: Tenso
             half = getattr(attn, "rotate_half", False)
             rotary.rotate_(q, half=half)
             rotary.rotate_(k, half=half)
-        heads = proportional_attention(q.type_as(v), k.type_as(v), v, log_sizes)
+        q, k = q.type_as(v), k.type_as(v)
+        heads = proportional_attention(q, k, v, log_sizes, segments=segments)
     heads = heads.transpose(1, 2).flatten(2)
     heads = attn.proj(attn.norm(heads) if hasattr(attn, "norm") else heads)
     return attn.proj_drop(heads) if hasattr(attn, "proj_drop") else heads

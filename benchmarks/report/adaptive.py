@@ -32,7 +32,6 @@ FIGURES = {
 
 METHODS_SHOWN = ("ATM", "AdaMerge", "ATS", "Token Transforming")
 RATE = 8  # of other methods in the page
-TIMED_SHOWN = ((4, 8), (8, 1), (8, 8), (8, 32), (12, 8))  # rates and batches in the page
 
 
 def rows_of(*names: str) -> list[dict[str, Any]]:
@@ -49,7 +48,7 @@ def rows_of_all() -> list[dict[str, Any]]:
 
 
 def timed_method(batch: int) -> str:
-    return f"equal time, batch {batch}"
+    return f"equal images/s, batch {batch}"
 
 
 def table() -> Table | None:
@@ -110,7 +109,6 @@ def section() -> str:
     )
     data = unique(rows, "data")
     shown = [(rate, "thresholds") for rate in sorted(unique(by_thresholds, "rate"))]
-    shown += [(rate, timed_method(batch)) for rate, batch in TIMED_SHOWN]
     shown += [(RATE, method) for method in METHODS_SHOWN]
     body: list[list[Cell]] = [
         [
@@ -124,8 +122,18 @@ def section() -> str:
 
 
 def budgets(rows: list[dict[str, Any]], data: list[str]) -> list[str]:
-    """A line on each budget that gained nothing, where it was measured."""
+    """A line on equal time, and on each budget that gained nothing, where they were measured."""
     lines = []
+    batches = sorted(unique(rows_of("adaptive_speed"), "batch"))
+    if batches:
+        timed = (
+            ", ".join(f"({changes(rows, name, RATE, timed_method(batch))})" for name in data)
+            for batch in batches
+        )
+        lines.append(
+            f"- R = {RATE} at equal images/s (one thread), batch "
+            f"{', '.join(str(batch) for batch in batches)}: {'; '.join(timed)}."
+        )
     padded = where(rows, rate=RATE, method="capacity of 32")
     if padded:
         change = " and ".join(changes(rows, name, RATE, "capacity of 32") for name in data)

@@ -185,10 +185,11 @@ def test_calibration_photos_come_from_the_full_dataset(tmp_path, monkeypatch):
     assert len(set(seen)) == 20 and min(seen) < 100 and max(seen) >= 200
 
 
-def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch):
+def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch, capsys):
     config = SMALL.changed(amp="auto", save_steps=2)
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("bfloat16", "it is fast"))
-    reached = train(config, tmp_path, data=DATA, show=False)
+    reached = train(config, tmp_path, data=DATA)
+    assert "amp=auto is amp=bfloat16: it is fast" in capsys.readouterr().err.splitlines()
     assert notes(tmp_path) == ["amp=auto is amp=bfloat16: it is fast"]
     assert (
         Config.read(tmp_path / "config.json")
@@ -211,6 +212,22 @@ def test_bfloat16_is_chosen_if_it_is_measured_to_be_faster(monkeypatch):
             verdict,
             f"bfloat16 is {gain:.2g} times as fast as float32 here",
         )
+
+
+@pytest.mark.parametrize(("supported", "verdict"), [(True, "bfloat16"), (False, "none")])
+def test_bfloat16_is_chosen_on_gpus_that_have_it(supported, verdict, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    amp, reason = precision.measured_amp(torch.device("cuda"))
+    assert amp == verdict and reason == f"the GPU has {'' if supported else 'no '}bfloat16"
+
+
+def test_float16_scales_the_loss_and_skips_steps_of_infinite_gradients(tmp_path):
+    config = SMALL.changed(amp="float16")
+    assert train(config, tmp_path, data=DATA, show=False)["images"] == 16
+    last = torch.load(tmp_path / "last.pt")
+    assert last["scaler"]["scale"] > 1 and all(
+        value.isfinite().all() for value in last["model"].values()
+    )
 
 
 @pytest.mark.parametrize(

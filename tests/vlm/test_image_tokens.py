@@ -347,7 +347,7 @@ def test_refusals_of_caches_and_arguments_name_the_reason():
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match=r"goes on with input_ids \(B, L\), got .*inputs_embeds"):
         model(inputs_embeds=embeds[:, -1:], past_key_values=cache)
-    with pytest.raises(ValueError, match="takes input_ids, .*, got 0 more .* inputs_embeds"):
+    with pytest.raises(ValueError, match=r"takes input_ids, .*, got 0 more .* inputs_embeds"):
         model.generate(**inputs, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="all others by name, got 1 more without a name"):
         model.generate(ids, model.generation_config, **inputs)

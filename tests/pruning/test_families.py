@@ -356,6 +356,21 @@ def test_unsupported_models_and_calls_out_of_order_raise(images):
             ),
             rate=8,
         )
+    t = transformers()
+
+    class Pair(t.PreTrainedModel):
+        config_class = t.ViTConfig
+
+        def __init__(self):
+            super().__init__(t.ViTConfig())
+            self.left = BLOCK_RUNNERS["ViT"]()
+            self.right = BLOCK_RUNNERS["ViT"]()
+
+    with pytest.raises(TypeError, match=r"Pair has 2 vision towers; give cropr\.apply the one"):
+        cropr.apply(Pair(), rate=8)
+    text = t.LlamaForCausalLM(t.LlamaConfig(**TEXT))
+    with pytest.raises(TypeError, match="cannot be pruned: it has no part that takes images"):
+        cropr.apply(text, rate=8)
     with pytest.raises(
         TypeError, match=r"Linear cannot be pruned: a forward of \(1, 3, 224, 224\) fails"
     ):

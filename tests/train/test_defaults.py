@@ -10,8 +10,8 @@ from helpers.extras import require
 from helpers.runs import Broken
 
 import cropr_kernels as cropr
-from cropr_kernels.train import PRESETS, Config, loop, precision, train
-from cropr_kernels.train.data import Data, Samples
+from cropr_kernels.train import PRESETS, Config, build, loop, precision, train
+from cropr_kernels.train.data import Data, Samples, load_data
 from cropr_kernels.train.loop import rebuild
 from cropr_kernels.utils.timing import Timing
 
@@ -48,6 +48,20 @@ def write_images(folder, images):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     return str(folder)
+
+
+def test_splits_of_other_classes_and_models_that_cannot_be_trained_are_named(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+    blank = image.new("RGB", (8, 8))
+    data = write_images(tmp_path / "data", [("a", blank), ("b", blank), ("c", blank)])
+    with pytest.raises(ValueError, match="train and val have different classes: a, b, c"):
+        load_data(Config(data=data))
+    with pytest.raises(ValueError, match="a preset of cropr_kernels or a timm model, got 'vit_b_1"):
+        build.task(Config(model="vit_b_16"), 2)
+    if "test_vit" in pytest.importorskip("timm").list_models("test_vit"):
+        config = Config(model="test_vit", pretrained=False, img_size=(64, 96), rate=1)
+        model = build.task(config, 2).backbone
+        assert model.patch_embed.img_size == (64, 96) and not model.patch_embed.strict_img_size
 
 
 def test_workers_need_a_short_temporary_path_for_their_sockets(tmp_path, monkeypatch):

@@ -223,27 +223,39 @@ def test_the_server_listens_on_this_machine_only_and_a_taken_port_is_an_error(cl
         pass
 
 
-def test_the_command_opens_the_page_and_an_interruption_closes_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("source", ["weights and queries", "saved by cropr.save"])
+def test_the_command_opens_the_page_and_an_interruption_closes_it(
+    source, tmp_path, monkeypatch, capsys
+):
     torch.manual_seed(0)
-    weights = tmp_path / "model.pt"
-    torch.save(cropr.create_vit("vit_tiny_patch16_224", num_classes=5).state_dict(), weights)
+    model = cropr.create_vit("vit_tiny_patch16_224", num_classes=5)
+    path = tmp_path / "model"
+    if source == "saved by cropr.save":
+        cropr.save(cropr.apply(model, rate=8, num_outputs=0), path)
+        arguments = [str(path)]
+        sentence = f"Queries: those that {path} was saved with."
+    else:
+        torch.save(model.state_dict(), path.with_suffix(".pt"))
+        queries = str(tmp_path / "queries.safetensors")
+        cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), queries)
+        arguments = [str(path.with_suffix(".pt")), "--queries", queries]
+        sentence = f"Queries: {queries}."
     pages = []
 
     def open_page(address):
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            pages.append((address, answer.read().decode()))
+        pages.append((address, Client(address, None, None).open("visitor")))
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(webbrowser, "open", open_page)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = cli.main(["view", str(weights), str(PHOTOS[0]), "--open"])
+        status = cli.main(["view", *arguments, "--open"])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert status == 128 + signal.SIGINT
-    [(address, page)] = pages
-    assert "model.pt" in page
+    [(address, status)] = pages
+    assert sentence in status
     output, errors = capsys.readouterr()
     assert f"{address} until Ctrl-C" in output
     assert "interrupted; the page is closed, nothing was kept" in errors

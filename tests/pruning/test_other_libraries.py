@@ -181,6 +181,13 @@ def test_tokens_that_are_no_rows_of_patches_are_refused(tower, block, reason):
         cropr.apply(model, rate=8)
 
 
+@pytest.mark.parametrize("size", [64, (64, 64), (3, 64, 64), {"height": 64, "width": 64}])
+def test_the_size_of_images_is_found_in_every_form(size):
+    model = HubDino(lists=False).eval()
+    model.img_size = size
+    assert cropr.apply(model, rate=8).cropr.spec.grid == (8, 8)
+
+
 def test_a_grid_of_meta_tensors_needs_a_convolution():
     with torch.device("meta"):
         model = HubDino(lists=False).eval()

@@ -223,6 +223,18 @@ def test_the_server_listens_on_this_machine_only_and_a_taken_port_is_an_error(cl
         pass
 
 
+def test_a_page_without_examples_has_no_gallery_and_invites(client):
+    content = client.session.content
+    viewer = client.session.viewer
+    kinds = []
+    for shown in (content, content._replace(examples=[], queries="a file")):
+        config = view_page.make_page(viewer, shown).get_config_file()
+        kinds.append([part["type"] for part in config["components"]])
+    assert kinds[0].count("gallery") == 2 and kinds[1].count("gallery") == 0
+    invitations = Session(viewer, shown).show([None, None], ["", ""], Setting(5), 4)
+    assert all("Drop a photo below" in text for text in invitations[:2])
+
+
 @pytest.mark.parametrize("source", ["weights and queries", "saved by cropr.save"])
 def test_the_command_opens_the_page_and_an_interruption_closes_it(
     source, tmp_path, monkeypatch, capsys

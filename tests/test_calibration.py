@@ -10,8 +10,9 @@ from helpers.models import MODELS, randomize, reference_vit, timm_vit
 import cropr_kernels as cropr
 from cropr_kernels import query_files
 from cropr_kernels.cli import __main__ as cli
-from cropr_kernels.importance import AttentionInput, importance
+from cropr_kernels.importance import AttentionInput, attention_prefix_first, importance
 from cropr_kernels.models.blocks import project_heads
+from cropr_kernels.models.token_format import TokenFormat
 from cropr_kernels.thresholds import Sample
 from cropr_kernels.utils import io
 
@@ -123,6 +124,21 @@ def test_importance_is_the_share_of_attention():
             for attention in (AttentionInput(query, key, bias), logits):
                 share = importance(attention, 2, class_token=class_token)
                 torch.testing.assert_close(share, full / full.sum(1, keepdim=True))
+
+
+def test_attention_has_the_order_that_pruning_has():
+    token_format = TokenFormat((1, 2))  # one token before the patches, two after them
+    order = torch.tensor([0, 8, 9, *range(1, 8)])
+    query, key = torch.randn(2, 2, 3, 10, 8)
+    logits = torch.randn(1, 1, 10, 10)
+    expected = logits[:, :, order][..., order]
+    assert torch.equal(attention_prefix_first(logits, token_format), expected)
+    for bias in (logits, logits[:, :, :1]):
+        ordered = attention_prefix_first(AttentionInput(query, key, bias), token_format)
+        assert torch.equal(ordered.query, query[:, :, order])
+        assert torch.equal(ordered.key, key[:, :, order])
+        rows = order if bias.shape[2] == 10 else [0]
+        assert torch.equal(ordered.bias, bias[:, :, rows][..., order])
 
 
 def test_attention_that_is_written_out_gives_the_same_queries():

@@ -348,15 +348,18 @@ def test_files_are_made_for_contiguous_images_whatever_the_example(tmp_path):
     assert images.is_contiguous() and torch.equal(images, example)
 
 
-def test_a_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "difference"), [(lambda y: y * 1.01, "0.01"), (lambda y: y[:, 1:], "inf")]
+)
+def test_a_file_with_other_outputs_is_deleted(change, difference, tmp_path, monkeypatch):
     model, images, path = pruned(rate=9), torch.randn(1, 3, 64, 64), tmp_path / "model.pt2"
     load = exporting.load_exported
     monkeypatch.setattr(
-        exporting, "load_exported", lambda *args: lambda x: [y * 1.01 for y in load(*args)(x)]
+        exporting, "load_exported", lambda *args: lambda x: [change(y) for y in load(*args)(x)]
     )
     with pytest.raises(
         RuntimeError,
-        match=r"model.pt2 computes something else .* differ by 0.01 .*; it was not kept",
+        match=rf"model.pt2 computes something else .* differ by {difference} .*; it was not kept",
     ):
         cropr.export(model, images, path, format="torch")
     assert not any(tmp_path.iterdir())
@@ -418,13 +421,26 @@ def test_the_check_for_tensorrt_names_what_it_refuses(tmp_path):
     top = next(node for node in model.graph.node if node.op_type == "TopK")
     count = next(value for value in model.graph.initializer if value.name == top.input[1])
     count.CopyFrom(onnx.numpy_helper.from_array(np.array([4079]), count.name))
-    model.graph.node.append(onnx.helper.make_node("Unique", [top.input[0]], ["other"]))
+    next(field for field in top.attribute if field.name == "sorted").i = 0
+    for dtype, values in (("DOUBLE", [0.5]), ("INT64", [1])):
+        tensor = onnx.helper.make_tensor(dtype, getattr(onnx.TensorProto, dtype), [1], values)
+        model.graph.initializer.append(tensor)
+    for index, (kind, *inputs) in enumerate(
+        [("Unique", top.input[0]), ("Abs", "DOUBLE"), ("CumSum", "INT64", top.input[0])]
+    ):
+        model.graph.node.append(onnx.helper.make_node(kind, inputs, [f"other {index}"]))
     model.opset_import[0].version = 8
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, path)
     assert unsupported_nodes(path) == [
         "opset 8 is not in [9, 20]",
+        "operators of domain com.microsoft are not standard ones",
         "TopK takes at most 3840 elements, got 4079",
+        "TopK must be sorted",
         "operator Unique is not supported, or of dynamic shape",
+        "Abs computes in float64, which becomes float32",
+        "CumSum takes floats, got INT64",
+        "CumSum needs a constant input 1",
     ]
 
 
@@ -473,16 +489,8 @@ def test_the_command_writes_compares_and_times(tmp_path, capsys):
     assert cli.main(["export", str(weights), "--out", str(tmp_path)]) == 1
     assert "without queries tokens would be pruned at random" in capsys.readouterr().err
     cropr.save_queries(cropr.apply(model, rate=8, num_outputs=0), queries)
-    common = [
-        "export",
-        str(weights),
-        "--queries",
-        str(queries),
-        "--rounds",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    common = ["export", str(weights), "--queries", str(queries), "--rounds", "1"]
+    common += ["--out", str(tmp_path / "out")]
     photos = str(ROOT / "examples" / "photos")
     assert cli.main([*common, "--rate", "9", "--format", "onnx", "--map", "--images", photos]) == 0
     printed = capsys.readouterr().out

@@ -178,6 +178,14 @@ def test_speedups_beyond_the_flops_are_reported(clock, tmp_path, capsys):
     assert "tune: 51 schedules, 1 rounds, and the chosen one up to 4 times, about" in printed.err
 
 
+def test_the_command_prints_warnings(clock, tmp_path, capsys):
+    clock.prune = 0.9
+    out = ["--rounds", "1", "--quiet", "--out", str(tmp_path / "a.json")]
+    assert cli.main(["tune", "vit_tiny_patch16_224", "--speedup", "1.01", *out]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: pruning will not pay at batch 1 on cpu: 1.0" in printed
+
+
 def test_illegal_goals_raise():
     model = cropr.apply(reference_vit(), rate=0)
     for options in ({}, {"speedup": 2.0, "latency_ms": 1.0}):

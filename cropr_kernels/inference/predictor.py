@@ -157,7 +157,7 @@ class Predictor:
         if self._loaded is None:
             paths = (self._settings["model"], self._settings["queries"])
             stamps = [_stamp(Path(path)) for path in paths if path]
-            key = tuple((name, _hashable(value)) for name, value in self._settings.items())
+            key = tuple((name, _hashable(name, value)) for name, value in self._settings.items())
             self._loaded = _load(key, tuple(stamps))
         return self._loaded
 
@@ -279,9 +279,9 @@ def _stamp(path: Path) -> tuple[object, ...]:
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        raise TypeError(f"cropr.Predictor: options must be plain values, got {value!r}")
+        raise TypeError(f"cropr.Predictor: {name} must be a plain value or a list, got {value!r}")
     return tuple(value) if isinstance(value, list) else value
 
 

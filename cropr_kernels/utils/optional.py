@@ -18,10 +18,7 @@ def distribution(module: str) -> str:
 
 def is_installed(module: str) -> bool:
     """Return true if a library is installed."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules holds None for it
-        return False
+    return importlib.util.find_spec(module) is not None
 
 
 def import_optional(module: str, extra: str, feature: str) -> Any:

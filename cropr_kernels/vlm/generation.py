@@ -26,7 +26,10 @@ def before_forward(
         repeat_answers(model, tokens, len(inputs["input_ids"]))
     elif modalities_of(inputs):
         if cache_of(inputs) is not None and cache_of(inputs).get_seq_length() > 0:
-            raise ValueError("cropr: a forward with images goes on from a cache only in generate")
+            raise ValueError(
+                "cropr: a forward with images needs an empty cache, got one of "
+                f"{cache_of(inputs).get_seq_length()} tokens; generate goes on from it"
+            )
         mask = inputs.get("attention_mask")
         pad_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
         shortened, tokens.probe.columns = shorten(model, inputs, None, pad_left)
@@ -59,7 +62,10 @@ def _continued(model: VisionLanguageModel, inputs: dict[str, Any]) -> dict[str, 
     record = record_of(inputs)
     input_ids: Tensor | None = inputs.get("input_ids")
     if record is None or input_ids is None:
-        raise ValueError("cropr: a model with pruned image tokens goes on with input_ids (B, L)")
+        raise ValueError(
+            "cropr: a model with pruned image tokens goes on with input_ids (B, L), got "
+            f"{', '.join(sorted(inputs))}"
+        )
     count = input_ids.shape[1]
     num_cached = int(cache_of(inputs).get_seq_length())
     after = num_cached - record.index.shape[1]  # columns since the prompt
@@ -92,7 +98,10 @@ def generate(
         return base_generate(None, *args, **kwargs)
     full_ids = kwargs.get("input_ids")
     if args or not isinstance(full_ids, Tensor):
-        raise ValueError("cropr: generate with images takes input_ids, and all others by name")
+        raise ValueError(
+            "cropr: generate with images takes input_ids, and all others by name, got "
+            f"{len(args)} more without a name and {', '.join(sorted(kwargs))}"
+        )
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _inferred_mask(model, full_ids)
     positions = kwargs.get("position_ids")

@@ -166,10 +166,9 @@ def _pad_token(model: VisionLanguageModel) -> int:
     """An id for padding that is no placeholder."""
     config = model.config
     text_config = config.get_text_config()
-    for value in (getattr(text_config, "pad_token_id", None), 0, 1):
-        if isinstance(value, int) and value >= 0 and value != config.image_token_id:
-            return value
-    raise AssertionError  # 0 and 1 are not both the placeholder
+    pad = getattr(text_config, "pad_token_id", None)
+    unused = (0, 1) if pad is None else (pad, 0, 1)
+    return next(value for value in unused if value >= 0 and value != config.image_token_id)
 
 
 @torch.no_grad()

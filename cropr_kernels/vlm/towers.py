@@ -230,6 +230,13 @@ class GroupTower(nn.Module):
         state.next_layer += 1
         if state.positions is None:
             return None
+        recomputes = getattr(block, "gradient_checkpointing", False) and block.training
+        if self.merge is not None and recomputes:
+            raise RuntimeError(
+                "cropr: a tower whose groups merge cannot recompute its blocks in backward, where "
+                "their sizes do not weigh attention; switch its gradient checkpointing off, or "
+                "set merge=False"
+            )
         first = next(iter(arguments))
         selected, state.attention = self.select(state, arguments)
         if state.attention is not None:

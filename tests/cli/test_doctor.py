@@ -1,15 +1,17 @@
 """`cropr doctor` passes correct ops and networks, and names every check that fails."""
 
+import multiprocessing
 import os
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.cases import slow_interpreted
 
-import cropr_kernels.cli.doctor
 from cropr_kernels.cli import __main__ as cli
+from cropr_kernels.cli import doctor as doctoring
 from cropr_kernels.cli.doctor import NETWORKS, checks, in_process, perform
 from cropr_kernels.ops import NAMES, sample_inputs
 
@@ -141,7 +143,7 @@ def test_every_gpu_has_a_line_and_its_networks_run_as_graphs_too(monkeypatch, ca
             for check in checks(device)
         )
 
-    monkeypatch.setattr(cropr_kernels.cli.doctor, "outcomes", planted_outcomes)
+    monkeypatch.setattr(doctoring, "outcomes", planted_outcomes)
     assert cli.main(["doctor", "--quiet"]) == 1
     _, cpu, first, *wrong, second = capsys.readouterr().out.splitlines()
     count = len(checks(CPU)) + len(NETWORKS) * 4
@@ -161,18 +163,42 @@ def ends_or_hangs(check, device):
     return "wrong" if check.name == "select" else ""
 
 
-def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_gets_a_new_process():
-    todo = [check for check in checks(CPU) if check.dtype == torch.float32 and not check.plain]
-    [last] = [i for i, check in enumerate(todo) if check.name == "select"]
-    # Without a GPU the first wrong result ends the run
-    outcomes = list(in_process(todo, CPU, 60.0, ends_or_hangs))
-    assert outcomes == [
-        (check, "wrong" if i == last else "") for i, check in enumerate(todo[: last + 1])
-    ]
-    rest = todo[[check.name for check in todo].index("gather") :]
-    assert list(in_process(rest, CPU, 60.0, ends_or_hangs)) == [
-        (rest[0], "the process ended, with exit code 7")
-    ]
-    rest = rest[1:]
-    assert rest[0].name == "restore"
-    assert list(in_process(rest, CPU, 1.0, ends_or_hangs)) == [(rest[0], "no answer in 1 s")]
+def test_a_check_that_ends_or_hangs_its_process_is_named_and_the_next_one_gets_a_new_process(
+    monkeypatch,
+):
+    named = {
+        check.name: check
+        for check in checks(CPU)
+        if check.dtype == torch.float32 and not check.plain
+    }
+    # Without a GPU a wrong result ends the process too
+    todo = [named[name] for name in ("scores", "select", "gather")]
+    monkeypatch.setattr(doctoring, "checks", lambda device: todo)
+    process = partial(in_process, perform=ends_or_hangs)
+    monkeypatch.setattr(doctoring, "in_process", process)
+    expected = ["", "wrong", "the process ended, with exit code 7"]
+    assert list(doctoring.outcomes(torch.device("cuda"))) == list(zip(todo, expected))
+    hanging = [named["restore"], named["scores"]]
+    assert list(process(hanging, CPU, 1.0)) == [(hanging[0], "no answer in 1 s")]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_process_tells_whether_the_gpu_still_answers_after_a_failure(lost, monkeypatch):
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    todo = [check for check in checks(CPU) if check.name in ("scores", "select")][:2]
+    todo = [todo[0], next(check for check in checks(CPU) if check.name == "select")]
+    receiver, sender = multiprocessing.Pipe()
+    doctoring._serve(sender, todo, CPU, ends_or_hangs)
+    assert [receiver.recv() for _ in range(3)] == ["started", ("", True), ("wrong", not lost)]
+
+
+def test_without_a_driver_its_version_is_unknown(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(doctoring.ctypes, "CDLL", missing)
+    assert doctoring._driver() == "unknown"

@@ -19,7 +19,9 @@ import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils.images import find_photos, load_photo
 
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
+parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = find_photos(ROOT / "examples" / "photos")
@@ -263,6 +265,22 @@ def test_two_processes_share_the_units(model, photos, tmp_path):
     assert (tmp_path / "two" / "_SUCCESS").exists()
 
 
+def test_processes_of_one_run_take_turns_and_the_last_one_ends_it(
+    model, photos, tmp_path, capsys, monkeypatch
+):
+    arguments, _ = model
+    command = ["infer", *arguments, str(photos), "--unit", "4", "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        assert not (tmp_path / "out" / "_SUCCESS").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert f"process {rank} of 2: " in printed
+        assert ("units are there" in printed) == (rank == 1)
+    assert len(results(tmp_path / "out")) == len(PHOTOS) + 1
+
+
 def test_missing_sources_damaged_shards_and_libraries_are_named(
     model, photos, tmp_path, capsys, monkeypatch
 ):
@@ -280,6 +298,11 @@ def test_missing_sources_damaged_shards_and_libraries_are_named(
     )
     (tmp_path / "torn.tar").write_bytes(b"x" * 2000)
     assert "torn.tar" in error(tmp_path / "torn.tar")
+    table = pyarrow.table({"left": [b""], "right": [b""]})
+    parquet.write_table(table, tmp_path / "two.parquet")
+    assert "must have one column of bytes, or of structs with bytes, has left, right" in error(
+        tmp_path / "two.parquet", "--out", tmp_path / "columns"
+    )
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "cropr infer: needs pyarrow: pip install pyarrow (or the extra [infer] of" in error(
         photos
@@ -321,6 +344,13 @@ def test_bench_measures_after_checking_the_engine(tmp_path, capsys, monkeypatch)
     assert out.with_suffix(".png").stat().st_size > 5000 and "FLOP ratio" in printed
     from cropr_kernels.cli import bench as benching
 
+    def unable(*_):
+        raise ImportError("a picture needs matplotlib")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benching, "save_speed_curves", unable)
+        assert cli.main([*arguments, "--out", str(out)]) == 0
+    assert "no picture: a picture needs matplotlib" in capsys.readouterr().out
     monkeypatch.setattr(benching, "_TOLERANCE", {torch.float32: -1.0, torch.float64: -1.0})
     assert cli.main([*arguments, "--out", str(out)]) == 1
     assert "at rate 0 the engine differs from the functional ops" in capsys.readouterr().err

@@ -301,6 +301,23 @@ def test_info_takes_a_torchvision_model_by_name(run):
     )
 
 
+def test_info_tells_that_photos_keep_as_many_tokens_as_they_need(run, tmp_path):
+    model = cropr.apply(reference_vit().eval(), rate=5, merge=True, num_outputs=0)
+    cropr.save(cropr.calibrate(model, torch.randn(4, 3, 64, 64)), tmp_path / "calibrated")
+    highest = f"{model.cropr.thresholds.rates[-1]:g}"
+    text = f"up to rate {highest} as many tokens as each needs, these on average"
+    assert text in run("info", tmp_path / "calibrated")
+
+
+def test_devices_that_are_not_there_are_named(tmp_path, capsys):
+    for name, message in (
+        ("tpu9000", "--device must be one of torch, such as cpu, cuda or cuda:1, got tpu9000"),
+        ("cuda:99", f"--device cuda:99: torch finds {torch.cuda.device_count()} GPUs"),
+    ):
+        assert cli.main(["doctor", "--device", name]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_pixels_are_those_of_the_model_unless_overridden(tmp_path):
     from cropr_kernels.inference.loading import load_with_queries
 

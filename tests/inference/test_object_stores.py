@@ -14,6 +14,7 @@ from helpers.inference import (
     write_shard,
 )
 
+import cropr_kernels as cropr
 from cropr_kernels.cli import __main__ as cli
 from cropr_kernels.utils.storage import RemotePath, StorageError
 
@@ -94,6 +95,29 @@ def test_urls_without_objects_or_drivers_are_named(inputs, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert infer(inputs, [inputs / "data"], "nothing://bucket") == 1
     assert "nothing://bucket cannot be reached: Protocol" in capsys.readouterr().err
+
+
+def test_a_part_that_cannot_be_written_and_an_object_that_is_gone_are_named(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    upload(inputs, "memory://gone/data")
+    path = RemotePath("memory://gone/data/photos/none.jpg")
+    with pytest.raises(StorageError, match=r"none\.jpg cannot be read"):
+        cropr.Predictor(inputs / "model")([path])
+    out = "memory://gone/results"
+    plain = RemotePath.write_bytes
+
+    def fail(path, content):
+        if path.name == "part-00001.parquet":
+            raise StorageError(f"{path} cannot be written: the peer is gone")
+        return plain(path, content)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", fail)
+    assert infer(inputs, [inputs / "data" / "photos"], out) == 1
+    message = f"1 units failed, all others are done: {out}/part-00001.parquet cannot be written"
+    assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert infer(inputs, [inputs / "data" / "photos"], out) == 0
 
 
 def test_what_is_written_in_part_is_absent(monkeypatch):

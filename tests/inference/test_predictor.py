@@ -135,5 +135,7 @@ def test_illegal_options_raise(model, tmp_path):
         cropr.Predictor(model, batch_size=0)
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
         cropr.Predictor(model, dtype="int8")
+    with pytest.raises(TypeError, match=r"mean must be a plain value or a list, got {'red'"):
+        cropr.Predictor(model, mean={"red": 0.5})([])
     with pytest.raises(ValueError, match="without queries tokens would be pruned at random"):
         cropr.Predictor(tmp_path / "tiny.pt", rate=8)([])

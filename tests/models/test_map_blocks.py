@@ -264,6 +264,13 @@ def test_blocks_that_their_parts_do_not_compute_are_refused(monkeypatch):
             cropr.apply(randomize(make()).eval(), rate=1)
 
 
+def test_maps_without_values_are_refused():
+    with torch.device("meta"):
+        model = sam().eval()
+    with pytest.raises(TypeError, match="windows, and its parameters are on the meta device"):
+        cropr.find_spec(model)
+
+
 def other_windows(model):
     layer = model.vision_encoder.layers[2]
     layer.window_size = 3

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cropr_kernels as cropr
+from cropr_kernels.models import packed_linear
 from cropr_kernels.models.packed_linear import PackedLinear, pack, packed_weights, unpack
 from cropr_kernels.pruning.deployment import deployed_copy
 
@@ -62,6 +63,11 @@ def test_the_output_is_that_of_linear(name, bias, dtype):
     expected = F.linear(x, linear.weight, linear.bias)
     torch.testing.assert_close(output, expected)
     assert torch.equal(linear(x), expected)  # elsewhere it is nn.Linear
+
+
+def test_nothing_is_packed_on_other_cpus_than_x86(monkeypatch):
+    monkeypatch.setattr(packed_linear.platform, "machine", lambda: "aarch64")
+    assert packed_linear._dtypes.__wrapped__() == ()
 
 
 def test_no_rows_give_none():

@@ -151,6 +151,7 @@ READS_PLACES = {
     "a row, in a tuple": lambda net, x: (net.classifier(x[:, 0]), net.classifier(x[:, 6])),
     "a map": lambda net, x: x[:, 1:].transpose(1, 2).unflatten(2, (8, 8)).mean(3),
     "the number of rows": lambda net, x: net.classifier(x[:, 1:].sum(1)),
+    "no other number": lambda net, x: net.classifier((torch.ones(1, TOKENS) @ x)[:, 0]),
 }
 READS_A_SET = {
     "class token": of_class_token,
@@ -175,6 +176,14 @@ def test_a_head_that_reads_places_gets_all_patches(name):
     if isinstance(plain, torch.Tensor):
         assert model(IMAGES).shape == plain.shape
         assert torch.equal(cropr.set_rate(model, 0)(IMAGES), plain)
+
+
+def test_outputs_that_belong_to_no_image_are_refused():
+    def one_more(net, x):
+        return torch.cat([net.classifier(x[:, 0]), net.classifier(x[:1, 0])])
+
+    with pytest.raises(TypeError, match=r"\d images become \d outputs"):
+        cropr.apply(Net(one_more).eval(), rate=8)
 
 
 @pytest.mark.parametrize("name", READS_A_SET)

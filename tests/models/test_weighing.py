@@ -54,6 +54,19 @@ def test_sizes_are_added_to_the_logits(form, heads):
     torch.testing.assert_close(got, weights @ v.repeat_interleave(4 // v.shape[1], 1))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_sizes_are_added_to_the_padding_of_multihead_attention(masked):
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).train()
+    x = torch.randn(2, 6, 16)
+    log_sizes = torch.rand(2, 6)
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[:, 4:] = masked
+    with SizeWeightedAttention(log_sizes):
+        got, _ = attention(x, x, x, key_padding_mask=padding if masked else None)
+    expected, _ = attention(x, x, x, key_padding_mask=log_sizes.masked_fill(padding, float("-inf")))
+    torch.testing.assert_close(got, expected)
+
+
 def test_images_in_one_row_attend_apart(form, heads):
     q, k, v = heads
     packed = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in heads)

@@ -219,6 +219,8 @@ def test_options_that_a_model_does_not_take_are_named():
         ValueError, match=r"model 'vit_tiny_patch16_224.*' takes no such option: .*'colour'"
     ):
         create_model("vit_tiny_patch16_224.augreg_in21k", colour=1)
+    with pytest.raises(TypeError, match=r"^unsupported operand"):  # a known option of another type
+        create_model("vit_tiny_patch16_224", depth="four")
 
 
 def test_load_weights_takes_another_head_and_counts_tensors_that_do_not_fit(tmp_path):

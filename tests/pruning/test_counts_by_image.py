@@ -262,6 +262,20 @@ def test_queries_of_dropping_bring_no_thresholds_for_merging(tmp_path):
     assert modules_of(cropr.load_queries(model, tmp_path / "q.safetensors")).thresholds is None
 
 
+def test_thresholds_of_fewer_modules_leave_equal_counts():
+    model = calibrated(reference_vit, llf=cropr.Fusion(blocks=2), num_outputs=0)
+    thresholds = modules_of(model).thresholds
+    torch.manual_seed(0)
+    other = calibrated(reference_vit, num_outputs=0)
+    assert thresholds.num_modules < modules_of(other).thresholds.num_modules
+    fast = cropr.deploy(other)
+    images = photos()
+    modules_of(fast).thresholds = thresholds
+    actual = fast(images)
+    modules_of(fast).thresholds = None
+    assert torch.equal(actual, fast(images))
+
+
 def test_thresholds_between_two_rates_are_their_geometric_mean():
     thresholds = Thresholds(65, (4.0, 8.0), ((0.1, 0.2), (0.3, 0.6)))
     assert thresholds.at(6).costs == pytest.approx((0.03**0.5, 0.12**0.5))

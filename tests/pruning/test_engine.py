@@ -246,8 +246,34 @@ def test_unsupported_blocks_run_on_the_functional_ops_and_name_the_reason():
         model.blocks[3] = nn.TransformerEncoderLayer(64, 2, batch_first=True)
         return model
 
+    def parametrized():
+        model = reference_vit()
+        nn.utils.parametrizations.weight_norm(model.blocks[2].attn.proj)
+        return model
+
+    def of_attention(change):
+        model = timm_vit()
+        change(model.blocks[1].attn)
+        return model
+
+    class Other(type(timm_vit().blocks[0].attn)):
+        pass
+
     for make, reason in (
         (hooked, "block 2: forward hooks on Block"),
+        (parametrized, "block 2: a parametrization of ParametrizedLinear"),
+        (
+            lambda: of_attention(lambda attn: setattr(attn, "__class__", Other)),
+            "block 1: attention is Other",
+        ),
+        (
+            lambda: of_attention(lambda attn: setattr(attn, "gate", nn.Linear(64, 64))),
+            "block 1: attention has a gate",
+        ),
+        (
+            lambda: of_attention(lambda attn: setattr(attn, "fused_attn", False)),
+            "block 1: attention does not call scaled_dot_product_attention",
+        ),
         (norm_replaced, "block 1: norm2 is Odd, not LayerNorm or RMSNorm over the width"),
         (
             block_replaced,

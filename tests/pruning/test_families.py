@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import cropr_kernels as cropr
 from cropr_kernels.models.adapters import find_spec
-from cropr_kernels.models.arguments import PLAIN, Selection, select_arguments
+from cropr_kernels.models.arguments import PLAIN, ArgumentRule, Selection, select_arguments
 from cropr_kernels.models.blocks import SizeWeightedAttention
 from cropr_kernels.pruning.block_wrapper import WrappedBlock
 
@@ -328,6 +328,12 @@ def test_masks_follow_the_tokens():
         assert torch.equal(got[b, 0], mask[b, 0][alive[b]][:, alive[b]])
     assert torch.equal(at(mask[:1, :, :1])[1, 0, 0], mask[0, 0, 0][alive[1]])
     assert at(None) is None
+    for index, name in ((0, None), (1, "places")):
+        rule = ArgumentRule(positions=(index, "places"))
+        args, named = select_arguments(
+            torch.nn.Identity(), (None,), {}, selection._replace(rule=rule)
+        )
+        assert (named[name] if name else args[0]) is alive and len(args) == 1
     with pytest.raises(ValueError, match=r"called with a tensor of shape \(2, 3\)"):
         at(mask[:, 0, 0, :3])
 
@@ -356,6 +362,21 @@ def test_unsupported_models_and_calls_out_of_order_raise(images):
             ),
             rate=8,
         )
+    t = transformers()
+
+    class Pair(t.PreTrainedModel):
+        config_class = t.ViTConfig
+
+        def __init__(self):
+            super().__init__(t.ViTConfig())
+            self.left = BLOCK_RUNNERS["ViT"]()
+            self.right = BLOCK_RUNNERS["ViT"]()
+
+    with pytest.raises(TypeError, match=r"Pair has 2 vision towers; give cropr\.apply the one"):
+        cropr.apply(Pair(), rate=8)
+    text = t.LlamaForCausalLM(t.LlamaConfig(**TEXT))
+    with pytest.raises(TypeError, match="cannot be pruned: it has no part that takes images"):
+        cropr.apply(text, rate=8)
     with pytest.raises(
         TypeError, match=r"Linear cannot be pruned: a forward of \(1, 3, 224, 224\) fails"
     ):

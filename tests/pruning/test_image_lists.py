@@ -230,6 +230,7 @@ def test_inputs_that_are_no_list_of_images_are_refused():
     fast = deployed("timm ViT")
     with pytest.raises(ValueError, match=r"takes a list of images \(C, H, W\), got a mapping of p"):
         cropr.forward_images(fast, {"patches": torch.zeros(1, 4, 192)})
+    assert cropr.forward_images(fast, []) == []
     functional = deployed("timm ViT", engine=False)
     with pytest.raises(ValueError, match="only the engine packs images, and it is off: switched"):
         cropr.forward_images(functional, [])

@@ -116,6 +116,88 @@ class Summing(Mixing):
         return x + self.layer(x.cumsum(1))
 
 
+class Padding(Mixing):
+    """A block that returns as many tokens, whatever it is given."""
+
+    def forward(self, x):
+        x = x + self.layer(x)
+        return nn.functional.pad(x, (0, 0, 0, 65 - x.shape[1]))
+
+
+class Naming(Mixing):
+    """A block that returns its tokens by name."""
+
+    def forward(self, x):
+        return {"tokens": x + self.layer(x)}
+
+
+class Named(HubDino):
+    def run_blocks(self, images):
+        x = self.prepare_tokens_with_masks(images)
+        for block in self.blocks:
+            x = block(x)["tokens"]
+            yield x
+
+
+class Blind(HubDino):
+    """Its first tokens do not depend on the image."""
+
+    def prepare_tokens_with_masks(self, images):
+        return 0 * super().prepare_tokens_with_masks(images)
+
+
+class Between(HubDino):
+    """A token stands between its patches."""
+
+    def prepare_tokens_with_masks(self, images):
+        return super().prepare_tokens_with_masks(images).roll(9, 1)
+
+
+class Flattened(nn.Module):
+    """Patches by a linear layer, not by a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * 8 * 8, 64)
+
+    def forward(self, images):
+        return self.layer(nn.functional.unfold(images, 8, stride=8).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("tower", "block", "reason"),
+    [
+        (HubDino, Padding, r"block 0 returns \(2, 65, 64\) for tokens \(2, 33, 64\)"),
+        (Named, Naming, "no two blocks are called one after the other, each with the tokens"),
+        (Blind, None, "no token that enters the first block depends on the image"),
+        (Between, None, "tokens that are no patches stand between these"),
+    ],
+)
+def test_tokens_that_are_no_rows_of_patches_are_refused(tower, block, reason):
+    model = tower(lists=False).eval()
+    if block is not None:
+        model.blocks = nn.ModuleList(block() for _ in range(4))
+    with pytest.raises(TypeError, match=reason):
+        cropr.apply(model, rate=8)
+
+
+@pytest.mark.parametrize("size", [64, (64, 64), (3, 64, 64), {"height": 64, "width": 64}])
+def test_the_size_of_images_is_found_in_every_form(size):
+    model = HubDino(lists=False).eval()
+    model.img_size = size
+    assert cropr.apply(model, rate=8).cropr.spec.grid == (8, 8)
+
+
+def test_a_grid_of_meta_tensors_needs_a_convolution():
+    with torch.device("meta"):
+        model = HubDino(lists=False).eval()
+        images = torch.zeros(1, 3, 64, 64)
+        assert cropr.find_spec(model, images).num_prefix == 1
+        model.patch_embed = Flattened()
+    with pytest.raises(TypeError, match="on the meta device, and no convolution shows its grid"):
+        cropr.find_spec(model, images)
+
+
 @pytest.mark.parametrize("block", [Mixing, Shifting, Summing])
 def test_blocks_that_are_no_functions_of_a_set_are_refused(block):
     model = HubDino(lists=False).eval()

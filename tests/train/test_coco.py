@@ -123,6 +123,14 @@ def test_files_of_other_content_are_named(content, scenes):
         load(scenes)
 
 
+def test_a_file_without_images_is_named(scenes):
+    path = scenes / "train" / "boxes.json"
+    path.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}')
+    message = f"{path} must hold images and categories, holds 0 images and 1 categories"
+    with pytest.raises(ValueError, match=re.escape(f"detection: {message}")):
+        load(scenes)
+
+
 def test_ids_may_have_gaps_and_annotations_of_other_images_are_left_alone(scenes):
     data = unchanged(scenes)
     expected = [data[index][1]["boxes"] for index in (2, 3)]

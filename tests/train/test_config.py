@@ -62,6 +62,12 @@ def test_configurations_round_trip_and_errors_name_the_option(tmp_path):
         Config.read(tmp_path / "bad.json")
 
 
+def test_values_of_options_are_json_or_text():
+    config = Config().changed(model_options="depth=4,qk_norm=true,global_pool=avg")
+    options = {"depth": 4, "qk_norm": True, "global_pool": "avg"}
+    assert config.options_of("model_options") == options
+
+
 def test_the_published_recipes_name_models_that_have_weights_and_schedules_that_fit():
     timm = pytest.importorskip("timm", reason="needs the train extra")
     left = {

@@ -10,8 +10,8 @@ from helpers.extras import require
 from helpers.runs import Broken
 
 import cropr_kernels as cropr
-from cropr_kernels.train import PRESETS, Config, loop, precision, train
-from cropr_kernels.train.data import Data, Samples
+from cropr_kernels.train import PRESETS, Config, build, loop, precision, train
+from cropr_kernels.train.data import Data, Samples, load_data
 from cropr_kernels.train.loop import rebuild
 from cropr_kernels.utils.timing import Timing
 
@@ -48,6 +48,20 @@ def write_images(folder, images):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     return str(folder)
+
+
+def test_splits_of_other_classes_and_models_that_cannot_be_trained_are_named(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs the train extra")
+    blank = image.new("RGB", (8, 8))
+    data = write_images(tmp_path / "data", [("a", blank), ("b", blank), ("c", blank)])
+    with pytest.raises(ValueError, match="train and val have different classes: a, b, c"):
+        load_data(Config(data=data))
+    with pytest.raises(ValueError, match="a preset of cropr_kernels or a timm model, got 'vit_b_1"):
+        build.task(Config(model="vit_b_16"), 2)
+    if "test_vit" in pytest.importorskip("timm").list_models("test_vit"):
+        config = Config(model="test_vit", pretrained=False, img_size=(64, 96), rate=1)
+        model = build.task(config, 2).backbone
+        assert model.patch_embed.img_size == (64, 96) and not model.patch_embed.strict_img_size
 
 
 def test_workers_need_a_short_temporary_path_for_their_sockets(tmp_path, monkeypatch):
@@ -185,10 +199,11 @@ def test_calibration_photos_come_from_the_full_dataset(tmp_path, monkeypatch):
     assert len(set(seen)) == 20 and min(seen) < 100 and max(seen) >= 200
 
 
-def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch):
+def test_the_dtype_of_autocast_is_measured_once(tmp_path, monkeypatch, capsys):
     config = SMALL.changed(amp="auto", save_steps=2)
     monkeypatch.setattr(loop, "measured_amp", lambda device: ("bfloat16", "it is fast"))
-    reached = train(config, tmp_path, data=DATA, show=False)
+    reached = train(config, tmp_path, data=DATA)
+    assert "amp=auto is amp=bfloat16: it is fast" in capsys.readouterr().err.splitlines()
     assert notes(tmp_path) == ["amp=auto is amp=bfloat16: it is fast"]
     assert (
         Config.read(tmp_path / "config.json")
@@ -211,6 +226,22 @@ def test_bfloat16_is_chosen_if_it_is_measured_to_be_faster(monkeypatch):
             verdict,
             f"bfloat16 is {gain:.2g} times as fast as float32 here",
         )
+
+
+@pytest.mark.parametrize(("supported", "verdict"), [(True, "bfloat16"), (False, "none")])
+def test_bfloat16_is_chosen_on_gpus_that_have_it(supported, verdict, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    amp, reason = precision.measured_amp(torch.device("cuda"))
+    assert amp == verdict and reason == f"the GPU has {'' if supported else 'no '}bfloat16"
+
+
+def test_float16_scales_the_loss_and_skips_steps_of_infinite_gradients(tmp_path):
+    config = SMALL.changed(amp="float16")
+    assert train(config, tmp_path, data=DATA, show=False)["images"] == 16
+    last = torch.load(tmp_path / "last.pt")
+    assert last["scaler"]["scale"] > 1 and all(
+        value.isfinite().all() for value in last["model"].values()
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,16 @@ def test_label_maps_without_any_labelled_pixel_raise(split, scenes):
         load(scenes, reduce_zero_label=True)
 
 
+def test_maps_of_another_size_and_damaged_ones_are_named_as_samples(scenes):
+    damaged, smaller = rewrite(scenes, lambda image: image.crop((0, 0, 40, 40)))[:2]
+    damaged.write_bytes(b"no picture")
+    data = load(scenes)
+    with pytest.raises(OSError, match=re.escape(str(damaged))):
+        data.train[0]
+    with pytest.raises(OSError, match=re.escape(f"{smaller} is (40, 40), its photo (64, 80)")):
+        data.train[1]
+
+
 def test_a_photo_without_a_labelled_pixel_is_replaced_and_counted_in_training_only(scenes):
     for split in ("train", "val"):
         path = scenes / split / "labels" / "02.png"

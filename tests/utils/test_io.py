@@ -37,6 +37,13 @@ def test_a_file_is_written_completely_or_stays_unchanged(tmp_path):
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, io.atomic_write(tmp_path / "new"):
+        (tmp_path / "elsewhere" / "old").read_bytes()
+    assert error.value.filename == str(tmp_path / "elsewhere" / "old")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_atomic_write_of_nothing_raises(tmp_path):
     with pytest.raises(FileNotFoundError), io.atomic_write(tmp_path / "file.txt"):
         pass
@@ -82,6 +89,9 @@ def test_a_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch):
         ImportError, match="broken_library, which needs a_library_that_it_needs: pip install a_lib"
     ):
         optional.import_optional("broken_library", "viz", "a picture")
+    (tmp_path / "odd_library.py").write_text("raise ModuleNotFoundError('not on this system')")
+    with pytest.raises(ModuleNotFoundError, match=r"^not on this system$"):
+        optional.import_optional("odd_library", "viz", "a picture")
 
 
 def test_every_extra_that_the_code_names_exists_and_installs_the_library():

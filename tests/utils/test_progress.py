@@ -81,6 +81,26 @@ def test_a_terminal_gets_a_bar_that_disappears(monkeypatch):
     assert "calibrating" in text and text.endswith("\r") and "\n" not in text
 
 
+def test_the_bar_of_a_single_long_step_moves(clock, monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    refreshed = []
+    waits = iter([False, False, True])
+
+    def wait(seconds):
+        clock[0] += 1.5
+        return next(waits)
+
+    with Progress("exporting", ticks=True) as shown:
+        shown.stopped.set()  # its own thread is over
+        monkeypatch.setattr(shown.stopped, "wait", wait)
+        monkeypatch.setattr(shown.bar, "refresh", lambda: refreshed.append(clock[0]))
+        clock[0] = shown.started = 0.0
+        shown._refresh()
+        monkeypatch.undo()
+    assert refreshed == [3.0]  # work of less than two seconds shows none
+
+
 def test_without_tqdm_a_terminal_gets_lines(clock, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", terminal)

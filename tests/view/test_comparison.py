@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import MODELS, reference_vit, timm_vit
+from helpers.models import HF, MODELS, reference_vit, timm_vit, transformers
 
 import cropr_kernels as cropr
 from cropr_kernels.models.pixels import Pixels
@@ -219,3 +219,7 @@ def test_models_that_cannot_be_shown_are_refused():
     model = cropr.apply(reference_vit(), rate=1, llf=True, windows=windows)
     with pytest.raises(ValueError, match="cannot be shown: it has window attention"):
         Viewer(model, PIXELS)
+    t = transformers()
+    videos = t.VideoMAEForVideoClassification(t.VideoMAEConfig(**HF, num_frames=4))
+    with pytest.raises(ValueError, match="cannot be shown: it takes videos of 2 frames"):
+        Viewer(cropr.apply(videos, rate=1, num_outputs=0), PIXELS)

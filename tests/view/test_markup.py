@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -90,6 +91,29 @@ def test_the_answer_of_a_photo_lists_five_classes_before_and_after_escaped(sessi
     assert f"<td>{cost.flops[2] / 2e6:.0f}</td>" in speed and "At rate 12, merging" in speed
     same = logits.pruned.argmax() == logits.unpruned.argmax()
     assert (">same<" in text) == same and (">changed<" in text) != same
+
+
+def test_the_answer_of_a_model_without_classes_is_its_features(tmp_path):
+    model = timm_vit(num_classes=0, global_pool="").eval()
+    model = cropr.apply(model, rate=5, merge=True, num_outputs=0, llf=cropr.Fusion(blocks=0))
+    model.global_pool = "token"
+    images = torch.rand(4, 3, 64, 64)
+    viewer = Viewer(cropr.calibrate(model, images), PIXELS)
+    photo = Photo("noise", images[0])
+    comparison = viewer.compare(photo, Setting(12))
+    text = markup.photo_markup(viewer, photo, comparison, 4)
+    assert f"<dt>cosine of the output</dt><dd>{comparison.agreement:.4f}</dd>" in text
+    error = f"{100 * comparison.feature_error:.1f} %"
+    assert f"<dt>error of the features</dt><dd>{error}</dd>" in text
+    for state in ("unpruned", "pruned"):
+        assert f"features, {state}: three principal components as colors" in text
+    assert text.count('<img class="features"') == 2 and "<table>" not in text
+
+
+def test_a_page_of_one_photo_calibrates_on_it_alone():
+    model = cropr.apply(reference_vit().eval(), rate=5, num_outputs=0)
+    calibrated = Viewer(model, PIXELS).calibrate([torch.rand(3, 64, 64)])
+    assert calibrated[:2] == (1, 1) and math.isnan(calibrated.agreement)
 
 
 def test_pictures_are_in_the_page_and_change_with_the_block_without_another_forward(session):

@@ -60,6 +60,12 @@ def test_a_forward_that_takes_no_features_gives_the_same(name):
     with pytest.raises(ValueError, match="they must be equally many"):
         other(**inputs | {"input_ids": inputs["input_ids"].clamp_max(4)})
     assert other.cropr_image_tokens.probe.outputs is None
+    pixels = {label: inputs[label] for label in inputs if label.startswith(("pixel", "image"))}
+    features = [
+        vlm.rows_of(part.model.get_image_features(**pixels, return_dict=True).pooler_output)
+        for part in (other, plain)
+    ]
+    assert torch.equal(*features)
     cropr.restore_image_tokens(other)
     assert torch.equal(other(**inputs).logits, plain(**inputs).logits)
     assert not [name for name in vars(other.model) if name.startswith("get_")]
@@ -78,12 +84,16 @@ def test_features_are_repeated_row_by_row():
     )
     probe.outputs = {"image": output}
     output.deepstack_features = deepstack
+    output.num_tiles = 3  # neither rows nor entries
+    output.tiles = torch.arange(7)
     repeat_answers(model, model.cropr_image_tokens, 4)
     flat, split = probe.outputs["image"].deepstack_features
     assert flat[::2, 0].tolist() == [0, 1, 0, 1, 2, 2] and torch.equal(flat, torch.cat(split))
     entries = probe.outputs["image"].pooler_output
     assert [float(entry[0, 0]) for entry in entries] == [0, 1, 0, 1, 2, 2]
     assert probe.outputs["image"].last_hidden_state is inner
+    assert probe.outputs["image"].num_tiles == 3
+    assert torch.equal(probe.outputs["image"].tiles, torch.arange(7))
     probe.prompt = torch.tensor([[vlm.IMAGE] * 4, [1, vlm.IMAGE, vlm.IMAGE, 1]])
     probe.outputs["image"] = t.modeling_outputs.BaseModelOutputWithPooling(
         pooler_output=torch.stack(rows)

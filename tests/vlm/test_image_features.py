@@ -30,6 +30,13 @@ def test_rows_are_selected_in_one_tensor_in_sequences_and_in_sequences_of_these(
     assert nested[1][0] == 2 and torch.equal(torch.cat(list(nested[1][1])), ROWS[KEPT])
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (2, 5, 3), (7,)])
+def test_tensors_of_other_rows_pass(shape):
+    other = torch.randn(shape)
+    output = select_features(output_of(pooler_output=[other], last_hidden_state=other), KEPT)
+    assert torch.equal(output.pooler_output[0], other)
+
+
 def test_images_in_one_tensor_keep_equally_many():
     rows = torch.randn(2, 4, 3)
     kept = torch.tensor([True, False, True, False, False, True, True, False])

@@ -39,6 +39,9 @@ def test_the_query_is_the_ridge_regression_to_what_the_text_looks_at():
     cropr.calibrate_image_tokens(model, [inputs])
     expected = (query / query.norm()).float()
     torch.testing.assert_close(model.cropr_image_tokens.query, expected, rtol=1e-3, atol=1e-3)
+    model.set_attn_implementation({"text_config": "eager"})
+    cropr.calibrate_image_tokens(model, [inputs])
+    torch.testing.assert_close(model.cropr_image_tokens.query, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL"])
@@ -125,6 +128,31 @@ def test_refusals_of_calibration_name_the_reason():
         cropr.calibrate_image_tokens(model, [inputs], ridge=0)
     with pytest.raises(ValueError, match="at least one image, with text after it, got none"):
         cropr.calibrate_image_tokens(model, [])
+    with pytest.raises(ValueError, match="at least one image, with text after it, got none"):
+        cropr.calibrate_image_tokens(model, [{"input_ids": inputs["input_ids"][:, 66:]}])
     last = {key: value[:, :66] if value.ndim == 2 else value for key, value in inputs.items()}
     with pytest.raises(ValueError, match="at least one image, with text after it, got none"):
         cropr.calibrate_image_tokens(model, [last])
+
+
+def values_alone(module, query, key, value, attention_mask, **kwargs):
+    """Attention that computes no softmax: nothing shows what a token looks at."""
+    groups = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("text_config", "the language model's attention must be scaled_dot_product_attention"),
+        ("vision_config", "block 0 must attend over its 128 rows, attended over 0"),
+    ],
+)
+def test_attention_that_is_not_seen_is_refused(part, message):
+    t = vlm.transformers()
+    t.AttentionInterface.register("values_alone", values_alone)
+    model = vlm.make("InternVL")
+    model.set_attn_implementation({part: "values_alone"})
+    cropr.prune_image_tokens(model, tower=cropr.Schedule(ratio=0.9))
+    with pytest.raises(ValueError, match=message):
+        cropr.calibrate_image_tokens(model, [vlm.inputs_for("InternVL")])

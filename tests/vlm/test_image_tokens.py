@@ -133,20 +133,23 @@ def test_a_chat_goes_on_from_the_cache_of_a_shortened_prompt(name):
     assert torch.equal(answer, expected)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("mask_of", [None, "full prompt", "shortened prompt"])
 @pytest.mark.parametrize("name", ["LLaVA", "PaliGemma", "Qwen2.5-VL"])
 @torch.no_grad()
-def test_a_loop_of_forwards_generates_the_same(name, with_mask):
+def test_a_loop_of_forwards_generates_the_same(name, mask_of):
     model = pruned(name)
-    inputs = vlm.inputs_for(name, images=(1, 2)) if with_mask else vlm.inputs_for(name, (1,), (4,))
+    images, texts = ((1, 2), (4, 4)) if mask_of == "full prompt" else ((1,), (4,))
+    inputs = vlm.inputs_for(name, images, texts)
     expected = model.generate(**inputs, **GREEDY)
     output = model(**inputs, use_cache=True)
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"]
+    if mask_of == "shortened prompt":
+        mask = mask[:, : output.logits.shape[1]]
     for _ in range(4):
         ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        extra = {"attention_mask": mask} if with_mask else {}
+        extra = {} if mask_of is None else {"attention_mask": mask}
         if name == "PaliGemma":
             extra["token_type_ids"] = torch.ones_like(ids[:, -1:])
         output = model(ids[:, -1:], past_key_values=cache_of(output), use_cache=True, **extra)
@@ -281,6 +284,33 @@ def test_total_lengths_count_the_full_prompt():
     assert model.generate(**inputs, max_length=total, do_sample=False).shape[1] <= total
     answer = model.generate(**inputs, max_length=total, min_length=total, do_sample=False)
     assert answer.shape[1] == total
+    config = vlm.transformers().GenerationConfig(
+        max_length=total, min_length=total, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(model.generate(**inputs, generation_config=config), answer)
+    assert config.max_length == total
+
+
+@torch.no_grad()
+def test_positions_of_the_caller_are_those_of_the_kept_tokens():
+    model = pruned("LLaVA")
+    inputs = vlm.inputs_for("LLaVA", images=(2, 1))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, position_ids=positions, **GREEDY), expected)
+    forward = model(**inputs, position_ids=positions).logits
+    _, columns = shorten(model, inputs, positions, True)
+    plain = vlm.make("LLaVA")
+    full = plain(**masked(plain, inputs, columns), position_ids=positions).logits
+    rows, columns_kept = (columns.index >= 0).nonzero().T
+    expected = full[rows, columns.index[rows, columns_kept]]
+    torch.testing.assert_close(forward[rows, columns_kept], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_text_of_a_model_names_what_is_pruned():
+    assert "ImageTokens(keep=0.4, by a query" in repr(pruned("LLaVA"))
+    even = cropr.prune_image_tokens(vlm.make("Qwen2-VL"), 7, tower=cropr.Schedule(ratio=0.9))
+    assert "keep=7, evenly spaced" in repr(even) and str(cropr.Schedule(ratio=0.9)) in repr(even)
 
 
 @torch.no_grad()
@@ -301,6 +331,62 @@ def test_a_prompt_without_a_mask_is_not_taken_for_a_packed_one():
     del inputs["attention_mask"]
     torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)
     assert torch.equal(model.generate(**inputs, **GREEDY), answer)
+    model.generation_config.pad_token_id = None
+    assert torch.equal(model.generate(**inputs, **GREEDY), answer)
+
+
+@torch.no_grad()
+def test_refusals_of_caches_and_arguments_name_the_reason():
+    model = pruned("LLaVA")
+    inputs = vlm.inputs_for("LLaVA")
+    cache = cache_of(model(**inputs, use_cache=True))
+    length = cache.get_seq_length()
+    with pytest.raises(ValueError, match=f"needs an empty cache, got one of {length} tokens"):
+        model(**inputs, past_key_values=cache)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match=r"goes on with input_ids \(B, L\), got .*inputs_embeds"):
+        model(inputs_embeds=embeds[:, -1:], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"takes input_ids, .*, got 0 more .* inputs_embeds"):
+        model.generate(**inputs, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="all others by name, got 1 more without a name"):
+        model.generate(ids, model.generation_config, **inputs)
+
+
+def encoder_decoder(model):
+    model.config.is_encoder_decoder = True
+
+
+def no_placeholder(model):
+    model.config.image_token_id = None
+
+
+def no_decoder(model):
+    model.get_decoder = lambda: None
+
+
+def no_positions(model):
+    class Pooled(type(model)):
+        def forward(self, input_ids, pixel_values, attention_mask):
+            raise NotImplementedError
+
+    model.__class__ = Pooled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (encoder_decoder, "it has an encoder for its prompt"),
+        (no_placeholder, "its configuration names no image_token_id"),
+        (no_decoder, "it has no language model of its own"),
+        (no_positions, "its forward takes no position_ids"),
+    ],
+)
+def test_a_model_of_another_structure_is_refused(change, message):
+    model = vlm.make("LLaVA")
+    change(model)
+    with pytest.raises(TypeError, match=rf"cropr\.prune_image_tokens: .* pruned: {message}"):
+        cropr.prune_image_tokens(model, 0.5)
 
 
 def test_refusals_name_the_reason():

@@ -213,5 +213,16 @@ def test_blocks_that_compute_something_else_are_not_run(steps):
     assert model(**inputs).logits.isfinite().all() and not steps
     blocks[0].__class__ = plain
     assert not runs_packed(blocks)
+    changes = [
+        lambda block: block.add_module("norm3", torch.nn.Identity()),
+        lambda block: block.attn.add_module("norm", torch.nn.Identity()),
+        lambda block: delattr(block.attn, "scaling"),
+        lambda block: setattr(block.attn, "num_heads", 3),
+    ]
+    for change in changes:
+        blocks = list(find_tower(vlm.make("Qwen2.5-VL")).blocks)
+        assert runs_packed(blocks)
+        change(blocks[0])
+        assert not runs_packed(blocks)
     with torch.device("meta"):
         assert not runs_packed(list(find_tower(vlm.MODELS["Qwen2.5-VL"]()).blocks))

@@ -134,6 +134,16 @@ def test_refusals_of_videos_name_the_reason():
     inputs["input_ids"][inputs["input_ids"] == VIDEO] = vlm.IMAGE  # as its processor writes them
     with pytest.raises(ValueError, match=r"videos of Glm4v\w+ are not pruned: .* as images"):
         model(**inputs)
+    model = vlm.make("Qwen2-VL")
+
+    class Earlier(type(model.model)):
+        def get_video_features(self, frames):
+            raise NotImplementedError
+
+    model.model.__class__ = Earlier
+    cropr.prune_image_tokens(model, 0.5)
+    with pytest.raises(ValueError, match="takes no pixel_values_videos; install a newer one"):
+        model(**inputs_with_video("Qwen2-VL", image=False))
     model = vlm.make("LLaVA-OneVision")
     if not takes_videos(model):
         cropr.prune_image_tokens(model, 0.5)

@@ -16,7 +16,7 @@ from helpers.vlm import (
 from helpers.vlm_towers import Recorder, dense_block, same_segment
 
 import cropr_kernels as cropr
-from cropr_kernels.vlm.packed import blocks_of, find_tower
+from cropr_kernels.vlm.packed import blocks_of, find_tower, select_rows
 from cropr_kernels.vlm.shortening import shorten
 
 PACKED = sorted(vlm.PACKED)
@@ -144,6 +144,64 @@ def test_gradients_go_through_a_pruned_tower(name):
     assert any(w.grad is not None and w.grad.abs().sum() > 0 for w in tower.parameters())
 
 
+@pytest.mark.parametrize("longest", [5, torch.tensor(5, dtype=torch.int32)])
+def test_segments_of_kept_rows_have_their_own_ends_and_longest(longest):
+    table = torch.arange(12.0)
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 5, 8, 12], dtype=torch.int32),
+        "position_embeddings": (table, -table),
+        "max_seqlen": longest,
+    }
+    selected = select_rows(arguments, torch.tensor([1, 2, 3, 8, 11]))
+    assert selected["cu_seqlens"].tolist() == [0, 3, 5]  # the second segment is gone
+    assert selected["position_embeddings"][1].tolist() == [-1, -2, -3, -8, -11]
+    assert type(selected["max_seqlen"]) is type(longest) and selected["max_seqlen"] == 3
+
+
+def test_a_block_of_a_tower_without_those_before_it_is_refused():
+    model = cropr.prune_image_tokens(vlm.make("Qwen2-VL"), tower=RATIO)
+    with pytest.raises(RuntimeError, match="block 1 of a pruned tower ran without those before"):
+        find_tower(model).blocks[1](torch.zeros(8, 32), cu_seqlens=torch.tensor([0, 8]))
+
+
+@torch.no_grad()
+def test_a_class_token_among_the_features_is_always_present():
+    inputs = vlm.inputs_for("LLaVA")
+    shape = {"input_ids": (vlm.IMAGE, 2), "attention_mask": (1, 2)}
+    for name, (value, column) in shape.items():  # a placeholder more
+        row = torch.full((2, 1), value)
+        full = inputs[name]
+        inputs[name] = torch.cat([full[:, :column], row, full[:, column:]], 1)
+    model = vlm.make("LLaVA")
+    model.config.vision_feature_select_strategy = "full"
+    cropr.apply(model.model.vision_tower, rate=8, num_outputs=0)
+    cropr.prune_image_tokens(model)
+    _, columns = shorten(model, inputs, None, True)
+    kept = columns.index[:, columns.index[0].eq(2).nonzero()[0, 0] :]
+    assert (columns.index == 2).any(1).all() and kept.shape[1] < 65
+    assert model(**inputs).logits.shape[1] == columns.index.shape[1]
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_blocks_that_run_again_in_backward_give_the_same_gradients_or_are_refused(use_reentrant):
+    inputs = vlm.inputs_for("Qwen2-VL")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == vlm.IMAGE, -100)
+    gradients = []
+    for recomputes in (False, True):
+        model = cropr.prune_image_tokens(vlm.make("Qwen2-VL"), tower=RATIO).train()
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append([weight.grad for weight in find_tower(model).blocks.parameters()])
+    assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
+    torch.testing.assert_close(*gradients)
+    merging = cropr.prune_image_tokens(vlm.make("Qwen2-VL"), tower=RATIO, merge=True).train()
+    merging.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    with pytest.raises(RuntimeError, match="whose groups merge cannot recompute its blocks"):
+        merging(**inputs, labels=labels)
+
+
 DENSE = {
     "LLaVA": ("LLaVA", {}),
     "LLaVA, merging": ("LLaVA", {"merge": True}),
@@ -195,6 +253,10 @@ def test_a_tower_pruned_by_apply_hands_its_tokens_on(case):
 def test_refusals_of_towers_name_the_reason():
     with pytest.raises(TypeError, match=r"groups of patches, .* by cropr\.apply"):
         cropr.prune_image_tokens(vlm.make("LLaVA"), tower=RATIO)
+    model = vlm.make("Qwen2-VL")
+    find_tower(model).blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
+    with pytest.raises(TypeError, match="has no blocks that take cu_seqlens"):
+        cropr.prune_image_tokens(model, tower=RATIO)
     for part in (vlm.make("Qwen2-VL"), vlm.make("Qwen2-VL").model.visual):
         with pytest.raises(TypeError, match=r"packs images .* cropr\.prune_image_tokens"):
             cropr.apply(part, rate=4)

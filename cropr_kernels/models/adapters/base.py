@@ -218,11 +218,6 @@ def known_classes(module: str, *names: str) -> tuple[type, ...]:
     return tuple(cls for cls in classes if cls is not None)
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from one number or two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a block's library defines: pruned blocks are of a subclass."""
     return getattr(type(module), "cropr_base", type(module))

@@ -102,8 +102,7 @@ def section() -> str:
     ratios = [row["FLOPs over constant"] for row in rows if "batch" not in row]
     note = (
         "KL and its 95th percentile in %, points of agreement. ViT-Ti/16, "
-        f"{len(unique(by_thresholds, 'seed'))} seeds (other methods: "
-        f"{len(unique(where(rows, method='ATM', rate=RATE), 'seed'))}), {env['photos']} photos "
+        f"{len(unique(by_thresholds, 'seed'))} seeds, {env['photos']} photos "
         f"each; mean FLOPs {min(ratios):.3f} to {max(ratios):.3f} times the constant rate's. "
         f"Environments: `adaptive*.json`. Every figure: {link('adaptive', table())}."
     )

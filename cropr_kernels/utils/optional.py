@@ -18,7 +18,10 @@ def distribution(module: str) -> str:
 
 def is_installed(module: str) -> bool:
     """Return true if a library is installed."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # sys.modules holds None for it, so that nobody imports it
+        return False
 
 
 def import_optional(module: str, extra: str, feature: str) -> Any:

@@ -82,6 +82,13 @@ def test_a_missing_library_is_named_with_its_feature_and_extra(monkeypatch):
     assert optional.import_optional("json.decoder", "viz", "nothing").__name__ == "json.decoder"
 
 
+def test_a_library_that_nobody_may_import_is_not_installed(monkeypatch):
+    assert optional.is_installed("torch")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert not optional.is_installed("torch")
+    assert not optional.is_installed("no_such_library")
+
+
 def test_a_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_library.py").write_text("import a_library_that_it_needs")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,22 +1,26 @@
 """Time networks on a CPU, pruned and not, in PyTorch and as exported files in other runtimes.
 
-python -m benchmarks.models.exported [--models M...] [--rates R...] [--minutes M] [--out FILE]
-    -> benchmarks/results/exported.json
+python -m benchmarks.models.exported [--models M...] [--rates R...] [--runtimes ...] [--minutes M]
+    [--out FILE] -> benchmarks/results/exported.json
 
 Needs the extra `openvino`, and onnxruntime. Weights are random, and queries calibrated on random
 images. Files take any batch, and stay in the folder `--files`: a run that is interrupted goes on.
-Each cell checks every output against eager PyTorch, and then times all runtimes, the unpruned and
-the pruned network interleaved: eager, the engine in float32 and bfloat16, onnxruntime, OpenVINO in
-float32 and bfloat16, with --compiled torch.compile (ViT-S, R = 8, merging). The share is the
-speed-up over the FLOP ratio.
+A process for each runtime and batch, so that none pays for the threads and memory of another,
+checks every output against eager PyTorch, and times the unpruned and all pruned networks
+interleaved. torch.compile takes merging at R = 8 only. The share is the speed-up over the FLOP
+ratio.
 """
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,122 +28,135 @@ from torch import Tensor
 import cropr_kernels as cropr
 from benchmarks.models.deployment import create, image_size
 from benchmarks.models.timing import relative_difference
-from benchmarks.utils.results import RESULTS, Results, environment
+from benchmarks.utils.results import RESULTS, Results, Row, environment
 from benchmarks.utils.runtimes import Call, onnxruntime_call, openvino_call
 from cropr_kernels.pruning.deployment import deployed_copy
 from cropr_kernels.utils.flops import flop_counter
-from cropr_kernels.utils.timing import LEAST_ROUNDS, Timing, time_interleaved
+from cropr_kernels.utils.timing import LEAST_ROUNDS, time_interleaved
 
 TOLERANCES = {"bfloat16": 0.3}  # a near-tie may prune another token
 FLOAT32_TOLERANCE = 2e-3
-# What torch.compile takes: unpruned, and merging at R = 8
-COMPILED = (("vit_small_patch16_224", 0, False), ("vit_small_patch16_224", 8, True))
+CPU = torch.device("cpu")
 
 
-def pruned(name: str, rate: int, merge: bool) -> Any:
-    """Create a network with calibrated queries."""
-    model = cropr.apply(create(name, "cpu", torch.float32), rate=rate, merge=merge, num_outputs=0)
-    if rate:
+class Network(NamedTuple):
+    """A model at a rate."""
+
+    model: str
+    rate: int
+    merge: bool
+
+    def path(self, folder: Path, suffix: str) -> Path:
+        way = "merge" if self.merge else "drop"
+        return folder / f"{self.model}-{way if self.rate else 'unpruned'}{self.rate}{suffix}"
+
+    def images(self, batch: int) -> Tensor:
         torch.manual_seed(0)
-        cropr.calibrate(model, torch.randn(4, 3, image_size(name), image_size(name)))
-    return model
+        return torch.randn(batch, 3, image_size(self.model), image_size(self.model))
+
+    def pruned(self) -> Any:
+        """Create the model with calibrated queries."""
+        model = cropr.apply(
+            create(self.model, "cpu", torch.float32),
+            rate=self.rate,
+            merge=self.merge,
+            num_outputs=0,
+        )
+        if self.rate:
+            cropr.calibrate(model, self.images(4))
+        return model
+
+    def exported(self, folder: Path) -> Path:
+        """Export the model as ONNX, unless the file is there."""
+        path = self.path(folder, ".onnx")
+        if not path.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cropr.export(self.pruned(), self.images(1), path, dynamic_batch=True)
+        return path
+
+    def expected(self, batch: int, folder: Path) -> tuple[Tensor, int]:
+        """The output of eager PyTorch and its FLOPs, computed once."""
+        path = self.path(folder, f"-{batch}.pt")
+        if not path.exists():
+            eager, images = deployed_copy(self.pruned(), engine=False), self.images(batch)
+            with flop_counter() as counter:
+                output = eager(images)
+            torch.save((output, counter.get_total_flops()), path)
+        return torch.load(path)
 
 
-def exported(model: Any, path: Path) -> Path:
-    """Export a network as ONNX, unless the file is there."""
-    if not path.exists():
-        side = image_size(path.name.partition("-")[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cropr.export(model, torch.randn(1, 3, side, side), path, dynamic_batch=True)
-    return path
+def half_engine(network: Network, folder: Path) -> Call:
+    half = deployed_copy(network.pruned(), equal_counts=True).to(torch.bfloat16)
+    return lambda images: half(images.to(torch.bfloat16))
 
 
-def calls_of(name: str, rate: int, merge: bool, folder: Path, *, compiles: bool) -> dict[str, Call]:
-    """Return a network in every runtime."""
-    model = pruned(name, rate, merge)
-    kind = "unpruned" if not rate else f"{'merge' if merge else 'drop'}{rate}"
-    path = exported(model, folder / f"{name}-{kind}.onnx")
-    eager = deployed_copy(model, engine=False)
-    engine = deployed_copy(model, equal_counts=True)  # as files have
-    half = deployed_copy(model, equal_counts=True).to(torch.bfloat16)
-    calls: dict[str, Call] = {
-        "eager": eager,
-        "engine": engine,
-        "engine, bfloat16": lambda images: half(images.to(torch.bfloat16)),
-        "onnxruntime": onnxruntime_call(path),
-        "OpenVINO": openvino_call(path, "f32"),
-        "OpenVINO, bfloat16": openvino_call(path, "bf16"),
-    }
-    if compiles:
-        calls["torch.compile"] = torch.compile(eager, dynamic=False)
-    return calls
+def compiled(network: Network, folder: Path) -> Call:
+    return torch.compile(deployed_copy(network.pruned(), engine=False), dynamic=False)
 
 
-def check(calls: dict[str, Call], images: Tensor) -> dict[str, float]:
-    """Differences from eager; RuntimeError if a runtime computes something else."""
-    expected = calls["eager"](images)
-    differences: dict[str, float] = {}
-    for runtime, call in calls.items():
-        difference = relative_difference(call(images), expected)
-        precision = runtime.rpartition(", ")[2]
-        tolerance = TOLERANCES.get(precision, FLOAT32_TOLERANCE)
-        if not difference < tolerance:
-            raise RuntimeError(
-                f"{runtime} differs from eager by {difference:.1e} of its norm, allowed are "
-                f"{tolerance:g}"
-            )
-        differences[runtime] = difference
-    return differences
+RUNTIMES: dict[str, Callable[[Network, Path], Call]] = {
+    "eager": lambda network, folder: deployed_copy(network.pruned(), engine=False),
+    # Equal counts, as files have
+    "engine": lambda network, folder: deployed_copy(network.pruned(), equal_counts=True),
+    "engine, bfloat16": half_engine,
+    "onnxruntime": lambda network, folder: onnxruntime_call(network.exported(folder)),
+    "OpenVINO": lambda network, folder: openvino_call(network.exported(folder), "f32"),
+    "OpenVINO, bfloat16": lambda network, folder: openvino_call(network.exported(folder), "bf16"),
+    "torch.compile": compiled,
+}
 
 
-def flops(model: Call, images: Tensor) -> int:
-    with flop_counter() as counter:
-        model(images)
-    return counter.get_total_flops()
-
-
-def time_pair(before: Call, after: Call, images: Tensor, seconds: float) -> list[Timing]:
-    """Time two networks in one runtime, interleaved; between runtimes threads and memory change
-    hands, which both would pay for."""
-    calls = {"before": partial(before, images), "after": partial(after, images)}
-    warm_up = time_interleaved(calls, images.device, 1)
-    once = sum(timing.seconds for timing in warm_up.values())
-    rounds = max(LEAST_ROUNDS, int(seconds / once))
-    return list(time_interleaved(calls, images.device, rounds).values())
-
-
+@torch.no_grad()
 def measure(
-    unpruned: dict[str, Call], fast: dict[str, Call], images: Tensor, seconds: float
-) -> list[dict[str, Any]]:
-    """Time both networks in all runtimes, and return a row for each runtime."""
-    differences = check(unpruned, images), check(fast, images)
-    ratio = flops(unpruned["eager"], images) / flops(fast["eager"], images)
-    times = {
-        runtime: time_pair(unpruned[runtime], fast[runtime], images, seconds / len(fast))
-        for runtime in fast
-    }
-    rows: list[dict[str, Any]] = []
-    for runtime in fast:
-        before, after = times[runtime]
-        speedup = before.seconds / after.seconds
+    runtime: str, networks: list[Network], batch: int, folder: Path, seconds: float
+) -> list[Row]:
+    """Check and time networks, the unpruned one first, in a runtime; a row for each pruned one.
+
+    Raises:
+        RuntimeError: the runtime computes something else than eager PyTorch.
+    """
+    calls: dict[Network, Callable[[], Tensor]] = {}
+    differences: dict[Network, float] = {}
+    flops: dict[Network, int] = {}
+    precision = runtime.rpartition(", ")[2]
+    tolerance = TOLERANCES.get(precision, FLOAT32_TOLERANCE)
+    for network in networks:
+        calls[network] = partial(RUNTIMES[runtime](network, folder), network.images(batch))
+        expected, flops[network] = network.expected(batch, folder)
+        differences[network] = relative_difference(calls[network](), expected)
+        if not differences[network] < tolerance:
+            raise RuntimeError(
+                f"{runtime} differs from eager by {differences[network]:.1e} of its norm, allowed "
+                f"are {tolerance:g}"
+            )
+    warm_up = time_interleaved(calls, CPU, 1)
+    once = sum(timing.seconds for timing in warm_up.values())
+    times = time_interleaved(calls, CPU, max(LEAST_ROUNDS, int(seconds / once)))
+    unpruned = networks[0]
+    rows: list[Row] = []
+    for network in networks[1:]:
+        before, after = times[unpruned], times[network]
+        ratio = flops[unpruned] / flops[network]
         rows.append(
             {
+                "model": network.model,
+                "batch": batch,
                 "runtime": runtime,
+                "rate": network.rate,
+                "merge": network.merge,
                 "unpruned_ms": round(1e3 * before.seconds, 3),
                 "pruned_ms": round(1e3 * after.seconds, 3),
                 "spread": round(max(before.spread, after.spread), 4),
-                "speedup": round(speedup, 4),
+                "speedup": round(before.seconds / after.seconds, 4),
                 "flop_ratio": round(ratio, 4),
-                "share": round(speedup / ratio, 4),
-                "over_eager": round(times["eager"][0].seconds / after.seconds, 4),
-                "difference": float(f"{max(part[runtime] for part in differences):.1e}"),
+                "share": round(before.seconds / after.seconds / ratio, 4),
+                "difference": float(f"{max(differences[unpruned], differences[network]):.1e}"),
             }
         )
     return rows
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,40 +165,39 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--rates", nargs="+", type=int, default=[8, 12])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--compiled", action="store_true", help="with torch.compile: minutes more")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--files", type=Path, default=Path("build/exported"))
-    parser.add_argument("--seconds", type=float, default=40.0, help="timing of one cell")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timing of one process")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=RESULTS / "exported.json")
     options = parser.parse_args()
     os.makedirs(options.files, exist_ok=True)
-    keys = ("model", "rate", "merge", "batch")
+    keys = ("model", "batch", "runtime")
     results = Results(options.out, environment("cpu"), keys)
-    cells = [
-        (name, rate, merge, batch)
-        for name in options.models
-        for rate in options.rates
-        for merge in (True, False)
-        for batch in options.batches
-    ]
-    networks: dict[tuple[str, int, bool], dict[str, Call]] = {}
-    for cell in results.remaining(cells, options.minutes):
-        name, rate, merge, batch = cell
-        needed = {(name, 0, False), (name, rate, merge)}
-        networks = {key: calls for key, calls in networks.items() if key in needed}
-        for key in needed - set(networks):
-            networks[key] = calls_of(
-                *key, options.files, compiles=options.compiled and key in COMPILED
+    cells = itertools.product(options.models, options.batches, options.runtimes)
+    for model, batch, runtime in results.remaining(cells, options.minutes):
+        pruned = [
+            Network(model, rate, merge)
+            for rate, merge in itertools.product(options.rates, (True, False))
+            if runtime != "torch.compile" or (rate, merge) == (8, True)
+        ]
+        networks = [Network(model, 0, False), *pruned]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            arguments = (runtime, networks, batch, options.files, options.seconds)
+            rows = process.submit(measure, *arguments).result()
+        [eager, *_] = [
+            row
+            for row in [*results.rows, *rows]
+            if (row["model"], row["batch"], row["runtime"]) == (model, batch, "eager")
+        ]
+        results.add(
+            *(
+                row | {"over_eager": round(eager["unpruned_ms"] / row["pruned_ms"], 4)}
+                for row in rows
             )
-        side = image_size(name)
-        torch.manual_seed(0)
-        images = torch.randn(batch, 3, side, side)
-        fast = networks[name, rate, merge]
-        unpruned = {runtime: networks[name, 0, False][runtime] for runtime in fast}
-        rows = measure(unpruned, fast, images, options.seconds)
-        results.add(*({**dict(zip(keys, cell)), **row} for row in rows))
+        )
         for row in rows:
-            print(*cell, row["runtime"], row["speedup"], row["share"], flush=True)
+            print(*row.values(), flush=True)
 
 
 if __name__ == "__main__":

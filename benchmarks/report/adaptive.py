@@ -104,7 +104,7 @@ def section() -> str:
         "KL and its 95th percentile in %, points of agreement. ViT-Ti/16, "
         f"{len(unique(by_thresholds, 'seed'))} seeds, {env['photos']} photos "
         f"each; mean FLOPs {min(ratios):.3f} to {max(ratios):.3f} times the constant rate's. "
-        f"Environments: `adaptive*.json`. Every figure: {link('adaptive', table())}."
+        f"Every figure: {link('adaptive', table())}."
     )
     data = unique(rows, "data")
     shown = [(rate, "thresholds") for rate in sorted(unique(by_thresholds, "rate"))]

@@ -34,6 +34,7 @@ def test_without_gradio_the_error_names_the_extra(weights, monkeypatch, capsys):
     assert "pip install gradio (or the extra [view] of cropr_kernels)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_queries_and_photos_there_is_nothing_to_calibrate_on(
     weights, monkeypatch, tmp_path, capsys
 ):

@@ -24,7 +24,8 @@ from cropr_kernels.view.page import Content, Session, serving
 
 require("PIL", "gradio")
 # Gradio leaves sockets and event loops to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+IGNORED = "ignore::pytest.PytestUnraisableExceptionWarning"
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(IGNORED)]  # make test has no Gradio
 
 PHOTOS = sorted((Path(__file__).parents[2] / "examples" / "photos").glob("*.jpg"))[:3]
 PIXELS = Pixels((64, 64), (0.5,) * 3, (0.5,) * 3)

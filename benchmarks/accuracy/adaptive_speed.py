@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cropr_kernels as cropr
-from benchmarks.accuracy.adaptive import Network
 from benchmarks.accuracy.agreement import outputs
+from benchmarks.accuracy.budgets import Network
 from benchmarks.accuracy.data import DATA, TRAIN, VAL, load_model, read_photos
 from benchmarks.accuracy.equal_flops import figures
 from benchmarks.utils.results import RESULTS, Results, environment

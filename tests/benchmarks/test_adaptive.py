@@ -4,12 +4,12 @@ import pytest
 import torch
 from helpers.models import randomize, reference_vit
 
-from benchmarks.accuracy.adaptive import (
+from benchmarks.accuracy.agreement import outputs
+from benchmarks.accuracy.budgets import (
     METHODS,
     TOGETHER,
     Network,
 )
-from benchmarks.accuracy.agreement import outputs
 from benchmarks.accuracy.equal_flops import TOLERANCE, Forward, at_equal_flops, figures
 
 RATE = 6

@@ -6,7 +6,7 @@ from helpers.models import randomize, reference_vit
 
 import cropr_kernels as cropr
 from benchmarks.accuracy import adaptive_speed
-from benchmarks.accuracy.adaptive import Network
+from benchmarks.accuracy.budgets import Network
 from cropr_kernels.utils.timing import Timing
 
 RATE = 6

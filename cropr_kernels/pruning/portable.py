@@ -132,12 +132,13 @@ def _nearest(
     nor of the prefix, and the positions of these, both (B, C)."""
     count, size = x.shape[1], idx.shape[1]
     offset = batch.prefix_offset[:, :count].scatter(1, idx, batch.offsets[:, :size])
-    products = batch.rows(x, idx) @ x.transpose(1, 2)
-    similarity = products / norms.unsqueeze(1) - offset.unsqueeze(1)
-    nearest = similarity.argmax(2, keepdim=True)
+    # Not rows @ x^T: static quantization rounds x^T, the other input of the scores
+    products = x @ batch.rows(x, idx).transpose(1, 2)
+    similarity = products / norms.unsqueeze(2) - offset.unsqueeze(2)
+    nearest = similarity.argmax(1, keepdim=True)
     # Not ReduceMax, which onnxruntime's tools do not know
-    best = similarity.gather(2, nearest).squeeze(2)
-    return best / norms.gather(1, idx), nearest.squeeze(2)
+    best = similarity.gather(1, nearest).squeeze(1)
+    return best / norms.gather(1, idx), nearest.squeeze(1)
 
 
 class PortableMerge(MergeStrategy):
